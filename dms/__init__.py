@@ -1,0 +1,31 @@
+"""Dynamic Memory Sparsification: learned KV-cache eviction for pretrained decoders.
+
+    model = dms.retrofit(model, dms.DMSConfig(window=64))     # attach gates; train them with `dms retrofit RECIPE`
+    model = dms.load("runs/mine/model")                       # a retrofitted folder, evicting
+
+Method: "Inference-Time Hyper-Scaling with KV Cache Compression", arXiv 2506.05345.
+"""
+
+import importlib
+import pkgutil
+
+# A wheel used from inside a checkout finds ./dms first; the rest of the package (dms.train) is then found here too.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "DMSConfig": "dms.config",
+    "retrofit": "dms.retrofitting",
+    "load": "dms.checkpoint",
+    "save": "dms.checkpoint",
+    "set_mode": "dms.retrofitting",
+}
+__all__ = ["DMSConfig", "load", "retrofit", "save", "set_mode"]
+
+
+def __getattr__(name: str):
+    # Heavy imports (torch, transformers) wait for their first use, so that `dms --help` is instant.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

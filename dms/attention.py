@@ -1,0 +1,117 @@
+"""The attention function that transformers calls in gated layers, and the masked reference of evict mode.
+
+Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H, D head dim, C queries of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from dms_kernels import gated_attention
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dms import masks
+from dms.masks import Tokens
+
+# Scores of one chunk of queries are the largest temporary of the masked reference.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def register(original: str, all_gated: bool) -> str:
+    """Register our attention over `original` ("eager", "sdpa", ...) and return its name.
+
+    Layers without a gate call `original` with its own mask. Where every layer is gated no mask is built at all.
+    """
+    name = f"dms_over_{original}" + ("" if all_gated else "_mixed")
+
+    def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+        pending = getattr(module, "dms_pending", None)
+        if pending is None:
+            return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
+        module.dms_pending = None
+        return pending(query, key, value, **kwargs), None
+
+    def no_mask(*args, **kwargs):
+        return None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, no_mask if all_gated else ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
+
+
+def _original_function(module: nn.Module, original: str):
+    if original == "eager":
+        # Eager attention is a function of each modelling file, not an entry of the table.
+        return type(module).forward.__globals__["eager_attention_forward"]
+    return ALL_ATTENTION_FUNCTIONS[original]
+
+
+def train_attention(query, key, value, *, log_keep_BTH, tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_):
+    """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"train mode reads whole documents: {query.shape[2]} queries met {key.shape[2]} keys; call the model with use_cache=False")
+    return gated_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        log_keep_BTH,
+        window=window,
+        scale=_scale(scaling, query),
+        segment_ids=tokens.segment_BT,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=s_aux,
+    )
+
+
+def evict_attention(query, key, value, *, evicted_BSH, query_tokens: Tokens, key_tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_):
+    """Hard decisions, masked: the oracle that caches and kernels are held to. Shapes as `train_attention`, with S keys.
+
+    Rows of padding give 0.
+    """
+    B, Hq, T, D = query.shape
+    H, S = key.shape[1], key.shape[2]
+    G = Hq // H
+    scale = _scale(scaling, query)
+    out = query.new_empty(B, T, Hq, value.shape[-1])
+    chunk = max(1, _CHUNK_BYTES // (4 * B * Hq * S))
+    for start in range(0, T, chunk):
+        part = slice(start, min(T, start + chunk))
+        see = masks.visible(query_tokens.map(lambda x, part=part: x[:, part]), key_tokens, evicted_BSH, window=window, sinks=sinks)
+        q = query[:, :, part]
+        if softcap is None and s_aux is None:
+            # A row without keys (padding) sees key 0 and is zeroed after: softmax over nothing is NaN.
+            any_key = see.any(-1, keepdim=True)
+            mask = (see | (~any_key & (torch.arange(S, device=see.device) == 0))).repeat_interleave(G, 1)
+            y = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale, enable_gqa=G > 1)
+            y = y * any_key.repeat_interleave(G, 1)
+        else:
+            y = _explicit(q, key, value, see, G, scale, softcap, s_aux)
+        out[:, part] = y.transpose(1, 2)
+    return out
+
+
+def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None):
+    """Softmax written out, float32: with gemma2's capped scores or gpt_oss's sink logit in the denominator."""
+    B, Hq, C, D = q_BqCD.shape
+    H, S = k.shape[1], k.shape[2]
+    scores = torch.einsum("bhgcd,bhsd->bhgcs", q_BqCD.reshape(B, H, G, C, D).float(), k.float()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~see_BHCS[:, :, None], float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    if s_aux is not None:
+        sink = s_aux.float().reshape(1, H, G, 1, 1)
+        top = torch.maximum(top, sink)
+    top = torch.where(top.isinf(), 0.0, top)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    if s_aux is not None:
+        total = total + (sink - top).exp()
+    weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
+
+
+def _scale(scaling, query) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)

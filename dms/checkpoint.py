@@ -1,0 +1,115 @@
+"""Save and load what a retrofit leaves: a Hugging Face folder with gates beside its weights, or the gates alone.
+
+A model folder is an ordinary one plus `gates.safetensors` (float32, `layers.{i}.gate.*`) and `config.json["dms"]`. Without
+dms installed it loads as the dense model that it was.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dms.config import FORMAT_VERSION, DMSConfig
+from dms.models import base_hash, load_base, resolve_model
+from dms.retrofitting import gate_parameters, retrofit, set_mode, state_of
+
+GATES_FILE = "gates.safetensors"
+
+
+def save(model, folder: str | Path, *, tokenizer=None, base_name: str, target_cr: float | None = None, dtype: torch.dtype | None = None) -> Path:
+    """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration."""
+    folder = Path(folder)
+    state = state_of(model)
+    set_mode(model, "dense")
+    gate_ids = {id(p) for p in gate_parameters(model).values()}
+    weights = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in gate_ids}
+    weights = {name: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach() for name, t in weights.items()}
+    model.config.dms = state.config.to_saved()
+    if dtype is not None:
+        model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_gates(model, folder, base_name=base_name, base_digest=base_hash(folder), target_cr=target_cr)
+    return folder
+
+
+def save_gates(model, folder: str | Path, *, base_name: str, base_digest: str, target_cr: float | None) -> Path:
+    """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in gate_parameters(model).items()}
+    metadata = {
+        "base_name": base_name,
+        "base_hash": base_digest,
+        "target_cr": "" if target_cr is None else str(float(target_cr)),
+        "format_version": str(FORMAT_VERSION),
+        "dms": json.dumps(state_of(model).config.to_saved()),
+    }
+    path = folder / GATES_FILE
+    save_file(tensors, path, metadata)
+    return path
+
+
+def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and metadata of a gates file (or of a folder that holds one).
+
+    Raises:
+        ValueError: no gates there, or a damaged file.
+    """
+    path = Path(path)
+    path = path / GATES_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def load(path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None, mode: str = "evict", evict_bias: float = 0.0):
+    """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
+
+    path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
+    evicts more than was trained, below 0 less.
+
+    Raises:
+        ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist; name a folder that `dms retrofit` wrote, such as RUN/model")
+    tensors, metadata = read_gates(folder)
+    name = base if base is not None else str(folder)
+    if base is None and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
+    saved = json.loads(metadata.get("dms", "null"))
+    if saved is None:
+        raise ValueError(f"{folder}: the gates' metadata lacks the DMS configuration; it was not written by dms")
+    config = DMSConfig.from_saved(saved, f"{folder}/{GATES_FILE}")
+    if base is None:
+        in_config = json.loads((folder / "config.json").read_text()).get("dms")
+        if in_config is not None and DMSConfig.from_saved(in_config, f"{folder}/config.json") != config:
+            raise ValueError(f"{folder}: config.json and {GATES_FILE} disagree about the DMS configuration: {in_config} against {saved}")
+    resolved = Path(resolve_model(name))
+    if resolved.is_dir():
+        found = base_hash(resolved)
+        if found != metadata.get("base_hash"):
+            raise ValueError(
+                f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
+                f"and {name} has hash {found}; give the base that they were trained on"
+            )
+    model = retrofit(load_base(name, dtype, device), config)
+    parameters = gate_parameters(model)
+    if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
+        raise ValueError(f"{folder}: the gates do not fit {type(model).__name__}: they name {len(tensors)} tensors, the model has {len(parameters)} of other names or shapes")
+    with torch.no_grad():
+        for n, tensor in tensors.items():
+            parameters[n].copy_(tensor)
+    set_mode(model, mode)
+    model.dms.evict_bias = evict_bias
+    return model

@@ -1,0 +1,1 @@
+"""Evaluation: planted tasks, policies at equal budget, result rows."""

@@ -1,0 +1,109 @@
+"""Who sees whom: documents, positions, alignment, visibility. Every other file asks here.
+
+Key k is visible to query q iff both belong to one document, k <= q, and (q - k <= w or k is not evicted or k < sinks), in
+positions of the document. Shapes: B batch, T new tokens, S all tokens, H KV heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where tokens stand. segment_BT [B, T] int32: number of the document in its row, from 1; 0 is padding. position_BT
+    [B, T] int32: place within that document, from 0."""
+
+    segment_BT: torch.Tensor
+    position_BT: torch.Tensor
+
+    def cat(self, other: "Tokens") -> "Tokens":
+        return Tokens(torch.cat([self.segment_BT, other.segment_BT], 1), torch.cat([self.position_BT, other.position_BT], 1))
+
+    def map(self, fn) -> "Tokens":
+        return Tokens(fn(self.segment_BT), fn(self.position_BT))
+
+
+def locate_tokens(
+    batch: int, num_tokens: int, device: torch.device, attention_mask_BS: torch.Tensor | None, position_ids_BT: torch.Tensor | None, past: Tokens | None
+) -> Tokens:
+    """Documents and positions of the T newest tokens.
+
+    attention_mask_BS: 1 for tokens and 0 for padding (None: no padding), over all S tokens or the T new ones. position_ids_BT:
+    restarting positions mean packed documents. With `past` [B, S - T] the new tokens continue each row's last document.
+
+    Raises:
+        ValueError: an attention mask that is not two-dimensional.
+    """
+    if attention_mask_BS is None:
+        valid = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
+    elif attention_mask_BS.dim() != 2:
+        raise ValueError(f"the attention mask has shape {tuple(attention_mask_BS.shape)}; with gates active it must be [batch, tokens] (1 token, 0 padding)")
+    else:
+        valid = attention_mask_BS[:, -num_tokens:].to(device=device, dtype=torch.bool)
+    if past is not None and past.segment_BT.shape[1] > 0:
+        last = past.segment_BT.amax(1, keepdim=True).clamp(min=1)
+        in_document = past.segment_BT == last
+        seen = torch.where(in_document, past.position_BT + 1, 0).amax(1, keepdim=True)
+        segment = torch.where(valid, last, 0)
+        position = torch.where(valid, seen + valid.cumsum(1) - 1, 0)
+        return Tokens(segment.int(), position.int())
+    before = torch.cat([torch.zeros_like(valid[:, :1]), valid[:, :-1]], 1)
+    starts = valid & ~before
+    if position_ids_BT is not None and position_ids_BT.dim() == 2 and num_tokens > 1:
+        ids = position_ids_BT.to(device).expand(batch, -1)
+        jump = torch.ones_like(valid)
+        jump[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+        starts = starts | (valid & jump)
+    segment = starts.int().cumsum(1)
+    # The position counts real tokens since the document's start.
+    index = torch.arange(num_tokens, device=device)
+    first = torch.where(starts, index, 0).cummax(1).values
+    return Tokens(torch.where(valid, segment, 0).int(), torch.where(valid, index - first, 0).int())
+
+
+def align(decision_BTH: torch.Tensor, segment_BT: torch.Tensor, alignment: str, undecided: float | bool) -> torch.Tensor:
+    """Move decisions from the token whose gate made them to the token that they rule.
+
+    Under `next` the gate at k + 1 rules k; a document's last token is `undecided` until its successor comes.
+    """
+    if alignment == "own":
+        return decision_BTH
+    ruled = torch.full_like(decision_BTH, undecided)
+    same = (segment_BT[:, 1:] == segment_BT[:, :-1])[..., None]
+    ruled[:, :-1] = torch.where(same, decision_BTH[:, 1:], ruled[:, :-1])
+    return ruled
+
+
+def decided_tokens(segment_BT: torch.Tensor, alignment: str) -> torch.Tensor:
+    """Which tokens have a decision, [B, T] bool: real ones, without each document's last under `next`."""
+    decided = segment_BT > 0
+    if alignment == "next":
+        decided = decided.clone()
+        decided[:, :-1] &= segment_BT[:, 1:] == segment_BT[:, :-1]
+        decided[:, -1] = False
+    return decided
+
+
+def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
+    """Visibility [B, H, T, S] bool. Within a document keys stand in order, so that k <= q is a comparison of positions."""
+    q_position, k_position = query.position_BT[:, :, None], key.position_BT[:, None, :]
+    causal = (query.segment_BT[:, :, None] == key.segment_BT[:, None, :]) & (key.segment_BT[:, None, :] > 0) & (k_position <= q_position)
+    near = (q_position - k_position <= window) | (k_position < sinks)
+    kept = ~evicted_BSH.permute(0, 2, 1)[:, :, None, :]
+    return causal[:, None] & (near[:, None] | kept)
+
+
+def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
+    """Entries alive at each document's end, [B, S, H] bool: its window and sinks included, padding not."""
+    position = tokens.position_BT
+    near = (_document_end(tokens) - position <= window) | (position < sinks)
+    return (tokens.segment_BT > 0)[..., None] & (near[..., None] | ~evicted_BSH)
+
+
+def _document_end(tokens: Tokens) -> torch.Tensor:
+    """Position of the last token of each token's document, [B, S]."""
+    segment = tokens.segment_BT.long()
+    ends = torch.zeros(segment.shape[0], int(segment.max()) + 1 if segment.numel() else 1, dtype=tokens.position_BT.dtype, device=segment.device)
+    ends.scatter_reduce_(1, segment, tokens.position_BT, "amax")
+    return ends.gather(1, segment)

@@ -1,0 +1,110 @@
+"""Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
+
+import hashlib
+import importlib
+from pathlib import Path
+
+from dms.config import nearest
+
+BUILTIN = "builtin:"
+
+
+def builtin_models() -> dict[str, Path]:
+    root = Path(next(iter(importlib.import_module("dms.recipes").__path__)))
+    return {folder.parent.name: folder for folder in root.glob("*/model") if (folder / "config.json").exists()}
+
+
+def resolve_model(name: str) -> str:
+    """A name as recipes and commands write it -> what `from_pretrained` takes.
+
+    Raises:
+        ValueError: an unknown built-in model, or a path to something that is not a model folder.
+    """
+    if name.startswith(BUILTIN):
+        known = builtin_models()
+        short = name.removeprefix(BUILTIN)
+        if short not in known:
+            raise ValueError(f"unknown built-in model {name!r}{nearest(short, known)}; there are {', '.join(BUILTIN + k for k in known) or 'none'}")
+        return str(known[short])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without config.json; name a Hugging Face model folder")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model {name!r} is not a folder; name a Hugging Face model folder, a hub id, or one of {', '.join(BUILTIN + k for k in builtin_models())}")
+    return name
+
+
+def load_base(name: str, dtype: str = "auto", device: str | None = None):
+    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16".
+
+    Raises:
+        ValueError: a model that is not there, cannot be read, or is damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:
+        # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_tokenizer(name: str):
+    """Raises ValueError where the tokenizer is missing or unreadable."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    return sorted(p for p in Path(folder).glob("*.safetensors") if p.name != "gates.safetensors")
+
+
+def base_hash(folder: str | Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and a sample of its rows; the same for any sharding of the same weights.
+
+    Raises:
+        ValueError: no safetensors files, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors weights; save the model with save_pretrained")
+    tensors: dict[str, bytes] = {}
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+                    part = f.get_slice(name)
+                    shape = part.get_shape()
+                    digest = hashlib.sha256(f"{name} {part.get_dtype()} {list(shape)}".encode())
+                    rows = shape[0] if shape else 0
+                    for index in sorted({rows * i // 8 for i in range(8)}) if rows else []:
+                        digest.update(_raw_bytes(part[index : index + 1]))
+                    tensors[name] = digest.digest()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(tensors[name])
+    return whole.hexdigest()[:32]
+
+
+def _raw_bytes(tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,165 @@
+"""`retrofit`: attach gates to a model through hooks and the attention interface, and switch its modes.
+
+Modes: "dense" is the untouched model, bit for bit. "train" makes noisy soft decisions over whole documents. "evict" makes hard
+ones, in prefill as in decode.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from dms import attention, gates, masks
+from dms.adapter import AttentionLayer, find_layers
+from dms.config import DMSConfig
+from dms.masked_cache import MaskedLayer, masked_layer_of
+from dms.state import DMSState, Forward, Mode, Noise
+
+
+def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
+    """Attach zero-initialised gates to every full-attention layer of a Hugging Face decoder, in place; dense mode.
+
+    `model.dms` tells what was gated and what was left alone, and why (`.layers`, `.skipped`).
+
+    Raises:
+        ValueError: a model that has gates already or cannot carry them, or a window that its context cannot use.
+    """
+    if getattr(model, "dms", None) is not None:
+        raise ValueError(f"{type(model).__name__} carries gates already; load the base model to retrofit it anew")
+    found = find_layers(model)
+    text = model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and config.window >= context:
+        raise ValueError(f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context")
+    original = text._attn_implementation
+    name = attention.register(original, all_gated=not found.skipped)
+    configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
+    state = DMSState(config, found.gated, found.skipped, list(configs.values()), original, name)
+    for layer in found.gated:
+        gate = gates.Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
+        weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
+        layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
+        layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
+        layer.module.register_forward_hook(functools.partial(_after_attention, layer))
+    found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
+    model.dms = state
+    return model
+
+
+def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None) -> None:
+    """Switch a retrofitted model to "dense", "train" or "evict". `noise` names the training forwards' noise.
+
+    Raises:
+        ValueError: an unknown mode, or a model without gates.
+    """
+    state = state_of(model)
+    if mode not in ("dense", "train", "evict"):
+        raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
+    state.activate(mode)
+    state.noise = noise
+
+
+def state_of(model: nn.Module) -> DMSState:
+    state = getattr(model, "dms", None)
+    if not isinstance(state, DMSState):
+        raise ValueError(f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load")
+    return state
+
+
+def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight`, `layers.{i}.gate.bias`."""
+    return {f"layers.{layer.index}.gate.{name}": p for layer in state_of(model).layers for name, p in layer.module.dms_gate.named_parameters()}
+
+
+def _hidden_size(layer: AttentionLayer, text) -> int:
+    return int(getattr(layer.module, "hidden_size", None) or text.hidden_size)
+
+
+def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Fix this pass's state: where its tokens stand, and whose noise it uses."""
+    if state.mode == "dense":
+        state.forward = None
+        return
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    past = _filled_layer(given.get("past_key_values"), state)
+    tokens = masks.locate_tokens(source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past.tokens if past else None)
+    if state.mode == "train":
+        _require_recomputation(state, decoder)
+    state.forward = Forward(state.mode, tokens, state.noise)
+
+
+def _filled_layer(cache: Cache | None, state: DMSState) -> MaskedLayer | None:
+    if cache is None:
+        return None
+    index = state.layers[0].index
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return layer if isinstance(layer, MaskedLayer) and layer.tokens is not None else None
+
+
+def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
+    """Give activation checkpointing the state of its own forward; refuse the reentrant kind, which cuts the count's gradient."""
+    for module in decoder.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is None or not getattr(module, "gradient_checkpointing", False):
+            continue
+        keywords = getattr(function, "keywords", {})
+        if keywords.get("use_reentrant", True):
+            raise ValueError(
+                "activation checkpointing is of the reentrant kind, which cuts the gradient of the compression count; "
+                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if keywords.get("context_fn") is None:
+            module._gradient_checkpointing_func = functools.partial(function, context_fn=state.checkpoint_contexts)
+
+
+def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Run the gate on what attention reads and leave the decision for the attention function."""
+    forward = state.forward
+    if forward is None:
+        return
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    logits = module.dms_gate(hidden)
+    if forward.mode == "train":
+        module.dms_pending = _decide_softly(state, layer, forward, logits)
+    else:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        module.dms_pending = _decide_hard(state, layer, forward, logits + state.evict_bias, cache)
+
+
+def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor):
+    config, tokens = state.config, forward.tokens
+    noise = torch.zeros_like(logits)
+    if forward.noise is not None:
+        heads = layer.num_heads if config.granularity == "head" else 1
+        noise = gates.logistic_noise(forward.noise.sequence_B.to(logits.device), logits.shape[1], heads, seed=forward.noise.seed, layer=layer.index)
+    own_log_keep = gates.keep_log_prob(logits, noise, config.tau)
+    log_keep = masks.align(own_log_keep, tokens.segment_BT, config.alignment, 0.0)
+    decided = masks.decided_tokens(tokens.segment_BT, config.alignment)[..., None].to(log_keep.dtype)
+    evicted = gates.straight_through(log_keep) * decided
+    forward.evicted_count[layer.index] = evicted.sum((1, 2))
+    forward.decided_count[layer.index] = decided.sum((1, 2)) * layer.num_heads
+    forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / decided.sum().clamp(min=1)).float()
+    return functools.partial(attention.train_attention, log_keep_BTH=log_keep, tokens=tokens, window=config.window, sinks=config.sinks)
+
+
+def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor, cache: Cache | None):
+    config, tokens = state.config, forward.tokens
+    decision = logits > 0
+    if cache is None:
+        key_tokens, evicted = tokens, masks.align(decision, tokens.segment_BT, config.alignment, False)
+    else:
+        held = masked_layer_of(cache, layer.index, config)
+        held.decide(decision, tokens)
+        key_tokens, evicted = held.tokens, held.evicted()
+    forward.evicted[layer.index], forward.logits[layer.index] = evicted, logits
+    return functools.partial(attention.evict_attention, evicted_BSH=evicted, query_tokens=tokens, key_tokens=key_tokens, window=config.window, sinks=config.sinks)
+
+
+def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:
+    if getattr(module, "dms_pending", None) is not None:
+        module.dms_pending = None
+        raise RuntimeError(f"{layer.name} ({type(module).__name__}) did not call transformers' attention interface: its gate had no effect")

@@ -1,0 +1,86 @@
+"""What a retrofitted model is doing now: one explicit state, fixed for a forward and for its recomputation."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dms.adapter import AttentionLayer
+from dms.config import DMSConfig
+from dms.masks import Tokens
+
+Mode = Literal["dense", "train", "evict"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Names the noise of one training forward: the run's seed and the number [B] int64 of each of its sequences."""
+
+    seed: int
+    sequence_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass: fixed at its start. The dictionaries collect what its layers decided, by layer index.
+
+    evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
+    head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode).
+    """
+
+    mode: Mode
+    tokens: Tokens
+    noise: Noise | None = None
+    evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
+    decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
+    head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
+    evicted: dict[int, torch.Tensor] = field(default_factory=dict)
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def as_recomputation(self) -> "Forward":
+        """The same pass run again by activation checkpointing: what it decides was collected the first time."""
+        return Forward(self.mode, self.tokens, self.noise)
+
+
+@dataclass
+class DMSState:
+    """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise.
+
+    layers: those with gates. skipped: why the others are left alone, by name. model_configs: the transformers configurations
+    that name the attention function. evict_bias is added to the logits in evict mode.
+    """
+
+    config: DMSConfig
+    layers: list[AttentionLayer]
+    skipped: dict[str, str]
+    model_configs: list
+    original_attention: str
+    attention_name: str
+    mode: Mode = "dense"
+    noise: Noise | None = None
+    evict_bias: float = 0.0
+    forward: Forward | None = None
+
+    def activate(self, mode: Mode) -> None:
+        """Choose the attention function. Only the text decoder's: the public setter would hand it on to vision towers."""
+        self.mode = mode
+        for config in self.model_configs:
+            config._attn_implementation_internal = self.original_attention if mode == "dense" else self.attention_name
+
+    @contextmanager
+    def during(self, forward: Forward):
+        """Make `forward` the current pass, as activation checkpointing's recomputation needs, whatever ran since."""
+        mode, before = self.mode, self.forward
+        self.activate(forward.mode)
+        self.forward = forward
+        try:
+            yield
+        finally:
+            self.activate(mode)
+            self.forward = before
+
+    def checkpoint_contexts(self):
+        """`context_fn` for torch.utils.checkpoint: nothing in the forward, its own state again in the recomputation."""
+        forward = self.forward
+        return nullcontext(), self.during(forward.as_recomputation()) if forward is not None else nullcontext()

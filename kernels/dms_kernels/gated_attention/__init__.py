@@ -1,0 +1,121 @@
+"""Causal attention in which a key fades once it has left the window: the training attention of DMS.
+
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dms_kernels.gated_attention.chunked import gated_attention_chunked
+
+__all__ = ["gated_attention"]
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Tensor | None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend causally, adding `log_keep[b, k, h]` to the score of every key more than `window` tokens back.
+
+    Implements the delayed eviction mask of "Inference-Time Hyper-Scaling with KV Cache Compression"
+    (arXiv 2506.05345, section 3.2 and figure 2b). Key k is visible to query q iff k <= q and both lie in the same
+    document. Its bias counts iff q - k > window and its position in its document is `sinks` or more.
+    Nothing of size T x T is held, forward or backward; results are deterministic. Half inputs are computed in
+    float32, float64 stays float64. Under autocast q, k and v are cast as SDPA's would be; log_keep is not.
+
+    Args:
+        q: [B, T, Hq, D], float16, bfloat16, float32 or float64.
+        k: [B, T, H, D], dtype of q; Hq is a multiple of H, and query head i reads KV head i // (Hq / H).
+        v: [B, T, H, D], dtype of q.
+        log_keep: [B, T, H] float32 (or q's float64), natural log of the probability that the token is kept, already
+            aligned to the token that it rules; -inf evicts it outright (its gradient is then 0). None: plain causal.
+        window: tokens before the query that are seen whatever their gate says; 0 leaves only the query's own.
+        scale: factor on q.k, usually D ** -0.5.
+        segment_ids: [B, T] int32, equal numbers for the tokens of one document, 0 for padding, whose output and
+            gradients are 0. A document is one run of equal numbers. None: one document a row, no padding.
+        sinks: first tokens of each document that are never evicted.
+        softcap: scores become softcap * tanh(scale * q.k / softcap) before the bias is added (gemma2). None: off.
+        sink_logits: [Hq], a logit per query head that joins the softmax's denominator with no value (gpt_oss).
+
+    Returns:
+        [B, T, Hq, D] in q's dtype; gradients for q, k, v, log_keep and sink_logits as each requires.
+
+    Raises:
+        ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        # Some models' norms hand over float32 queries beside bfloat16 values.
+        half = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(half), k.to(half), v.to(half)
+    _check_tensors(q, k, v, log_keep, segment_ids, sink_logits)
+    _check_numbers(window, scale, sinks, softcap)
+    return gated_attention_chunked(
+        q,
+        k,
+        v,
+        log_keep,
+        window=window,
+        scale=scale,
+        segment_ids=segment_ids,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, segment_ids: Tensor | None, sink_logits: Tensor | None
+) -> None:
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [B, T, Hq, D] with no empty dimension, got shape {tuple(q.shape)}")
+    B, T, Hq, D = q.shape
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, T, D):
+        raise ValueError(f"k must be [B={B}, T={T}, H, D={D}] as q is {tuple(q.shape)}, got {tuple(k.shape)}")
+    H = k.shape[2]
+    if H == 0 or Hq % H:
+        raise ValueError(f"query heads must be a multiple of KV heads, got Hq={Hq} in q and H={H} in k")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if log_keep is not None:
+        if log_keep.shape != (B, T, H):
+            raise ValueError(f"log_keep must be [B={B}, T={T}, H={H}], got {tuple(log_keep.shape)}")
+        allowed = {torch.float32, torch.float64} if q.dtype == torch.float64 else {torch.float32}
+        if log_keep.dtype not in allowed:
+            raise ValueError(f"log_keep must be float32 (or float64 beside float64 q), got {log_keep.dtype}")
+    if segment_ids is not None:
+        if segment_ids.shape != (B, T):
+            raise ValueError(f"segment_ids must be [B={B}, T={T}], got {tuple(segment_ids.shape)}")
+        if segment_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"segment_ids must be int32, got {segment_ids.dtype}")
+    if sink_logits is not None and (sink_logits.shape != (Hq,) or not sink_logits.is_floating_point()):
+        raise ValueError(f"sink_logits must be floating point [Hq={Hq}], got {sink_logits.dtype} {tuple(sink_logits.shape)}")
+    given = {"k": k, "v": v, "log_keep": log_keep, "segment_ids": segment_ids, "sink_logits": sink_logits}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
+
+
+def _check_numbers(window: int, scale: float, sinks: int, softcap: float | None) -> None:
+    for name, number in {"window": window, "sinks": sinks}.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{name} must be an integer of 0 or more, got {number!r}")
+    for name, number in {"scale": scale, "softcap": softcap}.items():
+        if number is None and name == "softcap":
+            continue
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
+            raise ValueError(f"{name} must be a finite number above 0, got {number!r}")

@@ -1,0 +1,58 @@
+"""Gated attention written down densely: T x T scores, gradients by autograd. The oracle of the tests.
+
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim; in T x T, queries come first.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gated_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Tensor | None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and result as `dms_kernels.gated_attention`, computed in the inputs' own dtype.
+
+    Raises:
+        RuntimeError: shapes that do not fit (from torch; the public function is the one that validates).
+    """
+    B, T, Hq, _ = q.shape
+    H = k.shape[2]
+    k_BTHqD, v_BTHqD = (x.repeat_interleave(Hq // H, dim=2) for x in (k, v))
+    scores_BHqTT = torch.einsum("bqhd,bkhd->bhqk", q, k_BTHqD) * scale
+    if softcap is not None:
+        scores_BHqTT = softcap * torch.tanh(scores_BHqTT / softcap)
+
+    index_T = torch.arange(T, device=q.device)
+    gap_TT = index_T[:, None] - index_T[None, :]
+    if segment_ids is None:
+        segment_ids = torch.ones(B, T, dtype=torch.int32, device=q.device)
+    starts_run_BT = torch.ones(B, T, dtype=torch.bool, device=q.device)
+    starts_run_BT[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    run_BT = starts_run_BT.cumsum(1)
+    position_BT = index_T - (starts_run_BT * index_T).cummax(1).values
+    valid_BT = segment_ids != 0
+
+    if log_keep is not None:
+        ruled_BTT = (gap_TT > window) & (position_BT >= sinks)[:, None, :]
+        bias_BHqT = log_keep.to(scores_BHqTT.dtype).transpose(1, 2).repeat_interleave(Hq // H, dim=1)
+        scores_BHqTT = scores_BHqTT + torch.where(ruled_BTT[:, None], bias_BHqT[:, :, None, :], 0.0)
+
+    visible_BTT = (gap_TT >= 0) & (run_BT[:, :, None] == run_BT[:, None, :])
+    scores_BHqTT = scores_BHqTT.masked_fill(~visible_BTT[:, None], float("-inf"))
+    if sink_logits is not None:
+        column_BHqT1 = sink_logits.to(scores_BHqTT.dtype)[None, :, None, None].expand(B, Hq, T, 1)
+        scores_BHqTT = torch.cat([scores_BHqTT, column_BHqT1], dim=-1)
+    probs_BHqTT = torch.softmax(scores_BHqTT, dim=-1)[..., :T]
+    out_BTHqD = torch.einsum("bhqk,bkhd->bqhd", probs_BHqTT, v_BTHqD)
+    # A padding token has only seen padding: its row is finite, and is cut off here with its gradients.
+    return torch.where(valid_BT[:, :, None, None], out_BTHqD, 0.0)

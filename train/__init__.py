@@ -1,0 +1,1 @@
+"""The retrofit: recipe -> data -> step -> loop -> artifact."""

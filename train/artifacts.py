@@ -1,0 +1,122 @@
+"""What a retrofit leaves in its folder: gates, model, result.json, report and the table that is printed."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from dms import card, checkpoint, models
+from dms.evaluation import evaluate as evaluation
+from dms.evaluation.table import results_table
+from dms.evaluation.trace import trace_document
+from dms.retrofitting import state_of
+from dms.train.recipe import RetrofitRecipe, dump_recipe
+
+
+def write_recipe(folder: Path, recipe: RetrofitRecipe) -> None:
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def saved_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
+    from transformers import AutoConfig
+
+    dtype = getattr(AutoConfig.from_pretrained(models.resolve_model(name)), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def finish(
+    folder: Path,
+    recipe: RetrofitRecipe,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer,
+    *,
+    base_dtype: torch.dtype,
+    tokens: int,
+    training_seconds: float,
+    start: float,
+    rate_LH: torch.Tensor,
+    console: Console,
+) -> dict:
+    """Save, evaluate, draw and print. Returns what result.json holds."""
+    model_folder = checkpoint.save(student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=base_dtype)
+    digest = models.base_hash(model_folder)
+    checkpoint.save_gates(student, folder / "gates", base_name=recipe.model, base_digest=digest, target_cr=recipe.target_cr)
+
+    settings = recipe.evaluation
+    length = settings.length or recipe.data.length
+    documents = evaluation.make_documents(tokenizer, num_documents=settings.num_documents, length=length, num_items=settings.num_items)
+    with console.status("evaluating dense, dms and a sliding window of the same budget"):
+        scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
+        if teacher is not None:
+            # With all weights trained, dense means the model as it was.
+            scores["dense"] = dense_scores(teacher, recipe, documents)
+    common = {
+        "model": recipe.model,
+        "model_hash": digest,
+        "recipe_hash": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
+        "target_cr": recipe.target_cr,
+        "seed": recipe.seed,
+        "versions": evaluation.versions(),
+        "device": evaluation.describe_device(),
+    }
+    rows = [row for s in scores.values() for row in evaluation.rows(s, length=length, common=common)]
+    result = {
+        "model": recipe.model,
+        "target_cr": recipe.target_cr,
+        "window": recipe.dms.window,
+        "alignment": recipe.dms.alignment,
+        "granularity": recipe.dms.granularity,
+        "trainable": recipe.trainable,
+        "beta": recipe.beta,
+        "steps": recipe.steps,
+        "tokens": tokens,
+        "training_seconds": training_seconds,
+        "seconds": time.perf_counter() - start,
+        "length": length,
+        "device": common["device"],
+        "versions": common["versions"],
+        "policies": {name: evaluation.summary(s) for name, s in scores.items()},
+        "rows": rows,
+    }
+
+    draw_report(folder, student, tokenizer, documents[0], rate_LH)
+    card.write_card(
+        model_folder,
+        base_name=recipe.model,
+        base_license=_license(recipe.model),
+        dms_config=recipe.dms.model_dump(),
+        rows=rows,
+        run={k: result[k] for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")},
+        data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else f"{recipe.data.source}: {recipe.data.path}",
+    )
+    result["seconds"] = time.perf_counter() - start
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    console.print(results_table(result["policies"], f"{recipe.model} at {length} tokens, target CR {recipe.target_cr:g}"))
+    console.print(f"wrote {folder}/: model/ gates/ report/ result.json metrics.jsonl ({result['seconds']:.0f} s)", highlight=False)
+    return result
+
+
+def dense_scores(teacher: nn.Module, recipe: RetrofitRecipe, documents: list) -> evaluation.Scores:
+    from dms.retrofitting import retrofit
+
+    if getattr(teacher, "dms", None) is None:
+        retrofit(teacher, recipe.dms)
+    return evaluation.run_policy(teacher, documents, "dense", batch_size=recipe.evaluation.batch_size)
+
+
+def draw_report(folder: Path, student: nn.Module, tokenizer, document, rate_LH: torch.Tensor) -> None:
+    from dms import report
+
+    names = [f"layer {layer.index}" for layer in state_of(student).layers]
+    trace = trace_document(student, tokenizer, document)
+    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), rate_LH.tolist(), trace, names)
+
+
+def _license(name: str) -> str | None:
+    return "apache-2.0" if name.startswith(models.BUILTIN) else None

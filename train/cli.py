@@ -1,0 +1,111 @@
+"""The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Retrofit a pretrained LLM with learned KV-cache eviction (Dynamic Memory Sparsification).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as target_cr=8 dms.window=64.", show_default=False)]
+
+
+@app.command()
+def retrofit(recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None) -> None:
+    """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
+    from dms.train.recipe import RetrofitRecipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
+    _prepare_environment(loaded.precision)
+    from dms.train.loop import run
+
+    run(loaded)
+
+
+@app.command()
+def pretrain(recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None) -> None:
+    """Train the small embedded model from scratch; repeated, it continues from its last checkpoint."""
+    from dms.train.recipe import PretrainRecipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], PretrainRecipe)
+    _prepare_environment(loaded.precision)
+    from dms.train.pretrain import run
+
+    run(loaded)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    length: Annotated[int | None, typer.Option(help="Tokens of each document; default: the model's context.")] = None,
+    num_documents: Annotated[int, typer.Option(help="Held-out documents.")] = 48,
+    num_items: Annotated[int, typer.Option(help="Tasks planted in each.")] = 24,
+    evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
+    out: Annotated[str | None, typer.Option(help="Write the result rows to this JSON file.")] = None,
+) -> None:
+    """Measure a saved model: dense, dms, and a sliding window of the same budget."""
+    _prepare_environment("auto")
+    from dms.evaluation.command import evaluate_folder
+
+    evaluate_folder(model, length=length, num_documents=num_documents, num_items=num_items, evict_bias=evict_bias, out=out)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
+) -> None:
+    """Stream a continuation and say how many KV entries were kept."""
+    _prepare_environment("auto")
+    from dms.generation import stream
+
+    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
+    from dms import doctor as checks
+
+    raise typer.Exit(checks.main())
+
+
+def _prepare_environment(precision: str) -> None:
+    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if precision == "bf16" and _has_no_gpu() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        from dms.doctor import bfloat16_works
+
+        cure = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
+        if not bfloat16_works():
+            if not bfloat16_works(cure):
+                raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
+            os.environ.update(cure)
+
+
+def _has_no_gpu() -> bool:
+    return not os.path.exists("/proc/driver/nvidia/version")
+
+
+def main() -> None:
+    """Run the command; an error that a user can mend is one line on stderr and exit code 1 (2 for bad input)."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"dms: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        if os.environ.get("DMS_DEBUG"):
+            raise
+        print(f"dms: failed: {error} (DMS_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from dms.retrofitting import state_of
+from dms.train.recipe import RetrofitRecipe
+
+
+def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module, num_trained: int) -> None:
+    state = state_of(student)
+    total = sum(p.numel() for p in student.parameters())
+    console.print(
+        f"[bold]{recipe.model}[/]: gates on {len(state.layers)} layers of {state.layers[0].num_heads} KV heads, "
+        f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
+        highlight=False,
+    )
+    for name, reason in state.skipped.items():
+        console.print(f"  left alone: {name}: {reason}", highlight=False)
+
+
+class StepLine:
+    """A live line on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, steps: int):
+        self.console, self.steps = console, steps
+        self.every = max(1, steps // 20)
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps, text="")
+
+    def __enter__(self) -> "StepLine":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def update(self, metrics: dict) -> None:
+        text = f"kl {metrics['kl']:.4f}  cr {metrics['cr_decided']:.2f} of {metrics['target_cr']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        self.progress.update(self.task, advance=1, text=text)
+        step = metrics["step"]
+        if not self.console.is_terminal and (step % self.every == 0 or step in (1, self.steps)):
+            left = (self.steps - step) * metrics["seconds"]
+            self.console.print(f"step {step}/{self.steps}  {text}  eta {left:.0f} s", highlight=False)

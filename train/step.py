@@ -1,0 +1,159 @@
+"""One training step as a pure function: a micro-batch, the two models and the schedule's value in, losses out.
+
+Sums are divided by numbers of the whole optimizer step (valid tokens, sequences), so that micro-batches add up to the same
+loss and gradient however the step is split. Shapes: B sequences, T tokens, M model dim, V vocabulary, L layers, H KV heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from dms_kernels import distill_loss
+from torch import nn
+
+from dms.retrofitting import set_mode, state_of
+from dms.state import Noise
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: `softcap(logit_scale * (h W^T + b))`."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Numbers of the whole optimizer step, over micro-batches and ranks."""
+
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """loss: what to differentiate. kl, compression: its parts (detached). evicted, decided: sums over sequences, tokens, heads
+    and layers. head_rate_LH: share evicted per layer and head."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    compression: torch.Tensor
+    evicted: torch.Tensor
+    decided: torch.Tensor
+    head_rate_LH: torch.Tensor
+
+
+def find_head(model: nn.Module) -> Head:
+    """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides)."""
+    text = model.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling:
+        scale /= float(scaling)
+    return Head(scale, getattr(text, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
+    """Raises ValueError where the loss's logits would not be the model's own."""
+    set_mode(model, "dense")
+    head, weight, bias = find_head(model), *head_parameters(model)
+    hidden = hidden_states(model, {"input_ids": input_ids_BT})
+    logits = head.logit_scale * nn.functional.linear(hidden, weight, bias)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    own = model(input_ids=input_ids_BT, use_cache=False).logits
+    difference = (logits.float() - own.float()).abs().max().item()
+    if not difference <= 1e-2 * max(1.0, own.float().abs().max().item()):
+        raise ValueError(f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (they differ by {difference:.3g}); this model cannot be retrofitted yet")
+
+
+def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Final hidden states [B, T, M], after the last norm and before the head."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def distill_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: dict[str, torch.Tensor],
+    *,
+    target: float,
+    normalizer: Normalizer,
+    seed: int,
+    beta: float,
+    compression_weight: float,
+    loss_chunk: int,
+) -> StepOutput:
+    """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
+
+    teacher: None where the student's base is frozen: the same weights with the gates off. The loss is
+    `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
+    reference implementation, with straight-through decisions in the count.
+    """
+    # Packed documents are told apart by their positions; padding by the mask.
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    valid_BT = batch["segment_ids"] > 0
+    if not bool(valid_BT.all()):
+        inputs["attention_mask"] = valid_BT.long()
+
+    with torch.no_grad():
+        if teacher is None:
+            set_mode(student, "dense")
+        hidden_t = hidden_states(student if teacher is None else teacher, inputs)
+
+    set_mode(student, "train", Noise(seed, batch["number"]))
+    hidden_s = hidden_states(student, inputs)
+    forward = state_of(student).forward
+    set_mode(student, "dense")
+
+    head, weight, bias = find_head(student), *head_parameters(student)
+    other = {}
+    if teacher is not None:
+        other = dict(zip(("teacher_head_weight", "teacher_head_bias"), head_parameters(teacher), strict=True))
+    kl_sum, _ = distill_loss(
+        hidden_s.flatten(0, 1),
+        hidden_t.flatten(0, 1),
+        weight,
+        head_bias=bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        beta=beta,
+        valid=valid_BT.flatten(),
+        chunk=loss_chunk,
+        **other,
+    )
+    evicted_B = sum(forward.evicted_count.values())
+    decided_B = sum(forward.decided_count.values())
+    hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
+    kl = kl_sum / normalizer.num_tokens
+    compression = hinge / normalizer.num_sequences
+    return StepOutput(
+        loss=kl + compression_weight * compression,
+        kl=kl.detach(),
+        compression=compression.detach(),
+        evicted=evicted_B.detach().sum(),
+        decided=decided_B.detach().sum(),
+        head_rate_LH=torch.stack([forward.head_rate[index].expand(state_of(student).layers[0].num_heads) for index in sorted(forward.head_rate)]),
+    )
+
+
+def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:
+    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly over the first `ramp` of the steps."""
+    cr = 1.0 + (target_cr - 1.0) * min(1.0, step / max(1.0, ramp * steps))
+    return cr, 1.0 - 1.0 / cr
+
+
+def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, final_lr: float) -> float:
+    """Learning rate of optimizer step 1..steps: linear warm-up, then constant or a cosine down to `final_lr * lr`."""
+    import math
+
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * (final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)))
