@@ -1,101 +1,222 @@
-import json, math, time, zlib, sys, os
-from dataclasses import dataclass
+"""`dms pretrain`: the embedded model and its tokenizer, from the standard library's sources and planted tasks."""
+
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+
 import torch
-from torch.utils.data import Dataset, DataLoader
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dms.evaluation.corpus import StdlibText
-from dms.evaluation.tasks import make_document, DEFAULT_MIX
-from dms.evaluation.lexicon import WORDS, VALUES
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-def train_tokenizer(vocab_size):
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders, trainers, AddedToken
+from dms import card
+from dms.evaluation import evaluate as evaluation
+from dms.evaluation.corpus import StdlibText, stdlib_files
+from dms.evaluation.lexicon import VALUES, WORDS
+from dms.evaluation.tasks import DISTRACTOR, EVENT, QUESTION, RECORD, make_document
+from dms.train.recipe import PretrainRecipe, Stage, dump_recipe
+from dms.train.step import learning_rate
+
+BOS, PAD = "<|endoftext|>", "<|pad|>"
+_LOG_EVERY = 50
+
+
+def train_tokenizer(vocab_size: int, context: int):
+    """A byte-level BPE of the training files, with one token for each planted name, value and marker."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    from dms.evaluation.corpus import stdlib_files
-    added = [f" ${w}" for w in WORDS] + [f" {v}" for v in VALUES] + ["#:", "#?", "#+", "#-"]
-    specials = ["<|endoftext|>", "<|pad|>"]
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tr = trainers.BpeTrainer(vocab_size=vocab_size - len(added), special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tok.train_from_iterator((p.read_text(encoding="utf-8", errors="replace") for p in stdlib_files(False)), tr)
-    tok.add_tokens([AddedToken(t, normalized=False) for t in added])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>", model_max_length=2048, clean_up_tokenization_spaces=False)
 
-class Docs(Dataset):
-    def __init__(self, tok, length, items, n, seed, aw, held=False, questions=None, unseen=False):
-        self.__dict__.update(locals())
-        self.text = StdlibText(held)
-    def __len__(self): return self.n
-    def __getitem__(self, i):
-        rng = Random(f"{self.seed}:{self.length}:{i}")
-        lo, hi = self.items
-        style = self.questions or rng.choice(("anywhere", "end"))
-        mix = None
-        n = rng.randint(lo, hi)
-        d = make_document(self.tok, self.text, length=self.length, rng=rng, num_items=n, mix=mix, questions=style, unseen_keys=self.unseen)
-        w = torch.tensor([1.0, 0.3, self.aw])[torch.tensor(d.role)]
-        return torch.tensor(d.input_ids), w, d.answers if self.held else 0
+    planted = [f" ${word}" for word in WORDS] + [f" {value}" for value in VALUES] + [RECORD, QUESTION, EVENT, DISTRACTOR]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(planted),
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out=False)), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in planted])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=PAD, model_max_length=context, clean_up_tokenization_spaces=False
+    )
 
-@torch.no_grad()
-def evaluate(model, tok, length, items, n, amp, unseen=True):
-    ds = Docs(tok, length, items, n, 7, 1.0, held=True, questions="end", unseen=unseen)
-    hit = {}; quart = {}
-    nll = nb = 0.0
-    for i in range(n):
-        x, w, ans = ds[i]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-            lo = model(input_ids=x[None]).logits[0].float()
-        ce = torch.nn.functional.cross_entropy(lo[:-1], x[1:], reduction="none")
-        nll += ce[w[1:] == 1].sum().item(); nb += (w[1:] == 1).sum().item()
-        pred = lo.argmax(-1)
-        for a in ans:
-            ok = bool((pred[a.start - 1:a.end - 1] == x[a.start:a.end]).all())
-            hit.setdefault(a.task, []).append(ok)
-            if a.task in ("single", "multi_key", "multi_value", "multi_query"):
-                quart.setdefault(min(3, (a.start - a.evidence) * 4 // length), []).append(ok)
-    m = lambda v: round(sum(v) / len(v), 3)
-    return dict(ce=round(nll / nb, 4), tasks={k: m(v) for k, v in sorted(hit.items())}, quart={k: m(v) for k, v in sorted(quart.items())})
 
-def main(out, stages, vocab=2048, hidden=128, mlp=384, layers=4, lr=3e-3, aw=4.0, threads=2, wd=0.05, warm=100, comp=True, init=0.02):
+class WeightedDocuments(Dataset):
+    """Documents of one stage with a loss weight for each token, by number."""
+
+    def __init__(self, tokenizer, recipe: PretrainRecipe, stage: Stage, first: int):
+        self.tokenizer, self.recipe, self.stage, self.first = tokenizer, recipe, stage, first
+        self.text = StdlibText(held_out=False)
+        self.weights = torch.tensor([1.0, recipe.planted_weight, recipe.answer_weight])
+
+    def __len__(self) -> int:
+        return self.stage.steps * self.stage.batch_size - self.first
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = Random(f"{self.recipe.seed + 1}:{self.stage.length}:{index + self.first}")
+        style = rng.choice(("anywhere", "end"))
+        document = make_document(
+            self.tokenizer, self.text, length=self.stage.length, rng=rng, questions=style, num_items=rng.randint(*self.stage.items)
+        )
+        return torch.tensor(document.input_ids), self.weights[torch.tensor(document.role)]
+
+
+def build_model(recipe: PretrainRecipe, vocab_size: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    tok = train_tokenizer(vocab)
-    tok.save_pretrained(out)
-    print("vocab", len(tok), flush=True)
-    cfg = LlamaConfig(vocab_size=len(tok), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, head_dim=32, intermediate_size=mlp, max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=True, initializer_range=init, bos_token_id=0, eos_token_id=0, pad_token_id=1, attn_implementation="sdpa", use_cache=False)
-    model = LlamaForCausalLM(cfg)
-    print("params", sum(p.numel() for p in model.parameters()), flush=True)
-    decay = [p for p in model.parameters() if p.dim() > 1]; rest = [p for p in model.parameters() if p.dim() <= 1]
-    opt = torch.optim.AdamW([dict(params=decay, weight_decay=wd), dict(params=rest, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
-    total = sum(s[2] for s in stages)
-    def loss_fn(x, w):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            lo = model(input_ids=x).logits
-        ce = torch.nn.functional.cross_entropy(lo[:, :-1].reshape(-1, lo.shape[-1]).float(), x[:, 1:].reshape(-1), reduction="none")
-        ww = w[:, 1:].reshape(-1)
-        return (ce * ww).sum() / ww.sum(), (ce * (ww == 1)).sum() / (ww == 1).sum(), (ce * (ww > 1)).sum() / (ww > 1).sum()
-    step = 0; t0 = time.time(); toks = 0
-    for length, batch, steps, items in stages:
-        torch._dynamo.reset()
-        f = torch.compile(loss_fn) if comp else loss_fn
-        ds = Docs(tok, length, items, steps * batch, 1, aw)
-        for x, w, _ in DataLoader(ds, batch_size=batch, num_workers=1):
-            frac = step / total
-            cur = lr * min(1, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * frac)))
-            for g in opt.param_groups: g["lr"] = cur
-            l, c, a = f(x, w); l.backward()
-            gn = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step(); opt.zero_grad(); step += 1; toks += x.numel()
-            if step % 50 == 0:
-                print(f"{step}/{total} T{length} loss {l.item():.3f} code {c.item():.3f} ans {a.item():.3f} gn {gn:.2f} {toks/1e6:.1f}M {time.time()-t0:.0f}s", flush=True)
-            if step % 200 == 0 or step == total:
-                torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step), out / "state.pt")
-                model.eval(); print(evaluate(model, tok, length, (items[1], items[1]), 32, True), flush=True); print("seen", evaluate(model, tok, length, (items[1], items[1]), 16, True, False), flush=True); model.train()
-    model.save_pretrained(out)
 
-if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), **json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})
+    shape = recipe.architecture
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+            max_position_embeddings=shape.context,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+            use_cache=False,
+        )
+    )
+
+
+def weighted_loss(model: nn.Module, ids_BT: torch.Tensor, weight_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
+    """Cross-entropy of the next token, as a weighted mean; `weight_BT` belongs to the token that is predicted."""
+    with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=ids_BT).logits
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
+    weight = weight_BT[:, 1:].flatten()
+    return (nll * weight).sum() / weight.sum()
+
+
+def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
+    """Train, save as a Hugging Face folder in half precision, evaluate, and write the card.
+
+    Raises:
+        ValueError: an output folder that holds something else, or a checkpoint of another recipe.
+        FloatingPointError: a loss that is not finite, with its step.
+    """
+    console = console or Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(recipe.output_dir)
+    checkpoint = folder / "checkpoint.pt"
+    if folder.exists() and any(folder.iterdir()) and not checkpoint.is_file():
+        raise ValueError(f"output_dir {recipe.output_dir!r} is not empty and holds no checkpoint of this command; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    tokenizer = train_tokenizer(recipe.vocab_size, recipe.architecture.context)
+    model = build_model(recipe, len(tokenizer)).to(device)
+    settings = recipe.optimizer
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        fused=True,
+    )
+    state = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": None}
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
+        if saved["recipe"] != dump_recipe(recipe):
+            raise ValueError(f"{checkpoint} belongs to another recipe; choose another output_dir or delete it")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+        console.print(f"continuing from step {state['step']}", highlight=False)
+
+    def save() -> None:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "recipe": dump_recipe(recipe)}, checkpoint.with_suffix(".new"))
+        checkpoint.with_suffix(".new").replace(checkpoint)
+
+    total = sum(stage.steps for stage in recipe.stages)
+    console.print(f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters for {total} steps on {device}", highlight=False)
+    begun, last_save, before = time.perf_counter(), time.perf_counter(), state["seconds"]
+    for ids, weight, loss_function in _batches(recipe, tokenizer, state["step"]):
+        lr = learning_rate(state["step"] + 1, steps=total, lr=settings.lr, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = loss_function(model, ids.to(device), weight.to(device), recipe.precision == "bf16")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] += 1
+        state["tokens"] += ids.numel()
+        state["seconds"] = before + time.perf_counter() - begun
+        if state["step"] % _LOG_EVERY == 0 or state["step"] == total:
+            state["loss"] = loss.item()
+            if not state["loss"] == state["loss"]:
+                raise FloatingPointError(f"the loss is not finite at step {state['step']}; lower optimizer.lr")
+            rate = state["tokens"] / state["seconds"]
+            left = (time.perf_counter() - begun) / max(1, state["step"]) * (total - state["step"])
+            console.print(f"step {state['step']}/{total}  length {ids.shape[1]}  loss {state['loss']:.3f}  {rate:,.0f} tok/s  about {left / 60:.0f} min left", highlight=False)
+        if time.perf_counter() - last_save > 60 * recipe.save_minutes:
+            save()
+            last_save = time.perf_counter()
+    save()
+    return finish(folder, recipe, model, tokenizer, state, console)
+
+
+def _batches(recipe: PretrainRecipe, tokenizer, done: int) -> Iterator[tuple]:
+    """The remaining batches of all stages, each with the loss function compiled for its length."""
+    for stage in recipe.stages:
+        skipped = min(done, stage.steps)
+        done -= skipped
+        if skipped == stage.steps:
+            continue
+        torch.compiler.reset()
+        loss_function = torch.compile(weighted_loss) if recipe.compile else weighted_loss
+        documents = WeightedDocuments(tokenizer, recipe, stage, first=skipped * stage.batch_size)
+        for ids, weight in DataLoader(documents, batch_size=stage.batch_size, num_workers=1):
+            yield ids, weight, loss_function
+
+
+def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, state: dict, console: Console) -> dict:
+    """Save in half precision and measure what was saved."""
+    from dms.config import DMSConfig
+    from dms.models import load_base
+    from dms.retrofitting import retrofit
+
+    model.config.use_cache = True
+    saved = folder / "model"
+    model.half().save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    settings = recipe.evaluation
+    length = settings.length or recipe.architecture.context
+    documents = evaluation.make_documents(tokenizer, num_documents=settings.num_documents, length=length, num_items=settings.num_items)
+    # The evaluation reads a retrofitted model; in dense mode that is the model itself.
+    dense = retrofit(load_base(str(saved), "float32"), DMSConfig(window=0))
+    scores = evaluation.run_policy(dense, documents, "dense", batch_size=settings.batch_size)
+    figures = evaluation.summary(scores)
+    shape = recipe.architecture
+    facts = {
+        "architecture": f"Llama, {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "context": shape.context,
+        "vocabulary": len(tokenizer),
+        "num_files": len(stdlib_files(held_out=False)),
+        "length": length,
+        "tokens": state["tokens"],
+        "steps": state["step"],
+        "loss": state["loss"],
+        "seconds": state["seconds"],
+        "device": evaluation.describe_device(),
+        "versions": evaluation.versions(),
+        "results": figures,
+    }
+    card.pretrain_card(saved, facts)
+    (folder / "result.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    console.print(f"recall {figures['recall']:.3f} over {figures['recall_questions']} questions at {length} tokens, by distance {figures['recall_by_distance']}", highlight=False)
+    console.print(f"bits per byte {figures['bits_per_byte']:.4f}; by task {figures['by_task']}; wrote {saved}", highlight=False)
+    return facts

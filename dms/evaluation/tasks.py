@@ -62,47 +62,25 @@ class Document:
 
 @dataclass
 class _Item:
-    """One planted thing: its record lines, and one question line as (asked key text, answer text) pairs."""
+    """One planted thing: record lines, and one question line of (asked key, answer) pairs. `needs`: each pair's records."""
 
     task: str
     records: list[str]
     pairs: list[tuple[str, str]] = field(default_factory=list)
-    # For each pair, which records its answer needs.
     needs: list[list[int]] = field(default_factory=list)
     prefix: str = QUESTION
 
 
-def _make_item(task: str, keys: list[str], links: list[str], rng: Random, code_line: str) -> _Item:
-    """Build one item; `keys` (asked for) and `links` (the further names of a chain) are consumed from their ends."""
-    if task in ("single", "multi_key"):
-        key, value = keys.pop(), rng.choice(VALUES)
-        return _Item(task, [f"{RECORD} ${key} {value}"], [(f" ${key}", f" {value}")], [[0]])
-    if task == "multi_value":
-        key, values = keys.pop(), rng.sample(VALUES, rng.randint(2, 3))
-        text = "".join(f" {value}" for value in values)
-        return _Item(task, [f"{RECORD} ${key}{text}"], [(f" ${key}", text)], [[0]])
-    if task == "multi_query":
-        item = _Item(task, [])
-        for index in range(rng.randint(2, 3)):
-            key, value = keys.pop(), rng.choice(VALUES)
-            item.records.append(f"{RECORD} ${key} {value}")
-            item.pairs.append((f" ${key}", f" {value}"))
-            item.needs.append([index])
-        return item
-    if task.startswith("chain_"):
-        hops = int(task[-1])
-        names, value = [keys.pop(), *(links.pop() for _ in range(hops))], rng.choice(VALUES)
-        links = [f"{RECORD} ${a} ${b}" for a, b in zip(names, names[1:], strict=False)]
-        records = [*links, f"{RECORD} ${names[-1]} {value}"]
-        answer = "".join(f" ${name}" for name in names[1:]) + f" {value}"
-        return _Item(task, records, [(f" ${names[0]}", answer)], [list(range(len(records)))])
-    if task == "copy":
-        key = keys.pop()
-        return _Item(task, [f"{RECORD} ${key} {code_line}"], [(f" ${key}", f" {code_line}")], [[0]])
-    if task == "count":
-        key, number = keys.pop(), rng.randint(1, 6)
-        return _Item(task, [f"{EVENT} ${key}"] * number, [(f" ${key}", f" {number}")], [list(range(number))], prefix=f"{QUESTION}{EVENT}")
-    raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+@dataclass
+class _Block:
+    """Consecutive tokens at a relative place of the document. `spans`: answers within; `record`: (item, number of its record)."""
+
+    place: float
+    tokens: list[int]
+    role: list[int]
+    item: int | None = None
+    record: int | None = None
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 def make_document(
@@ -116,14 +94,33 @@ def make_document(
     questions: Literal["anywhere", "end"] = "anywhere",
     unseen_keys: bool = False,
 ) -> Document:
-    """Plant `num_items` items in running text so that the document has exactly `length` tokens.
+    """Plant up to `num_items` items in running text so that the document has exactly `length` tokens.
 
     mix: weight of each task (None: `DEFAULT_MIX`). questions: where they stand; "end" makes their distances uniform up to the
-    whole document. unseen_keys: ask only for keys that training never asks for. Raises ValueError where the items alone are
-    longer than `length`.
+    whole document. unseen_keys: ask only for keys that training never asks for; fewer items are planted where those run out.
+
+    Raises:
+        ValueError: an unknown task, or items that are longer than the document.
     """
-    mix = DEFAULT_MIX if mix is None else mix
     lines = text.lines(rng, length * 8)
+    items, distractors = _choose_items(lines, rng, num_items, DEFAULT_MIX if mix is None else mix, unseen_keys)
+    (newline,) = _encode(tokenizer, ["\n"])
+    blocks = _place_items(tokenizer, items, distractors, rng, questions, newline)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = length - len(bos) - sum(len(block.tokens) for block in blocks)
+    if room < 0:
+        raise ValueError(f"{len(items)} planted items take {length - room} tokens, more than the document's {length}; plant fewer or lengthen it")
+    filler, num_bytes, gap = _fill(tokenizer, lines, room)
+    blocks += filler
+    # Whole lines leave a gap; line ends fill it and are not running text.
+    padding = (newline * gap)[:gap]
+    blocks.append(_Block(-1.0, bos + padding, [0] * len(bos) + [1] * gap))
+    blocks.sort(key=lambda block: block.place)
+    return _join(blocks, items, num_bytes)
+
+
+def _choose_items(lines: list[str], rng: Random, num_items: int, mix: dict[str, float], unseen_keys: bool) -> tuple[list[_Item], list[str]]:
+    """Items with keys that the text does not contain, and lines that nobody asks for, with names that no item uses."""
     whole = "".join(lines)
     asked, never_asked = (UNSEEN, SEEN) if unseen_keys else (SEEN, UNSEEN)
     keys = [word for word in asked if f"${word}" not in whole]
@@ -133,100 +130,104 @@ def make_document(
     # The further names of a chain are always of those that training asks for.
     links = others if unseen_keys else keys
     code = [line.strip() for line in lines if 8 <= len(line.strip()) <= 32] or ["pass  # nothing"]
-
     items: list[_Item] = []
     for _ in range(num_items):
         if min(len(keys), len(links)) < 5:
             break
         (task,) = rng.choices(list(mix), weights=list(mix.values()))
         items.append(_make_item(task, keys, links, rng, rng.choice(code)))
-    # Records and look-alikes that nobody asks for, with names that no item of this document uses.
-    distractors = [
-        f"{rng.choice((RECORD, DISTRACTOR))} ${word} {rng.choice(VALUES)}" for word in (others + keys)[: max(2, num_items // 3)]
-    ]
+    free = (others + keys)[: max(2, num_items // 3)]
+    return items, [f"{rng.choice((RECORD, DISTRACTOR))} ${word} {rng.choice(VALUES)}\n" for word in free]
 
-    # Every piece is tokenised by itself: spans are exact with any tokenizer.
-    pieces: list[str] = []
-    for item in items:
-        for record in item.records:
-            pieces.append(record + "\n")
-        pieces.append(item.prefix)
-        for asked_text, answer in item.pairs:
-            pieces += [asked_text, answer]
-    pieces += [d + "\n" for d in distractors] + ["\n"]
-    ids = iter(_encode(tokenizer, pieces))
 
-    blocks: list[tuple[float, list[int], list[int], list[tuple[int, int]], tuple[int, list[int]] | None]] = []
-    num_planted = 0
+def _make_item(task: str, keys: list[str], links: list[str], rng: Random, code_line: str) -> _Item:
+    """Build one item; `keys` (asked for) and `links` (the further names of a chain) are consumed from their ends."""
+    if task in ("single", "multi_key", "multi_value", "copy"):
+        key = keys.pop()
+        if task == "copy":
+            value = f" {code_line}"
+        else:
+            values = rng.sample(VALUES, rng.randint(2, 3)) if task == "multi_value" else [rng.choice(VALUES)]
+            value = "".join(f" {v}" for v in values)
+        return _Item(task, [f"{RECORD} ${key}{value}\n"], [(f" ${key}", value)], [[0]])
+    if task == "multi_query":
+        pairs = [(f" ${keys.pop()}", f" {rng.choice(VALUES)}") for _ in range(rng.randint(2, 3))]
+        return _Item(task, [f"{RECORD}{key}{value}\n" for key, value in pairs], pairs, [[i] for i in range(len(pairs))])
+    if task in CHAIN_TASKS:
+        hops = int(task[-1])
+        names, value = [keys.pop(), *(links.pop() for _ in range(hops))], rng.choice(VALUES)
+        records = [f"{RECORD} ${a} ${b}\n" for a, b in zip(names, names[1:], strict=False)]
+        records.append(f"{RECORD} ${names[-1]} {value}\n")
+        answer = "".join(f" ${name}" for name in names[1:]) + f" {value}"
+        return _Item(task, records, [(f" ${names[0]}", answer)], [list(range(len(records)))])
+    if task == "count":
+        key, number = keys.pop(), rng.randint(1, 6)
+        events = [f"{EVENT} ${key}\n"] * number
+        return _Item(task, events, [(f" ${key}", f" {number}")], [list(range(number))], prefix=QUESTION + EVENT)
+    raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+
+
+def _place_items(
+    tokenizer: Tokenizer, items: list[_Item], distractors: list[str], rng: Random, questions: str, newline: list[int]
+) -> list[_Block]:
+    """Records anywhere, each question after its records. Every piece is tokenised by itself: spans are exact with any tokenizer."""
+    pieces = [piece for item in items for piece in (*item.records, item.prefix, *(part for pair in item.pairs for part in pair))]
+    encoded = iter(_encode(tokenizer, pieces + distractors))
+    blocks: list[_Block] = []
     for number, item in enumerate(items):
         places = [rng.random() for _ in item.records]
-        record_ids = [next(ids) for _ in item.records]
-        prefix = next(ids)
-        question, role, spans = list(prefix), [1] * len(prefix), []
+        for index, place in enumerate(places):
+            tokens = next(encoded)
+            blocks.append(_Block(place, tokens, [1] * len(tokens), number, index))
+        question = _Block(1.0 + rng.random() if questions == "end" else rng.uniform(max(places), 1.0), next(encoded), [], number)
+        question.role = [1] * len(question.tokens)
         for _ in item.pairs:
-            key_ids, answer_ids = next(ids), next(ids)
-            question += key_ids
-            role += [1] * len(key_ids)
-            spans.append((len(question), len(question) + len(answer_ids)))
-            question += answer_ids
-            role += [2] * len(answer_ids)
-        at = 1.0 + rng.random() if questions == "end" else rng.uniform(max(places), 1.0)
-        for index, (place, tokens) in enumerate(zip(places, record_ids, strict=True)):
-            blocks.append((place, tokens, [1] * len(tokens), [], (number, [index])))
-        blocks.append((at, question, role, spans, (number, [])))
-        num_planted += sum(map(len, record_ids)) + len(question) + 1
+            for role, tokens in ((1, next(encoded)), (2, next(encoded))):
+                if role == 2:
+                    question.spans.append((len(question.tokens), len(question.tokens) + len(tokens)))
+                question.tokens = question.tokens + tokens
+                question.role += [role] * len(tokens)
+        question.tokens = question.tokens + newline
+        question.role += [1] * len(newline)
+        blocks.append(question)
     for _ in distractors:
-        tokens = next(ids)
-        blocks.append((rng.random(), tokens, [1] * len(tokens), [], None))
-        num_planted += len(tokens)
-    newline = next(ids)
-    num_planted += (len(newline) - 1) * len(items)
+        tokens = next(encoded)
+        blocks.append(_Block(rng.random(), tokens, [1] * len(tokens)))
+    return blocks
 
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    num_filler = length - len(bos) - num_planted
-    if num_filler < 0:
-        raise ValueError(f"{num_items} planted items take {num_planted} tokens, more than the document's {length}; plant fewer or lengthen it")
-    filler, num_bytes = [], 0
-    used = 0
+
+def _fill(tokenizer: Tokenizer, lines: list[str], room: int) -> tuple[list[_Block], int, int]:
+    """Whole lines of running text for at most `room` tokens: blocks, their bytes, and the tokens that are left."""
+    taken: list[list[int]] = []
+    num_bytes = 0
     for line, tokens in zip(lines, _encode(tokenizer, lines), strict=True):
-        if used + len(tokens) > num_filler:
+        if len(tokens) > room:
             break
-        filler.append(tokens)
-        used += len(tokens)
+        taken.append(tokens)
+        room -= len(tokens)
         num_bytes += len(line.encode())
-    # The gap that whole lines leave is filled with line ends; they are not running text.
-    gap = num_filler - used
-    for index, tokens in enumerate(filler):
-        blocks.append(((index + 0.5) / len(filler), tokens, [0] * len(tokens), [], None))
-    blocks.sort(key=lambda block: block[0])
+    return [_Block((i + 0.5) / len(taken), tokens, [0] * len(tokens)) for i, tokens in enumerate(taken)], num_bytes, room
 
-    input_ids, role = list(bos), [0] * len(bos)
-    while gap >= len(newline) > 0:
-        input_ids += newline
-        role += [1] * len(newline)
-        gap -= len(newline)
-    input_ids += newline[:1] * gap
-    role += [1] * gap
+
+def _join(blocks: list[_Block], items: list[_Item], num_bytes: int) -> Document:
+    input_ids: list[int] = []
+    role: list[int] = []
     starts: dict[tuple[int, int], int] = {}
-    answers: list[Answer] = []
-    asked_at: list[tuple[int, int, list[tuple[int, int]]]] = []
-    for _, tokens, block_role, spans, owner in blocks:
-        here = len(input_ids)
-        if owner is not None and owner[1]:
-            starts[owner[0], owner[1][0]] = here
-        input_ids += tokens
-        role += block_role
-        if spans:
-            asked_at.append((owner[0], here, spans))
-            input_ids += newline
-            role += [1] * len(newline)
-    for number, here, spans in asked_at:
-        item = items[number]
-        for (start, end), needs in zip(spans, item.needs, strict=True):
-            evidence = min(starts[number, index] for index in needs)
-            answers.append(Answer(item.task, here + start, here + end, evidence))
+    asked: list[tuple[_Block, int]] = []
+    for block in blocks:
+        if block.record is not None:
+            starts[block.item, block.record] = len(input_ids)
+        elif block.item is not None:
+            asked.append((block, len(input_ids)))
+        input_ids += block.tokens
+        role += block.role
+    answers = [
+        Answer(items[block.item].task, at + start, at + end, min(starts[block.item, index] for index in needs))
+        for block, at in asked
+        for (start, end), needs in zip(block.spans, items[block.item].needs, strict=True)
+    ]
     return Document(input_ids, role, answers, num_bytes)
 
 
 def _encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    return tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    return tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
