@@ -41,7 +41,9 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     name = type(model).__name__
 
     def refuse(reason: str) -> ValueError:
-        return ValueError(f"{name} cannot be retrofitted: {reason}; what works is a Hugging Face decoder whose layers call transformers' attention interface")
+        return ValueError(
+            f"{name} cannot be retrofitted: {reason}; what works is a Hugging Face decoder whose layers call transformers' attention interface"
+        )
 
     if config is None or not hasattr(config, "get_text_config"):
         raise refuse("it is not a transformers model")
@@ -51,10 +53,6 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     found = [(path, module) for path, module in model.named_modules() if _is_decoder_attention(module, text)]
     if not found:
         raise refuse("no attention layer with a layer_idx was found in its decoder")
-    stray = [path for path, module in found if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(module).forward)]
-    if stray:
-        raise refuse(f"{stray[0]} ({type(dict(found)[stray[0]]).__name__}) computes attention by itself")
-
     modules = dict(model.named_modules())
     gated, skipped = [], {}
     for path, module in found:
@@ -62,7 +60,11 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         if reason:
             skipped[path] = reason
             continue
-        heads, kv_heads = _head_counts(module, text)
+        if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(module).forward):
+            raise refuse(f"{path} ({type(module).__name__}) computes attention by itself")
+        heads = int(text.num_attention_heads)
+        # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
+        kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
         block = modules[path.rsplit(".", 1)[0]]
         gated.append(AttentionLayer(int(module.layer_idx), path, module, kv_heads, heads, _normalizes_input(block)))
     num_other = int(text.num_hidden_layers) - len(found)
@@ -89,17 +91,12 @@ def _bounded_cache(module: nn.Module, text) -> str | None:
     if layer_types:
         kind = layer_types[module.layer_idx]
         return None if kind in ("full_attention", "attention") else kind.replace("_", " ")
-    sliding = getattr(module, "sliding_window", None) or (getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None)
+    sliding = getattr(module, "sliding_window", None) or (
+        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    )
     return f"sliding attention of {sliding} tokens" if sliding else None
-
-
-def _head_counts(module: nn.Module, text) -> tuple[int, int]:
-    heads = int(text.num_attention_heads)
-    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    groups = getattr(module, "num_key_value_groups", None)
-    return heads, heads // int(groups) if groups else int(kv_heads)
 
 
 def _normalizes_input(block: nn.Module) -> bool:
     norms = [name for name, child in block.named_children() if "norm" in type(child).__name__.lower()]
-    return any(not _NOT_BEFORE_ATTENTION.search(name.replace("post_self_attn", "post")) for name in norms)
+    return any(not _NOT_BEFORE_ATTENTION.search(name) for name in norms)

@@ -5,7 +5,6 @@ Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H,
 
 import torch
 import torch.nn.functional as F
-from dms_kernels import gated_attention
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -13,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms import masks
 from dms.masks import Tokens
+from dms_kernels import gated_attention
 
 # Scores of one chunk of queries are the largest temporary of the masked reference.
 _CHUNK_BYTES = 64 * 2**20
@@ -47,10 +47,14 @@ def _original_function(module: nn.Module, original: str):
     return ALL_ATTENTION_FUNCTIONS[original]
 
 
-def train_attention(query, key, value, *, log_keep_BTH, tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_):
+def train_attention(
+    query, key, value, *, log_keep_BTH, tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_
+):
     """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
     if key.shape[2] != query.shape[2]:
-        raise ValueError(f"train mode reads whole documents: {query.shape[2]} queries met {key.shape[2]} keys; call the model with use_cache=False")
+        raise ValueError(
+            f"train mode reads whole documents: {query.shape[2]} queries met {key.shape[2]} keys; call the model with use_cache=False"
+        )
     return gated_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -65,7 +69,21 @@ def train_attention(query, key, value, *, log_keep_BTH, tokens: Tokens, window: 
     )
 
 
-def evict_attention(query, key, value, *, evicted_BSH, query_tokens: Tokens, key_tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_):
+def evict_attention(
+    query,
+    key,
+    value,
+    *,
+    evicted_BSH,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
+    window: int,
+    sinks: int,
+    scaling=None,
+    softcap=None,
+    s_aux=None,
+    **_,
+):
     """Hard decisions, masked: the oracle that caches and kernels are held to. Shapes as `train_attention`, with S keys.
 
     Rows of padding give 0.
@@ -95,7 +113,7 @@ def evict_attention(query, key, value, *, evicted_BSH, query_tokens: Tokens, key
 def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None):
     """Softmax written out, float32: with gemma2's capped scores or gpt_oss's sink logit in the denominator."""
     B, Hq, C, D = q_BqCD.shape
-    H, S = k.shape[1], k.shape[2]
+    H = k.shape[1]
     scores = torch.einsum("bhgcd,bhsd->bhgcs", q_BqCD.reshape(B, H, G, C, D).float(), k.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

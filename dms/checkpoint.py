@@ -19,7 +19,9 @@ from dms.retrofitting import gate_parameters, retrofit, set_mode, state_of
 GATES_FILE = "gates.safetensors"
 
 
-def save(model, folder: str | Path, *, tokenizer=None, base_name: str, target_cr: float | None = None, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model, folder: str | Path, *, tokenizer=None, base_name: str, target_cr: float | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration."""
     folder = Path(folder)
     state = state_of(model)
@@ -63,7 +65,9 @@ def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     path = Path(path)
     path = path / GATES_FILE if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model")
+        raise ValueError(
+            f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model"
+        )
     try:
         with safe_open(str(path), framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
@@ -71,7 +75,15 @@ def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def load(path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None, mode: str = "evict", evict_bias: float = 0.0):
+def load(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    mode: str = "evict",
+    evict_bias: float = 0.0,
+):
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
     path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
@@ -106,7 +118,9 @@ def load(path: str | Path, *, base: str | None = None, dtype: str = "auto", devi
     model = retrofit(load_base(name, dtype, device), config)
     parameters = gate_parameters(model)
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
-        raise ValueError(f"{folder}: the gates do not fit {type(model).__name__}: they name {len(tensors)} tensors, the model has {len(parameters)} of other names or shapes")
+        raise ValueError(
+            f"{folder}: the gates do not fit {type(model).__name__}: they name {len(tensors)} tensors, the model has {len(parameters)} of other names or shapes"
+        )
     with torch.no_grad():
         for n, tensor in tensors.items():
             parameters[n].copy_(tensor)

@@ -10,7 +10,7 @@ FORMAT_VERSION = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean X?)" for the known name closest to `name`, or nothing."""
+    """ " (did you mean X?)" for the known name closest to `name`, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
@@ -87,7 +87,9 @@ class DMSConfig(Strict):
         fields = dict(saved)
         version = fields.pop("format_version", None)
         if version != FORMAT_VERSION:
-            raise ValueError(f"{source}: format_version is {version!r}, this version of dms reads {FORMAT_VERSION}; upgrade dms-retrofit or retrofit anew")
+            raise ValueError(
+                f"{source}: format_version is {version!r}, this version of dms reads {FORMAT_VERSION}; upgrade dms-retrofit or retrofit anew"
+            )
         try:
             return cls(**fields)
         except ValueError as error:

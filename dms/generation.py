@@ -28,7 +28,9 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     start = time.perf_counter()
     with torch.no_grad():
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling)
+        output = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
+        )
     seconds = time.perf_counter() - start
     ratios = cache_ratios(cache)
     new = output.shape[1] - inputs["input_ids"].shape[1]

@@ -66,11 +66,21 @@ def masked_layer_of(cache: Cache, index: int, config: DMSConfig) -> MaskedLayer:
         layers.append(DynamicLayer())
     layer = layers[index]
     if isinstance(layer, MaskedLayer):
+        num_decided = 0 if layer.decision is None else layer.decision.shape[1]
+        if num_decided != layer.get_seq_length():
+            raise ValueError(
+                f"the given cache holds {layer.get_seq_length()} tokens and decisions for {num_decided}: "
+                "it was used in another mode between; start evict mode with an empty cache"
+            )
         return layer
     if type(layer) is not DynamicLayer:
-        raise ValueError(f"evict mode needs transformers' DynamicCache, and layer {index} of the given cache is a {type(layer).__name__}; leave out cache_implementation")
+        raise ValueError(
+            f"evict mode needs transformers' DynamicCache, and layer {index} of the given cache is a {type(layer).__name__}; leave out cache_implementation"
+        )
     if layer.get_seq_length() > 0:
-        raise ValueError(f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache")
+        raise ValueError(
+            f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
+        )
     layers[index] = MaskedLayer(config)
     return layers[index]
 

@@ -25,20 +25,27 @@ class Tokens:
 
 
 def locate_tokens(
-    batch: int, num_tokens: int, device: torch.device, attention_mask_BS: torch.Tensor | None, position_ids_BT: torch.Tensor | None, past: Tokens | None
+    batch: int,
+    num_tokens: int,
+    device: torch.device,
+    attention_mask_BS: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None,
+    past: Tokens | None,
 ) -> Tokens:
     """Documents and positions of the T newest tokens.
 
-    attention_mask_BS: 1 for tokens and 0 for padding (None: no padding), over all S tokens or the T new ones. position_ids_BT:
-    restarting positions mean packed documents. With `past` [B, S - T] the new tokens continue each row's last document.
+    attention_mask_BS: 1 for tokens and 0 for padding (None: no padding), over all S tokens or the T new ones; padding between
+    two tokens hides but does not part them. position_ids_BT: positions that restart or jump mean packed documents. With `past`
+    [B, S - T] the new tokens continue each row's last document.
 
     Raises:
         ValueError: an attention mask that is not two-dimensional.
     """
     if attention_mask_BS is None:
         valid = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
-    elif attention_mask_BS.dim() != 2:
-        raise ValueError(f"the attention mask has shape {tuple(attention_mask_BS.shape)}; with gates active it must be [batch, tokens] (1 token, 0 padding)")
+    elif not isinstance(attention_mask_BS, torch.Tensor) or attention_mask_BS.dim() != 2:
+        given = tuple(getattr(attention_mask_BS, "shape", ())) or type(attention_mask_BS).__name__
+        raise ValueError(f"the attention mask is {given}; with gates active it must be [batch, tokens] (1 token, 0 padding)")
     else:
         valid = attention_mask_BS[:, -num_tokens:].to(device=device, dtype=torch.bool)
     if past is not None and past.segment_BT.shape[1] > 0:
@@ -48,18 +55,27 @@ def locate_tokens(
         segment = torch.where(valid, last, 0)
         position = torch.where(valid, seen + valid.cumsum(1) - 1, 0)
         return Tokens(segment.int(), position.int())
-    before = torch.cat([torch.zeros_like(valid[:, :1]), valid[:, :-1]], 1)
-    starts = valid & ~before
-    if position_ids_BT is not None and position_ids_BT.dim() == 2 and num_tokens > 1:
-        ids = position_ids_BT.to(device).expand(batch, -1)
-        jump = torch.ones_like(valid)
-        jump[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
-        starts = starts | (valid & jump)
-    segment = starts.int().cumsum(1)
-    # The position counts real tokens since the document's start.
     index = torch.arange(num_tokens, device=device)
-    first = torch.where(starts, index, 0).cummax(1).values
-    return Tokens(torch.where(valid, segment, 0).int(), torch.where(valid, index - first, 0).int())
+    # Each token's predecessor, over padding; -1: it has none and starts a document.
+    previous = torch.full_like(valid, -1, dtype=torch.long)
+    previous[:, 1:] = torch.where(valid, index, -1).cummax(1).values[:, :-1]
+    starts = valid & (previous < 0)
+    if position_ids_BT is not None and position_ids_BT.dim() == 2:
+        ids = position_ids_BT.to(device).expand(batch, -1)
+        step = ids - ids.gather(1, previous.clamp(min=0))
+        # Positions may count the padding between two tokens or not.
+        starts |= valid & ((step < 1) | (step > index - previous))
+    segment = starts.cumsum(1)
+    count = valid.cumsum(1)
+    position = count - torch.where(starts, count, 0).cummax(1).values
+    return Tokens(torch.where(valid, segment, 0).int(), torch.where(valid, position, 0).int())
+
+
+def require_unbroken(tokens: Tokens) -> None:
+    """Raises ValueError where padding stands between two tokens of a document: training counts distances in rows."""
+    successor, has = _successor(tokens.segment_BT)
+    if bool((has & (successor != torch.arange(has.shape[1], device=has.device) + 1)).any()):
+        raise ValueError("the attention mask has padding between two tokens of a document; in train mode pad at a row's start or end")
 
 
 def align(decision_BTH: torch.Tensor, segment_BT: torch.Tensor, alignment: str, undecided: float | bool) -> torch.Tensor:
@@ -69,20 +85,23 @@ def align(decision_BTH: torch.Tensor, segment_BT: torch.Tensor, alignment: str, 
     """
     if alignment == "own":
         return decision_BTH
-    ruled = torch.full_like(decision_BTH, undecided)
-    same = (segment_BT[:, 1:] == segment_BT[:, :-1])[..., None]
-    ruled[:, :-1] = torch.where(same, decision_BTH[:, 1:], ruled[:, :-1])
-    return ruled
+    successor, has = _successor(segment_BT)
+    return torch.where(has[..., None], decision_BTH.gather(1, successor[..., None].expand_as(decision_BTH)), undecided)
 
 
 def decided_tokens(segment_BT: torch.Tensor, alignment: str) -> torch.Tensor:
     """Which tokens have a decision, [B, T] bool: real ones, without each document's last under `next`."""
-    decided = segment_BT > 0
-    if alignment == "next":
-        decided = decided.clone()
-        decided[:, :-1] &= segment_BT[:, 1:] == segment_BT[:, :-1]
-        decided[:, -1] = False
-    return decided
+    return segment_BT > 0 if alignment == "own" else _successor(segment_BT)[1]
+
+
+def _successor(segment_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the next token over padding, and whether it is one of the same document, both [B, T]."""
+    last = segment_BT.shape[1] - 1
+    index = torch.arange(last + 1, device=segment_BT.device)
+    token_from = torch.where(segment_BT > 0, index, last).flip(1).cummin(1).values.flip(1)
+    successor = token_from[:, (index + 1).clamp(max=last)]
+    has = (segment_BT > 0) & (successor > index) & (segment_BT.gather(1, successor) == segment_BT)
+    return successor, has
 
 
 def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
@@ -104,6 +123,8 @@ def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int)
 def _document_end(tokens: Tokens) -> torch.Tensor:
     """Position of the last token of each token's document, [B, S]."""
     segment = tokens.segment_BT.long()
-    ends = torch.zeros(segment.shape[0], int(segment.max()) + 1 if segment.numel() else 1, dtype=tokens.position_BT.dtype, device=segment.device)
+    ends = torch.zeros(
+        segment.shape[0], int(segment.max()) + 1 if segment.numel() else 1, dtype=tokens.position_BT.dtype, device=segment.device
+    )
     ends.scatter_reduce_(1, segment, tokens.position_BT, "amax")
     return ends.gather(1, segment)

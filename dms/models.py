@@ -24,7 +24,9 @@ def resolve_model(name: str) -> str:
         known = builtin_models()
         short = name.removeprefix(BUILTIN)
         if short not in known:
-            raise ValueError(f"unknown built-in model {name!r}{nearest(short, known)}; there are {', '.join(BUILTIN + k for k in known) or 'none'}")
+            raise ValueError(
+                f"unknown built-in model {name!r}{nearest(short, known)}; there are {', '.join(BUILTIN + k for k in known) or 'none'}"
+            )
         return str(known[short])
     path = Path(name).expanduser()
     if path.is_dir():
@@ -32,7 +34,9 @@ def resolve_model(name: str) -> str:
             raise ValueError(f"{name} is a folder without config.json; name a Hugging Face model folder")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model {name!r} is not a folder; name a Hugging Face model folder, a hub id, or one of {', '.join(BUILTIN + k for k in builtin_models())}")
+        raise ValueError(
+            f"model {name!r} is not a folder; name a Hugging Face model folder, a hub id, or one of {', '.join(BUILTIN + k for k in builtin_models())}"
+        )
     return name
 
 

@@ -32,7 +32,9 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if context is not None and config.window >= context:
-        raise ValueError(f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context")
+        raise ValueError(
+            f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
+        )
     original = text._attn_implementation
     name = attention.register(original, all_gated=not found.skipped)
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
@@ -64,13 +66,17 @@ def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None) -> None:
 def state_of(model: nn.Module) -> DMSState:
     state = getattr(model, "dms", None)
     if not isinstance(state, DMSState):
-        raise ValueError(f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load")
+        raise ValueError(
+            f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load"
+        )
     return state
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight`, `layers.{i}.gate.bias`."""
-    return {f"layers.{layer.index}.gate.{name}": p for layer in state_of(model).layers for name, p in layer.module.dms_gate.named_parameters()}
+    return {
+        f"layers.{layer.index}.gate.{name}": p for layer in state_of(model).layers for name, p in layer.module.dms_gate.named_parameters()
+    }
 
 
 def _hidden_size(layer: AttentionLayer, text) -> int:
@@ -86,9 +92,17 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     given = {**given.pop("kwargs", {}), **given}
     source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = _filled_layer(given.get("past_key_values"), state)
-    tokens = masks.locate_tokens(source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past.tokens if past else None)
+    tokens = masks.locate_tokens(
+        source.shape[0],
+        source.shape[1],
+        source.device,
+        given.get("attention_mask"),
+        given.get("position_ids"),
+        past.tokens if past else None,
+    )
     if state.mode == "train":
         _require_recomputation(state, decoder)
+        masks.require_unbroken(tokens)
     state.forward = Forward(state.mode, tokens, state.noise)
 
 
@@ -119,6 +133,8 @@ def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
 def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Run the gate on what attention reads and leave the decision for the attention function."""
     forward = state.forward
+    # A pass that failed half-way may have left its decision.
+    module.dms_pending = None
     if forward is None:
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -135,7 +151,9 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
     noise = torch.zeros_like(logits)
     if forward.noise is not None:
         heads = layer.num_heads if config.granularity == "head" else 1
-        noise = gates.logistic_noise(forward.noise.sequence_B.to(logits.device), logits.shape[1], heads, seed=forward.noise.seed, layer=layer.index)
+        noise = gates.logistic_noise(
+            forward.noise.sequence_B.to(logits.device), logits.shape[1], heads, seed=forward.noise.seed, layer=layer.index
+        )
     own_log_keep = gates.keep_log_prob(logits, noise, config.tau)
     log_keep = masks.align(own_log_keep, tokens.segment_BT, config.alignment, 0.0)
     decided = masks.decided_tokens(tokens.segment_BT, config.alignment)[..., None].to(log_keep.dtype)
@@ -156,7 +174,9 @@ def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logit
         held.decide(decision, tokens)
         key_tokens, evicted = held.tokens, held.evicted()
     forward.evicted[layer.index], forward.logits[layer.index] = evicted, logits
-    return functools.partial(attention.evict_attention, evicted_BSH=evicted, query_tokens=tokens, key_tokens=key_tokens, window=config.window, sinks=config.sinks)
+    return functools.partial(
+        attention.evict_attention, evicted_BSH=evicted, query_tokens=tokens, key_tokens=key_tokens, window=config.window, sinks=config.sinks
+    )
 
 
 def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:

@@ -1,6 +1,6 @@
 """What a retrofitted model is doing now: one explicit state, fixed for a forward and for its recomputation."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,19 +68,25 @@ class DMSState:
         for config in self.model_configs:
             config._attn_implementation_internal = self.original_attention if mode == "dense" else self.attention_name
 
-    @contextmanager
-    def during(self, forward: Forward):
-        """Make `forward` the current pass, as activation checkpointing's recomputation needs, whatever ran since."""
-        mode, before = self.mode, self.forward
-        self.activate(forward.mode)
-        self.forward = forward
-        try:
-            yield
-        finally:
-            self.activate(mode)
-            self.forward = before
-
     def checkpoint_contexts(self):
         """`context_fn` for torch.utils.checkpoint: nothing in the forward, its own state again in the recomputation."""
-        forward = self.forward
-        return nullcontext(), self.during(forward.as_recomputation()) if forward is not None else nullcontext()
+        return nullcontext(), nullcontext() if self.forward is None else Recomputation(self, self.forward.as_recomputation())
+
+
+class Recomputation:
+    """Makes `forward` the current pass, as activation checkpointing's recomputation needs, whatever ran since.
+
+    Entered once for each backward: a retained graph has several.
+    """
+
+    def __init__(self, state: DMSState, forward: Forward):
+        self.state, self.forward = state, forward
+
+    def __enter__(self) -> None:
+        self.before = self.state.mode, self.state.forward
+        self.state.activate(self.forward.mode)
+        self.state.forward = self.forward
+
+    def __exit__(self, *_) -> None:
+        mode, self.state.forward = self.before
+        self.state.activate(mode)

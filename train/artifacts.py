@@ -44,7 +44,9 @@ def finish(
     console: Console,
 ) -> dict:
     """Save, evaluate, draw and print. Returns what result.json holds."""
-    model_folder = checkpoint.save(student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=base_dtype)
+    model_folder = checkpoint.save(
+        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=base_dtype
+    )
     digest = models.base_hash(model_folder)
     checkpoint.save_gates(student, folder / "gates", base_name=recipe.model, base_digest=digest, target_cr=recipe.target_cr)
 
@@ -92,8 +94,13 @@ def finish(
         base_license=_license(recipe.model),
         dms_config=recipe.dms.model_dump(),
         rows=rows,
-        run={k: result[k] for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")},
-        data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else f"{recipe.data.source}: {recipe.data.path}",
+        run={
+            k: result[k]
+            for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")
+        },
+        data="standard-library sources with planted recall tasks (built-in)"
+        if recipe.data.source == "builtin"
+        else f"{recipe.data.source}: {recipe.data.path}",
     )
     result["seconds"] = time.perf_counter() - start
     (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -17,7 +17,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as 
 
 
 @app.command()
-def retrofit(recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None) -> None:
+def retrofit(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None
+) -> None:
     """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
     from dms.train.recipe import RetrofitRecipe, load_recipe
 
@@ -29,7 +31,9 @@ def retrofit(recipe: Annotated[str, typer.Argument(help="A path, or a packaged n
 
 
 @app.command()
-def pretrain(recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None) -> None:
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None
+) -> None:
     """Train the small embedded model from scratch; repeated, it continues from its last checkpoint."""
     from dms.train.recipe import PretrainRecipe, load_recipe
 

@@ -23,23 +23,31 @@ class BuiltinDocuments(Dataset):
     def __init__(self, tokenizer, data: Data, num_samples: int, seed: int):
         self.tokenizer, self.data, self.num_samples, self.seed = tokenizer, data, num_samples, seed
         self.text = StdlibText(held_out=False)
+        for trial in range(4):
+            try:
+                self._plant(trial, data.items[1], strict=True)
+            except ValueError as error:
+                raise ValueError(f"data.items {data.items} do not fit data.length {data.length} with this tokenizer: {error}") from None
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def document(self, index: int):
+    def _plant(self, index: int, num_items: int | None = None, strict: bool = False):
         rng = Random(f"{self.seed}:{self.data.length}:{index}")
+        questions = rng.choice(("anywhere", "end"))
+        drawn = rng.randint(*self.data.items)
         return make_document(
             self.tokenizer,
             self.text,
             length=self.data.length,
             rng=rng,
-            questions=rng.choice(("anywhere", "end")),
-            num_items=rng.randint(*self.data.items),
+            questions=questions,
+            num_items=drawn if num_items is None else num_items,
+            strict=strict,
         )
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.document(index).input_ids
+        ids = self._plant(index).input_ids
         return {
             "input_ids": torch.tensor(ids),
             "segment_ids": torch.ones(len(ids), dtype=torch.long),
@@ -144,7 +152,9 @@ def _read_dataset(data: Data) -> Iterator[str]:
         rows = datasets.load_dataset(data.path, data.config, split=data.split)
     except Exception as error:
         # datasets raises its own, hub, network and file errors; each becomes one line with its cause.
-        raise ValueError(f"dataset {data.path!r} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ValueError(
+            f"dataset {data.path!r} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     if data.field not in rows.column_names:
         raise ValueError(f"dataset {data.path!r} has no column {data.field!r}; it has {', '.join(rows.column_names)}")
     yield from rows[data.field]

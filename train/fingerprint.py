@@ -28,6 +28,8 @@ def fingerprint(model: nn.Module, skip: set[int] = frozenset()) -> Fingerprint:
         bits = parameter.detach().contiguous().view(-1).view(_INTEGER[parameter.element_size()])
         # Integer sums wrap and are exact in any order.
         plain = int(bits.sum(dtype=torch.int64))
-        weighted = sum(int((part.long() * (torch.arange(part.numel(), device=part.device) % 65_521 + 1)).sum()) for part in bits.split(1 << 24))
+        weighted = sum(
+            int((part.long() * (torch.arange(part.numel(), device=part.device) % 65_521 + 1)).sum()) for part in bits.split(1 << 24)
+        )
         sums[name] = (plain, weighted)
     return Fingerprint(sums)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dms import models
+from dms.console import make_console
 from dms.retrofitting import gate_parameters, retrofit, set_mode
 from dms.train import artifacts
 from dms.train.data import make_source
@@ -79,24 +80,29 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         NothingEvicted: the gates evict next to nothing at the end.
         RuntimeError: frozen weights changed.
     """
-    console = console or Console()
+    console = console or make_console()
     accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision], cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
     per_step = recipe.micro_batch_size * accelerator.num_processes
     if recipe.batch_size % per_step:
-        raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes = {recipe.micro_batch_size} x {accelerator.num_processes}")
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes = {recipe.micro_batch_size} x {accelerator.num_processes}"
+        )
     start = time.perf_counter()
 
     # Everything that can be wrong is found here, before any work.
     tokenizer = models.load_tokenizer(recipe.model)
-    student = models.load_base(recipe.model, "float32", device=str(accelerator.device))
+    frozen = recipe.trainable == "gates"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
+    # Weights that are trained stay in float32; frozen ones are held as they are computed with, if that loses nothing.
+    dtype = "bfloat16" if frozen and recipe.precision == "bf16" and base_dtype == torch.bfloat16 else "float32"
+    student = models.load_base(recipe.model, dtype, device=str(accelerator.device))
     context = student.config.get_text_config().max_position_embeddings
     if recipe.data.length > context:
         raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
     student.config.use_cache = False
     teacher = None
-    if recipe.trainable == "all":
+    if not frozen:
         teacher = models.load_base(recipe.model, "float32", device=str(accelerator.device)).requires_grad_(False)
     retrofit(student, recipe.dms)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
@@ -115,7 +121,6 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
             module.attention_dropout = 0.0
     gates = list(gate_parameters(student).values())
     gate_ids = {id(p) for p in gates}
-    frozen = recipe.trainable == "gates"
     for parameter in student.parameters():
         parameter.requires_grad_(not frozen or id(parameter) in gate_ids)
     before = fingerprint(student, skip=gate_ids) if frozen else None
@@ -156,7 +161,9 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
             kl, compression, evicted, decided = accelerator.reduce(totals, "sum").tolist()
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step} (kl {kl}, compression {compression}); lower optimizer.lr, or look at the data of this step")
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step} (kl {kl}, compression {compression}); lower optimizer.lr, or look at the data of this step"
+                )
             grad_norm = float(accelerator.clip_grad_norm_(trained, settings.grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -188,7 +195,9 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     student.eval()
     student.config.use_cache = True
     if before is not None and (changed := before.differing(fingerprint(student, skip=gate_ids))):
-        raise RuntimeError(f"the base was frozen and {len(changed)} of its tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted")
+        raise RuntimeError(
+            f"the base was frozen and {len(changed)} of its tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
+        )
     if not accelerator.is_main_process:
         return {}
     result = artifacts.finish(
@@ -205,12 +214,10 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         console=console,
     )
     tracker.finish(result)
-    share = 1.0 - 1.0 / result["policies"]["dms"]["cr_decided"]
+    share = 1.0 - 1.0 / (result["policies"]["dms"]["cr_decided"] or math.inf)
     if recipe.target_cr > 1.0 and share < _NEXT_TO_NOTHING:
         raise NothingEvicted(
             f"the gates evict {share:.1%} of held-out tokens where {1 - 1 / recipe.target_cr:.0%} was asked: the run compressed next to nothing; "
             "train longer, raise optimizer.lr or compression_weight"
         )
     return result
-
-

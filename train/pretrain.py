@@ -12,38 +12,15 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dms import card
+from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.corpus import StdlibText, stdlib_files
-from dms.evaluation.lexicon import VALUES, WORDS
-from dms.evaluation.tasks import DISTRACTOR, EVENT, QUESTION, RECORD, make_document
+from dms.evaluation.tasks import make_document
 from dms.train.recipe import PretrainRecipe, Stage, dump_recipe
 from dms.train.step import learning_rate
+from dms.train.tokenizer import train_tokenizer
 
-BOS, PAD = "<|endoftext|>", "<|pad|>"
 _LOG_EVERY = 50
-
-
-def train_tokenizer(vocab_size: int, context: int):
-    """A byte-level BPE of the training files, with one token for each planted name, value and marker."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    planted = [f" ${word}" for word in WORDS] + [f" {value}" for value in VALUES] + [RECORD, QUESTION, EVENT, DISTRACTOR]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(planted),
-        special_tokens=[BOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out=False)), trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in planted])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=PAD, model_max_length=context, clean_up_tokenization_spaces=False
-    )
 
 
 class WeightedDocuments(Dataset):
@@ -57,13 +34,20 @@ class WeightedDocuments(Dataset):
     def __len__(self) -> int:
         return self.stage.steps * self.stage.batch_size - self.first
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rng = Random(f"{self.recipe.seed + 1}:{self.stage.length}:{index + self.first}")
         style = rng.choice(("anywhere", "end"))
         document = make_document(
-            self.tokenizer, self.text, length=self.stage.length, rng=rng, questions=style, num_items=rng.randint(*self.stage.items)
+            self.tokenizer,
+            self.text,
+            length=self.stage.length,
+            rng=rng,
+            questions=style,
+            num_items=rng.randint(*self.stage.items),
+            strict=False,
         )
-        return torch.tensor(document.input_ids), self.weights[torch.tensor(document.role)]
+        role = torch.tensor(document.role)
+        return torch.tensor(document.input_ids), self.weights[role], role
 
 
 def build_model(recipe: PretrainRecipe, vocab_size: int) -> nn.Module:
@@ -90,13 +74,16 @@ def build_model(recipe: PretrainRecipe, vocab_size: int) -> nn.Module:
     )
 
 
-def weighted_loss(model: nn.Module, ids_BT: torch.Tensor, weight_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
-    """Cross-entropy of the next token, as a weighted mean; `weight_BT` belongs to the token that is predicted."""
+def weighted_loss(
+    model: nn.Module, ids_BT: torch.Tensor, weight_BT: torch.Tensor, role_BT: torch.Tensor, autocast: bool
+) -> tuple[torch.Tensor, ...]:
+    """Cross-entropy of the next token: the weighted mean, and the means over running text and over answers."""
     with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16, enabled=autocast):
         logits = model(input_ids=ids_BT).logits
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
-    weight = weight_BT[:, 1:].flatten()
-    return (nll * weight).sum() / weight.sum()
+    weight, role = weight_BT[:, 1:].flatten(), role_BT[:, 1:].flatten()
+    parts = [(nll.detach() * (role == kind)).sum() / (role == kind).sum() for kind in (0, 2)]
+    return (nll * weight).sum() / weight.sum(), *parts
 
 
 def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
@@ -106,7 +93,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
         ValueError: an output folder that holds something else, or a checkpoint of another recipe.
         FloatingPointError: a loss that is not finite, with its step.
     """
-    console = console or Console()
+    console = console or make_console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(recipe.output_dir)
     checkpoint = folder / "checkpoint.pt"
@@ -136,31 +123,37 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
         console.print(f"continuing from step {state['step']}", highlight=False)
 
     def save() -> None:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "recipe": dump_recipe(recipe)}, checkpoint.with_suffix(".new"))
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "recipe": dump_recipe(recipe)},
+            checkpoint.with_suffix(".new"),
+        )
         checkpoint.with_suffix(".new").replace(checkpoint)
 
     total = sum(stage.steps for stage in recipe.stages)
     console.print(f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters for {total} steps on {device}", highlight=False)
-    begun, last_save, before = time.perf_counter(), time.perf_counter(), state["seconds"]
-    for ids, weight, loss_function in _batches(recipe, tokenizer, state["step"]):
+    begun, last_save, before, first = time.perf_counter(), time.perf_counter(), state["seconds"], state["step"]
+    for batch, loss_function in _batches(recipe, tokenizer, state["step"]):
         lr = learning_rate(state["step"] + 1, steps=total, lr=settings.lr, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = loss_function(model, ids.to(device), weight.to(device), recipe.precision == "bf16")
+        loss, *parts = loss_function(model, *(tensor.to(device) for tensor in batch), recipe.precision == "bf16")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] += 1
-        state["tokens"] += ids.numel()
+        state["tokens"] += batch[0].numel()
         state["seconds"] = before + time.perf_counter() - begun
         if state["step"] % _LOG_EVERY == 0 or state["step"] == total:
             state["loss"] = loss.item()
             if not state["loss"] == state["loss"]:
                 raise FloatingPointError(f"the loss is not finite at step {state['step']}; lower optimizer.lr")
             rate = state["tokens"] / state["seconds"]
-            left = (time.perf_counter() - begun) / max(1, state["step"]) * (total - state["step"])
-            console.print(f"step {state['step']}/{total}  length {ids.shape[1]}  loss {state['loss']:.3f}  {rate:,.0f} tok/s  about {left / 60:.0f} min left", highlight=False)
+            left = (total - state["step"]) * (time.perf_counter() - begun) / (state["step"] - first)
+            console.print(
+                f"step {state['step']}/{total}  length {batch[0].shape[1]}  loss {state['loss']:.3f} (text {parts[0]:.3f}, answers {parts[1]:.3f})  {rate:,.0f} tok/s  about {left / 60:.0f} min left",
+                highlight=False,
+            )
         if time.perf_counter() - last_save > 60 * recipe.save_minutes:
             save()
             last_save = time.perf_counter()
@@ -178,12 +171,13 @@ def _batches(recipe: PretrainRecipe, tokenizer, done: int) -> Iterator[tuple]:
         torch.compiler.reset()
         loss_function = torch.compile(weighted_loss) if recipe.compile else weighted_loss
         documents = WeightedDocuments(tokenizer, recipe, stage, first=skipped * stage.batch_size)
-        for ids, weight in DataLoader(documents, batch_size=stage.batch_size, num_workers=1):
-            yield ids, weight, loss_function
+        for batch in DataLoader(documents, batch_size=stage.batch_size, num_workers=1):
+            yield batch, loss_function
 
 
 def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, state: dict, console: Console) -> dict:
     """Save in half precision and measure what was saved."""
+    from dms import card
     from dms.config import DMSConfig
     from dms.models import load_base
     from dms.retrofitting import retrofit
@@ -217,6 +211,9 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
     }
     card.pretrain_card(saved, facts)
     (folder / "result.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    console.print(f"recall {figures['recall']:.3f} over {figures['recall_questions']} questions at {length} tokens, by distance {figures['recall_by_distance']}", highlight=False)
+    console.print(
+        f"recall {figures['recall']:.3f} over {figures['recall_questions']} questions at {length} tokens, by distance {figures['recall_by_distance']}",
+        highlight=False,
+    )
     console.print(f"bits per byte {figures['bits_per_byte']:.4f}; by task {figures['by_task']}; wrote {saved}", highlight=False)
     return facts

@@ -44,7 +44,7 @@ class Data(Strict):
     split: str = "train"
     field: str = "text"
     """The column or key that holds a document's text."""
-    items: list[int] = Field(default=[20, 44], min_length=2, max_length=2)
+    items: list[int] = Field(default=[20, 40], min_length=2, max_length=2)
     """builtin: how many tasks are planted in a document, from and to."""
 
     @model_validator(mode="after")
@@ -52,7 +52,9 @@ class Data(Strict):
         if self.source == "builtin" and self.path is not None:
             raise ValueError("data.path has no effect with source: builtin; remove it or choose source text, jsonl or dataset")
         if self.source != "builtin" and self.path is None:
-            raise ValueError(f"data.path is missing: source {self.source} needs {'a dataset id' if self.source == 'dataset' else 'a file, folder or glob'}")
+            raise ValueError(
+                f"data.path is missing: source {self.source} needs {'a dataset id' if self.source == 'dataset' else 'a file, folder or glob'}"
+            )
         if not 0 <= self.items[0] <= self.items[1]:
             raise ValueError(f"data.items is {self.items}; give [from, to] with 0 <= from <= to")
         return self
@@ -113,9 +115,13 @@ class RetrofitRecipe(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them"
+            )
         if self.dms.window >= self.data.length:
-            raise ValueError(f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window")
+            raise ValueError(
+                f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
+            )
         return self
 
 
@@ -164,11 +170,16 @@ class PretrainRecipe(Strict):
 class _StrictLoader(yaml.SafeLoader):
     """YAML without its traps: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
 
-    yaml_implicit_resolvers = {key: [r for r in resolvers if r[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")] for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
-
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_StrictLoader.yaml_implicit_resolvers = {
+    key: [resolver for resolver in resolvers if resolver[0] not in _REPLACED]
+    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$"), list("-+0123456789."))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$"), list("-+0123456789.")
+)
 # Whole numbers stay integers: the resolver that was added last would win otherwise.
 for _key, _resolvers in _StrictLoader.yaml_implicit_resolvers.items():
     _resolvers.sort(key=lambda r: r[0] == "tag:yaml.org,2002:float")
@@ -190,7 +201,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _n
 def parse_yaml(text: str, source: str) -> Any:
     """Raises ValueError with the place for anything that is not plain, unambiguous YAML."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
     except ValueError as error:

@@ -7,11 +7,11 @@ loss and gradient however the step is split. Shapes: B sequences, T tokens, M mo
 from dataclasses import dataclass
 
 import torch
-from dms_kernels import distill_loss
 from torch import nn
 
 from dms.retrofitting import set_mode, state_of
 from dms.state import Noise
+from dms_kernels import distill_loss
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
     own = model(input_ids=input_ids_BT, use_cache=False).logits
     difference = (logits.float() - own.float()).abs().max().item()
     if not difference <= 1e-2 * max(1.0, own.float().abs().max().item()):
-        raise ValueError(f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (they differ by {difference:.3g}); this model cannot be retrofitted yet")
+        raise ValueError(
+            f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (they differ by {difference:.3g}); this model cannot be retrofitted yet"
+        )
 
 
 def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -139,7 +141,9 @@ def distill_step(
         compression=compression.detach(),
         evicted=evicted_B.detach().sum(),
         decided=decided_B.detach().sum(),
-        head_rate_LH=torch.stack([forward.head_rate[index].expand(state_of(student).layers[0].num_heads) for index in sorted(forward.head_rate)]),
+        head_rate_LH=torch.stack(
+            [forward.head_rate[index].expand(state_of(student).layers[0].num_heads) for index in sorted(forward.head_rate)]
+        ),
     )
 
 

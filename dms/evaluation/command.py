@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
 from dms import checkpoint, models
+from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.table import results_table
 from dms.retrofitting import state_of
@@ -25,7 +25,7 @@ def evaluate_folder(folder: str, *, length: int | None, num_documents: int, num_
     if length > context:
         raise ValueError(f"--length is {length} and the model's context is {context} tokens; shorten it")
     documents = evaluation.make_documents(tokenizer, num_documents=num_documents, length=length, num_items=num_items)
-    console = Console()
+    console = make_console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=len(documents) * len(evaluation.POLICIES))
         scores = evaluation.evaluate(model, documents, progress=lambda n: progress.advance(task, n))

@@ -42,8 +42,10 @@ class Scores:
     seconds: float = 0.0
 
     @property
-    def cr_decided(self) -> float:
-        return 1.0 / max(1e-9, 1.0 - self.evicted / max(1, self.decided))
+    def cr_decided(self) -> float | None:
+        """None where the policy evicts every token that leaves its window: it decides nothing."""
+        kept = self.decided - self.evicted
+        return self.decided / kept if kept else None
 
     @property
     def cr(self) -> float:
@@ -62,7 +64,7 @@ class Scores:
 
 
 def make_documents(tokenizer, *, num_documents: int, length: int, num_items: int, seed: int = 7) -> list[Document]:
-    """Held-out documents: other files than training's, other seeds, keys that training never asks for; one in eight has a single record."""
+    """Held-out documents: other files than training's, other seeds, names that training never uses; one in eight has a single record."""
     text = StdlibText(held_out=True)
     documents = []
     for number in range(num_documents):
@@ -76,7 +78,7 @@ def make_documents(tokenizer, *, num_documents: int, length: int, num_items: int
                 num_items=1 if single else num_items,
                 mix={"single": 1.0} if single else None,
                 questions="end",
-                unseen_keys=True,
+                unseen_names=True,
             )
         )
     return documents
@@ -101,7 +103,9 @@ def window_for_budget(length: int, cr: float, sinks: int = SLIDING_WINDOW_SINKS)
 
 
 @torch.no_grad()
-def run_policy(model, documents: list[Document], policy: str, *, batch_size: int = 4, progress: Callable[[int], None] | None = None) -> Scores:
+def run_policy(
+    model, documents: list[Document], policy: str, *, batch_size: int = 4, progress: Callable[[int], None] | None = None
+) -> Scores:
     """Forward every document in dense ("dense") or evict mode (any other policy) and score it. All documents have one length."""
     set_mode(model, "dense" if policy == "dense" else "evict")
     state, device = state_of(model), next(model.parameters()).device
@@ -144,7 +148,14 @@ def _count_entries(scores: Scores, state, ids: torch.Tensor, policy: str) -> Non
         scores.alive += int(masks.alive(tokens, evicted, window=config.window, sinks=config.sinks).sum())
 
 
-def evaluate(model, documents: list[Document], *, batch_size: int = 4, policies: tuple[str, ...] = POLICIES, progress: Callable[[int], None] | None = None) -> dict[str, Scores]:
+def evaluate(
+    model,
+    documents: list[Document],
+    *,
+    batch_size: int = 4,
+    policies: tuple[str, ...] = POLICIES,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Scores]:
     """Score each policy; the sliding window gets the budget that dms was measured to use, so dms runs before it."""
     results: dict[str, Scores] = {}
     for policy in policies:
@@ -191,7 +202,9 @@ def rows(scores: Scores, *, length: int, common: dict) -> list[dict]:
             if task in tasks and quartile in (None, q):
                 right[document] += correct
                 asked[document] += 1
-        metrics.append((name, "accuracy", value, int(asked.sum()), lambda d, r=right, a=asked: r[d].sum() / a[d].sum() if a[d].sum() else None))
+        metrics.append(
+            (name, "accuracy", value, int(asked.sum()), lambda d, r=right, a=asked: r[d].sum() / a[d].sum() if a[d].sum() else None)
+        )
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(scores.bits), (_NUM_BOOTSTRAP, len(scores.bits)))
     result = []
@@ -224,7 +237,12 @@ def versions() -> dict[str, str]:
 
     import dms
 
-    return {"dms": dms.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "dms": dms.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def describe_device() -> str:

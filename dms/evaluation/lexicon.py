@@ -1,4 +1,7 @@
-"""Words that name planted records. Split once, for good: the names in `UNSEEN` are never asked for in training."""
+"""Names and values of planted records. A name is two words, such as amber-fox; one pair in eight is kept for evaluation."""
+
+import zlib
+from random import Random
 
 _WORDS = """
 acorn adobe agate alder almond alpine amber anchor anvil apple apricot arbor arrow ash aspen aster atlas autumn azure badge
@@ -17,8 +20,25 @@ salmon sand sapphire satin scarlet sea shadow shell shore silk silver sky slate 
 """
 
 WORDS = tuple(_WORDS.split())
-UNSEEN = WORDS[4::9]
-SEEN = tuple(word for word in WORDS if word not in set(UNSEEN))
+FIRST_WORDS, SECOND_WORDS = WORDS[::2], WORDS[1::2]
+
+
+def is_unseen(name: str) -> bool:
+    """Whether a name is of the eighth that training never uses."""
+    return zlib.crc32(name.encode()) % 8 == 0
+
+
+def draw_names(rng: Random, unseen: bool) -> list[str]:
+    """Names in random order, all unseen or none; no word stands in two of them."""
+    names, used = [], set()
+    for first in rng.sample(FIRST_WORDS, len(FIRST_WORDS)):
+        for second in rng.sample(SECOND_WORDS, 24):
+            if second not in used and is_unseen(f"{first}-{second}") == unseen:
+                names.append(f"{first}-{second}")
+                used.add(second)
+                break
+    return names
+
 
 # Values are numbers of three digits, so that code around the records has numbers of the same look.
 VALUES = tuple(range(100, 356))

@@ -2,23 +2,24 @@
 
 A document is running text with records planted at line borders, and questions whose answers stand in the records:
 
-    #: $amber 417                  a record: one key, one value           single, multi_key
-    #: $cedar 301 122              one key, several values                multi_value
-    #? $amber 417 $fern 208        several keys asked in one line         multi_query
-    #: $dune $amber                a link; the answer spells the hops     chain_1 .. chain_3
-    #: $glen if not line:          a key and a piece of code              copy
-    #+ $hawk                       an event; the answer is their number   count
-    #- $iris 288                   looks like a record, never asked for
+    #: $amber-fox 317                    a record: one name, one value          single, multi_key
+    #: $cedar-owl 301 122                one name, several values               multi_value
+    #? $amber-fox 317 $lime-reef 208     several names asked in one line        multi_query
+    #: $dune-lark $amber-fox             a link; the answer spells the hops     chain_1 .. chain_3
+    #: $glen-moss if not line:           a name and a piece of code             copy
+    #+ $hawk-sand                        an event; the answer is their number   count
+    #- $iris-pond 288                    looks like a record, never asked for
 
-Keys that occur in the surrounding text are not used, each key is asked for once, and the answer always follows its records,
+Names that occur in the surrounding text are not used, each name is asked for once, and the answer always follows its records,
 so that every question has one answer. Used by pre-training, by the retrofit's evaluation and by `dms evaluate`.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, Protocol
 
-from dms.evaluation.lexicon import SEEN, UNSEEN, VALUES
+from dms.evaluation.lexicon import VALUES, draw_names
 
 RECALL_TASKS = ("single", "multi_key", "multi_value", "multi_query")
 CHAIN_TASKS = ("chain_1", "chain_2", "chain_3")
@@ -27,7 +28,16 @@ TASKS = (*RECALL_TASKS, *CHAIN_TASKS, "copy", "count")
 RECORD, QUESTION, EVENT, DISTRACTOR = "#:", "#?", "#+", "#-"
 
 # How often each kind is planted, when a document mixes them.
-DEFAULT_MIX = {"multi_key": 8.0, "multi_value": 2.0, "multi_query": 2.0, "chain_1": 1.0, "chain_2": 0.5, "chain_3": 0.5, "copy": 1.0, "count": 0.5}
+DEFAULT_MIX = {
+    "multi_key": 8.0,
+    "multi_value": 2.0,
+    "multi_query": 2.0,
+    "chain_1": 1.0,
+    "chain_2": 0.5,
+    "chain_3": 0.5,
+    "copy": 1.0,
+    "count": 0.5,
+}
 
 
 class Tokenizer(Protocol):
@@ -92,24 +102,32 @@ def make_document(
     num_items: int,
     mix: dict[str, float] | None = None,
     questions: Literal["anywhere", "end"] = "anywhere",
-    unseen_keys: bool = False,
+    unseen_names: bool = False,
+    strict: bool = True,
 ) -> Document:
     """Plant up to `num_items` items in running text so that the document has exactly `length` tokens.
 
     mix: weight of each task (None: `DEFAULT_MIX`). questions: where they stand; "end" makes their distances uniform up to the
-    whole document. unseen_keys: ask only for keys that training never asks for; fewer items are planted where those run out.
+    whole document. unseen_names: use only names that training never uses; fewer items are planted where those run out.
+    strict: refuse a draw of items that is longer than the document; otherwise leave out its last ones.
 
     Raises:
         ValueError: an unknown task, or items that are longer than the document.
     """
     lines = text.lines(rng, length * 8)
-    items, distractors = _choose_items(lines, rng, num_items, DEFAULT_MIX if mix is None else mix, unseen_keys)
+    items, distractors = _choose_items(lines, rng, num_items, DEFAULT_MIX if mix is None else mix, unseen_names)
     (newline,) = _encode(tokenizer, ["\n"])
-    blocks = _place_items(tokenizer, items, distractors, rng, questions, newline)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room = length - len(bos) - sum(len(block.tokens) for block in blocks)
+    while True:
+        blocks = _place_items(tokenizer, items, distractors, rng, questions, newline)
+        room = length - len(bos) - sum(len(block.tokens) for block in blocks)
+        if room >= 0 or strict or not items:
+            break
+        items.pop()
     if room < 0:
-        raise ValueError(f"{len(items)} planted items take {length - room} tokens, more than the document's {length}; plant fewer or lengthen it")
+        raise ValueError(
+            f"{len(items)} planted items take {length - room} tokens, more than the document's {length}; plant fewer or lengthen it"
+        )
     filler, num_bytes, gap = _fill(tokenizer, lines, room)
     blocks += filler
     # Whole lines leave a gap; line ends fill it and are not running text.
@@ -119,31 +137,27 @@ def make_document(
     return _join(blocks, items, num_bytes)
 
 
-def _choose_items(lines: list[str], rng: Random, num_items: int, mix: dict[str, float], unseen_keys: bool) -> tuple[list[_Item], list[str]]:
-    """Items with keys that the text does not contain, and lines that nobody asks for, with names that no item uses."""
+def _choose_items(
+    lines: list[str], rng: Random, num_items: int, mix: dict[str, float], unseen_names: bool
+) -> tuple[list[_Item], list[str]]:
+    """Items with names that the text does not contain, and lines that nobody asks for, with names that no item uses."""
     whole = "".join(lines)
-    asked, never_asked = (UNSEEN, SEEN) if unseen_keys else (SEEN, UNSEEN)
-    keys = [word for word in asked if f"${word}" not in whole]
-    others = [word for word in never_asked if f"${word}" not in whole]
-    rng.shuffle(keys)
-    rng.shuffle(others)
-    # The further names of a chain are always of those that training asks for.
-    links = others if unseen_keys else keys
+    names = [name for name in draw_names(rng, unseen_names) if f"${name}" not in whole]
     code = [line.strip() for line in lines if 8 <= len(line.strip()) <= 32] or ["pass  # nothing"]
     items: list[_Item] = []
     for _ in range(num_items):
-        if min(len(keys), len(links)) < 5:
+        if len(names) < 8:
             break
         (task,) = rng.choices(list(mix), weights=list(mix.values()))
-        items.append(_make_item(task, keys, links, rng, rng.choice(code)))
-    free = (others + keys)[: max(2, num_items // 3)]
-    return items, [f"{rng.choice((RECORD, DISTRACTOR))} ${word} {rng.choice(VALUES)}\n" for word in free]
+        items.append(_make_item(task, names, rng, rng.choice(code)))
+    free = names[: max(2, num_items // 3)]
+    return items, [f"{rng.choice((RECORD, DISTRACTOR))} ${name} {rng.choice(VALUES)}\n" for name in free]
 
 
-def _make_item(task: str, keys: list[str], links: list[str], rng: Random, code_line: str) -> _Item:
-    """Build one item; `keys` (asked for) and `links` (the further names of a chain) are consumed from their ends."""
+def _make_item(task: str, names: list[str], rng: Random, code_line: str) -> _Item:
+    """Build one item; `names` is consumed from its end."""
     if task in ("single", "multi_key", "multi_value", "copy"):
-        key = keys.pop()
+        key = names.pop()
         if task == "copy":
             value = f" {code_line}"
         else:
@@ -151,17 +165,17 @@ def _make_item(task: str, keys: list[str], links: list[str], rng: Random, code_l
             value = "".join(f" {v}" for v in values)
         return _Item(task, [f"{RECORD} ${key}{value}\n"], [(f" ${key}", value)], [[0]])
     if task == "multi_query":
-        pairs = [(f" ${keys.pop()}", f" {rng.choice(VALUES)}") for _ in range(rng.randint(2, 3))]
+        pairs = [(f" ${names.pop()}", f" {rng.choice(VALUES)}") for _ in range(rng.randint(2, 3))]
         return _Item(task, [f"{RECORD}{key}{value}\n" for key, value in pairs], pairs, [[i] for i in range(len(pairs))])
     if task in CHAIN_TASKS:
         hops = int(task[-1])
-        names, value = [keys.pop(), *(links.pop() for _ in range(hops))], rng.choice(VALUES)
-        records = [f"{RECORD} ${a} ${b}\n" for a, b in zip(names, names[1:], strict=False)]
-        records.append(f"{RECORD} ${names[-1]} {value}\n")
-        answer = "".join(f" ${name}" for name in names[1:]) + f" {value}"
-        return _Item(task, records, [(f" ${names[0]}", answer)], [list(range(len(records)))])
+        chain, value = [names.pop() for _ in range(hops + 1)], rng.choice(VALUES)
+        records = [f"{RECORD} ${a} ${b}\n" for a, b in itertools.pairwise(chain)]
+        records.append(f"{RECORD} ${chain[-1]} {value}\n")
+        answer = "".join(f" ${name}" for name in chain[1:]) + f" {value}"
+        return _Item(task, records, [(f" ${chain[0]}", answer)], [list(range(len(records)))])
     if task == "count":
-        key, number = keys.pop(), rng.randint(1, 6)
+        key, number = names.pop(), rng.randint(1, 6)
         events = [f"{EVENT} ${key}\n"] * number
         return _Item(task, events, [(f" ${key}", f" {number}")], [list(range(number))], prefix=QUESTION + EVENT)
     raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")

@@ -1,0 +1,25 @@
+# Thin calls; what they do stands in scripts/.
+.PHONY: help setup check format test test-slow test-gpu
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## make .venv and install the project with its tools
+	scripts/setup_env.sh dev
+
+check: setup  ## lint and formatting
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+format: setup  ## mend what lint and formatting can mend
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+test:  ## the default tests: CPU, offline
+	scripts/test.sh
+
+test-slow:  ## the tests marked slow
+	scripts/test.sh -m "slow and not gpu"
+
+test-gpu:  ## the tests marked gpu, one process
+	scripts/test.sh -m gpu -n 0

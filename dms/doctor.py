@@ -1,0 +1,362 @@
+"""`dms doctor`: what works on this machine, and what each missing piece costs.
+
+Importing this module is cheap. Whatever is slow, noisy or may die (torch, DeepSpeed, a bfloat16 matmul) runs in processes of its own.
+"""
+
+import json
+import netrc
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+# Some virtual machines advertise AMX but cannot run it: any bfloat16 matmul then dies with SIGILL inside oneDNN. This keeps oneDNN off it.
+AMX_CURE = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
+
+_PROBE_SECONDS = 60
+
+_BFLOAT16_PROBE = """
+import torch
+torch.set_num_threads(1)
+a = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
+exact = a @ a.T
+assert (a.bfloat16() @ a.T.bfloat16()).float().sub(exact).abs().max() < 0.05 * exact.abs().max()
+"""
+
+_DEVICE_PROBE = """
+import json, torch
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+print(json.dumps({
+    "cuda": torch.version.cuda,
+    "hip": torch.version.hip,
+    "threads": torch.get_num_threads(),
+    "gpus": [{"name": gpu.name, "bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]} for gpu in gpus],
+}), flush=True)
+"""
+
+_DEEPSPEED_PROBE = """
+import json
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+print(json.dumps({"adam": CPUAdamBuilder().is_compatible(verbose=False), "aio": AsyncIOBuilder().is_compatible(verbose=False)}), flush=True)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One row of the table."""
+
+    name: str
+    found: str
+    """Version, device or reason; empty when there is nothing to say."""
+    status: Literal["ok", "warn", "missing"]
+    cost: str = ""
+    """What it costs without it, and the cure; empty when nothing is lost."""
+    required: bool = False
+    """Whether nothing works without it."""
+
+
+def bfloat16_works(env: dict[str, str] | None = None) -> bool:
+    """Whether a bfloat16 matmul survives on this CPU and is right, tried in a process of its own (about two seconds).
+
+    env: variables laid over this process's environment for the trial, such as `AMX_CURE`; None lays nothing.
+    """
+    return _run(_BFLOAT16_PROBE, env)[0] == 0
+
+
+def collect() -> list[Check]:
+    """Every check, in the order of the table."""
+    has_torch = _version("torch") is not None
+    has_deepspeed = _version("deepspeed") is not None
+    # The three probes mostly wait for imports: side by side they take as long as the slowest.
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        devices_job = pool.submit(_run, _DEVICE_PROBE) if has_torch else None
+        bfloat16_job = pool.submit(_bfloat16) if has_torch else None
+        deepspeed_job = pool.submit(_run, _DEEPSPEED_PROBE, _deepspeed_env()) if has_deepspeed else None
+        devices = _answer(devices_job.result()) if devices_job else None
+        compiler, ninja = _compiler(), _ninja()
+        checks = [
+            _python(),
+            _torch(devices),
+            *(_package(name, "nothing runs without it", required=True) for name in ("transformers", "accelerate")),
+            _package("datasets", "recipes cannot name data sets of the hub; local files and the built-in data still work"),
+            _wandb(),
+            _cpu(),
+            *_gpus(devices),
+            compiler,
+            _headers(),
+            ninja,
+        ]
+        if bfloat16_job:
+            checks.append(bfloat16_job.result())
+        checks.append(_triton(devices))
+        can_build = compiler.status == ninja.status == "ok"
+        checks.extend(_deepspeed(_answer(deepspeed_job.result()) if deepspeed_job else None, can_build))
+    return checks
+
+
+def main() -> int:
+    """Print the table; the exit code is 1 when something required is missing, else 0."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    checks = collect()
+    table = Table(title="dms doctor", title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    table.add_column("what it costs", overflow="fold")
+    style = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for check in checks:
+        table.add_row(check.name, Text(check.found), Text(check.status, style[check.status]), Text(check.cost))
+    Console().print(table)
+    lost = [check.name for check in checks if check.required and check.status == "missing"]
+    if lost:
+        print(f"dms doctor: required and missing: {', '.join(lost)}; scripts/setup_env.sh installs what the project needs", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _run(code: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """Exit code (negative: killed by that signal), stdout and stderr of a Python process that runs the code."""
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no answer within {_PROBE_SECONDS} s"
+    return done.returncode, done.stdout, done.stderr
+
+
+def _answer(result: tuple[int, str, str]) -> dict[str, Any]:
+    """The JSON line among a probe's prints, or `{"error": the last line of its complaint}`."""
+    code, out, err = result
+    for line in reversed(out.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    return {"error": (err.strip().splitlines() or [f"exit code {code}"])[-1][:200]}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _wanted(name: str) -> str:
+    """The versions of a package that this distribution asks for, such as ">=2.11"; empty for any, or if it is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        requirements = [Requirement(line) for line in metadata.requires("dms-retrofit") or ()]
+    except (ImportError, metadata.PackageNotFoundError):
+        return ""
+    return next((str(r.specifier) for r in requirements if r.name == name and r.marker is None), "")
+
+
+def _package(name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
+    """A package by its version, against the requirement of this distribution."""
+    label = label or name
+    version = _version(name)
+    if version is None:
+        cure = f"{cost}; pip install {name}"
+        return Check(name=label, found="", status="missing" if required else "warn", cost=cure, required=required)
+    wanted = _wanted(name)
+    if wanted:
+        from packaging.specifiers import SpecifierSet
+
+        if not SpecifierSet(wanted).contains(version, prereleases=True):
+            return Check(name=label, found=version, status="missing", cost=f"too old: needs {wanted}", required=required)
+    return Check(name=label, found=version, status="ok", required=required)
+
+
+def _python() -> Check:
+    # An older Python does not get this far: it cannot import this module.
+    return Check(name="Python", found=f"{platform.python_version()} ({sys.executable})", status="ok", required=True)
+
+
+def _torch(devices: dict[str, Any] | None) -> Check:
+    check = _package("torch", "nothing runs without it", required=True)
+    if check.status != "ok" or devices is None:
+        return check
+    if "error" in devices:
+        return Check(
+            name="torch", found=f"{check.found}: {devices['error']}", status="missing", cost="torch does not import", required=True
+        )
+    build = f"CUDA {devices['cuda']}" if devices["cuda"] else f"ROCm {devices['hip']}" if devices["hip"] else "CPU build"
+    return Check(name="torch", found=f"{check.found}, {build}", status="ok", required=True)
+
+
+def _wandb() -> Check:
+    check = _package("wandb", "no tracking; metrics.jsonl is written all the same")
+    if check.status != "ok":
+        return check
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "disabled", "dryrun"):
+        return Check(name="wandb", found=f"{check.found}, WANDB_MODE={mode}", status="ok")
+    if _has_wandb_key():
+        return Check(name="wandb", found=f"{check.found}, with a key", status="ok")
+    return Check(
+        name="wandb",
+        found=f"{check.found}, no key",
+        status="ok",
+        cost="runs are tracked offline; `wandb login` first, or `wandb sync` later",
+    )
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _cpu() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check(name="CPU", found=f"{cores} cores, {_memory_bytes() / 2**30:.0f} GiB of memory", status="ok")
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or the container's share of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def _gpus(devices: dict[str, Any] | None) -> list[Check]:
+    gpus = (devices or {}).get("gpus", [])
+    checks = []
+    for index, gpu in enumerate(gpus):
+        major, minor = gpu["capability"]
+        found = f"{gpu['name']}, {gpu['bytes'] / 2**30:.0f} GiB, compute capability {major}.{minor}"
+        checks.append(Check(name=f"GPU {index}", found=found, status="ok"))
+    if checks:
+        return checks
+    if shutil.which("nvidia-smi"):
+        cost = "the driver's tools are here but torch sees no GPU: a CPU build of torch, a driver too old, or CUDA_VISIBLE_DEVICES"
+        return [Check(name="GPU", found="not usable", status="warn", cost=cost)]
+    return [
+        Check(
+            name="GPU",
+            found="none",
+            status="warn",
+            cost="everything runs on the CPU: fit for the tiny recipes, not for billions of weights",
+        )
+    ]
+
+
+def _compiler() -> Check:
+    # The order in which torch's extension builder and DeepSpeed look.
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    path = next((found for name in candidates if (found := shutil.which(name))), None)
+    if path is None:
+        cost = "no DeepSpeed CPU ops (offload) and no torch.compile; apt-get install g++"
+        return Check(name="C++ compiler", found=f"none of {', '.join(candidates)}", status="missing", cost=cost)
+    done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    return Check(name="C++ compiler", found=(done.stdout.splitlines() or [path])[0], status="ok")
+
+
+def _headers() -> Check:
+    folder = sysconfig.get_paths()["include"]
+    if Path(folder, "Python.h").exists():
+        return Check(name="Python headers", found=folder, status="ok")
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    cost = f"DeepSpeed ops, Triton and torch.compile cannot build; apt-get install {package}"
+    return Check(name="Python headers", found="no Python.h", status="warn", cost=cost)
+
+
+def _ninja() -> Check:
+    cost = "DeepSpeed ops cannot be built"
+    if path := shutil.which("ninja"):
+        return Check(name="ninja", found=path, status="ok")
+    beside = Path(sysconfig.get_path("scripts"), "ninja")
+    if beside.exists():
+        return Check(
+            name="ninja", found=str(beside), status="warn", cost=f"{cost}: it is installed but not on PATH; activate the environment"
+        )
+    return Check(name="ninja", found="", status="warn", cost=f"{cost}; pip install ninja")
+
+
+def _bfloat16() -> Check:
+    name = "bfloat16 matmul (CPU)"
+    code, _, err = _run(_BFLOAT16_PROBE)
+    if code == 0:
+        cure = os.environ.get("ONEDNN_MAX_CPU_ISA")
+        return Check(name=name, found=f"works with ONEDNN_MAX_CPU_ISA={cure}" if cure else "works", status="ok")
+    died = f"dies of {signal.Signals(-code).name}" if code < 0 else (err.strip().splitlines() or [f"exit code {code}"])[-1][:200]
+    if bfloat16_works(AMX_CURE):
+        ((variable, value),) = AMX_CURE.items()
+        cost = f"precision=bf16 on this CPU needs {variable}={value} in the environment before torch starts; dms commands set it themselves"
+        return Check(name=name, found=f"{died}; works with {variable}={value}", status="warn", cost=cost)
+    return Check(name=name, found=died, status="warn", cost="precision=bf16 does not work on this CPU; use precision=fp32")
+
+
+def _triton(devices: dict[str, Any] | None) -> Check:
+    version = _version("triton")
+    if version is None:
+        return Check(name="Triton", found="", status="warn", cost="no fused kernels: attention and loss run in plain PyTorch")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        cost = "kernels run in Python: right in float32 and float16 only, and slow"
+        return Check(name="Triton", found=f"{version}, interpreter", status="warn", cost=cost)
+    if (devices or {}).get("gpus"):
+        return Check(name="Triton", found=f"{version}, GPU", status="ok")
+    cost = "no GPU: kernels run only with TRITON_INTERPRET=1, in float32 and float16, slowly"
+    return Check(name="Triton", found=version, status="warn", cost=cost)
+
+
+def _deepspeed_env() -> dict[str, str]:
+    """On a machine without a GPU DeepSpeed must be told so, or it builds nothing."""
+    if "DS_ACCELERATOR" in os.environ or shutil.which("nvidia-smi"):
+        return {}
+    return {"DS_ACCELERATOR": "cpu"}
+
+
+def _deepspeed(ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
+    version = _version("deepspeed")
+    if version is None or ops is None:
+        cost = "no ZeRO: weights and optimizer states must fit on each device; pip install -e '.[deepspeed]'"
+        return [Check(name="DeepSpeed", found="", status="warn", cost=cost)]
+    if "error" in ops:
+        return [Check(name="DeepSpeed", found=f"{version}: {ops['error']}", status="warn", cost="installed, but does not import")]
+    offload = "no optimizer offload to the CPU"
+    if not ops["adam"]:
+        adam = Check(name="DeepSpeedCPUAdam", found="not compatible", status="warn", cost=offload)
+    elif not can_build:
+        adam = Check(
+            name="DeepSpeedCPUAdam", found="cannot be built", status="warn", cost=f"{offload}: needs the C++ compiler and ninja above"
+        )
+    else:
+        adam = Check(name="DeepSpeedCPUAdam", found="can be built (about 40 s at first use)", status="ok")
+    if ops["aio"] and can_build:
+        nvme = Check(name="NVMe offload", found="libaio found", status="ok")
+    else:
+        missing = "no libaio headers" if not ops["aio"] else "cannot be built"
+        nvme = Check(
+            name="NVMe offload",
+            found=missing,
+            status="warn",
+            cost="no offload to NVMe; apt-get install libaio-dev, with the compiler and ninja",
+        )
+    return [Check(name="DeepSpeed", found=version, status="ok"), adam, nvme]

@@ -1,0 +1,199 @@
+"""What `retrofit` finds in a model, and what it refuses, by name and with the reason."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
+
+import dms
+from dms.adapter import find_layers
+from dms.retrofitting import gate_parameters, set_mode
+
+
+def test_gates_are_named_by_layer(build_model):
+    model = dms.retrofit(build_model("llama", num_hidden_layers=3), dms.DMSConfig(window=8))
+    shapes = {name: tuple(p.shape) for name, p in gate_parameters(model).items()}
+    assert shapes == {f"layers.{i}.gate.{part}": shape for i in range(3) for part, shape in (("weight", (2, 64)), ("bias", (2,)))}
+    assert model.dms.mode == "dense" and model.dms.skipped == {}
+    assert all(not p.any() for p in gate_parameters(model).values())
+
+
+def test_granularity_layer_has_one_output(build_model):
+    model = dms.retrofit(build_model("llama"), dms.DMSConfig(window=8, granularity="layer"))
+    assert gate_parameters(model)["layers.0.gate.weight"].shape == (1, 64)
+
+
+@pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("gpt_neox", 4), ("gpt2", 4), ("phi3", 2)])
+def test_number_of_kv_heads(family, heads, build_model):
+    found = find_layers(build_model(family))
+    assert [(layer.num_heads, layer.num_query_heads) for layer in found.gated] == [(heads, 4)] * 2
+
+
+def test_kv_heads_come_from_the_layer_not_from_a_stray_key(build_model):
+    # A configuration may carry a key that its model does not read.
+    assert find_layers(build_model("gpt_neox", num_key_value_heads=2)).gated[0].num_heads == 4
+
+
+def test_the_decoder_owns_the_layers(build_model):
+    for family, name in (("llama", "model"), ("gpt_neox", "gpt_neox"), ("gpt2", "transformer"), ("opt", "model.decoder")):
+        model = build_model(family)
+        assert find_layers(model).decoder is model.get_submodule(name)
+
+
+def test_only_the_text_decoder_of_a_multimodal_model():
+    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "eos_token_id": None}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    ids = torch.randint(2, 80, (2, 30))
+    with torch.no_grad():
+        dense = model(input_ids=ids).logits
+        dms.retrofit(model, dms.DMSConfig(window=4))
+        assert [layer.name for layer in model.dms.layers] == ["model.language_model.layers.1.self_attn"]
+        towers = [m.config._attn_implementation for m in model.model.vision_tower.modules() if hasattr(m, "config")]
+        set_mode(model, "evict")
+        assert towers == [m.config._attn_implementation for m in model.model.vision_tower.modules() if hasattr(m, "config")]
+        # It builds its masks before its decoder: which tokens are padding is no longer to be seen there.
+        with pytest.raises(ValueError, match="attention mask is dict"):
+            model(input_ids=ids)
+        set_mode(model, "dense")
+        assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_a_copy_is_independent(build_gated, make_batch):
+    model = build_gated()
+    twin = copy.deepcopy(model)
+    set_mode(twin, "evict")
+    batch = make_batch(2, 24)
+    with torch.no_grad():
+        evicted, dense = twin(**batch).logits, model(**batch).logits
+    assert model.dms.mode == "dense" and model.dms.forward is None
+    assert twin.dms.forward is not None and not torch.allclose(evicted, dense, atol=1e-2)
+
+
+def test_two_models_in_different_modes(build_gated, make_batch):
+    one, two = build_gated("llama"), build_gated("gemma2")
+    batch = make_batch(2, 24)
+    with torch.no_grad():
+        dense = two(**batch).logits
+        set_mode(one, "evict")
+        one(**batch)
+        assert torch.equal(two(**batch).logits, dense)
+        set_mode(two, "evict")
+        assert not torch.equal(two(**batch).logits, dense)
+
+
+def test_a_model_on_the_meta_device():
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert len(dms.retrofit(model, dms.DMSConfig(window=8)).dms.layers) == 2
+
+
+def _refusal(model, config=None) -> str:
+    with pytest.raises(ValueError) as caught:
+        dms.retrofit(model, config or dms.DMSConfig(window=8))
+    message = str(caught.value)
+    assert type(model).__name__ in message or "window" in message
+    assert "\n" not in message
+    return message
+
+
+def test_refuses_an_encoder_decoder():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    assert "encoder-decoder" in _refusal(T5ForConditionalGeneration(config))
+
+
+def test_refuses_what_is_not_a_transformers_model():
+    assert "not a transformers model" in _refusal(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("gemma2", {"layer_types": ["sliding_attention"] * 2}, "sliding attention"),
+        ("mistral", {"sliding_window": 16}, "sliding attention of 16 tokens"),
+        ("minimax", {"layer_types": ["linear_attention"] * 2}, "linear attention"),
+    ],
+)
+def test_refuses_a_model_whose_caches_are_all_bounded(family, options, reason, build_model):
+    message = _refusal(build_model(family, **options))
+    assert "bounded cache already" in message and reason in message
+
+
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "BloomAttention.* by itself"), ("mamba", "no attention layer")])
+def test_refuses_attention_that_it_cannot_reach(family, reason):
+    options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "n_layer": 1, "n_head": 4, "state_size": 4}
+    allowed = {
+        "bloom": ("vocab_size", "hidden_size", "n_layer", "n_head"),
+        "mamba": ("vocab_size", "hidden_size", "num_hidden_layers", "state_size"),
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{name: options[name] for name in allowed[family]}))
+    with pytest.raises(ValueError, match=reason):
+        dms.retrofit(model, dms.DMSConfig(window=8))
+
+
+def test_refuses_a_second_retrofit(build_gated):
+    assert "carries gates already" in _refusal(build_gated())
+
+
+@pytest.mark.parametrize("window", [512, 600])
+def test_refuses_a_window_that_the_context_cannot_use(window, build_model):
+    model = build_model("llama")
+    message = _refusal(model, dms.DMSConfig(window=window))
+    assert f"window is {window}" in message and "512 tokens" in message
+    # A refused model is as it was, and can be retrofitted.
+    assert getattr(model, "dms", None) is None
+    dms.retrofit(model, dms.DMSConfig(window=511))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windw": 8}, r"unknown key 'windw' \(did you mean 'window'\?\); allowed: window, granularity"),
+        ({"allignment": "own"}, "did you mean 'alignment'"),
+        ({"zzzz": 1}, "unknown key 'zzzz'; allowed"),
+        ({"window": -1}, "window.*given: -1"),
+        ({"window": "8"}, "window.*given: '8'"),
+        ({"alignment": "previous"}, "'own' or 'next'.*given: 'previous'"),
+        ({"granularity": "token"}, "'head' or 'layer'.*given: 'token'"),
+        ({"tau": 0.0}, "tau.*given: 0.0"),
+        ({"scale": float("nan")}, "scale"),
+        ({"sinks": 1.5}, "sinks.*given: 1.5"),
+    ],
+)
+def test_config_is_strict(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dms.DMSConfig(**fields)
+
+
+def test_config_is_saved_and_read():
+    config = dms.DMSConfig(window=8, alignment="next", sinks=2)
+    saved = config.to_saved()
+    assert saved["format_version"] == 1 and dms.DMSConfig.from_saved(saved, "here") == config
+    with pytest.raises(ValueError, match="here: format_version is 2, this version of dms reads 1"):
+        dms.DMSConfig.from_saved(saved | {"format_version": 2}, "here")
+    with pytest.raises(ValueError, match=r"here: .*'sideways'"):
+        dms.DMSConfig.from_saved(saved | {"alignment": "sideways"}, "here")
+
+
+def test_attention_that_bypasses_the_interface_is_noticed(build_gated, make_batch):
+    model = build_gated()
+    attention = model.model.layers[0].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with torch.no_grad():
+        model(**make_batch(2, 16))
+        set_mode(model, "evict")
+        with pytest.raises(RuntimeError, match=r"layers.0.self_attn \(LlamaAttention\).*no effect"):
+            model(**make_batch(2, 16))

@@ -1,0 +1,147 @@
+"""`dms doctor`: every row is filled, a dying bfloat16 matmul is diagnosed, and only required pieces fail the command."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dms import doctor
+
+SIGILL = -4
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return {check.name: check for check in doctor.collect()}
+
+
+def test_this_machine_has_what_is_required(checks):
+    for name in ("Python", "torch", "transformers", "accelerate"):
+        assert checks[name].status == "ok", checks[name]
+        assert checks[name].required
+
+
+def test_collect_is_quick():
+    """Processor time, since waiting says more about the other workers; 5 s as measured, the limit is four times that."""
+    code = "import resource, dms.doctor as d; d.collect(); r = resource.getrusage(resource.RUSAGE_CHILDREN); print(r.ru_utime + r.ru_stime)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20
+
+
+def test_every_row_says_what_it_costs(checks):
+    assert {"CPU", "C++ compiler", "Python headers", "ninja", "bfloat16 matmul (CPU)", "Triton", "DeepSpeed", "wandb", "datasets"} <= set(
+        checks
+    )
+    assert any(check.name.startswith("GPU") for check in checks.values())
+    for check in checks.values():
+        assert check.found or check.status != "ok", check
+        assert check.cost or check.status == "ok", check
+
+
+def test_bfloat16_probe_agrees_with_the_table(checks):
+    assert doctor.bfloat16_works() == (checks["bfloat16 matmul (CPU)"].status == "ok")
+
+
+@pytest.mark.skipif(not hasattr(os, "kill"), reason="needs signals")
+def test_a_dead_probe_does_not_take_us_along():
+    code, _, _ = doctor._run("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert code == SIGILL
+
+
+def test_the_amx_trap_is_named_with_its_cure(monkeypatch):
+    def run(code, env=None):
+        return (0, "", "") if (env or {}).get("ONEDNN_MAX_CPU_ISA") == "AVX512_CORE_FP16" else (SIGILL, "", "")
+
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(doctor, "_run", run)
+    check = doctor._bfloat16()
+    assert check.status == "warn"
+    assert "SIGILL" in check.found
+    assert "ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16" in check.cost
+    assert not doctor.bfloat16_works()
+    assert doctor.bfloat16_works(doctor.AMX_CURE)
+
+
+def test_bfloat16_that_nothing_cures(monkeypatch):
+    monkeypatch.setattr(doctor, "_run", lambda code, env=None: (SIGILL, "", ""))
+    check = doctor._bfloat16()
+    assert check.status == "warn"
+    assert "precision=fp32" in check.cost
+
+
+def test_the_probe_passes_variables_on():
+    code, out, _ = doctor._run("import os; print(os.environ['DMS_PROBE'])", {"DMS_PROBE": "seen"})
+    assert (code, out.strip()) == (0, "seen")
+    assert "DMS_PROBE" not in os.environ
+
+
+def test_answer_is_found_among_noise():
+    assert doctor._answer((0, 'a warning\n{"adam": true}\nmore\n', "")) == {"adam": True}
+    assert doctor._answer((1, "", "Traceback\nImportError: no libfoo")) == {"error": "ImportError: no libfoo"}
+
+
+def test_deepspeed_that_does_not_import_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.19.8")
+    (check,) = doctor._deepspeed({"error": "ImportError: no libfoo"}, can_build=True)
+    assert check.status == "warn"
+    assert "no libfoo" in check.found
+
+
+def test_deepspeed_without_a_compiler_has_no_offload(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.19.8")
+    _, adam, nvme = doctor._deepspeed({"adam": True, "aio": True}, can_build=False)
+    assert adam.status == nvme.status == "warn"
+
+
+def test_no_compiler_is_missing_but_not_required(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    check = doctor._compiler()
+    assert check.status == "missing"
+    assert "apt-get install g++" in check.cost
+    assert not check.required
+
+
+def test_a_package_too_old_says_what_is_needed(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "_wanted", lambda name: ">=2.11")
+    check = doctor._package("torch", "nothing runs without it", required=True)
+    assert check.status == "missing"
+    assert check.found == "1.0"
+    assert ">=2.11" in check.cost
+
+
+def test_wanted_versions_come_from_the_distribution():
+    assert doctor._wanted("torch") == ">=2.11"
+    assert doctor._wanted("transformers") == ">=5.17"
+    assert doctor._wanted("no-such-package") == ""
+
+
+@pytest.mark.parametrize("key", [None, "0" * 40])
+def test_wandb_says_whether_there_is_a_key(monkeypatch, tmp_path, key):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.31.0")
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine api.wandb.ai login user password {key}\n" if key else "")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    found = doctor._wandb().found
+    assert found.endswith("with a key" if key else "no key")
+    assert "0000" not in found
+
+
+@pytest.mark.parametrize(("required", "code"), [(True, 1), (False, 0)])
+def test_exit_code(monkeypatch, capsys, required, code):
+    rows = [doctor.Check(name="part", found="", status="missing", cost="nothing works", required=required)]
+    monkeypatch.setattr(doctor, "collect", lambda: rows)
+    assert doctor.main() == code
+    shown = capsys.readouterr()
+    assert "part" in shown.out
+    assert ("part" in shown.err) == required
+
+
+def test_import_is_light():
+    code = "import sys, dms.doctor; assert not {'torch', 'transformers', 'deepspeed', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

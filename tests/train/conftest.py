@@ -1,0 +1,50 @@
+"""A tiny random model folder with a real tokenizer, and a recipe for it."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dms.train.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(1024, 512)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_values(tiny_folder, tmp_path):
+    """The smallest complete recipe, as a dictionary."""
+    return {
+        "model": str(tiny_folder),
+        "output_dir": str(tmp_path / "run"),
+        "target_cr": 4,
+        "dms": {"window": 8},
+        "data": {"source": "builtin", "length": 192, "items": [2, 4]},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
+        "steps": 8,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "evaluation": {"num_documents": 8, "num_items": 3},
+        "tracking": {"wandb": "off"},
+    }

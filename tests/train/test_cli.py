@@ -1,0 +1,126 @@
+"""The command: bad input is one line on stderr and exit code 2, before any work; good input works end to end."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dms.train import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `dms ARGS` in this process -> (exit code, stdout, stderr)."""
+
+    def _run(*args):
+        monkeypatch.setattr(sys, "argv", ["dms", *map(str, args)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return _run
+
+
+@pytest.fixture
+def recipe(recipe_values, tmp_path):
+    def _recipe(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**recipe_values, **changes}))
+        return path
+
+    return _recipe
+
+
+def assert_refused(result, *parts):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("dms: ")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("dms: error: "), err
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["target_crr=4"], ["unknown key 'target_crr'", "did you mean 'target_cr'"]),
+        (["dms.windw=4"], ["windw", "did you mean 'window'"]),
+        (["steps=two"], ["steps", "'two'"]),
+        (["target_cr=0.5"], ["target_cr", "greater than or equal to 1"]),
+        (["dms.alignment=previous"], ["alignment", "'own'"]),
+        (["dms.window=4096"], ["dms.window is 4096", "window"]),
+        (["data.length=1024"], ["data.length is 1024", "512 tokens"]),
+        (["model=/nowhere/model"], ["/nowhere/model", "not a folder"]),
+        (["model=builtin:tine"], ["builtin:tine"]),
+        (["data={source: jsonl, path: /nowhere.jsonl, length: 64}"], ["/nowhere.jsonl", "matches no"]),
+        (["micro_batch_size=3"], ["batch_size 4", "3"]),
+    ],
+)
+def test_bad_recipes_are_refused_before_any_work(run, recipe, tmp_path, overrides, parts):
+    assert_refused(run("retrofit", recipe(), *overrides), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_duplicate_key(run, recipe):
+    path = recipe()
+    path.write_text(path.read_text() + "steps: 3\n")
+    assert_refused(run("retrofit", path), "'steps' stands twice")
+
+
+def test_recipe_that_is_not_there(run):
+    assert_refused(run("retrofit", "tiny/retrofitt"), "tiny/retrofitt", "did you mean 'tiny/retrofit'")
+
+
+def test_a_damaged_model(run, recipe, tiny_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert_refused(run("retrofit", recipe(model=str(broken))), "broken", "cannot be loaded")
+
+
+def test_a_model_folder_without_tokenizer(run, recipe, tiny_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert_refused(run("retrofit", recipe(model=str(bare))), "tokenizer", "bare")
+
+
+def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
+    assert_refused(run("generate", tiny_folder, "--prompt", "x"), "has no gates", "RUN/model")
+    assert_refused(run("evaluate", tiny_folder), "has no gates")
+
+
+def test_output_of_another_run(run, recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: x\n")
+    assert_refused(run("retrofit", recipe()), "holds another run", "overwrite=true")
+
+
+def test_retrofit_evaluate_generate(run, recipe, tmp_path):
+    code, out, err = run("retrofit", recipe(), "steps=20")
+    assert code == 0, err
+    for word in ("dense", "dms", "sliding_window", "masked", "step 20/20"):
+        assert word in out
+    code, out, err = run(
+        "evaluate", tmp_path / "run" / "model", "--length", 192, "--num-documents", 4, "--num-items", 3, "--out", tmp_path / "rows.json"
+    )
+    assert code == 0 and "sliding_window" in out, err
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {"policy", "task", "metric", "value", "ci_low", "ci_high", "num_samples", "cr", "memory", "model_hash"} <= set(rows[0])
+    code, out, err = run("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
+    assert code == 0 and "import os" in out and "masked" in err
+
+
+def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
+    code = "import sys; sys.argv=['dms','--help']\nfrom dms.train import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('HEAVY', [m for m in ('torch','transformers','datasets','wandb','matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in out
+    for command in ("retrofit", "pretrain", "evaluate", "generate", "doctor"):
+        assert command in out

@@ -1,0 +1,220 @@
+"""Whole runs of a tiny random model: what comes out, and what stops a run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import dms
+from dms.train import loop
+from dms.train.recipe import RetrofitRecipe
+
+
+def load(values):
+    return RetrofitRecipe.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """One finished run, shared by the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = {
+        "model": str(tiny_folder),
+        "output_dir": str(folder),
+        "target_cr": 4,
+        "dms": {"window": 8},
+        "data": {"source": "builtin", "length": 192, "items": [2, 4]},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
+        "steps": 20,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "evaluation": {"num_documents": 8, "num_items": 3},
+        "tracking": {"wandb": "offline"},
+    }
+    return folder, loop.run(load(values))
+
+
+def test_what_comes_out(finished):
+    folder, result = finished
+    for name in (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "gates/gates.safetensors",
+        "model/model.safetensors",
+        "model/gates.safetensors",
+        "model/tokenizer.json",
+        "model/README.md",
+    ):
+        assert (folder / name).is_file(), name
+    assert {p.suffix for p in (folder / "report").iterdir()} == {".png", ".html"}
+    saved = json.loads((folder / "result.json").read_text())
+    assert set(saved["policies"]) == {"dense", "dms", "sliding_window"}
+    for figures in saved["policies"].values():
+        assert {"bits_per_byte", "recall", "recall_by_distance", "cr_decided", "cr", "memory"} <= set(figures)
+        assert figures["memory"] == "masked"
+    assert saved["target_cr"] == 4 and saved["steps"] == 20 and saved["tokens"] == 20 * 4 * 192
+    assert saved["policies"]["dense"]["cr"] == 1.0
+    # The window gets the budget that dms was measured to use.
+    assert saved["policies"]["sliding_window"]["cr"] == pytest.approx(saved["policies"]["dms"]["cr"], rel=0.03)
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_gates_learn_to_evict(finished):
+    folder, result = finished
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 21))
+    assert metrics[0]["cr_decided"] < 1.1 and metrics[-1]["cr_decided"] > 2.0
+    assert result["policies"]["dms"]["cr_decided"] > 2.0
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished):
+    from dms.evaluation.command import evaluate_folder
+
+    folder, result = finished
+    again = evaluate_folder(str(folder / "model"), length=192, num_documents=8, num_items=3, evict_bias=0.0, out=None)
+    for policy in ("dense", "dms"):
+        for metric in ("bits_per_byte", "recall", "cr"):
+            assert again["policies"][policy][metric] == pytest.approx(result["policies"][policy][metric], rel=1e-4)
+
+
+def test_the_saved_model_generates(finished):
+    from dms.generation import stream
+
+    ratios = stream(str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0)
+    assert ratios["seen"] > ratios["alive"] > 0
+
+
+def test_transformers_alone_loads_the_folder_as_the_dense_model(finished, tiny_folder):
+    from transformers import AutoModelForCausalLM
+
+    ours = AutoModelForCausalLM.from_pretrained(finished[0] / "model", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype="float32")
+    ids = torch.arange(5, 40)[None]
+    assert torch.equal(ours(ids).logits, base(ids).logits)
+
+
+def test_gates_alone_load_on_their_base_only(finished, tiny_folder, tmp_path):
+    model = dms.load(finished[0] / "gates", base=str(tiny_folder))
+    assert model.dms.mode == "evict"
+    with pytest.raises(ValueError, match="give that model as base"):
+        dms.load(finished[0] / "gates")
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1.0
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="belong to another base"):
+        dms.load(finished[0] / "gates", base=str(other))
+
+
+def test_loading_refuses_what_it_cannot_read(finished, tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="has no gates"):
+        dms.load(tiny_folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        dms.load(tmp_path / "nowhere")
+    folder = tmp_path / "model"
+    shutil.copytree(finished[0] / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"format_version": 2}, "format_version is 2"),
+        ({"alignment": "prev"}, "alignment"),
+        ({"window": 9}, "disagree"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "dms": {**config["dms"], **change}}))
+        with pytest.raises(ValueError, match=message):
+            dms.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "gates.safetensors").write_bytes((folder / "gates.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        dms.load(folder)
+    shutil.copy(finished[0] / "model" / "gates.safetensors", folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        dms.load(folder)
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished, recipe_values):
+    values = {**recipe_values, "output_dir": str(finished[0])}
+    with pytest.raises(ValueError, match="holds another run"):
+        loop.run(load(values))
+
+
+def test_a_foreign_folder_is_never_deleted(recipe_values, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds no run"):
+        loop.run(load({**recipe_values, "output_dir": str(tmp_path / "precious"), "overwrite": True}))
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_run_that_evicts_nothing_says_so(recipe_values):
+    recipe = load({**recipe_values, "steps": 1, "optimizer": {"lr": 1e-9}})
+    with pytest.raises(loop.NothingEvicted, match="next to nothing"):
+        loop.run(recipe)
+
+
+def test_changed_frozen_weights_are_noticed(recipe_values, monkeypatch):
+    original = loop.distill_step
+
+    def meddling(student, *args, **kwargs):
+        with torch.no_grad():
+            student.model.norm.weight[3] += 1e-3
+        return original(student, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "distill_step", meddling)
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+        loop.run(load({**recipe_values, "steps": 1}))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(recipe_values, monkeypatch):
+    original, calls = loop.distill_step, []
+
+    def poisoned(*args, **kwargs):
+        from dataclasses import replace
+
+        calls.append(1)
+        output = original(*args, **kwargs)
+        return replace(output, kl=output.kl * float("nan")) if len(calls) == 3 else output
+
+    monkeypatch.setattr(loop, "distill_step", poisoned)
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        loop.run(load(recipe_values))
+
+
+def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
+    result = loop.run(load({**recipe_values, "trainable": "all", "steps": 8}))
+    base = dms.models.load_base(str(tiny_folder), "float32")
+    trained = dms.load(f"{recipe_values['output_dir']}/model", dtype="float32")
+    assert not torch.equal(base.model.norm.weight, trained.model.norm.weight)
+    assert result["trainable"] == "all"
+
+
+def test_activation_checkpointing_changes_nothing(recipe_values, tmp_path):
+    losses = {}
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        loop.run(load({**recipe_values, "activation_checkpointing": checkpointing, "output_dir": str(folder)}))
+        losses[checkpointing] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+
+
+# (step, kl, cr_decided) of `test_golden_trajectory`'s run. They move only when the method moves.
+GOLDEN: list[tuple[int, float, float]] = []
+
+
+def test_golden_trajectory(recipe_values, tmp_path):
+    """Text from a file, so that the interpreter's own sources do not matter."""
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"def f{i}(x, y):\n    return x * {i} + y\n" * (3 + i % 5)}) for i in range(60)]
+    text.write_text("\n".join(lines))
+    values = {**recipe_values, "steps": 20, "data": {"source": "jsonl", "path": str(text), "length": 128}}
+    values["evaluation"] = {"num_documents": 8, "num_items": 3, "length": 192}
+    loop.run(load(values))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for step, kl, cr in GOLDEN:
+        assert metrics[step - 1]["kl"] == pytest.approx(kl, rel=0.02), step
+        assert metrics[step - 1]["cr_decided"] == pytest.approx(cr, rel=0.02), step
+    assert GOLDEN

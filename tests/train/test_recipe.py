@@ -1,0 +1,166 @@
+import importlib
+
+import pytest
+import yaml
+
+from dms.train.recipe import PretrainRecipe, RetrofitRecipe, dump_recipe, load_recipe, packaged_recipes, parse_yaml
+
+
+@pytest.fixture
+def write(tmp_path, recipe_values):
+    def _write(change=None, text=None):
+        path = tmp_path / "recipe.yaml"
+        values = dict(recipe_values)
+        if change:
+            change(values)
+        path.write_text(text if text is not None else yaml.safe_dump(values))
+        return str(path)
+
+    return _write
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path, list(overrides), RetrofitRecipe)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+def test_every_packaged_recipe_loads(name):
+    schema = PretrainRecipe if name.endswith("pretrain") else RetrofitRecipe
+    recipe = load_recipe(name, [], schema)
+    again = yaml.safe_load(dump_recipe(recipe))
+    assert schema.model_validate(again) == recipe
+
+
+def test_overrides_are_typed(write):
+    recipe = load_recipe(write(), ["target_cr=8", "dms.window=3", "optimizer.lr=1e-5", "trainable=all"], RetrofitRecipe)
+    assert (recipe.target_cr, recipe.dms.window, recipe.optimizer.lr, recipe.trainable) == (8.0, 3, 1e-5, "all")
+
+
+def test_unknown_key_names_the_nearest(write):
+    assert "did you mean 'target_cr'" in refusal(write(lambda v: v.update(targetcr=4)))
+
+
+def test_unknown_nested_key_names_the_nearest(write):
+    message = refusal(write(lambda v: v["dms"].update(windw=4)))
+    assert "windw" in message and "did you mean 'window'" in message
+
+
+def test_duplicate_key(write, recipe_values):
+    message = refusal(write(text=yaml.safe_dump(recipe_values) + "\nsteps: 9\n"))
+    assert "'steps' stands twice" in message
+
+
+def test_wrong_type(write):
+    message = refusal(write(lambda v: v.update(steps="many")))
+    assert "steps" in message and "'many'" in message
+
+
+def test_wrong_type_of_override(write):
+    assert "steps" in refusal(write(), "steps=2.5")
+
+
+def test_override_without_equals(write):
+    assert "key=value" in refusal(write(), "steps")
+
+
+def test_target_below_one(write):
+    message = refusal(write(), "target_cr=0.5")
+    assert "target_cr" in message and "0.5" in message
+
+
+def test_window_not_below_length(write):
+    assert "dms.window is 192" in refusal(write(), "dms.window=192")
+
+
+def test_unknown_alignment(write):
+    message = refusal(write(), "dms.alignment=prev")
+    assert "alignment" in message and "'own'" in message and "'next'" in message
+
+
+def test_missing_key(write):
+    assert "'model' is missing" in refusal(write(lambda v: v.pop("model")))
+
+
+def test_setting_without_effect(write):
+    assert "no effect" in refusal(write(), "data.path=x.txt")
+
+
+def test_unknown_recipe_names_the_nearest():
+    assert "did you mean 'tiny/retrofit'" in refusal("tiny/retrofi")
+
+
+def test_extends_one_level(tmp_path, write):
+    base = write()
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {base}\nsteps: 3\ndms: {{window: 5}}\n")
+    recipe = load_recipe(str(child), [], RetrofitRecipe)
+    assert (recipe.steps, recipe.dms.window, recipe.batch_size) == (3, 5, 4)
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text(f"extends: {child}\n")
+    assert "one level" in refusal(str(grandchild))
+
+
+def test_yaml_traps():
+    values = parse_yaml("a: 1e-5\nb: no\nc: 3\nd: true\ne: 1_000\nf: 1.5\ng: -2", "t")
+    assert values == {"a": 1e-5, "b": "no", "c": 3, "d": True, "e": 1000, "f": 1.5, "g": -2}
+    assert isinstance(values["c"], int) and isinstance(values["a"], float)
+
+
+# Shapes written down from the models' published configurations, so that no download is needed.
+SHAPES = {
+    "llama3.2-1b": (
+        "LlamaConfig",
+        dict(
+            vocab_size=128256,
+            hidden_size=2048,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            intermediate_size=8192,
+            max_position_embeddings=131072,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3-8b": (
+        "Qwen3Config",
+        dict(
+            vocab_size=151936,
+            hidden_size=4096,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            intermediate_size=12288,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_recipe_fits_its_model_on_the_meta_device(name):
+    import torch
+    import transformers
+
+    import dms
+
+    recipe = load_recipe(name, [], RetrofitRecipe)
+    kind, shape = SHAPES[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**shape))
+    dms.retrofit(model, recipe.dms)
+    assert len(model.dms.layers) == shape["num_hidden_layers"] and not model.dms.skipped
+    assert recipe.data.length <= shape["max_position_embeddings"]
+    gates = sum(p.numel() for layer in model.dms.layers for p in layer.module.dms_gate.parameters())
+    assert gates == shape["num_hidden_layers"] * shape["num_key_value_heads"] * (shape["hidden_size"] + 1)
+
+
+def test_recipes_are_packaged():
+    assert {"tiny/pretrain", "tiny/retrofit", "llama3.2-1b", "qwen3-8b"} <= set(packaged_recipes())
+    assert importlib.import_module("dms.recipes")

@@ -1,0 +1,143 @@
+"""The step is a pure function: however an optimizer step is split into micro-batches, loss and gradient are the same."""
+
+import pytest
+import torch
+
+import dms
+from dms import models
+from dms.retrofitting import gate_parameters
+from dms.train.step import Normalizer, check_head, distill_step, find_head, learning_rate, target_at
+
+
+@pytest.fixture
+def student(tiny_folder):
+    model = models.load_base(str(tiny_folder), "float32")
+    dms.retrofit(model, dms.DMSConfig(window=4))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in gate_parameters(model).values():
+        parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def make_batch(num_sequences, num_tokens=48, pad_last=0):
+    generator = torch.Generator().manual_seed(2)
+    segment = torch.ones(num_sequences, num_tokens, dtype=torch.long)
+    position = torch.arange(num_tokens).repeat(num_sequences, 1)
+    if pad_last:
+        segment[-1, -pad_last:] = 0
+    return {
+        "input_ids": torch.randint(2, 500, (num_sequences, num_tokens), generator=generator),
+        "segment_ids": segment,
+        "position_ids": position,
+        "number": torch.arange(num_sequences) + 40,
+    }
+
+
+def accumulate(student, batch, size, target):
+    student.zero_grad()
+    normalizer = Normalizer(int((batch["segment_ids"] > 0).sum()), len(batch["number"]))
+    totals, hinges = torch.zeros(4, dtype=torch.float64), []
+    for first in range(0, len(batch["number"]), size):
+        part = {name: tensor[first : first + size] for name, tensor in batch.items()}
+        output = distill_step(
+            student, None, part, target=target, normalizer=normalizer, seed=3, beta=0.0, compression_weight=1.0, loss_chunk=16
+        )
+        output.loss.backward()
+        totals += torch.stack([output.kl, output.compression, output.evicted, output.decided]).double()
+        hinges.append(float(output.compression))
+    return totals, {name: p.grad.clone() for name, p in gate_parameters(student).items()}, hinges
+
+
+def test_accumulation_1x8_equals_8x1(student):
+    batch = make_batch(8, pad_last=17)
+    probe, _, _ = accumulate(student, batch, 8, 0.5)
+    rate = float(probe[2] / probe[3])
+    assert 0.05 < rate < 0.95
+    whole, whole_gradient, _ = accumulate(student, batch, 8, rate)
+    split, split_gradient, hinges = accumulate(student, batch, 1, rate)
+    # Micro-batches stand on both sides of the target, or the equality would be easy.
+    assert 2 <= sum(hinge > 0 for hinge in hinges) <= 6
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-7)
+    for name in whole_gradient:
+        assert whole_gradient[name].abs().max() > 0
+        torch.testing.assert_close(whole_gradient[name], split_gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_noise_belongs_to_the_sequence_not_to_its_row(student):
+    batch = make_batch(4)
+    forwards = []
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        part = {name: tensor[order] for name, tensor in batch.items()}
+        output = distill_step(
+            student, None, part, target=0.9, normalizer=Normalizer(192, 4), seed=3, beta=0.5, compression_weight=2.0, loss_chunk=64
+        )
+        forwards.append((float(output.kl), float(output.evicted)))
+    assert forwards[0] == pytest.approx(forwards[1], rel=1e-5)
+
+
+def test_a_separate_teacher_gives_the_same_loss_and_gets_no_gradient(student, tiny_folder):
+    teacher = models.load_base(str(tiny_folder), "float32").requires_grad_(False)
+    arguments = dict(target=0.5, normalizer=Normalizer(96, 2), seed=0, beta=1.0, compression_weight=1.0, loss_chunk=64)
+    own = distill_step(student, None, make_batch(2), **arguments)
+    other = distill_step(student, teacher, make_batch(2), **arguments)
+    assert float(own.kl) > 1e-4
+    torch.testing.assert_close(own.loss, other.loss, rtol=1e-5, atol=1e-7)
+    other.loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_frozen_base_gets_no_gradients(student):
+    gates = {id(p) for p in gate_parameters(student).values()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) in gates)
+    distill_step(
+        student, None, make_batch(2), target=0.9, normalizer=Normalizer(96, 2), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=64
+    ).loss.backward()
+    assert all((p.grad is not None) == (id(p) in gates) for p in student.parameters())
+
+
+def test_schedule():
+    assert target_at(10, steps=100, ramp=0.8, target_cr=5.0) == (1.5, pytest.approx(1 / 3))
+    assert target_at(80, steps=100, ramp=0.8, target_cr=5.0)[0] == target_at(100, steps=100, ramp=0.8, target_cr=5.0)[0] == 5.0
+    assert learning_rate(1, steps=10, lr=1.0, warmup_steps=4, final_lr=1.0) == 0.25
+    assert learning_rate(10, steps=10, lr=1.0, warmup_steps=4, final_lr=0.1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "llama", "phi"])
+def test_the_loss_knows_each_familys_head(family):
+    import transformers
+
+    common = dict(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    special = {
+        "gemma2": dict(head_dim=16, final_logit_softcapping=3.0),
+        "cohere": dict(logit_scale=0.25),
+        "granite": dict(logits_scaling=8.0),
+    }.get(family, {})
+    config = transformers.AutoConfig.for_model(family, **common, **special)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    dms.retrofit(model, dms.DMSConfig(window=4))
+    check_head(model, torch.arange(3, 20)[None])
+    if special:
+        wrong = find_head(model)
+        assert (wrong.logit_scale, wrong.softcap) != (1.0, None)
+
+
+def test_an_unknown_head_is_refused(student):
+    head = student.lm_head
+    student.lm_head.register_forward_hook(lambda *_: _[2] * 1.5)
+    with pytest.raises(ValueError, match="logits"):
+        check_head(student, torch.arange(2, 20)[None])
+    assert head is student.lm_head
