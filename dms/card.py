@@ -155,7 +155,7 @@ def _losses(found: Mapping) -> str:
             dense = _dense_for(found, variant, length, name)
             direction = _direction(row["metric"])
             if dense is None or direction == 0:
-                unjudged.add(name)
+                unjudged.add(_TITLES.get(name, name))
                 continue
             num_compared += 1
             difference = value - dense[0]

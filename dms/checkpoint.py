@@ -27,8 +27,13 @@ def save(
     state = state_of(model)
     set_mode(model, "dense")
     gate_ids = {id(p) for p in gate_parameters(model).values()}
-    weights = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in gate_ids}
-    weights = {name: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach() for name, t in weights.items()}
+    # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
+    converted: dict[int, torch.Tensor] = {}
+    weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gate_ids:
+            cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+            weights[name] = converted.setdefault(id(tensor), cast)
     model.config.dms = state.config.to_saved()
     if dtype is not None:
         model.config.dtype = dtype

@@ -22,7 +22,8 @@ from urllib.parse import urlparse
 # Some virtual machines advertise AMX but cannot run it: any bfloat16 matmul then dies with SIGILL inside oneDNN. This keeps oneDNN off it.
 AMX_CURE = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
 
-_PROBE_SECONDS = 60
+# Against a hang only: a probe takes one or two seconds, on an overloaded machine many times that.
+_PROBE_SECONDS = 300
 
 _BFLOAT16_PROBE = """
 import torch

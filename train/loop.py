@@ -71,6 +71,14 @@ def prepare_output(folder: str | Path, overwrite: bool) -> Path:
     return path
 
 
+def _enable_checkpointing(model: nn.Module) -> None:
+    # transformers renames this: the older name is deprecated where the newer exists.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     """Retrofit a model and write the run's folder; returns what result.json holds.
 
@@ -111,7 +119,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     artifacts.write_recipe(folder, recipe)
 
     if recipe.activation_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(student)
     # train() switches activation checkpointing on; distillation wants no dropout.
     student.train()
     for module in student.modules():

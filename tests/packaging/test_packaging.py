@@ -4,6 +4,7 @@ import ast
 import configparser
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -233,16 +234,27 @@ def test_kernels_ship_alone():
     """)
 
 
-def test_help_is_instant():
+def run_help() -> tuple[float, float]:
+    """Seconds on the clock and on the processor of one `dms --help`."""
     command = Path(sysconfig.get_path("scripts"), "dms")
     assert command.exists(), "the console command is not installed"
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run([command, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "retrofit" in done.stdout
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([command, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "retrofit" in done.stdout
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_costs_little():
+    assert min(run_help()[1] for _ in range(3)) < 0.5
+
+
+def test_help_is_instant():
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 2 * cores:
+        pytest.skip(f"load {load:.1f} on {cores} cores: the clock would measure the other processes")
+    seconds = [run_help()[0] for _ in range(5)]
     assert min(seconds) < 1.0, seconds
 
 

@@ -199,22 +199,3 @@ def test_activation_checkpointing_changes_nothing(recipe_values, tmp_path):
         loop.run(load({**recipe_values, "activation_checkpointing": checkpointing, "output_dir": str(folder)}))
         losses[checkpointing] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert losses[False] == pytest.approx(losses[True], rel=1e-5)
-
-
-# (step, kl, cr_decided) of `test_golden_trajectory`'s run. They move only when the method moves.
-GOLDEN: list[tuple[int, float, float]] = []
-
-
-def test_golden_trajectory(recipe_values, tmp_path):
-    """Text from a file, so that the interpreter's own sources do not matter."""
-    text = tmp_path / "text.jsonl"
-    lines = [json.dumps({"text": f"def f{i}(x, y):\n    return x * {i} + y\n" * (3 + i % 5)}) for i in range(60)]
-    text.write_text("\n".join(lines))
-    values = {**recipe_values, "steps": 20, "data": {"source": "jsonl", "path": str(text), "length": 128}}
-    values["evaluation"] = {"num_documents": 8, "num_items": 3, "length": 192}
-    loop.run(load(values))
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for step, kl, cr in GOLDEN:
-        assert metrics[step - 1]["kl"] == pytest.approx(kl, rel=0.02), step
-        assert metrics[step - 1]["cr_decided"] == pytest.approx(cr, rel=0.02), step
-    assert GOLDEN

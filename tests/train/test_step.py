@@ -141,3 +141,42 @@ def test_an_unknown_head_is_refused(student):
     with pytest.raises(ValueError, match="logits"):
         check_head(student, torch.arange(2, 20)[None])
     assert head is student.lm_head
+
+
+# (step, kl, cr_decided) of `test_golden_trajectory`'s run. They move only when the method moves.
+GOLDEN = [(1, 2.2635e-05, 1.00887), (5, 0.040125, 1.79334), (10, 0.054783, 1.86182), (20, 0.046109, 1.95048)]
+
+
+def test_golden_trajectory():
+    """Twenty steps of gates on a model whose weights and tokens are formulas: the same on every machine and version."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=48, max_position_embeddings=128))
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.dim() > 1:
+                index = torch.arange(parameter.numel(), dtype=torch.float64)
+                parameter.copy_((torch.sin(index * 12.9898 + number) * 0.5).float().view_as(parameter))
+    dms.retrofit(model, dms.DMSConfig(window=4))
+    gates = list(gate_parameters(model).values())
+    model.requires_grad_(False)
+    for parameter in gates:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(gates, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    trajectory = []
+    for step in range(1, 21):
+        ids = (torch.arange(4 * 64).view(4, 64) * 17 + torch.arange(64) ** 2 + step) % 61
+        batch = {"input_ids": ids, "segment_ids": torch.ones_like(ids), "position_ids": torch.arange(64).repeat(4, 1)}
+        batch["number"] = torch.arange(4) + 4 * step
+        _, target = target_at(step, steps=20, ramp=0.8, target_cr=4.0)
+        output = distill_step(
+            model, None, batch, target=target, normalizer=Normalizer(256, 4), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=100
+        )
+        optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(gates, 1.0)
+        optimizer.step()
+        trajectory.append((step, float(output.kl), float(1 / (1 - output.evicted / output.decided))))
+    for step, kl, cr in GOLDEN:
+        assert trajectory[step - 1][1:] == (pytest.approx(kl, rel=0.05), pytest.approx(cr, rel=0.05)), step
