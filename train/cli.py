@@ -87,14 +87,19 @@ def _prepare_environment(precision: str) -> None:
     """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if _has_no_gpu():
+        # transformers imports DeepSpeed where it is installed, and DeepSpeed then warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if precision == "bf16" and _has_no_gpu() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        from dms.doctor import bfloat16_works
+        from dms.doctor import AMX_CURE, bfloat16_works
 
-        cure = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
         if not bfloat16_works():
-            if not bfloat16_works(cure):
+            if not bfloat16_works(AMX_CURE):
                 raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
-            os.environ.update(cure)
+            os.environ.update(AMX_CURE)
 
 
 def _has_no_gpu() -> bool:

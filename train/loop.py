@@ -133,9 +133,12 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         parameter.requires_grad_(not frozen or id(parameter) in gate_ids)
     before = fingerprint(student, skip=gate_ids) if frozen else None
 
-    trained = [p for p in student.parameters() if p.requires_grad]
     settings = recipe.optimizer
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
+    groups = [{"params": gates, "peak_lr": settings.lr}]
+    if not frozen:
+        groups.append({"params": [p for p in student.parameters() if id(p) not in gate_ids], "peak_lr": settings.base_lr})
+    trained = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
     loader = DataLoader(source, batch_size=recipe.micro_batch_size, shuffle=False, num_workers=0)
     distillation, optimizer, loader = accelerator.prepare(Distillation(student, teacher, recipe), optimizer, loader)
     micro_steps = recipe.batch_size // per_step
@@ -149,9 +152,9 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         for step in range(1, recipe.steps + 1):
             step_start = time.perf_counter()
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
-            lr = learning_rate(step, steps=recipe.steps, lr=settings.lr, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
+            factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["peak_lr"] * factor
 
             micro_batches = [next(batches) for _ in range(micro_steps)]
             num_tokens = torch.tensor(sum(int((b["segment_ids"] > 0).sum()) for b in micro_batches), device=accelerator.device)
@@ -186,7 +189,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
                 "target": target,
                 "target_cr": target_cr,
                 "cr_decided": 1.0 / max(1e-9, 1.0 - evicted / decided),
-                "lr": lr,
+                "lr": settings.lr * factor,
                 "grad_norm": grad_norm,
                 "tokens": tokens_seen,
                 "tokens_per_second": num_tokens / seconds,

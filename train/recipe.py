@@ -21,6 +21,8 @@ class Optimizer(Strict):
     """AdamW, warmed up linearly."""
 
     lr: float = Field(gt=0.0)
+    base_lr: float | None = Field(default=None, gt=0.0)
+    """`trainable: all` only: the learning rate of the base's weights; `lr` is then that of the gates."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     weight_decay: float = Field(default=0.0, ge=0.0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -118,6 +120,10 @@ class RetrofitRecipe(Strict):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them"
             )
+        if self.trainable == "all" and self.optimizer.base_lr is None:
+            raise ValueError("optimizer.base_lr is missing: with trainable: all, lr is the gates' and base_lr that of all other weights")
+        if self.trainable == "gates" and self.optimizer.base_lr is not None:
+            raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"

@@ -4,6 +4,7 @@ Sums are divided by numbers of the whole optimizer step (valid tokens, sequences
 loss and gradient however the step is split. Shapes: B sequences, T tokens, M model dim, V vocabulary, L layers, H KV heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -141,9 +142,7 @@ def distill_step(
         compression=compression.detach(),
         evicted=evicted_B.detach().sum(),
         decided=decided_B.detach().sum(),
-        head_rate_LH=torch.stack(
-            [forward.head_rate[index].expand(state_of(student).layers[0].num_heads) for index in sorted(forward.head_rate)]
-        ),
+        head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
     )
 
 
@@ -155,8 +154,6 @@ def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[
 
 def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, final_lr: float) -> float:
     """Learning rate of optimizer step 1..steps: linear warm-up, then constant or a cosine down to `final_lr * lr`."""
-    import math
-
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)

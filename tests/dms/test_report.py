@@ -15,6 +15,8 @@ from dms.report import DocumentTrace, plot_document, plot_eviction, plot_trainin
 NASTY = [
     "<b>",
     "</script>",
+    "</script ",
+    "<!--<script ",
     "<!--",
     "&amp;",
     ' "quoted"',
@@ -54,13 +56,14 @@ def make_metrics(num_steps, kl=lambda step: 0.01 * step):
 def drawn(monkeypatch):
     """Figures as they are saved, so that a test can look at what was drawn."""
     figures = []
-    save = report._save
+    save = report.figure.save
 
     def keep(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(report, "_save", keep)
+    for module in (report.curves, report.document):
+        monkeypatch.setattr(module, "save", keep)
     return figures
 
 
@@ -301,6 +304,7 @@ def test_html_round_trips_tokens_and_probabilities(tmp_path):
     trace = make_trace()
     page = read_page(write_document_html(trace, tmp_path / "sub" / "d.html"))
     assert [text for _, text, _ in page.spans] == NASTY
+    assert not set("<>&") & set(page.data)
     data = json.loads(page.data)
     assert data["tokens"] == NASTY and data["layer_indices"] == [3, 7] and data["threshold"] == 0.5
     assert data["answers"] == [[1, 2, True], [3, 5, False]]
@@ -336,7 +340,7 @@ def test_html_needs_no_network_and_fits_phone_and_dark_mode(tmp_path):
     assert "prefers-color-scheme: dark" in page.style and "width=device-width" in text
     assert 'content: "\\21B5"' in page.style
     # Only the page's own scripts, whatever the tokens say.
-    assert text.count("<script") == 2 and text.count("</script>") == 2
+    assert text.count("<script") == 2 and text.count("</script") == 2
     assert "@SUMMARY@" not in text and "@BODY@" not in text
 
 

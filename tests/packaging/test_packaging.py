@@ -59,7 +59,7 @@ def packages(setup_cfg) -> dict[str, Path]:
 
 def tree_files() -> list[Path]:
     """The files that belong to the repository: tracked, or not ignored; without git, all but the usual leavings."""
-    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(git, capture_output=True, check=True)
         names = [Path(os.fsdecode(name)) for name in done.stdout.split(b"\0") if name]
@@ -270,7 +270,9 @@ REGISTRIES = [
 ]
 REGISTRIES += [a + b for a, b in (("crates", ".io"), ("jf", "rog"), ("arti", "factory"), ("dev", "pi"), ("aliyun", ".com"))]
 PYTORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-HOMES = re.compile(r"(?<![\w.\-}~/])/(?:" + "ro" + "ot|ho" + r"me/\w+|Us" + r"ers/\w+)/")
+# Names that stand for anybody may serve as examples.
+ANYBODY = r"(?!(?:someone|somebody|user|you|me)/)"
+HOMES = re.compile(r"(?<![\w.\-}~/])/(?:" + "ro" + "ot|ho" + rf"me/{ANYBODY}\w+|Us" + rf"ers/{ANYBODY}\w+)/")
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +284,14 @@ def texts() -> dict[str, str]:
         except UnicodeDecodeError:
             continue  # weights and pictures
     return found
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
+def test_nothing_that_is_ignored_is_tracked():
+    """An environment or a run that was committed by mistake comes with every clone."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not tracked, f"{len(tracked)} ignored files are tracked (git rm -r --cached), such as {tracked[:3]}"
 
 
 def test_no_package_registry_is_named(texts):

@@ -85,6 +85,16 @@ def test_the_saved_model_generates(finished):
     assert ratios["seen"] > ratios["alive"] > 0
 
 
+def test_a_loaded_model_works_in_a_pipeline(finished):
+    from transformers import pipeline
+
+    model = dms.load(finished[0] / "model", dtype="float32", evict_bias=2.0)
+    writer = pipeline("text-generation", model=model, tokenizer=dms.models.load_tokenizer(str(finished[0] / "model")))
+    (result,) = writer("import os\nimport sys\n" * 8, max_new_tokens=6, do_sample=False)
+    assert result["generated_text"].startswith("import os") and len(result["generated_text"]) > len("import os\nimport sys\n" * 8)
+    assert model.dms.mode == "evict" and any(bool(e.any()) for e in model.dms.forward.evicted.values())
+
+
 def test_transformers_alone_loads_the_folder_as_the_dense_model(finished, tiny_folder):
     from transformers import AutoModelForCausalLM
 
@@ -185,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(recipe_values, monkeypatc
 
 
 def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
-    result = loop.run(load({**recipe_values, "trainable": "all", "steps": 8}))
+    result = loop.run(load({**recipe_values, "trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4}}))
     base = dms.models.load_base(str(tiny_folder), "float32")
     trained = dms.load(f"{recipe_values['output_dir']}/model", dtype="float32")
     assert not torch.equal(base.model.norm.weight, trained.model.norm.weight)

@@ -36,7 +36,9 @@ def test_every_packaged_recipe_loads(name):
 
 
 def test_overrides_are_typed(write):
-    recipe = load_recipe(write(), ["target_cr=8", "dms.window=3", "optimizer.lr=1e-5", "trainable=all"], RetrofitRecipe)
+    recipe = load_recipe(
+        write(), ["target_cr=8", "dms.window=3", "optimizer.lr=1e-5", "trainable=all", "optimizer.base_lr=1e-6"], RetrofitRecipe
+    )
     assert (recipe.target_cr, recipe.dms.window, recipe.optimizer.lr, recipe.trainable) == (8.0, 3, 1e-5, "all")
 
 
@@ -87,6 +89,11 @@ def test_missing_key(write):
 
 def test_setting_without_effect(write):
     assert "no effect" in refusal(write(), "data.path=x.txt")
+
+
+def test_the_learning_rate_of_the_base_goes_with_training_it(write):
+    assert "base_lr is missing" in refusal(write(), "trainable=all")
+    assert "no effect" in refusal(write(), "optimizer.base_lr=1e-4")
 
 
 def test_unknown_recipe_names_the_nearest():
