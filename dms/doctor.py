@@ -211,7 +211,7 @@ def _wandb() -> Check:
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return Check(name="wandb", found=f"{check.found}, WANDB_MODE={mode}", status="ok")
-    if _has_wandb_key():
+    if has_wandb_key():
         return Check(name="wandb", found=f"{check.found}, with a key", status="ok")
     return Check(
         name="wandb",
@@ -221,7 +221,7 @@ def _wandb() -> Check:
     )
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -21,7 +21,7 @@ from dms.train.data import make_source
 from dms.train.fingerprint import fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
-from dms.train.step import Normalizer, StepOutput, check_head, distill_step, learning_rate, target_at
+from dms.train.step import Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
 from dms.train.tracking import open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -114,7 +114,10 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         teacher = models.load_base(recipe.model, "float32", device=str(accelerator.device)).requires_grad_(False)
     retrofit(student, recipe.dms)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
-    check_head(student, source[0]["input_ids"][None, :32].to(accelerator.device))
+    sample = source[0]["input_ids"][:32].to(accelerator.device)
+    check_head(student, sample[None])
+    if recipe.data.source != "builtin":
+        check_packing(student, sample)
     folder = prepare_output(recipe.output_dir, recipe.overwrite)
     artifacts.write_recipe(folder, recipe)
 
@@ -142,7 +145,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     loader = DataLoader(source, batch_size=recipe.micro_batch_size, shuffle=False, num_workers=0)
     distillation, optimizer, loader = accelerator.prepare(Distillation(student, teacher, recipe), optimizer, loader)
     micro_steps = recipe.batch_size // per_step
-    tracker = open_tracker(recipe, folder) if accelerator.is_main_process else None
+    tracker = open_tracker(recipe, folder, console) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         describe_start(console, recipe, student, sum(p.numel() for p in trained))
 

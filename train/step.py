@@ -71,6 +71,22 @@ def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
+    """Raises ValueError where the dense model, as teacher, would let packed documents see each other."""
+    set_mode(model, "dense")
+    half = len(input_ids_T) // 2
+    position = torch.cat([torch.arange(half), torch.arange(len(input_ids_T) - half)]).to(input_ids_T.device)
+    packed = hidden_states(model, {"input_ids": input_ids_T[None], "position_ids": position[None]})[:, half:]
+    alone = hidden_states(model, {"input_ids": input_ids_T[None, half:], "position_ids": position[None, half:]})
+    difference = (packed - alone).float().abs().max().item()
+    if not difference <= 1e-2 * max(1.0, alone.float().abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} lets packed documents see each other (hidden states differ by {difference:.3g}): "
+            "in transformers it builds its masks without position_ids; use data with one document a sequence (source: builtin)"
+        )
+
+
 def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
@@ -103,6 +119,8 @@ def distill_step(
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     valid_BT = batch["segment_ids"] > 0
     if not bool(valid_BT.all()):
+        if int(batch["segment_ids"].max()) > 1:
+            raise ValueError("a row holds both padding and packed documents; transformers would let its documents see each other")
         inputs["attention_mask"] = valid_BT.long()
 
     with torch.no_grad():

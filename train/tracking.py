@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
+from dms.doctor import has_wandb_key
 from dms.train.recipe import RetrofitRecipe
 
 
@@ -37,19 +39,14 @@ class WandbTracker(NoTracker):
         self.run.finish()
 
 
-def open_tracker(recipe: RetrofitRecipe, folder: Path) -> NoTracker:
+def open_tracker(recipe: RetrofitRecipe, folder: Path, console: Console) -> NoTracker:
+    """The run's tracker; says where an offline run lies and how it is synced."""
     mode = recipe.tracking.wandb
     if mode == "off":
         return NoTracker()
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or _has_login() else "offline"
-    return WandbTracker(recipe, folder, os.environ.get("WANDB_MODE", mode))
-
-
-def _has_login() -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        mode = "online" if has_wandb_key() else "offline"
+    mode = os.environ.get("WANDB_MODE", mode)
+    if mode == "offline":
+        console.print(f"wandb is offline; to upload the run: wandb sync {folder}/wandb/offline-run-*", highlight=False)
+    return WandbTracker(recipe, folder, mode)

@@ -6,7 +6,7 @@ import torch
 import dms
 from dms import models
 from dms.retrofitting import gate_parameters
-from dms.train.step import Normalizer, check_head, distill_step, find_head, learning_rate, target_at
+from dms.train.step import Normalizer, check_head, check_packing, distill_step, find_head, learning_rate, target_at
 
 
 @pytest.fixture
@@ -133,6 +133,34 @@ def test_the_loss_knows_each_familys_head(family):
     if special:
         wrong = find_head(model)
         assert (wrong.logit_scale, wrong.softcap) != (1.0, None)
+
+
+@pytest.mark.parametrize(("family", "packs"), [("llama", True), ("opt", False)])
+def test_a_teacher_that_sees_across_packed_documents_is_refused(family, packs):
+    import transformers
+
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"llama": dict(num_key_value_heads=1, intermediate_size=48), "opt": dict(ffn_dim=48, word_embed_proj_dim=32)}[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=90, max_position_embeddings=64, pad_token_id=1, **small, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    dms.retrofit(model, dms.DMSConfig(window=4))
+    if packs:
+        check_packing(model, torch.arange(3, 35))
+    else:
+        with pytest.raises(ValueError, match="OPTForCausalLM lets packed documents see each other"):
+            check_packing(model, torch.arange(3, 35))
+
+
+def test_padding_among_packed_documents_is_refused(student):
+    batch = make_batch(2, pad_last=5)
+    batch["segment_ids"][0, 20:] = 2
+    with pytest.raises(ValueError, match="both padding and packed"):
+        distill_step(
+            student, None, batch, target=0.5, normalizer=Normalizer(91, 2), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=64
+        )
 
 
 def test_an_unknown_head_is_refused(student):
