@@ -1,6 +1,7 @@
 """Training sequences as pure functions of their number: `source[i]` is the same in every run, split and after every resume.
 
-A sample has input_ids, segment_ids (0 = padding), position_ids (restart with each document), all [T] int64, and its number.
+A sample has input_ids, segment_ids (0 = padding), position_ids (restart with each document), all [T] int64, loss_mask [T] bool
+(whether the prediction made at a token counts), and its number.
 """
 
 import glob
@@ -47,11 +48,15 @@ class BuiltinDocuments(Dataset):
         )
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self._plant(index).input_ids
+        document = self._plant(index)
+        length = len(document.input_ids)
+        # Names and values drawn at random: there is nothing to predict, and the embedded model was not trained to.
+        predictable = torch.tensor([*document.role[1:], 0]) != 1
         return {
-            "input_ids": torch.tensor(ids),
-            "segment_ids": torch.ones(len(ids), dtype=torch.long),
-            "position_ids": torch.arange(len(ids)),
+            "input_ids": torch.tensor(document.input_ids),
+            "segment_ids": torch.ones(length, dtype=torch.long),
+            "position_ids": torch.arange(length),
+            "loss_mask": predictable,
             "number": torch.tensor(index),
         }
 
@@ -100,6 +105,7 @@ class PackedDocuments(Dataset):
             "input_ids": torch.tensor([token for piece in pieces for token in piece]),
             "segment_ids": torch.tensor([number for number, piece in enumerate(pieces, 1) for _ in piece]),
             "position_ids": torch.tensor([place for piece in pieces for place in range(len(piece))]),
+            "loss_mask": torch.ones(self.length, dtype=torch.bool),
             "number": torch.tensor(index),
         }
 

@@ -160,9 +160,12 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
                 group["lr"] = group["peak_lr"] * factor
 
             micro_batches = [next(batches) for _ in range(micro_steps)]
-            num_tokens = torch.tensor(sum(int((b["segment_ids"] > 0).sum()) for b in micro_batches), device=accelerator.device)
-            num_tokens = int(accelerator.reduce(num_tokens, "sum"))
-            normalizer = Normalizer(num_tokens, recipe.batch_size)
+            counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+            for batch in micro_batches:
+                real = batch["segment_ids"] > 0
+                counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
+            num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
+            normalizer = Normalizer(num_predictions, recipe.batch_size)
             totals = torch.zeros(4, device=accelerator.device)
             rate_LH = 0.0
             for batch in micro_batches:

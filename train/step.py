@@ -25,9 +25,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Numbers of the whole optimizer step, over micro-batches and ranks."""
+    """Numbers of the whole optimizer step, over micro-batches and ranks. num_predictions: those that the KL counts."""
 
-    num_tokens: int
+    num_predictions: int
     num_sequences: int
 
 
@@ -145,14 +145,14 @@ def distill_step(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         beta=beta,
-        valid=valid_BT.flatten(),
+        valid=(valid_BT & batch["loss_mask"]).flatten(),
         chunk=loss_chunk,
         **other,
     )
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
     hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
-    kl = kl_sum / normalizer.num_tokens
+    kl = kl_sum / normalizer.num_predictions
     compression = hinge / normalizer.num_sequences
     return StepOutput(
         loss=kl + compression_weight * compression,

@@ -29,13 +29,15 @@ def make_batch(num_sequences, num_tokens=48, pad_last=0):
         "input_ids": torch.randint(2, 500, (num_sequences, num_tokens), generator=generator),
         "segment_ids": segment,
         "position_ids": position,
+        "loss_mask": torch.arange(num_tokens).repeat(num_sequences, 1) % 5 != 3,
         "number": torch.arange(num_sequences) + 40,
     }
 
 
 def accumulate(student, batch, size, target):
     student.zero_grad()
-    normalizer = Normalizer(int((batch["segment_ids"] > 0).sum()), len(batch["number"]))
+    predictions = (batch["segment_ids"] > 0) & batch["loss_mask"]
+    normalizer = Normalizer(int(predictions.sum()), len(batch["number"]))
     totals, hinges = torch.zeros(4, dtype=torch.float64), []
     for first in range(0, len(batch["number"]), size):
         part = {name: tensor[first : first + size] for name, tensor in batch.items()}
@@ -196,6 +198,7 @@ def test_golden_trajectory():
     for step in range(1, 21):
         ids = (torch.arange(4 * 64).view(4, 64) * 17 + torch.arange(64) ** 2 + step) % 61
         batch = {"input_ids": ids, "segment_ids": torch.ones_like(ids), "position_ids": torch.arange(64).repeat(4, 1)}
+        batch["loss_mask"] = torch.ones_like(ids, dtype=torch.bool)
         batch["number"] = torch.arange(4) + 4 * step
         _, target = target_at(step, steps=20, ramp=0.8, target_cr=4.0)
         output = distill_step(
