@@ -11,13 +11,13 @@ scripts/setup_env.sh dev
 set_up=$((SECONDS - start))
 
 export PATH="$root/.venv/bin:$PATH"
+# Each worker holds torch and a few models, so more than eight cost memory rather than save time. Counted before
+# OMP_NUM_THREADS is set, which nproc would take for the number of cores.
+workers="$(env -u OMP_NUM_THREADS nproc)"
+((workers <= 8)) || workers=8
 # One thread for each worker, or they fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
-
-# Each worker holds torch and a few models, so more than eight cost memory rather than save time.
-workers="$(nproc)"
-((workers <= 8)) || workers=8
 
 start=$SECONDS
 status=0
