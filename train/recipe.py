@@ -65,7 +65,7 @@ class Data(Strict):
 class Evaluation(Strict):
     """The run's own evaluation: held-out documents of the built-in source."""
 
-    num_documents: int = Field(default=48, ge=1)
+    num_documents: int = Field(default=56, ge=1)
     length: int | None = Field(default=None, ge=64)
     """Tokens of a document; None: `data.length`."""
     num_items: int = Field(default=24, ge=1)
