@@ -62,8 +62,9 @@ def load_tokenizer(name: str):
     """Raises ValueError where the tokenizer is missing or unreadable."""
     from transformers import AutoTokenizer
 
+    path = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
+        return AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
 
