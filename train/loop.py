@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -54,21 +55,19 @@ class NothingEvicted(RuntimeError):
     """The run ended, and its gates evict next to nothing."""
 
 
-def prepare_output(folder: str | Path, overwrite: bool) -> Path:
+def prepare_output(path: Path, overwrite: bool) -> None:
     """Create the run's folder.
 
     Raises:
         ValueError: it holds another run, or something that is not a run.
     """
-    path = Path(folder).expanduser()
     if path.exists() and any(path.iterdir()):
-        if not (path / "recipe.yaml").is_file():
-            raise ValueError(f"output_dir {folder!r} is not empty and holds no run; choose another folder")
+        if not all((path / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
+            raise ValueError(f"output_dir '{path}' is not empty and holds no run; choose another folder")
         if not overwrite:
-            raise ValueError(f"output_dir {folder!r} holds another run; choose another folder, or overwrite=true to replace it")
+            raise ValueError(f"output_dir '{path}' holds another run; choose another folder, or overwrite=true to replace it")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
@@ -118,8 +117,10 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     check_head(student, sample[None])
     if recipe.data.source != "builtin":
         check_packing(student, sample)
-    folder = prepare_output(recipe.output_dir, recipe.overwrite)
-    artifacts.write_recipe(folder, recipe)
+    folder = Path(recipe.output_dir).expanduser()
+    if accelerator.is_main_process:
+        prepare_output(folder, recipe.overwrite)
+        artifacts.write_recipe(folder, recipe)
 
     if recipe.activation_checkpointing:
         _enable_checkpointing(student)
@@ -151,7 +152,8 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
 
     batches = iter(loader)
     tokens_seen, training_start = 0, time.perf_counter()
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics_file, StepLine(console, recipe.steps) as line:
+    metrics_path = folder / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
+    with metrics_path.open("w", encoding="utf-8") as metrics_file, StepLine(console, recipe.steps) as line:
         for step in range(1, recipe.steps + 1):
             step_start = time.perf_counter()
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)

@@ -100,6 +100,7 @@ def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
 def test_output_of_another_run(run, recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("model: x\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert_refused(run("retrofit", recipe()), "holds another run", "overwrite=true")
 
 

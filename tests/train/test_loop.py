@@ -155,6 +155,8 @@ def test_a_second_run_does_not_overwrite_the_first(finished, recipe_values):
 def test_a_foreign_folder_is_never_deleted(recipe_values, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
+    # A recipe of one's own beside it makes it no run.
+    (tmp_path / "precious" / "recipe.yaml").write_text("model: x")
     with pytest.raises(ValueError, match="holds no run"):
         loop.run(load({**recipe_values, "output_dir": str(tmp_path / "precious"), "overwrite": True}))
     assert (tmp_path / "precious" / "thesis.tex").exists()
