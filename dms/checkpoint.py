@@ -104,6 +104,10 @@ def load(
     name = base if base is not None else str(folder)
     if base is None and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{folder}/{GATES_FILE}: format_version is {metadata.get('format_version')!r}, this version of dms reads {FORMAT_VERSION}"
+        )
     saved = json.loads(metadata.get("dms", "null"))
     if saved is None:
         raise ValueError(f"{folder}: the gates' metadata lacks the DMS configuration; it was not written by dms")

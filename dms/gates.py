@@ -60,8 +60,8 @@ def logistic_noise(sequence_B: torch.Tensor, num_tokens: int, num_heads: int, *,
     counter = _mix(sequence_B.long()[:, None] + _mix_int(seed * 1_000_003 + layer))
     token = torch.arange(num_tokens, device=device)[:, None] * num_heads + torch.arange(num_heads, device=device)
     bits = _mix(_mix(counter[:, :, None] + token * 2_654_435_769) + token)
-    # 24 bits, centred: u is never 0 or 1 and the tails reach +-17.
-    u = ((bits & 0xFFFFFF).float() + 0.5) / 16_777_216.0
+    # 24 bits, centred; float32 would round the last of them to 1. The tails reach +-17.
+    u = (((bits & 0xFFFFFF).float() + 0.5) / 16_777_216.0).clamp(max=1.0 - 2.0**-24)
     return torch.log(u) - torch.log1p(-u)
 
 

@@ -36,6 +36,7 @@ def finish(
     teacher: nn.Module | None,
     tokenizer,
     *,
+    documents: list,
     base_dtype: torch.dtype,
     tokens: int,
     training_seconds: float,
@@ -44,15 +45,20 @@ def finish(
     console: Console,
 ) -> dict:
     """Save, evaluate, draw and print. Returns what result.json holds."""
+    # Weights that were trained are saved as they were measured; frozen ones as the base has them.
+    dtype = base_dtype if teacher is None else torch.float32
     model_folder = checkpoint.save(
-        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=base_dtype
+        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=dtype
     )
     digest = models.base_hash(model_folder)
-    checkpoint.save_gates(student, folder / "gates", base_name=recipe.model, base_digest=digest, target_cr=recipe.target_cr)
+    if teacher is None:
+        # Gates alone go with the base that was named, so its own hash counts where its files are at hand.
+        base = Path(models.resolve_model(recipe.model))
+        base_digest = models.base_hash(base) if base.is_dir() else digest
+        checkpoint.save_gates(student, folder / "gates", base_name=recipe.model, base_digest=base_digest, target_cr=recipe.target_cr)
 
     settings = recipe.evaluation
-    length = settings.length or recipe.data.length
-    documents = evaluation.make_documents(tokenizer, num_documents=settings.num_documents, length=length, num_items=settings.num_items)
+    length = len(documents[0].input_ids)
     with console.status("evaluating dense, dms and a sliding window of the same budget"):
         scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
         if teacher is not None:
@@ -87,6 +93,8 @@ def finish(
         "rows": rows,
     }
 
+    # Before anything is drawn: figures must outlive a failing picture.
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     draw_report(folder, student, tokenizer, documents[0], rate_LH)
     card.write_card(
         model_folder,
@@ -100,7 +108,7 @@ def finish(
         },
         data="standard-library sources with planted recall tasks (built-in)"
         if recipe.data.source == "builtin"
-        else f"{recipe.data.source}: {recipe.data.path}",
+        else f"{recipe.data.source}: {recipe.data.path if recipe.data.source == 'dataset' else Path(recipe.data.path).name}",
     )
     result["seconds"] = time.perf_counter() - start
     (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -48,8 +48,8 @@ def pretrain(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
     length: Annotated[int | None, typer.Option(help="Tokens of each document; default: the model's context.")] = None,
-    num_documents: Annotated[int, typer.Option(help="Held-out documents.")] = 56,
-    num_items: Annotated[int, typer.Option(help="Tasks planted in each.")] = 24,
+    num_documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 56,
+    num_items: Annotated[int, typer.Option(min=1, help="Tasks planted in each.")] = 24,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
     out: Annotated[str | None, typer.Option(help="Write the result rows to this JSON file.")] = None,
 ) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dms import models
 from dms.console import make_console
+from dms.evaluation.evaluate import make_documents
 from dms.retrofitting import gate_parameters, retrofit, set_mode
 from dms.train import artifacts
 from dms.train.data import make_source
@@ -105,6 +106,10 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     dtype = "bfloat16" if frozen and recipe.precision == "bf16" and base_dtype == torch.bfloat16 else "float32"
     student = models.load_base(recipe.model, dtype, device=str(accelerator.device))
     context = student.config.get_text_config().max_position_embeddings
+    if (recipe.evaluation.length or 0) > context:
+        raise ValueError(
+            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
+        )
     if recipe.data.length > context:
         raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
     student.config.use_cache = False
@@ -117,6 +122,12 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     check_head(student, sample[None])
     if recipe.data.source != "builtin":
         check_packing(student, sample)
+    documents = make_documents(
+        tokenizer,
+        num_documents=recipe.evaluation.num_documents,
+        length=recipe.evaluation.length or recipe.data.length,
+        num_items=recipe.evaluation.num_items,
+    )
     folder = Path(recipe.output_dir).expanduser()
     if accelerator.is_main_process:
         prepare_output(folder, recipe.overwrite)
@@ -184,6 +195,10 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
                     f"the loss is {loss} at step {step} (kl {kl}, compression {compression}); lower optimizer.lr, or look at the data of this step"
                 )
             grad_norm = float(accelerator.clip_grad_norm_(trained, settings.grad_clip))
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"the gradient's norm is {grad_norm} at step {step}; lower optimizer.lr, or look at the data of this step"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -225,6 +240,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         student,
         teacher,
         tokenizer,
+        documents=documents,
         base_dtype=base_dtype,
         tokens=tokens_seen,
         training_seconds=training_seconds,

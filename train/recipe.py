@@ -195,6 +195,8 @@ def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = F
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a word")
         if key in mapping:
             raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
         mapping[key] = loader.construct_object(value_node, deep=True)

@@ -49,4 +49,8 @@ def open_tracker(recipe: RetrofitRecipe, folder: Path, console: Console) -> NoTr
     mode = os.environ.get("WANDB_MODE", mode)
     if mode == "offline":
         console.print(f"wandb is offline; to upload the run: wandb sync {folder}/wandb/offline-run-*", highlight=False)
-    return WandbTracker(recipe, folder, mode)
+    try:
+        return WandbTracker(recipe, folder, mode)
+    except Exception as error:  # noqa: BLE001 - whatever ails the tracker, the run goes on
+        console.print(f"wandb does not start, the run goes on without it: {type(error).__name__}: {error}", highlight=False, markup=False)
+        return NoTracker()
