@@ -22,7 +22,7 @@ class Optimizer(Strict):
 
     lr: float = Field(gt=0.0)
     base_lr: float | None = Field(default=None, gt=0.0)
-    """`trainable: all` only: the learning rate of the base's weights; `lr` is then that of the gates."""
+    """`trainable: all` and `gates+lora` only: the learning rate of all that is not a gate; `lr` is then that of the gates."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     weight_decay: float = Field(default=0.0, ge=0.0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -74,10 +74,69 @@ class Evaluation(Strict):
 
 
 class Tracking(Strict):
+    """Where the run is followed; a resumed run stays the same run."""
+
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online where a key is configured, else offline."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to `output_dir`/tensorboard."""
     project: str = "dms"
     name: str | None = None
+    """None: the name of `output_dir`."""
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Zero(Strict):
+    """DeepSpeed ZeRO: what is divided among processes, and what rests outside the GPU. Its configuration is derived from this."""
+
+    stage: Literal[0, 2, 3] = 0
+    """0: plain data parallelism, no DeepSpeed; 2: optimizer state and gradients are divided; 3: weights as well."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Stage 3 only: where weights rest between their uses."""
+    nvme_path: str | None = None
+    """A folder on a local disk, for nvme."""
+
+    @property
+    def offloads_to_nvme(self) -> bool:
+        return "nvme" in (self.offload_optimizer, self.offload_param)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.stage == 0 and (self.offload_optimizer != "none" or self.offload_param != "none"):
+            raise ValueError("offloading has no effect with zero.stage 0; choose stage 2 or 3, or offload nothing")
+        if self.stage == 2 and self.offload_param != "none":
+            raise ValueError(f"zero.offload_param: {self.offload_param} needs stage 3: stage 2 keeps all weights on every GPU")
+        if self.stage == 2 and self.offload_optimizer == "nvme":
+            raise ValueError("zero.offload_optimizer: nvme needs stage 3; with stage 2 choose cpu")
+        if self.offloads_to_nvme and self.nvme_path is None:
+            raise ValueError("zero.nvme_path is missing: nvme needs a folder on a local disk")
+        if self.nvme_path is not None and not self.offloads_to_nvme:
+            raise ValueError("zero.nvme_path has no effect without nvme in offload_optimizer or offload_param; remove it")
+        return self
+
+
+class Lora(Strict):
+    """`trainable: gates+lora`: low-rank adapters on the base's linear layers, merged into its weights at the end."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0.0)
+    """The adapters' product is multiplied by alpha / rank."""
+    target_modules: list[str] | None = None
+    """Names of linear layers, such as q_proj; None: all but the head."""
+
+
+class Save(Strict):
+    """Checkpoints to resume from: what trains, the optimizer and the run's position. SIGTERM and SIGUSR1 save one and stop."""
+
+    every: int = Field(default=50, ge=0)
+    """Steps between checkpoints; 0: none but those below."""
+    at_cr: list[float] = []
+    """Also when the scheduled ratio reaches these; kept whatever `keep_last` says."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the periodic ones stay."""
 
 
 class RetrofitRecipe(Strict):
@@ -98,8 +157,11 @@ class RetrofitRecipe(Strict):
     """Sequences of an optimizer step, over all devices and accumulation steps."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences of one forward on one device."""
-    trainable: Literal["gates", "all"] = "gates"
-    """gates: the base is frozen and is its own teacher; all: every weight, with a frozen copy as teacher."""
+    trainable: Literal["gates", "gates+lora", "all"] = "gates"
+    """gates: the base is frozen and is its own teacher; gates+lora: adapters besides, off in the teacher's pass; all: every
+    weight, with a frozen copy as teacher."""
+    lora: Lora | None = None
+    """`trainable: gates+lora` only; None: the defaults."""
     beta: float = Field(default=0.0, ge=0.0, le=1.0)
     """The distillation divergence: 0 KL(teacher || student), 1 KL(student || teacher), between: generalised JSD."""
     compression_weight: float = Field(default=1.0, gt=0.0)
@@ -109,10 +171,16 @@ class RetrofitRecipe(Strict):
     loss_chunk: int = Field(default=2048, ge=1)
     """Tokens whose logits are alive at once in the loss."""
     seed: int = 0
+    zero: Zero = Zero()
+    save: Save = Save()
+    resume: Literal["auto", "never"] = "auto"
+    """auto: an unfinished run of this recipe that `output_dir` holds is continued from its last good checkpoint."""
+    timeout_minutes: float = Field(default=30.0, gt=0.0)
+    """How long a process waits for the others before the run fails."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     overwrite: bool = False
-    """Delete a finished or broken run that `output_dir` holds. Without it, that is refused."""
+    """Delete a run that `output_dir` holds and that is not continued. Without it, that is refused."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -120,10 +188,16 @@ class RetrofitRecipe(Strict):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them"
             )
-        if self.trainable == "all" and self.optimizer.base_lr is None:
-            raise ValueError("optimizer.base_lr is missing: with trainable: all, lr is the gates' and base_lr that of all other weights")
+        if self.trainable != "gates" and self.optimizer.base_lr is None:
+            raise ValueError(
+                f"optimizer.base_lr is missing: with trainable: {self.trainable}, lr is the gates' and base_lr that of all else that trains"
+            )
         if self.trainable == "gates" and self.optimizer.base_lr is not None:
             raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
+        if self.trainable != "gates+lora" and self.lora is not None:
+            raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if outside := [cr for cr in self.save.at_cr if not 1.0 < cr <= self.target_cr]:
+            raise ValueError(f"save.at_cr has {outside}; the ratio rises from 1 to target_cr {self.target_cr:g}, choose values in between")
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
