@@ -5,6 +5,7 @@ dms installed it loads as the dense model that it was.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,89 @@ from safetensors.torch import save_file
 from dms.config import FORMAT_VERSION, DMSConfig
 from dms.models import base_hash, load_base, resolve_model
 from dms.retrofitting import gate_parameters, retrofit, set_mode, state_of
+from dms.sharding import gathered, is_sharded
 
 GATES_FILE = "gates.safetensors"
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, whole and on the CPU: by name in the base's dtype or another, and the gates in float32.
+
+    Tensors that the model ties are one object here.
+    """
+
+    base: dict[str, torch.Tensor]
+    gates: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
+    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; keep=False takes part only."""
+    gates = {id(p): name for name, p in gate_parameters(model).items()}
+    # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
+    converted: dict[int, torch.Tensor] = {}
+    weights = Weights({}, {})
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with gathered([tensor]):
+            if not keep:
+                continue
+            if id(tensor) in gates:
+                weights.gates[gates[id(tensor)]] = tensor.detach().float().cpu().contiguous().clone()
+                continue
+            if id(tensor) not in converted:
+                cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+                # What is gathered is gone afterwards.
+                converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast
+            weights.base[name] = converted[id(tensor)]
+    return weights
+
+
 def save(
-    model, folder: str | Path, *, tokenizer=None, base_name: str, target_cr: float | None = None, dtype: torch.dtype | None = None
+    model,
+    folder: str | Path,
+    *,
+    tokenizer=None,
+    base_name: str,
+    target_cr: float | None = None,
+    dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> Path:
-    """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration."""
+    """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
+
+    weights: what `collect` gathered; None: gathered here.
+    """
     folder = Path(folder)
     state = state_of(model)
     set_mode(model, "dense")
-    gate_ids = {id(p) for p in gate_parameters(model).values()}
-    # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
-    converted: dict[int, torch.Tensor] = {}
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in gate_ids:
-            cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
-            weights[name] = converted.setdefault(id(tensor), cast)
+    weights = weights or collect(model, dtype)
     model.config.dms = state.config.to_saved()
     if dtype is not None:
         model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights.base)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save_gates(model, folder, base_name=base_name, base_digest=base_hash(folder), target_cr=target_cr)
+    save_gates(model, folder, base_name=base_name, base_digest=base_hash(folder), target_cr=target_cr, tensors=weights.gates)
     return folder
 
 
-def save_gates(model, folder: str | Path, *, base_name: str, base_digest: str, target_cr: float | None) -> Path:
-    """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig."""
+def save_gates(
+    model,
+    folder: str | Path,
+    *,
+    base_name: str,
+    base_digest: str,
+    target_cr: float | None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig.
+
+    tensors: the gates' values by name, where the model itself does not hold them whole (ZeRO-3).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in gate_parameters(model).items()}
+    if tensors is None:
+        tensors = {name: p.detach().float().cpu().contiguous() for name, p in gate_parameters(model).items()}
     metadata = {
         "base_name": base_name,
         "base_hash": base_digest,

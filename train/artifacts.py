@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dms import card, checkpoint, models
+from dms import card, checkpoint, models, report
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.table import results_table
 from dms.evaluation.trace import trace_document
@@ -29,41 +29,65 @@ def saved_dtype(name: str) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def written_dtype(recipe: RetrofitRecipe, base_dtype: torch.dtype) -> torch.dtype | None:
+    """Frozen weights are written as the base has them; trained ones as they were measured, None: as they are held."""
+    return base_dtype if recipe.trainable == "gates" else None
+
+
+def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, weights: checkpoint.Weights, base: dict) -> tuple[Path, str]:
+    dtype = next(tensor.dtype for tensor in weights.base.values() if tensor.is_floating_point())
+    target_cr = recipe.target_cr
+    model_folder = checkpoint.save(
+        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=target_cr, dtype=dtype, weights=weights
+    )
+    digest = models.base_hash(model_folder)
+    if recipe.trainable == "gates":
+        # Gates alone go with the base that was named, so its own hash counts where its files are at hand.
+        checkpoint.save_gates(
+            student,
+            folder / "gates",
+            base_name=recipe.model,
+            base_digest=base["hash"] or digest,
+            target_cr=target_cr,
+            tensors=weights.gates,
+        )
+    return model_folder, digest
+
+
 def finish(
-    folder: Path,
+    folder: Path | None,
     recipe: RetrofitRecipe,
     student: nn.Module,
     teacher: nn.Module | None,
     tokenizer,
     *,
+    weights: checkpoint.Weights,
+    base: dict,
     documents: list,
-    base_dtype: torch.dtype,
     tokens: int,
     training_seconds: float,
     start: float,
-    rate_LH: torch.Tensor,
+    num_processes: int,
     console: Console,
 ) -> dict:
-    """Save, evaluate, draw and print. Returns what result.json holds."""
-    # Weights that were trained are saved as they were measured; frozen ones as the base has them.
-    dtype = base_dtype if teacher is None else torch.float32
-    model_folder = checkpoint.save(
-        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=recipe.target_cr, dtype=dtype
-    )
-    digest = models.base_hash(model_folder)
-    if teacher is None:
-        # Gates alone go with the base that was named, so its own hash counts where its files are at hand.
-        base = Path(models.resolve_model(recipe.model))
-        base_digest = models.base_hash(base) if base.is_dir() else digest
-        checkpoint.save_gates(student, folder / "gates", base_name=recipe.model, base_digest=base_digest, target_cr=recipe.target_cr)
+    """Save, evaluate, draw and print. Returns what result.json holds.
+
+    folder: None on processes that only take part in the forward passes of a divided model.
+    """
+    if folder is not None:
+        model_folder, digest = _save(folder, recipe, student, tokenizer, weights, base)
 
     settings = recipe.evaluation
     length = len(documents[0].input_ids)
     with console.status("evaluating dense, dms and a sliding window of the same budget"):
         scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
-        if teacher is not None:
+        if recipe.trainable == "all":
             # With all weights trained, dense means the model as it was.
             scores["dense"] = dense_scores(teacher, recipe, documents)
+    names = [f"layer {layer.index}" for layer in state_of(student).layers]
+    trace = trace_document(student, tokenizer, documents[0])
+    if folder is None:
+        return {}
     common = {
         "model": recipe.model,
         "model_hash": digest,
@@ -83,6 +107,8 @@ def finish(
         "trainable": recipe.trainable,
         "beta": recipe.beta,
         "steps": recipe.steps,
+        "zero": recipe.zero.model_dump(),
+        "num_processes": num_processes,
         "tokens": tokens,
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - start,
@@ -95,7 +121,7 @@ def finish(
 
     # Before anything is drawn: figures must outlive a failing picture.
     (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    draw_report(folder, student, tokenizer, documents[0], rate_LH)
+    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), scores["dms"].rate_LH, trace, names)
     card.write_card(
         model_folder,
         base_name=recipe.model,
@@ -123,14 +149,6 @@ def dense_scores(teacher: nn.Module, recipe: RetrofitRecipe, documents: list) ->
     if getattr(teacher, "dms", None) is None:
         retrofit(teacher, recipe.dms)
     return evaluation.run_policy(teacher, documents, "dense", batch_size=recipe.evaluation.batch_size)
-
-
-def draw_report(folder: Path, student: nn.Module, tokenizer, document, rate_LH: torch.Tensor) -> None:
-    from dms import report
-
-    names = [f"layer {layer.index}" for layer in state_of(student).layers]
-    trace = trace_document(student, tokenizer, document)
-    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), rate_LH.tolist(), trace, names)
 
 
 def _license(name: str) -> str | None:

@@ -26,8 +26,13 @@ def retrofit(
     loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
     _prepare_environment(loaded.precision)
     from dms.train.loop import run
+    from dms.train.stopping import EXIT_CODE, Stopped
 
-    run(loaded)
+    try:
+        run(loaded)
+    except Stopped as stopped:
+        print(f"dms: {stopped}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODE) from None
 
 
 @app.command()
@@ -111,10 +116,17 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
+        if os.environ.get("DMS_DEBUG"):
+            raise
         print(f"dms: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, FloatingPointError, OSError) as error:
-        if os.environ.get("DMS_DEBUG"):
+        # Where several processes share a run, the one that failed first shows where.
+        if os.environ.get("DMS_DEBUG") or os.environ.get("DMS_LAUNCHED"):
             raise
         print(f"dms: failed: {error} (DMS_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from dms.evaluation.corpus import StdlibText
 from dms.evaluation.tasks import make_document
@@ -108,6 +108,20 @@ class PackedDocuments(Dataset):
             "loss_mask": torch.ones(self.length, dtype=torch.bool),
             "number": torch.tensor(index),
         }
+
+
+class RankBatches(Sampler[list[int]]):
+    """The micro-batches of one process: numbers first..last-1 of the whole run in order, dealt out to the processes in turn."""
+
+    def __init__(self, *, first: int, last: int, size: int, rank: int, num_ranks: int):
+        self.starts, self.size = range(first + rank * size, last, size * num_ranks), size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, start + self.size))
 
 
 def make_source(tokenizer, data: Data, num_samples: int, seed: int) -> Dataset:

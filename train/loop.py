@@ -3,9 +3,11 @@
 import json
 import math
 import os
-import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,241 +16,291 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dms import models
+from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation.evaluate import make_documents
-from dms.retrofitting import gate_parameters, retrofit, set_mode
-from dms.train import artifacts
-from dms.train.data import make_source
-from dms.train.fingerprint import fingerprint
+from dms.retrofitting import set_mode, state_of
+from dms.sharding import num_elements
+from dms.train import artifacts, run_folder, saving, students
+from dms.train.adapters import check_lora, merge_adapters
+from dms.train.data import RankBatches, make_source
+from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
+from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
-from dms.train.step import Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
-from dms.train.tracking import open_tracker
+from dms.train.saving import Position, Saver
+from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
+from dms.train.stopping import Stopped, StopRequest
+from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
+_SHARED_FOLDER_SECONDS = 60.0
 
 
 class Distillation(nn.Module):
-    """Student and teacher as one module, so that data-parallel and ZeRO wrappers see one forward."""
+    """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, recipe: RetrofitRecipe):
+    def __init__(self, parts: students.Models, recipe: RetrofitRecipe):
         super().__init__()
-        self.student, self.teacher, self.recipe = student, teacher, recipe
+        self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
+        self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
     def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> StepOutput:
         recipe = self.recipe
-        return distill_step(
-            self.student,
-            self.teacher,
-            batch,
-            target=target,
-            normalizer=normalizer,
-            seed=recipe.seed,
-            beta=recipe.beta,
-            compression_weight=recipe.compression_weight,
-            loss_chunk=recipe.loss_chunk,
-        )
+        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+            return distill_step(
+                self.student,
+                self.teacher,
+                batch,
+                head_loss=self.head_loss,
+                target=target,
+                normalizer=normalizer,
+                seed=recipe.seed,
+                compression_weight=recipe.compression_weight,
+            )
 
 
 class NothingEvicted(RuntimeError):
     """The run ended, and its gates evict next to nothing."""
 
 
-def prepare_output(path: Path, overwrite: bool) -> None:
-    """Create the run's folder.
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a run's steps need, checked and in place. folder: the run's. before: fingerprint of what is frozen."""
 
-    Raises:
-        ValueError: it holds another run, or something that is not a run.
-    """
-    if path.exists() and any(path.iterdir()):
-        if not all((path / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
-            raise ValueError(f"output_dir '{path}' is not empty and holds no run; choose another folder")
-        if not overwrite:
-            raise ValueError(f"output_dir '{path}' holds another run; choose another folder, or overwrite=true to replace it")
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    # transformers renames this: the older name is deprecated where the newer exists.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recipe: RetrofitRecipe
+    console: Console
+    accelerator: Accelerator
+    tokenizer: Any
+    base_dtype: torch.dtype
+    source: Any
+    documents: list
+    parts: students.Models
+    engine: Engine
+    folder: Path
+    before: Fingerprint
+    saver: Saver
+    tracker: Any
+    position: Position
 
 
 def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
-    """Retrofit a model and write the run's folder; returns what result.json holds.
+    """Retrofit a model and write the run's folder; returns what result.json holds (on the first process).
+
+    An unfinished run of the same recipe in `output_dir` is continued from its last good checkpoint.
 
     Raises:
-        ValueError: a recipe that does not fit its model or data, before any step.
+        ValueError: a recipe that does not fit its model, data, folder or processes, before any step.
         FloatingPointError: a loss that is not finite, with its step.
         NothingEvicted: the gates evict next to nothing at the end.
+        Stopped: SIGTERM or SIGUSR1 came; what was done is saved.
         RuntimeError: frozen weights changed.
     """
-    console = console or make_console()
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision], cpu=not torch.cuda.is_available())
-    set_seed(recipe.seed)
-    per_step = recipe.micro_batch_size * accelerator.num_processes
-    if recipe.batch_size % per_step:
-        raise ValueError(
-            f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes = {recipe.micro_batch_size} x {accelerator.num_processes}"
-        )
     start = time.perf_counter()
+    with StopRequest() as stop:
+        setup = _set_up(recipe, console or make_console())
+        try:
+            position = _train(setup, stop)
+            # From here on nothing is lost by ending at once.
+            stop.at_once()
+            result = _finish(setup, position, start)
+        except BaseException as error:
+            if not isinstance(error, Stopped | NothingEvicted) and setup.saver.last is not None:
+                setup.console.print(f"the run can be continued from {setup.saver.last}", highlight=False, markup=False)
+            if setup.tracker is not None:
+                setup.tracker.close(0 if isinstance(error, Stopped | NothingEvicted) else 1)
+            raise
+    return result
 
-    # Everything that can be wrong is found here, before any work.
+
+def _set_up(recipe: RetrofitRecipe, console: Console) -> Setup:
+    """Find everything that can be wrong, load, and go to where the run was left."""
+    check_trackers(recipe)
+    check_lora(recipe)
+    accelerator = make_accelerator(recipe)
+    is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
+    console = console if is_main else Console(quiet=True)
+    set_seed(recipe.seed)
+
     tokenizer = models.load_tokenizer(recipe.model)
-    frozen = recipe.trainable == "gates"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    # Weights that are trained stay in float32; frozen ones are held as they are computed with, if that loses nothing.
-    dtype = "bfloat16" if frozen and recipe.precision == "bf16" and base_dtype == torch.bfloat16 else "float32"
-    student = models.load_base(recipe.model, dtype, device=str(accelerator.device))
-    context = student.config.get_text_config().max_position_embeddings
-    if (recipe.evaluation.length or 0) > context:
-        raise ValueError(
-            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
-        )
-    if recipe.data.length > context:
-        raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
-    student.config.use_cache = False
-    teacher = None
-    if not frozen:
-        teacher = models.load_base(recipe.model, "float32", device=str(accelerator.device)).requires_grad_(False)
-    retrofit(student, recipe.dms)
+    base_path = Path(models.resolve_model(recipe.model))
+    base = {"name": recipe.model, "hash": models.base_hash(base_path) if base_path.is_dir() else None}
+    folder = Path(recipe.output_dir).expanduser()
+    saved = _on_main(accelerator, lambda: run_folder.decide(folder, recipe, num_processes, base["hash"], console))
+    _check_context(recipe)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
-    sample = source[0]["input_ids"][:32].to(accelerator.device)
-    check_head(student, sample[None])
-    if recipe.data.source != "builtin":
-        check_packing(student, sample)
     documents = make_documents(
         tokenizer,
         num_documents=recipe.evaluation.num_documents,
         length=recipe.evaluation.length or recipe.data.length,
         num_items=recipe.evaluation.num_items,
     )
-    folder = Path(recipe.output_dir).expanduser()
-    if accelerator.is_main_process:
-        prepare_output(folder, recipe.overwrite)
-        artifacts.write_recipe(folder, recipe)
+    with sharded_loading(recipe, num_processes, students.held_dtype(recipe, base_dtype)):
+        parts = students.build(recipe, base_dtype, str(accelerator.device))
+    groups = [{"params": parts.gates, "peak_lr": recipe.optimizer.lr}]
+    if parts.others:
+        groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
+    engine = Engine(accelerator, Distillation(parts, recipe), groups, recipe, console)
+    sample = source[0]["input_ids"][:32].to(accelerator.device)
+    check_head(parts.student, sample[None])
+    if recipe.data.source != "builtin":
+        check_packing(parts.student, sample)
+    before = fingerprint(parts.student, skip=parts.trained_ids)
 
-    if recipe.activation_checkpointing:
-        _enable_checkpointing(student)
-    # train() switches activation checkpointing on; distillation wants no dropout.
-    student.train()
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
-    gates = list(gate_parameters(student).values())
-    gate_ids = {id(p) for p in gates}
-    for parameter in student.parameters():
-        parameter.requires_grad_(not frozen or id(parameter) in gate_ids)
-    before = fingerprint(student, skip=gate_ids) if frozen else None
+    _on_main(accelerator, lambda: run_folder.prepare(folder, recipe, saved))
+    _check_shared(folder)
+    saver = Saver(folder, recipe, accelerator, console, {"base": base, "frozen": before.digest})
+    position = Position()
+    if saved is not None:
+        if saved.manifest["frozen"] != before.digest:
+            raise ValueError(
+                f"the frozen weights of {recipe.model} are not those that {saved.folder} was trained on (fingerprint {before.digest}, then "
+                f"{saved.manifest['frozen']}); give the base that the run began with"
+            )
+        saving.restore(saved, engine, parts, recipe, accelerator.process_index)
+        saver.last, position = saved.folder, saved.position
+    tracker = None
+    if is_main:
+        write_config(folder, recipe, num_processes)
+        tracker = open_tracker(recipe, folder, console, run_id=saved.manifest["run_id"] if saved else None, step=position.step)
+        describe_start(console, recipe, parts.student, sum(num_elements(p) for p in parts.trained.values()))
+    if saved is not None:
+        console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
+    return Setup(
+        recipe, console, accelerator, tokenizer, base_dtype, source, documents, parts, engine, folder, before, saver, tracker, position
+    )
 
-    settings = recipe.optimizer
-    groups = [{"params": gates, "peak_lr": settings.lr}]
-    if not frozen:
-        groups.append({"params": [p for p in student.parameters() if id(p) not in gate_ids], "peak_lr": settings.base_lr})
-    trained = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
-    loader = DataLoader(source, batch_size=recipe.micro_batch_size, shuffle=False, num_workers=0)
-    distillation, optimizer, loader = accelerator.prepare(Distillation(student, teacher, recipe), optimizer, loader)
-    micro_steps = recipe.batch_size // per_step
-    tracker = open_tracker(recipe, folder, console) if accelerator.is_main_process else None
-    if accelerator.is_main_process:
-        describe_start(console, recipe, student, sum(p.numel() for p in trained))
 
-    batches = iter(loader)
-    tokens_seen, training_start = 0, time.perf_counter()
-    metrics_path = folder / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
-    with metrics_path.open("w", encoding="utf-8") as metrics_file, StepLine(console, recipe.steps) as line:
-        for step in range(1, recipe.steps + 1):
+def _train(setup: Setup, stop: StopRequest) -> Position:
+    """Take the steps that remain. Raises Stopped after saving where a signal came."""
+    recipe, accelerator, engine, position = setup.recipe, setup.accelerator, setup.engine, setup.position
+    settings, is_main, device = recipe.optimizer, accelerator.is_main_process, accelerator.device
+    micro_steps = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
+    batches = iter(
+        DataLoader(
+            setup.source,
+            batch_sampler=RankBatches(
+                first=position.step * recipe.batch_size,
+                last=recipe.steps * recipe.batch_size,
+                size=recipe.micro_batch_size,
+                rank=accelerator.process_index,
+                num_ranks=accelerator.num_processes,
+            ),
+        )
+    )
+    layer_indices = [layer.index for layer in state_of(setup.parts.student).layers]
+    path = setup.folder / "metrics.jsonl" if is_main else Path(os.devnull)
+    with path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
+        for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+            engine.set_learning_rate(factor)
 
-            micro_batches = [next(batches) for _ in range(micro_steps)]
-            counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+            micro_batches = [{key: value.to(device) for key, value in next(batches).items()} for _ in range(micro_steps)]
+            counts = torch.zeros(2, dtype=torch.long, device=device)
             for batch in micro_batches:
                 real = batch["segment_ids"] > 0
                 counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
             num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
             normalizer = Normalizer(num_predictions, recipe.batch_size)
-            totals = torch.zeros(4, device=accelerator.device)
+            totals = torch.zeros(5, device=device)
             rate_LH = 0.0
-            for batch in micro_batches:
-                with accelerator.autocast():
-                    output = distillation(batch, target, normalizer)
-                # Data-parallel wrappers average gradients over ranks; the loss is a share of a sum.
-                accelerator.backward(output.loss * accelerator.num_processes)
-                totals += torch.stack([output.kl, output.compression, output.evicted, output.decided]).float()
+            for number, batch in enumerate(micro_batches, 1):
+                with engine.micro_batch(last=number == micro_steps):
+                    output = engine.module(batch, target, normalizer)
+                    engine.backward(output.loss)
+                totals[:4] += torch.stack([output.kl, output.compression, output.evicted, output.decided]).float()
                 rate_LH = rate_LH + output.head_rate_LH / micro_steps
-            kl, compression, evicted, decided = accelerator.reduce(totals, "sum").tolist()
+            # All processes hear of a signal that one of them got, and stop after the same step.
+            totals[4] = float(stop.signal is not None)
+            kl, compression, evicted, decided, stops = accelerator.reduce(totals, "sum").tolist()
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at step {step} (kl {kl}, compression {compression}); lower optimizer.lr, or look at the data of this step"
                 )
-            grad_norm = float(accelerator.clip_grad_norm_(trained, settings.grad_clip))
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"the gradient's norm is {grad_norm} at step {step}; lower optimizer.lr, or look at the data of this step"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            try:
+                grad_norm = engine.step()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {step}; lower optimizer.lr, or look at the data of this step") from None
 
-            tokens_seen += num_tokens
             seconds = time.perf_counter() - step_start
-            metrics = {
-                "step": step,
-                "loss": loss,
-                "kl": kl,
-                "compression_loss": compression,
-                "target": target,
-                "target_cr": target_cr,
-                "cr_decided": 1.0 / max(1e-9, 1.0 - evicted / decided),
-                "lr": settings.lr * factor,
-                "grad_norm": grad_norm,
-                "tokens": tokens_seen,
-                "tokens_per_second": num_tokens / seconds,
-                "seconds": seconds,
-            }
-            if accelerator.is_main_process:
+            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds)
+            if is_main:
+                metrics = {
+                    "step": step,
+                    "loss": loss,
+                    "kl": kl,
+                    "compression_loss": compression,
+                    "target": target,
+                    "target_cr": target_cr,
+                    "cr_decided": 1.0 / max(1e-9, 1.0 - evicted / decided),
+                    "lr": settings.lr * factor,
+                    "grad_norm": grad_norm,
+                    "tokens": position.tokens,
+                    "tokens_per_second": num_tokens / seconds,
+                    "seconds": seconds,
+                }
                 metrics_file.write(json.dumps(metrics) + "\n")
                 metrics_file.flush()
-                tracker.log(metrics, rate_LH)
+                setup.tracker.log(metrics, rate_LH, layer_indices)
                 line.update(metrics)
 
-    training_seconds = time.perf_counter() - training_start
-    set_mode(student, "dense")
-    student.eval()
-    student.config.use_cache = True
-    if before is not None and (changed := before.differing(fingerprint(student, skip=gate_ids))):
+            passed = [cr for cr in recipe.save.at_cr if _target_cr(recipe, step - 1) < cr <= target_cr]
+            periodic = recipe.save.every > 0 and (step % recipe.save.every == 0 or step == recipe.steps)
+            if passed or periodic or stops:
+                run_id = setup.tracker.run_id if is_main else None
+                there = setup.saver.save(engine, setup.parts, position, at_cr=passed[-1] if passed else None, run_id=run_id)
+                if stops and not there:
+                    raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
+            if stops:
+                raise Stopped(
+                    f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}"
+                )
+    return position
+
+
+def _target_cr(recipe: RetrofitRecipe, step: int) -> float:
+    return target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)[0]
+
+
+def _finish(setup: Setup, position: Position, start: float) -> dict:
+    """Check what was frozen, merge adapters, save, evaluate and report."""
+    recipe, parts = setup.recipe, setup.parts
+    set_mode(parts.student, "dense")
+    parts.student.eval()
+    parts.student.config.use_cache = True
+    if changed := setup.before.differing(fingerprint(parts.student, skip=parts.trained_ids)):
         raise RuntimeError(
-            f"the base was frozen and {len(changed)} of its tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
+            f"weights were frozen and {len(changed)} of their tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
         )
-    if not accelerator.is_main_process:
+    merge_adapters(parts.student)
+    # Whole weights, gathered from all processes; and under ZeRO-3 no process evaluates alone.
+    is_main = setup.accelerator.is_main_process
+    weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
+    if not is_main and recipe.zero.stage < 3:
         return {}
     result = artifacts.finish(
-        folder,
+        setup.folder if is_main else None,
         recipe,
-        student,
-        teacher,
-        tokenizer,
-        documents=documents,
-        base_dtype=base_dtype,
-        tokens=tokens_seen,
-        training_seconds=training_seconds,
+        parts.student,
+        parts.teacher,
+        setup.tokenizer,
+        weights=weights,
+        base=setup.saver.facts["base"],
+        documents=setup.documents,
+        tokens=position.tokens,
+        training_seconds=position.training_seconds,
         start=start,
-        rate_LH=rate_LH,
-        console=console,
+        num_processes=setup.accelerator.num_processes,
+        console=setup.console,
     )
-    tracker.finish(result)
+    if not is_main:
+        return {}
+    setup.tracker.finish(result, setup.folder / "model")
     share = 1.0 - 1.0 / (result["policies"]["dms"]["cr_decided"] or math.inf)
     if recipe.target_cr > 1.0 and share < _NEXT_TO_NOTHING:
         raise NothingEvicted(
@@ -256,3 +308,43 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
             "train longer, raise optimizer.lr or compression_weight"
         )
     return result
+
+
+def _check_context(recipe: RetrofitRecipe) -> None:
+    from transformers import AutoConfig
+
+    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
+    if (recipe.evaluation.length or 0) > context:
+        raise ValueError(
+            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
+        )
+    if recipe.data.length > context:
+        raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
+
+
+def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run `action` on the first process; all get its result, or its error."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        if not accelerator.is_main_process:
+            # The first process says it for all.
+            raise SystemExit(2)
+        raise outcome[1]
+    return outcome[0]
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises ValueError where this process does not see what the first one made."""
+    deadline = time.monotonic() + _SHARED_FOLDER_SECONDS
+    while not (folder / "recipe.yaml").is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
+        # Network file systems remember for a while that a file was not there.
+        time.sleep(1.0)

@@ -5,12 +5,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from dms.retrofitting import state_of
+from dms.sharding import num_elements
 from dms.train.recipe import RetrofitRecipe
 
 
 def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module, num_trained: int) -> None:
     state = state_of(student)
-    total = sum(p.numel() for p in student.parameters())
+    total = sum(num_elements(p) for p in student.parameters())
     console.print(
         f"[bold]{recipe.model}[/]: gates on {len(state.layers)} layers of {state.layers[0].num_heads} KV heads, "
         f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
@@ -23,7 +24,7 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module,
 class StepLine:
     """A live line on a terminal; a plain line now and then elsewhere."""
 
-    def __init__(self, console: Console, steps: int):
+    def __init__(self, console: Console, steps: int, done: int = 0):
         self.console, self.steps = console, steps
         self.every = max(1, steps // 20)
         self.progress = Progress(
@@ -35,7 +36,7 @@ class StepLine:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=steps, text="")
+        self.task = self.progress.add_task("", total=steps, completed=done, text="")
 
     def __enter__(self) -> "StepLine":
         self.progress.start()

@@ -85,7 +85,7 @@ class Tracking(Strict):
     """None: the name of `output_dir`."""
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field(default=[])
 
 
 class Zero(Strict):
@@ -133,7 +133,7 @@ class Save(Strict):
 
     every: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0: none but those below."""
-    at_cr: list[float] = []
+    at_cr: list[float] = Field(default=[])
     """Also when the scheduled ratio reaches these; kept whatever `keep_last` says."""
     keep_last: int = Field(default=2, ge=1)
     """How many of the periodic ones stay."""

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from dms.retrofitting import set_mode, state_of
+from dms.sharding import gathered, is_sharded
 from dms.state import Noise
+from dms.train.adapters import without_adapters
 from dms_kernels import distill_loss
 
 
@@ -60,7 +62,8 @@ def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
     set_mode(model, "dense")
     head, weight, bias = find_head(model), *head_parameters(model)
     hidden = hidden_states(model, {"input_ids": input_ids_BT})
-    logits = head.logit_scale * nn.functional.linear(hidden, weight, bias)
+    with gathered(p for p in (weight, bias) if p is not None):
+        logits = head.logit_scale * nn.functional.linear(hidden, weight, bias)
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     own = model(input_ids=input_ids_BT, use_cache=False).logits
@@ -92,6 +95,43 @@ def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None
     return head.weight, getattr(head, "bias", None)
 
 
+class HeadLoss(nn.Module):
+    """The distillation loss of two models' hidden states, as a module that owns no weights.
+
+    Under ZeRO-3 weights are whole only around the modules that use them; this one says that it uses the heads'.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int):
+        super().__init__()
+        self.beta, self.chunk = beta, chunk
+        self.head = find_head(student)
+        weights = [head_parameters(student), head_parameters(teacher) if teacher is not None else (None, None)]
+        # In a tuple, so that they are not counted as this module's own.
+        self.weights = tuple(weights)
+        for parameter in (p for pair in weights for p in pair if p is not None and is_sharded(p)):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+        """The sum over valid tokens."""
+        (weight, bias), (teacher_weight, teacher_bias) = self.weights
+        total, _ = distill_loss(
+            hidden_s_NM,
+            hidden_t_NM,
+            weight,
+            head_bias=bias,
+            teacher_head_weight=teacher_weight,
+            teacher_head_bias=teacher_bias,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            beta=self.beta,
+            valid=valid_N,
+            chunk=self.chunk,
+        )
+        return total
+
+
 def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Final hidden states [B, T, M], after the last norm and before the head."""
     return model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -102,16 +142,15 @@ def distill_step(
     teacher: nn.Module | None,
     batch: dict[str, torch.Tensor],
     *,
+    head_loss: HeadLoss,
     target: float,
     normalizer: Normalizer,
     seed: int,
-    beta: float,
     compression_weight: float,
-    loss_chunk: int,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
-    teacher: None where the student's base is frozen: the same weights with the gates off. The loss is
+    teacher: None where the student's base is frozen: the same weights with gates and adapters off. The loss is
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
     reference implementation, with straight-through decisions in the count.
     """
@@ -123,9 +162,8 @@ def distill_step(
             raise ValueError("a row holds both padding and packed documents; transformers would let its documents see each other")
         inputs["attention_mask"] = valid_BT.long()
 
-    with torch.no_grad():
-        if teacher is None:
-            set_mode(student, "dense")
+    set_mode(student, "dense")
+    with torch.no_grad(), without_adapters(student):
         hidden_t = hidden_states(student if teacher is None else teacher, inputs)
 
     set_mode(student, "train", Noise(seed, batch["number"]))
@@ -133,22 +171,7 @@ def distill_step(
     forward = state_of(student).forward
     set_mode(student, "dense")
 
-    head, weight, bias = find_head(student), *head_parameters(student)
-    other = {}
-    if teacher is not None:
-        other = dict(zip(("teacher_head_weight", "teacher_head_bias"), head_parameters(teacher), strict=True))
-    kl_sum, _ = distill_loss(
-        hidden_s.flatten(0, 1),
-        hidden_t.flatten(0, 1),
-        weight,
-        head_bias=bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        beta=beta,
-        valid=(valid_BT & batch["loss_mask"]).flatten(),
-        chunk=loss_chunk,
-        **other,
-    )
+    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (valid_BT & batch["loss_mask"]).flatten())
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
     hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()

@@ -39,7 +39,14 @@ class Scores:
     decided: int = 0
     seen: int = 0
     alive: int = 0
+    evicted_LH: torch.Tensor | None = None
+    decided_per_head: int = 0
     seconds: float = 0.0
+
+    @property
+    def rate_LH(self) -> list[list[float]]:
+        """The share of decided tokens that each layer and head evicts, in the layers that have gates."""
+        return (self.evicted_LH / max(1, self.decided_per_head)).tolist()
 
     @property
     def cr_decided(self) -> float | None:
@@ -142,8 +149,11 @@ def _count_entries(scores: Scores, state, ids: torch.Tensor, policy: str) -> Non
         return
     tokens, config = state.forward.tokens, state.config
     decided = masks.decided_tokens(tokens.segment_BT, config.alignment)[..., None]
+    evicted_LH = torch.stack([(state.forward.evicted[index] & decided).sum((0, 1)).cpu() for index in sorted(state.forward.evicted)])
+    scores.evicted_LH = evicted_LH if scores.evicted_LH is None else scores.evicted_LH + evicted_LH
+    scores.decided_per_head += int(decided.sum())
+    scores.evicted += int(evicted_LH.sum())
     for evicted in state.forward.evicted.values():
-        scores.evicted += int((evicted & decided).sum())
         scores.decided += int(decided.expand_as(evicted).sum())
         scores.alive += int(masks.alive(tokens, evicted, window=config.window, sinks=config.sinks).sum())
 

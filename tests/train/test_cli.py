@@ -83,7 +83,7 @@ def test_a_damaged_model(run, recipe, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, broken)
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
-    assert_refused(run("retrofit", recipe(model=str(broken))), "broken", "cannot be loaded")
+    assert_refused(run("retrofit", recipe(model=str(broken))), "broken", "is damaged")
 
 
 def test_a_model_folder_without_tokenizer(run, recipe, tiny_folder, tmp_path):

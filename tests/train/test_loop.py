@@ -148,7 +148,7 @@ def test_loading_refuses_what_it_cannot_read(finished, tiny_folder, tmp_path):
 
 def test_a_second_run_does_not_overwrite_the_first(finished, recipe_values):
     values = {**recipe_values, "output_dir": str(finished[0])}
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="holds a finished run"):
         loop.run(load(values))
 
 

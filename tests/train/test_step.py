@@ -6,7 +6,7 @@ import torch
 import dms
 from dms import models
 from dms.retrofitting import gate_parameters
-from dms.train.step import Normalizer, check_head, check_packing, distill_step, find_head, learning_rate, target_at
+from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, find_head, learning_rate, target_at
 
 
 @pytest.fixture
@@ -42,7 +42,14 @@ def accumulate(student, batch, size, target):
     for first in range(0, len(batch["number"]), size):
         part = {name: tensor[first : first + size] for name, tensor in batch.items()}
         output = distill_step(
-            student, None, part, target=target, normalizer=normalizer, seed=3, beta=0.0, compression_weight=1.0, loss_chunk=16
+            student,
+            None,
+            part,
+            head_loss=HeadLoss(student, None, beta=0.0, chunk=16),
+            target=target,
+            normalizer=normalizer,
+            seed=3,
+            compression_weight=1.0,
         )
         output.loss.backward()
         totals += torch.stack([output.kl, output.compression, output.evicted, output.decided]).double()
@@ -71,7 +78,14 @@ def test_noise_belongs_to_the_sequence_not_to_its_row(student):
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         part = {name: tensor[order] for name, tensor in batch.items()}
         output = distill_step(
-            student, None, part, target=0.9, normalizer=Normalizer(192, 4), seed=3, beta=0.5, compression_weight=2.0, loss_chunk=64
+            student,
+            None,
+            part,
+            head_loss=HeadLoss(student, None, beta=0.5, chunk=64),
+            target=0.9,
+            normalizer=Normalizer(192, 4),
+            seed=3,
+            compression_weight=2.0,
         )
         forwards.append((float(output.kl), float(output.evicted)))
     assert forwards[0] == pytest.approx(forwards[1], rel=1e-5)
@@ -79,9 +93,9 @@ def test_noise_belongs_to_the_sequence_not_to_its_row(student):
 
 def test_a_separate_teacher_gives_the_same_loss_and_gets_no_gradient(student, tiny_folder):
     teacher = models.load_base(str(tiny_folder), "float32").requires_grad_(False)
-    arguments = dict(target=0.5, normalizer=Normalizer(96, 2), seed=0, beta=1.0, compression_weight=1.0, loss_chunk=64)
-    own = distill_step(student, None, make_batch(2), **arguments)
-    other = distill_step(student, teacher, make_batch(2), **arguments)
+    arguments = dict(target=0.5, normalizer=Normalizer(96, 2), seed=0, compression_weight=1.0)
+    own = distill_step(student, None, make_batch(2), head_loss=HeadLoss(student, None, beta=1.0, chunk=64), **arguments)
+    other = distill_step(student, teacher, make_batch(2), head_loss=HeadLoss(student, teacher, beta=1.0, chunk=64), **arguments)
     assert float(own.kl) > 1e-4
     torch.testing.assert_close(own.loss, other.loss, rtol=1e-5, atol=1e-7)
     other.loss.backward()
@@ -93,7 +107,14 @@ def test_a_frozen_base_gets_no_gradients(student):
     for parameter in student.parameters():
         parameter.requires_grad_(id(parameter) in gates)
     distill_step(
-        student, None, make_batch(2), target=0.9, normalizer=Normalizer(96, 2), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=64
+        student,
+        None,
+        make_batch(2),
+        head_loss=HeadLoss(student, None, beta=0.0, chunk=64),
+        target=0.9,
+        normalizer=Normalizer(96, 2),
+        seed=0,
+        compression_weight=1.0,
     ).loss.backward()
     assert all((p.grad is not None) == (id(p) in gates) for p in student.parameters())
 
@@ -161,7 +182,14 @@ def test_padding_among_packed_documents_is_refused(student):
     batch["segment_ids"][0, 20:] = 2
     with pytest.raises(ValueError, match="both padding and packed"):
         distill_step(
-            student, None, batch, target=0.5, normalizer=Normalizer(91, 2), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=64
+            student,
+            None,
+            batch,
+            head_loss=HeadLoss(student, None, beta=0.0, chunk=64),
+            target=0.5,
+            normalizer=Normalizer(91, 2),
+            seed=0,
+            compression_weight=1.0,
         )
 
 
@@ -202,7 +230,14 @@ def test_golden_trajectory():
         batch["number"] = torch.arange(4) + 4 * step
         _, target = target_at(step, steps=20, ramp=0.8, target_cr=4.0)
         output = distill_step(
-            model, None, batch, target=target, normalizer=Normalizer(256, 4), seed=0, beta=0.0, compression_weight=1.0, loss_chunk=100
+            model,
+            None,
+            batch,
+            head_loss=HeadLoss(model, None, beta=0.0, chunk=100),
+            target=target,
+            normalizer=Normalizer(256, 4),
+            seed=0,
+            compression_weight=1.0,
         )
         optimizer.zero_grad()
         output.loss.backward()

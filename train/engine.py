@@ -1,0 +1,186 @@
+"""What takes the steps: plain data parallelism, or DeepSpeed's ZeRO with its configuration derived from the recipe.
+
+Weights are held in the dtype that they were loaded in, and autocast is the model's own: DeepSpeed's bf16 switch would round the gates.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from rich.console import Console
+from torch import nn
+
+from dms.train.recipe import RetrofitRecipe
+from dms.train.stopping import is_launched
+
+
+def deepspeed_config(recipe: RetrofitRecipe, num_processes: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; the recipe is the only source of it."""
+    zero = recipe.zero
+    section: dict[str, Any] = {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
+    for kind in ("optimizer", "param"):
+        device = getattr(zero, f"offload_{kind}")
+        if device != "none":
+            offload = {"device": device, "pin_memory": torch.cuda.is_available()}
+            section[f"offload_{kind}"] = {**offload, "nvme_path": zero.nvme_path} if device == "nvme" else offload
+    return {
+        "train_batch_size": recipe.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // (recipe.micro_batch_size * num_processes),
+        "gradient_clipping": recipe.optimizer.grad_clip,
+        "zero_optimization": section,
+        "zero_allow_untested_optimizer": True,
+        # Without a compiler, torch's AdamW steps on the offloaded state.
+        "zero_force_ds_cpu_optimizer": False,
+        # Its own step lines would repeat ours.
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
+    """Join the other processes, as the launcher's environment names them.
+
+    Raises:
+        ValueError: a batch that these processes cannot share, or ZeRO without DeepSpeed.
+    """
+    has_gpu = torch.cuda.is_available()
+    backend, timeout = "nccl" if has_gpu else "gloo", timedelta(minutes=recipe.timeout_minutes)
+    if recipe.zero.stage == 0:
+        # Named without a launcher, a backend would make accelerate wait for a group.
+        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if is_launched() else []
+        accelerator = Accelerator(cpu=not has_gpu, mixed_precision="no", kwargs_handlers=handlers)
+        _check_batch(recipe, accelerator.num_processes)
+        return accelerator
+    try:
+        import deepspeed
+    except ImportError:
+        raise ValueError(
+            f"zero.stage {recipe.zero.stage} needs DeepSpeed, which is not installed; run scripts/setup_env.sh deepspeed, or choose zero.stage=0"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        # No launcher: a group of one.
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
+    num_processes = torch.distributed.get_world_size()
+    _check_batch(recipe, num_processes)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe, num_processes), zero3_init_flag=False)
+    return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+
+
+def _check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
+    if recipe.batch_size % (recipe.micro_batch_size * num_processes):
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes = {recipe.micro_batch_size} x {num_processes}"
+        )
+
+
+@contextmanager
+def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str):
+    """Within it transformers builds and loads models straight into ZeRO-3's shards. Nothing under other stages."""
+    if recipe.zero.stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # The dtype that shards are made in; the engine itself never sees this switch.
+    config = {**deepspeed_config(recipe, num_processes), "bf16": {"enabled": dtype == "bfloat16"}}
+    # transformers looks for it as long as it lives.
+    alive = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        del alive
+
+
+def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console | None) -> torch.optim.Optimizer:
+    """AdamW. DeepSpeed's for a CPU where the state is offloaded and a compiler is at hand, else torch's."""
+    settings = recipe.optimizer
+    shared = {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
+    if recipe.zero.offload_optimizer != "none":
+        reason = _why_no_compiled_adam()
+        if reason is None:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+        if console is not None:
+            console.print(f"the offloaded optimizer is torch's AdamW, slower than DeepSpeed's: {reason}", highlight=False, markup=False)
+    return torch.optim.AdamW(groups, **shared)
+
+
+def _why_no_compiled_adam() -> str | None:
+    """Why DeepSpeedCPUAdam cannot be built here, or None after it was (about 40 s the first time)."""
+    missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not on PATH"
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the run does not need this one
+        return f"it does not build ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return None
+
+
+class Engine:
+    """A module, its optimizer and how they step, whatever lies underneath.
+
+    groups: parameters with the `peak_lr` of each. The loss handed to `backward` is this process's share of the sum over all.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, groups: list[dict], recipe: RetrofitRecipe, console: Console | None):
+        self.accelerator, self.recipe = accelerator, recipe
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.is_deepspeed = recipe.zero.stage > 0
+        optimizer = make_optimizer(groups, recipe, console)
+        self.module, _ = accelerator.prepare(module, optimizer)
+        self.optimizer = self.module.optimizer if self.is_deepspeed else optimizer
+
+    def set_learning_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward: plain data parallelism shares gradients after the step's last micro-batch only."""
+        return nullcontext() if last or self.is_deepspeed else self.accelerator.no_sync(self.module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Both engines average over processes; the loss is a share of a sum.
+        loss = loss * self.accelerator.num_processes
+        if self.is_deepspeed:
+            self.module.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()
+
+    def step(self) -> float:
+        """Clip, step and clear. Returns the norm of all gradients.
+
+        Raises:
+            FloatingPointError: a norm that is not finite.
+        """
+        if self.is_deepspeed:
+            self.module.step()
+            norm = float(self.module.get_global_grad_norm())
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.grad_clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        if not self.is_deepspeed:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def write_config(folder: Path, recipe: RetrofitRecipe, num_processes: int) -> None:
+    """deepspeed.json beside the recipe, for the reader; nothing reads it back."""
+    if recipe.zero.stage > 0:
+        (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(recipe, num_processes), indent=1), encoding="utf-8")

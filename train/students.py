@@ -1,0 +1,82 @@
+"""The models of a run: the student with its gates and what trains of it, and the frozen teacher where it is another model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dms import models
+from dms.retrofitting import gate_parameters, retrofit
+from dms.train.adapters import add_adapters
+from dms.train.recipe import RetrofitRecipe
+
+
+@dataclass(frozen=True)
+class Models:
+    """trained: names and parameters of everything that trains, gates first, named as in gates.safetensors."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    trained: dict[str, nn.Parameter]
+    num_gates: int
+
+    @property
+    def gates(self) -> list[nn.Parameter]:
+        return list(self.trained.values())[: self.num_gates]
+
+    @property
+    def trained_ids(self) -> set[int]:
+        return {id(p) for p in self.trained.values()}
+
+    @property
+    def others(self) -> list[nn.Parameter]:
+        return list(self.trained.values())[self.num_gates :]
+
+
+def held_dtype(recipe: RetrofitRecipe, saved: torch.dtype) -> str:
+    """Weights that train stay in float32; frozen ones are held as they are computed with, if that loses nothing."""
+    frozen = recipe.trainable != "all"
+    return "bfloat16" if frozen and recipe.precision == "bf16" and saved == torch.bfloat16 else "float32"
+
+
+def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
+    """Load, attach gates and adapters, and freeze the rest.
+
+    Raises:
+        ValueError: a model that cannot be loaded or retrofitted, LoRA without peft, or target modules that it does not have.
+    """
+    student = models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
+    student.config.use_cache = False
+    teacher = None
+    if recipe.trainable == "all":
+        teacher = models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
+    retrofit(student, recipe.dms)
+    if recipe.trainable == "gates+lora":
+        add_adapters(student, recipe)
+    # train() switches activation checkpointing on; distillation wants no dropout.
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+    if recipe.activation_checkpointing:
+        _enable_checkpointing(student)
+
+    gates = gate_parameters(student)
+    gate_ids = {id(p) for p in gates.values()}
+    others = {}
+    for name, parameter in student.named_parameters():
+        trains = recipe.trainable == "all" or id(parameter) in gate_ids or (recipe.trainable == "gates+lora" and ".lora_" in name)
+        parameter.requires_grad_(trains)
+        if trains and id(parameter) not in gate_ids:
+            others[name] = parameter
+    return Models(student, teacher, {**gates, **others}, len(gates))
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    # transformers renames this: the older name is deprecated where the newer exists.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
