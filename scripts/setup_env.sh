@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the checkout's .venv and installs the project into it, editable. Quick when there is nothing to do.
-#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: dev, deepspeed, lora
+#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: dev, deepspeed, lora, tensorboard
 # PYTHON=/path/to/python chooses the interpreter (3.10 to 3.13); otherwise the first fitting one on PATH.
 set -euo pipefail
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -92,6 +93,9 @@ def _prepare_environment(precision: str) -> None:
     """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "RANK" in os.environ:
+        # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -111,8 +115,18 @@ def _has_no_gpu() -> bool:
     return not os.path.exists("/proc/driver/nvidia/version")
 
 
+def _dump_stacks_on_request() -> None:
+    """The launcher asks every process where it is when one of them has failed."""
+    import faulthandler
+    import signal
+
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
 def main() -> None:
     """Run the command; an error that a user can mend is one line on stderr and exit code 1 (2 for bad input)."""
+    if os.environ.get("DMS_LAUNCHED"):
+        _dump_stacks_on_request()
     try:
         app()
     except ValueError as error:

@@ -131,6 +131,19 @@ def _why_no_compiled_adam() -> str | None:
     return None
 
 
+def replay_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Bring DeepSpeedCPUAdam's bias correction to where `steps` steps leave it.
+
+    It multiplies powers of beta up step by step, outside of its state; a new one would take them from pow, whose last bit differs.
+    """
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    group = optimizer.param_groups[0]
+    for step in range(1, steps + 1):
+        scratch = [torch.zeros(1) for _ in range(4)]
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *scratch)
+
+
 class Engine:
     """A module, its optimizer and how they step, whatever lies underneath.
 

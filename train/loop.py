@@ -21,13 +21,14 @@ from dms.console import make_console
 from dms.evaluation.evaluate import make_documents
 from dms.retrofitting import set_mode, state_of
 from dms.sharding import num_elements
-from dms.train import artifacts, run_folder, saving, students
+from dms.train import artifacts, saving, students
 from dms.train.adapters import check_lora, merge_adapters
 from dms.train.data import RankBatches, make_source
 from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
+from dms.train.run_folder import RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
 from dms.train.stopping import Stopped, StopRequest
@@ -46,10 +47,11 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> StepOutput:
+    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
+        """The fields of StepOutput; ZeRO-3 finds the tensors in a plain tuple only."""
         recipe = self.recipe
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            return distill_step(
+            output = distill_step(
                 self.student,
                 self.teacher,
                 batch,
@@ -59,6 +61,7 @@ class Distillation(nn.Module):
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
             )
+        return tuple(vars(output).values())
 
 
 class NothingEvicted(RuntimeError):
@@ -98,23 +101,34 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         RuntimeError: frozen weights changed.
     """
     start = time.perf_counter()
-    with StopRequest() as stop:
-        setup = _set_up(recipe, console or make_console())
+    console = console or make_console()
+    with StopRequest() as stop, RunFolder(Path(recipe.output_dir).expanduser(), recipe, console) as run_folder:
+        setup = _set_up(recipe, console, run_folder)
         try:
             position = _train(setup, stop)
             # From here on nothing is lost by ending at once.
             stop.at_once()
             result = _finish(setup, position, start)
+            _leave_group()
         except BaseException as error:
             if not isinstance(error, Stopped | NothingEvicted) and setup.saver.last is not None:
                 setup.console.print(f"the run can be continued from {setup.saver.last}", highlight=False, markup=False)
             if setup.tracker is not None:
                 setup.tracker.close(0 if isinstance(error, Stopped | NothingEvicted) else 1)
+            if isinstance(error, Stopped):
+                _leave_group()
             raise
     return result
 
 
-def _set_up(recipe: RetrofitRecipe, console: Console) -> Setup:
+def _leave_group() -> None:
+    """End together with the other processes, so that none takes another's end for a failure."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> Setup:
     """Find everything that can be wrong, load, and go to where the run was left."""
     check_trackers(recipe)
     check_lora(recipe)
@@ -127,8 +141,8 @@ def _set_up(recipe: RetrofitRecipe, console: Console) -> Setup:
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     base_path = Path(models.resolve_model(recipe.model))
     base = {"name": recipe.model, "hash": models.base_hash(base_path) if base_path.is_dir() else None}
-    folder = Path(recipe.output_dir).expanduser()
-    saved = _on_main(accelerator, lambda: run_folder.decide(folder, recipe, num_processes, base["hash"], console))
+    folder = run_folder.path
+    saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base["hash"]))
     _check_context(recipe)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
     documents = make_documents(
@@ -149,7 +163,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console) -> Setup:
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
 
-    _on_main(accelerator, lambda: run_folder.prepare(folder, recipe, saved))
+    _on_main(accelerator, lambda: run_folder.prepare(saved))
     _check_shared(folder)
     saver = Saver(folder, recipe, accelerator, console, {"base": base, "frozen": before.digest})
     position = Position()
@@ -210,7 +224,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             rate_LH = 0.0
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = engine.module(batch, target, normalizer)
+                    output = StepOutput(*engine.module(batch, target, normalizer))
                     engine.backward(output.loss)
                 totals[:4] += torch.stack([output.kl, output.compression, output.evicted, output.decided]).float()
                 rate_LH = rate_LH + output.head_rate_LH / micro_steps

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dms import checkpoint
 from dms.sharding import gathered
-from dms.train.engine import Engine
+from dms.train.engine import Engine, replay_steps
 from dms.train.recipe import RetrofitRecipe
 from dms.train.students import Models
 
@@ -191,6 +191,7 @@ def restore(saved: Saved, engine: Engine, parts: Models, recipe: RetrofitRecipe,
     state = engine.optimizer.state_dict() | _read_tree(saved.folder / f"zero_rank{rank}")
     states = [state] * torch.distributed.get_world_size()
     engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=True)
+    replay_steps(engine.optimizer.optimizer, saved.position.step)
 
 
 def _whole(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Retrofits with every GPU of this machine, one process each; without any, with one process on the CPU.
+#   scripts/launch_node.sh RECIPE [--gpus N] [--grace SECONDS] [--dry-run] [key=value ...]
+# Sets up .venv first; DMS_SKIP_SETUP=1 leaves that out. Exit code 75: stopped by a signal after saving; the same command goes on.
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+usage() {
+    sed -n 's/^#   /usage: /p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+}
+
+words=0
+expects_value=""
+for argument in "$@"; do
+    if [[ -n "$expects_value" ]]; then
+        expects_value=""
+        continue
+    fi
+    case "$argument" in
+        --gpus | --grace) expects_value="$argument" ;;
+        --gpus=* | --grace=* | --dry-run) ;;
+        -*) usage ;;
+        *) words=$((words + 1)) ;;
+    esac
+done
+if [[ -n "$expects_value" ]] || ((words == 0)); then usage; fi
+
+[[ "${DMS_SKIP_SETUP:-}" == 1 ]] || "$root/scripts/setup_env.sh" deepspeed
+export PATH="$root/.venv/bin:$PATH"
+exec python -m dms.train.launch "$@"
