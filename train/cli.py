@@ -27,13 +27,13 @@ def retrofit(
     loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
     _prepare_environment(loaded.precision)
     from dms.train.loop import run
-    from dms.train.stopping import EXIT_CODE, Stopped
+    from dms.train.stopping import STOPPED_CODE, Stopped
 
     try:
         run(loaded)
     except Stopped as stopped:
         print(f"dms: {stopped}", file=sys.stderr)
-        raise typer.Exit(EXIT_CODE) from None
+        raise typer.Exit(STOPPED_CODE) from None
 
 
 @app.command()

@@ -6,9 +6,7 @@ the signal that it forwards, and its nodes do not hear of each other's failures.
 
 import argparse
 import contextlib
-import ctypes
 import itertools
-import json
 import math
 import os
 import queue
@@ -18,288 +16,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-# EX_TEMPFAIL: how a worker ends that was told to stop and has saved; started again, it goes on.
-STOPPED = 75
-
-# Between launchers: how often each says that it lives, the silence after which it counts as gone, how long all may take to come together,
-# and how long node 0 keeps the board up for those that have not read the end yet.
-BEAT_SECONDS = 2.0
-LOST_SECONDS = 20.0
-JOIN_SECONDS = 600.0
-LINGER_SECONDS = 5.0
-
-DRAIN_SECONDS = 2.0
-TAIL_LINES = 30
-MAX_LINE = 1 << 16
-"""Bytes; a longer line is passed on in pieces."""
-
-_printing = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Which processes this node runs, and where all meet."""
-
-    processes: int
-    """Of this node, and of each other one."""
-    nodes: int
-    node_rank: int
-    host: str
-    """Node 0."""
-    port: int
-    """Rank 0's; the launchers talk over the next one."""
-    has_gpu: bool
+from dms.train.nodes import Board
+from dms.train.stopping import STOPPED_CODE
+from dms.train.workers import DRAIN_SECONDS, Layout, Worker, emit, environment, say
 
 
 def worker_command(recipe: str, overrides: list[str]) -> list[str]:
     """What each process runs; who it is stands in its environment."""
     return [sys.executable, "-m", "dms.train.cli", "retrofit", recipe, *overrides]
-
-
-def environment(layout: Layout, local_rank: int) -> dict[str, str]:
-    """What a process is told besides what it inherits, by torchrun's names."""
-    told = {
-        "RANK": layout.node_rank * layout.processes + local_rank,
-        "LOCAL_RANK": local_rank,
-        "WORLD_SIZE": layout.nodes * layout.processes,
-        "LOCAL_WORLD_SIZE": layout.processes,
-        "GROUP_RANK": layout.node_rank,
-        "NODE_RANK": layout.node_rank,
-        "MASTER_ADDR": layout.host,
-        "MASTER_PORT": layout.port,
-        "DMS_LAUNCHED": 1,
-    }
-    if not layout.has_gpu:
-        # Else each process takes a thread for every core, and they fight for them.
-        threads = max(1, len(os.sched_getaffinity(0)) // layout.processes)
-        defaults = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu"}
-        told |= {name: os.environ.get(name, value) for name, value in defaults.items()}
-    return {name: str(value) for name, value in told.items()}
-
-
-def emit(fd: int, data: bytes) -> None:
-    """Write whole lines, so that those of different processes do not mix; a reader that went away must not stop the training."""
-    with _printing, contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(fd, data) :]
-
-
-def say(text: str) -> None:
-    emit(2, f"dms launch: {text}\n".encode(errors="replace"))
-
-
-def pass_on(source: int, sink: int, prefix: bytes, tail: deque[bytes]) -> None:
-    """Copy a pipe line by line, as bytes, until its last writer is gone."""
-    rest = b""
-    while chunk := os.read(source, MAX_LINE):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) >= MAX_LINE:
-            lines, rest = [*lines, rest], b""
-        tail.extend(lines)
-        emit(sink, b"".join(prefix + line + b"\n" for line in lines))
-    if rest:
-        tail.append(rest)
-        emit(sink, prefix + rest + b"\n")
-
-
-def die_with_launcher() -> Callable[[], None]:
-    """For a child between fork and exec: have the kernel kill it when the launcher ends, however that ends."""
-    # Loaded here because nothing may be imported between fork and exec.
-    prctl, set_pdeathsig, launcher = ctypes.CDLL(None).prctl, 1, os.getpid()
-    number, zero = ctypes.c_ulong(signal.SIGKILL), ctypes.c_ulong(0)
-
-    def in_child() -> None:
-        prctl(set_pdeathsig, number, zero, zero, zero)
-        if os.getppid() != launcher:  # it ended before the kernel was told
-            os._exit(1)
-
-    return in_child
-
-
-class Worker:
-    """One process of this node, in a session of its own: Ctrl-C in the terminal reaches it through the launcher alone."""
-
-    def __init__(self, command: list[str], told: dict[str, str]):
-        self.rank, self.local_rank = int(told["RANK"]), int(told["LOCAL_RANK"])
-        self.tail: deque[bytes] = deque(maxlen=TAIL_LINES)
-        self.start, self.seconds, self.killed = time.monotonic(), 0.0, False
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, **told},
-            stdin=subprocess.DEVNULL,
-            # Rank 0 draws its progress bar on the launcher's own terminal.
-            stdout=None if self.rank == 0 else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-            preexec_fn=die_with_launcher(),
-        )
-
-    def watch(self, events: queue.SimpleQueue) -> None:
-        """Pass its output on, and put the worker among the events when it has ended."""
-        prefix = f"[rank {self.rank}] ".encode() if self.rank else b""
-        pipes = [(self.process.stdout, 1, deque(maxlen=0)), (self.process.stderr, 2, self.tail)]
-        self.pumps = [
-            threading.Thread(target=pass_on, args=(pipe.fileno(), sink, prefix, tail), daemon=True) for pipe, sink, tail in pipes if pipe
-        ]
-
-        def wait() -> None:
-            self.process.wait()
-            self.seconds = time.monotonic() - self.start
-            events.put(self)
-
-        for thread in (*self.pumps, threading.Thread(target=wait, daemon=True)):
-            thread.start()
-
-    def drain(self, deadline: float) -> None:
-        """Wait for the rest of its output, but not for a child that outlives it and holds the pipes open."""
-        for pump in self.pumps:
-            pump.join(max(0.0, deadline - time.monotonic()))
-
-    @property
-    def alive(self) -> bool:
-        return self.process.returncode is None
-
-    @property
-    def ending(self) -> str:
-        code = self.process.returncode
-        names = {number.value: number.name for number in signal.Signals}
-        return f"killed by {names.get(-code, 'signal')} ({-code})" if code < 0 else f"exited with code {code}"
-
-    def kill(self) -> None:
-        """With all that it started, such as its data loaders."""
-        self.killed = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def report(self) -> None:
-        place = f"local rank {self.local_rank}, host {socket.gethostname()}, pid {self.process.pid}"
-        self.drain(time.monotonic() + DRAIN_SECONDS)
-        lines = list(self.tail)
-        last = f"; the last lines of its stderr ({len(lines)}):" if lines else "; its stderr is empty"
-        say(f"rank {self.rank} ({place}) {self.ending} after {self.seconds:.1f} s{last}")
-        emit(2, b"".join(b"    " + line + b"\n" for line in lines))
-
-
-@contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """For the import of torch, which reads the level of its C++ log then."""
-    name = "TORCH_CPP_LOG_LEVEL"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "ERROR")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-
-
-class Board:
-    """What each launcher says of itself, in a store that node 0 hosts: one line for each node, rewritten at every beat."""
-
-    def __init__(self, layout: Layout):
-        from datetime import timedelta
-
-        # A store that is gone is told below in a line; torch would add a C++ stack. The workers inherit nothing of it.
-        with quiet_torch():
-            from torch.distributed import TCPStore
-
-        self.rank, self.nodes, self.where = layout.node_rank, range(layout.nodes), f"{layout.host}:{layout.port + 1}"
-        self.line = {"state": "running", "code": 0, "reason": "", "heard": False, "processes": layout.processes}
-        self.cut, self.closing, self.wake = False, threading.Event(), threading.Event()
-        try:
-            timeout = timedelta(seconds=JOIN_SECONDS)
-            self.store = TCPStore(layout.host, layout.port + 1, is_master=self.rank == 0, wait_for_workers=False, timeout=timeout)
-        except RuntimeError as error:
-            what = "cannot be opened here" if self.rank == 0 else f"was not opened by node 0 within {JOIN_SECONDS:g} s"
-            raise RuntimeError(f"the launchers' port {self.where} {what}: {str(error).splitlines()[0]}") from None
-        self._join()
-        self.store.set_timeout(timedelta(seconds=LOST_SECONDS))
-        self.texts, self.seen = [b""] * layout.nodes, [time.monotonic()] * layout.nodes
-        self._round(0)
-        self.thread = threading.Thread(target=self._keep, daemon=True)
-        self.thread.start()
-        if odd := [rank for rank in self.nodes if self.of(rank)["processes"] != layout.processes]:
-            self.close()
-            theirs = self.of(odd[0])["processes"]
-            raise RuntimeError(f"node {self.rank} has {layout.processes} processes and node {odd[0]} {theirs}; give all the same --gpus")
-
-    def _join(self) -> None:
-        deadline, missing = time.monotonic() + JOIN_SECONDS, [0]
-        try:
-            self.store.set(f"node/{self.rank}", json.dumps(self.line))
-            while missing := [rank for rank in self.nodes if not self.store.check([f"node/{rank}"])]:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(0.2)
-        except (RuntimeError, TimeoutError) as error:
-            who = f"node {' and node '.join(map(str, missing))}"
-            gone = "" if isinstance(error, TimeoutError) else "; node 0 has given up"
-            raise RuntimeError(f"{who} did not join at {self.where} within {JOIN_SECONDS:g} s{gone}") from None
-
-    def _round(self, beat: int) -> None:
-        self.store.set(f"node/{self.rank}", json.dumps({**self.line, "beat": beat}))
-        for rank, text in enumerate(self.store.multi_get([f"node/{rank}" for rank in self.nodes])):
-            # The nodes' clocks differ, so a beat is dated by when this node sees it.
-            if text != self.texts[rank]:
-                self.texts[rank], self.seen[rank] = text, time.monotonic()
-
-    def _keep(self) -> None:
-        for beat in itertools.count(1):
-            last = self.closing.is_set()
-            try:
-                self._round(beat)
-            except RuntimeError:
-                self.cut = True
-                return
-            if last:
-                return
-            self.wake.wait(BEAT_SECONDS)
-            self.wake.clear()
-
-    def of(self, rank: int) -> dict:
-        return json.loads(self.texts[rank])
-
-    def publish(self, **changes) -> None:
-        self.line = {**self.line, **changes}
-        self.wake.set()
-
-    def failures(self) -> list[tuple[str, int]]:
-        """Other nodes that failed or fell silent: what to say, and the exit code."""
-        if self.cut:
-            # Once this node has failed or heard of a failure, node 0 may leave.
-            expected = self.line["heard"] or self.line["state"] == "failed"
-            return [] if expected else [(f"node 0 is gone: its launcher at {self.where} no longer answers", 1)]
-        found = []
-        for rank in (rank for rank in self.nodes if rank != self.rank):
-            line = self.of(rank)
-            if line["state"] == "failed":
-                found.append((f"node {rank} failed: {line['reason']}", line["code"]))
-            elif line["state"] == "running" and not line["heard"] and time.monotonic() - self.seen[rank] > LOST_SECONDS:
-                found.append((f"node {rank} is gone: not heard of for {LOST_SECONDS:g} s", 1))
-        return found
-
-    def code_of_all(self) -> int | None:
-        """0 or 75 once every node has ended well, else None."""
-        lines = [self.of(rank) for rank in self.nodes]
-        return max(line["code"] for line in lines) if all(line["state"] == "done" for line in lines) else None
-
-    def close(self) -> None:
-        """Leave; node 0, whose end takes the board away, when the others have read how it went."""
-        self.publish(heard=True)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while self.rank == 0 and time.monotonic() < deadline and not all(self.of(rank)["heard"] for rank in self.nodes):
-            self.wake.set()
-            time.sleep(0.1)
-        self.closing.set()
-        self.wake.set()
-        self.thread.join(LINGER_SECONDS)
 
 
 class Supervisor:
@@ -334,7 +60,7 @@ class Supervisor:
         if self.living or self.code is not None:
             return None if self.living else self.code
         codes = {worker.process.returncode for worker in self.workers}
-        if codes - {0, STOPPED}:
+        if codes - {0, STOPPED_CODE}:
             return None  # the event that tells of it is on its way
         if self.board is None:
             return max(codes)
@@ -356,7 +82,7 @@ class Supervisor:
 
     def worker_ended(self, worker: Worker) -> None:
         code = worker.process.returncode
-        if code in (0, STOPPED) or worker.killed:
+        if code in (0, STOPPED_CODE) or worker.killed:
             return
         reason = f"rank {worker.rank} on {socket.gethostname()} {worker.ending}"
         if signal.SIGINT in self.received:
@@ -366,7 +92,7 @@ class Supervisor:
         elif -code in self.received:
             # Told to stop before it could listen, such as while it imported: what was saved earlier stands, so go on from there.
             worker.report()
-            self.fail(f"{reason} before it could save", STOPPED)
+            self.fail(f"{reason} before it could save", STOPPED_CODE)
             self.end_others()
         else:
             worker.report()

@@ -5,7 +5,7 @@ import signal
 from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: not done, worth starting again. Launchers and job scripts go by it.
-EXIT_CODE = 75
+STOPPED_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

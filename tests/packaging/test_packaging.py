@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / "scripts" / "slurm.sbatch", ROOT / ".ci" / "run"]
 
 
 def python(code: str, *, flags: tuple[str, ...] = (), cwd: Path = ROOT, **env: str) -> str:

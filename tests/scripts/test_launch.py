@@ -26,9 +26,9 @@ DEADLINE = 90
 # The launcher with its command line, but with a stand-in for `dms retrofit`, and with its times shortened.
 DRIVER = """
 import sys
-from dms.train import launch
+from dms.train import launch, nodes
 launch.worker_command = lambda recipe, overrides: [sys.executable, "-S", {stub!r}]
-launch.BEAT_SECONDS, launch.LINGER_SECONDS, launch.LOST_SECONDS, launch.JOIN_SECONDS = 0.2, 2.0, {lost}, {join}
+nodes.BEAT_SECONDS, nodes.LINGER_SECONDS, nodes.LOST_SECONDS, nodes.JOIN_SECONDS = 0.2, 2.0, {lost}, {join}
 sys.exit(launch.main())
 """
 
