@@ -1,0 +1,326 @@
+"""Runs that are cut off go on as if nothing had been; what cannot go on is refused with the reason."""
+
+import importlib.util
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dms
+from dms.train import loop, saving
+from dms.train.recipe import RetrofitRecipe
+
+_conftest = importlib.util.spec_from_file_location("train_conftest", Path(__file__).with_name("conftest.py"))
+conftest = importlib.util.module_from_spec(_conftest)
+_conftest.loader.exec_module(conftest)
+Job, read_metrics = conftest.Job, conftest.read_metrics
+
+SAVE = {"every": 3}
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.fixture
+def cut_at(monkeypatch):
+    """cut_at(step): the next run ends there as by a power cut, after that step's forward and before its optimizer."""
+    original = loop.Engine.step
+
+    def arm(step):
+        taken = []
+
+        def stepping(engine):
+            taken.append(1)
+            if len(taken) == step:
+                monkeypatch.setattr(loop.Engine, "step", original)
+                raise Cut
+            return original(engine)
+
+        monkeypatch.setattr(loop.Engine, "step", stepping)
+
+    return arm
+
+
+def run(values, **changes):
+    return loop.run(RetrofitRecipe.model_validate({**values, **changes}))
+
+
+def trajectory(folder):
+    return [(m["step"], m["loss"], m["grad_norm"], m["cr_decided"], m["tokens"]) for m in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_values, tmp_path_factory):
+    """The same run, never cut: trajectory and result by what trains."""
+    done = {}
+
+    def of(trainable):
+        if trainable not in done:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            values = {**make_values(folder), **TRAINABLE[trainable], "save": SAVE}
+            done[trainable] = trajectory(folder) if run(values) else None, load_file(folder / "model" / "gates.safetensors")
+        return done[trainable]
+
+    return of
+
+
+TRAINABLE = {
+    "gates": {},
+    "gates+lora": {"trainable": "gates+lora", "optimizer": {"lr": 2e-3, "base_lr": 1e-3, "warmup_steps": 1}, "lora": {"rank": 4}},
+    "all": {"trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4, "warmup_steps": 1}},
+}
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_a_resumed_run_is_the_uninterrupted_one(recipe_values, cut_at, uninterrupted, trainable):
+    expected, gates = uninterrupted(trainable)
+    values = {**recipe_values, **TRAINABLE[trainable], "save": SAVE}
+    cut_at(6)
+    with pytest.raises(Cut):
+        run(values)
+    folder = Path(values["output_dir"])
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000003"]
+    run(values)
+    assert trajectory(folder) == expected
+    resumed = load_file(folder / "model" / "gates.safetensors")
+    assert all(torch.equal(gates[name], resumed[name]) for name in gates)
+
+
+def test_only_what_trains_is_written_and_nothing_is_pickled(recipe_values, tiny_folder):
+    for trainable, changes in TRAINABLE.items():
+        values = {**recipe_values, **changes, "output_dir": f"{recipe_values['output_dir']}-{trainable}", "save": SAVE}
+        run(values)
+        (folder,) = sorted(Path(values["output_dir"]).glob("checkpoints/step_000008"))
+        assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+        base = sum(t.numel() for t in load_file(tiny_folder / "model.safetensors").values())
+        held = {path.name: sum(t.numel() for t in load_file(path).values()) for path in folder.glob("*.safetensors")}
+        assert held["gates.safetensors"] == 2 * 2 * (64 + 1)
+        if trainable == "gates":
+            assert set(held) == {"gates.safetensors", "optimizer.safetensors"}
+        elif trainable == "gates+lora":
+            # q, k, v, o, gate, up, down of both layers, rank 4.
+            assert held["weights.safetensors"] == 2 * 4 * ((64 + 64) + (64 + 32) * 2 + (64 + 64) + (64 + 96) * 3)
+        else:
+            assert held["weights.safetensors"] == base
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+        assert manifest["base"]["hash"] == dms.models.base_hash(tiny_folder)
+
+
+def test_checkpoints_kept_and_dropped(recipe_values, tiny_folder):
+    values = {**recipe_values, "save": {"every": 2, "keep_last": 1, "at_cr": [1.5, 3.0]}}
+    run(values)
+    folder = Path(values["output_dir"])
+    kept = {path.name: json.loads((path / "manifest.json").read_text())["at_cr"] for path in (folder / "checkpoints").iterdir()}
+    # CR rises by 3 / 6.4 a step: 1.5 at step 2, 3.0 at step 5.
+    assert kept == {"step_000002": 1.5, "step_000005": 3.0, "step_000008": None}
+    assert dms.load(folder / "checkpoints" / "step_000005", base=str(tiny_folder)).dms.mode == "evict"
+
+
+def test_a_run_that_is_continued_may_be_followed_and_kept_otherwise(recipe_values, cut_at, uninterrupted, capsys):
+    cut_at(6)
+    with pytest.raises(Cut):
+        run(recipe_values, save=SAVE)
+    run(recipe_values, save={"every": 2}, evaluation={"num_documents": 4, "num_items": 2}, micro_batch_size=1)
+    assert "continued with micro_batch_size 1 instead of 2: the same sums in another order" in " ".join(capsys.readouterr().out.split())
+    expected, _ = uninterrupted("gates")
+    for ours, theirs in zip(trajectory(recipe_values["output_dir"]), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(recipe_values, cut_at, uninterrupted, capsys):
+    cut_at(2)
+    with pytest.raises(Cut):
+        run(recipe_values, save=SAVE)
+    run(recipe_values, save=SAVE)
+    assert "without a checkpoint: it begins anew" in " ".join(capsys.readouterr().out.split())
+    assert trajectory(recipe_values["output_dir"]) == uninterrupted("gates")[0]
+
+
+@pytest.fixture
+def unfinished(recipe_values, cut_at):
+    """The values of a run that was cut after its checkpoints of steps 2 and 4."""
+    values = {**recipe_values, "save": {"every": 2, "keep_last": 5}}
+    cut_at(6)
+    with pytest.raises(Cut):
+        run(values)
+    return values
+
+
+def damage_truncate(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def damage_flip(folder):
+    path = folder / "gates.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def damage_missing(folder):
+    (folder / "optimizer.json").unlink()
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text('{"format_version": 1')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "optimizer.safetensors is not what was written"),
+        (damage_flip, "gates.safetensors is not what was written"),
+        (damage_missing, "optimizer.json is missing"),
+        (damage_manifest, "its manifest cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(unfinished, uninterrupted, capsys, damage, message):
+    folder = Path(unfinished["output_dir"])
+    damage(folder / "checkpoints" / "step_000004")
+    # What a kill during a save leaves.
+    (folder / "checkpoints" / ".step_000006.new").mkdir()
+    run(unfinished)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "passing over" in out and message in out and "continuing after step 2" in out
+    assert trajectory(folder) == uninterrupted("gates")[0]
+    assert not (folder / "checkpoints" / ".step_000006.new").exists()
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(unfinished):
+    folder = Path(unfinished["output_dir"])
+    with pytest.raises(ValueError, match=r"another run, unfinished.*steps is 8 there and 9 here; seed is 0 there and 1 here"):
+        run(unfinished, steps=9, seed=1)
+    with pytest.raises(ValueError, match=r"dms\.window is 8 there and 7 here"):
+        run(unfinished, dms={"window": 7})
+    with pytest.raises(ValueError, match=r"zero\.stage is 0 there and 3 here"):
+        run(unfinished, zero={"stage": 3})
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+def test_a_checkpoint_from_another_run_is_refused(unfinished, recipe_values, tmp_path):
+    other = {**unfinished, "output_dir": str(tmp_path / "other"), "seed": 5}
+    run(other)
+    folder = Path(unfinished["output_dir"])
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step_000008", folder / "checkpoints" / "step_000007")
+    with pytest.raises(ValueError, match="seed is 5 there and 0 here"):
+        run(unfinished)
+
+
+def test_another_base_is_refused(unfinished, tiny_folder, tmp_path):
+    moved = tmp_path / "base"
+    shutil.copytree(tiny_folder, moved)
+    values = {**unfinished, "output_dir": str(tmp_path / "second"), "model": str(moved)}
+    shutil.copytree(unfinished["output_dir"], values["output_dir"])
+    for path in [Path(values["output_dir"]) / "recipe.yaml", *Path(values["output_dir"]).glob("checkpoints/*/manifest.json")]:
+        path.write_text(path.read_text().replace(str(tiny_folder), str(moved)))
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] += 1.0
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="give the base that the run began with"):
+        run(values)
+
+
+def test_resume_never_and_overwrite(unfinished):
+    with pytest.raises(ValueError, match="holds an unfinished run; resume=auto continues it"):
+        run(unfinished, resume="never")
+    # A replaced run must not eat its own model.
+    inside = Path(unfinished["output_dir"]) / "base"
+    shutil.copytree(unfinished["model"], inside)
+    with pytest.raises(ValueError, match="lies within output_dir"):
+        run(unfinished, resume="never", overwrite=True, model=str(inside))
+    assert inside.exists()
+    run(unfinished, resume="never", overwrite=True, steps=2, save={"every": 0}, target_cr=1.0)
+    assert [m["step"] for m in read_metrics(unfinished["output_dir"])] == [1, 2]
+    assert not (Path(unfinished["output_dir"]) / "checkpoints").exists()
+
+
+def test_a_folder_in_use_is_refused(unfinished, monkeypatch):
+    running = {**unfinished, "tracking": {"wandb": "off"}}
+    original, seen = loop._train, []
+
+    def meanwhile(setup, stop):
+        with pytest.raises(ValueError, match=r"is in use by process \d+ on "):
+            run(running)
+        seen.append(1)
+        return original(setup, stop)
+
+    monkeypatch.setattr(loop, "_train", meanwhile)
+    run(running)
+    assert seen
+
+
+def test_a_full_disk_names_the_last_good_checkpoint_and_the_run_goes_on(recipe_values, uninterrupted, monkeypatch, capsys):
+    original = saving._write_state
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(folder, *args):
+        # Real write errors (EFBIG) rather than pretended ones, for the checkpoint of step 4 only.
+        full = "000004" in folder.name
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            return original(folder, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(saving, "_write_state", on_a_full_disk)
+    run(recipe_values, save={"every": 2, "keep_last": 9})
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 4 could not be written" in out and "step_000002" in out
+    folder = Path(recipe_values["output_dir"])
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000006", "step_000008"]
+    assert trajectory(folder) == uninterrupted("gates")[0]
+
+
+def test_a_run_that_fails_names_the_checkpoint_to_continue_from(unfinished, cut_at, capsys):
+    cut_at(1)
+    with pytest.raises(Cut):
+        run(unfinished)
+    assert "the run can be continued from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, uninterrupted, name):
+    values = make_values(tmp_path / "run", save=SAVE)
+    job = Job(values)
+    job.wait_for_step(2)
+    assert job.send(signal.Signals[name]).wait() == 75, job.output
+    assert f"stopped by {name} after step" in job.output
+    stopped = len(read_metrics(job.folder))
+    assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir() or (job.folder / "result.json").exists()
+    again = Job(values)
+    assert again.wait() == 0, again.output
+    assert trajectory(job.folder) == uninterrupted("gates")[0]
+
+
+def kill_at_random(make_values, folder, expected, kills, seed, processes=1, **changes):
+    """Kill a run with -9 at random moments, saves included, until it has been killed often enough; then let it end."""
+    values = make_values(folder, save={"every": 1}, **changes)
+    draw, done = random.Random(seed), 0
+    while done < kills:
+        job = Job(values, processes)
+        job.wait_for_step(1)
+        try:
+            job.process.wait(draw.uniform(0.0, 0.5))
+        except subprocess.TimeoutExpired:
+            job.send(signal.SIGKILL).wait()
+            done += 1
+        if (folder / "result.json").exists():
+            shutil.rmtree(folder)
+    job = Job(values, processes)
+    assert job.wait() == 0, job.output
+    assert trajectory(folder) == expected
+
+
+def test_kill_9_at_random_moments(make_values, tmp_path, uninterrupted):
+    kill_at_random(make_values, tmp_path / "run", uninterrupted("gates")[0], kills=2, seed=0)
