@@ -1,8 +1,10 @@
 """The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
 
+import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,7 +77,7 @@ def generate(
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
 ) -> None:
     """Stream a continuation and say how many KV entries were kept."""
-    _prepare_environment("auto")
+    _prepare_environment("bf16" if _is_bfloat16(model) else "auto")
     from dms.generation import stream
 
     stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias)
@@ -109,6 +111,15 @@ def _prepare_environment(precision: str) -> None:
             if not bfloat16_works(AMX_CURE):
                 raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
             os.environ.update(AMX_CURE)
+
+
+def _is_bfloat16(folder: str) -> bool:
+    """Whether a model folder says so; anything that is wrong with it is said when it is loaded."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _has_no_gpu() -> bool:

@@ -67,6 +67,7 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
             f"zero.stage {recipe.zero.stage} needs DeepSpeed, which is not installed; run scripts/setup_env.sh deepspeed, or choose zero.stage=0"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _check_nvme(recipe)
     if "RANK" not in os.environ:
         # No launcher: a group of one.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
@@ -75,6 +76,19 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
     _check_batch(recipe, num_processes)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe, num_processes), zero3_init_flag=False)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+
+
+def _check_nvme(recipe: RetrofitRecipe) -> None:
+    """Raises ValueError where weights or optimizer state could not be offloaded to `nvme_path`."""
+    if not recipe.zero.offloads_to_nvme:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    path = Path(recipe.zero.nvme_path).expanduser()
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise ValueError(f"zero.nvme_path '{path}' is not a folder that can be written to; make it, or choose another")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError("offloading to nvme needs libaio's headers (sudo apt-get install libaio-dev), g++ and ninja; or offload to cpu")
 
 
 def _check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from dms.retrofitting import state_of
-from dms.sharding import num_elements
+from dms.sharding import num_elements, resident_bytes
 from dms.train.recipe import RetrofitRecipe
 
 
@@ -17,6 +17,9 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module,
         f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
         highlight=False,
     )
+    if recipe.zero.stage == 3:
+        whole = sum(num_elements(p) * p.element_size() for p in student.parameters())
+        console.print(f"  of {whole:,} bytes of weights the first process holds {resident_bytes(student):,}", highlight=False)
     for name, reason in state.skipped.items():
         console.print(f"  left alone: {name}: {reason}", highlight=False)
 

@@ -16,22 +16,10 @@ def load(values):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
+def finished(make_values, tmp_path_factory):
     """One finished run, shared by the tests that only look."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    values = {
-        "model": str(tiny_folder),
-        "output_dir": str(folder),
-        "target_cr": 4,
-        "dms": {"window": 8},
-        "data": {"source": "builtin", "length": 192, "items": [2, 4]},
-        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
-        "steps": 20,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "evaluation": {"num_documents": 8, "num_items": 3},
-        "tracking": {"wandb": "offline"},
-    }
+    values = make_values(folder, steps=20, tracking={"wandb": "offline"})
     return folder, loop.run(load(values))
 
 

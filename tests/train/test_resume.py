@@ -1,6 +1,5 @@
 """Runs that are cut off go on as if nothing had been; what cannot go on is refused with the reason."""
 
-import importlib.util
 import json
 import random
 import resource
@@ -11,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import Job, read_metrics, trajectory
 from safetensors.torch import load_file, save_file
 
 import dms
 from dms.train import loop, saving
 from dms.train.recipe import RetrofitRecipe
-
-_conftest = importlib.util.spec_from_file_location("train_conftest", Path(__file__).with_name("conftest.py"))
-conftest = importlib.util.module_from_spec(_conftest)
-_conftest.loader.exec_module(conftest)
-Job, read_metrics = conftest.Job, conftest.read_metrics
 
 SAVE = {"every": 3}
 
@@ -51,10 +46,6 @@ def cut_at(monkeypatch):
 
 def run(values, **changes):
     return loop.run(RetrofitRecipe.model_validate({**values, **changes}))
-
-
-def trajectory(folder):
-    return [(m["step"], m["loss"], m["grad_norm"], m["cr_decided"], m["tokens"]) for m in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
 from dms import models
@@ -117,6 +118,41 @@ def test_a_frozen_base_gets_no_gradients(student):
         compression_weight=1.0,
     ).loss.backward()
     assert all((p.grad is not None) == (id(p) in gates) for p in student.parameters())
+
+
+class BackwardProducts(TorchDispatchMode):
+    """Shapes of the results of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_base_costs_no_products_for_its_weights_gradients(student, frozen):
+    gates = {id(p) for p in gate_parameters(student).values()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(not frozen or id(parameter) in gates)
+    names = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")
+    weights = {tuple(p.shape) for n, p in student.named_parameters() if any(name in n for name in names)}
+    # 150 tokens, so that no activation has a weight's shape.
+    batch = make_batch(1, num_tokens=150)
+    head_loss = HeadLoss(student, None, beta=0.0, chunk=64)
+    output = distill_step(
+        student, None, batch, head_loss=head_loss, target=0.9, normalizer=Normalizer(150, 1), seed=0, compression_weight=1.0
+    )
+    with BackwardProducts() as products:
+        output.loss.backward()
+    made = [shape for shape in products.shapes if shape in weights or shape[::-1] in weights]
+    # Two layers of seven matrices each.
+    assert len(made) == (0 if frozen else 14), made
+    assert products.shapes
 
 
 def test_schedule():

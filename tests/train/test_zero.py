@@ -1,0 +1,151 @@
+"""DeepSpeed's ZeRO on CPU processes: the same run, divided; and what it does not hold."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import Job, read_metrics, trajectory
+from safetensors.torch import load_file
+
+from dms.train import engine, loop
+from dms.train.recipe import RetrofitRecipe
+
+pytest.importorskip("deepspeed")
+
+ZERO = {
+    "zero2": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
+    "zero3": {"zero": {"stage": 3, "offload_param": "cpu"}},
+    "zero3-both": {"zero": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}},
+}
+LORA = {"trainable": "gates+lora", "optimizer": {"lr": 2e-3, "base_lr": 1e-3, "warmup_steps": 1}, "lora": {"rank": 4}}
+ALL = {"trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4, "warmup_steps": 1}}
+
+
+def assert_same_course(folder, whole, steps):
+    """Losses to rounding until a decision tips over: a hard decision turns rounding into a step of its own."""
+    ours, theirs = read_metrics(folder), read_metrics(whole)
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs] == list(range(1, steps + 1))
+    for a, b in list(zip(ours, theirs, strict=True))[:5]:
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.01) and a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("zero2", {}),
+        ("zero3", {"activation_checkpointing": True}),
+        pytest.param("zero2", ALL, marks=pytest.mark.slow),
+        pytest.param("zero3-both", ALL, marks=pytest.mark.slow),
+        pytest.param("zero2", LORA, marks=pytest.mark.slow),
+        ("zero3", LORA),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("trainable", "gates"),
+)
+def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, changes):
+    whole = tmp_path / "whole"
+    expected = loop.run(RetrofitRecipe.model_validate(make_values(whole, **changes)))
+    job = Job(make_values(tmp_path / "run", **changes, **ZERO[name]), 2)
+    assert job.wait() == 0, job.output
+    assert_same_course(job.folder, whole, 8)
+    result = json.loads((job.folder / "result.json").read_text())
+    for policy in ("dense", "dms"):
+        assert result["policies"][policy]["bits_per_byte"] == pytest.approx(expected["policies"][policy]["bits_per_byte"], rel=1e-2)
+    # What is written is whole, and the frozen part of it the base itself.
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (job.folder, whole))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    if not changes.get("trainable"):
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    config = json.loads((job.folder / "deepspeed.json").read_text())
+    assert config["zero_optimization"]["stage"] == ZERO[name]["zero"]["stage"] and "bf16" not in config
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGUSR1"])
+def test_a_divided_run_goes_on_exactly(make_values, tmp_path, how):
+    changes = ZERO["zero3"] if how == "SIGUSR1" else ZERO["zero2"]
+    whole = Job(make_values(tmp_path / "whole", **changes), 2)
+    assert whole.wait() == 0, whole.output
+    values = make_values(tmp_path / "run", save={"every": 3}, **changes)
+    job = Job(values, 2)
+    job.wait_for_step(5)
+    code = job.send(signal.Signals[how]).wait()
+    assert code == (75 if how == "SIGUSR1" else -9), job.output
+    again = Job(values, 2)
+    assert again.wait() == 0, again.output
+    assert "continuing after step" in again.output
+    assert trajectory(job.folder) == trajectory(whole.folder)
+    manifests = [json.loads(path.read_text()) for path in sorted(job.folder.glob("checkpoints/*/manifest.json"))]
+    assert len({manifest["frozen"] for manifest in manifests}) == 1
+    assert {path.suffix for path in job.folder.glob("checkpoints/*/*")} == {".json", ".safetensors"}
+    if how == "SIGKILL":
+        (job.folder / "result.json").unlink()
+        alone = Job(values, 1)
+        assert alone.wait() == 2
+        assert "was written by 2 processes and there are 1" in alone.output and "start 2 processes" in alone.output
+
+
+def test_the_configuration_names_only_what_deepspeed_knows(make_values, tmp_path):
+    """DeepSpeed passes over keys that it does not know; ours must not be among them."""
+    from deepspeed.runtime import config as known_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    text = Path(known_config.__file__).read_text() + Path(known_config.__file__).with_name("constants.py").read_text()
+    for changes in (*ZERO.values(), {"zero": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "nvme", "nvme_path": "/x"}}):
+        derived = engine.deepspeed_config(RetrofitRecipe.model_validate(make_values(tmp_path / "run", **changes)), 2)
+        assert not [key for key in derived if f'"{key}"' not in text]
+        section = derived["zero_optimization"]
+        DeepSpeedZeroConfig(**section)
+        assert set(section) <= set(DeepSpeedZeroConfig.model_fields)
+        assert derived["train_batch_size"] == derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 2
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 1}, "0, 2 or 3"),
+        ({"stage": 0, "offload_optimizer": "cpu"}, "no effect with zero.stage 0"),
+        ({"stage": 2, "offload_param": "cpu"}, "needs stage 3"),
+        ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "/x"}, "needs stage 3"),
+        ({"stage": 3, "offload_param": "nvme"}, "nvme_path is missing"),
+        ({"stage": 3, "nvme_path": "/x"}, "no effect without nvme"),
+        ({"stage": 3, "offload_params": "cpu"}, "did you mean 'offload_param'"),
+    ],
+)
+def test_contradictions_are_refused(make_values, tmp_path, zero, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RetrofitRecipe(**make_values(tmp_path / "run", zero=zero))
+
+
+def test_without_a_compiler_the_offloaded_optimizer_is_torchs_and_says_so(make_values, tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    recipe = RetrofitRecipe.model_validate(make_values(tmp_path / "run", **ZERO["zero2"]))
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "peak_lr": 1.0}]
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    assert type(engine.make_optimizer(groups, recipe, Console(width=200))) is torch.optim.AdamW
+    assert "slower than DeepSpeed's: g++ and ninja not on PATH" in capsys.readouterr().out
+
+
+def test_a_killed_process_ends_the_job_with_its_name_and_the_checkpoint(make_values, tmp_path):
+    job = Job(make_values(tmp_path / "run", steps=4000, save={"every": 3}), 2)
+    job.wait_for_step(5)
+    start = time.monotonic()
+    os.kill(job.ranks[1], signal.SIGKILL)
+    assert job.wait(60) == 137
+    assert time.monotonic() - start < 60
+    assert re.search(r"rank 1 .* killed by SIGKILL", job.output) and "the run can be continued from" in " ".join(job.output.split())
+
+
+def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_path):
+    job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=0.1), 2)
+    job.wait_for_step(3)
+    os.kill(job.ranks[1], signal.SIGSTOP)
+    assert job.wait(60) == 1
+    assert "Timed out" in job.output, job.output
