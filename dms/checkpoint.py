@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dms.config import FORMAT_VERSION, DMSConfig
-from dms.models import base_hash, load_base, resolve_model
+from dms.models import base_hash, load_base, local_folder
 from dms.retrofitting import gate_parameters, retrofit, set_mode, state_of
 from dms.sharding import gathered, is_sharded
 
@@ -166,15 +166,11 @@ def load(
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
         if in_config is not None and DMSConfig.from_saved(in_config, f"{folder}/config.json") != config:
             raise ValueError(f"{folder}: config.json and {GATES_FILE} disagree about the DMS configuration: {in_config} against {saved}")
-    resolved = Path(resolve_model(name))
-    if resolved.is_dir():
-        found = base_hash(resolved)
-        if found != metadata.get("base_hash"):
-            raise ValueError(
-                f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
-                f"and {name} has hash {found}; give the base that they were trained on"
-            )
+    checked = _check_base(name, metadata)
     model = retrofit(load_base(name, dtype, device), config)
+    if not checked:
+        # From the hub: now its files are here.
+        _check_base(name, metadata)
     parameters = gate_parameters(model)
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
         raise ValueError(
@@ -186,3 +182,17 @@ def load(
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
+
+
+def _check_base(name: str, metadata: dict[str, Any]) -> bool:
+    """Whether the base's files are on this machine; raises ValueError where they are others than the gates were trained on."""
+    folder = local_folder(name)
+    if folder is None:
+        return False
+    found = base_hash(folder)
+    if found != metadata.get("base_hash"):
+        raise ValueError(
+            f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
+            f"and {name} has hash {found}; give the base that they were trained on"
+        )
+    return True

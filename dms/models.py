@@ -40,6 +40,19 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def local_folder(name: str) -> Path | None:
+    """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
+    from transformers.utils import cached_file
+
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        try:
+            path = Path(cached_file(str(path), "config.json", local_files_only=True)).parent
+        except OSError:
+            return None
+    return path if weight_files(path) else None
+
+
 def load_base(name: str, dtype: str = "auto", device: str | None = None):
     """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16".
 

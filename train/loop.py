@@ -139,10 +139,9 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
 
     tokenizer = models.load_tokenizer(recipe.model)
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    base_path = Path(models.resolve_model(recipe.model))
-    base = {"name": recipe.model, "hash": models.base_hash(base_path) if base_path.is_dir() else None}
+    base_hash = _base_hash(recipe)
     folder = run_folder.path
-    saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base["hash"]))
+    saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
     _check_context(recipe)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
     documents = make_documents(
@@ -165,6 +164,8 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
 
     _on_main(accelerator, lambda: run_folder.prepare(saved))
     _check_shared(folder)
+    # A model from the hub was fetched meanwhile.
+    base = {"name": recipe.model, "hash": base_hash or _base_hash(recipe)}
     saver = Saver(folder, recipe, accelerator, console, {"base": base, "frozen": before.digest})
     position = Position()
     if saved is not None:
@@ -230,7 +231,9 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 rate_LH = rate_LH + output.head_rate_LH / micro_steps
             # All processes hear of a signal that one of them got, and stop after the same step.
             totals[4] = float(stop.signal is not None)
-            kl, compression, evicted, decided, stops = accelerator.reduce(totals, "sum").tolist()
+            summed = accelerator.reduce(torch.cat([totals, rate_LH.flatten().float()]), "sum")
+            kl, compression, evicted, decided, stops = summed[:5].tolist()
+            rate_LH = summed[5:].view_as(rate_LH) / accelerator.num_processes
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -322,6 +325,11 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
             "train longer, raise optimizer.lr or compression_weight"
         )
     return result
+
+
+def _base_hash(recipe: RetrofitRecipe) -> str | None:
+    folder = models.local_folder(recipe.model)
+    return None if folder is None else models.base_hash(folder)
 
 
 def _check_context(recipe: RetrofitRecipe) -> None:

@@ -196,6 +196,11 @@ class RetrofitRecipe(Strict):
             raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
         if self.trainable != "gates+lora" and self.lora is not None:
             raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if self.zero.offload_optimizer == "nvme" and (self.save.every or self.save.at_cr):
+            raise ValueError(
+                "an optimizer on nvme cannot be saved yet: set save.every=0 and no save.at_cr (the run then cannot be continued), "
+                "or zero.offload_optimizer=cpu"
+            )
         if outside := [cr for cr in self.save.at_cr if not 1.0 < cr <= self.target_cr]:
             raise ValueError(f"save.at_cr has {outside}; the ratio rises from 1 to target_cr {self.target_cr:g}, choose values in between")
         if self.dms.window >= self.data.length:

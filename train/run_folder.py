@@ -106,7 +106,7 @@ class RunFolder:
                     f"model '{recipe.model}' lies within output_dir '{folder}', which would be emptied; choose another output_dir"
                 )
             _empty(folder)
-        saving.remove_remains(folder)
+        saving.remove_remains(folder, after=saved.position.step if saved else 0)
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         _replace(metrics, "".join(lines[: saved.position.step if saved else 0]))

@@ -69,6 +69,9 @@ class Saver:
 
     def save(self, engine: Engine, parts: Models, position: Position, *, at_cr: float | None, run_id: str | None) -> bool:
         """Write a checkpoint. Returns whether it is there: a disk that is full does not end the run."""
+        if self.recipe.zero.offload_optimizer == "nvme":
+            # Its state lies in DeepSpeed's swap files; the recipe asked for no checkpoints, and a signal cannot have one either.
+            return False
         target = self.folder / f"step_{position.step:06d}"
         temporary = self.folder / f".{target.name}.new"
         is_main = self.accelerator.is_main_process
@@ -160,7 +163,7 @@ def _write_state(
     if rank == 0:
         paths.append(
             checkpoint.save_gates(
-                parts.student, folder, base_name=base["name"], base_digest=base["hash"], target_cr=recipe.target_cr, tensors=gates
+                parts.student, folder, base_name=base["name"], base_digest=base["hash"] or "", target_cr=recipe.target_cr, tensors=gates
             )
         )
         others = dict(list(parts.trained.items())[parts.num_gates :])
@@ -258,14 +261,17 @@ def _damage(folder: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def remove_remains(folder: Path) -> None:
-    """Delete what a process that was killed while saving left half-written."""
+def remove_remains(folder: Path, after: int) -> None:
+    """Delete what a process that was killed while saving left half-written, and what was passed over: checkpoints after that step."""
     for path in (folder / FOLDER).glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in _folders(folder / FOLDER):
+        if int(path.name.removeprefix("step_")) > after:
+            _remove(path)
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

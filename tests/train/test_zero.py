@@ -97,13 +97,23 @@ def test_the_configuration_names_only_what_deepspeed_knows(make_values, tmp_path
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     text = Path(known_config.__file__).read_text() + Path(known_config.__file__).with_name("constants.py").read_text()
-    for changes in (*ZERO.values(), {"zero": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "nvme", "nvme_path": "/x"}}):
+    for changes in (
+        *ZERO.values(),
+        {"zero": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "nvme", "nvme_path": "/x"}, "save": {"every": 0}},
+    ):
         derived = engine.deepspeed_config(RetrofitRecipe.model_validate(make_values(tmp_path / "run", **changes)), 2)
         assert not [key for key in derived if f'"{key}"' not in text]
         section = derived["zero_optimization"]
         DeepSpeedZeroConfig(**section)
         assert set(section) <= set(DeepSpeedZeroConfig.model_fields)
         assert derived["train_batch_size"] == derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 2
+
+
+def test_an_optimizer_on_nvme_is_not_saved_and_says_so(make_values, tmp_path):
+    zero = {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/x"}
+    with pytest.raises(ValueError, match="an optimizer on nvme cannot be saved yet"):
+        RetrofitRecipe(**make_values(tmp_path / "run", zero=zero))
+    assert RetrofitRecipe(**make_values(tmp_path / "run", zero=zero, save={"every": 0})).zero.offloads_to_nvme
 
 
 @pytest.mark.parametrize(
@@ -149,3 +159,25 @@ def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_p
     os.kill(job.ranks[1], signal.SIGSTOP)
     assert job.wait(60) == 1
     assert "Timed out" in job.output, job.output
+
+
+@pytest.mark.slow
+def test_weights_are_divided_from_loading_on(make_values, tmp_path, tiny_folder):
+    """A 40 M model: what a process holds at the start, and the most that it ever held."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2048, max_position_embeddings=512, pad_token_id=1, **shape)).save_pretrained(folder)
+    whole = sum(tensor.numel() * 4 for tensor in load_file(folder / "model.safetensors").values())
+    job = Job(make_values(tmp_path / "run", model=str(folder), steps=2, zero={"stage": 3}), 2)
+    assert job.wait() == 0, job.output
+    found = re.search(r"of ([\d,]+) bytes of weights the first process holds ([\d,]+)", " ".join(job.output.split()))
+    held = int(found[2].replace(",", ""))
+    assert int(found[1].replace(",", "")) >= whole > 100e6
+    assert held <= 0.6 * whole
+    saved = sum(path.stat().st_size for path in job.folder.glob("checkpoints/step_000002/*"))
+    assert saved < 1e6
