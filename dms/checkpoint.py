@@ -49,7 +49,7 @@ def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weigh
             if id(tensor) not in converted:
                 cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
                 # What is gathered is gone afterwards.
-                converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast
+                converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast.cpu()
             weights.base[name] = converted[id(tensor)]
     return weights
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,11 +69,12 @@ def finish(
     training_seconds: float,
     start: float,
     num_processes: int,
+    forwards_done: Callable[[], None],
     console: Console,
 ) -> dict:
     """Save, evaluate, draw and print. Returns what result.json holds.
 
-    folder: None on processes that only take part in the forward passes of a divided model.
+    folder: None on processes that only take part in the forward passes of a divided model. forwards_done is called after those.
     """
     if folder is not None:
         model_folder, digest = _save(folder, recipe, student, tokenizer, weights, base)
@@ -86,6 +88,7 @@ def finish(
             scores["dense"] = dense_scores(teacher, recipe, documents)
     names = [f"layer {layer.index}" for layer in state_of(student).layers]
     trace = trace_document(student, tokenizer, documents[0])
+    forwards_done()
     if folder is None:
         return {}
     common = {
@@ -119,8 +122,9 @@ def finish(
         "rows": rows,
     }
 
-    # Before anything is drawn: figures must outlive a failing picture.
-    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    # Before anything is drawn: figures must outlive a failing picture. Its name makes a run finished, so it gets that at the end.
+    unnamed = folder / "result.json.new"
+    unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
     report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), scores["dms"].rate_LH, trace, names)
     card.write_card(
         model_folder,
@@ -137,7 +141,8 @@ def finish(
         else f"{recipe.data.source}: {recipe.data.path if recipe.data.source == 'dataset' else Path(recipe.data.path).name}",
     )
     result["seconds"] = time.perf_counter() - start
-    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unnamed.replace(folder / "result.json")
     console.print(results_table(result["policies"], f"{recipe.model} at {length} tokens, target CR {recipe.target_cr:g}"))
     console.print(f"wrote {folder}/: model/ gates/ report/ result.json metrics.jsonl ({result['seconds']:.0f} s)", highlight=False)
     return result

@@ -73,6 +73,8 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
     num_processes = torch.distributed.get_world_size()
+    # DeepSpeed's own group of all would wait for torch's default time instead of the recipe's.
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(list(range(num_processes)), timeout=timeout)
     _check_batch(recipe, num_processes)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe, num_processes), zero3_init_flag=False)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
@@ -134,7 +136,12 @@ def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console 
 def _why_no_compiled_adam() -> str | None:
     """Why DeepSpeedCPUAdam cannot be built here, or None after it was (about 40 s the first time)."""
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-    if missing:
+    everywhere = [missing]
+    if torch.distributed.is_initialized():
+        # All processes must step alike.
+        everywhere = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, missing)
+    if missing := next((names for names in everywhere if names), None):
         return f"{' and '.join(missing)} not on PATH"
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -177,8 +184,11 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward: plain data parallelism shares gradients after the step's last micro-batch only."""
-        return nullcontext() if last or self.is_deepspeed else self.accelerator.no_sync(self.module)
+        """Around forward and backward: gradients are shared, and the step may be taken, after the step's last micro-batch only."""
+        if self.is_deepspeed:
+            self.module.set_gradient_accumulation_boundary(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def backward(self, loss: torch.Tensor) -> None:
         # Both engines average over processes; the loss is a share of a sum.

@@ -1,10 +1,12 @@
 """The retrofit run, top to bottom: recipe -> models and data -> steps -> what comes out."""
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,10 @@ from dms.train.engine import Engine, make_accelerator, sharded_loading, write_co
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
-from dms.train.run_folder import RunFolder
+from dms.train.run_folder import LOCK_FILE, RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
-from dms.train.stopping import Stopped, StopRequest
+from dms.train.stopping import Stopped, StopRequest, ignoring
 from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -50,7 +52,9 @@ class Distillation(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
         """The fields of StepOutput; ZeRO-3 finds the tensors in a plain tuple only."""
         recipe = self.recipe
-        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        # Under ZeRO-3 a cast that is kept would be a whole copy of what was gathered.
+        cached = recipe.zero.stage < 3
+        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=cached):
             output = distill_step(
                 self.student,
                 self.teacher,
@@ -102,27 +106,25 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
     """
     start = time.perf_counter()
     console = console or make_console()
-    with StopRequest() as stop, RunFolder(Path(recipe.output_dir).expanduser(), recipe, console) as run_folder:
+    with RunFolder(Path(recipe.output_dir).expanduser(), recipe, console) as run_folder:
         setup = _set_up(recipe, console, run_folder)
         try:
-            position = _train(setup, stop)
-            # From here on nothing is lost by ending at once.
-            stop.at_once()
-            result = _finish(setup, position, start)
-            _leave_group()
+            # Before and after the steps, signals do what they do to any process: the last checkpoint has what there is to keep.
+            with StopRequest() as stop:
+                position = _train(setup, stop)
+            with nullcontext() if setup.saver.last_step == position.step else ignoring():
+                return _finish(setup, position, start)
         except BaseException as error:
-            if not isinstance(error, Stopped | NothingEvicted) and setup.saver.last is not None:
+            expected = isinstance(error, Stopped | NothingEvicted)
+            if not expected and setup.saver.last is not None:
                 setup.console.print(f"the run can be continued from {setup.saver.last}", highlight=False, markup=False)
             if setup.tracker is not None:
-                setup.tracker.close(0 if isinstance(error, Stopped | NothingEvicted) else 1)
-            if isinstance(error, Stopped):
-                _leave_group()
+                setup.tracker.close(0 if expected else 1)
             raise
-    return result
 
 
 def _leave_group() -> None:
-    """End together with the other processes, so that none takes another's end for a failure."""
+    """Part from the other processes together, so that none takes another's end for a failure."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -162,18 +164,14 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
 
-    _on_main(accelerator, lambda: run_folder.prepare(saved))
-    _check_shared(folder)
     # A model from the hub was fetched meanwhile.
-    base = {"name": recipe.model, "hash": base_hash or _base_hash(recipe)}
-    saver = Saver(folder, recipe, accelerator, console, {"base": base, "frozen": before.digest})
+    facts = {"base": {"name": recipe.model, "hash": base_hash or _base_hash(recipe)}, "frozen": before.digest, "data": _data_digest(source)}
+    if saved is not None:
+        _check_same(saved, facts)
+    _check_shared(folder, _on_main(accelerator, lambda: run_folder.prepare(saved)))
+    saver = Saver(folder, recipe, accelerator, console, facts)
     position = Position()
     if saved is not None:
-        if saved.manifest["frozen"] != before.digest:
-            raise ValueError(
-                f"the frozen weights of {recipe.model} are not those that {saved.folder} was trained on (fingerprint {before.digest}, then "
-                f"{saved.manifest['frozen']}); give the base that the run began with"
-            )
         saving.restore(saved, engine, parts, recipe, accelerator.process_index)
         saver.last, position = saved.folder, saved.position
     tracker = None
@@ -274,6 +272,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 if stops and not there:
                     raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
             if stops:
+                _leave_group()
                 raise Stopped(
                     f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}"
                 )
@@ -295,10 +294,12 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
             f"weights were frozen and {len(changed)} of their tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
         )
     merge_adapters(parts.student)
-    # Whole weights, gathered from all processes; and under ZeRO-3 no process evaluates alone.
-    is_main = setup.accelerator.is_main_process
+    is_main, divided = setup.accelerator.is_main_process, recipe.zero.stage == 3
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
-    if not is_main and recipe.zero.stage < 3:
+    if not divided:
+        # The first process has all that is left to do; the others must not wait for it in a collective.
+        _leave_group()
+    if not is_main and not divided:
         return {}
     result = artifacts.finish(
         setup.folder if is_main else None,
@@ -313,11 +314,13 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         training_seconds=position.training_seconds,
         start=start,
         num_processes=setup.accelerator.num_processes,
+        forwards_done=_leave_group,
         console=setup.console,
     )
     if not is_main:
         return {}
-    setup.tracker.finish(result, setup.folder / "model")
+    with ignoring():
+        setup.tracker.finish(result, setup.folder / "model")
     share = 1.0 - 1.0 / (result["policies"]["dms"]["cr_decided"] or math.inf)
     if recipe.target_cr > 1.0 and share < _NEXT_TO_NOTHING:
         raise NothingEvicted(
@@ -325,6 +328,20 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
             "train longer, raise optimizer.lr or compression_weight"
         )
     return result
+
+
+def _check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
+    then = saved.manifest
+    if then["base"]["hash"] != facts["base"]["hash"] or then["frozen"] != facts["frozen"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other weights than {facts['base']['name']} has (hash and fingerprint {then['base']['hash']} "
+            f"{then['frozen']} then, {facts['base']['hash']} {facts['frozen']} now); give the base that the run began with"
+        )
+    if then["data"] != facts["data"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other data than this recipe now gives: the files, the tokenizer or, for builtin, Python changed; "
+            "give the data that the run began with, or overwrite=true resume=never to begin anew"
+        )
 
 
 def _base_hash(recipe: RetrofitRecipe) -> str | None:
@@ -356,17 +373,24 @@ def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         if not accelerator.is_main_process:
-            # The first process says it for all.
+            # The first process says it for all, and ends first.
+            time.sleep(2.0)
             raise SystemExit(2)
         raise outcome[1]
     return outcome[0]
 
 
-def _check_shared(folder: Path) -> None:
+def _check_shared(folder: Path, mark: str) -> None:
     """Raises ValueError where this process does not see what the first one made."""
     deadline = time.monotonic() + _SHARED_FOLDER_SECONDS
-    while not (folder / "recipe.yaml").is_file():
+    while not (folder / LOCK_FILE).is_file() or (folder / LOCK_FILE).read_text(encoding="utf-8") != mark:
         if time.monotonic() > deadline:
             raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
         # Network file systems remember for a while that a file was not there.
         time.sleep(1.0)
+
+
+def _data_digest(source: Any) -> str:
+    """Of the run's first and last sequence: whether data that a run goes on with is the data that it began with."""
+    ends = [source[number]["input_ids"].tolist() for number in (0, len(source) - 1)]
+    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]

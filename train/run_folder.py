@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,9 +15,9 @@ from dms import models
 from dms.train import saving
 from dms.train.recipe import RetrofitRecipe, dump_recipe
 
-_LOCK = ".lock"
+LOCK_FILE = ".lock"
 # What a process that was killed while making the folder leaves.
-_BARELY_BEGUN = {_LOCK, "metrics.jsonl", "metrics.jsonl.new", "recipe.yaml.new"}
+_BARELY_BEGUN = {LOCK_FILE, "metrics.jsonl", "metrics.jsonl.new", "recipe.yaml.new"}
 # Where a run's files go and how they are kept, followed and measured: free to change when it is continued.
 _FREE = ("output_dir", "overwrite", "resume", "save", "tracking", "evaluation", "timeout_minutes", "zero.nvme_path")
 # These change the order of sums and nothing else: an out-of-memory run can be continued with smaller pieces.
@@ -94,11 +95,17 @@ class RunFolder:
         if changed:
             self._say(f"continued with {', '.join(changed)}: the same sums in another order")
 
-    def prepare(self, saved: saving.Saved | None) -> None:
-        """Make the folder ready: emptied for a new run, its metrics cut back to the checkpoint for one that is continued."""
+    def prepare(self, saved: saving.Saved | None) -> str:
+        """Make the folder ready: emptied for a new run, its metrics cut back to the checkpoint for one that is continued.
+
+        Returns what the lock file now holds, which no other process writes.
+        """
         folder, recipe = self.path, self.recipe
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        if self._held is None:
+            self._lock()
+            if _stored_recipe(folder) is not None:
+                raise ValueError(f"output_dir '{folder}' was taken by another run meanwhile; choose another folder")
         if saved is None:
             base = Path(models.resolve_model(recipe.model)).absolute()
             if base.is_relative_to(folder.absolute()):
@@ -112,11 +119,12 @@ class RunFolder:
         _replace(metrics, "".join(lines[: saved.position.step if saved else 0]))
         # The recipe comes last: it makes the folder a run.
         _replace(folder / "recipe.yaml", dump_recipe(recipe))
+        return (folder / LOCK_FILE).read_text(encoding="utf-8")
 
     def _lock(self) -> None:
         if self._held is not None:
             return
-        self._held = (self.path / _LOCK).open("a+", encoding="utf-8")
+        self._held = (self.path / LOCK_FILE).open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -127,7 +135,7 @@ class RunFolder:
         except OSError as error:
             self._say(f"{self.path} cannot be locked ({error}): take care that no second process continues the run")
         self._held.truncate(0)
-        self._held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self._held.flush()
 
     def _say(self, text: str) -> None:
@@ -143,7 +151,7 @@ def _replace(path: Path, text: str) -> None:
 def _empty(folder: Path) -> None:
     # What makes it a run goes last, so that a deletion that is broken off can be taken up again.
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == "metrics.jsonl", path.name == "recipe.yaml")):
-        if path.name == _LOCK:
+        if path.name == LOCK_FILE:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -8,6 +8,7 @@ when all is on disk. The frozen base is never written: its hash is.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Saver:
         self.facts = facts
         self.last: Path | None = None
 
+    @property
+    def last_step(self) -> int | None:
+        return None if self.last is None else _step(self.last)
+
     def save(self, engine: Engine, parts: Models, position: Position, *, at_cr: float | None, run_id: str | None) -> bool:
         """Write a checkpoint. Returns whether it is there: a disk that is full does not end the run."""
         if self.recipe.zero.offload_optimizer == "nvme":
@@ -104,6 +109,8 @@ class Saver:
                 )
             return False
         self.last = target
+        if is_main:
+            self._rotate()
         return True
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
@@ -147,6 +154,8 @@ class Saver:
             _remove(target)
         temporary.rename(target)
         _to_disk(self.folder)
+
+    def _rotate(self) -> None:
         periodic = [folder for folder in _folders(self.folder) if (read := _manifest(folder)) is None or read["at_cr"] is None]
         for old in periodic[: -self.recipe.save.keep_last]:
             _remove(old)
@@ -241,13 +250,26 @@ def _read_tree(path: Path) -> Any:
 
 
 def newest(folder: Path, console: Console) -> Saved | None:
-    """The run's newest checkpoint whose every file is as its manifest says. Damaged ones are named and passed over."""
+    """The run's newest checkpoint whose every file is as its manifest says. Damaged ones are named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and none is good.
+    """
+    problems = []
     for candidate in reversed(_folders(folder / FOLDER)):
+        if not (candidate / _MANIFEST).exists():
+            # Its deletion was broken off.
+            continue
         manifest = _manifest(candidate)
-        problem = "its manifest cannot be read" if manifest is None else _damage(candidate, manifest)
+        problem = f"its manifest cannot be read as format {FORMAT_VERSION}" if manifest is None else _damage(candidate, manifest)
         if problem is None:
+            for path, why in problems:
+                console.print(f"[bold red]passing over {path}[/]: {why}", highlight=False)
             return Saved(candidate, manifest)
-        console.print(f"[bold red]passing over {candidate}[/]: {problem}", highlight=False)
+        problems.append((candidate, problem))
+    if problems:
+        named = "; ".join(f"{path}: {why}" for path, why in problems)
+        raise ValueError(f"no checkpoint of this run is good ({named}); mend them, or overwrite=true resume=never to begin anew")
     return None
 
 
@@ -266,18 +288,25 @@ def remove_remains(folder: Path, after: int) -> None:
     for path in (folder / FOLDER).glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
     for path in _folders(folder / FOLDER):
-        if int(path.name.removeprefix("step_")) > after:
+        if _step(path) > after:
             _remove(path)
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step_*") if path.is_dir()), key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest if manifest["format_version"] == FORMAT_VERSION else None
+        known = manifest["format_version"] == FORMAT_VERSION and {"position", "at_cr", "recipe", "base", "frozen", "data", "files"} <= set(
+            manifest
+        )
+        return manifest if known else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -49,11 +49,11 @@ def environment(layout: Layout, local_rank: int) -> dict[str, str]:
         "MASTER_PORT": layout.port,
         "DMS_LAUNCHED": 1,
     }
+    # Else each process takes a thread for every core, and they fight for them.
+    defaults = {"OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // layout.processes)}
     if not layout.has_gpu:
-        # Else each process takes a thread for every core, and they fight for them.
-        threads = max(1, len(os.sched_getaffinity(0)) // layout.processes)
-        defaults = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu"}
-        told |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+        defaults["DS_ACCELERATOR"] = "cpu"
+    told |= {name: os.environ.get(name, value) for name, value in defaults.items()}
     return {name: str(value) for name, value in told.items()}
 
 

@@ -507,7 +507,7 @@ def test_what_is_set_stays_set(run_script):
 def test_with_gpus_there_is_a_process_for_each(run_script):
     found = processes(run_script("launch_node.sh", "--dry-run", "tiny/retrofit", CUDA_VISIBLE_DEVICES="4,5,6").stdout)
     assert [told["LOCAL_RANK"] for told, _ in found] == ["0", "1", "2"]
-    assert not {"OMP_NUM_THREADS", "DS_ACCELERATOR"} & found[0][0].keys()
+    assert "DS_ACCELERATOR" not in found[0][0]
 
 
 def test_launch_multinode_dry_run(run_script):

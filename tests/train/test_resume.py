@@ -280,38 +280,93 @@ def test_a_run_that_fails_names_the_checkpoint_to_continue_from(unfinished, cut_
     assert "the run can be continued from" in capsys.readouterr().out
 
 
+LONG = {"steps": 40}
+
+
+@pytest.fixture(scope="module")
+def long_run(make_values, tmp_path_factory):
+    """The trajectory of a run that is long enough to be hit."""
+    job = Job(make_values(tmp_path_factory.mktemp("long") / "run", **LONG))
+    assert job.wait() == 0, job.output
+    return trajectory(job.folder)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, uninterrupted, name):
-    values = make_values(tmp_path / "run", save=SAVE)
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name):
+    values = make_values(tmp_path / "run", **LONG)
     job = Job(values)
     job.wait_for_step(2)
     assert job.send(signal.Signals[name]).wait() == 75, job.output
-    assert f"stopped by {name} after step" in job.output
     stopped = len(read_metrics(job.folder))
-    assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir() or (job.folder / "result.json").exists()
+    assert f"stopped by {name} after step {stopped}; the same command continues" in job.output
+    assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
     again = Job(values)
     assert again.wait() == 0, again.output
-    assert trajectory(job.folder) == uninterrupted("gates")[0]
+    assert trajectory(job.folder) == long_run
 
 
-def kill_at_random(make_values, folder, expected, kills, seed, processes=1, **changes):
-    """Kill a run with -9 at random moments, saves included, until it has been killed often enough; then let it end."""
-    values = make_values(folder, save={"every": 1}, **changes)
-    draw, done = random.Random(seed), 0
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
+    """At any moment of steps that each end in a save; a run that got to its end begins anew."""
+    values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(kills)
+    done = 0
     while done < kills:
-        job = Job(values, processes)
-        job.wait_for_step(1)
+        before = len(read_metrics(tmp_path / "run"))
+        job = Job(values)
+        job.wait_for_step(min(before + 1, LONG["steps"]))
         try:
-            job.process.wait(draw.uniform(0.0, 0.5))
+            job.process.wait(draw.uniform(0.0, 1.0))
         except subprocess.TimeoutExpired:
             job.send(signal.SIGKILL).wait()
             done += 1
-        if (folder / "result.json").exists():
-            shutil.rmtree(folder)
-    job = Job(values, processes)
+        if (tmp_path / "run" / "result.json").exists():
+            assert trajectory(tmp_path / "run") == long_run
+            shutil.rmtree(tmp_path / "run")
+    job = Job(values)
     assert job.wait() == 0, job.output
-    assert trajectory(folder) == expected
+    assert trajectory(tmp_path / "run") == long_run
 
 
-def test_kill_9_at_random_moments(make_values, tmp_path, uninterrupted):
-    kill_at_random(make_values, tmp_path / "run", uninterrupted("gates")[0], kills=2, seed=0)
+def test_a_kill_before_the_report_is_written_leaves_the_run_unfinished(recipe_values, monkeypatch, uninterrupted):
+    from dms.train import artifacts
+
+    def failing(*_, **__):
+        raise Cut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts.card, "write_card", failing)
+        with pytest.raises(Cut):
+            run(recipe_values, save=SAVE)
+    folder = Path(recipe_values["output_dir"])
+    assert not (folder / "result.json").exists()
+    run(recipe_values, save=SAVE)
+    assert (folder / "result.json").exists() and trajectory(folder) == uninterrupted("gates")[0]
+
+
+def test_other_data_under_the_same_name_is_refused(recipe_values, cut_at, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"def f{n}(x): return x + {n}\n" * 9}) for n in range(20)))
+    values = {**recipe_values, "data": {"source": "jsonl", "path": str(text), "length": 96}, "save": SAVE}
+    cut_at(5)
+    with pytest.raises(Cut):
+        run(values)
+    text.write_text(text.read_text().replace("return", "yield"))
+    with pytest.raises(ValueError, match="trained on other data than this recipe now gives"):
+        run(values)
+
+
+def test_without_a_good_checkpoint_nothing_is_deleted(unfinished):
+    folder = Path(unfinished["output_dir"])
+    for number in (2, 4):
+        damage_flip(folder / "checkpoints" / f"step_{number:06d}")
+    with pytest.raises(ValueError, match=r"no checkpoint of this run is good.*step_000004: gates.safetensors.*step_000002"):
+        run(unfinished)
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+def test_what_was_passed_over_does_not_crowd_out_the_new(unfinished):
+    folder = Path(unfinished["output_dir"]) / "checkpoints"
+    damage_flip(folder / "step_000004")
+    (folder / "step_000009.bak").mkdir()
+    run(unfinished, save={"every": 3, "keep_last": 1})
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000008", "step_000009.bak"]

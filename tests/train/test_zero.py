@@ -18,6 +18,7 @@ from dms.train.recipe import RetrofitRecipe
 pytest.importorskip("deepspeed")
 
 ZERO = {
+    "ddp": {},
     "zero2": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
     "zero3": {"zero": {"stage": 3, "offload_param": "cpu"}},
     "zero3-both": {"zero": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}},
@@ -40,8 +41,10 @@ def assert_same_course(folder, whole, steps):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("zero2", {}),
-        ("zero3", {"activation_checkpointing": True}),
+        # Two micro-batches a step on each process.
+        ("zero2", {"micro_batch_size": 1}),
+        ("zero3", {"micro_batch_size": 1, "activation_checkpointing": True}),
+        ("ddp", {"micro_batch_size": 1}),
         pytest.param("zero2", ALL, marks=pytest.mark.slow),
         pytest.param("zero3-both", ALL, marks=pytest.mark.slow),
         pytest.param("zero2", LORA, marks=pytest.mark.slow),
@@ -51,7 +54,7 @@ def assert_same_course(folder, whole, steps):
 )
 def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, changes):
     whole = tmp_path / "whole"
-    expected = loop.run(RetrofitRecipe.model_validate(make_values(whole, **changes)))
+    expected = loop.run(RetrofitRecipe.model_validate(make_values(whole, **{**changes, "micro_batch_size": 2})))
     job = Job(make_values(tmp_path / "run", **changes, **ZERO[name]), 2)
     assert job.wait() == 0, job.output
     assert_same_course(job.folder, whole, 8)
@@ -63,13 +66,22 @@ def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, 
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     if not changes.get("trainable"):
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    config = json.loads((job.folder / "deepspeed.json").read_text())
-    assert config["zero_optimization"]["stage"] == ZERO[name]["zero"]["stage"] and "bf16" not in config
+    if name != "ddp":
+        config = json.loads((job.folder / "deepspeed.json").read_text())
+        assert config["zero_optimization"]["stage"] == ZERO[name]["zero"]["stage"] and "bf16" not in config
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGUSR1"])
-def test_a_divided_run_goes_on_exactly(make_values, tmp_path, how):
-    changes = ZERO["zero3"] if how == "SIGUSR1" else ZERO["zero2"]
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [
+        ("SIGKILL", ZERO["zero2"]),
+        ("SIGUSR1", ZERO["zero3"]),
+        pytest.param("SIGKILL", {**ZERO["zero2"], **ALL}, marks=pytest.mark.slow),
+        pytest.param("SIGKILL", {**ZERO["zero3-both"], **LORA}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_divided_run_goes_on_exactly(make_values, tmp_path, how, changes):
+    changes = {**changes, "steps": 30}
     whole = Job(make_values(tmp_path / "whole", **changes), 2)
     assert whole.wait() == 0, whole.output
     values = make_values(tmp_path / "run", save={"every": 3}, **changes)
@@ -154,10 +166,10 @@ def test_a_killed_process_ends_the_job_with_its_name_and_the_checkpoint(make_val
 
 
 def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_path):
-    job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=0.1), 2)
+    job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=0.4, **ZERO["zero3"]), 2)
     job.wait_for_step(3)
     os.kill(job.ranks[1], signal.SIGSTOP)
-    assert job.wait(60) == 1
+    assert job.wait(90) == 1
     assert "Timed out" in job.output, job.output
 
 
