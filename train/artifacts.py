@@ -14,8 +14,10 @@ from dms import card, checkpoint, models, report
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.table import results_table
 from dms.evaluation.trace import trace_document
-from dms.retrofitting import state_of
+from dms.retrofitting import retrofit, state_of
+from dms.train.adapters import without_adapters
 from dms.train.recipe import RetrofitRecipe, dump_recipe
+from dms.train.students import Models
 
 
 def write_recipe(folder: Path, recipe: RetrofitRecipe) -> None:
@@ -59,9 +61,9 @@ def finish(
     folder: Path | None,
     recipe: RetrofitRecipe,
     student: nn.Module,
-    teacher: nn.Module | None,
     tokenizer,
     *,
+    dense: evaluation.Scores | None,
     weights: checkpoint.Weights,
     base: dict,
     documents: list,
@@ -74,6 +76,7 @@ def finish(
 ) -> dict:
     """Save, evaluate, draw and print. Returns what result.json holds.
 
+    dense: scores of the model as it was, where the student's weights are others now.
     folder: None on processes that only take part in the forward passes of a divided model. forwards_done is called after those.
     """
     if folder is not None:
@@ -83,9 +86,8 @@ def finish(
     length = len(documents[0].input_ids)
     with console.status("evaluating dense, dms and a sliding window of the same budget"):
         scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
-        if recipe.trainable == "all":
-            # With all weights trained, dense means the model as it was.
-            scores["dense"] = dense_scores(teacher, recipe, documents)
+        if dense is not None:
+            scores["dense"] = dense
     names = [f"layer {layer.index}" for layer in state_of(student).layers]
     trace = trace_document(student, tokenizer, documents[0])
     forwards_done()
@@ -148,12 +150,15 @@ def finish(
     return result
 
 
-def dense_scores(teacher: nn.Module, recipe: RetrofitRecipe, documents: list) -> evaluation.Scores:
-    from dms.retrofitting import retrofit
-
-    if getattr(teacher, "dms", None) is None:
-        retrofit(teacher, recipe.dms)
-    return evaluation.run_policy(teacher, documents, "dense", batch_size=recipe.evaluation.batch_size)
+def dense_scores(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores | None:
+    """Scores of the model as it was, before adapters are merged; None where the student's weights are still those."""
+    if recipe.trainable == "gates":
+        return None
+    model = parts.student if parts.teacher is None else parts.teacher
+    if getattr(model, "dms", None) is None:
+        retrofit(model, recipe.dms)
+    with without_adapters(model):
+        return evaluation.run_policy(model, documents, "dense", batch_size=recipe.evaluation.batch_size)
 
 
 def _license(name: str) -> str | None:

@@ -293,8 +293,9 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         raise RuntimeError(
             f"weights were frozen and {len(changed)} of their tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
         )
-    merge_adapters(parts.student)
     is_main, divided = setup.accelerator.is_main_process, recipe.zero.stage == 3
+    dense = artifacts.dense_scores(recipe, parts, setup.documents) if is_main or divided else None
+    merge_adapters(parts.student)
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
     if not divided:
         # The first process has all that is left to do; the others must not wait for it in a collective.
@@ -305,8 +306,8 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         setup.folder if is_main else None,
         recipe,
         parts.student,
-        parts.teacher,
         setup.tokenizer,
+        dense=dense,
         weights=weights,
         base=setup.saver.facts["base"],
         documents=setup.documents,
