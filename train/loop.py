@@ -1,6 +1,5 @@
 """The retrofit run, top to bottom: recipe -> models and data -> steps -> what comes out."""
 
-import hashlib
 import json
 import math
 import os
@@ -23,14 +22,14 @@ from dms.console import make_console
 from dms.evaluation.evaluate import make_documents
 from dms.retrofitting import set_mode, state_of
 from dms.sharding import num_elements
-from dms.train import artifacts, saving, students
+from dms.train import artifacts, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
 from dms.train.data import RankBatches, make_source
 from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
-from dms.train.run_folder import LOCK_FILE, RunFolder
+from dms.train.run_folder import RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
 from dms.train.stopping import Stopped, StopRequest, ignoring
@@ -38,7 +37,6 @@ from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
-_SHARED_FOLDER_SECONDS = 60.0
 
 
 class Distillation(nn.Module):
@@ -141,10 +139,10 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
 
     tokenizer = models.load_tokenizer(recipe.model)
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    base_hash = _base_hash(recipe)
+    base_hash = checks.base_hash(recipe)
     folder = run_folder.path
     saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
-    _check_context(recipe)
+    checks.check_context(recipe)
     source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
     documents = make_documents(
         tokenizer,
@@ -165,10 +163,14 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     before = fingerprint(parts.student, skip=parts.trained_ids)
 
     # A model from the hub was fetched meanwhile.
-    facts = {"base": {"name": recipe.model, "hash": base_hash or _base_hash(recipe)}, "frozen": before.digest, "data": _data_digest(source)}
+    facts = {
+        "base": {"name": recipe.model, "hash": base_hash or checks.base_hash(recipe)},
+        "frozen": before.digest,
+        "data": checks.data_digest(source),
+    }
     if saved is not None:
-        _check_same(saved, facts)
-    _check_shared(folder, _on_main(accelerator, lambda: run_folder.prepare(saved)))
+        checks.check_same(saved, facts)
+    checks.check_shared(folder, _on_main(accelerator, lambda: run_folder.prepare(saved)))
     saver = Saver(folder, recipe, accelerator, console, facts)
     position = Position()
     if saved is not None:
@@ -331,37 +333,6 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
     return result
 
 
-def _check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
-    then = saved.manifest
-    if then["base"]["hash"] != facts["base"]["hash"] or then["frozen"] != facts["frozen"]:
-        raise ValueError(
-            f"{saved.folder} was trained on other weights than {facts['base']['name']} has (hash and fingerprint {then['base']['hash']} "
-            f"{then['frozen']} then, {facts['base']['hash']} {facts['frozen']} now); give the base that the run began with"
-        )
-    if then["data"] != facts["data"]:
-        raise ValueError(
-            f"{saved.folder} was trained on other data than this recipe now gives: the files, the tokenizer or, for builtin, Python changed; "
-            "give the data that the run began with, or overwrite=true resume=never to begin anew"
-        )
-
-
-def _base_hash(recipe: RetrofitRecipe) -> str | None:
-    folder = models.local_folder(recipe.model)
-    return None if folder is None else models.base_hash(folder)
-
-
-def _check_context(recipe: RetrofitRecipe) -> None:
-    from transformers import AutoConfig
-
-    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
-    if (recipe.evaluation.length or 0) > context:
-        raise ValueError(
-            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
-        )
-    if recipe.data.length > context:
-        raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
-
-
 def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Run `action` on the first process; all get its result, or its error."""
     outcome: list[Any] = [None, None]
@@ -379,19 +350,3 @@ def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
             raise SystemExit(2)
         raise outcome[1]
     return outcome[0]
-
-
-def _check_shared(folder: Path, mark: str) -> None:
-    """Raises ValueError where this process does not see what the first one made."""
-    deadline = time.monotonic() + _SHARED_FOLDER_SECONDS
-    while not (folder / LOCK_FILE).is_file() or (folder / LOCK_FILE).read_text(encoding="utf-8") != mark:
-        if time.monotonic() > deadline:
-            raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
-        # Network file systems remember for a while that a file was not there.
-        time.sleep(1.0)
-
-
-def _data_digest(source: Any) -> str:
-    """Of the run's first and last sequence: whether data that a run goes on with is the data that it began with."""
-    ends = [source[number]["input_ids"].tolist() for number in (0, len(source) - 1)]
-    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]

@@ -1,0 +1,64 @@
+"""What a run makes sure of before its first step: that model, data and folder are what they were taken for."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dms import models
+from dms.train import saving
+from dms.train.recipe import RetrofitRecipe
+from dms.train.run_folder import LOCK_FILE
+
+SHARED_FOLDER_SECONDS = 60.0
+
+
+def check_context(recipe: RetrofitRecipe) -> None:
+    """Raises ValueError for documents that are longer than the model's context."""
+    from transformers import AutoConfig
+
+    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
+    if (recipe.evaluation.length or 0) > context:
+        raise ValueError(
+            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
+        )
+    if recipe.data.length > context:
+        raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
+
+
+def base_hash(recipe: RetrofitRecipe) -> str | None:
+    """None for a model that is still to be fetched from the hub."""
+    folder = models.local_folder(recipe.model)
+    return None if folder is None else models.base_hash(folder)
+
+
+def data_digest(source: Any) -> str:
+    """Hash of the run's first and last sequence: whether data that a run goes on with is the data that it began with."""
+    ends = [source[number]["input_ids"].tolist() for number in (0, len(source) - 1)]
+    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]
+
+
+def check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
+    """Raises ValueError where the weights or the data are not those that a checkpoint's run began with."""
+    then = saved.manifest
+    if then["base"]["hash"] != facts["base"]["hash"] or then["frozen"] != facts["frozen"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other weights than {facts['base']['name']} has (hash and fingerprint {then['base']['hash']} "
+            f"{then['frozen']} then, {facts['base']['hash']} {facts['frozen']} now); give the base that the run began with"
+        )
+    if then["data"] != facts["data"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other data than this recipe now gives: the files, the tokenizer or, for builtin, Python changed; "
+            "give the data that the run began with, or overwrite=true resume=never to begin anew"
+        )
+
+
+def check_shared(folder: Path, mark: str) -> None:
+    """Raises ValueError where this process does not see what the first one made."""
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (folder / LOCK_FILE).is_file() or (folder / LOCK_FILE).read_text(encoding="utf-8") != mark:
+        if time.monotonic() > deadline:
+            raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
+        # Network file systems remember for a while that a file was not there.
+        time.sleep(1.0)
