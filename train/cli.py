@@ -95,9 +95,8 @@ def _prepare_environment(precision: str) -> None:
     """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "RANK" in os.environ:
-        # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
-        warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
+    # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
