@@ -27,6 +27,9 @@ def deepspeed_config(recipe: RetrofitRecipe, num_processes: int) -> dict[str, An
     """DeepSpeed's configuration; the recipe is the only source of it."""
     zero = recipe.zero
     section: dict[str, Any] = {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
+    if zero.offload_param == "nvme":
+        # Whatever is read ahead or kept for its next use holds one of the swapper's few buffers; it gives up where they run out.
+        section |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     for kind in ("optimizer", "param"):
         device = getattr(zero, f"offload_{kind}")
         if device != "none":
