@@ -20,10 +20,6 @@ from dms.train.recipe import RetrofitRecipe, dump_recipe
 from dms.train.students import Models
 
 
-def write_recipe(folder: Path, recipe: RetrofitRecipe) -> None:
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-
-
 def saved_dtype(name: str) -> torch.dtype | None:
     """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
     from transformers import AutoConfig

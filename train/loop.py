@@ -32,7 +32,7 @@ from dms.train.recipe import RetrofitRecipe
 from dms.train.run_folder import RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
-from dms.train.stopping import Stopped, StopRequest, ignoring
+from dms.train.stopping import Stopped, StopRequest, ignoring, listening
 from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -108,7 +108,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         setup = _set_up(recipe, console, run_folder)
         try:
             # Before and after the steps, signals do what they do to any process: the last checkpoint has what there is to keep.
-            with StopRequest() as stop:
+            with listening() as stop:
                 position = _train(setup, stop)
             with nullcontext() if setup.saver.last_step == position.step else ignoring():
                 return _finish(setup, position, start)

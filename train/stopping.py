@@ -2,8 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: not done, worth starting again. Launchers and job scripts go by it.
@@ -15,26 +16,32 @@ class Stopped(BaseException):
     """The run was asked to stop and did, with everything saved that there was to save. No error, and not to be caught as one."""
 
 
+@dataclass
 class StopRequest:
-    """While its context lasts, a signal is only remembered, until the loop asks at the end of a step."""
+    """The name of the signal that came, for the loop to ask about at the end of each step."""
 
-    def __init__(self):
-        self.signal: str | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._handling = _handling(self._on_signal)
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._handling.__exit__(*error)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+    signal: str | None = None
 
 
 @contextmanager
-def _handling(handler) -> Iterator[None]:
+def listening() -> Iterator[StopRequest]:
+    """A context in which a signal is only remembered."""
+    request = StopRequest()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number).name
+
+    with _handling(remember):
+        yield request
+
+
+def ignoring() -> AbstractContextManager:
+    """A context in which the run is not to be stopped: ending what is left of it loses less."""
+    return _handling(signal.SIG_IGN)
+
+
+@contextmanager
+def _handling(handler: Callable | signal.Handlers) -> Iterator[None]:
     before = {}
     for number in SIGNALS:
         try:
@@ -47,11 +54,6 @@ def _handling(handler) -> Iterator[None]:
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
-
-
-def ignoring() -> object:
-    """A context in which the run is not to be stopped: ending what is left of it loses less."""
-    return _handling(signal.SIG_IGN)
 
 
 def is_launched() -> bool:
