@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms import masks
+from dms.cache import CacheFull, DMSCache
 from dms.masks import Tokens
 from dms_kernels import gated_attention
 
@@ -67,6 +68,23 @@ def train_attention(
         softcap=softcap,
         sink_logits=s_aux,
     )
+
+
+def compacted_attention(query, key, value, *, held, cache, masked, scaling=None, softcap=None, s_aux=None, **_):
+    """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now."""
+    try:
+        if query.shape[2] > 1 and held.incoming.is_packed():
+            # Of several documents in a row the last one goes on; the others are read here and then gone.
+            new = held.incoming
+            evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
+            out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
+            held.keep_last_documents()
+            return out
+        return held.attend(query, scale=_scale(scaling, query), softcap=softcap, sink_logits=s_aux)
+    except CacheFull:
+        if isinstance(cache, DMSCache):
+            cache.undo_forward()
+        raise
 
 
 def evict_attention(

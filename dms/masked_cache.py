@@ -1,11 +1,12 @@
 """The masked cache: keeps every entry and remembers what was decided. The reference that a compacting cache is held to."""
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dms import masks
 from dms.config import DMSConfig
 from dms.masks import Tokens
+from dms.state import state_of
 
 
 class MaskedLayer(DynamicLayer):
@@ -18,7 +19,17 @@ class MaskedLayer(DynamicLayer):
         self.tokens: Tokens | None = None
 
     def decide(self, decision_BTH: torch.Tensor, tokens: Tokens) -> None:
-        """Append the newest tokens' gates; their keys and values follow through `update`."""
+        """Append the newest tokens' gates; their keys and values follow through `update`.
+
+        Raises:
+            ValueError: keys and values came in between without decisions.
+        """
+        num_decided = 0 if self.decision is None else self.decision.shape[1]
+        if num_decided != self.get_seq_length():
+            raise ValueError(
+                f"the given cache holds {self.get_seq_length()} tokens and decisions for {num_decided}: "
+                "it was used in another mode between; start evict mode with an empty cache"
+            )
         if self.decision is None:
             self.decision, self.tokens = decision_BTH, tokens
         else:
@@ -55,34 +66,13 @@ class MaskedLayer(DynamicLayer):
         self._map(lambda x: x[indices, ...])
 
 
-def masked_layer_of(cache: Cache, index: int, config: DMSConfig) -> MaskedLayer:
-    """The cache's layer `index`, turned into a MaskedLayer while it is still empty.
-
-    Raises:
-        ValueError: a cache whose layers do not grow (static, quantised), or one that was filled without decisions.
-    """
-    layers = cache.layers
-    while len(layers) <= index:
-        layers.append(DynamicLayer())
-    layer = layers[index]
-    if isinstance(layer, MaskedLayer):
-        num_decided = 0 if layer.decision is None else layer.decision.shape[1]
-        if num_decided != layer.get_seq_length():
-            raise ValueError(
-                f"the given cache holds {layer.get_seq_length()} tokens and decisions for {num_decided}: "
-                "it was used in another mode between; start evict mode with an empty cache"
-            )
-        return layer
-    if type(layer) is not DynamicLayer:
-        raise ValueError(
-            f"evict mode needs transformers' DynamicCache, and layer {index} of the given cache is a {type(layer).__name__}; leave out cache_implementation"
-        )
-    if layer.get_seq_length() > 0:
-        raise ValueError(
-            f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
-        )
-    layers[index] = MaskedLayer(config)
-    return layers[index]
+def masked_cache(model) -> DynamicCache:
+    """An empty cache that hides what is evicted and keeps it: pass it as `past_key_values` in evict mode."""
+    state = state_of(model)
+    cache = DynamicCache(config=model.config)
+    for layer in state.layers:
+        cache.layers[layer.index] = MaskedLayer(state.config)
+    return cache
 
 
 def cache_ratios(cache: Cache) -> dict[str, float]:

@@ -9,13 +9,15 @@ import inspect
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from dms import attention, gates, masks
 from dms.adapter import AttentionLayer, find_layers
 from dms.config import DMSConfig
-from dms.masked_cache import MaskedLayer, masked_layer_of
-from dms.state import DMSState, Forward, Mode, Noise
+from dms.cache import CompactedLayer, DMSCache
+from dms.decoding import Decoding
+from dms.masked_cache import MaskedLayer
+from dms.state import DMSState, Forward, Mode, Noise, state_of
 
 
 def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
@@ -38,7 +40,8 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     original = text._attn_implementation
     name = attention.register(original, all_gated=not found.skipped)
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
-    state = DMSState(config, found.gated, found.skipped, list(configs.values()), original, name)
+    state = DMSState(config, found.gated, found.skipped, found.decoder, list(configs.values()), original, name)
+    state.takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
     for layer in found.gated:
         gate = gates.Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
@@ -47,6 +50,9 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
         layer.module.register_forward_hook(functools.partial(_after_attention, layer))
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
     model.dms = state
+    if hasattr(model, "generate"):
+        own = type(model)
+        model.__class__ = type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     return model
 
 
@@ -63,15 +69,6 @@ def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None) -> None:
     state.noise = noise
 
 
-def state_of(model: nn.Module) -> DMSState:
-    state = getattr(model, "dms", None)
-    if not isinstance(state, DMSState):
-        raise ValueError(
-            f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load"
-        )
-    return state
-
-
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight`, `layers.{i}.gate.bias`."""
     return {
@@ -83,35 +80,42 @@ def _hidden_size(layer: AttentionLayer, text) -> int:
     return int(getattr(layer.module, "hidden_size", None) or text.hidden_size)
 
 
-def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Fix this pass's state: where its tokens stand, and whose noise it uses."""
+def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: dict):
+    """Fix this pass's state: where its tokens stand, whose noise it uses, and the cache that it evicts from."""
     if state.mode == "dense":
         state.forward = None
-        return
+        return None
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
     source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    past = _filled_layer(given.get("past_key_values"), state)
+    cache = given.get("past_key_values")
+    if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
+        cache = kwargs["past_key_values"] = DMSCache(decoder, state=state)
+    if isinstance(cache, DMSCache):
+        cache.before_forward(source.shape[1])
     tokens = masks.locate_tokens(
-        source.shape[0],
-        source.shape[1],
-        source.device,
-        given.get("attention_mask"),
-        given.get("position_ids"),
-        past.tokens if past else None,
+        source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), _past(cache, state)
     )
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
     state.forward = Forward(state.mode, tokens, state.noise)
+    return args, kwargs
 
 
-def _filled_layer(cache: Cache | None, state: DMSState) -> MaskedLayer | None:
-    if cache is None:
-        return None
+def _wants_cache(decoder: nn.Module, given: dict) -> bool:
+    use_cache = given.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _past(cache: Cache | None, state: DMSState) -> masks.Tokens | None:
+    """Of the tokens that a cache holds, as much as the next ones' positions need."""
     index = state.layers[0].index
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    return layer if isinstance(layer, MaskedLayer) and layer.tokens is not None else None
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    if isinstance(layer, MaskedLayer):
+        return layer.tokens
+    seen = layer.seen() if isinstance(layer, CompactedLayer) else None
+    return None if seen is None else masks.Tokens((seen > 0).int()[:, None], (seen - 1).clamp(min=0)[:, None])
 
 
 def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
@@ -167,16 +171,42 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
 def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor, cache: Cache | None):
     config, tokens = state.config, forward.tokens
     decision = logits > 0
-    if cache is None:
-        key_tokens, evicted = tokens, masks.align(decision, tokens.segment_BT, config.alignment, False)
-    else:
-        held = masked_layer_of(cache, layer.index, config)
-        held.decide(decision, tokens)
-        key_tokens, evicted = held.tokens, held.evicted()
-    forward.evicted[layer.index], forward.logits[layer.index] = evicted, logits
-    return functools.partial(
-        attention.evict_attention, evicted_BSH=evicted, query_tokens=tokens, key_tokens=key_tokens, window=config.window, sinks=config.sinks
-    )
+    forward.logits[layer.index] = logits
+    masked = functools.partial(attention.evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
+    held = None if cache is None else _cache_layer(cache, layer.index, state)
+    if held is None:
+        evicted = forward.evicted[layer.index] = masks.align(decision, tokens.segment_BT, config.alignment, False)
+        return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
+    held.decide(decision, tokens)
+    if isinstance(held, MaskedLayer):
+        evicted = forward.evicted[layer.index] = held.evicted()
+        return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
+    return functools.partial(attention.compacted_attention, held=held, cache=cache, masked=masked)
+
+
+def _cache_layer(cache: Cache, index: int, state: DMSState) -> "MaskedLayer | CompactedLayer":
+    """The cache's layer, which evicts; one of an empty DynamicCache is replaced.
+
+    Raises:
+        ValueError: a cache whose layers do not grow (static, quantised), or one that was filled without decisions.
+    """
+    layers = cache.layers
+    while len(layers) <= index:
+        layers.append(DynamicLayer())
+    layer = layers[index]
+    if isinstance(layer, MaskedLayer | CompactedLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise ValueError(
+            f"evict mode needs a DMSCache (or an empty DynamicCache), and layer {index} of the given cache is a {type(layer).__name__}; "
+            "leave out cache_implementation, or pass past_key_values=DMSCache(model)"
+        )
+    if layer.get_seq_length() > 0:
+        raise ValueError(
+            f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
+        )
+    layers[index] = CompactedLayer(state.config, state.page_size)
+    return layers[index]
 
 
 def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
 
 from dms.adapter import AttentionLayer
 from dms.config import DMSConfig
@@ -47,19 +48,25 @@ class Forward:
 class DMSState:
     """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise.
 
-    layers: those with gates. skipped: why the others are left alone, by name. model_configs: the transformers configurations
-    that name the attention function. evict_bias is added to the logits in evict mode.
+    layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
+    that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size and max_cache_bytes are for the
+    caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
     """
 
     config: DMSConfig
     layers: list[AttentionLayer]
     skipped: dict[str, str]
+    decoder: nn.Module
     model_configs: list
     original_attention: str
     attention_name: str
+    takes_cache: bool = True
     mode: Mode = "dense"
     noise: Noise | None = None
     evict_bias: float = 0.0
+    page_size: int = 64
+    max_cache_bytes: int | None = None
+    prefill_chunk: int | None = None
     forward: Forward | None = None
 
     def activate(self, mode: Mode) -> None:
@@ -90,3 +97,13 @@ class Recomputation:
     def __exit__(self, *_) -> None:
         mode, self.state.forward = self.before
         self.state.activate(mode)
+
+
+def state_of(model: nn.Module) -> DMSState:
+    """Raises ValueError where the model has no gates."""
+    state = getattr(model, "dms", None)
+    if not isinstance(state, DMSState):
+        raise ValueError(
+            f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load"
+        )
+    return state

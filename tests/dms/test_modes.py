@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dms import attention
-from dms.masked_cache import MaskedLayer, cache_ratios
+from dms.cache import CompactedLayer, DMSCache
+from dms.masked_cache import MaskedLayer, cache_ratios, masked_cache
 from dms.retrofitting import gate_parameters, set_mode
 
 GRID = {
@@ -79,7 +80,7 @@ def test_decode_equals_one_forward(config, padded, build_gated, make_batch):
     # Prefill in pieces, as the turns of a conversation come.
     turns, _ = _read(model, batch, [40, 1, 1, 1, 30, 1, LENGTH - 74])
     assert (turns[valid] - whole).abs().max() < TOLERANCE
-    assert all(isinstance(layer, MaskedLayer) for layer in cache.layers)
+    assert all(isinstance(layer, CompactedLayer) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "gpt_neox", "olmo2", "qwen3_moe"])
@@ -249,8 +250,9 @@ def test_turns_padded_on_the_right_continue(alignment, build_gated, make_batch):
     set_mode(model, "evict")
     whole = _whole(model, batch)
     valid = batch["attention_mask"].bool()
-    decoded, cache = _read(model, batch, [20, 1, 1, 8] + [1] * 10)
-    assert (decoded - whole)[valid].abs().max() < TOLERANCE
+    for cache in (DMSCache(model), masked_cache(model)):
+        decoded, cache = _read(model, batch, [20, 1, 1, 8] + [1] * 10, cache)
+        assert (decoded - whole)[valid].abs().max() < TOLERANCE
     for row in range(2):
         alone = {name: tensor[row : row + 1, valid[row]] for name, tensor in batch.items()}
         assert (_whole(model, alone)[0] - whole[row, valid[row]]).abs().max() < TOLERANCE
@@ -262,18 +264,26 @@ def test_turns_padded_on_the_right_continue(alignment, build_gated, make_batch):
         _whole(model, batch)
 
 
+@pytest.mark.parametrize("make_cache", [DMSCache, masked_cache])
 @pytest.mark.parametrize("alignment", ["own", "next"])
-def test_cropped_tokens_leave_no_trace(alignment, build_gated, make_batch):
+def test_cropped_tokens_leave_no_trace(alignment, make_cache, build_gated, make_batch):
     model = build_gated("llama", alignment=alignment)
     batch, other = make_batch(2, 60, left=[0, 7]), make_batch(2, 60, left=[0, 7], seed=9)
     set_mode(model, "evict")
     whole = _whole(model, batch)
-    _, cache = _read(model, batch, [40])
+    _, cache = _read(model, batch, [40], make_cache(model))
+    cache.activate_past_recording()
     _read(model, other, [4, 1, 1], cache, 40)
     cache.crop(-6)
     logits, _ = _read(model, batch, [1] * 20, cache, 40)
     assert (logits - whole[:, 40:]).abs().max() < TOLERANCE
-    assert cache_ratios(cache) == cache_ratios(_read(model, batch, [60])[1])
+    again = _read(model, batch, [60], make_cache(model))[1]
+    if make_cache is masked_cache:
+        assert cache_ratios(cache) == cache_ratios(again)
+    else:
+        cache.crop(0)
+        found, expected = cache.report(), again.report()
+        assert (found.seen, found.alive, found.cr_decided) == (expected.seen, expected.alive, expected.cr_decided)
 
 
 @pytest.mark.parametrize(
@@ -327,9 +337,9 @@ def test_prompt_lookup_decoding(build_gated):
     ids = torch.arange(2, 12).repeat(4)[None]
     set_mode(model, "evict")
     cropped = []
-    crop = MaskedLayer.crop
+    crop = CompactedLayer.crop
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskedLayer, "crop", lambda layer, n: (cropped.append(n), crop(layer, n))[1])
+        patch.setattr(CompactedLayer, "crop", lambda layer, n: (cropped.append(n), crop(layer, n))[1])
         speculated = model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
     assert any(cropped)
     assert torch.equal(speculated, model.generate(ids, max_new_tokens=24, do_sample=False))
@@ -340,7 +350,8 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
     model = build_gated("llama", alignment=alignment, window=5, sinks=2)
     batch = make_batch(2, 40, left=[0, 7])
     set_mode(model, "evict")
-    _, cache = _read(model, batch, [30] + [1] * 10)
+    _, cache = _read(model, batch, [30] + [1] * 10, masked_cache(model))
+    compacted = _read(model, batch, [30] + [1] * 10)[1].report()
     evicted = decided = seen = alive = 0
     for layer in cache.layers:
         for row, start in ((0, 0), (1, 7)):
@@ -357,6 +368,7 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
     assert (ratios["seen"], ratios["alive"]) == (seen, alive)
     assert ratios["cr"] == pytest.approx(seen / alive) and ratios["cr"] > 1.3
     assert ratios["cr_decided"] == pytest.approx(1 / (1 - evicted / decided)) and ratios["cr_decided"] > 1.3
+    assert {name: getattr(compacted, name) for name in ratios} == pytest.approx(ratios)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -389,12 +401,16 @@ def test_a_cache_filled_otherwise_is_refused(build_gated, make_batch):
     set_mode(model, "evict")
     with pytest.raises(ValueError, match="10 tokens that were read without eviction"):
         _read(model, batch, [1], cache, 10)
-    _, cache = _read(model, batch, [10])
+    _, cache = _read(model, batch, [10], masked_cache(model))
     set_mode(model, "dense")
     _read(model, batch, [4], cache, 10)
     set_mode(model, "evict")
     with pytest.raises(ValueError, match="14 tokens and decisions for 10"):
         _read(model, batch, [1], cache, 14)
+    _, cache = _read(model, batch, [10])
+    set_mode(model, "dense")
+    with pytest.raises(ValueError, match="belongs to evict mode"):
+        _read(model, batch, [4], cache, 10)
 
 
 def test_caches_that_do_not_grow_are_refused(build_gated, make_batch):
@@ -452,7 +468,7 @@ def test_a_given_dynamic_cache_is_used(build_gated, make_batch):
     logits, same = _read(model, batch, [20] + [1] * 20, cache)
     assert same is cache and (logits - _whole(model, batch)).abs().max() < TOLERANCE
     cache.reset()
-    assert cache_ratios(cache)["seen"] == 0
+    assert cache.get_seq_length() == 0
 
 
 def test_unknown_modes_are_refused(build_model, build_gated):

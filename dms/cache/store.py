@@ -1,0 +1,360 @@
+"""What one layer of the compacted cache holds: a private ring of the last w + 1 tokens, and pages of what was kept before them.
+
+A token enters the ring; when it leaves, it is appended to its head's pages if it was kept, and is gone if not. That equals the
+masked reference at every step: what is in the ring is within every later query's window, what is in the pages was kept.
+
+Shapes: B batch, H KV heads, N new tokens, R ring slots (w + 1), D head dim, P page size.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dms import masks
+from dms.cache.pool import PagePool
+from dms.config import DMSConfig
+from dms.masks import Tokens
+from dms_kernels.cached_attention import Keys, Pages, Plan, make_plan
+
+KEEP, EVICT, UNDECIDED = 0, 1, 2
+# The ring starts small and grows to its w + 1 slots; it, and page tables, grow by so many.
+_RING_STEP = 64
+_TABLE_STEP = 8
+
+
+@dataclass
+class Incoming:
+    """Tokens that are not in the ring yet. k, v [B, H, N, D]; decision [B, N, H] bool as their gates made it."""
+
+    decision: torch.Tensor
+    tokens: Tokens
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+
+    def cat(self, other: "Incoming") -> "Incoming":
+        k, v = torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2)
+        return Incoming(torch.cat([self.decision, other.decision], 1), self.tokens.cat(other.tokens), k, v)
+
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return bool((self.tokens.segment_BT > 1).any())
+
+    def last_documents(self) -> "Incoming":
+        """Everything before a row's last document turned into padding."""
+        segment = self.tokens.segment_BT
+        here = segment == segment.amax(1, keepdim=True)
+        return Incoming(self.decision, Tokens(torch.where(here, segment, 0).clamp(max=1), self.tokens.position_BT), self.k, self.v)
+
+    def map(self, fn) -> "Incoming":
+        """fn on each tensor; all have the batch first."""
+        return Incoming(fn(self.decision), self.tokens.map(fn), fn(self.k), fn(self.v))
+
+    def columns(self, part: slice) -> "Incoming":
+        return Incoming(self.decision[:, part], self.tokens.map(lambda x: x[:, part]), self.k[:, :, part], self.v[:, :, part])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "decision": self.decision,
+            "segment": self.tokens.segment_BT,
+            "position": self.tokens.position_BT,
+            "k": self.k,
+            "v": self.v,
+        }
+
+
+@dataclass
+class Decisions:
+    """What gates say of new tokens. state [B, H, N] uint8; evicted, decided: counts [B, H] and [B] int64 of what the gates
+    decide now; last [B, H] uint8: the state of the ring's last token from now on (UNDECIDED: as it is), None under `own`."""
+
+    state: torch.Tensor
+    evicted: torch.Tensor
+    decided: torch.Tensor
+    last: torch.Tensor | None = None
+
+
+class Store:
+    """ring_kv [B, H, 2, R, D], ring_state [B, H, R] uint8 (KEEP, EVICT, UNDECIDED), a token at slot position % R;
+    page_table [B, H, max_pages] int32 into the pool, num_kept [B, H] and seq_len [B] int32: tokens of each row's document.
+
+    evicted [B, H] and decided [B] int64 count what the gates said.
+    """
+
+    def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
+        device, dtype, D = pool.rows.device, pool.rows.dtype, pool.head_dim
+        self.dms, self.pool, self.device = config, pool, device
+        self.ring_size = config.window + 1
+        self.ring_kv = torch.zeros(batch, num_heads, 2, min(self.ring_size, _RING_STEP), D, dtype=dtype, device=device)
+        self.ring_state = torch.zeros(batch, num_heads, self.ring_kv.shape[3], dtype=torch.uint8, device=device)
+        self.page_table = torch.zeros(batch, num_heads, 0, dtype=torch.int32, device=device)
+        self.num_kept = torch.zeros(batch, num_heads, dtype=torch.int32, device=device)
+        self.seq_len = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.evicted = torch.zeros(batch, num_heads, dtype=torch.int64, device=device)
+        self.decided = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Bounds that are known without asking the device: no row has more tokens, no head has kept more.
+        self.longest, self.most_kept = 0, 0
+        self.plan: Plan | None = None
+        pool.num_holders += 1
+
+    def __del__(self):
+        if sys.is_finalizing() or getattr(self, "page_table", None) is None:
+            return
+        self.pool.num_holders -= 1
+        # The last holder takes the pool with it.
+        if self.pool.num_holders > 0:
+            self.pool.release(self.page_numbers())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this cache holds alone; pages belong to the pool."""
+        names = ("ring_kv", "ring_state", "page_table", "num_kept", "seq_len", "evicted", "decided")
+        return {name: getattr(self, name) for name in names}
+
+    # Reading.
+
+    def positions(self, new: Incoming) -> torch.Tensor:
+        """[B, N] int32 within the document, -1 for padding."""
+        real = new.tokens.segment_BT > 0
+        return torch.where(real, self.seq_len[:, None] + real.cumsum(1, dtype=torch.int32) - 1, -1)
+
+    def decisions(self, new: Incoming) -> Decisions:
+        segment, sinks = new.tokens.segment_BT, self.dms.sinks
+        real = segment > 0
+        sink = (self.positions(new) < sinks)[:, None]
+        ruled = masks.align(new.decision, segment, self.dms.alignment, False).transpose(1, 2)
+        known = masks.decided_tokens(segment, self.dms.alignment)
+        state = torch.where(known[:, None], (ruled & ~sink).to(torch.uint8), UNDECIDED)
+        evicted, decided = (ruled & known[:, None]).sum(2), known.sum(1)
+        if self.dms.alignment == "own":
+            return Decisions(state, evicted, decided)
+        # The first new token's gate rules the ring's last token.
+        at = real.to(torch.uint8).argmax(1)[:, None, None].expand(-1, 1, new.decision.shape[2])
+        first = new.decision.gather(1, at)[:, 0]
+        rules = real.any(1) & (self.seq_len > 0)
+        last = torch.where(rules[:, None], (first & (self.seq_len > sinks)[:, None]).to(torch.uint8), UNDECIDED)
+        return Decisions(state, evicted + (first & rules[:, None]), decided + rules, last)
+
+    def ring(self, last: torch.Tensor | None = None, newest_only: bool = False) -> Keys:
+        """last: the last token's state as new tokens rule it, where that is not stored yet. newest_only: the queries are those of
+        the ring's newest tokens, for which the whole ring lies in the window."""
+        slot = torch.arange(self.ring_kv.shape[3], dtype=torch.int32, device=self.device)
+        end = self.seq_len[:, None] - 1
+        # Negative where there is nothing yet.
+        position = (end - (end - slot) % self.ring_size).clamp(min=-1)
+        state = self.ring_state
+        if last is not None:
+            here = (position == end) & (end >= 0)
+            state = torch.where(here[:, None] & (last != UNDECIDED)[..., None], last[..., None], state)
+        full = newest_only and self.device.type == "cpu" and self.longest >= self.ring_size and bool((self.seq_len >= self.ring_size).all())
+        return Keys(self.ring_kv[:, :, 0], self.ring_kv[:, :, 1], position, state == EVICT, full)
+
+    def pages(self) -> Pages | None:
+        if self.most_kept == 0:
+            return None
+        if self.plan is None and self.device.type == "cpu":
+            self.plan = make_plan(self.page_table, self.num_kept, self.pool.page_size)
+        return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan)
+
+    def kept(self, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [n, D] of the entries in pages, oldest first."""
+        num_kept, P = int(self.num_kept[b, h]), self.pool.page_size
+        taken = self.pool.pages[self.page_table[b, h, : -(-num_kept // P)].long()]
+        return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
+
+    def entries_alive(self) -> torch.Tensor:
+        """[B, H] int64: in the ring and in pages."""
+        return (self.num_kept + self.seq_len.clamp(max=self.ring_size)[:, None]).long()
+
+    # Storing.
+
+    def push(self, new: Incoming) -> None:
+        """Move new tokens into the ring, and what leaves it into the pages."""
+        decisions = self.decisions(new)
+        num_new = new.k.shape[2]
+        self._grow_ring(num_new)
+        if decisions.last is not None:
+            end = ((self.seq_len - 1).clamp(min=0) % self.ring_size).long()
+            rows = torch.arange(len(end), device=self.device)
+            before = self.ring_state[rows, :, end]
+            self.ring_state[rows, :, end] = torch.where(decisions.last == UNDECIDED, before, decisions.last)
+        self.evicted += decisions.evicted
+        self.decided += decisions.decided
+        real = new.tokens.segment_BT > 0
+        if num_new == 1:
+            self._push_one(new, decisions.state[:, :, 0], real[:, 0])
+        else:
+            self._push_many(new, decisions.state, real)
+        self.longest += num_new
+
+    def _grow_ring(self, num_new: int) -> None:
+        have, want = self.ring_kv.shape[3], min(self.ring_size, self.longest + num_new)
+        if want > have:
+            # Until the ring is full, a token's slot is its position.
+            size = min(self.ring_size, -(-want // _RING_STEP) * _RING_STEP)
+            self.ring_kv = F.pad(self.ring_kv, (0, 0, 0, size - have))
+            self.ring_state = F.pad(self.ring_state, (0, size - have))
+
+    def _push_one(self, new: Incoming, state_BH: torch.Tensor, real_B: torch.Tensor) -> None:
+        """One token a row. Where the device is no CPU, nothing is read back from it."""
+        rows = torch.arange(len(real_B), device=self.device)
+        slot = (self.seq_len % self.ring_size).long()
+        before_kv, before_state = self.ring_kv[rows, :, :, slot], self.ring_state[rows, :, slot]
+        if self.longest >= self.ring_size:
+            leaving = (self.seq_len >= self.ring_size) & real_B
+            self._store_one(leaving[:, None] & (before_state != EVICT), before_kv)
+        kv = torch.stack([new.k[:, :, 0], new.v[:, :, 0]], 2)
+        self.ring_kv[rows, :, :, slot] = torch.where(real_B[:, None, None, None], kv, before_kv)
+        self.ring_state[rows, :, slot] = torch.where(real_B[:, None], state_BH, before_state)
+        self.seq_len += real_B
+
+    def _store_one(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+        """Append one entry to each head that keeps it."""
+        P = self.pool.page_size
+        place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
+        wanted = keep_BH & (entry == 0)
+        if self.device.type == "cpu":
+            num_wanted = int(wanted.sum())
+            self.pool.reserve(num_wanted)
+            self.plan = self.plan if num_wanted == 0 else None
+        else:
+            self.pool.reserve(wanted.numel())
+        if self.most_kept + 1 > self.page_table.shape[2] * P:
+            self.most_kept = int(self.num_kept.max())
+            self._widen(self.most_kept + 1)
+        self.most_kept += 1
+        page = self.pool.take(wanted.flatten()).view_as(wanted).int()
+        place = place.clamp(max=self.page_table.shape[2] - 1)
+        page = torch.where(wanted, page, self.page_table.gather(2, place)[..., 0])
+        self.page_table.scatter_(2, place, page[..., None])
+        row = self.pool.row_of(page.long(), entry)
+        row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
+        self.pool.rows[row.flatten()] = kv_BH2D.flatten(0, 2)
+        self.num_kept += keep_BH
+
+    def _push_many(self, new: Incoming, state_BHN: torch.Tensor, real_BN: torch.Tensor) -> None:
+        position = self.positions(new)
+        count = real_BN.sum(1, dtype=torch.int32)
+        stays = (self.seq_len + count - self.ring_size)[:, None]
+        # What leaves the ring, in order, then what of the new tokens the ring does not hold.
+        order = self.seq_len[:, None] - self.ring_size + torch.arange(self.ring_size, dtype=torch.int32, device=self.device)
+        slot = (order % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
+        state = self.ring_state.gather(2, slot[:, None].expand(-1, self.ring_state.shape[1], -1))
+        b, h, n = (((order >= 0) & (order < stays))[:, None] & (state != EVICT)).nonzero(as_tuple=True)
+        if len(b):
+            leaving = self.ring_kv[b, h, :, slot[b, n]]
+            self.append(b, h, leaving[:, 0], leaving[:, 1])
+        b, h, n = ((real_BN & (position < stays))[:, None] & (state_BHN != EVICT)).nonzero(as_tuple=True)
+        if len(b):
+            self.append(b, h, new.k[b, h, n], new.v[b, h, n])
+        b, n = (real_BN & (position >= stays)).nonzero(as_tuple=True)
+        slot = (position[b, n] % self.ring_size).long()
+        self.ring_kv[b, :, 0, slot] = new.k[b, :, n]
+        self.ring_kv[b, :, 1, slot] = new.v[b, :, n]
+        self.ring_state[b, :, slot] = state_BHN[b, :, n]
+        self.seq_len += count
+
+    def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append entries [K, D] to pages; they stand in order of row b [K], then head h [K], then age."""
+        B, H = self.num_kept.shape
+        P, head = self.pool.page_size, b * H + h
+        count = torch.bincount(head, minlength=B * H)
+        # Each entry's number among those of its head.
+        nth = torch.arange(len(head), device=self.device) - (count.cumsum(0) - count)[head]
+        place = self.num_kept.flatten()[head] + nth
+        self._add_pages(self.num_kept + count.view(B, H).int())
+        row = self.pool.row_of(self.page_table[b, h, place // P].long(), place % P)
+        self.pool.rows[row] = k
+        self.pool.rows[row + P] = v
+
+    def _add_pages(self, num_kept: torch.Tensor) -> None:
+        """Give heads the pages for num_kept [B, H] entries."""
+        P = self.pool.page_size
+        have, want = -(-self.num_kept // P), -(-num_kept // P)
+        num_new = int((want - have).sum())
+        self.pool.reserve(num_new)
+        most_kept = int(num_kept.max())
+        self._widen(most_kept)
+        if num_new:
+            place = torch.arange(self.page_table.shape[2], device=self.device)
+            page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
+            self.page_table[(place >= have[..., None]) & (place < want[..., None])] = page.int()
+        self.num_kept, self.most_kept, self.plan = num_kept, most_kept, None
+
+    def _widen(self, most_kept: int) -> None:
+        """Make room in the table for a head with so many entries."""
+        width, step = -(-most_kept // self.pool.page_size), _TABLE_STEP * (1 if self.device.type == "cpu" else 8)
+        if width > self.page_table.shape[2]:
+            self.page_table = F.pad(self.page_table, (0, -(-width // step) * step - self.page_table.shape[2]))
+
+    def next_pages(self) -> int:
+        """How many pages one more token a row may take; exact on a CPU, except where its own gate decides at once."""
+        if self.device.type != "cpu":
+            return self.num_kept.numel()
+        slot = (self.seq_len % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
+        state = self.ring_state[torch.arange(len(slot)), :, slot]
+        leaving = (self.seq_len >= self.ring_size)[:, None] & (state != EVICT)
+        return int((leaving & (self.num_kept % self.pool.page_size == 0)).sum())
+
+    def snapshot(self) -> dict:
+        return {name: tensor.clone() for name, tensor in self.tensors().items()} | {"longest": self.longest, "most_kept": self.most_kept}
+
+    def restore(self, snapshot: dict) -> None:
+        """Back to a snapshot since which tokens were only appended."""
+        before = self.page_numbers()
+        vars(self).update(snapshot, plan=None)
+        self.pool.share(self.page_numbers())
+        self.pool.release(before)
+
+    # Whole rows.
+
+    def _used(self) -> torch.Tensor:
+        """Which places of the table hold a page, [B, H, max_pages] bool."""
+        return torch.arange(self.page_table.shape[2], device=self.device) * self.pool.page_size < self.num_kept[..., None]
+
+    def page_numbers(self) -> torch.Tensor:
+        """Of all pages that the tables list, a shared one once for each holder."""
+        return self.page_table[self._used()]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the given rows [B'] int64, in that order; a row may stand there several times, and shares its pages then."""
+        self.pool.check(len(rows) * self.num_kept.shape[1])
+        before = self.page_numbers()
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.index_select(0, rows))
+        self.pool.share(self.page_numbers())
+        self.pool.release(before)
+        self._settle()
+
+    def copy(self) -> "Store":
+        """A second store with the same entries: full pages are shared, ring and last pages copied."""
+        new = object.__new__(Store)
+        vars(new).update(vars(self) | {name: tensor.clone() for name, tensor in self.tensors().items()})
+        self.pool.num_holders += 1
+        self.pool.share(new.page_numbers())
+        new._settle()
+        return new
+
+    def _settle(self) -> None:
+        """Give each head a last page of its own where it is not full and others hold it: only full pages can be shared."""
+        P = self.pool.page_size
+        part = (self.num_kept % P > 0).nonzero()
+        b, h = part[:, 0], part[:, 1]
+        place = (self.num_kept[b, h] // P).long()
+        page = self.page_table[b, h, place].long()
+        # Of several holders here the first keeps the page if nobody else has it.
+        order = page.argsort(stable=True)
+        first = torch.ones_like(page, dtype=torch.bool)
+        first[order[1:]] = page[order[1:]] != page[order[:-1]]
+        here = torch.bincount(page, minlength=self.pool.num_pages + 1)
+        copies = ~(first & (here[page] == self.pool.references[page]))
+        num_copies = int(copies.sum())
+        if num_copies:
+            self.pool.reserve(num_copies)
+            fresh = self.pool.take(torch.ones(num_copies, dtype=torch.bool, device=self.device))
+            self.pool.pages[fresh] = self.pool.pages[page[copies]]
+            self.page_table[b[copies], h[copies], place[copies]] = fresh.int()
+            self.pool.release(page[copies])
+        self.longest = int(self.seq_len.max()) if len(self.seq_len) else 0
+        self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
+        self.plan = None
