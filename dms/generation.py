@@ -1,4 +1,4 @@
-"""`dms generate`: stream text and say how much of the cache a later token could still see."""
+"""`dms generate`: stream text and say what its cache holds."""
 
 import time
 
@@ -8,7 +8,7 @@ from dms import checkpoint, models
 
 
 def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float) -> dict:
-    """Generate from a retrofitted folder, printing as it goes; returns the cache's ratios.
+    """Generate from a retrofitted folder, printing as it goes; returns the cache's report.
 
     Raises:
         ValueError: a folder without gates, or an empty prompt.
@@ -16,15 +16,15 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
     model = checkpoint.load(folder, evict_bias=evict_bias)
     tokenizer = models.load_tokenizer(folder)
     import torch
-    from transformers import DynamicCache, TextStreamer
+    from transformers import TextStreamer
 
-    from dms.masked_cache import cache_ratios
+    from dms.cache import DMSCache
 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token of text")
     inputs.pop("token_type_ids", None)
-    cache = DynamicCache(config=model.config)
+    cache = DMSCache(model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     start = time.perf_counter()
     with torch.no_grad():
@@ -32,11 +32,7 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
         )
     seconds = time.perf_counter() - start
-    ratios = cache_ratios(cache)
+    report = cache.report()
     new = output.shape[1] - inputs["input_ids"].shape[1]
-    Console(stderr=True).print(
-        f"{new} tokens in {seconds:.1f} s; of {ratios['seen']:,} KV entries {ratios['alive']:,} are kept "
-        f"(cr {ratios['cr']:.2f}, cr decided {ratios['cr_decided']:.2f}, masked: evicted entries are hidden, not yet freed)",
-        highlight=False,
-    )
-    return ratios
+    Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
+    return report.to_dict()

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from dms import attention, gates, masks
 from dms.adapter import AttentionLayer, find_layers
-from dms.config import DMSConfig
 from dms.cache import CompactedLayer, DMSCache
+from dms.config import DMSConfig
 from dms.decoding import Decoding
 from dms.masked_cache import MaskedLayer
 from dms.state import DMSState, Forward, Mode, Noise, state_of

@@ -75,9 +75,9 @@ class DMSCache(Cache):
     def __deepcopy__(self, memo) -> "DMSCache":
         return self.fork()
 
-    def report(self) -> Report:
+    def report(self, warn: bool = True) -> Report:
         """What is held, in entries, pages and bytes; warns where nothing was evicted or bytes leave their bound."""
-        return make_report(self)
+        return make_report(self, warn)
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to go on later or elsewhere; what is on trial is kept first."""

@@ -6,6 +6,9 @@ import torch
 # pool for every P / 32 kept tokens a head.
 _GROWTH = 32
 
+# For all that makes or changes what is stored: tensors made in inference mode could not be written to after it.
+lasting = torch.inference_mode(False)
+
 
 class CacheFull(RuntimeError):
     """`max_cache_bytes` does not allow what was asked for; the cache is as it was before."""
@@ -19,6 +22,7 @@ class PagePool:
     CPU, taking pages reads nothing back as long as it lasts. limit: called with the bytes that are wanted before growing, raises CacheFull.
     """
 
+    @lasting
     def __init__(self, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit=None):
         self.page_size, self.head_dim, self.limit = page_size, head_dim, limit
         # The last row is scratch: where entries go that are not kept, so that a step needs no branch.
@@ -94,6 +98,7 @@ class PagePool:
         """Row of an entry's key in `rows`; its value lies page_size farther."""
         return page * (2 * self.page_size) + entry
 
+    @lasting
     def trim(self) -> None:
         """Give back what lies free at the pool's end, where it is much."""
         used = (self.references[:-1] > 0).nonzero()[:, 0]

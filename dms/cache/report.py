@@ -1,4 +1,4 @@
-"""What a compacted cache holds: entries, pages, bytes, and the ratios of interfaces that print them."""
+"""What a compacted cache holds: entries, pages, bytes, and their ratios."""
 
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -54,7 +54,7 @@ class Report:
         )
 
 
-def make_report(cache) -> Report:
+def make_report(cache, warn: bool) -> Report:
     from dms.cache.cache import held_bytes
 
     layers = cache.compacted_layers()
@@ -82,7 +82,7 @@ def make_report(cache) -> Report:
     report.cr_model = (report.seen + seen_all) / max(1, report.alive + alive_all)
     report.cr_decided = 1.0 / max(1e-9, 1.0 - evicted / max(1, decided))
     report.warnings = _warnings(report, layers, evicted, expected_pages)
-    for message in report.warnings:
+    for message in report.warnings if warn else ():
         warnings.warn(message, stacklevel=3)
     return report
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dms import masks
-from dms.cache.pool import PagePool
+from dms.cache.pool import PagePool, lasting
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, Pages, Plan, make_plan
@@ -82,6 +82,7 @@ class Store:
     evicted [B, H] and decided [B] int64 count what the gates said.
     """
 
+    @lasting
     def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
         device, dtype, D = pool.rows.device, pool.rows.dtype, pool.head_dim
         self.dms, self.pool, self.device = config, pool, device
@@ -104,7 +105,9 @@ class Store:
         self.pool.num_holders -= 1
         # The last holder takes the pool with it.
         if self.pool.num_holders > 0:
-            self.pool.release(self.page_numbers())
+            with torch.inference_mode(False):
+                self.pool.release(self.page_numbers())
+                self.pool.trim()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What this cache holds alone; pages belong to the pool."""
@@ -168,6 +171,7 @@ class Store:
 
     # Storing.
 
+    @lasting
     def push(self, new: Incoming) -> None:
         """Move new tokens into the ring, and what leaves it into the pages."""
         decisions = self.decisions(new)
@@ -254,6 +258,7 @@ class Store:
         self.ring_state[b, :, slot] = state_BHN[b, :, n]
         self.seq_len += count
 
+    @lasting
     def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append entries [K, D] to pages; they stand in order of row b [K], then head h [K], then age."""
         B, H = self.num_kept.shape
@@ -296,9 +301,11 @@ class Store:
         leaving = (self.seq_len >= self.ring_size)[:, None] & (state != EVICT)
         return int((leaving & (self.num_kept % self.pool.page_size == 0)).sum())
 
+    @lasting
     def snapshot(self) -> dict:
         return {name: tensor.clone() for name, tensor in self.tensors().items()} | {"longest": self.longest, "most_kept": self.most_kept}
 
+    @lasting
     def restore(self, snapshot: dict) -> None:
         """Back to a snapshot since which tokens were only appended."""
         before = self.page_numbers()
@@ -316,6 +323,7 @@ class Store:
         """Of all pages that the tables list, a shared one once for each holder."""
         return self.page_table[self._used()]
 
+    @lasting
     def select(self, rows: torch.Tensor) -> None:
         """Keep the given rows [B'] int64, in that order; a row may stand there several times, and shares its pages then."""
         self.pool.check(len(rows) * self.num_kept.shape[1])
@@ -326,6 +334,7 @@ class Store:
         self.pool.release(before)
         self._settle()
 
+    @lasting
     def copy(self) -> "Store":
         """A second store with the same entries: full pages are shared, ring and last pages copied."""
         new = object.__new__(Store)

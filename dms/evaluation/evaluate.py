@@ -1,6 +1,6 @@
 """Judge a retrofitted model on held-out documents: what it recalls, how well it predicts, what it keeps.
 
-One forward over each document gives everything: evict mode hides in prefill exactly what generation would have dropped, and a
+One forward over each document gives everything: evict mode drops in prefill exactly what generation would have dropped, and a
 question counts as answered where every token of its answer is the model's first choice, which is what greedy decoding gives.
 """
 
@@ -9,13 +9,13 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
 import torch
 
-from dms import masks
+from dms.cache import DMSCache
 from dms.evaluation.corpus import StdlibText
 from dms.evaluation.tasks import RECALL_TASKS, Document, make_document
 from dms.retrofitting import set_mode, state_of
@@ -41,7 +41,18 @@ class Scores:
     alive: int = 0
     evicted_LH: torch.Tensor | None = None
     decided_per_head: int = 0
+    cache_bytes: int = 0
     seconds: float = 0.0
+
+    @property
+    def memory(self) -> str | None:
+        """None: dense, nothing is evicted."""
+        return None if self.policy == "dense" else "compacted"
+
+    @property
+    def bytes_per_document(self) -> int | None:
+        """What the cache held at a document's end, ring and tables included; None: not measured (dense)."""
+        return round(self.cache_bytes / len(self.bits)) if self.cache_bytes else None
 
     @property
     def rate_LH(self) -> list[list[float]]:
@@ -96,7 +107,7 @@ def sliding_window(model, window: int, sinks: int = SLIDING_WINDOW_SINKS) -> Ite
     """Make evict mode keep the first `sinks` and the last `window + 1` tokens, whatever the gates say."""
     state = state_of(model)
     config, bias = state.config, state.evict_bias
-    state.config = config.model_copy(update={"window": window, "sinks": sinks, "alignment": "own"})
+    state.config = replace(config, window=window, sinks=sinks, alignment="own")
     state.evict_bias = math.inf
     try:
         yield
@@ -121,7 +132,8 @@ def run_policy(
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
         ids = torch.tensor([document.input_ids for document in batch], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        cache = None if policy == "dense" else DMSCache(model)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits.float()
         nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
         right = logits[:, :-1].argmax(-1) == ids[:, 1:]
         text = torch.tensor([document.role for document in batch], device=device)[:, 1:] == 0
@@ -133,29 +145,26 @@ def run_policy(
                 distance = answer.start - answer.evidence
                 quartile = min(NUM_QUARTILES - 1, distance * NUM_QUARTILES // len(document.input_ids))
                 scores.answers.append((first + row, answer.task, quartile, all(right_list[row][answer.start - 1 : answer.end - 1])))
-        _count_entries(scores, state, ids, policy)
+        _count_entries(scores, state, ids, cache)
         if progress:
             progress(len(batch))
     scores.seconds = time.perf_counter() - start
     return scores
 
 
-def _count_entries(scores: Scores, state, ids: torch.Tensor, policy: str) -> None:
-    per_head = ids.numel() * sum(layer.num_heads for layer in state.layers)
-    scores.seen += per_head
-    if policy == "dense":
-        scores.decided += per_head
-        scores.alive += per_head
+def _count_entries(scores: Scores, state, ids: torch.Tensor, cache: DMSCache | None) -> None:
+    if cache is None:
+        num_entries = ids.numel() * sum(layer.num_heads for layer in state.layers)
+        scores.seen, scores.decided, scores.alive = (n + num_entries for n in (scores.seen, scores.decided, scores.alive))
         return
-    tokens, config = state.forward.tokens, state.config
-    decided = masks.decided_tokens(tokens.segment_BT, config.alignment)[..., None]
-    evicted_LH = torch.stack([(state.forward.evicted[index] & decided).sum((0, 1)).cpu() for index in sorted(state.forward.evicted)])
+    report = cache.report(warn=False)
+    scores.seen, scores.alive, scores.cache_bytes = scores.seen + report.seen, scores.alive + report.alive, scores.cache_bytes + report.bytes
+    stores = [layer.store for layer in cache.compacted_layers().values()]
+    evicted_LH = torch.stack([store.evicted.sum(0).cpu() for store in stores])
     scores.evicted_LH = evicted_LH if scores.evicted_LH is None else scores.evicted_LH + evicted_LH
-    scores.decided_per_head += int(decided.sum())
+    scores.decided_per_head += int(stores[0].decided.sum())
     scores.evicted += int(evicted_LH.sum())
-    for evicted in state.forward.evicted.values():
-        scores.decided += int(decided.expand_as(evicted).sum())
-        scores.alive += int(masks.alive(tokens, evicted, window=config.window, sinks=config.sinks).sum())
+    scores.decided += sum(int(store.decided.sum()) * store.num_kept.shape[1] for store in stores)
 
 
 def evaluate(
@@ -190,8 +199,8 @@ def summary(scores: Scores) -> dict:
         "by_task": {task: scores.accuracy((task,)) for task in sorted({task for _, task, _, _ in scores.answers})},
         "cr_decided": scores.cr_decided,
         "cr": scores.cr,
-        # Evicted entries are hidden from attention and still held.
-        "memory": "masked",
+        "bytes": scores.bytes_per_document,
+        "memory": scores.memory,
         "seconds": scores.seconds,
     }
 
@@ -234,8 +243,8 @@ def rows(scores: Scores, *, length: int, common: dict) -> list[dict]:
                 "num_samples": count,
                 "cr_decided": scores.cr_decided,
                 "cr": scores.cr,
-                "bytes": None,
-                "memory": "masked",
+                "bytes": scores.bytes_per_document,
+                "memory": scores.memory,
                 "seconds": scores.seconds,
             }
         )
