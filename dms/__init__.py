@@ -15,13 +15,14 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DMSCache": "dms.cache",
     "DMSConfig": "dms.config",
     "retrofit": "dms.retrofitting",
     "load": "dms.checkpoint",
     "save": "dms.checkpoint",
     "set_mode": "dms.retrofitting",
 }
-__all__ = ["DMSConfig", "load", "retrofit", "save", "set_mode"]
+__all__ = ["DMSCache", "DMSConfig", "load", "retrofit", "save", "set_mode"]
 
 
 def __getattr__(name: str):

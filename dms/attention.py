@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms import masks
-from dms.cache import CacheFull, DMSCache
+from dms.cache import DMSCache
 from dms.masks import Tokens
 from dms_kernels import gated_attention
 
@@ -70,21 +70,37 @@ def train_attention(
     )
 
 
+class _Inference(torch.autograd.Function):
+    """Passes a result on and says, where a gradient is asked of it, that there is none."""
+
+    @staticmethod
+    def forward(ctx, out, query):
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("evict mode with a cache is for inference and has no gradient; call the model with use_cache=False")
+
+
 def compacted_attention(query, key, value, *, held, cache, masked, scaling=None, softcap=None, s_aux=None, **_):
     """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now."""
     try:
-        if query.shape[2] > 1 and held.incoming.is_packed():
-            # Of several documents in a row the last one goes on; the others are read here and then gone.
-            new = held.incoming
-            evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
-            out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
-            held.keep_last_documents()
-            return out
-        return held.attend(query, scale=_scale(scaling, query), softcap=softcap, sink_logits=s_aux)
-    except CacheFull:
+        with torch.no_grad():
+            if query.shape[2] > 1 and held.incoming.is_packed():
+                # Of several documents in a row the last one goes on; the others are read here and then gone.
+                new = held.incoming
+                evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
+                out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
+                held.keep_last_documents()
+            else:
+                # Under autocast the projections were cast; scores and sums stay float32.
+                with torch.autocast(query.device.type, enabled=False):
+                    out = held.attend(query, scale=_scale(scaling, query), softcap=softcap, sink_logits=s_aux)
+    except BaseException:
         if isinstance(cache, DMSCache):
             cache.undo_forward()
         raise
+    return _Inference.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 
 def evict_attention(

@@ -217,8 +217,15 @@ def _training(run: Mapping[str, Any], config: Mapping[str, Any], data: str) -> s
     return _bullets(pairs)
 
 
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def shown_name(base_name: str) -> str:
+    """A base as a card names it. A path says nothing to others, and may say too much: of that, the last part."""
+    is_path = base_name.startswith((".", "/", "~")) or base_name.count("/") > 1
+    return Path(base_name).name if is_path else base_name
+
+
+def hub_id(base_name: str) -> str | None:
+    """The base as front matter may name it, or None for a folder or a built-in model."""
+    return base_name if _HUB_ID.fullmatch(base_name) else None
 
 
 def write_card(
@@ -238,11 +245,10 @@ def write_card(
     run: target_cr, steps, tokens, training_seconds (or seconds), device, versions, trainable, beta, alignment; each may be
     absent. data: what it was trained on, in words. Raises ValueError where two rows contradict each other.
     """
-    # A path says nothing to others, and may say too much.
-    shown = Path(base_name).name if _is_path(base_name) else base_name
+    shown = shown_name(base_name)
     front = _front_matter(
         {
-            "base_model": base_name if _HUB_ID.fullmatch(base_name) else None,
+            "base_model": hub_id(base_name),
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
             "tags": ["kv-cache", "dms"],

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from dms.config import FORMAT_VERSION, DMSConfig
-from dms.models import base_hash, load_base, local_folder
-from dms.retrofitting import gate_parameters, retrofit, set_mode, state_of
+from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, write_gates
+from dms.models import load_base, local_folder
+from dms.retrofitting import gate_parameters, set_mode, state_of
 from dms.sharding import gathered, is_sharded
-
-GATES_FILE = "gates.safetensors"
+from dms.weights import base_hash
 
 
 @dataclass(frozen=True)
@@ -95,39 +92,8 @@ def save_gates(
 
     tensors: the gates' values by name, where the model itself does not hold them whole (ZeRO-3).
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if tensors is None:
-        tensors = {name: p.detach().float().cpu().contiguous() for name, p in gate_parameters(model).items()}
-    metadata = {
-        "base_name": base_name,
-        "base_hash": base_digest,
-        "target_cr": "" if target_cr is None else str(float(target_cr)),
-        "format_version": str(FORMAT_VERSION),
-        "dms": json.dumps(state_of(model).config.to_saved()),
-    }
-    path = folder / GATES_FILE
-    save_file(tensors, path, metadata)
-    return path
-
-
-def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and metadata of a gates file (or of a folder that holds one).
-
-    Raises:
-        ValueError: no gates there, or a damaged file.
-    """
-    path = Path(path)
-    path = path / GATES_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model"
-        )
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    tensors = gate_tensors(model) if tensors is None else tensors
+    return write_gates(folder, tensors, state_of(model).config, base_name=base_name, base_digest=base_digest, target_cr=target_cr)
 
 
 def load(
@@ -154,31 +120,14 @@ def load(
     name = base if base is not None else str(folder)
     if base is None and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise ValueError(
-            f"{folder}/{GATES_FILE}: format_version is {metadata.get('format_version')!r}, this version of dms reads {FORMAT_VERSION}"
-        )
-    saved = json.loads(metadata.get("dms", "null"))
-    if saved is None:
-        raise ValueError(f"{folder}: the gates' metadata lacks the DMS configuration; it was not written by dms")
-    config = DMSConfig.from_saved(saved, f"{folder}/{GATES_FILE}")
-    if base is None:
-        in_config = json.loads((folder / "config.json").read_text()).get("dms")
-        if in_config is not None and DMSConfig.from_saved(in_config, f"{folder}/config.json") != config:
-            raise ValueError(f"{folder}: config.json and {GATES_FILE} disagree about the DMS configuration: {in_config} against {saved}")
+    in_config = json.loads((folder / "config.json").read_text()).get("dms") if base is None else None
+    config = read_config(metadata, in_config, folder)
     checked = _check_base(name, metadata)
-    model = retrofit(load_base(name, dtype, device), config)
+    model = load_base(name, dtype, device)
     if not checked:
         # From the hub: now its files are here.
         _check_base(name, metadata)
-    parameters = gate_parameters(model)
-    if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
-        raise ValueError(
-            f"{folder}: the gates do not fit {type(model).__name__}: they name {len(tensors)} tensors, the model has {len(parameters)} of other names or shapes"
-        )
-    with torch.no_grad():
-        for n, tensor in tensors.items():
-            parameters[n].copy_(tensor)
+    attach(model, config, tensors, folder)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
@@ -189,10 +138,5 @@ def _check_base(name: str, metadata: dict[str, Any]) -> bool:
     folder = local_folder(name)
     if folder is None:
         return False
-    found = base_hash(folder)
-    if found != metadata.get("base_hash"):
-        raise ValueError(
-            f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
-            f"and {name} has hash {found}; give the base that they were trained on"
-        )
+    check_base(folder, metadata, name)
     return True

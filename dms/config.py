@@ -1,10 +1,10 @@
 """`DMSConfig`: everything about the method that a checkpoint must remember. Symbols as in arXiv 2506.05345 (cited as [P])."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
 
@@ -15,67 +15,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-class Strict(BaseModel):
-    """Frozen, typed, documented at each field; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    def __init__(self, **data: Any):
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ValueError(explain(error, type(self))) from None
-
-
-def fields_at(model: type[BaseModel], path: tuple) -> list[str]:
-    """Names of the fields of the section that `path` (of a validation error) points into."""
-    for part in path:
-        info = model.model_fields.get(part) if isinstance(part, str) else None
-        annotation = info.annotation if info is not None else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """One line per problem: the key, what was given, what is allowed."""
-    lines = []
-    for problem in error.errors():
-        path = tuple(problem["loc"])
-        name = where + ".".join(str(part) for part in path)
-        if problem["type"] == "extra_forbidden":
-            known = fields_at(model, path[:-1])
-            lines.append(f"unknown key {name!r}{nearest(str(path[-1]), known)}; allowed: {', '.join(known)}")
-        elif problem["type"] == "missing":
-            lines.append(f"key {name!r} is missing")
-        elif problem["type"] == "value_error":
-            lines.append(f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"]))
-        else:
-            lines.append(f"{name}: {problem['msg']}; given: {problem['input']!r}")
-    return "; ".join(lines)
-
-
-class DMSConfig(Strict):
+@dataclass(frozen=True, kw_only=True)
+class DMSConfig:
     """How decisions are made and what they mean.
 
     Raises:
-        ValueError: an unknown, misspelt or mistyped field, or a value out of range.
+        ValueError: unknown, misspelt or mistyped fields, or values out of range; all of them in one message.
     """
 
-    window: int = Field(default=256, ge=0)
+    window: int = field(default=256, metadata={"least": 0})
     """w in tokens: an evicted token stays visible for the w queries after its own ([P] section 3.1, delayed eviction)."""
     granularity: Literal["head", "layer"] = "head"
     """One decision per token and KV head, or one per token for all heads of a layer."""
     alignment: Literal["own", "next"] = "own"
     """Which token a gate rules: `own`, the token that it reads ([P]); `next`, the one before it (NVIDIA's checkpoints)."""
-    tau: float = Field(default=0.1, gt=0.0)
+    tau: float = field(default=0.1, metadata={"above": 0})
     """Temperature of the Gumbel-sigmoid in training (not in [P]; NVIDIA's reference implementation uses 0.1)."""
-    scale: float = Field(default=100.0, gt=0.0)
+    scale: float = field(default=100.0, metadata={"above": 0})
     """The gate's logit is `scale * (x w + b) - offset`: a learning rate of its own for the gate (NVIDIA's reference: 100)."""
     offset: float = 5.0
     """Minus the logit at the start, w = b = 0: sigmoid(-5) = 0.7 %, nothing is evicted at first ([P] section 3.1)."""
-    sinks: int = Field(default=0, ge=0)
+    sinks: int = field(default=0, metadata={"least": 0})
     """The first tokens of each document are always visible."""
+
+    def __new__(cls, **given: Any) -> "DMSConfig":
+        # Checked before the generated __init__, which would answer an unknown name with a TypeError of its own.
+        known = {f.name: f for f in fields(cls)}
+        problems = [
+            _problem(known[name], value) if name in known else f"unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}"
+            for name, value in given.items()
+        ]
+        if any(problems):
+            raise ValueError("; ".join(filter(None, problems)))
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        for f in fields(self):
+            if f.type is float:
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], source: str) -> "DMSConfig":
@@ -84,16 +61,34 @@ class DMSConfig(Strict):
         Raises:
             ValueError: another format version, an unknown alignment, or any other field that this version does not know.
         """
-        fields = dict(saved)
-        version = fields.pop("format_version", None)
+        given = dict(saved)
+        version = given.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{source}: format_version is {version!r}, this version of dms reads {FORMAT_VERSION}; upgrade dms-retrofit or retrofit anew"
             )
         try:
-            return cls(**fields)
+            return cls(**given)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
     def to_saved(self) -> dict[str, Any]:
-        return {**self.model_dump(), "format_version": FORMAT_VERSION}
+        return {**asdict(self), "format_version": FORMAT_VERSION}
+
+
+def _problem(f: Field, value: Any) -> str | None:
+    """What is wrong with a field's value, worded as in recipes, or None."""
+    bounds, allowed = f.metadata, None
+    if f.type in (int, float):
+        # A bool is an int to Python and no number to anyone else.
+        if isinstance(value, bool) or not isinstance(value, int if f.type is int else (int, float)):
+            allowed = "a valid integer" if f.type is int else "a valid number"
+        elif not math.isfinite(value):
+            allowed = "a finite number"
+        elif "least" in bounds and value < bounds["least"]:
+            allowed = f"greater than or equal to {bounds['least']}"
+        elif "above" in bounds and value <= bounds["above"]:
+            allowed = f"greater than {bounds['above']}"
+    elif not isinstance(value, str) or value not in get_args(f.type):
+        allowed = " or ".join(map(repr, get_args(f.type)))
+    return None if allowed is None else f"{f.name}: Input should be {allowed}; given: {value!r}"

@@ -1,14 +1,32 @@
 """What `model.generate` does in evict mode: it makes a DMSCache, and reads a prompt once for all its samples or beams."""
 
+import functools
+import warnings
+
 import torch
 from transformers.utils import ModelOutput
 
-from dms.cache import DMSCache
+from dms.cache import DMSCache, compact_layers
 from dms.state import state_of
+
+
+@functools.cache
+def with_decoding(own: type) -> type:
+    """The class of a retrofitted model: the given one, with `Decoding` before it, under the same name."""
+    return type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__, "_own_class": own})
+
+
+def _make(own: type):
+    cls = with_decoding(own)
+    return cls.__new__(cls)
 
 
 class Decoding:
     """Stands before the model's own class in a retrofitted model's bases. Outside evict mode it changes nothing."""
+
+    def __reduce_ex__(self, protocol):
+        # The class has no name in a module that pickle could find it by.
+        return _make, (self._own_class,), self.__dict__
 
     def generate(self, *args, evict_bias: float | None = None, **kwargs):
         """As transformers'. evict_bias: added to every gate's logit in this call (None: `model.dms.evict_bias`); above 0 evicts more."""
@@ -26,19 +44,30 @@ class Decoding:
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         state = state_of(self)
         cache = model_kwargs.get("past_key_values")
-        if state.mode == "evict" and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation is {generation_config.cache_implementation!r}, and evict mode makes a cache of its own; "
-                    'leave it out, or call dms.set_mode(model, "dense")'
-                )
-            if cache is None and state.takes_cache:
-                cache = model_kwargs["past_key_values"] = DMSCache(self)
-                if generation_config.is_assistant:
-                    cache.activate_past_recording()
-            elif isinstance(cache, DMSCache) and not generation_config.is_assistant:
-                # An assisted call before this one may have left it on; nobody would crop now.
+        if state.mode != "evict" or not state.takes_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_config.use_cache is False:
+            warnings.warn(
+                "use_cache is False (given, or in generation_config.json): tokens are hidden as if evicted, but each step reads the whole text again",
+                stacklevel=2,
+            )
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r} (given, or in generation_config.json), and evict mode makes "
+                'a cache of its own; set it to None, or call dms.set_mode(model, "dense")'
+            )
+        generation_config.cache_implementation = None
+        if cache is None:
+            cache = model_kwargs["past_key_values"] = DMSCache(self)
+        if isinstance(cache, DMSCache):
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            else:
+                # An assisted call before this one may have left it on, and nobody would crop now.
                 cache.stop_past_recording()
+        else:
+            compact_layers(cache, state)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -54,9 +83,11 @@ class Decoding:
         if held not in (-1, batch, batch // copies):
             raise ValueError(f"the cache holds {held} sequences and the prompts are {batch // copies}; give as many, or fork the cache")
         given = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
-        if copies == 1 or (held == batch and batch > copies) or any(value.shape[0] != batch for value in given.values()):
+        # Positions of several kinds (text, height, width) come first in some models.
+        batch_dim = {name: 1 if name == "position_ids" and value.dim() == 3 else 0 for name, value in given.items()}
+        if copies == 1 or (held == batch and batch > copies) or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        once = model_kwargs | {name: value[::copies] for name, value in given.items()}
+        once = model_kwargs | {name: v[:, ::copies] if batch_dim[name] else v[::copies] for name, v in given.items()}
         outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
         cache.batch_repeat_interleave(copies)
         return _repeat(outputs, copies)

@@ -1,6 +1,5 @@
 """Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
 
-import hashlib
 import importlib
 from pathlib import Path
 
@@ -44,6 +43,8 @@ def local_folder(name: str) -> Path | None:
     """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
     from transformers.utils import cached_file
 
+    from dms.weights import weight_files
+
     path = Path(resolve_model(name))
     if not path.is_dir():
         try:
@@ -85,44 +86,3 @@ def load_tokenizer(name: str):
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    return sorted(p for p in Path(folder).glob("*.safetensors") if p.name != "gates.safetensors")
-
-
-def base_hash(folder: str | Path) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and a sample of its rows; the same for any sharding of the same weights.
-
-    Raises:
-        ValueError: no safetensors files, or a damaged one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = weight_files(folder)
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors weights; save the model with save_pretrained")
-    tensors: dict[str, bytes] = {}
-    for path in files:
-        try:
-            with safe_open(str(path), framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part = f.get_slice(name)
-                    shape = part.get_shape()
-                    digest = hashlib.sha256(f"{name} {part.get_dtype()} {list(shape)}".encode())
-                    rows = shape[0] if shape else 0
-                    for index in sorted({rows * i // 8 for i in range(8)}) if rows else []:
-                        digest.update(_raw_bytes(part[index : index + 1]))
-                    tensors[name] = digest.digest()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        whole.update(tensors[name])
-    return whole.hexdigest()[:32]
-
-
-def _raw_bytes(tensor) -> bytes:
-    import torch
-
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -5,17 +5,16 @@ ones, in prefill as in decode.
 """
 
 import functools
-import inspect
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from dms import attention, gates, masks
 from dms.adapter import AttentionLayer, find_layers
-from dms.cache import CompactedLayer, DMSCache
+from dms.cache import CompactedLayer, DMSCache, compact_layers
 from dms.config import DMSConfig
-from dms.decoding import Decoding
+from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
 from dms.state import DMSState, Forward, Mode, Noise, state_of
 
@@ -51,8 +50,7 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
     model.dms = state
     if hasattr(model, "generate"):
-        own = type(model)
-        model.__class__ = type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+        model.__class__ = with_decoding(type(model))
     return model
 
 
@@ -85,16 +83,27 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "dense":
         state.forward = None
         return None
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
+    signature = state.decoder_signature
+    bound = signature.bind_partial(*args, **kwargs)
+    given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
     source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     cache = given.get("past_key_values")
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
-        cache = kwargs["past_key_values"] = DMSCache(decoder, state=state)
+        cache = DMSCache(decoder, state=state)
+        place = list(signature.parameters).index("past_key_values")
+        if place < len(args):
+            args = (*args[:place], cache, *args[place + 1 :])
+        else:
+            kwargs["past_key_values"] = cache
+    for layer in state.layers:
+        # A pass that failed half-way may have left its decision, and with it its cache.
+        layer.module.dms_pending = None
+    past = _past(cache, state, source.shape[0])
+    past = None if past is None else past.map(lambda x: x.to(source.device))
     if isinstance(cache, DMSCache):
         cache.before_forward(source.shape[1])
     tokens = masks.locate_tokens(
-        source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), _past(cache, state)
+        source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past
     )
     if state.mode == "train":
         _require_recomputation(state, decoder)
@@ -108,14 +117,30 @@ def _wants_cache(decoder: nn.Module, given: dict) -> bool:
     return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
 
 
-def _past(cache: Cache | None, state: DMSState) -> masks.Tokens | None:
-    """Of the tokens that a cache holds, as much as the next ones' positions need."""
-    index = state.layers[0].index
-    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | None:
+    """Of the tokens that a cache holds, as much as the next ones' positions need.
+
+    Raises:
+        ValueError: another number of sequences, or a cache that a failed pass has left with some layers ahead of others.
+    """
+    held = [cache.layers[layer.index] for layer in state.layers if layer.index < len(cache.layers)] if cache is not None else []
+    lengths = {layer.get_seq_length() for layer in held if isinstance(layer, MaskedLayer | CompactedLayer)}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"a forward pass over this cache failed half-way: its layers hold {', '.join(map(str, sorted(lengths)))} tokens; "
+            "reset it, or go on from a fork or a saved cache of before"
+        )
+    layer = held[0] if held else None
     if isinstance(layer, MaskedLayer):
         return layer.tokens
     seen = layer.seen() if isinstance(layer, CompactedLayer) else None
-    return None if seen is None else masks.Tokens((seen > 0).int()[:, None], (seen - 1).clamp(min=0)[:, None])
+    if seen is None:
+        return None
+    if len(seen) != batch:
+        raise ValueError(
+            f"the cache holds {len(seen)} sequences and the batch has {batch}; use cache.batch_repeat_interleave or batch_select_indices, or a fork"
+        )
+    return masks.Tokens((seen > 0).int()[:, None], (seen - 1).clamp(min=0)[:, None])
 
 
 def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
@@ -137,9 +162,8 @@ def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
 def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Run the gate on what attention reads and leave the decision for the attention function."""
     forward = state.forward
-    # A pass that failed half-way may have left its decision.
-    module.dms_pending = None
     if forward is None:
+        module.dms_pending = None
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     logits = module.dms_gate(hidden)
@@ -169,44 +193,22 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
 
 
 def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor, cache: Cache | None):
-    config, tokens = state.config, forward.tokens
+    config, tokens = state.config, forward.tokens.map(lambda x: x.to(logits.device))
     decision = logits > 0
-    forward.logits[layer.index] = logits
     masked = functools.partial(attention.evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
-    held = None if cache is None else _cache_layer(cache, layer.index, state)
-    if held is None:
+    if cache is None:
+        forward.logits[layer.index] = logits
         evicted = forward.evicted[layer.index] = masks.align(decision, tokens.segment_BT, config.alignment, False)
         return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
+    held = cache.layers[layer.index] if layer.index < len(cache.layers) else None
+    if not isinstance(held, MaskedLayer | CompactedLayer):
+        compact_layers(cache, state)
+        held = cache.layers[layer.index]
     held.decide(decision, tokens)
     if isinstance(held, MaskedLayer):
         evicted = forward.evicted[layer.index] = held.evicted()
         return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
     return functools.partial(attention.compacted_attention, held=held, cache=cache, masked=masked)
-
-
-def _cache_layer(cache: Cache, index: int, state: DMSState) -> "MaskedLayer | CompactedLayer":
-    """The cache's layer, which evicts; one of an empty DynamicCache is replaced.
-
-    Raises:
-        ValueError: a cache whose layers do not grow (static, quantised), or one that was filled without decisions.
-    """
-    layers = cache.layers
-    while len(layers) <= index:
-        layers.append(DynamicLayer())
-    layer = layers[index]
-    if isinstance(layer, MaskedLayer | CompactedLayer):
-        return layer
-    if type(layer) is not DynamicLayer:
-        raise ValueError(
-            f"evict mode needs a DMSCache (or an empty DynamicCache), and layer {index} of the given cache is a {type(layer).__name__}; "
-            "leave out cache_implementation, or pass past_key_values=DMSCache(model)"
-        )
-    if layer.get_seq_length() > 0:
-        raise ValueError(
-            f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
-        )
-    layers[index] = CompactedLayer(state.config, state.page_size)
-    return layers[index]
 
 
 def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:

@@ -1,7 +1,9 @@
 """What a retrofitted model is doing now: one explicit state, fixed for a forward and for its recomputation."""
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -27,7 +29,7 @@ class Forward:
     """One forward pass: fixed at its start. The dictionaries collect what its layers decided, by layer index.
 
     evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
-    head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode).
+    head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
     """
 
     mode: Mode
@@ -68,6 +70,14 @@ class DMSState:
     max_cache_bytes: int | None = None
     prefill_chunk: int | None = None
     forward: Forward | None = None
+
+    @cached_property
+    def decoder_signature(self) -> inspect.Signature:
+        return inspect.signature(self.decoder.forward)
+
+    def __getstate__(self) -> dict:
+        # The last pass is no part of a copy, and what it holds cannot always be copied.
+        return {name: value for name, value in vars(self).items() if name != "decoder_signature"} | {"forward": None}
 
     def activate(self, mode: Mode) -> None:
         """Choose the attention function. Only the text decoder's: the public setter would hand it on to vision towers."""

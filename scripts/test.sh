@@ -7,7 +7,7 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd -- "$root"
 
 start=$SECONDS
-scripts/setup_env.sh dev deepspeed lora tensorboard
+scripts/setup_env.sh dev deepspeed lora tensorboard lmeval
 set_up=$((SECONDS - start))
 
 export PATH="$root/.venv/bin:$PATH"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dms.retrofitting import retrofit, state_of
 from dms.train.adapters import without_adapters
 from dms.train.recipe import RetrofitRecipe, dump_recipe
 from dms.train.students import Models
+from dms.weights import base_hash
 
 
 def saved_dtype(name: str) -> torch.dtype | None:
@@ -39,7 +41,7 @@ def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, w
     model_folder = checkpoint.save(
         student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=target_cr, dtype=dtype, weights=weights
     )
-    digest = models.base_hash(model_folder)
+    digest = base_hash(model_folder)
     if recipe.trainable == "gates":
         # Gates alone go with the base that was named, so its own hash counts where its files are at hand.
         checkpoint.save_gates(
@@ -128,7 +130,7 @@ def finish(
         model_folder,
         base_name=recipe.model,
         base_license=_license(recipe.model),
-        dms_config=recipe.dms.model_dump(),
+        dms_config=asdict(recipe.dms),
         rows=rows,
         run={
             k: result[k]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dms import models
+from dms import models, weights
 from dms.train import saving
 from dms.train.recipe import RetrofitRecipe
 from dms.train.run_folder import LOCK_FILE
@@ -30,7 +30,7 @@ def check_context(recipe: RetrofitRecipe) -> None:
 def base_hash(recipe: RetrofitRecipe) -> str | None:
     """None for a model that is still to be fetched from the hub."""
     folder = models.local_folder(recipe.model)
-    return None if folder is None else models.base_hash(folder)
+    return None if folder is None else weights.base_hash(folder)
 
 
 def data_digest(source: Any) -> str:

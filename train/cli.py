@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure on this machine what evict mode saves.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class ExportFormat(str, Enum):
+    hf = "hf"
+    merged = "merged"
+    gates = "gates"
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as target_cr=8 dms.window=64.", show_default=False)]
 
@@ -58,14 +68,19 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="Tokens of each document; default: the model's context.")] = None,
     num_documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 56,
     num_items: Annotated[int, typer.Option(min=1, help="Tasks planted in each.")] = 24,
-    evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
+    evict_bias: Annotated[
+        list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Write the result rows to this JSON file.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
     """Measure a saved model: dense, dms, and a sliding window of the same budget."""
     _prepare_environment("auto")
     from dms.evaluation.command import evaluate_folder
 
-    evaluate_folder(model, length=length, num_documents=num_documents, num_items=num_items, evict_bias=evict_bias, out=out)
+    evaluate_folder(
+        model, length=length, num_documents=num_documents, num_items=num_items, evict_bias=evict_bias or [0.0], out=out, card=card
+    )
 
 
 @app.command()
@@ -81,6 +96,46 @@ def generate(
     from dms.generation import stream
 
     stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model folder such as RUN/model.")],
+    out: Annotated[str, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="hf: for everyone; transformers loads it with trust_remote_code=True, evicting, without dms. "
+            "merged: the weights, with all that was trained in them, and the gates, without code, for those who have dms. "
+            "gates: the gates alone, for those who have dms and the base."
+        ),
+    ] = ExportFormat.hf,
+    max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
+) -> None:
+    """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
+    _prepare_environment("auto")
+    from dms.export.folder import export as write
+
+    files = write(source, out, format=format.value, max_shard_size=max_shard_size)
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
+
+
+@bench.command("cache")
+def bench_cache(
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Default: 1 and 4.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; repeat it. Default: 4096, 8192 and 16384.")] = None,
+    evicted: Annotated[list[float] | None, typer.Option(help="Share of tokens evicted; repeat it. Default: 0.75 and 0.875.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the random model. Default: 8.")] = None,
+    prefill: Annotated[bool, typer.Option(help="Measure prefill too, which takes longest.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result rows to this file.")] = None,
+) -> None:
+    """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
+    _prepare_environment("auto")
+    from dms.bench.cache import plan_for, run
+
+    run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
 
 
 @app.command()

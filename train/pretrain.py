@@ -182,7 +182,7 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
     from dms.models import load_base
     from dms.retrofitting import retrofit
 
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     saved = folder / "model"
     model.half().save_pretrained(saved)
     tokenizer.save_pretrained(saved)

@@ -6,15 +6,26 @@ Unknown, misspelt, duplicate or mistyped keys are errors. `extends: NAME` starts
 
 import importlib
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
-from dms.config import DMSConfig, Strict, explain, nearest
+from dms.config import DMSConfig, nearest
+from dms.strict import Strict, explain
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+def _method(value: Any) -> DMSConfig:
+    """The section `dms`; DMSConfig checks itself, with the same messages."""
+    if isinstance(value, DMSConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"a section of keys and values, such as {{window: 16}}, is needed; given: {value!r}")
+    return DMSConfig(**value)
 
 
 class Optimizer(Strict):
@@ -147,7 +158,7 @@ class RetrofitRecipe(Strict):
     output_dir: str
     target_cr: float = Field(ge=1.0)
     """The compression ratio of decided tokens at the end; it rises linearly from 1 ([P] section 3.2)."""
-    dms: DMSConfig
+    dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(asdict)]
     data: Data
     optimizer: Optimizer
     steps: int = Field(ge=1)

@@ -30,7 +30,6 @@ from dms.train.students import Models
 FOLDER = "checkpoints"
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_GATES = checkpoint.GATES_FILE
 _WEIGHTS = "weights.safetensors"
 # The parts of DeepSpeed's optimizer state that change as a run goes on, by stage.
 _ZERO_STATE = {

@@ -2,33 +2,17 @@
 
 import copy
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dms.cache.layer import CompactedLayer
-from dms.cache.pool import CacheFull
-from dms.cache.report import Report, make_report
+from dms.cache.budget import Budget, CacheFull, held_bytes
+from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer
+from dms.cache.pool import PagePool
+from dms.cache.report import Report, compacted_layers, make_report
 from dms.state import DMSState, state_of
-
-
-class Budget:
-    """max_bytes for a cache and all its forks together; None: no bound."""
-
-    def __init__(self, max_bytes: int | None):
-        self.max_bytes = max_bytes
-        self.caches: weakref.WeakSet[DMSCache] = weakref.WeakSet()
-
-    def check(self, wanted: int) -> None:
-        """Raises CacheFull where so many more bytes would be too many."""
-        if self.max_bytes is None:
-            return
-        held = held_bytes(*self.caches)
-        if held + wanted > self.max_bytes:
-            raise CacheFull(
-                f"the cache holds {held:,} bytes and needs {wanted:,} more, and max_cache_bytes is {self.max_bytes:,}; the cache is as it was "
-                "before these tokens: end some sequences (batch_select_indices, or drop a fork), evict more (evict_bias), or raise the bound"
-            )
 
 
 class DMSCache(Cache):
@@ -46,6 +30,10 @@ class DMSCache(Cache):
 
     def __init__(self, model, *, page_size: int | None = None, max_cache_bytes: int | None = None, state: DMSState | None = None):
         state = state or state_of(model)
+        if not state.takes_cache:
+            raise ValueError(
+                f"{type(model).__name__} works with a cache of its own kind alone; leave out past_key_values, and the one that it makes evicts"
+            )
         self.budget = Budget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
         self.budget.caches.add(self)
         layers = DynamicCache(config=model.config).layers
@@ -56,17 +44,21 @@ class DMSCache(Cache):
         self._undo: list[dict] | None = None
 
     def _make_layer(self, state: DMSState, page_size: int | None) -> CompactedLayer:
-        limit = None if self.budget.max_bytes is None else self.budget.check
-        return CompactedLayer(state.config, page_size or state.page_size, limit)
+        budget = None if self.budget.max_bytes is None else self.budget
+        return CompactedLayer(state.config, state.page_size if page_size is None else page_size, budget)
 
     def compacted_layers(self) -> dict[int, CompactedLayer]:
         """Those that evict and hold something, by index."""
-        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, CompactedLayer) and layer.store is not None}
+        return compacted_layers(self)
 
     def fork(self) -> "DMSCache":
         """A second conversation from here on: full pages are shared, ring and last pages copied. `copy.deepcopy` does the same."""
+        if self._is_bounded:
+            stores = [layer.store for layer in self.compacted_layers().values()]
+            plain = sum(_plain_bytes(layer) for layer in self.layers)
+            self._make_room(plain + sum(store.own_bytes() for store in stores), [(store.pool, store.num_last_pages()) for store in stores])
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[])
+        vars(new).update(vars(self), layers=[], _undo=None)
         for layer in self.layers:
             new.layers.append(layer.copy() if isinstance(layer, CompactedLayer) else copy.deepcopy(layer))
         self.budget.caches.add(new)
@@ -96,35 +88,141 @@ class DMSCache(Cache):
 
         return load(path, model, **options)
 
-    def stop_past_recording(self) -> None:
-        """Keep what is on trial; from now on nothing can be taken back."""
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 while empty."""
+        return next((layer.store.num_kept.shape[0] for layer in self.compacted_layers().values()), -1)
+
+    def reset(self) -> None:
+        self._undo = None
+        super().reset()
+
+    # Rows.
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(torch.arange(max(0, self.batch_size))[torch.as_tensor(indices).cpu()])
+        for layer in self.compacted_layers().values():
+            layer.store.pool.trim()
+
+    def _select(self, rows: torch.Tensor) -> None:
+        batch = self.batch_size
+        if batch < 0:
+            return
+        if self._is_bounded:
+            more = len(rows) - batch
+            stores = [layer.store for layer in self.compacted_layers().values()]
+            own = sum(_plain_bytes(layer) for layer in self.layers) + sum(layer.own_bytes() for layer in self.compacted_layers().values())
+            self._make_room(-(-own * more // batch), [(store.pool, store.pages_to_select(rows)) for store in stores])
+        # Layers of linear attention know no other change of rows.
+        for layer in self.layers:
+            layer.reorder_cache(rows)
+
+    # Taking back.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, and keep the others that were on trial; all layers or none."""
         for layer in self.layers:
             if isinstance(layer, CompactedLayer):
-                layer.stop_past_recording()
-            elif getattr(layer, "record_past", False):
-                layer.crop(0)
+                layer.check_crop(tokens_to_remove)
+        with self._all_or_nothing():
+            super().crop(tokens_to_remove)
+
+    def stop_past_recording(self) -> None:
+        """Keep what is on trial; from now on nothing can be taken back."""
+        with self._all_or_nothing():
+            for layer in self.layers:
+                if isinstance(layer, CompactedLayer) or (getattr(layer, "record_past", False) and _is_filled(layer)):
+                    layer.crop(0)
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
                 layer.record_past = False
 
+    # Forward.
+
+    def update(self, *args, **kwargs):
+        return self._give(super().update, *args, **kwargs)
+
+    def update_conv_state(self, *args, **kwargs):
+        return self._give(super().update_conv_state, *args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs):
+        return self._give(super().update_recurrent_state, *args, **kwargs)
+
+    def _give(self, update, *args, **kwargs):
+        """New states to a layer; without room for them the forward is undone."""
+        state = self.state()
+        # A layer without gates would take them in any mode, and be ahead of the others.
+        if state is not None and state.mode != "evict":
+            raise ValueError(WITHOUT_DECISIONS)
+        try:
+            out = update(*args, **kwargs)
+            if self._undo is not None:
+                self.budget.check()
+        except CacheFull:
+            self.undo_forward()
+            raise
+        return out
+
     def before_forward(self, num_new: int) -> None:
-        """Where the cache is bounded: refuse a step that has no room, or remember how to undo a longer forward."""
+        """Where the cache is bounded: make room for a step or refuse it, or remember how to undo a longer forward."""
         self._undo = None
-        if self.budget.max_bytes is None:
+        if not self._is_bounded:
             return
-        layers = self.compacted_layers().values()
-        if num_new == 1 and not any(layer.record_past for layer in layers):
-            stores = [layer.store for layer in layers]
-            missing = ((store.next_pages() - int(store.pool.num_free), store.pool.page_bytes) for store in stores)
-            wanted = sum(max(0, pages) * size for pages, size in missing)
-            if wanted:
-                self.budget.check(wanted)
+        if num_new > 1 or any(getattr(layer, "record_past", False) or not _is_filled(layer) for layer in self.layers):
+            self._undo = [_snapshot(layer) for layer in self.layers]
             return
-        self._undo = [_snapshot(layer) for layer in self.layers]
+        stores = [layer.store for layer in self.compacted_layers().values()]
+        grown = sum(store.step_bytes() for store in stores) + sum(_plain_step_bytes(layer) for layer in self.layers)
+        self._make_room(grown, [(store.pool, store.next_pages()) for store in stores])
 
     def undo_forward(self) -> None:
         """After a forward that failed half-way: as it was before."""
-        for layer, fields in zip(self.layers, self._undo or [], strict=False):
-            layer.restore(fields) if isinstance(layer, CompactedLayer) else vars(layer).update(fields)
+        self._restore(self._undo)
         self._undo = None
+
+    # Bounds.
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.budget.max_bytes is not None
+
+    def _make_room(self, num_bytes: int, wanted: list[tuple[PagePool, int]]) -> None:
+        """Get pools the pages that they miss, and make sure of num_bytes beside them, or raise CacheFull and change nothing."""
+        missing = [(pool, pool.missing(num_pages)) for pool, num_pages in wanted]
+        pages = sum(num_pages * pool.page_bytes for pool, num_pages in missing)
+        if num_bytes + pages <= 0:
+            return
+        self.budget.check(num_bytes + pages)
+        ahead = [(pool, max(num_pages, pool.growth()) if num_pages else 0) for pool, num_pages in missing]
+        if self.budget.allows(num_bytes + sum(num_pages * pool.page_bytes for pool, num_pages in ahead), with_spare=True):
+            missing = ahead
+        for pool, num_pages in missing:
+            if num_pages:
+                pool.resize(pool.num_pages + num_pages)
+
+    @contextmanager
+    def _all_or_nothing(self):
+        """Where the cache is bounded: all layers change, or none."""
+        before = [_snapshot(layer) for layer in self.layers] if self._is_bounded else None
+        try:
+            yield
+        except CacheFull:
+            self._restore(before)
+            raise
+
+    def _restore(self, snapshots: list[dict] | None) -> None:
+        for layer, fields in zip(self.layers, snapshots or [], strict=False):
+            if isinstance(layer, CompactedLayer):
+                layer.restore(fields)
+            else:
+                vars(layer).clear()
+                vars(layer).update(fields)
 
 
 def _snapshot(layer) -> dict:
@@ -134,23 +232,24 @@ def _snapshot(layer) -> dict:
     return dict(vars(layer)) if isinstance(layer, DynamicLayer) else copy.deepcopy(vars(layer))
 
 
-def held_bytes(*caches: Cache) -> int:
-    """Bytes of all tensors that the caches hold, each counted once, whichever of them share it."""
-    storages: dict[int, int] = {}
+def _is_filled(layer) -> bool:
+    """Whether the layer has made the tensors that it writes to."""
+    if isinstance(layer, CompactedLayer):
+        return layer.store is not None
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return any(layer.is_conv_states_initialized.values())
+    return getattr(layer, "is_initialized", True)
 
-    def add(value) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict | list | tuple):
-            for item in value.values() if isinstance(value, dict) else value:
-                add(item)
 
-    for cache in caches:
-        for layer in cache.layers:
-            if isinstance(layer, CompactedLayer):
-                add([*layer.own_tensors(), *(layer.store.pool.tensors() if layer.store is not None else ())])
-            else:
-                add(vars(layer))
-    storages.pop(0, None)
-    return sum(storages.values())
+def _plain_bytes(layer) -> int:
+    """Of a layer without gates."""
+    return 0 if isinstance(layer, CompactedLayer) else held_bytes(SimpleNamespace(layers=[layer]))
+
+
+def _plain_step_bytes(layer) -> int:
+    """How much a layer without gates grows, at most, by a token a row; linear attention does not."""
+    if isinstance(layer, CompactedLayer) or not isinstance(layer, DynamicLayer):
+        return 0
+    tokens = layer.keys.shape[2]
+    needed = sum(x.numel() // tokens * (tokens + 1) * x.element_size() for x in (layer.keys, layer.values))
+    return max(0, needed - sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values)))

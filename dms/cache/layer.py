@@ -8,26 +8,32 @@ many of them stay. Shapes: B batch, H KV heads, N new tokens, D head dim.
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from dms.cache.budget import Budget
 from dms.cache.pool import PagePool
 from dms.cache.store import EVICT, Incoming, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, cached_attention
 
+WITHOUT_DECISIONS = (
+    "this cache belongs to evict mode, and tokens came to it without decisions; "
+    'call dms.set_mode(model, "evict"), or give dense mode a cache of its own'
+)
+
 
 class CompactedLayer(CacheLayerMixin):
     """store: the entries, None while empty. trial: tokens that the next `crop` may take back. columns: tokens stored, padding
-    included, which is what `generate` counts. limit: see PagePool."""
+    included, which is what `generate` counts. budget: None: no bound."""
 
     is_croppable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: DMSConfig, page_size: int = 64, limit=None):
+    def __init__(self, config: DMSConfig, page_size: int = 64, budget: Budget | None = None):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
-        self.dms, self.page_size, self.limit = config, page_size, limit
+        self.dms, self.page_size, self.budget = config, page_size, budget
         self.store: Store | None = None
         self.trial: Incoming | None = None
         self.incoming: Incoming | None = None
@@ -47,16 +53,13 @@ class CompactedLayer(CacheLayerMixin):
                 f"keys have {D} dimensions and values {value_states.shape[-1]}, and a page holds both side by side; "
                 "pass past_key_values=dms.masked_cache.masked_cache(model), which hides what is evicted and keeps it"
             )
-        self.store = Store(self.dms, PagePool(self.page_size, D, key_states.dtype, key_states.device, self.limit), B, H)
+        self.store = Store(self.dms, PagePool(self.page_size, D, key_states.dtype, key_states.device, self.budget), B, H)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the newest tokens' keys and values [B, H, N, D]; they are stored once attention has read them."""
         if self.incoming is None:
-            raise ValueError(
-                "this cache belongs to evict mode, and tokens came to it without decisions; "
-                'call dms.set_mode(model, "evict"), or give dense mode a cache of its own'
-            )
+            raise ValueError(WITHOUT_DECISIONS)
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         batch, num_heads = self.store.num_kept.shape
@@ -88,6 +91,8 @@ class CompactedLayer(CacheLayerMixin):
             self.trial = whole
         else:
             self._keep(whole)
+        if self.budget is not None:
+            self.budget.check()
         return out
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
@@ -103,6 +108,8 @@ class CompactedLayer(CacheLayerMixin):
             raise ValueError("several documents in a row can be read into an empty cache alone, and not on trial; read them one by one")
         new, self.incoming = self.incoming, None
         self._keep(new.last_documents())
+        if self.budget is not None:
+            self.budget.check()
 
     def _keep(self, new: Incoming) -> None:
         self.store.push(new)
@@ -124,18 +131,21 @@ class CompactedLayer(CacheLayerMixin):
         Raises:
             ValueError: more tokens than that: what was evicted since can't come back.
         """
-        count = abs(tokens_to_remove)
-        if self.store is None:
-            return
+        self.check_crop(tokens_to_remove)
+        trial, self.trial = self.trial, None
+        if trial is not None and trial.k.shape[2] > -tokens_to_remove:
+            self._keep(trial.columns(slice(0, trial.k.shape[2] + tokens_to_remove)))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError where `crop` would."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): to take back tokens pass their number below 0, as crop({-tokens_to_remove})")
         on_trial = 0 if self.trial is None else self.trial.k.shape[2]
-        if count > on_trial:
+        if self.store is not None and -tokens_to_remove > on_trial:
             raise ValueError(
-                f"crop of {count} tokens: {on_trial} were appended since the last crop, and of those before it evicted entries can't come "
-                "back; call activate_past_recording before tokens that may be taken back, or fork the cache there"
+                f"crop of {-tokens_to_remove} tokens: {on_trial} were appended since the last crop, and of those before it evicted entries can't "
+                "come back; call activate_past_recording before tokens that may be taken back, or fork the cache there"
             )
-        if on_trial > count:
-            self._keep(self.trial.columns(slice(0, on_trial - count)))
-        self.trial = None
 
     # How much there is.
 
@@ -162,6 +172,13 @@ class CompactedLayer(CacheLayerMixin):
         """All that this cache holds alone."""
         trial = [] if self.trial is None else list(self.trial.tensors().values())
         return [*self.store.tensors().values(), *trial] if self.store is not None else []
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Own ones and the pool's."""
+        return [*self.own_tensors(), *(self.store.pool.tensors() if self.store is not None else ())]
+
+    def own_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.own_tensors())
 
     # Undoing a forward that failed.
 

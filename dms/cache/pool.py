@@ -1,6 +1,10 @@
 """The pages of one layer: a pool with reference counts, shared by every cache that was forked from the first."""
 
+from collections import deque
+
 import torch
+
+from dms.cache.budget import Budget
 
 # Growth copies the pool. A little at a time keeps what is held close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
@@ -10,28 +14,37 @@ _GROWTH = 32
 lasting = torch.inference_mode(False)
 
 
-class CacheFull(RuntimeError):
-    """`max_cache_bytes` does not allow what was asked for; the cache is as it was before."""
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a number can be read from the device without waiting for it."""
+    return device.type == "cpu"
+
+
+def listed(page_table: torch.Tensor, num_kept: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Which places of a table [B, H, max_pages] hold a page, bool."""
+    return torch.arange(page_table.shape[2], device=page_table.device) * page_size < num_kept[..., None]
 
 
 class PagePool:
     """pages [N, 2, P, D]: keys and values of P entries each. Full pages are never rewritten, so that forks, beams and samples
     can share them; a page returns to the pool when its last holder lets it go.
 
-    num_holders counts the stores that use the pool. num_free lives on the device. `headroom` is a number of pages known to be free without asking it: where the device is no
-    CPU, taking pages reads nothing back as long as it lasts. limit: called with the bytes that are wanted before growing, raises CacheFull.
+    num_holders counts the stores that use the pool; `orphans` are tables of stores that are gone, whose pages are collected at
+    the next safe moment. num_free lives on the device. `headroom` is a number of pages known to be free without asking it: where
+    the device is no CPU, taking pages reads nothing back as long as it lasts; `epoch` counts when it was counted anew, which
+    voids what stores had reserved. budget: asked before growing.
     """
 
     @lasting
-    def __init__(self, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device, limit=None):
-        self.page_size, self.head_dim, self.limit = page_size, head_dim, limit
+    def __init__(self, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget: Budget | None = None):
+        self.page_size, self.head_dim, self.budget = page_size, head_dim, budget
         # The last row is scratch: where entries go that are not kept, so that a step needs no branch.
         self.rows = torch.zeros(1, head_dim, dtype=dtype, device=device)
         self.references = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.num_free = torch.zeros((), dtype=torch.int64, device=device)
-        self.headroom = 0
+        self.headroom, self.epoch = 0, 0
         self.num_holders = 0
+        self.orphans: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
 
     @property
     def num_pages(self) -> int:
@@ -48,6 +61,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
+        self.collect()
         return self.num_pages - int(self.num_free)
 
     @property
@@ -56,22 +70,22 @@ class PagePool:
         return 2 * self.page_size * self.head_dim * self.rows.element_size() + 8
 
     def tensors(self) -> list[torch.Tensor]:
+        self.collect()
         return [self.rows, self.references, self.free, self.num_free]
+
+    def missing(self, num_pages: int) -> int:
+        """How many pages are free too few; asks the device where it must."""
+        self.collect()
+        if self.headroom < num_pages:
+            self.headroom = int(self.num_free)
+        return max(0, num_pages - self.headroom)
 
     def reserve(self, num_pages: int) -> None:
         """Make sure that `take` can give so many; grows the pool where it must."""
-        if self.headroom < num_pages:
-            self.headroom = int(self.num_free)
-            missing = num_pages - self.headroom
-            if missing > 0:
-                self._resize(self.num_pages + self._allowed_growth(missing))
+        missing = self.missing(num_pages)
+        if missing:
+            self.resize(self.num_pages + self._allowed_growth(missing))
         self.headroom -= num_pages
-
-    def check(self, num_pages: int) -> None:
-        """Ask the limit whether so many pages could be had, before anything changes."""
-        missing = num_pages - int(self.num_free) if self.limit is not None else 0
-        if missing > 0:
-            self.limit(missing * self.page_bytes)
 
     def take(self, wanted: torch.Tensor) -> torch.Tensor:
         """Page numbers [K] int64 for wanted [K] bool, with one reference each, and num_pages (no page) elsewhere.
@@ -94,34 +108,43 @@ class PagePool:
         self.references.index_add_(0, page.long(), -torch.ones_like(page, dtype=torch.int32))
         self._list_free()
 
+    @lasting
+    def collect(self) -> None:
+        """Take back the pages of stores that are gone."""
+        while self.orphans:
+            page_table, num_kept = self.orphans.popleft()
+            self.num_holders -= 1
+            self.release(page_table[listed(page_table, num_kept, self.page_size)])
+            if not self.orphans:
+                self.trim()
+
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """Row of an entry's key in `rows`; its value lies page_size farther."""
         return page * (2 * self.page_size) + entry
 
     @lasting
-    def trim(self) -> None:
+    def trim(self, all_of_it: bool = False) -> None:
         """Give back what lies free at the pool's end, where it is much."""
         used = (self.references[:-1] > 0).nonzero()[:, 0]
         size = int(used[-1]) + 1 if len(used) else 0
-        if self.num_pages - size > max(self.num_pages // 4, self._growth()) or size == 0:
-            self._resize(size)
+        if self.num_pages - size > (0 if all_of_it else max(self.num_pages // 4, self.growth())) or size == 0:
+            self.resize(size)
 
     def _allowed_growth(self, missing: int) -> int:
-        """Some more than is missing, where the limit allows it."""
-        if self.limit is None:
-            return max(missing, self._growth())
-        try:
-            self.limit(max(missing, self._growth()) * self.page_bytes)
-        except CacheFull:
-            self.limit(missing * self.page_bytes)
-            return missing
-        return max(missing, self._growth())
+        """Some more than is missing, where the budget allows it."""
+        ahead = max(missing, self.growth())
+        if self.budget is None or self.budget.allows(ahead * self.page_bytes, with_spare=True):
+            return ahead
+        self.budget.check(missing * self.page_bytes)
+        return missing
 
-    def _growth(self) -> int:
+    def growth(self) -> int:
+        """How many pages to grow by at least."""
         # A device is asked for its free pages once in a while, so that it has more of them.
-        return self.num_pages // _GROWTH if self.rows.device.type == "cpu" else max(256, self.num_pages // 8)
+        return self.num_pages // _GROWTH if reads_are_free(self.rows.device) else max(256, self.num_pages // 8)
 
-    def _resize(self, num_pages: int) -> None:
+    @lasting
+    def resize(self, num_pages: int) -> None:
         kept = min(num_pages, self.num_pages)
         rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
         rows[: kept * 2 * self.page_size] = self.rows[: kept * 2 * self.page_size]
@@ -130,6 +153,7 @@ class PagePool:
         self.rows, self.references = rows, references
         self._list_free()
 
+    @lasting
     def _list_free(self) -> None:
         # The lowest are taken first: pages stay together, and the end of the pool can be given back.
         self.references[-1] = 0
@@ -137,4 +161,4 @@ class PagePool:
         self.free = torch.zeros(self.references.shape[0] - 1, dtype=torch.int32, device=self.rows.device)
         self.free[: len(free)] = free.int()
         self.num_free.fill_(len(free))
-        self.headroom = len(free)
+        self.headroom, self.epoch = len(free), self.epoch + 1

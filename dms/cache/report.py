@@ -4,8 +4,9 @@ import warnings
 from dataclasses import asdict, dataclass, field
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dms.cache.budget import held_bytes
 from dms.cache.layer import CompactedLayer
 
 # Bytes over those of the entries alive: half a page a head, the ring's and tables' counts, what the pool grows ahead.
@@ -54,10 +55,14 @@ class Report:
         )
 
 
-def make_report(cache, warn: bool) -> Report:
-    from dms.cache.cache import held_bytes
+def compacted_layers(cache: Cache) -> dict[int, CompactedLayer]:
+    """Those that evict and hold something, by index."""
+    return {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompactedLayer) and layer.store is not None}
 
-    layers = cache.compacted_layers()
+
+def make_report(cache: Cache, warn: bool) -> Report:
+    """As `DMSCache.report`, of any cache with layers that evict."""
+    layers = compacted_layers(cache)
     report = Report(cache.get_seq_length(), 0, 0, 0, 1.0, 1.0, 1.0, 0, 0, 0, held_bytes(cache), 0, 0)
     evicted = decided = seen_all = alive_all = expected_pages = 0
     for index, layer in enumerate(cache.layers):
@@ -113,7 +118,8 @@ def _warnings(report: Report, layers: dict, evicted: int, expected_pages: int) -
     if report.pages_used != expected_pages:
         found.append(f"{report.pages_used} pages are in use and the tables list {expected_pages}: pages have leaked; please report this")
     pages_per_head = report.pages_used / sum(layer.store.num_kept.numel() for layer in layers.values())
-    if pages_per_head > _MANY_PAGES and report.bytes > BYTES_BOUND * report.bytes_alive:
+    alone = all(layer.store.pool.num_holders == 1 for layer in layers.values())
+    if alone and pages_per_head > _MANY_PAGES and report.bytes > BYTES_BOUND * report.bytes_alive:
         found.append(
             f"{report.bytes:,} bytes are held for {report.bytes_alive:,} bytes of entries, more than {BYTES_BOUND} times; "
             "smaller pages (page_size) waste less"

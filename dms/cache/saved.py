@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.cache import DMSCache
 from dms.cache.layer import CompactedLayer
-from dms.cache.pool import PagePool
+from dms.cache.pool import PagePool, lasting
 from dms.cache.store import Store
 from dms.state import DMSState, state_of
 
@@ -21,8 +21,10 @@ _OWN = ("ring_kv", "ring_state", "num_kept", "seq_len", "evicted", "decided")
 
 
 def fingerprint(state: DMSState) -> str:
-    """Of a decoder's weights and gates: names, types, shapes and a sample of their rows."""
-    digest = hashlib.sha256()
+    """Of a decoder's weights, gates and positions: names, types, shapes and a sample of their rows."""
+    config = state.decoder.config
+    shape = {name: getattr(config, name, None) for name in ("model_type", "rope_parameters", "layer_types", "sliding_window")}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, tensor in sorted(state.decoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
@@ -38,6 +40,8 @@ def save(cache: DMSCache, path: str | Path) -> None:
         ValueError: an empty cache, one whose model is gone, or one with layers that keep something else than keys and values.
     """
     state = cache.state()
+    if state is None:
+        raise ValueError("the model that made this cache is gone; save a cache while its model lives")
     if not cache.compacted_layers():
         raise ValueError("the cache is empty; there is nothing to save")
     tensors, columns = {}, []
@@ -50,38 +54,53 @@ def save(cache: DMSCache, path: str | Path) -> None:
             if getattr(layer, "record_past", False):
                 layer.crop(0)
             columns.append(layer.get_seq_length())
-            tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+            if layer.keys is not None:
+                tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
         else:
             raise ValueError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be saved")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if state is None:
-        raise ValueError("the model that made this cache is gone; save a cache while its model lives")
     about = {"version": _VERSION, "model": fingerprint(state), "columns": json.dumps(columns), "dms": json.dumps(_settings(cache))}
-    save_file(tensors, path, about | {"sha256": _digest(tensors, about)})
+    # An interrupted write must not cost the file that was there.
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        save_file(tensors, unfinished, about | {"sha256": _digest(tensors, about)})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
+@lasting
 def load(path: str | Path, model, **options) -> DMSCache:
     """As `DMSCache.load`."""
     tensors, about = _read(Path(path))
+    config, saved = state_of(model).config, json.loads(about["dms"])
+    for name, value in asdict(config).items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{path} is the cache of another model: dms.{name} was {saved.get(name)!r} and is {value!r} here; load it with the model that made it"
+            )
     given = fingerprint(state_of(model))
     if about["model"] != given:
         raise ValueError(
             f"{path} is the cache of another model: it was made by weights and gates {about['model']}, and {type(model).__name__} has "
             f"{given}; load it with the model, and in the dtype, that made it"
         )
-    device = next(model.parameters()).device
-    saved = json.loads(about["dms"])
+    gated = {layer.index: next(layer.module.parameters()).device for layer in state_of(model).layers}
     cache = DMSCache(model, **{"page_size": saved["page_size"]} | options)
     for index, (layer, columns) in enumerate(zip(cache.layers, json.loads(about["columns"]), strict=True)):
+        device = gated.get(index, next(model.parameters()).device)
         own = {name.partition(".")[2]: tensor.to(device) for name, tensor in tensors.items() if name.startswith(f"{index}.")}
         if isinstance(layer, CompactedLayer):
             _unpack(layer, own)
             layer.columns = columns
         else:
-            layer.lazy_initialization(own["keys"], own["values"])
-            layer.keys, layer.values = own["keys"], own["values"]
+            if own:
+                layer.lazy_initialization(own["keys"], own["values"])
+                layer.keys, layer.values = own["keys"], own["values"]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = columns
+    cache.budget.check()
     return cache
 
 
@@ -102,7 +121,7 @@ def _pack(store: Store) -> dict[str, torch.Tensor]:
 def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
     kept, num_kept = own.pop("kept"), own.pop("num_kept")
     B, H = num_kept.shape
-    pool = PagePool(layer.page_size, kept.shape[-1], kept.dtype, kept.device, layer.limit)
+    pool = PagePool(layer.page_size, kept.shape[-1], kept.dtype, kept.device, layer.budget)
     layer.store = Store(layer.dms, pool, B, H)
     layer.dtype, layer.device, layer.is_initialized = kept.dtype, kept.device, True
     for name, tensor in own.items():
@@ -137,5 +156,5 @@ def _digest(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

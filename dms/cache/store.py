@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dms import masks
-from dms.cache.pool import PagePool, lasting
+from dms.cache.pool import PagePool, lasting, listed, reads_are_free
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, Pages, Plan, make_plan
@@ -75,6 +75,11 @@ class Decisions:
     last: torch.Tensor | None = None
 
 
+def _ring_slots(num_tokens: int, ring_size: int) -> int:
+    """Slots of a ring that has seen so many tokens."""
+    return min(ring_size, -(-num_tokens // _RING_STEP) * _RING_STEP)
+
+
 class Store:
     """ring_kv [B, H, 2, R, D], ring_state [B, H, R] uint8 (KEEP, EVICT, UNDECIDED), a token at slot position % R;
     page_table [B, H, max_pages] int32 into the pool, num_kept [B, H] and seq_len [B] int32: tokens of each row's document.
@@ -96,18 +101,15 @@ class Store:
         self.decided = torch.zeros(batch, dtype=torch.int64, device=device)
         # Bounds that are known without asking the device: no row has more tokens, no head has kept more.
         self.longest, self.most_kept = 0, 0
-        self.plan: Plan | None = None
+        # On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then.
+        self.reserved = (0, pool.epoch)
         pool.num_holders += 1
+        self.plan: Plan | None = None
 
     def __del__(self):
-        if sys.is_finalizing() or getattr(self, "page_table", None) is None:
-            return
-        self.pool.num_holders -= 1
-        # The last holder takes the pool with it.
-        if self.pool.num_holders > 0:
-            with torch.inference_mode(False):
-                self.pool.release(self.page_numbers())
-                self.pool.trim()
+        # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
+        if not sys.is_finalizing() and getattr(self, "plan", self) is not self:
+            self.pool.orphans.append((self.page_table, self.num_kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What this cache holds alone; pages belong to the pool."""
@@ -141,6 +143,9 @@ class Store:
     def ring(self, last: torch.Tensor | None = None, newest_only: bool = False) -> Keys:
         """last: the last token's state as new tokens rule it, where that is not stored yet. newest_only: the queries are those of
         the ring's newest tokens, for which the whole ring lies in the window."""
+        k, v = self.ring_kv[:, :, 0], self.ring_kv[:, :, 1]
+        if newest_only and reads_are_free(self.device) and self.longest >= self.ring_size and bool((self.seq_len >= self.ring_size).all()):
+            return Keys(k, v, all_visible=True)
         slot = torch.arange(self.ring_kv.shape[3], dtype=torch.int32, device=self.device)
         end = self.seq_len[:, None] - 1
         # Negative where there is nothing yet.
@@ -149,13 +154,12 @@ class Store:
         if last is not None:
             here = (position == end) & (end >= 0)
             state = torch.where(here[:, None] & (last != UNDECIDED)[..., None], last[..., None], state)
-        full = newest_only and self.device.type == "cpu" and self.longest >= self.ring_size and bool((self.seq_len >= self.ring_size).all())
-        return Keys(self.ring_kv[:, :, 0], self.ring_kv[:, :, 1], position, state == EVICT, full)
+        return Keys(k, v, position, state == EVICT)
 
     def pages(self) -> Pages | None:
         if self.most_kept == 0:
             return None
-        if self.plan is None and self.device.type == "cpu":
+        if self.plan is None and reads_are_free(self.device):
             self.plan = make_plan(self.page_table, self.num_kept, self.pool.page_size)
         return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan)
 
@@ -192,10 +196,9 @@ class Store:
         self.longest += num_new
 
     def _grow_ring(self, num_new: int) -> None:
-        have, want = self.ring_kv.shape[3], min(self.ring_size, self.longest + num_new)
-        if want > have:
+        have, size = self.ring_kv.shape[3], _ring_slots(self.longest + num_new, self.ring_size)
+        if size > have:
             # Until the ring is full, a token's slot is its position.
-            size = min(self.ring_size, -(-want // _RING_STEP) * _RING_STEP)
             self.ring_kv = F.pad(self.ring_kv, (0, 0, 0, size - have))
             self.ring_state = F.pad(self.ring_state, (0, size - have))
 
@@ -217,12 +220,12 @@ class Store:
         P = self.pool.page_size
         place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
         wanted = keep_BH & (entry == 0)
-        if self.device.type == "cpu":
+        if reads_are_free(self.device):
             num_wanted = int(wanted.sum())
             self.pool.reserve(num_wanted)
             self.plan = self.plan if num_wanted == 0 else None
         else:
-            self.pool.reserve(wanted.numel())
+            self._reserve_ahead(wanted.numel())
         if self.most_kept + 1 > self.page_table.shape[2] * P:
             self.most_kept = int(self.num_kept.max())
             self._widen(self.most_kept + 1)
@@ -235,6 +238,14 @@ class Store:
         row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
         self.pool.rows[row.flatten()] = kv_BH2D.flatten(0, 2)
         self.num_kept += keep_BH
+
+    def _reserve_ahead(self, num_heads: int) -> None:
+        """In P steps a head begins one page at most: reserve one for each, and look again after P steps."""
+        steps, epoch = self.reserved
+        if steps == 0 or epoch != self.pool.epoch:
+            self.pool.reserve(num_heads)
+            steps = self.pool.page_size
+        self.reserved = (steps - 1, self.pool.epoch)
 
     def _push_many(self, new: Incoming, state_BHN: torch.Tensor, real_BN: torch.Tensor) -> None:
         position = self.positions(new)
@@ -284,22 +295,33 @@ class Store:
             place = torch.arange(self.page_table.shape[2], device=self.device)
             page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
             self.page_table[(place >= have[..., None]) & (place < want[..., None])] = page.int()
-        self.num_kept, self.most_kept, self.plan = num_kept, most_kept, None
+        self.num_kept, self.most_kept, self.plan, self.reserved = num_kept, most_kept, None, (0, 0)
 
     def _widen(self, most_kept: int) -> None:
         """Make room in the table for a head with so many entries."""
-        width, step = -(-most_kept // self.pool.page_size), _TABLE_STEP * (1 if self.device.type == "cpu" else 8)
+        width, step = -(-most_kept // self.pool.page_size), self._table_step()
         if width > self.page_table.shape[2]:
             self.page_table = F.pad(self.page_table, (0, -(-width // step) * step - self.page_table.shape[2]))
 
+    def _table_step(self) -> int:
+        return _TABLE_STEP * (1 if reads_are_free(self.device) else 8)
+
     def next_pages(self) -> int:
         """How many pages one more token a row may take; exact on a CPU, except where its own gate decides at once."""
-        if self.device.type != "cpu":
-            return self.num_kept.numel()
+        if not reads_are_free(self.device):
+            steps, epoch = self.reserved
+            return 0 if steps > 0 and epoch == self.pool.epoch else self.num_kept.numel()
         slot = (self.seq_len % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
         state = self.ring_state[torch.arange(len(slot)), :, slot]
         leaving = (self.seq_len >= self.ring_size)[:, None] & (state != EVICT)
         return int((leaving & (self.num_kept % self.pool.page_size == 0)).sum())
+
+    def step_bytes(self) -> int:
+        """How much the ring and the table grow, at most, by one more token a row."""
+        slots = _ring_slots(self.longest + 1, self.ring_size) - self.ring_kv.shape[3]
+        full = self.most_kept + 1 > self.page_table.shape[2] * self.pool.page_size
+        per_slot = self.ring_kv.nbytes // self.ring_kv.shape[3] + self.ring_state.shape[:2].numel()
+        return max(0, slots) * per_slot + full * self._table_step() * self.num_kept.nbytes
 
     @lasting
     def snapshot(self) -> dict:
@@ -309,24 +331,41 @@ class Store:
     def restore(self, snapshot: dict) -> None:
         """Back to a snapshot since which tokens were only appended."""
         before = self.page_numbers()
-        vars(self).update(snapshot, plan=None)
+        vars(self).update(snapshot, plan=None, reserved=(0, 0))
         self.pool.share(self.page_numbers())
         self.pool.release(before)
+        # What the failed attempt took must not stand in the way of a smaller one.
+        self.pool.trim(all_of_it=True)
 
     # Whole rows.
 
     def _used(self) -> torch.Tensor:
         """Which places of the table hold a page, [B, H, max_pages] bool."""
-        return torch.arange(self.page_table.shape[2], device=self.device) * self.pool.page_size < self.num_kept[..., None]
+        return listed(self.page_table, self.num_kept, self.pool.page_size)
 
     def page_numbers(self) -> torch.Tensor:
         """Of all pages that the tables list, a shared one once for each holder."""
         return self.page_table[self._used()]
 
+    def own_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def num_last_pages(self) -> int:
+        """Pages that are not full: those that a copy needs."""
+        return int((self.num_kept % self.pool.page_size > 0).sum())
+
+    def pages_to_select(self, rows: torch.Tensor) -> int:
+        """How many more pages `select` takes than it gives back; below 0: it gives back more."""
+        rows = rows.to(self.device)
+        times = torch.bincount(rows, minlength=len(self.num_kept))
+        copies = int(((self.num_kept % self.pool.page_size > 0).sum(1) * (times - 1).clamp(min=0)).sum())
+        gone = self._used() & (times == 0)[:, None, None]
+        left = self.pool.references.index_add(0, self.page_table[gone].long(), -torch.ones_like(self.page_table[gone]))
+        return copies - int(((left == 0) & (self.pool.references > 0)).sum())
+
     @lasting
     def select(self, rows: torch.Tensor) -> None:
         """Keep the given rows [B'] int64, in that order; a row may stand there several times, and shares its pages then."""
-        self.pool.check(len(rows) * self.num_kept.shape[1])
         before = self.page_numbers()
         for name, tensor in self.tensors().items():
             setattr(self, name, tensor.index_select(0, rows))
@@ -366,4 +405,4 @@ class Store:
             self.pool.release(page[copies])
         self.longest = int(self.seq_len.max()) if len(self.seq_len) else 0
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
-        self.plan = None
+        self.plan, self.reserved = None, (0, 0)

@@ -14,8 +14,9 @@ from random import Random
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache
 
-from dms.cache import DMSCache
+from dms.cache.report import compacted_layers, make_report
 from dms.evaluation.corpus import StdlibText
 from dms.evaluation.tasks import RECALL_TASKS, Document, make_document
 from dms.retrofitting import set_mode, state_of
@@ -132,8 +133,8 @@ def run_policy(
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
         ids = torch.tensor([document.input_ids for document in batch], device=device)
-        cache = None if policy == "dense" else DMSCache(model)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits.float()
+        outputs = model(input_ids=ids, use_cache=policy != "dense")
+        logits = outputs.logits.float()
         nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
         right = logits[:, :-1].argmax(-1) == ids[:, 1:]
         text = torch.tensor([document.role for document in batch], device=device)[:, 1:] == 0
@@ -145,21 +146,25 @@ def run_policy(
                 distance = answer.start - answer.evidence
                 quartile = min(NUM_QUARTILES - 1, distance * NUM_QUARTILES // len(document.input_ids))
                 scores.answers.append((first + row, answer.task, quartile, all(right_list[row][answer.start - 1 : answer.end - 1])))
-        _count_entries(scores, state, ids, cache)
+        _count_entries(scores, state, ids, outputs.past_key_values if policy != "dense" else None)
         if progress:
             progress(len(batch))
     scores.seconds = time.perf_counter() - start
     return scores
 
 
-def _count_entries(scores: Scores, state, ids: torch.Tensor, cache: DMSCache | None) -> None:
+def _count_entries(scores: Scores, state, ids: torch.Tensor, cache: Cache | None) -> None:
     if cache is None:
         num_entries = ids.numel() * sum(layer.num_heads for layer in state.layers)
         scores.seen, scores.decided, scores.alive = (n + num_entries for n in (scores.seen, scores.decided, scores.alive))
         return
-    report = cache.report(warn=False)
-    scores.seen, scores.alive, scores.cache_bytes = scores.seen + report.seen, scores.alive + report.alive, scores.cache_bytes + report.bytes
-    stores = [layer.store for layer in cache.compacted_layers().values()]
+    report = make_report(cache, warn=False)
+    scores.seen, scores.alive, scores.cache_bytes = (
+        scores.seen + report.seen,
+        scores.alive + report.alive,
+        scores.cache_bytes + report.bytes,
+    )
+    stores = [layer.store for layer in compacted_layers(cache).values()]
     evicted_LH = torch.stack([store.evicted.sum(0).cpu() for store in stores])
     scores.evicted_LH = evicted_LH if scores.evicted_LH is None else scores.evicted_LH + evicted_LH
     scores.decided_per_head += int(stores[0].decided.sum())

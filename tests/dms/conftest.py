@@ -1,6 +1,7 @@
 """Tiny random models of many families, and gates that evict about half: what the tests of dms share, as fixtures."""
 
 import os
+from dataclasses import fields
 
 # Where AMX is advertised but unusable, a bfloat16 matmul dies with SIGILL; read by oneDNN at its first use.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dms
 from dms.retrofitting import gate_parameters
 
+_METHOD = {f.name for f in fields(dms.DMSConfig)}
 _COMMON = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -128,7 +130,7 @@ def build_gated(build_model, open_gates):
 
     def build(family: str = "llama", **options):
         fields = {"window": 4, "scale": 1.0, "offset": 0.0}
-        fields |= {name: options.pop(name) for name in list(options) if name in dms.DMSConfig.model_fields}
+        fields |= {name: options.pop(name) for name in list(options) if name in _METHOD}
         return open_gates(dms.retrofit(build_model(family, **options), dms.DMSConfig(**fields)))
 
     return build

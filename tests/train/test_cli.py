@@ -107,7 +107,7 @@ def test_output_of_another_run(run, recipe, tmp_path):
 def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     code, out, err = run("retrofit", recipe(), "steps=20")
     assert code == 0, err
-    for word in ("dense", "dms", "sliding_window", "masked", "step 20/20"):
+    for word in ("dense", "dms", "sliding_window", "compacted", "step 20/20"):
         assert word in out
     code, out, err = run(
         "evaluate", tmp_path / "run" / "model", "--length", 192, "--num-documents", 4, "--num-items", 3, "--out", tmp_path / "rows.json"
@@ -116,12 +116,18 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {"policy", "task", "metric", "value", "ci_low", "ci_high", "num_samples", "cr", "memory", "model_hash"} <= set(rows[0])
     code, out, err = run("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
-    assert code == 0 and "import os" in out and "masked" in err
+    assert code == 0 and "import os" in out and "compacted" in err
+    for source, options in ((tmp_path / "run", []), (tmp_path / "run" / "model", ["--format", "merged", "--max-shard-size", "100KB"])):
+        code, out, err = run("export", source, tmp_path / f"out{len(options)}", *options)
+        assert code == 0 and f"wrote {tmp_path}" in out, err
+    assert (tmp_path / "out0" / "modeling_dms.py").is_file() and len(list((tmp_path / "out4").glob("model-*.safetensors"))) > 1
+    assert_refused(run("export", tmp_path / "run", tmp_path / "out0"), "out0", "is not an empty folder")
+    assert_refused(run("export", tmp_path / "run" / "report", tmp_path / "out1"), "has no gates")
 
 
 def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
     code = "import sys; sys.argv=['dms','--help']\nfrom dms.train import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('HEAVY', [m for m in ('torch','transformers','datasets','wandb','matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in out
-    for command in ("retrofit", "pretrain", "evaluate", "generate", "doctor"):
+    for command in ("retrofit", "pretrain", "evaluate", "generate", "export", "doctor"):
         assert command in out

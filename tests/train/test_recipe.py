@@ -51,6 +51,30 @@ def test_unknown_nested_key_names_the_nearest(write):
     assert "windw" in message and "did you mean 'window'" in message
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"windw": 4}, "dms: unknown key 'windw' (did you mean 'window'?); allowed: window, granularity,"),
+        ({"alignment": "previous"}, "dms: alignment: Input should be 'own' or 'next'; given: 'previous'"),
+        (
+            {"window": True, "tau": 0.0},
+            "dms: tau: Input should be greater than 0; given: 0.0; window: Input should be a valid integer; given: True",
+        ),
+        (16, "dms: a section of keys and values, such as {window: 16}, is needed; given: 16"),
+    ],
+)
+def test_the_method_s_section_is_strict_too(section, message, write):
+    assert message in refusal(write(lambda v: v.update(dms=section)))
+
+
+def test_the_method_s_section_is_written_out_and_read_again(write):
+    recipe = load_recipe(write(), ["dms.offset=4", "dms.granularity=layer"], RetrofitRecipe)
+    written = yaml.safe_load(dump_recipe(recipe))["dms"]
+    assert written == {"window": 8, "granularity": "layer", "alignment": "own", "tau": 0.1, "scale": 100.0, "offset": 4.0, "sinks": 0}
+    assert RetrofitRecipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert RetrofitRecipe.model_validate({**recipe.model_dump(), "dms": recipe.dms}) == recipe
+
+
 def test_duplicate_key(write, recipe_values):
     message = refusal(write(text=yaml.safe_dump(recipe_values) + "\nsteps: 9\n"))
     assert "'steps' stands twice" in message

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import dms
 from dms.train import loop, saving
 from dms.train.recipe import RetrofitRecipe
+from dms.weights import base_hash
 
 SAVE = {"every": 3}
 
@@ -103,7 +104,7 @@ def test_only_what_trains_is_written_and_nothing_is_pickled(recipe_values, tiny_
             assert held["weights.safetensors"] == base
         manifest = json.loads((folder / "manifest.json").read_text())
         assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
-        assert manifest["base"]["hash"] == dms.models.base_hash(tiny_folder)
+        assert manifest["base"]["hash"] == base_hash(tiny_folder)
 
 
 def test_checkpoints_kept_and_dropped(recipe_values, tiny_folder):

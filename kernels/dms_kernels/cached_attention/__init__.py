@@ -23,13 +23,13 @@ _MAX_FEW_ROWS = 64
 class Keys(NamedTuple):
     """Entries with positions. k, v: [B, H, S, D]; position [B, S] int, within the document, -1: nothing there; evicted [B, H, S] bool.
 
-    all_visible: no entry is hidden from any query, so that position and evicted need not be read.
+    all_visible: no entry is hidden from any query; position and evicted are not read then.
     """
 
     k: torch.Tensor
     v: torch.Tensor
-    position: torch.Tensor
-    evicted: torch.Tensor
+    position: torch.Tensor | None = None
+    evicted: torch.Tensor | None = None
     all_visible: bool = False
 
 

@@ -139,9 +139,7 @@ def attend_few(q, q_position, pages, recent, *, window: int, scale: float, softc
     if sink_logits is not None:
         sink = sink_logits.to(compute).reshape(1, H, G, 1).expand(B, H, G, T).reshape(B * H, G * T)
     out = softmax.result(sink).view(B, H, G, T, D)
-    # Rows without any key are padding: nothing was hidden from the others, whose own token is among the keys.
-    if not all(keys.all_visible for keys in recent):
-        out = out * (q_position >= 0)[:, None, None, :, None]
+    out = out * (q_position >= 0)[:, None, None, :, None]
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
 
 

@@ -34,7 +34,7 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
         # Place of the first query among the row's new tokens, which stand without gaps.
         offset = int(q_position[b, query_at[0]]) - first
         num_old = (rings[0].k.shape[2] if rings else 0) + (int(pages.num_kept[b].max()) if pages is not None else 0)
-        mask = q.new_zeros(block, num_old + len(key_at))
+        mask = new.k.new_zeros(block, num_old + len(key_at))
         for h in range(H):
             k, v, evicted = (x[b, h] if whole else x[b, h, key_at] for x in (new.k, new.v, new.evicted))
             kept_at = (~evicted).nonzero()[:, 0]
@@ -55,6 +55,7 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
                 part[:, : see.shape[1]].masked_fill_(~see, float("-inf"))
                 keys, values = torch.cat([*ks, page_k, kept_k[:num_far]]), torch.cat([*vs, page_v, kept_v[:num_far]])
                 queries = q[b, h * G : (h + 1) * G, at[0] : at[-1] + 1] if at[-1] - at[0] + 1 == len(at) else q[b, h * G : (h + 1) * G, at]
+                queries = queries.to(keys.dtype)
                 if softcap is None and sink_logits is None:
                     shape = (1, G, *keys.shape)
                     y = F.scaled_dot_product_attention(

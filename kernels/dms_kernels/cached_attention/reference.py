@@ -4,7 +4,9 @@ import torch
 
 
 def visible(q_position, keys, window: int) -> torch.Tensor:
-    """[B, H, T, S] bool."""
+    """[B, H or 1, T, S or 1] bool."""
+    if keys.all_visible:
+        return (q_position >= 0)[:, None, :, None]
     distance = q_position[:, :, None] - keys.position[:, None, :]
     causal = (distance >= 0) & (keys.position[:, None, :] >= 0)
     return causal[:, None] & ((distance <= window)[:, None] | ~keys.evicted[:, :, None, :])

@@ -1,0 +1,1 @@
+"""Benchmarks of inference, which `dms bench` runs."""

@@ -1,0 +1,253 @@
+"""Carry a module elsewhere: it and all of ours that it imports, rewritten as flat sibling modules.
+
+A model folder can bring its code along, but transformers follows no packages there: it copies what stands beside the model's
+file and is named by a line `from .module import name`. So `dms/cache/pool.py` becomes `dms_cache_pool.py`, and
+`from dms.cache import PagePool` becomes `from .dms_cache_pool import PagePool`, found through the package's re-export.
+"""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+OURS = ("dms", "dms_kernels")
+# What an exported model may need; the rest stands in try/except ImportError.
+ALLOWED = ("torch", "transformers", "safetensors")
+
+
+def flat_name(module: str) -> str:
+    return module.replace(".", "_")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module's source. `package`: what relative imports in it start from."""
+
+    name: str
+    path: Path
+    text: str
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        return self.path.name == "__init__.py"
+
+    @property
+    def package(self) -> str:
+        return self.name if self.is_package else self.name.rpartition(".")[0]
+
+
+def flatten(entry: str, ours: tuple[str, ...] = OURS, allowed: tuple[str, ...] = ALLOWED) -> dict[str, Module]:
+    """`entry` and all modules of `ours` that it imports, anywhere in them, by flat name and with flat imports; entry first.
+
+    Nothing is imported for it. Packages' `__init__` come along where a name is imported that they define; names that they only
+    hand on are taken from where they are defined.
+
+    Raises:
+        RuntimeError: code that cannot be carried: an import that cannot be followed, or one that a plain installation lacks.
+    """
+    sources = _Sources(ours)
+    carried: dict[str, Module] = {}
+    waiting = [entry]
+    while waiting:
+        name = waiting.pop(0)
+        flat = flat_name(name)
+        if flat in carried and carried[flat].name != name:
+            raise RuntimeError(f"{carried[flat].name} and {name} would both become {flat}.py; rename one of them")
+        if flat in carried:
+            continue
+        module = sources.read(name)
+        _check_dependencies(module, ours, allowed)
+        text, needed = _rewrite(module, sources)
+        carried[flat] = replace(module, text=text)
+        waiting += needed
+    return carried
+
+
+class _Sources:
+    """Finds modules of `ours` by name, without importing them."""
+
+    def __init__(self, ours: tuple[str, ...]):
+        self.ours = ours
+        self._read: dict[str, Module] = {}
+
+    def owns(self, name: str) -> bool:
+        return name.split(".")[0] in self.ours
+
+    def find(self, name: str) -> Path | None:
+        top, *rest = name.split(".")
+        spec = importlib.util.find_spec(top)
+        for root in (spec.submodule_search_locations or []) if spec is not None else []:
+            path = Path(root, *rest)
+            for candidate in (path / "__init__.py", path.with_suffix(".py")):
+                if candidate.is_file():
+                    return candidate
+        return None
+
+    def read(self, name: str) -> Module:
+        if name not in self._read:
+            path = self.find(name)
+            if path is None:
+                raise RuntimeError(f"there is no module {name}")
+            text = path.read_text(encoding="utf-8")
+            self._read[name] = Module(name, path, text, ast.parse(text, str(path)))
+        return self._read[name]
+
+    def resolve(self, module: str, name: str, where: str) -> tuple[str, str | None]:
+        """What `from module import name` gives: (module, name in it), or (module, None) for a module itself."""
+        source = self.read(module)
+        if not source.is_package:
+            return module, name
+        # What the package binds wins over a submodule of that name, as in Python.
+        for node in source.tree.body:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        origin = _absolute(source, node)
+                        return self.resolve(origin, alias.name, where) if self.owns(origin) else (module, name)
+            elif name in _bound(node):
+                return module, name
+        if self.find(f"{module}.{name}") is not None:
+            return f"{module}.{name}", None
+        raise RuntimeError(f"{where}: {module} does not define {name!r} itself; import it from the module that does")
+
+
+def _absolute(module: Module, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    parents = module.package.split(".")
+    base = parents[: len(parents) - node.level + 1]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """Names that a statement of a module defines; imports aside."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    if isinstance(node, (ast.If, ast.Try)):
+        return set().union(*(_bound(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)))
+    return set()
+
+
+def _check_dependencies(module: Module, ours: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """transformers refuses a model whose code imports, outside try, what is not installed; even inside a function."""
+    known = {*sys.stdlib_module_names, *ours, *allowed}
+    for node in _outside_try(module.tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [] if node.level else [node.module or ""]
+        for name in names:
+            if name.split(".")[0] not in known:
+                raise RuntimeError(
+                    f"{module.name}, line {node.lineno}: {name} is imported, and an exported model has only {', '.join(allowed)}; "
+                    "put the import into try/except ImportError, or into a module that inference does not need"
+                )
+
+
+def _outside_try(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif not isinstance(child, ast.Try):
+            yield from _outside_try(child)
+
+
+def _rewrite(module: Module, sources: _Sources) -> tuple[str, list[str]]:
+    """The module's text with flat imports, and the names of the modules that it imports."""
+    edits: list[tuple[ast.AST, str]] = []
+    needed: list[str] = []
+    dotted: dict[str, str] = {}
+    text = module.text.encode()
+    starts = _line_starts(text)
+    for node in ast.walk(module.tree):
+        where = f"{module.name}, line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ImportFrom) and sources.owns(origin := _absolute(module, node)):
+            statements, found = _flat_from(node, origin, sources, where)
+        elif isinstance(node, ast.Import) and any(sources.owns(alias.name) for alias in node.names):
+            statements, found = _flat_import(node, sources, dotted)
+        else:
+            continue
+        needed += found
+        before = text[starts[node.lineno - 1] :][: node.col_offset]
+        # One statement a line, as transformers looks for them; after other code on the line that cannot be.
+        joint = "; " if before.strip() else "\n" + before.decode()
+        edits.append((node, joint.join(statements)))
+    if dotted:
+        edits += _flat_uses(module, dotted)
+    return _apply(text, starts, edits), needed
+
+
+def _flat_from(node: ast.ImportFrom, origin: str, sources: _Sources, where: str) -> tuple[list[str], list[str]]:
+    if any(alias.name == "*" for alias in node.names):
+        raise RuntimeError(f"{where}: `from {origin} import *` cannot be carried; name what is imported")
+    names: dict[str, list[str]] = {}
+    modules: list[tuple[str, str]] = []
+    for alias in node.names:
+        target, name = sources.resolve(origin, alias.name, where)
+        local = alias.asname or alias.name
+        if name is None:
+            modules.append((target, local))
+        else:
+            names.setdefault(target, []).append(name if name == local else f"{name} as {local}")
+    statements = [f"from . import {flat_name(target)} as {local}" for target, local in modules]
+    statements += [f"from .{flat_name(target)} import {', '.join(given)}" for target, given in names.items()]
+    return statements, [*(target for target, _ in modules), *names]
+
+
+def _flat_import(node: ast.Import, sources: _Sources, dotted: dict[str, str]) -> tuple[list[str], list[str]]:
+    """`dotted` collects the modules that are bound by their full names."""
+    statements, needed = [], []
+    for alias in node.names:
+        flat = flat_name(alias.name)
+        if not sources.owns(alias.name):
+            statements.append(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
+            continue
+        needed.append(alias.name)
+        if alias.asname is None:
+            dotted[alias.name] = flat
+        statements.append(f"from . import {flat}" + (f" as {alias.asname}" if alias.asname else ""))
+    return statements, needed
+
+
+def _flat_uses(module: Module, dotted: dict[str, str]) -> list[tuple[ast.AST, str]]:
+    """`a.b.c.f(x)`, after `import a.b.c`, becomes `a_b_c.f(x)`."""
+    tops = {name.split(".")[0] for name in dotted}
+    edits, done = [], set()
+    for node in ast.walk(module.tree):
+        # Outermost first: the longest module name wins.
+        if isinstance(node, (ast.Attribute, ast.Name)) and (name := _chain(node)) in dotted:
+            top = next(n for n in ast.walk(node) if isinstance(n, ast.Name))
+            if id(top) not in done:
+                done.add(id(top))
+                edits.append((node, dotted[name]))
+        elif isinstance(node, ast.Name) and node.id in tops and id(node) not in done:
+            raise RuntimeError(f"{module.name}, line {node.lineno}: {node.id} is used otherwise than through {', '.join(dotted)}")
+    return edits
+
+
+def _chain(node: ast.expr) -> str | None:
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+
+
+def _line_starts(text: bytes) -> list[int]:
+    starts = [0]
+    for line in text.split(b"\n"):
+        starts.append(starts[-1] + len(line) + 1)
+    return starts
+
+
+def _apply(text: bytes, starts: list[int], edits: list[tuple[ast.AST, str]]) -> str:
+    def span(node) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    for node, replacement in sorted(edits, key=lambda edit: span(edit[0]), reverse=True):
+        begin, end = span(node)
+        text = text[:begin] + replacement.encode() + text[end:]
+    return text.decode()

@@ -1,0 +1,148 @@
+"""`dms export`: one retrofitted folder in, one folder for others out, in one of three formats.
+
+hf      weights, gates and code: transformers loads it with trust_remote_code=True, evicting, without dms; without
+        trust_remote_code it is the dense model.
+merged  weights (with all that was trained in them) and gates, without code: `dms.load` evicts, transformers loads it dense.
+gates   the gates alone, a few hundred KB, for whoever has the base: `dms.load(OUT, base=...)`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dms
+from dms import models
+from dms.export import card
+from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
+from dms.export.shards import INDEX_FILE, copy_weights, parse_size
+from dms.gates_file import check_base, read_config, read_gates
+from dms.weights import GATES_FILE, weight_files
+
+FORMATS = ("hf", "gates", "merged")
+_AUTO_CLASS = "AutoModelForCausalLM"
+
+
+@dataclass(frozen=True)
+class Source:
+    """model: a folder of weights and gates. gates: the file that goes with the named base, from the run if there is one."""
+
+    model: Path
+    gates: Path
+    config: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard_size: str = "5GB") -> list[Path]:
+    """Write `source`, a run or a model folder that dms wrote, to `out` in one of FORMATS. Returns the files.
+
+    max_shard_size: weights in larger files are divided; those in smaller ones are copied as they are.
+
+    Raises:
+        ValueError: a source without gates or with other weights than they belong to, an `out` that holds something, an unknown
+            format or size, a base whose class transformers lacks (hf), or one whose weights were trained too (gates).
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; the formats are {', '.join(FORMATS)}")
+    max_bytes = parse_size(max_shard_size)
+    found = find_source(source)
+    name = base_class(found.config.get("architectures"), found.model) if format == "hf" else ""
+    if format == "gates":
+        _require_untrained_base(found)
+    else:
+        check_base(found.model, found.metadata, str(found.model))
+    out, existed = _prepare(Path(out), found.model)
+    try:
+        return _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
+    except BaseException:
+        # Half a folder would be taken for one.
+        shutil.rmtree(out)
+        if existed:
+            out.mkdir()
+        raise
+
+
+def find_source(path: str | Path) -> Source:
+    """Raises ValueError where `path` is neither a run nor a model folder with gates."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name a run, or a model folder that dms wrote, such as RUN/model")
+    is_run = not (folder / GATES_FILE).is_file() and (folder / "model" / GATES_FILE).is_file()
+    model = folder / "model" if is_run else folder
+    _, metadata = read_gates(model)
+    if not (model / "config.json").is_file() or not weight_files(model):
+        raise ValueError(f"{model} holds gates alone, trained on {metadata.get('base_name')!r}; name the run or its model folder")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    read_config(metadata, config.get("dms"), model)
+    beside = folder / "gates" / GATES_FILE
+    return Source(model, beside if is_run and beside.is_file() else model / GATES_FILE, config, metadata)
+
+
+def _require_untrained_base(found: Source) -> None:
+    """Gates alone go with the base as it was: refused where that is known to be another than the folder's weights."""
+    _, metadata = read_gates(found.gates)
+    name = metadata.get("base_name") or ""
+    try:
+        base = models.local_folder(name)
+    except ValueError:
+        # A folder that is not here.
+        base = None
+    if base is not None:
+        try:
+            check_base(base, metadata, name)
+        except ValueError:
+            raise ValueError(
+                f"{found.model} holds other weights than its base {name!r}, or in another dtype, so its gates alone would not work on that; "
+                "choose --format hf or merged (or, if the base was not trained, name the run's folder, which has gates for it)"
+            ) from None
+
+
+def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
+    out = out.expanduser()
+    existed = out.exists()
+    if existed and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name a new one, or empty it")
+    if out.resolve().is_relative_to(model.resolve()):
+        raise ValueError(f"{out} lies in the folder that is exported, {model}; name one outside")
+    out.mkdir(parents=True, exist_ok=True)
+    return out, existed
+
+
+def _write_model(found: Source, out: Path, name: str, max_bytes: int) -> list[Path]:
+    """`name`: the class that the code builds on; "": no code."""
+    left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", *(file.name for file in weight_files(found.model))}
+    written = []
+    for entry in sorted(found.model.iterdir()):
+        if entry.name in left or entry.name.startswith(".") or (entry.is_file() and is_carried(entry)):
+            continue
+        # Tokenizers may keep templates in a folder of their own.
+        copied = shutil.copytree(entry, out / entry.name) if entry.is_dir() else shutil.copyfile(entry, out / entry.name)
+        written.append(Path(copied))
+    written += copy_weights(found.model, out, max_bytes)
+    written.append(Path(shutil.copyfile(found.model / GATES_FILE, out / GATES_FILE)))
+    (out / "config.json").write_text(json.dumps(_config(found, name), indent=2) + "\n", encoding="utf-8")
+    written.append(out / "config.json")
+    if name:
+        written += write_code(out, name)
+    written.append(card.write(found.model / "README.md", out, found.metadata, with_code=bool(name)))
+    return written
+
+
+def _config(found: Source, name: str) -> Mapping[str, Any]:
+    config = {key: value for key, value in found.config.items() if key not in ("auto_map", "dms_version")}
+    others = {key: value for key, value in found.config.get("auto_map", {}).items() if key != _AUTO_CLASS}
+    auto_map = {**others, _AUTO_CLASS: f"{Path(MODEL_FILE).stem}.{name}"} if name else others
+    return {
+        **config,
+        **({"auto_map": auto_map} if auto_map else {}),
+        "dms": json.loads(found.metadata["dms"]),
+        **({"dms_version": dms.__version__} if name else {}),
+    }
+
+
+def _write_gates(found: Source, out: Path) -> list[Path]:
+    path = Path(shutil.copyfile(found.gates, out / GATES_FILE))
+    _, metadata = read_gates(path)
+    return [path, card.write_gates_card(out, metadata)]

@@ -1,0 +1,83 @@
+"""Weights from one folder to another, tensor by tensor: never the whole model in memory, every bit as it was."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dms.weights import weight_files
+
+INDEX_FILE = "model.safetensors.index.json"
+_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
+_UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", start=1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" ...
+
+    Raises:
+        ValueError: anything else, and nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ValueError(f"a shard's size is {text!r}; give a number above 0 with a unit, such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def copy_weights(source: Path, target: Path, max_bytes: int) -> list[Path]:
+    """Copy a folder's weights, in files of at most `max_bytes` of tensors; a larger tensor has a file of its own.
+
+    Files that are small enough already are copied as they are.
+    """
+    files = weight_files(source)
+    if all(file.stat().st_size <= max_bytes for file in files):
+        names = [*(file.name for file in files), *([INDEX_FILE] if (source / INDEX_FILE).is_file() else [])]
+        return [Path(shutil.copyfile(source / name, target / name)) for name in names]
+    shards = _divide(files, max_bytes)
+    written, weight_map, total = [], {}, 0
+    for number, shard in enumerate(shards, start=1):
+        tensors = _read(shard)
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file(tensors, target / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        written.append(target / name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        written.append(target / INDEX_FILE)
+    return written
+
+
+def _divide(files: list[Path], max_bytes: int) -> list[list[tuple[Path, str]]]:
+    shards: list[list[tuple[Path, str]]] = []
+    size = 0
+    for file in files:
+        for name, (begin, end) in _spans(file).items():
+            if not shards or size + end - begin > max_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append((file, name))
+            size += end - begin
+    return shards
+
+
+def _spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies, from the file's header, in the order of the data."""
+    with open(file, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+    return dict(sorted(spans.items(), key=lambda item: (item[1], item[0])))
+
+
+def _read(shard: list[tuple[Path, str]]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in dict.fromkeys(file for file, _ in shard):
+        with safe_open(str(file), framework="pt") as f:
+            tensors |= {name: f.get_tensor(name) for of, name in shard if of == file}
+    return tensors

@@ -1,0 +1,52 @@
+"""DMSConfig checks itself: every problem at once, named, with what was given and what is allowed."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+
+from dms.config import DMSConfig
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ValueError) as caught:
+        DMSConfig(windw=4, granularity="token", tau=0, sinks=True, scale="100", offset=float("inf"))
+    assert str(caught.value).split("; ") == [
+        "unknown key 'windw' (did you mean 'window'?)",
+        "allowed: window, granularity, alignment, tau, scale, offset, sinks",
+        "granularity: Input should be 'head' or 'layer'",
+        "given: 'token'",
+        "tau: Input should be greater than 0",
+        "given: 0",
+        "sinks: Input should be a valid integer",
+        "given: True",
+        "scale: Input should be a valid number",
+        "given: '100'",
+        "offset: Input should be a finite number",
+        "given: inf",
+    ]
+
+
+@pytest.mark.parametrize("value", [4.0, None, [4], -1])
+def test_a_window_is_a_whole_number(value):
+    with pytest.raises(ValueError, match=r"window: Input should be .*; given: "):
+        DMSConfig(window=value)
+
+
+def test_whole_numbers_serve_as_others():
+    config = DMSConfig(scale=1, offset=0)
+    assert (config.scale, config.offset) == (1.0, 0.0) and type(config.scale) is type(config.offset) is float
+
+
+def test_it_is_a_frozen_value():
+    config = DMSConfig(window=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.window = 4
+    assert dataclasses.replace(config, window=4) == DMSConfig(window=4) != config
+    with pytest.raises(ValueError, match="window: Input should be greater than or equal to 0; given: -4"):
+        dataclasses.replace(config, window=-4)
+    for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert same == config and hash(same) == hash(config)
+    with pytest.raises(TypeError):
+        DMSConfig(3)

@@ -1,0 +1,117 @@
+"""Retrofitted folders with gates that evict, and a Python that has transformers and none of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Where AMX is advertised but unusable, a bfloat16 matmul dies with SIGILL; read by oneDNN at its first use.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+import pytest
+import torch
+
+import dms
+from dms import checkpoint, models
+from dms.retrofitting import gate_parameters
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+METHOD = {"window": 8, "scale": 1.0, "offset": 0.0}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_code(tmp_path_factory):
+    """Code that tests load stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def open_gates(model, std: float):
+    """Random gates, so that about half of the tokens are evicted and heads differ."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in gate_parameters(model).items():
+            parameter.normal_(0, std if name.endswith("weight") else 0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The embedded model with random gates."""
+    model = models.load_base("builtin:tiny", "float32", "cpu")
+    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 0.3)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return checkpoint.save(model, folder, tokenizer=models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def _random_folder(folder: Path, family: str, **config) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SMALL, **config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 1.0)
+    return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory):
+    """A model with a layer that slides and one that is gated."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    return _random_folder(tmp_path_factory.mktemp("mixed"), "gemma3_text", num_key_value_heads=2, head_dim=16, **layers)
+
+
+@pytest.fixture(scope="session")
+def renamed(tmp_path_factory):
+    """A model whose weights have other names on disk than in transformers."""
+    return _random_folder(tmp_path_factory.mktemp("renamed"), "gpt_neox")
+
+
+@pytest.fixture(scope="session")
+def run_without_us(tmp_path_factory):
+    """`run_without_us(code, hub, **variables)`: what a fresh Python prints that lacks dms and more, and whose cache of code is
+    empty. hub: the hub's cache, which is all that it has of it."""
+
+    def run(code: str, hub: Path, **variables) -> str:
+        given = "".join(f"{name} = {value!r}\n" for name, value in variables.items())
+        folder = tmp_path_factory.mktemp("elsewhere")
+        env = os.environ | {
+            "PYTHONPATH": str(HELPERS),
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "HF_HUB_CACHE": str(hub),
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", f"import without_us\nimport torch\n\ntorch.set_num_threads(1)\n{given}{code}"]
+        done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

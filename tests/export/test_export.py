@@ -1,0 +1,210 @@
+"""`dms export`: what each format holds, what is refused, and that nothing changes on the way."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import dms
+from dms import checkpoint, models
+from dms.export.folder import export
+from dms.export.shards import parse_size
+from dms.retrofitting import gate_parameters
+from dms.weights import base_hash
+
+
+def tensors(folder):
+    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def same(one, other):
+    return set(one) == set(other) and all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def front_matter(folder):
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder whose base was not trained: model/ and gates/."""
+    folder = tmp_path_factory.mktemp("run")
+    model = models.load_base("builtin:tiny", "auto", "cpu")
+    dms.retrofit(model, dms.DMSConfig(window=8))
+    with torch.no_grad():
+        for parameter in gate_parameters(model).values():
+            parameter.normal_(0, 0.1)
+    checkpoint.save(model, folder / "model", tokenizer=models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=4.0)
+    digest = base_hash(models.resolve_model("builtin:tiny"))
+    checkpoint.save_gates(model, folder / "gates", base_name="builtin:tiny", base_digest=digest, target_cr=4.0)
+    return folder
+
+
+def test_hf_is_an_ordinary_folder_with_code_beside_it(tiny, tmp_path):
+    written = export(tiny, tmp_path / "out", format="hf")
+    out = tmp_path / "out"
+    assert {path for path in out.rglob("*") if path.is_file()} == set(written)
+    names = {path.name for path in written}
+    assert {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "modeling_dms.py", "README.md"} <= names
+    assert (out / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+    assert (out / "gates.safetensors").read_bytes() == (tiny / "gates.safetensors").read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny, out))
+    assert after == before | {"auto_map": {"AutoModelForCausalLM": "modeling_dms.LlamaForCausalLM"}, "dms_version": dms.__version__}
+    assert after["architectures"] == ["LlamaForCausalLM"] and after["model_type"] == "llama"
+    for path in out.glob("*.py"):
+        first = path.read_text().splitlines()[0]
+        assert f"dms-retrofit {dms.__version__}" in first and "generated" in first
+    # What transformers' own search finds is all that there is.
+    found = {*get_relative_import_files(out / "modeling_dms.py")}
+    assert found == {str(path) for path in out.glob("dms*.py")}
+
+
+def test_the_card_says_how_to_load_it(mixed, tiny, tmp_path):
+    source = shutil.copytree(mixed, tmp_path / "model")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlibrary_name: transformers\ntags:\n- kv-cache\n- dms\n---\n\n# A model\n\n## What was measured\n\n```sh\n## no heading\n```\n\n"
+        "## How to load it\n\nold words\n\n## Intended use and limits\n\n- few\n"
+    )
+    export(source, tmp_path / "hf")
+    fields, text = front_matter(tmp_path / "hf"), (tmp_path / "hf" / "README.md").read_text()
+    assert fields["base_model"] == "acme/random-1b" and fields["library_name"] == "transformers" and fields["license"] == "mit"
+    assert fields["tags"] == ["custom_code", "kv-cache", "dms"]
+    assert "trust_remote_code=True" in text and "old words" not in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## What was measured",
+        "## no heading",
+        "## How to load it",
+        "## Intended use and limits",
+    ]
+    # Back again: the words of a folder without code.
+    export(tmp_path / "hf", tmp_path / "merged", format="merged")
+    assert front_matter(tmp_path / "merged")["tags"] == ["kv-cache", "dms"]
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert 'dms.load("FOLDER")' in text and "trust_remote_code" not in text
+    # A built-in base has no place on the hub.
+    export(tiny, tmp_path / "tiny")
+    assert "base_model" not in front_matter(tmp_path / "tiny")
+
+
+def test_merged_is_what_the_run_left(tiny, tmp_path):
+    export(tiny, tmp_path / "hf")
+    export(tmp_path / "hf", tmp_path / "out", format="merged", max_shard_size="1MB")
+    out = tmp_path / "out"
+    assert not list(out.glob("*.py"))
+    assert json.loads((out / "config.json").read_text()) == json.loads((tiny / "config.json").read_text())
+    assert same(tensors(out), tensors(tiny)) and base_hash(out) == base_hash(tiny)
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) == 5 and not (out / "model.safetensors").exists()
+    assert all(sum(tensor.nbytes for tensor in load_file(shard).values()) <= 1_100_000 for shard in shards)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(tiny).values())
+    assert index["weight_map"] == {name: shard.name for shard in shards for name in load_file(shard)}
+    # What is small enough stays as it is.
+    export(out, tmp_path / "whole", format="merged", max_shard_size="5GB")
+    assert len(list((tmp_path / "whole").glob("model-*.safetensors"))) == 5
+    model = dms.load(out, device="cpu")
+    assert model.dms.mode == "evict" and same(dict(gate_parameters(model)), load_file(tiny / "gates.safetensors"))
+
+
+def test_plain_transformers_and_dms_load_what_was_exported(tiny, tmp_path, capfd, recwarn):
+    from transformers import AutoModelForCausalLM
+
+    export(tiny, tmp_path / "out")
+    capfd.readouterr()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain).__module__.startswith("transformers.models") and not hasattr(plain, "dms")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert not said and not [w for w in recwarn if "gate" in str(w.message)]
+    model, original = dms.load(tmp_path / "out", device="cpu"), dms.load(tiny, device="cpu")
+    ids = torch.arange(2, 50)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original(ids).logits)
+        dms.set_mode(model, "dense")
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_gates_alone(run, tiny, tmp_path):
+    written = export(run, tmp_path / "gates", format="gates")
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "gates").iterdir()} == {"gates.safetensors", "README.md"}
+    with safe_open(str(tmp_path / "gates" / "gates.safetensors"), "pt") as f:
+        metadata = f.metadata()
+    assert metadata["base_name"] == "builtin:tiny" and metadata["base_hash"] == base_hash(models.resolve_model("builtin:tiny"))
+    assert metadata["base_hash"] in (tmp_path / "gates" / "README.md").read_text()
+    model = dms.load(tmp_path / "gates", base="builtin:tiny", device="cpu")
+    assert same(dict(gate_parameters(model)), load_file(run / "model" / "gates.safetensors"))
+    with pytest.raises(ValueError, match="these gates belong to another base"):
+        dms.load(tmp_path / "gates", base=str(tiny), device="cpu")
+    with pytest.raises(ValueError, match="give that model as base="):
+        dms.load(tmp_path / "gates", device="cpu")
+    # From the model folder, without the run, as well; not where the weights are others than the base's.
+    export(run / "model", tmp_path / "again", format="gates")
+    with pytest.raises(ValueError, match=r"holds other weights than its base 'builtin:tiny'.*choose --format hf or merged"):
+        export(tiny, tmp_path / "never", format="gates")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_run_is_its_model(run, tmp_path):
+    export(run, tmp_path / "out", format="merged")
+    assert same(tensors(tmp_path / "out"), tensors(run / "model"))
+
+
+def test_what_is_refused(tiny, run, tmp_path):
+    def refusal(source, out=tmp_path / "out", **options):
+        with pytest.raises(ValueError) as caught:
+            export(source, out, **options)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    assert "is no folder" in refusal(tmp_path / "nowhere")
+    assert "has no gates" in refusal(models.resolve_model("builtin:tiny"))
+    assert "holds gates alone, trained on 'builtin:tiny'" in refusal(run / "gates")
+    assert "the formats are hf, gates, merged" in refusal(tiny, format="onnx")
+    assert "such as 5GB" in refusal(tiny, max_shard_size="5 lots")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "note.txt").write_text("mine")
+    assert "is not an empty folder" in refusal(tiny, full) and (full / "note.txt").read_text() == "mine"
+    assert "is not an empty folder" in refusal(tiny, full / "note.txt")
+    assert "lies in the folder that is exported" in refusal(tiny, tiny / "inside")
+    (tmp_path / "empty").mkdir()
+    export(tiny, tmp_path / "empty", format="merged")
+
+    changed = shutil.copytree(tiny, tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
+    assert "architectures is ['OwnForCausalLM']" in refusal(changed)
+    export(changed, tmp_path / "merged", format="merged")
+    (changed / "config.json").write_text(json.dumps(config | {"dms": config["dms"] | {"window": 9}}))
+    assert "disagree about the DMS configuration" in refusal(changed)
+    (changed / "config.json").write_text(json.dumps(config))
+    weights = load_file(changed / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, changed / "model.safetensors", {"format": "pt"})
+    assert "belong to another base" in refusal(changed)
+
+
+def test_half_a_folder_is_not_left(tiny, tmp_path, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dms.export.folder.write_code", full_disk)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "out", tmp_path / "empty"):
+        with pytest.raises(OSError, match="No space left"):
+            export(tiny, out)
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("2GiB", 2**31), ("17", 17)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0GB", "5PB", "five"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="such as 5GB"):
+        parse_size(text)
