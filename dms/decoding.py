@@ -85,7 +85,7 @@ class Decoding:
         given = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
         # Positions of several kinds (text, height, width) come first in some models.
         batch_dim = {name: 1 if name == "position_ids" and value.dim() == 3 else 0 for name, value in given.items()}
-        if copies == 1 or (held == batch and batch > copies) or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
+        if copies == 1 or held == batch or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         once = model_kwargs | {name: v[:, ::copies] if batch_dim[name] else v[::copies] for name, v in given.items()}
         outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)

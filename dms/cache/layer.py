@@ -53,8 +53,8 @@ class CompactedLayer(CacheLayerMixin):
                 f"keys have {D} dimensions and values {value_states.shape[-1]}, and a page holds both side by side; "
                 "pass past_key_values=dms.masked_cache.masked_cache(model), which hides what is evicted and keeps it"
             )
-        self.store = Store(self.dms, PagePool(self.page_size, D, key_states.dtype, key_states.device, self.budget), B, H)
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.store = Store(self.dms, PagePool(self.page_size, D, value_states.dtype, key_states.device, self.budget), B, H)
+        self.dtype, self.device, self.is_initialized = value_states.dtype, key_states.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the newest tokens' keys and values [B, H, N, D]; they are stored once attention has read them."""
@@ -69,7 +69,8 @@ class CompactedLayer(CacheLayerMixin):
                 f"the cache holds {batch} sequences of {num_heads} heads of {D}, and keys came as {tuple(key_states.shape)}; "
                 "use batch_repeat_interleave or batch_select_indices to change the batch, and each model's own cache"
             )
-        self.incoming.k, self.incoming.v = key_states.detach(), value_states.detach()
+        # Under autocast, rotation leaves keys in float32 and values are narrower.
+        self.incoming.k, self.incoming.v = (x.detach().to(self.dtype) for x in (key_states, value_states))
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None) -> torch.Tensor:

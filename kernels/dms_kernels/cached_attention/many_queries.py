@@ -10,6 +10,8 @@ import torch.nn.functional as F
 _BLOCK = 512
 # With capped scores or sink logits the softmax is written out, and holds its scores.
 _BLOCK_EXPLICIT = 128
+# A block's mask has a place for every key, and most of it is 0.
+_MASK_ELEMENTS = 4 * 2**20
 
 
 def attend_many(q, q_position, pages, recent, *, window: int, scale: float, softcap=None, sink_logits=None) -> torch.Tensor:
@@ -22,7 +24,7 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
     H = new.k.shape[1]
     G = Hq // H
     out = q.new_zeros(B, T, Hq, new.v.shape[-1])
-    block = _BLOCK if softcap is None and sink_logits is None else _BLOCK_EXPLICIT
+    largest = _BLOCK if softcap is None and sink_logits is None else _BLOCK_EXPLICIT
     for b in range(B):
         here = new.position[b] >= 0
         key_at = here.nonzero()[:, 0]
@@ -34,7 +36,9 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
         # Place of the first query among the row's new tokens, which stand without gaps.
         offset = int(q_position[b, query_at[0]]) - first
         num_old = (rings[0].k.shape[2] if rings else 0) + (int(pages.num_kept[b].max()) if pages is not None else 0)
-        mask = new.k.new_zeros(block, num_old + len(key_at))
+        num_keys = num_old + len(key_at)
+        block = min(largest, max(16, _MASK_ELEMENTS // num_keys))
+        mask = new.k.new_zeros(block, num_keys)
         for h in range(H):
             k, v, evicted = (x[b, h] if whole else x[b, h, key_at] for x in (new.k, new.v, new.evicted))
             kept_at = (~evicted).nonzero()[:, 0]

@@ -1,0 +1,162 @@
+"""max_cache_bytes: never exceeded, and a refusal leaves everything as it was."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from dms.cache import CacheFull, CompactedLayer, held_bytes
+
+FAMILIES = ["llama", "gemma3_text", "gpt_oss", "lfm2", "qwen3_next"]
+# Recurrent states cannot be cropped.
+CROPPABLE = {"llama", "gemma3_text", "gpt_oss", "lfm2"}
+ENTRIES = ("ring_kv", "ring_state", "num_kept", "seq_len", "evicted", "decided")
+
+
+def _contents(cache) -> list:
+    """All that a cache holds, as tensors and numbers; kept entries wherever their pages lie."""
+    found = []
+    for layer in cache.layers:
+        if not isinstance(layer, CompactedLayer):
+            found += [value.clone() if isinstance(value, torch.Tensor) else value for value in _flat(vars(layer))]
+            continue
+        found += [layer.columns, layer.record_past, layer.is_initialized, layer.store is None]
+        found += [] if layer.trial is None else [tensor.clone() for tensor in layer.trial.tensors().values()]
+        if layer.store is not None:
+            found += [getattr(layer.store, name).clone() for name in ENTRIES]
+            batch, heads = layer.store.num_kept.shape
+            found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in layer.store.kept(b, h)]
+    return found
+
+
+def _flat(value):
+    if isinstance(value, dict):
+        return [item for one in value.values() for item in _flat(one)]
+    return [value]
+
+
+def _same(found: list, expected: list) -> bool:
+    def equal(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else type(a) is type(b) and a == b
+
+    return len(found) == len(expected) and all(map(equal, found, expected))
+
+
+_steps = st.one_of(
+    st.tuples(st.just("read"), st.one_of(st.just(1), st.integers(2, 20), st.integers(21, 150)), st.integers(0, 99)),
+    st.tuples(st.just("decode"), st.integers(1, 50), st.integers(0, 99)),
+    st.tuples(st.just("trial"), st.integers(1, 30), st.floats(0, 1), st.integers(0, 99)),
+    st.tuples(st.just("repeat"), st.integers(2, 3)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+    st.tuples(st.just("fork")),
+    st.tuples(st.just("drop")),
+)
+
+
+class Bounded:
+    """Takes steps; one that finds no room must change nothing, and is skipped by the reference too."""
+
+    def __init__(self, first, batch: int, bound: int, page_accounts):
+        self.all, self.batch, self.bound, self.page_accounts = [first], batch, bound, page_accounts
+
+    @property
+    def now(self):
+        return self.all[-1]
+
+    def attempt(self, function) -> bool:
+        before = [_contents(one.cache) for one in self.all]
+        caches = [one.cache for one in self.all]
+        try:
+            function()
+            refused = False
+        except CacheFull:
+            refused = True
+        if refused:
+            assert all(_same(_contents(cache), contents) for cache, contents in zip(caches, before, strict=True))
+        assert held_bytes(*(one.cache for one in self.all)) <= self.bound
+        self.page_accounts([one.cache for one in self.all])
+        return not refused
+
+    def take(self, step) -> None:
+        name, *arguments = step
+        if name == "read" or self.now.mask.shape[1]:
+            getattr(self, name)(*arguments)
+        for one in self.all:
+            one.same_counts()
+
+    def read(self, length: int, seed: int) -> None:
+        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        self.attempt(lambda: self.now.read(torch.ones(batch, length, dtype=torch.long), seed))
+
+    def decode(self, length: int, seed: int) -> None:
+        for i in range(length):
+            self.read(1, seed + i)
+
+    def trial(self, length: int, share: float, seed: int) -> None:
+        now = self.now
+        if now.model.config.model_type not in CROPPABLE:
+            return
+        for cache in (now.cache, now.oracle):
+            cache.activate_past_recording()
+        if self.attempt(lambda: now.read(torch.ones(now.batch, length, dtype=torch.long), seed)):
+            # Where even this finds no room, taking back all of it does.
+            count = round(share * length)
+            if not self.attempt(lambda: now.cache.crop(-count)):
+                count = length
+                assert self.attempt(lambda: now.cache.crop(-count))
+            now.oracle.crop(-count)
+            now.mask = now.mask[:, : now.mask.shape[1] - count]
+        now.cache.stop_past_recording()
+        for layer in now.oracle.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def repeat(self, times: int) -> None:
+        rows = torch.arange(self.now.batch).repeat_interleave(times)
+        if len(rows) <= 6 and self.attempt(lambda: self.now.cache.batch_repeat_interleave(times)):
+            self._rows(rows)
+
+    def select(self, rows: list[int]) -> None:
+        rows = torch.tensor([row % self.now.batch for row in rows])
+        if self.attempt(lambda: self.now.cache.batch_select_indices(rows)):
+            self._rows(rows)
+
+    def _rows(self, rows: torch.Tensor) -> None:
+        # The reference's layers of linear attention know no other change of rows.
+        self.now.oracle.reorder_cache(rows)
+        self.now.mask = self.now.mask[rows]
+
+    def fork(self) -> None:
+        if len(self.all) < 3:
+            self.attempt(lambda: self.all.append(self.now.fork()))
+
+    def drop(self) -> None:
+        if len(self.all) > 1:
+            self.all.pop(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(
+    max_examples=int(os.environ.get("DMS_CASES", "40")),
+    deadline=None,
+    derandomize="DMS_CASES" not in os.environ,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    alignment=st.sampled_from(["own", "next"]),
+    window=st.sampled_from([0, 3, 70]),
+    batch=st.integers(1, 3),
+    bound=st.integers(6_000, 150_000),
+    steps=st.lists(_steps, min_size=5, max_size=15),
+)
+def test_a_bound_is_kept_and_a_refusal_changes_nothing(evicting, lockstep, page_accounts, family, alignment, window, batch, bound, steps):
+    first = lockstep(evicting(family, alignment=alignment, window=window), page_size=16, max_cache_bytes=bound)
+    bounded = Bounded(first, batch, bound, page_accounts)
+    del first
+    for step in steps:
+        bounded.take(step)
+    assert bounded.now.largest[0] < 1e-4
