@@ -9,8 +9,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from dms.cache.budget import Budget
+from dms.cache.incoming import Incoming
 from dms.cache.pool import PagePool
-from dms.cache.store import EVICT, Incoming, Store
+from dms.cache.store import EVICT, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, cached_attention

@@ -77,7 +77,7 @@ class PagePool:
         """How many pages are free too few; asks the device where it must."""
         self.collect()
         if self.headroom < num_pages:
-            self.headroom = int(self.num_free)
+            self.headroom, self.epoch = int(self.num_free), self.epoch + 1
         return max(0, num_pages - self.headroom)
 
     def reserve(self, num_pages: int) -> None:

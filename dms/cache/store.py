@@ -7,72 +7,20 @@ Shapes: B batch, H KV heads, N new tokens, R ring slots (w + 1), D head dim, P p
 """
 
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from dms import masks
+from dms.cache.incoming import Decisions, Incoming
 from dms.cache.pool import PagePool, lasting, listed, reads_are_free
 from dms.config import DMSConfig
-from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, Pages, Plan, make_plan
 
 KEEP, EVICT, UNDECIDED = 0, 1, 2
 # The ring starts small and grows to its w + 1 slots; it, and page tables, grow by so many.
 _RING_STEP = 64
 _TABLE_STEP = 8
-
-
-@dataclass
-class Incoming:
-    """Tokens that are not in the ring yet. k, v [B, H, N, D]; decision [B, N, H] bool as their gates made it."""
-
-    decision: torch.Tensor
-    tokens: Tokens
-    k: torch.Tensor | None = None
-    v: torch.Tensor | None = None
-
-    def cat(self, other: "Incoming") -> "Incoming":
-        k, v = torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2)
-        return Incoming(torch.cat([self.decision, other.decision], 1), self.tokens.cat(other.tokens), k, v)
-
-    def is_packed(self) -> bool:
-        """Whether a row holds several documents."""
-        return bool((self.tokens.segment_BT > 1).any())
-
-    def last_documents(self) -> "Incoming":
-        """Everything before a row's last document turned into padding."""
-        segment = self.tokens.segment_BT
-        here = segment == segment.amax(1, keepdim=True)
-        return Incoming(self.decision, Tokens(torch.where(here, segment, 0).clamp(max=1), self.tokens.position_BT), self.k, self.v)
-
-    def map(self, fn) -> "Incoming":
-        """fn on each tensor; all have the batch first."""
-        return Incoming(fn(self.decision), self.tokens.map(fn), fn(self.k), fn(self.v))
-
-    def columns(self, part: slice) -> "Incoming":
-        return Incoming(self.decision[:, part], self.tokens.map(lambda x: x[:, part]), self.k[:, :, part], self.v[:, :, part])
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            "decision": self.decision,
-            "segment": self.tokens.segment_BT,
-            "position": self.tokens.position_BT,
-            "k": self.k,
-            "v": self.v,
-        }
-
-
-@dataclass
-class Decisions:
-    """What gates say of new tokens. state [B, H, N] uint8; evicted, decided: counts [B, H] and [B] int64 of what the gates
-    decide now; last [B, H] uint8: the state of the ring's last token from now on (UNDECIDED: as it is), None under `own`."""
-
-    state: torch.Tensor
-    evicted: torch.Tensor
-    decided: torch.Tensor
-    last: torch.Tensor | None = None
 
 
 def _ring_slots(num_tokens: int, ring_size: int) -> int:
@@ -121,11 +69,18 @@ class Store:
     def positions(self, new: Incoming) -> torch.Tensor:
         """[B, N] int32 within the document, -1 for padding."""
         real = new.tokens.segment_BT > 0
+        if real.shape[1] == 1:
+            return torch.where(real, self.seq_len[:, None], -1)
         return torch.where(real, self.seq_len[:, None] + real.cumsum(1, dtype=torch.int32) - 1, -1)
 
     def decisions(self, new: Incoming) -> Decisions:
         segment, sinks = new.tokens.segment_BT, self.dms.sinks
         real = segment > 0
+        if real.shape[1] == 1 and self.dms.alignment == "own":
+            # As below, for one token whose gate has the last word.
+            evicted = new.decision[:, 0] & real
+            state = evicted & (self.seq_len >= sinks)[:, None] if sinks else evicted
+            return Decisions(state[..., None].to(torch.uint8), evicted, real[:, 0])
         sink = (self.positions(new) < sinks)[:, None]
         ruled = masks.align(new.decision, segment, self.dms.alignment, False).transpose(1, 2)
         known = masks.decided_tokens(segment, self.dms.alignment)
@@ -204,28 +159,54 @@ class Store:
 
     def _push_one(self, new: Incoming, state_BH: torch.Tensor, real_B: torch.Tensor) -> None:
         """One token a row. Where the device is no CPU, nothing is read back from it."""
+        store = self._store_few if reads_are_free(self.device) else self._store_blindly
+        if reads_are_free(self.device) and bool((real_B & (self.seq_len == self.longest)).all()):
+            # No row has padding: all write the same slot.
+            slot = self.longest % self.ring_size
+            if self.longest >= self.ring_size:
+                store(self.ring_state[:, :, slot] != EVICT, self.ring_kv[:, :, :, slot])
+            self.ring_kv[:, :, 0, slot] = new.k[:, :, 0]
+            self.ring_kv[:, :, 1, slot] = new.v[:, :, 0]
+            self.ring_state[:, :, slot] = state_BH
+            self.seq_len += 1
+            return
         rows = torch.arange(len(real_B), device=self.device)
         slot = (self.seq_len % self.ring_size).long()
         before_kv, before_state = self.ring_kv[rows, :, :, slot], self.ring_state[rows, :, slot]
         if self.longest >= self.ring_size:
             leaving = (self.seq_len >= self.ring_size) & real_B
-            self._store_one(leaving[:, None] & (before_state != EVICT), before_kv)
+            store(leaving[:, None] & (before_state != EVICT), before_kv)
         kv = torch.stack([new.k[:, :, 0], new.v[:, :, 0]], 2)
         self.ring_kv[rows, :, :, slot] = torch.where(real_B[:, None, None, None], kv, before_kv)
         self.ring_state[rows, :, slot] = torch.where(real_B[:, None], state_BH, before_state)
         self.seq_len += real_B
 
-    def _store_one(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
-        """Append one entry to each head that keeps it."""
+    def _store_few(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+        """Append one entry to each head that keeps it, and look at no other head."""
+        b, h = keep_BH.nonzero(as_tuple=True)
+        if len(b) == 0:
+            return
+        P, num_kept = self.pool.page_size, self.num_kept[b, h].long()
+        place, entry = num_kept // P, num_kept % P
+        wanted = entry == 0
+        num_wanted = int(wanted.sum())
+        if num_wanted:
+            self.pool.reserve(num_wanted)
+            self._widen(int(num_kept.max()) + 1)
+            page = self.pool.take(torch.ones(num_wanted, dtype=torch.bool, device=self.device))
+            self.page_table[b[wanted], h[wanted], place[wanted]] = page.int()
+            self.plan = None
+        row = self.pool.row_of(self.page_table[b, h, place].long(), entry)
+        self.pool.rows.index_copy_(0, torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
+        self.num_kept += keep_BH
+        self.most_kept += 1
+
+    def _store_blindly(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+        """As `_store_few`, without asking the device which heads keep theirs: the others write to the pool's scratch row."""
         P = self.pool.page_size
         place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
         wanted = keep_BH & (entry == 0)
-        if reads_are_free(self.device):
-            num_wanted = int(wanted.sum())
-            self.pool.reserve(num_wanted)
-            self.plan = self.plan if num_wanted == 0 else None
-        else:
-            self._reserve_ahead(wanted.numel())
+        self._reserve_ahead(wanted.numel())
         if self.most_kept + 1 > self.page_table.shape[2] * P:
             self.most_kept = int(self.num_kept.max())
             self._widen(self.most_kept + 1)
