@@ -115,7 +115,7 @@ class Store:
         if self.most_kept == 0:
             return None
         if self.plan is None and reads_are_free(self.device):
-            self.plan = make_plan(self.page_table, self.num_kept, self.pool.page_size)
+            self.plan = lasting(make_plan)(self.page_table, self.num_kept, self.pool.page_size)
         return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan)
 
     def kept(self, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:

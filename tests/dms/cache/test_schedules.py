@@ -1,0 +1,197 @@
+"""Random schedules of everything a cache can be told, with the masked reference in lockstep."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from dms.cache import DMSCache
+from dms.cache.pool import PagePool
+
+TOLERANCE = 1e-4
+MAX_ROWS, MAX_COLUMNS, MAX_FORKS = 6, 400, 3
+
+_seeds = st.integers(0, 999)
+_lengths = st.one_of(st.integers(1, 4), st.integers(5, 40), st.integers(41, 150))
+_rows = st.lists(st.integers(0, 9), min_size=1, max_size=MAX_ROWS)
+# What a step is told is made to fit where it is taken: rows modulo the batch, and so on.
+_steps = st.one_of(
+    st.tuples(st.just("read"), _lengths, st.sampled_from(["full", "left", "holes", "some rows"]), _seeds),
+    st.tuples(st.just("decode"), st.integers(1, 20), st.sampled_from(["full", "some rows"]), _seeds),
+    st.tuples(st.just("trial"), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.one_of(st.none(), _rows), st.floats(0, 1), _seeds),
+    st.tuples(st.just("stop_trial")),
+    st.tuples(st.just("repeat"), st.integers(1, 3)),
+    st.tuples(st.just("select"), _rows, st.booleans()),
+    st.tuples(st.just("reorder"), st.permutations(range(MAX_ROWS))),
+    st.tuples(st.just("fork"), st.booleans()),
+    st.tuples(st.just("switch"), st.integers(0, 9)),
+    st.tuples(st.just("drop"), st.integers(0, 9)),
+    st.tuples(st.just("save"), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("reset"), st.integers(1, 4)),
+)
+_configs = st.fixed_dictionaries(
+    {
+        "granularity": st.sampled_from(["head", "layer"]),
+        "window": st.sampled_from([0, 1, 2, 5, 16, 33, 64]),
+        "sinks": st.integers(0, 3),
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+    }
+)
+
+
+class Schedule:
+    """Takes steps on one of several conversations that were forked from each other."""
+
+    def __init__(self, first, batch: int, path, page_accounts):
+        self.all, self.now, self.batch = [first], first, batch
+        self.path, self.page_accounts = path, page_accounts
+
+    def take(self, step) -> None:
+        name, *arguments = step
+        getattr(self, name)(*arguments)
+        self.page_accounts([one.cache for one in self.all])
+        for one in self.all:
+            one.same_counts()
+        assert self.now.largest[0] < TOLERANCE
+
+    def read(self, length: int, kind: str, seed: int) -> None:
+        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        length = min(length, MAX_COLUMNS - self.now.mask.shape[1])
+        if length < 1:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "left":
+            mask = torch.arange(length) >= torch.randint(0, length, (batch, 1), generator=generator)
+        elif kind == "holes":
+            mask = torch.rand(batch, length, generator=generator) < 0.7
+        else:
+            mask = torch.rand(batch, 1, generator=generator).expand(-1, length) < (0.6 if kind == "some rows" else 1.0)
+        self.now.read(mask.long(), seed)
+        # As generation loops do, say while past is recorded that nothing is taken back.
+        if any(layer.record_past for layer in self.now.cache.layers):
+            self.now.crop(0)
+
+    def decode(self, length: int, kind: str, seed: int) -> None:
+        for i in range(length if self.now.mask.shape[1] else 0):
+            self.read(1, kind, seed + i)
+
+    def trial(self, lengths: list[int], rows: list[int] | None, share: float, seed: int) -> None:
+        """Tokens of which some or all are taken back, after the rows have changed."""
+        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        if self.now.mask.shape[1] > MAX_COLUMNS:
+            return
+        for cache in (self.now.cache, self.now.oracle):
+            cache.activate_past_recording()
+        for i, length in enumerate(lengths):
+            self.now.read(torch.ones(batch, length, dtype=torch.long), seed + i)
+            self.page_accounts([one.cache for one in self.all])
+            self.now.same_counts()
+        if rows is not None:
+            self.now.select([row % batch for row in rows])
+        self.now.crop(round(share * sum(lengths)))
+
+    def stop_trial(self) -> None:
+        self.now.cache.stop_past_recording()
+
+    def repeat(self, times: int) -> None:
+        if self.now.mask.shape[1] and self.now.batch * times <= MAX_ROWS:
+            for cache in (self.now.cache, self.now.oracle):
+                cache.batch_repeat_interleave(times)
+            self.now.mask = self.now.mask.repeat_interleave(times, 0)
+
+    def select(self, rows: list[int], as_mask: bool) -> None:
+        if self.now.mask.shape[1] == 0:
+            return
+        rows = torch.tensor([row % self.now.batch for row in rows])
+        if as_mask:
+            rows = torch.zeros(self.now.batch, dtype=torch.bool).index_fill_(0, rows, True)
+        for cache in (self.now.cache, self.now.oracle):
+            cache.batch_select_indices(rows)
+        self.now.mask = self.now.mask[rows]
+
+    def reorder(self, order: list[int]) -> None:
+        if self.now.mask.shape[1]:
+            self.now.select([row % self.now.batch for row in order][: self.now.batch])
+
+    def fork(self, go_on_there: bool) -> None:
+        if len(self.all) < MAX_FORKS:
+            self.all.append(self.now.fork())
+            self.now = self.all[-1] if go_on_there else self.now
+
+    def switch(self, which: int) -> None:
+        self.now = self.all[which % len(self.all)]
+
+    def drop(self, which: int) -> None:
+        if len(self.all) > 1:
+            gone = self.all.pop(which % len(self.all))
+            self.now = self.all[0] if gone is self.now else self.now
+
+    def save(self, page_size: int) -> None:
+        if self.now.mask.shape[1]:
+            self.now.cache.save(self.path)
+            self.now.cache = DMSCache.load(self.path, self.now.model, page_size=page_size)
+
+    def reset(self, batch: int) -> None:
+        self.now.cache.reset()
+        self.now.oracle.reset()
+        self.now.mask, self.batch = self.now.mask[:, :0], batch
+
+
+class Runner:
+    """Runs schedules and remembers the largest differences."""
+
+    def __init__(self, evicting, lockstep, page_accounts, path):
+        self.evicting, self.lockstep, self.page_accounts, self.path = evicting, lockstep, page_accounts, path
+        self.largest: list[float] = []
+
+    def __call__(self, config, slow_device, page_size, batch, first_length, steps) -> None:
+        schedule = Schedule(self.lockstep(self.evicting("llama", **config), page_size=page_size), batch, self.path, self.page_accounts)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("pool", "store"):
+                # The route of devices that it takes long to read from, too.
+                patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
+            if slow_device:
+                # Their pools grow by so much that in these texts none would ever run out of pages.
+                patch.setattr(PagePool, "growth", lambda pool: 3)
+            for step in [("read", first_length, "left", 0), *steps]:
+                schedule.take(step)
+        self.largest.append(schedule.now.largest[0])
+
+
+@pytest.fixture(scope="module")
+def run_schedule(evicting, lockstep, page_accounts, tmp_path_factory):
+    run = Runner(evicting, lockstep, page_accounts, tmp_path_factory.mktemp("saved") / "cache.safetensors")
+    yield run
+    print(f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}")
+
+
+_arguments = dict(
+    config=_configs,
+    page_size=st.sampled_from([16, 32, 64]),
+    batch=st.integers(1, 4),
+    first_length=_lengths,
+    steps=st.lists(_steps, min_size=6, max_size=20),
+)
+_settings = dict(
+    deadline=None,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.parametrize("slow_device", [False, True], ids=["cpu", "slow device"])
+@pytest.mark.parametrize("alignment", ["own", "next"])
+@settings(max_examples=45, derandomize=True, **_settings)
+@given(**_arguments)
+def test_schedules_equal_the_masked_reference(run_schedule, alignment, slow_device, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, slow_device, **arguments)
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")), **_settings)
+@given(**_arguments, alignment=st.sampled_from(["own", "next"]), slow_device=st.booleans())
+def test_many_schedules_equal_the_masked_reference(run_schedule, alignment, slow_device, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, slow_device, **arguments)
