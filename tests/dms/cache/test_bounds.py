@@ -1,6 +1,7 @@
 """max_cache_bytes: never exceeded, and a refusal leaves everything as it was."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -160,3 +161,77 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(evicting, lockstep, page_
     for step in steps:
         bounded.take(step)
     assert bounded.now.largest[0] < 1e-4
+
+
+def _least_slack(cache, attempt, most: int, step: int) -> int:
+    """Attempts with more and more room until one succeeds; each of the others must change nothing, and hold no more than before."""
+    before = _contents(cache)
+    held = held_bytes(cache)
+    for slack in range(0, most, step):
+        cache.budget.max_bytes = held + slack
+        try:
+            attempt()
+            return slack
+        except CacheFull:
+            assert _same(_contents(cache), before) and held_bytes(cache) <= held
+    raise AssertionError(f"no room in {most} bytes")
+
+
+def test_a_prompt_wherever_room_ends(evicting, lockstep, page_accounts):
+    """In the first layer, in the last, in the rings: what was taken until then is given back."""
+    one = lockstep(evicting(window=70), page_size=16, max_cache_bytes=10**9)
+    one.read(torch.ones(2, 30, dtype=torch.long))
+    assert _least_slack(one.cache, lambda: one.read(torch.ones(2, 300, dtype=torch.long), 1), 500_000, 4000) > 100_000
+    one.cache.budget.max_bytes = 10**9
+    one.decode(5)
+    one.same_counts()
+    page_accounts([one.cache])
+    assert one.largest[0] < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("change", ["fork", "repeat", "reorder"])
+def test_rows_wherever_room_ends(change, family, evicting, lockstep, page_accounts):
+    one = lockstep(evicting(family, window=3), page_size=32, max_cache_bytes=10**9)
+    one.read(torch.ones(2, 75, dtype=torch.long))
+    forks = []
+    attempt = {
+        "fork": lambda: forks.append(one.cache.fork()),
+        "repeat": lambda: one.cache.batch_repeat_interleave(3),
+        "reorder": lambda: one.cache.reorder_cache(torch.tensor([0, 0, 0, 1, 1, 1])),
+    }[change]
+    assert _least_slack(one.cache, attempt, 200_000, 500) > 10_000
+    page_accounts([one.cache, *forks])
+    if change != "fork":
+        rows = torch.tensor([0, 0, 0, 1, 1, 1])
+        one.oracle.reorder_cache(rows)
+        one.mask = one.mask[rows]
+    one.cache.budget.max_bytes = 10**9
+    one.decode(5)
+    one.same_counts()
+    assert one.largest[0] < 1e-4
+
+
+def test_keeping_what_was_on_trial_wherever_room_ends(evicting, lockstep):
+    """A token that was on trial may need a page; without room for it all layers still have it on trial."""
+    one = lockstep(evicting(window=2), page_size=16, max_cache_bytes=10**9)
+    one.read(torch.ones(2, 30, dtype=torch.long))
+    for cache in (one.cache, one.oracle):
+        cache.activate_past_recording()
+    needed = []
+    for i in range(40):
+        one.cache.budget.max_bytes = 10**9
+        one.read(torch.ones(2, 1, dtype=torch.long), i)
+        needed.append(_least_slack(one.cache, lambda: one.cache.crop(0), 30_000, 500))
+        one.same_counts()
+    assert 0 in needed and max(needed) > 3000
+    assert one.largest[0] < 1e-4
+
+
+def test_a_fork_keeps_nothing_of_the_first_alive(evicting, lockstep):
+    one = lockstep(evicting(), page_size=16, max_cache_bytes=10**9)
+    one.read(torch.ones(1, 100, dtype=torch.long))
+    fork, store = one.cache.fork(), weakref.ref(one.cache.layers[0].store)
+    one.cache.reset()
+    assert store() is None
+    assert fork.report().warnings == [] and fork.budget is one.cache.budget

@@ -27,9 +27,18 @@ def _storages() -> dict[int, int]:
 
 
 def _plans(cache) -> int:
-    """Page lists in the order of reading, which are made from the tables whenever those change and are not counted."""
-    runs = [run for layer in cache.compacted_layers().values() for run in layer.store.plan or ()]
-    return sum(part.nbytes for run in runs for part in run if isinstance(part, torch.Tensor))
+    """Orders of reading, which are made from the tables whenever those change and are not counted."""
+    found = {}
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+
+    add([layer.store.plan for layer in cache.compacted_layers().values()])
+    return sum(found.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "lfm2"])
@@ -108,6 +117,17 @@ def test_a_long_text_of_which_nothing_was_evicted(evicting):
         model(input_ids=torch.full((2, 1), 5), past_key_values=cache)
     model.dms.evict_bias = 0.0
     assert cache.report().warnings == []
+
+
+def test_pages_of_a_fork_that_is_gone(evicting, lockstep):
+    one = lockstep(evicting(), page_size=16)
+    one.read(torch.ones(2, 100, dtype=torch.long))
+    used = one.cache.report(warn=False).pages_used
+    fork = one.fork()
+    fork.decode(30)
+    assert one.cache.report().pages_used > used and one.cache.report().warnings == []
+    del fork
+    assert one.cache.report().pages_used == used and one.cache.report().warnings == []
 
 
 def test_a_leaked_page(evicting, lockstep):

@@ -56,8 +56,13 @@ class Schedule:
             one.same_counts()
         assert self.now.largest[0] < TOLERANCE
 
+    def _rows(self) -> int:
+        """Of the next tokens: as many as the cache has, even where all of its tokens were taken back."""
+        held = self.now.cache.batch_size
+        return held if held > 0 else self.batch
+
     def read(self, length: int, kind: str, seed: int) -> None:
-        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        batch = self._rows()
         length = min(length, MAX_COLUMNS - self.now.mask.shape[1])
         if length < 1:
             return
@@ -79,7 +84,7 @@ class Schedule:
 
     def trial(self, lengths: list[int], rows: list[int] | None, share: float, seed: int) -> None:
         """Tokens of which some or all are taken back, after the rows have changed."""
-        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        batch = self._rows()
         if self.now.mask.shape[1] > MAX_COLUMNS:
             return
         for cache in (self.now.cache, self.now.oracle):
