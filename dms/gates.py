@@ -29,11 +29,17 @@ class Gate(nn.Module):
 
     def forward(self, hidden_BTM: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, M] of any dtype -> eviction logits [B, T, H] float32."""
+        # Entering the context costs as much as the product of one token.
+        if not torch.is_autocast_enabled(hidden_BTM.device.type):
+            return self._logits(hidden_BTM)
         with torch.autocast(hidden_BTM.device.type, enabled=False):
-            x = hidden_BTM.float()
-            if self.normalize:
-                x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _RMS_EPS)
-            logits = self.scale * F.linear(x, self.weight.float(), self.bias.float()) - self.offset
+            return self._logits(hidden_BTM)
+
+    def _logits(self, hidden_BTM: torch.Tensor) -> torch.Tensor:
+        x = hidden_BTM.float()
+        if self.normalize:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _RMS_EPS)
+        logits = self.scale * F.linear(x, self.weight.float(), self.bias.float()) - self.offset
         return logits.expand(-1, -1, self.num_heads)
 
     def _apply(self, fn, recurse=True):

@@ -5,6 +5,7 @@ positions of the document. Shapes: B batch, T new tokens, S all tokens, H KV hea
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,14 @@ class Tokens:
 
     segment_BT: torch.Tensor
     position_BT: torch.Tensor
+
+    @cached_property
+    def unpadded(self) -> bool:
+        """Every token is a real one. Reads from the device, once."""
+        return bool((self.segment_BT > 0).all())
+
+    def to(self, device: torch.device) -> "Tokens":
+        return self if self.segment_BT.device == device else self.map(lambda x: x.to(device))
 
     def cat(self, other: "Tokens") -> "Tokens":
         return Tokens(torch.cat([self.segment_BT, other.segment_BT], 1), torch.cat([self.position_BT, other.position_BT], 1))

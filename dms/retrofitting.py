@@ -171,7 +171,7 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
         module.dms_pending = _decide_softly(state, layer, forward, logits)
     else:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        module.dms_pending = _decide_hard(state, layer, forward, logits + state.evict_bias, cache)
+        module.dms_pending = _decide_hard(state, layer, forward, logits + state.evict_bias if state.evict_bias else logits, cache)
 
 
 def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor):
@@ -193,7 +193,7 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
 
 
 def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor, cache: Cache | None):
-    config, tokens = state.config, forward.tokens.map(lambda x: x.to(logits.device))
+    config, tokens = state.config, forward.tokens.to(logits.device)
     decision = logits > 0
     masked = functools.partial(attention.evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
     if cache is None:

@@ -80,7 +80,7 @@ class CompactedLayer(CacheLayerMixin):
         store, num_queries = self.store, query.shape[2]
         options = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         if num_queries == 1 and self.trial is None and not self.record_past:
-            position = store.positions(new)
+            position = None if store.in_step(new) else store.positions(new)
             self._keep(new)
             return cached_attention(query, position, store.pages(), [store.ring(newest_only=True)], **options)
         whole = new if self.trial is None else self.trial.cat(new)

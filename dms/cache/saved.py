@@ -129,7 +129,7 @@ def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
     head = torch.repeat_interleave(torch.arange(B * H, device=kept.device), num_kept.flatten().long())
     if len(head):
         layer.store.append(head // H, head % H, kept[:, 0], kept[:, 1])
-    layer.store.longest = int(layer.store.seq_len.max())
+    layer.store.recount()
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -49,6 +49,8 @@ class Store:
         self.decided = torch.zeros(batch, dtype=torch.int64, device=device)
         # Bounds that are known without asking the device: no row has more tokens, no head has kept more.
         self.longest, self.most_kept = 0, 0
+        # Whether all rows have just so many; known on a CPU alone.
+        self.even = reads_are_free(device)
         # On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then.
         self.reserved = (0, pool.epoch)
         pool.num_holders += 1
@@ -65,6 +67,10 @@ class Store:
         return {name: getattr(self, name) for name in names}
 
     # Reading.
+
+    def in_step(self, new: Incoming) -> bool:
+        """Whether every row has as many tokens, a full ring, and a new token: then all write to the same slot."""
+        return reads_are_free(self.device) and self.even and self.longest >= self.ring_size and new.tokens.unpadded
 
     def positions(self, new: Incoming) -> torch.Tensor:
         """[B, N] int32 within the document, -1 for padding."""
@@ -99,7 +105,12 @@ class Store:
         """last: the last token's state as new tokens rule it, where that is not stored yet. newest_only: the queries are those of
         the ring's newest tokens, for which the whole ring lies in the window."""
         k, v = self.ring_kv[:, :, 0], self.ring_kv[:, :, 1]
-        if newest_only and reads_are_free(self.device) and self.longest >= self.ring_size and bool((self.seq_len >= self.ring_size).all()):
+        if (
+            newest_only
+            and reads_are_free(self.device)
+            and self.longest >= self.ring_size
+            and (self.even or bool((self.seq_len >= self.ring_size).all()))
+        ):
             return Keys(k, v, all_visible=True)
         slot = torch.arange(self.ring_kv.shape[3], dtype=torch.int32, device=self.device)
         end = self.seq_len[:, None] - 1
@@ -133,8 +144,12 @@ class Store:
     @lasting
     def push(self, new: Incoming) -> None:
         """Move new tokens into the ring, and what leaves it into the pages."""
-        decisions = self.decisions(new)
         num_new = new.k.shape[2]
+        if num_new == 1 and self.dms.alignment == "own" and self.in_step(new):
+            self._push_in_step(new)
+            return
+        self.even = self.even and new.tokens.unpadded
+        decisions = self.decisions(new)
         self._grow_ring(num_new)
         if decisions.last is not None:
             end = ((self.seq_len - 1).clamp(min=0) % self.ring_size).long()
@@ -157,19 +172,22 @@ class Store:
             self.ring_kv = F.pad(self.ring_kv, (0, 0, 0, size - have))
             self.ring_state = F.pad(self.ring_state, (0, size - have))
 
+    def _push_in_step(self, new: Incoming) -> None:
+        """One token a row, as most steps of decoding are; what `decisions` and `_push_one` do for any."""
+        evicted, slot = new.decision[:, 0], self.longest % self.ring_size
+        self.evicted += evicted
+        self.decided += 1
+        self._store_few(self.ring_state[:, :, slot] != EVICT, self.ring_kv[:, :, :, slot])
+        self.ring_kv[:, :, 0, slot] = new.k[:, :, 0]
+        self.ring_kv[:, :, 1, slot] = new.v[:, :, 0]
+        # EVICT is 1 and KEEP 0.
+        self.ring_state[:, :, slot] = evicted if self.longest >= self.dms.sinks else KEEP
+        self.seq_len += 1
+        self.longest += 1
+
     def _push_one(self, new: Incoming, state_BH: torch.Tensor, real_B: torch.Tensor) -> None:
         """One token a row. Where the device is no CPU, nothing is read back from it."""
         store = self._store_few if reads_are_free(self.device) else self._store_blindly
-        if reads_are_free(self.device) and bool((real_B & (self.seq_len == self.longest)).all()):
-            # No row has padding: all write the same slot.
-            slot = self.longest % self.ring_size
-            if self.longest >= self.ring_size:
-                store(self.ring_state[:, :, slot] != EVICT, self.ring_kv[:, :, :, slot])
-            self.ring_kv[:, :, 0, slot] = new.k[:, :, 0]
-            self.ring_kv[:, :, 1, slot] = new.v[:, :, 0]
-            self.ring_state[:, :, slot] = state_BH
-            self.seq_len += 1
-            return
         rows = torch.arange(len(real_B), device=self.device)
         slot = (self.seq_len % self.ring_size).long()
         before_kv, before_state = self.ring_kv[rows, :, :, slot], self.ring_state[rows, :, slot]
@@ -306,13 +324,14 @@ class Store:
 
     @lasting
     def snapshot(self) -> dict:
-        return {name: tensor.clone() for name, tensor in self.tensors().items()} | {"longest": self.longest, "most_kept": self.most_kept}
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     @lasting
     def restore(self, snapshot: dict) -> None:
         """Back to a snapshot since which tokens were only appended."""
         before = self.page_numbers()
-        vars(self).update(snapshot, plan=None, reserved=(0, 0))
+        vars(self).update(snapshot)
+        self.recount()
         self.pool.share(self.page_numbers())
         self.pool.release(before)
         # What the failed attempt took must not stand in the way of a smaller one.
@@ -384,6 +403,11 @@ class Store:
             self.pool.pages[fresh] = self.pool.pages[page[copies]]
             self.page_table[b[copies], h[copies], place[copies]] = fresh.int()
             self.pool.release(page[copies])
+        self.recount()
+
+    def recount(self) -> None:
+        """After rows have changed: what is known from here on without asking the device."""
         self.longest = int(self.seq_len.max()) if len(self.seq_len) else 0
+        self.even = reads_are_free(self.device) and bool((self.seq_len == self.longest).all())
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
         self.plan, self.reserved = None, (0, 0)

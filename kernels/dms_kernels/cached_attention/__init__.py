@@ -48,7 +48,7 @@ class Pages(NamedTuple):
 
 def cached_attention(
     q: torch.Tensor,
-    q_position: torch.Tensor,
+    q_position: torch.Tensor | None,
     pages: Pages | None,
     recent: list[Keys],
     *,
@@ -58,6 +58,8 @@ def cached_attention(
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, Hq, T, D], q_position [B, T] int (-1: padding, gives 0) -> [B, T, Hq, D] in q's dtype.
+
+    q_position may be None for a few queries that see every key and of which none is padding.
 
     recent: the ring, and the new tokens where they are not in it yet, in any order within each. The new tokens stand last, with
     positions that grow along S. sink_logits [Hq]: a logit beside the keys' (gpt_oss). Scores and sums are float32.

@@ -164,8 +164,9 @@ def attend_few(q, q_position, pages, recent, *, window: int, scale: float, softc
     if sink_logits is not None:
         sink = sink_logits.to(compute).reshape(1, H, G, 1).expand(B, H, G, T).reshape(BH, G * T)
     out = softmax.result(owner, BH, sink).view(B, H, G, T, D)
-    # Rows without any key are padding.
-    out = out * (q_position >= 0)[:, None, None, :, None]
+    if q_position is not None:
+        # Rows without any key are padding.
+        out = out * (q_position >= 0)[:, None, None, :, None]
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
 
 
