@@ -142,6 +142,11 @@ def wait_for(condition, seconds=60):
     return found
 
 
+def _next_second() -> None:
+    """wandb names a part's folder by the second that it began in."""
+    time.sleep(1.05 - time.time() % 1)
+
+
 def test_a_killed_and_resumed_run_is_one_run(make_recipe, console, ended, tmp_path):
     recipe = make_recipe(tensorboard=True, project="p", group="g", tags=["t"])
     folder = Path(recipe.output_dir)
@@ -158,11 +163,13 @@ def test_a_killed_and_resumed_run_is_one_run(make_recipe, console, ended, tmp_pa
         child.kill()
         child.wait()
 
+    _next_second()
     resumed = open_tracker(recipe, folder, console, run_id=run_id, step=5)
     follow(resumed, range(6, 15), offset=100.0)
     resumed.close()
     resumed.close()
     end_process()
+    _next_second()
     again = open_tracker(recipe, folder, console, run_id=run_id, step=12)
     follow(again, range(13, 21), offset=200.0)
     again.finish(*ended(folder))

@@ -230,7 +230,8 @@ def test_keeping_what_was_on_trial_wherever_room_ends(evicting, lockstep):
 
 def test_a_fork_keeps_nothing_of_the_first_alive(evicting, lockstep):
     one = lockstep(evicting(), page_size=16, max_cache_bytes=10**9)
-    one.read(torch.ones(1, 100, dtype=torch.long))
+    one.read(torch.ones(1, 60, dtype=torch.long))
+    one.read(torch.ones(1, 40, dtype=torch.long))
     fork, store = one.cache.fork(), weakref.ref(one.cache.layers[0].store)
     one.cache.reset()
     assert store() is None
