@@ -152,7 +152,10 @@ def test_a_killed_and_resumed_run_is_one_run(make_recipe, console, ended, tmp_pa
     folder = Path(recipe.output_dir)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(str(tmp_path / "recipe.yaml"), [], RetrofitRecipe) == recipe
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "recipe.yaml")], stdout=subprocess.PIPE, text=True)
+    # With a wandb service of its own, which dies with it: this process's would hold on to the run's id for a while.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "recipe.yaml")]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         output = iter(child.stdout)
         wait_for(lambda: any(8 in part["history"] for part in read_parts(folder)))

@@ -1,0 +1,107 @@
+"""Which implementation an operation runs on: plain PyTorch ("reference") or a Triton kernel ("triton").
+
+By itself: Triton on NVIDIA GPUs of compute capability 8.0 and later, plain PyTorch elsewhere. `DMS_KERNELS=reference|triton`
+overrides; forced onto arguments that it cannot take, a kernel refuses and says why. On a CPU, Triton runs in its interpreter
+alone (`TRITON_INTERPRET=1`), which is for tests. `explain` says what would be picked, `calls` counts what was.
+"""
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+IMPLEMENTATIONS = ("reference", "triton")
+# Of custom operators. A copy of this package elsewhere, as exported folders have, registers its own.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
+
+_calls: Counter[tuple[str, str]] = Counter()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What launch parameters depend on. capability: 90 for sm_90; shared_bytes: that a block may have."""
+
+    capability: int
+    num_processors: int
+    shared_bytes: int
+
+
+# Where no GPU is: what is compiled ahead of time, and what the interpreter pretends to be.
+PRETENDED = Target(capability=90, num_processors=132, shared_bytes=232_448)
+
+
+def target(device: torch.device) -> Target:
+    return _target_of(device.index or 0) if device.type == "cuda" else PRETENDED
+
+
+@lru_cache
+def _target_of(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", 101_376)
+    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count, shared)
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def explain(device: torch.device | str, problem: str | None = None) -> tuple[str, str]:
+    """What an operation on this device would run on, and why. problem: what keeps its kernel from taking the arguments.
+
+    Raises:
+        ValueError: DMS_KERNELS has another value than the two.
+        RuntimeError: DMS_KERNELS=triton where Triton cannot serve.
+    """
+    asked = os.environ.get("DMS_KERNELS") or None
+    if asked not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"DMS_KERNELS is {asked!r}; set it to reference or triton, or unset it")
+    if asked == "reference":
+        return "reference", "DMS_KERNELS=reference"
+    problem = _device_problem(torch.device(device)) or problem
+    if asked == "triton":
+        if problem:
+            raise RuntimeError(f"DMS_KERNELS=triton, but {problem}; unset DMS_KERNELS to use plain PyTorch there")
+        return "triton", "DMS_KERNELS=triton"
+    if problem is None and torch.device(device).type != "cuda":
+        problem = "the interpreter is for tests: it is used with DMS_KERNELS=triton alone"
+    return ("reference", problem) if problem else ("triton", "the GPU and the arguments allow it")
+
+
+def use_triton(operation: str, tensor: torch.Tensor, problem: str | None = None) -> bool:
+    """Whether to call the kernel for arguments such as `tensor`; see `explain`. Counts the call if not: kernels count their own."""
+    picked, _ = explain(tensor.device, problem)
+    if picked == "reference":
+        count(operation, "reference")
+    return picked == "triton"
+
+
+def count(operation: str, implementation: str) -> None:
+    _calls[operation, implementation] += 1
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """How often each operation ran on each implementation, since `reset_calls`."""
+    found: dict[str, dict[str, int]] = {}
+    for (operation, implementation), number in sorted(_calls.items()):
+        found.setdefault(operation, {})[implementation] = number
+    return found
+
+
+def reset_calls() -> None:
+    _calls.clear()
+
+
+def _device_problem(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if is_interpreted() else "on a CPU Triton runs in its interpreter alone (TRITON_INTERPRET=1)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, and this is {'an AMD GPU' if device.type == 'cuda' else device.type}"
+    if target(device).capability < 80:
+        return f"the kernels need compute capability 8.0 (A100) or later, and this GPU has {target(device).capability / 10}"
+    return None
