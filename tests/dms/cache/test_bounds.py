@@ -152,14 +152,20 @@ class Bounded:
     window=st.sampled_from([0, 3, 70]),
     batch=st.integers(1, 3),
     bound=st.integers(6_000, 150_000),
+    slow_device=st.booleans(),
     steps=st.lists(_steps, min_size=5, max_size=15),
 )
-def test_a_bound_is_kept_and_a_refusal_changes_nothing(evicting, lockstep, page_accounts, family, alignment, window, batch, bound, steps):
+def test_a_bound_is_kept_and_a_refusal_changes_nothing(
+    evicting, lockstep, page_accounts, family, alignment, window, batch, bound, slow_device, steps
+):
     first = lockstep(evicting(family, alignment=alignment, window=window), page_size=16, max_cache_bytes=bound)
     bounded = Bounded(first, batch, bound, page_accounts)
     del first
-    for step in steps:
-        bounded.take(step)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pool", "store"):
+            patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
+        for step in steps:
+            bounded.take(step)
     assert bounded.now.largest[0] < 1e-4
 
 

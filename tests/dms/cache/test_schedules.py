@@ -20,7 +20,13 @@ _rows = st.lists(st.integers(0, 9), min_size=1, max_size=MAX_ROWS)
 _steps = st.one_of(
     st.tuples(st.just("read"), _lengths, st.sampled_from(["full", "left", "holes", "some rows"]), _seeds),
     st.tuples(st.just("decode"), st.integers(1, 20), st.sampled_from(["full", "some rows"]), _seeds),
-    st.tuples(st.just("trial"), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.one_of(st.none(), _rows), st.floats(0, 1), _seeds),
+    st.tuples(
+        st.just("trial"),
+        st.lists(st.integers(1, 9), min_size=1, max_size=3),
+        st.one_of(st.none(), st.just("fork"), _rows),
+        st.floats(0, 1),
+        _seeds,
+    ),
     st.tuples(st.just("stop_trial")),
     st.tuples(st.just("repeat"), st.integers(1, 3)),
     st.tuples(st.just("select"), _rows, st.booleans()),
@@ -82,19 +88,23 @@ class Schedule:
         for i in range(length if self.now.mask.shape[1] else 0):
             self.read(1, kind, seed + i)
 
-    def trial(self, lengths: list[int], rows: list[int] | None, share: float, seed: int) -> None:
-        """Tokens of which some or all are taken back, after the rows have changed."""
-        batch = self._rows()
+    def trial(self, lengths: list[int], change: str | list[int] | None, share: float, seed: int) -> None:
+        """Tokens of which some or all are taken back, after the rows have changed or a fork has gone off with them."""
+        batch = self.now.batch if self.now.mask.shape[1] else self.batch
         if self.now.mask.shape[1] > MAX_COLUMNS:
             return
         for cache in (self.now.cache, self.now.oracle):
             cache.activate_past_recording()
         for i, length in enumerate(lengths):
-            self.now.read(torch.ones(batch, length, dtype=torch.long), seed + i)
+            real = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed + i)) < 0.8
+            self.now.read(real.long(), seed + i)
             self.page_accounts([one.cache for one in self.all])
             self.now.same_counts()
-        if rows is not None:
-            self.now.select([row % batch for row in rows])
+        if change == "fork" and len(self.all) < MAX_FORKS:
+            self.all.append(self.now.fork())
+            self.all[-1].crop(round((1 - share) * sum(lengths)))
+        elif isinstance(change, list):
+            self.now.select([row % batch for row in change])
         self.now.crop(round(share * sum(lengths)))
 
     def stop_trial(self) -> None:
