@@ -1,5 +1,5 @@
 # Thin calls; what they do stands in scripts/.
-.PHONY: help setup check format test test-slow test-gpu
+.PHONY: help setup check format test test-slow test-gpu bench-gpu kernels
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,3 +23,9 @@ test-slow:  ## the tests marked slow
 
 test-gpu:  ## the tests marked gpu, one process
 	scripts/test.sh -m gpu -n 0
+
+bench-gpu:  ## kernels on this GPU: parity, then the benchmarks, under 8 minutes
+	scripts/bench_gpu.sh
+
+kernels:  ## what the kernels take of a GPU, compiled without one
+	.venv/bin/python kernels/aot/table.py --full

@@ -7,13 +7,14 @@ from rich.console import Console
 from dms import checkpoint, models
 
 
-def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float) -> dict:
+def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None) -> dict:
     """Generate from a retrofitted folder, printing as it goes; returns the cache's report.
 
     Raises:
-        ValueError: a folder without gates, or an empty prompt.
+        ValueError: a folder without gates, an empty prompt, or another kv_dtype than int8.
     """
     model = checkpoint.load(folder, evict_bias=evict_bias)
+    model.dms.kv_dtype = kv_dtype
     tokenizer = models.load_tokenizer(folder)
     import torch
     from transformers import TextStreamer

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from dms import attention, gates, masks
 from dms.adapter import AttentionLayer, find_layers
 from dms.cache import CompactedLayer, DMSCache, compact_layers
+from dms.cache.incoming import PendingGate
 from dms.config import DMSConfig
 from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
@@ -166,12 +167,11 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
         module.dms_pending = None
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    logits = module.dms_gate(hidden)
     if forward.mode == "train":
-        module.dms_pending = _decide_softly(state, layer, forward, logits)
+        module.dms_pending = _decide_softly(state, layer, forward, module.dms_gate(hidden))
     else:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        module.dms_pending = _decide_hard(state, layer, forward, logits + state.evict_bias if state.evict_bias else logits, cache)
+        module.dms_pending = _decide_hard(state, layer, forward, module.dms_gate, hidden, cache)
 
 
 def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor):
@@ -192,23 +192,32 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
     return functools.partial(attention.train_attention, log_keep_BTH=log_keep, tokens=tokens, window=config.window, sinks=config.sinks)
 
 
-def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor, cache: Cache | None):
-    config, tokens = state.config, forward.tokens.to(logits.device)
-    decision = logits > 0
+def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, gate: gates.Gate, hidden: torch.Tensor, cache: Cache | None):
+    config, tokens = state.config, forward.tokens.to(hidden.device)
     masked = functools.partial(attention.evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
     if cache is None:
-        forward.logits[layer.index] = logits
-        evicted = forward.evicted[layer.index] = masks.align(decision, tokens.segment_BT, config.alignment, False)
+        logits = forward.logits[layer.index] = _logits(gate, hidden, state.evict_bias)
+        evicted = forward.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)
         return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
     held = cache.layers[layer.index] if layer.index < len(cache.layers) else None
     if not isinstance(held, MaskedLayer | CompactedLayer):
         compact_layers(cache, state)
         held = cache.layers[layer.index]
-    held.decide(decision, tokens)
+    # Hooks see the gate's call, and ZeRO-3's bring its weights.
+    is_hooked = gate._forward_hooks or gate._forward_pre_hooks
+    if isinstance(held, CompactedLayer) and not is_hooked and held.runs_gate(hidden.shape[1]):
+        held.decide(PendingGate(gate, hidden, state.evict_bias), tokens)
+    else:
+        held.decide(_logits(gate, hidden, state.evict_bias) > 0, tokens)
     if isinstance(held, MaskedLayer):
         evicted = forward.evicted[layer.index] = held.evicted()
         return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
     return functools.partial(attention.compacted_attention, held=held, cache=cache, masked=masked)
+
+
+def _logits(gate: nn.Module, hidden: torch.Tensor, bias: float) -> torch.Tensor:
+    logits = gate(hidden)
+    return logits + bias if bias else logits
 
 
 def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:

@@ -51,8 +51,8 @@ class DMSState:
     """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise.
 
     layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
-    that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size and max_cache_bytes are for the
-    caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
+    that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
+    and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
     """
 
     config: DMSConfig
@@ -68,6 +68,7 @@ class DMSState:
     evict_bias: float = 0.0
     page_size: int = 64
     max_cache_bytes: int | None = None
+    kv_dtype: str | None = None
     prefill_chunk: int | None = None
     forward: Forward | None = None
 

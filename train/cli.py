@@ -90,12 +90,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
+    kv_dtype: Annotated[str | None, typer.Option(help="int8 keeps what leaves the window in a byte a number.")] = None,
 ) -> None:
     """Stream a continuation and say how many KV entries were kept."""
     _prepare_environment("bf16" if _is_bfloat16(model) else "auto")
     from dms.generation import stream
 
-    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias)
+    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
 
 
 @app.command()

@@ -26,9 +26,19 @@ class DMSCache(Cache):
         page_size: entries of a page, 16, 32 or 64; None: `model.dms.page_size`. Half a page is wasted per head.
         max_cache_bytes: bound for this cache and its forks together (None: `model.dms.max_cache_bytes`); a forward that
             would exceed it raises CacheFull and leaves the cache as it was.
+        kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
+            `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
     """
 
-    def __init__(self, model, *, page_size: int | None = None, max_cache_bytes: int | None = None, state: DMSState | None = None):
+    def __init__(
+        self,
+        model,
+        *,
+        page_size: int | None = None,
+        max_cache_bytes: int | None = None,
+        kv_dtype: str | None = None,
+        state: DMSState | None = None,
+    ):
         state = state or state_of(model)
         if not state.takes_cache:
             raise ValueError(
@@ -38,14 +48,15 @@ class DMSCache(Cache):
         self.budget.caches.add(self)
         layers = DynamicCache(config=model.config).layers
         for index in (layer.index for layer in state.layers):
-            layers[index] = self._make_layer(state, page_size)
+            layers[index] = self._make_layer(state, page_size, kv_dtype)
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
         self._undo: list[dict] | None = None
 
-    def _make_layer(self, state: DMSState, page_size: int | None) -> CompactedLayer:
+    def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
         budget = None if self.budget.max_bytes is None else self.budget
-        return CompactedLayer(state.config, state.page_size if page_size is None else page_size, budget)
+        page_size = state.page_size if page_size is None else page_size
+        return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
 
     def compacted_layers(self) -> dict[int, CompactedLayer]:
         """Those that evict and hold something, by index."""

@@ -29,4 +29,4 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        layers[index] = CompactedLayer(state.config, state.page_size)
+        layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

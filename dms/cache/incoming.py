@@ -6,18 +6,42 @@ Shapes: B batch, H KV heads, N new tokens, D head dim.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dms.masks import Tokens
 
 
+@dataclass(frozen=True)
+class PendingGate:
+    """A gate that the append kernel runs by itself: it reads hidden [B, 1, M]; bias is added to its logits."""
+
+    gate: nn.Module
+    hidden: torch.Tensor
+    bias: float
+
+    def arguments(self) -> dict:
+        """Of `dms_kernels.append`."""
+        gate = self.gate
+        return {
+            "hidden": self.hidden[:, 0],
+            "gate_weight": gate.weight,
+            "gate_bias": gate.bias,
+            "gate_scale": gate.scale,
+            "gate_offset": gate.offset - self.bias,
+            "gate_normalize": gate.normalize,
+        }
+
+
 @dataclass
 class Incoming:
-    """Tokens that are not in the ring yet. k, v [B, H, N, D]; decision [B, N, H] bool as their gates made it."""
+    """Tokens that are not in the ring yet. k, v [B, H, N, D]; decision [B, N, H] bool as their gates made it, or None beside a
+    gate that is still to run, for one token a row."""
 
-    decision: torch.Tensor
+    decision: torch.Tensor | None
     tokens: Tokens
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
+    gate: PendingGate | None = None
 
     def cat(self, other: "Incoming") -> "Incoming":
         k, v = torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2)

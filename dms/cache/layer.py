@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from dms.cache.budget import Budget
-from dms.cache.incoming import Incoming
+from dms.cache.fused import FusedStore, make_store
+from dms.cache.incoming import Incoming, PendingGate
 from dms.cache.pool import PagePool
 from dms.cache.store import EVICT, Store
 from dms.config import DMSConfig
@@ -30,11 +31,13 @@ class CompactedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: DMSConfig, page_size: int = 64, budget: Budget | None = None):
+    def __init__(self, config: DMSConfig, page_size: int = 64, budget: Budget | None = None, kv_dtype: str | None = None):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
-        self.dms, self.page_size, self.budget = config, page_size, budget
+        if kv_dtype not in (None, "int8"):
+            raise ValueError(f"kv_dtype is {kv_dtype!r}; pages hold the model's own dtype (None) or 'int8'")
+        self.dms, self.page_size, self.budget, self.kv_dtype = config, page_size, budget, kv_dtype
         self.store: Store | None = None
         self.trial: Incoming | None = None
         self.incoming: Incoming | None = None
@@ -43,9 +46,16 @@ class CompactedLayer(CacheLayerMixin):
 
     # Forward.
 
-    def decide(self, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
+    def runs_gate(self, num_tokens: int) -> bool:
+        """Whether `decide` may get a gate instead of its decision, for so many new tokens a row."""
+        return num_tokens == 1 and self.trial is None and not self.record_past and isinstance(self.store, FusedStore)
+
+    def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
         """Take the newest tokens' gates, made before their keys and values exist."""
-        self.incoming = Incoming(decision_BNH, tokens)
+        if isinstance(decision_BNH, PendingGate):
+            self.incoming = Incoming(None, tokens, gate=decision_BNH)
+        else:
+            self.incoming = Incoming(decision_BNH, tokens)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, H, _, D = key_states.shape
@@ -54,8 +64,13 @@ class CompactedLayer(CacheLayerMixin):
                 f"keys have {D} dimensions and values {value_states.shape[-1]}, and a page holds both side by side; "
                 "pass past_key_values=dms.masked_cache.masked_cache(model), which hides what is evicted and keeps it"
             )
-        self.store = Store(self.dms, PagePool(self.page_size, D, value_states.dtype, key_states.device, self.budget), B, H)
+        self.store = self.make_store(B, H, D, value_states.dtype, key_states.device)
         self.dtype, self.device, self.is_initialized = value_states.dtype, key_states.device, True
+
+    def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:
+        """An empty one, with a pool of its own."""
+        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8")
+        return make_store(self.dms, pool, batch, num_heads)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the newest tokens' keys and values [B, H, N, D]; they are stored once attention has read them."""
@@ -79,7 +94,11 @@ class CompactedLayer(CacheLayerMixin):
         new, self.incoming = self.incoming, None
         store, num_queries = self.store, query.shape[2]
         options = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        fused = isinstance(store, FusedStore)
         if num_queries == 1 and self.trial is None and not self.record_past:
+            if fused:
+                self._keep(new)
+                return store.attend(query, new.tokens.query_position, None, None, None, **options)
             position = None if store.in_step(new) else store.positions(new)
             self._keep(new)
             return cached_attention(query, position, store.pages(), [store.ring(newest_only=True)], **options)
@@ -88,7 +107,10 @@ class CompactedLayer(CacheLayerMixin):
         recent = [Keys(whole.k, whole.v, position, decisions.state == EVICT)]
         if store.longest > 0:
             recent.insert(0, store.ring(decisions.last))
-        out = cached_attention(query, position[:, -num_queries:], store.pages(), recent, **options)
+        if fused:
+            out = store.attend(query, position, recent, decisions, whole, **options)
+        else:
+            out = cached_attention(query, position[:, -num_queries:], store.pages(), recent, **options)
         if self.record_past:
             self.trial = whole
         else:

@@ -31,14 +31,24 @@ class PagePool:
     num_holders counts the stores that use the pool; `orphans` are tables of stores that are gone, whose pages are collected at
     the next safe moment. num_free lives on the device. `headroom` is a number of pages known to be free without asking it: where
     the device is no CPU, taking pages reads nothing back as long as it lasts; `epoch` counts when it was counted anew, which
-    voids what stores had reserved. budget: asked before growing.
+    voids what stores had reserved. budget: asked before growing. quantized: entries are int8, each key and each value with a float32
+    scale, max|x| / 127, in row_scales; dtype is what they are read as.
     """
 
     @lasting
-    def __init__(self, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget: Budget | None = None):
-        self.page_size, self.head_dim, self.budget = page_size, head_dim, budget
+    def __init__(
+        self,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: Budget | None = None,
+        quantized: bool = False,
+    ):
+        self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
         # The last row is scratch: where entries go that are not kept, so that a step needs no branch.
-        self.rows = torch.zeros(1, head_dim, dtype=dtype, device=device)
+        self.rows = torch.zeros(1, head_dim, dtype=torch.int8 if quantized else dtype, device=device)
+        self.row_scales = torch.zeros(1, device=device) if quantized else None
         self.references = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.num_free = torch.zeros((), dtype=torch.int64, device=device)
@@ -55,6 +65,16 @@ class PagePool:
         return self.rows[:-1].view(self.num_pages, 2, self.page_size, self.head_dim)
 
     @property
+    def scales(self) -> torch.Tensor | None:
+        """[N, 2, P] float32 beside pages of int8."""
+        return None if self.row_scales is None else self.row_scales[:-1].view(self.num_pages, 2, self.page_size)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of one key and value in a page."""
+        return 2 * (self.head_dim * self.rows.element_size() + (0 if self.row_scales is None else self.row_scales.element_size()))
+
+    @property
     def scratch(self) -> int:
         """The row for entries that are not kept."""
         return self.rows.shape[0] - 1
@@ -67,11 +87,12 @@ class PagePool:
     @property
     def page_bytes(self) -> int:
         """Of one page, with its count and its place on the free list."""
-        return 2 * self.page_size * self.head_dim * self.rows.element_size() + 8
+        return self.page_size * self.entry_bytes + 8
 
     def tensors(self) -> list[torch.Tensor]:
         self.collect()
-        return [self.rows, self.references, self.free, self.num_free]
+        scales = [] if self.row_scales is None else [self.row_scales]
+        return [self.rows, *scales, self.references, self.free, self.num_free]
 
     def missing(self, num_pages: int) -> int:
         """How many pages are free too few; asks the device where it must."""
@@ -122,6 +143,14 @@ class PagePool:
         """Row of an entry's key in `rows`; its value lies page_size farther."""
         return page * (2 * self.page_size) + entry
 
+    def write(self, row: torch.Tensor, values: torch.Tensor) -> None:
+        """Write values [K, D] to the rows [K]; a row that stands there twice is scratch."""
+        if self.row_scales is not None:
+            scale = values.abs().amax(1).float() / 127
+            self.row_scales[row] = scale
+            values = (values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+        self.rows.index_copy_(0, row, values)
+
     @lasting
     def trim(self, all_of_it: bool = False) -> None:
         """Give back what lies free at the pool's end, where it is much."""
@@ -148,10 +177,20 @@ class PagePool:
         kept = min(num_pages, self.num_pages)
         rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
         rows[: kept * 2 * self.page_size] = self.rows[: kept * 2 * self.page_size]
+        if self.row_scales is not None:
+            scales = self.row_scales.new_zeros(len(rows))
+            scales[: kept * 2 * self.page_size] = self.row_scales[: kept * 2 * self.page_size]
+            self.row_scales = scales
         references = self.references.new_zeros(num_pages + 1)
         references[:kept] = self.references[:kept]
         self.rows, self.references = rows, references
         self._list_free()
+
+    def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy whole pages [K] onto others."""
+        for pages in (self.pages, self.scales):
+            if pages is not None:
+                pages[target] = pages[source]
 
     @lasting
     def _list_free(self) -> None:

@@ -74,11 +74,13 @@ def make_report(cache: Cache, warn: bool) -> Report:
         store, pool = layer.store, layer.store.pool
         B, H = store.num_kept.shape
         seen_B, alive_BH = layer.seen().long(), layer.entries_alive()
-        seen, alive, size = int(seen_B.sum()) * H, int(alive_BH.sum()), 2 * pool.head_dim * pool.rows.element_size()
+        seen, alive, size = int(seen_B.sum()) * H, int(alive_BH.sum()), 2 * pool.head_dim * store.ring_kv.element_size()
+        kept = int(store.num_kept.sum())
         report.num_sequences, report.page_size = B, pool.page_size
         report.seen, report.alive = report.seen + seen, report.alive + alive
         report.pages_used, report.pages_held = report.pages_used + pool.num_used, report.pages_held + pool.num_pages
-        report.bytes_alive, report.bytes_dense = report.bytes_alive + alive * size, report.bytes_dense + seen * size
+        report.bytes_alive += (alive - kept) * size + kept * pool.entry_bytes
+        report.bytes_dense += seen * size
         report.layer_indices.append(index)
         report.cr_LH.append((seen_B.sum() / alive_BH.sum(0).clamp(min=1)).tolist())
         evicted, decided = evicted + int(store.evicted.sum()), decided + int(store.decided.sum()) * H

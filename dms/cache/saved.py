@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.cache import DMSCache
 from dms.cache.layer import CompactedLayer
-from dms.cache.pool import PagePool, lasting
+from dms.cache.pool import lasting
 from dms.cache.store import Store
 from dms.state import DMSState, state_of
 
@@ -87,7 +87,7 @@ def load(path: str | Path, model, **options) -> DMSCache:
             f"{given}; load it with the model, and in the dtype, that made it"
         )
     gated = {layer.index: next(layer.module.parameters()).device for layer in state_of(model).layers}
-    cache = DMSCache(model, **{"page_size": saved["page_size"]} | options)
+    cache = DMSCache(model, **{"page_size": saved["page_size"], "kv_dtype": saved.get("kv_dtype")} | options)
     for index, (layer, columns) in enumerate(zip(cache.layers, json.loads(about["columns"]), strict=True)):
         device = gated.get(index, next(model.parameters()).device)
         own = {name.partition(".")[2]: tensor.to(device) for name, tensor in tensors.items() if name.startswith(f"{index}.")}
@@ -106,24 +106,28 @@ def load(path: str | Path, model, **options) -> DMSCache:
 
 def _settings(cache: DMSCache) -> dict:
     layer = next(iter(cache.compacted_layers().values()))
-    return asdict(layer.dms) | {"page_size": layer.page_size}
+    return asdict(layer.dms) | {"page_size": layer.page_size, "kv_dtype": layer.kv_dtype}
 
 
 def _pack(store: Store) -> dict[str, torch.Tensor]:
-    """Own tensors, and the kept entries [K, 2, D] ordered by row, head and age."""
+    """Own tensors, and the kept entries [K, 2, D] ordered by row, head and age, with their scales [K, 2] if they have any."""
     entry = torch.arange(store.page_table.shape[2] * store.pool.page_size, device=store.device)
     b, h, n = (entry < store.num_kept[..., None]).nonzero(as_tuple=True)
     row = store.pool.row_of(store.page_table[b, h, n // store.pool.page_size].long(), n % store.pool.page_size)
-    kept = store.pool.rows[torch.stack([row, row + store.pool.page_size], 1)]
-    return {name: getattr(store, name) for name in _OWN} | {"kept": kept}
+    row = torch.stack([row, row + store.pool.page_size], 1)
+    kept = {"kept": store.pool.rows[row]} | ({} if store.pool.row_scales is None else {"scales": store.pool.row_scales[row]})
+    return {name: getattr(store, name) for name in _OWN} | kept
 
 
 def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
-    kept, num_kept = own.pop("kept"), own.pop("num_kept")
+    kept, scales, num_kept = own.pop("kept"), own.pop("scales", None), own.pop("num_kept")
+    dtype, device = own["ring_kv"].dtype, kept.device
+    if scales is not None:
+        # Quantised anew they get the same scales and numbers.
+        kept = kept.float() * scales[..., None]
     B, H = num_kept.shape
-    pool = PagePool(layer.page_size, kept.shape[-1], kept.dtype, kept.device, layer.budget)
-    layer.store = Store(layer.dms, pool, B, H)
-    layer.dtype, layer.device, layer.is_initialized = kept.dtype, kept.device, True
+    layer.store = layer.make_store(B, H, kept.shape[-1], dtype, device)
+    layer.dtype, layer.device, layer.is_initialized = dtype, device, True
     for name, tensor in own.items():
         setattr(layer.store, name, tensor)
     head = torch.repeat_interleave(torch.arange(B * H, device=kept.device), num_kept.flatten().long())

@@ -37,8 +37,9 @@ class Store:
 
     @lasting
     def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
-        device, dtype, D = pool.rows.device, pool.rows.dtype, pool.head_dim
+        device, dtype, D = pool.rows.device, pool.dtype, pool.head_dim
         self.dms, self.pool, self.device = config, pool, device
+        self.reads_are_free = reads_are_free(device)
         self.ring_size = config.window + 1
         self.ring_kv = torch.zeros(batch, num_heads, 2, min(self.ring_size, _RING_STEP), D, dtype=dtype, device=device)
         self.ring_state = torch.zeros(batch, num_heads, self.ring_kv.shape[3], dtype=torch.uint8, device=device)
@@ -50,7 +51,7 @@ class Store:
         # Bounds that are known without asking the device: no row has more tokens, no head has kept more.
         self.longest, self.most_kept = 0, 0
         # Whether all rows have just so many; known on a CPU alone.
-        self.even = reads_are_free(device)
+        self.even = self.reads_are_free
         # On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then.
         self.reserved = (0, pool.epoch)
         pool.num_holders += 1
@@ -70,7 +71,7 @@ class Store:
 
     def in_step(self, new: Incoming) -> bool:
         """Whether every row has as many tokens, a full ring, and a new token: then all write to the same slot."""
-        return reads_are_free(self.device) and self.even and self.longest >= self.ring_size and new.tokens.unpadded
+        return self.reads_are_free and self.even and self.longest >= self.ring_size and new.tokens.unpadded
 
     def positions(self, new: Incoming) -> torch.Tensor:
         """[B, N] int32 within the document, -1 for padding."""
@@ -107,7 +108,7 @@ class Store:
         k, v = self.ring_kv[:, :, 0], self.ring_kv[:, :, 1]
         if (
             newest_only
-            and reads_are_free(self.device)
+            and self.reads_are_free
             and self.longest >= self.ring_size
             and (self.even or bool((self.seq_len >= self.ring_size).all()))
         ):
@@ -125,15 +126,9 @@ class Store:
     def pages(self) -> Pages | None:
         if self.most_kept == 0:
             return None
-        if self.plan is None and reads_are_free(self.device):
+        if self.plan is None and self.reads_are_free:
             self.plan = lasting(make_plan)(self.page_table, self.num_kept, self.pool.page_size)
-        return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan)
-
-    def kept(self, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [n, D] of the entries in pages, oldest first."""
-        num_kept, P = int(self.num_kept[b, h]), self.pool.page_size
-        taken = self.pool.pages[self.page_table[b, h, : -(-num_kept // P)].long()]
-        return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
+        return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan, self.pool.scales)
 
     def entries_alive(self) -> torch.Tensor:
         """[B, H] int64: in the ring and in pages."""
@@ -187,7 +182,7 @@ class Store:
 
     def _push_one(self, new: Incoming, state_BH: torch.Tensor, real_B: torch.Tensor) -> None:
         """One token a row. Where the device is no CPU, nothing is read back from it."""
-        store = self._store_few if reads_are_free(self.device) else self._store_blindly
+        store = self._store_few if self.reads_are_free else self._store_blindly
         rows = torch.arange(len(real_B), device=self.device)
         slot = (self.seq_len % self.ring_size).long()
         before_kv, before_state = self.ring_kv[rows, :, :, slot], self.ring_state[rows, :, slot]
@@ -215,28 +210,32 @@ class Store:
             self.page_table[b[wanted], h[wanted], place[wanted]] = page.int()
             self.plan = None
         row = self.pool.row_of(self.page_table[b, h, place].long(), entry)
-        self.pool.rows.index_copy_(0, torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
+        self.pool.write(torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
         self.num_kept += keep_BH
         self.most_kept += 1
 
     def _store_blindly(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
         """As `_store_few`, without asking the device which heads keep theirs: the others write to the pool's scratch row."""
         P = self.pool.page_size
+        self._make_room_for_one()
         place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
         wanted = keep_BH & (entry == 0)
-        self._reserve_ahead(wanted.numel())
-        if self.most_kept + 1 > self.page_table.shape[2] * P:
-            self.most_kept = int(self.num_kept.max())
-            self._widen(self.most_kept + 1)
-        self.most_kept += 1
         page = self.pool.take(wanted.flatten()).view_as(wanted).int()
         place = place.clamp(max=self.page_table.shape[2] - 1)
         page = torch.where(wanted, page, self.page_table.gather(2, place)[..., 0])
         self.page_table.scatter_(2, place, page[..., None])
         row = self.pool.row_of(page.long(), entry)
         row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
-        self.pool.rows[row.flatten()] = kv_BH2D.flatten(0, 2)
+        self.pool.write(row.flatten(), kv_BH2D.flatten(0, 2))
         self.num_kept += keep_BH
+
+    def _make_room_for_one(self) -> None:
+        """See to it that every head can append an entry; the device is asked once in a while."""
+        self._reserve_ahead(self.num_kept.numel())
+        if self.most_kept + 1 > self.page_table.shape[2] * self.pool.page_size:
+            self.most_kept = int(self.num_kept.max())
+            self._widen(self.most_kept + 1)
+        self.most_kept += 1
 
     def _reserve_ahead(self, num_heads: int) -> None:
         """In P steps a head begins one page at most: reserve one for each, and look again after P steps."""
@@ -254,19 +253,25 @@ class Store:
         order = self.seq_len[:, None] - self.ring_size + torch.arange(self.ring_size, dtype=torch.int32, device=self.device)
         slot = (order % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
         state = self.ring_state.gather(2, slot[:, None].expand(-1, self.ring_state.shape[1], -1))
-        b, h, n = (((order >= 0) & (order < stays))[:, None] & (state != EVICT)).nonzero(as_tuple=True)
-        if len(b):
-            leaving = self.ring_kv[b, h, :, slot[b, n]]
-            self.append(b, h, leaving[:, 0], leaving[:, 1])
-        b, h, n = ((real_BN & (position < stays))[:, None] & (state_BHN != EVICT)).nonzero(as_tuple=True)
-        if len(b):
-            self.append(b, h, new.k[b, h, n], new.v[b, h, n])
+        leaves = ((order >= 0) & (order < stays))[:, None] & (state != EVICT)
+        passes = (real_BN & (position < stays))[:, None] & (state_BHN != EVICT)
+        self._store_many(new, slot, leaves, passes)
         b, n = (real_BN & (position >= stays)).nonzero(as_tuple=True)
         slot = (position[b, n] % self.ring_size).long()
         self.ring_kv[b, :, 0, slot] = new.k[b, :, n]
         self.ring_kv[b, :, 1, slot] = new.v[b, :, n]
         self.ring_state[b, :, slot] = state_BHN[b, :, n]
         self.seq_len += count
+
+    def _store_many(self, new: Incoming, slot_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor) -> None:
+        """Append what leaves the ring, whose slots stand in order of age, and then what of the new tokens never enters it."""
+        b, h, n = leaves_BHR.nonzero(as_tuple=True)
+        if len(b):
+            leaving = self.ring_kv[b, h, :, slot_BR[b, n]]
+            self.append(b, h, leaving[:, 0], leaving[:, 1])
+        b, h, n = passes_BHN.nonzero(as_tuple=True)
+        if len(b):
+            self.append(b, h, new.k[b, h, n], new.v[b, h, n])
 
     @lasting
     def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -279,8 +284,7 @@ class Store:
         place = self.num_kept.flatten()[head] + nth
         self._add_pages(self.num_kept + count.view(B, H).int())
         row = self.pool.row_of(self.page_table[b, h, place // P].long(), place % P)
-        self.pool.rows[row] = k
-        self.pool.rows[row + P] = v
+        self.pool.write(torch.cat([row, row + P]), torch.cat([k, v]))
 
     def _add_pages(self, num_kept: torch.Tensor) -> None:
         """Give heads the pages for num_kept [B, H] entries."""
@@ -303,11 +307,11 @@ class Store:
             self.page_table = F.pad(self.page_table, (0, -(-width // step) * step - self.page_table.shape[2]))
 
     def _table_step(self) -> int:
-        return _TABLE_STEP * (1 if reads_are_free(self.device) else 8)
+        return _TABLE_STEP * (1 if self.reads_are_free else 8)
 
     def next_pages(self) -> int:
         """How many pages one more token a row may take; exact on a CPU, except where its own gate decides at once."""
-        if not reads_are_free(self.device):
+        if not self.reads_are_free:
             steps, epoch = self.reserved
             return 0 if steps > 0 and epoch == self.pool.epoch else self.num_kept.numel()
         slot = (self.seq_len % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
@@ -376,7 +380,7 @@ class Store:
     @lasting
     def copy(self) -> "Store":
         """A second store with the same entries: full pages are shared, ring and last pages copied."""
-        new = object.__new__(Store)
+        new = object.__new__(type(self))
         vars(new).update(vars(self) | {name: tensor.clone() for name, tensor in self.tensors().items()})
         self.pool.num_holders += 1
         self.pool.share(new.page_numbers())
@@ -400,7 +404,7 @@ class Store:
         if num_copies:
             self.pool.reserve(num_copies)
             fresh = self.pool.take(torch.ones(num_copies, dtype=torch.bool, device=self.device))
-            self.pool.pages[fresh] = self.pool.pages[page[copies]]
+            self.pool.copy_pages(page[copies], fresh)
             self.page_table[b[copies], h[copies], place[copies]] = fresh.int()
             self.pool.release(page[copies])
         self.recount()
@@ -408,6 +412,6 @@ class Store:
     def recount(self) -> None:
         """After rows have changed: what is known from here on without asking the device."""
         self.longest = int(self.seq_len.max()) if len(self.seq_len) else 0
-        self.even = reads_are_free(self.device) and bool((self.seq_len == self.longest).all())
+        self.even = self.reads_are_free and bool((self.seq_len == self.longest).all())
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
         self.plan, self.reserved = None, (0, 0)

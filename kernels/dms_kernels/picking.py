@@ -30,8 +30,8 @@ class Target:
     shared_bytes: int
 
 
-# Where no GPU is: what is compiled ahead of time, and what the interpreter pretends to be.
-PRETENDED = Target(capability=90, num_processors=132, shared_bytes=232_448)
+# Where no GPU is, for the interpreter: few processors, since it runs one program after another.
+PRETENDED = Target(capability=90, num_processors=3, shared_bytes=232_448)
 
 
 def target(device: torch.device) -> Target:
@@ -95,8 +95,13 @@ def reset_calls() -> None:
     _calls.clear()
 
 
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _device_problem(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if device.type == "cpu":
         return None if is_interpreted() else "on a CPU Triton runs in its interpreter alone (TRITON_INTERPRET=1)"

@@ -96,9 +96,9 @@ def renamed(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_without_us(tmp_path_factory):
     """`run_without_us(code, hub, **variables)`: what a fresh Python prints that lacks dms and more, and whose cache of code is
-    empty. hub: the hub's cache, which is all that it has of it."""
+    empty. hub: the hub's cache, which is all that it has of it; keep: packages that it may have all the same."""
 
-    def run(code: str, hub: Path, **variables) -> str:
+    def run(code: str, hub: Path, keep: tuple | list = (), **variables) -> str:
         given = "".join(f"{name} = {value!r}\n" for name, value in variables.items())
         folder = tmp_path_factory.mktemp("elsewhere")
         env = os.environ | {
@@ -108,6 +108,7 @@ def run_without_us(tmp_path_factory):
             "HF_HUB_OFFLINE": "1",
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
+            "KEEP_PACKAGES": ",".join(keep),
         }
         command = [sys.executable, "-c", f"import without_us\nimport torch\n\ntorch.set_num_threads(1)\n{given}{code}"]
         done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)

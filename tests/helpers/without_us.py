@@ -1,9 +1,14 @@
-"""Imported first, leaves this Python with torch, transformers, safetensors and their own needs: nothing of ours, nothing extra."""
+"""Imported first, leaves this Python with torch, transformers, safetensors and their own needs: nothing of ours, nothing extra.
 
+KEEP_PACKAGES, comma-separated, names what may stay.
+"""
+
+import os
 import sys
 from importlib.machinery import PathFinder
 
 ABSENT = {"dms", "dms_kernels", "pydantic", "accelerate", "typer", "rich", "datasets", "wandb", "peft", "deepspeed", "lm_eval", "triton"}
+ABSENT -= set(os.environ.get("KEEP_PACKAGES", "").split(","))
 
 _find = PathFinder.find_spec
 

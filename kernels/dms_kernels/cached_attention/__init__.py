@@ -44,6 +44,7 @@ class Pages(NamedTuple):
     page_table: torch.Tensor
     num_kept: torch.Tensor
     plan: Plan | None = None
+    scales: torch.Tensor | None = None
 
 
 def cached_attention(

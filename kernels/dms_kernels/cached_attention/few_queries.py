@@ -201,9 +201,8 @@ def _add_pages(softmax: _Softmax, rows_BHRD, pages, softcap) -> None:
         step = max(1, _NEAR_BYTES // (2 * P * D * pages.pages.element_size()))
         for lo in range(0, n, step):
             hi = min(n, lo + step)
-            if isinstance(run.where, slice):
-                chosen = pages.pages[run.where.start + lo : run.where.start + hi]
-            else:
-                chosen = pages.pages.index_select(0, run.where[lo:hi])
-            chosen = _near(chosen, rows.dtype)
+            part = slice(run.where.start + lo, run.where.start + hi) if isinstance(run.where, slice) else run.where[lo:hi]
+            chosen = _near(pages.pages[part], rows.dtype)
+            if pages.scales is not None:
+                chosen.mul_(pages.scales[part][..., None])
             softmax.add(q[lo:hi], chosen[:, 0], chosen[:, 1], softcap, bias[lo:hi])

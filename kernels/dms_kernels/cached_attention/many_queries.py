@@ -43,7 +43,7 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
             k, v, evicted = (x[b, h] if whole else x[b, h, key_at] for x in (new.k, new.v, new.evicted))
             kept_at = (~evicted).nonzero()[:, 0]
             kept_k, kept_v = k[kept_at], v[kept_at]
-            page_k, page_v = (k[:0], v[:0]) if pages is None else _entries(pages, b, h)
+            page_k, page_v = (k[:0], v[:0]) if pages is None else _entries(pages, b, h, k.dtype)
             for start in range(0, len(query_at), block):
                 at = query_at[start : start + block]
                 lo, hi = offset + start, offset + start + len(at)
@@ -73,10 +73,13 @@ def attend_many(q, q_position, pages, recent, *, window: int, scale: float, soft
     return out
 
 
-def _entries(pages, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _entries(pages, b: int, h: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept entries of one head, [n, D] each."""
     num_kept, P = int(pages.num_kept[b, h]), pages.pages.shape[2]
-    taken = pages.pages[pages.page_table[b, h, : -(-num_kept // P)].long()]
+    table = pages.page_table[b, h, : -(-num_kept // P)].long()
+    taken = pages.pages[table]
+    if pages.scales is not None:
+        taken = (taken * pages.scales[table][..., None]).to(dtype)
     return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
 
 

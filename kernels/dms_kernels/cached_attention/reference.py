@@ -16,7 +16,10 @@ def gather_pages(pages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """k and v [B, H, S, D] of all table slots, and which of them hold an entry [B, H, S] bool."""
     B, H, max_pages = pages.page_table.shape
     P, D = pages.pages.shape[2:]
-    taken = pages.pages[pages.page_table.clamp(min=0).long()]
+    table = pages.page_table.clamp(min=0).long()
+    taken = pages.pages[table]
+    if pages.scales is not None:
+        taken = taken * pages.scales[table][..., None]
     k, v = (taken[:, :, :, i].reshape(B, H, max_pages * P, D) for i in (0, 1))
     there = torch.arange(max_pages * P, device=k.device) < pages.num_kept[..., None]
     return k, v, there

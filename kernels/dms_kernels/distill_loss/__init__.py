@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from dms_kernels import picking
 from dms_kernels.distill_loss.chunked import distill_loss_chunked
+from dms_kernels.distill_loss.fused import distill_loss_fused, problem_of
 
 __all__ = ["distill_loss"]
 
@@ -58,6 +60,7 @@ def distill_loss(
 
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
+        RuntimeError: DMS_KERNELS=triton where the kernels cannot serve.
     """
     tensors = {
         "hidden_s": hidden_s,
@@ -72,7 +75,9 @@ def distill_loss(
         tensors = {name: None if x is None else x.to(half) for name, x in tensors.items()}
     _check_tensors(tensors, valid)
     _check_numbers(beta, chunk, logit_scale, softcap)
-    return distill_loss_chunked(**tensors, logit_scale=logit_scale, softcap=softcap, beta=beta, valid=valid, chunk=chunk)
+    fused = picking.use_triton("distill_loss", tensors["hidden_s"], problem_of(tensors["hidden_s"]))
+    route = distill_loss_fused if fused else distill_loss_chunked
+    return route(**tensors, logit_scale=logit_scale, softcap=softcap, beta=beta, valid=valid, chunk=chunk)
 
 
 def _check_tensors(tensors: dict[str, Tensor | None], valid: Tensor) -> None:

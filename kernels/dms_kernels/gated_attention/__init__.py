@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from dms_kernels import picking
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
+from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 
 __all__ = ["gated_attention"]
 
@@ -31,8 +33,9 @@ def gated_attention(
     Implements the delayed eviction mask of "Inference-Time Hyper-Scaling with KV Cache Compression"
     (arXiv 2506.05345, section 3.2 and figure 2b). Key k is visible to query q iff k <= q and both lie in the same
     document. Its bias counts iff q - k > window and its position in its document is `sinks` or more.
-    Nothing of size T x T is held, forward or backward; results are deterministic. Half inputs are computed in
-    float32, float64 stays float64. Under autocast q, k and v are cast as SDPA's would be; log_keep is not.
+    Nothing of size T x T is held, forward or backward; results are deterministic. Plain PyTorch computes half inputs in
+    float32, float64 stays float64; the kernels multiply half inputs as they are and sum in float32. Under autocast q, k
+    and v are cast as SDPA's would be; log_keep is not. On what it runs: `dms_kernels.picking`.
 
     Args:
         q: [B, T, Hq, D], float16, bfloat16, float32 or float64.
@@ -53,6 +56,7 @@ def gated_attention(
 
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
+        RuntimeError: DMS_KERNELS=triton where the kernels cannot serve; the message says why.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # Some models' norms hand over float32 queries beside bfloat16 values.
@@ -60,7 +64,8 @@ def gated_attention(
         q, k, v = q.to(half), k.to(half), v.to(half)
     _check_tensors(q, k, v, log_keep, segment_ids, sink_logits)
     _check_numbers(window, scale, sinks, softcap)
-    return gated_attention_chunked(
+    function = gated_attention_fused if picking.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
+    return function(
         q,
         k,
         v,

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from contents import kept
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ def _contents(cache) -> list:
         if layer.store is not None:
             found += [getattr(layer.store, name).clone() for name in ENTRIES]
             batch, heads = layer.store.num_kept.shape
-            found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in layer.store.kept(b, h)]
+            found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in kept(layer.store, b, h)]
     return found
 
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from contents import kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dms.cache import DMSCache
@@ -159,7 +160,7 @@ def test_heads_that_differ(evicting, slow_device):
             cache = DMSCache(model, page_size=16)
             for i in range(100):
                 _step(model, cache, torch.full((3, 1), 2 + i % 50))
-            tables[name] = [tensor for layer in cache.layers for b in range(3) for h in range(2) for tensor in layer.store.kept(b, h)]
+            tables[name] = [tensor for layer in cache.layers for b in range(3) for h in range(2) for tensor in kept(layer.store, b, h)]
     for device, cpu in zip(tables["device"], tables["cpu"], strict=True):
         torch.testing.assert_close(device, cpu, atol=1e-5, rtol=0)
     assert len({len(tensor) for tensor in tables["cpu"]}) > 2

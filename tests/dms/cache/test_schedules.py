@@ -161,11 +161,14 @@ class Runner:
         self.evicting, self.lockstep, self.page_accounts, self.path = evicting, lockstep, page_accounts, path
         self.largest: list[float] = []
 
-    def __call__(self, config, slow_device, page_size, batch, first_length, steps) -> None:
+    def __call__(self, config, route, page_size, batch, first_length, steps) -> None:
+        """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter."""
+        slow_device = route != "cpu"
         schedule = Schedule(self.lockstep(self.evicting("llama", **config), page_size=page_size), batch, self.path, self.page_accounts)
         with pytest.MonkeyPatch.context() as patch:
+            if route == "kernels":
+                patch.setenv("DMS_KERNELS", "triton")
             for module in ("pool", "store"):
-                # The route of devices that it takes long to read from, too.
                 patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
             if slow_device:
                 # Their pools grow by so much that in these texts none would ever run out of pages.
@@ -197,16 +200,49 @@ _settings = dict(
 )
 
 
-@pytest.mark.parametrize("slow_device", [False, True], ids=["cpu", "slow device"])
+# Of kernels in the interpreter, which take milliseconds a tile.
+_few_arguments = _arguments | dict(
+    config=st.fixed_dictionaries(
+        {
+            "granularity": st.sampled_from(["head", "layer"]),
+            "window": st.sampled_from([0, 1, 5, 16]),
+            "sinks": st.integers(0, 2),
+            "num_key_value_heads": st.sampled_from([1, 2]),
+        }
+    ),
+    batch=st.integers(1, 2),
+    first_length=st.integers(1, 60),
+    steps=st.lists(_steps, min_size=4, max_size=8),
+)
+needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU see test_on_gpu.py")
+
+
+@pytest.mark.parametrize("route", ["cpu", "slow device"])
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @settings(max_examples=45, derandomize=True, **_settings)
 @given(**_arguments)
-def test_schedules_equal_the_masked_reference(run_schedule, alignment, slow_device, config, **arguments):
-    run_schedule(config | {"alignment": alignment}, slow_device, **arguments)
+def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, route, **arguments)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("alignment", ["own", "next"])
+@settings(max_examples=2, derandomize=True, **_settings)
+@given(**_few_arguments)
+def test_schedules_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")) // 40, **_settings)
+@given(**_few_arguments, alignment=st.sampled_from(["own", "next"]))
+def test_many_schedules_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
 
 
 @pytest.mark.slow
 @settings(max_examples=int(os.environ.get("DMS_CASES", "2000")), **_settings)
-@given(**_arguments, alignment=st.sampled_from(["own", "next"]), slow_device=st.booleans())
-def test_many_schedules_equal_the_masked_reference(run_schedule, alignment, slow_device, config, **arguments):
-    run_schedule(config | {"alignment": alignment}, slow_device, **arguments)
+@given(**_arguments, alignment=st.sampled_from(["own", "next"]), route=st.sampled_from(["cpu", "slow device"]))
+def test_many_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, route, **arguments)

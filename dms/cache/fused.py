@@ -1,0 +1,127 @@
+"""The store where kernels run: a decode step is one launch that appends and one that attends, and nothing is read back.
+
+Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size.
+"""
+
+import torch
+
+from dms.cache.incoming import Incoming
+from dms.cache.pool import PagePool, lasting
+from dms.cache.store import Store
+from dms.config import DMSConfig
+from dms_kernels.append import append
+from dms_kernels.cached_attention import Keys
+from dms_kernels.paged_decode import paged_decode
+from dms_kernels.picking import explain
+from dms_kernels.sparse_prefill import attend, store_survivors
+
+# More of them are read as a prompt is.
+_MAX_QUERIES = 8
+
+
+def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) -> Store:
+    """A store for the pool's device: with kernels where they run."""
+    problem = f"the kernels take no {pool.dtype} entries of {pool.head_dim}" if pool.dtype == torch.float64 or pool.head_dim > 256 else None
+    kind = FusedStore if explain(pool.rows.device, problem)[0] == "triton" else Store
+    return kind(config, pool, batch, num_heads)
+
+
+class FusedStore(Store):
+    """ticket [B], overflow [1] and tickets [B * Hq], all int32, are the kernels' own: they find them 0 and leave them 0."""
+
+    @lasting
+    def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
+        super().__init__(config, pool, batch, num_heads)
+        # In the interpreter as on a GPU.
+        self.reads_are_free, self.even = False, False
+        self.overflow = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.ticket, self.tickets = self.overflow[:0], self.overflow[:0]
+
+    @lasting
+    def push(self, new: Incoming) -> None:
+        if new.k.shape[2] > 1:
+            super().push(new)
+            return
+        self._grow_ring(1)
+        if self.longest >= self.ring_size:
+            self._make_room_for_one()
+        if len(self.ticket) != len(self.seq_len):
+            self.ticket = torch.zeros_like(self.seq_len)
+        gate = new.gate
+        append(
+            new.k[:, :, 0],
+            new.v[:, :, 0],
+            None if gate is not None else new.decision[:, 0],
+            ring_kv=self.ring_kv,
+            ring_state=self.ring_state,
+            seq_len=self.seq_len,
+            num_kept=self.num_kept,
+            page_table=self.page_table,
+            pages=self.pool.pages,
+            references=self.pool.references,
+            free=self.pool.free,
+            num_free=self.pool.num_free,
+            evicted=self.evicted,
+            decided=self.decided,
+            overflow=self.overflow,
+            ticket=self.ticket,
+            page_scales=self.pool.scales,
+            window=self.dms.window,
+            sinks=self.dms.sinks,
+            alignment=self.dms.alignment,
+            real=new.tokens.real[:, 0],
+            **({} if gate is None else gate.arguments()),
+        )
+        self.longest += 1
+
+    def attend(self, query, position, recent: list[Keys] | None, decisions, new: Incoming | None, **options) -> torch.Tensor:
+        """Queries [B, Hq, T, D] at position [B, T], of the ring's newest token, or of the newest of `new`, which is not stored yet."""
+        pages = self.pages()
+        position = position[:, -query.shape[2] :].int()
+        if query.shape[2] > _MAX_QUERIES:
+            return attend(query, position, pages, recent, **options)
+        held = (None, None, None) if pages is None else (pages.pages, pages.page_table, pages.num_kept)
+        options = {
+            **options,
+            "q_position": position,
+            "page_scales": None if pages is None else pages.scales,
+            "tickets": self._tickets(query),
+        }
+        if new is None:
+            return paged_decode(query, self.ring_kv, self.ring_state, self.seq_len, *held, **options)
+        return paged_decode(
+            query,
+            self.ring_kv,
+            self.ring_state,
+            self.seq_len,
+            *held,
+            new_k=new.k,
+            new_v=new.v,
+            new_position=recent[-1].position,
+            new_state=decisions.state,
+            last_state=decisions.last,
+            **options,
+        )
+
+    @lasting
+    def _tickets(self, query: torch.Tensor) -> torch.Tensor:
+        num_heads = query.shape[0] * query.shape[1]
+        if self.tickets.numel() != num_heads:
+            self.tickets = torch.zeros(num_heads, dtype=torch.int32, device=self.device)
+        return self.tickets
+
+    def _store_many(self, new: Incoming, slot_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor) -> None:
+        before, leaving = self.num_kept, leaves_BHR.sum(2, dtype=torch.int32)
+        self._add_pages(before + leaving + passes_BHN.sum(2, dtype=torch.int32))
+        if self.most_kept == 0:
+            return
+        if self.longest > 0:
+            index = slot_BR[:, None, None, :, None].expand(*self.ring_kv.shape[:3], -1, self.ring_kv.shape[4])
+            ring = self.ring_kv.gather(3, index)
+            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, before, self.page_table, self.pool.pages, self.pool.scales)
+        store_survivors(new.k, new.v, passes_BHN, before + leaving, self.page_table, self.pool.pages, self.pool.scales)
+
+    def check(self) -> None:
+        """Raises RuntimeError where a step found no page: more were reserved than that, so it would be an error of ours."""
+        if int(self.overflow):
+            raise RuntimeError("a decode step found no free page and dropped an entry; please report this")

@@ -1,0 +1,172 @@
+"""What is compiled ahead of time: each operation's launches, by head dim, group size and dtype; and the budgets they must keep."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CAPABILITIES = (80, 90)
+# A page, a window and lengths as users have them; tiles do not depend on lengths, and little is computed.
+_T, _H, _P, _WINDOW = 320, 2, 64, 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation in one configuration. kv: dtype of pages; the rest is bf16 where kv is quantised."""
+
+    operation: str
+    capability: int
+    head_dim: int
+    group: int
+    kv: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} sm_{self.capability} D{self.head_dim} G{self.group} {self.kv}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.kv in ("int8", "fp8") else DTYPES[self.kv]
+
+    def launch(self) -> None:
+        """Call the operation, whose launches are compiled instead (see `compiling`)."""
+        _LAUNCHES[self.operation](self)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel may take: registers and bytes of local memory a thread; whether tensor cores must be used."""
+
+    registers: int = 255
+    stack_bytes: int = 0
+    matrix: bool = False
+
+
+def _randn(*shape: int, case: Case) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float32).to(case.dtype)
+
+
+def _gated_attention(case: Case) -> None:
+    from dms_kernels.gated_attention import gated_attention
+
+    q = _randn(1, _T, _H * case.group, case.head_dim, case=case).requires_grad_()
+    k, v = (_randn(1, _T, _H, case.head_dim, case=case).requires_grad_() for _ in range(2))
+    log_keep = torch.nn.functional.logsigmoid(torch.randn(1, _T, _H) * 20).requires_grad_()
+    segments = torch.ones(1, _T, dtype=torch.int32)
+    out = gated_attention(q, k, v, log_keep, window=64, scale=0.1, segment_ids=segments)
+    out.backward(torch.ones_like(out))
+
+
+def _pages(case: Case) -> dict:
+    pages = torch.zeros(8, 2, _P, case.head_dim, dtype=DTYPES[case.kv])
+    table = torch.zeros(1, _H, 8, dtype=torch.int32)
+    scales = torch.ones(8, 2, _P) if case.kv in ("int8", "fp8") else None
+    return {"pages": pages, "page_table": table, "num_kept": torch.full((1, _H), 130, dtype=torch.int32), "page_scales": scales}
+
+
+def _ring(case: Case) -> dict:
+    kv = _randn(1, _H, 2, _WINDOW + 1, case.head_dim, case=case)
+    state = torch.zeros(1, _H, _WINDOW + 1, dtype=torch.uint8)
+    return {"ring_kv": kv, "ring_state": state, "seq_len": torch.full((1,), 400, dtype=torch.int32)}
+
+
+def _sparse_prefill(case: Case) -> None:
+    from dms_kernels.sparse_prefill import sparse_prefill, store_survivors
+
+    held = _pages(case)
+    q = _randn(1, _H * case.group, _T, case.head_dim, case=case)
+    k, v = (_randn(1, _H, _T, case.head_dim, case=case) for _ in range(2))
+    evicted = torch.rand(1, _H, _T) < 0.7
+    scales = held.pop("page_scales")
+    sparse_prefill(q, k, v, evicted, None, *held.values(), window=64, scale=0.1, page_scales=scales)
+    store_survivors(k, v, ~evicted, held["num_kept"], held["page_table"], held["pages"], scales)
+
+
+def _paged_decode(case: Case) -> None:
+    from dms_kernels.paged_decode import paged_decode
+
+    held = _pages(case)
+    scales = held.pop("page_scales")
+    q = _randn(1, _H * case.group, 1, case.head_dim, case=case)
+    options = {"window": _WINDOW, "scale": 0.1, "page_scales": scales}
+    paged_decode(q, **_ring(case), **held, **options)
+
+
+def _append(case: Case) -> None:
+    from dms_kernels.append import append
+
+    held = _pages(case)
+    H, D, M = _H, case.head_dim, 512
+    append(
+        _randn(1, H, D, case=case),
+        _randn(1, H, D, case=case),
+        None,
+        **_ring(case),
+        **held,
+        references=torch.zeros(9, dtype=torch.int32),
+        free=torch.arange(8, dtype=torch.int32),
+        num_free=torch.tensor(8),
+        evicted=torch.zeros(1, H, dtype=torch.int64),
+        decided=torch.zeros(1, dtype=torch.int64),
+        overflow=torch.zeros(1, dtype=torch.int32),
+        ticket=torch.zeros(1, dtype=torch.int32),
+        window=_WINDOW,
+        q=_randn(1, H * case.group, D, case=case),
+        cos=torch.ones(1, D, dtype=case.dtype),
+        sin=torch.ones(1, D, dtype=case.dtype),
+        q_norm=torch.ones(D, dtype=case.dtype),
+        k_norm=torch.ones(D, dtype=case.dtype),
+        norm_eps=1e-6,
+        hidden=_randn(1, M, case=case),
+        gate_weight=torch.zeros(H, M),
+        gate_bias=torch.zeros(H),
+        gate_scale=100.0,
+        gate_offset=5.0,
+        gate_normalize=False,
+    )
+
+
+def _distill_loss(case: Case) -> None:
+    from dms_kernels.distill_loss import distill_loss
+
+    hidden_s = _randn(32, 128, case=case).requires_grad_()
+    hidden_t, weight = _randn(32, 128, case=case), _randn(4096, 128, case=case)
+    for beta in (0.0, 0.5, 1.0):
+        distill_loss(hidden_s, hidden_t, weight, beta=beta, valid=torch.ones(32, dtype=torch.bool), chunk=16)
+
+
+_LAUNCHES: dict[str, Callable[[Case], None]] = {
+    "gated_attention": _gated_attention,
+    "sparse_prefill": _sparse_prefill,
+    "paged_decode": _paged_decode,
+    "append": _append,
+    "distill_loss": _distill_loss,
+}
+
+
+def full_matrix() -> list[Case]:
+    """{sm_80, sm_90} x {D 64, 128} x {G 1, 4, 8} x dtypes; quantised pages where there are pages, the loss once a dtype."""
+    cases = []
+    for capability in CAPABILITIES:
+        for kv in DTYPES:
+            if kv == "fp8" and capability < 90:
+                continue
+            paged = ("sparse_prefill", "paged_decode", "append")
+            operations = paged if kv in ("int8", "fp8") else ("gated_attention", *paged)
+            cases += [Case(op, capability, D, G, kv) for op in operations for D in (64, 128) for G in (1, 4, 8)]
+            if kv in ("bf16", "fp16"):
+                cases.append(Case("distill_loss", capability, 128, 1, kv))
+    return cases
+
+
+def representative() -> list[Case]:
+    """About a dozen kernels, for every run of the tests."""
+    return [
+        Case("gated_attention", 90, 128, 4, "bf16"),
+        Case("sparse_prefill", 90, 128, 4, "bf16"),
+        Case("paged_decode", 90, 128, 4, "bf16"),
+        Case("paged_decode", 80, 64, 8, "int8"),
+        Case("append", 90, 128, 4, "bf16"),
+        Case("distill_loss", 80, 128, 1, "bf16"),
+    ]

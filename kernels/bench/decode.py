@@ -1,0 +1,144 @@
+"""One decoding step's attention over one layer's compacted cache, read where it lies."""
+
+import torch
+from torch import Tensor
+
+from bench.inputs import Cache, filled_cache, kept_shares, normal, relative_error
+from bench.measuring import Competitor, Parity, num_sets
+from bench.shapes import Shape
+from dms_kernels.paged_decode import paged_decode
+
+
+def _inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Cache]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return normal(generator, shape.batch, shape.Hq, 1, shape.D, dtype=dtype), filled_cache(shape, generator, dtype)
+
+
+def _call(shape: Shape, q: Tensor, cache: Cache, page_scales: Tensor | None = None):
+    # Kept between calls, as a cache keeps it: the kernel leaves it as it was.
+    tickets = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.int32, device=q.device)
+    tensors = (q, cache.ring_kv, cache.ring_state, cache.seq_len, cache.pages, cache.page_table, cache.num_kept)
+    return lambda: paged_decode(*tensors, window=shape.window, scale=shape.scale, page_scales=page_scales, tickets=tickets)
+
+
+def _exact(shape: Shape, q: Tensor, cache: Cache) -> Tensor:
+    """[B, 1, Hq, D] in float64, one head after another."""
+    out = torch.empty(shape.batch, 1, shape.Hq, shape.D, dtype=torch.float64, device=q.device)
+    group = shape.Hq // shape.H
+    for b in range(shape.batch):
+        for h in range(shape.H):
+            key, value = (x.double() for x in cache.entries(b, h))
+            heads = slice(h * group, (h + 1) * group)
+            out[b, 0, heads] = (q[b, heads, 0].double() @ key.T * shape.scale).softmax(-1) @ value
+    return out
+
+
+def parity(shape: Shape, device: str, dtype: torch.dtype) -> Parity:
+    q, cache = _inputs(shape, device, dtype)
+    return Parity(relative_error(_call(shape, q, cache)(), _exact(shape, q, cache)), 1e-2 if dtype.itemsize == 2 else 1e-5)
+
+
+def live_bytes(shape: Shape, itemsize: int) -> int:
+    """Of keys and values, the ring's included."""
+    R = min(shape.window + 1, shape.tokens)
+    kept = int((kept_shares(shape) * (shape.tokens - R)).round().sum())
+    return (kept + shape.batch * shape.H * R) * 2 * shape.D * itemsize
+
+
+def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competitor]:
+    B, T, Hq, H, D = shape.batch, shape.tokens, shape.Hq, shape.H, shape.D
+    ours_bytes, dense_bytes = live_bytes(shape, dtype.itemsize), 2 * B * H * T * D * dtype.itemsize
+    ring_bytes = B * H * (shape.window + 1) * 2 * D * dtype.itemsize
+    int8_bytes = ring_bytes + (ours_bytes - ring_bytes) // dtype.itemsize
+
+    def ours():
+        return [_call(shape, *_inputs(shape, device, dtype, seed)) for seed in range(num_sets(ours_bytes))]
+
+    def ours_int8():
+        calls = []
+        for seed in range(num_sets(int8_bytes)):
+            q, cache = _inputs(shape, device, dtype, seed)
+            scale_N2P = cache.pages.abs().amax(-1).float().clamp(min=1e-6) / 127
+            cache.pages = (cache.pages / scale_N2P[..., None]).round().to(torch.int8)
+            calls.append(_call(shape, q, cache, scale_N2P))
+        return calls
+
+    def dense():
+        def call():
+            generator = torch.Generator(device).manual_seed(0)
+            # KV heads in the batch, their query heads as rows: one read of keys and values serves all of them.
+            q, k, v = (normal(generator, B * H, 1, rows, D, dtype=dtype) for rows in (Hq // H, T, T))
+            return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=shape.scale)
+
+        return [call() for _ in range(num_sets(dense_bytes))]
+
+    return [
+        Competitor("ours", ours, bytes=ours_bytes, graph=True),
+        Competitor("ours, int8 pages", ours_int8, bytes=int8_bytes, graph=True),
+        Competitor("SDPA, dense", dense, bytes=dense_bytes, graph=True),
+        Competitor("FlashInfer, ragged heads", lambda: _flashinfer(shape, device, dtype), bytes=ours_bytes, graph=True, same=True),
+        Competitor("xformers split-k, ragged heads", lambda: _xformers(shape, device, dtype), bytes=ours_bytes, graph=True, same=True),
+    ]
+
+
+def _folded(shape: Shape, device: str, dtype: torch.dtype, seed: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same entries with KV heads as the batch, the ring's after the pages': q [B*H, G, D], entries [B*H, most, 2, D] with
+    most a multiple of P, their numbers [B*H] int32, and where each is used [B*H, most] bool."""
+    q, cache = _inputs(shape, device, dtype, seed)
+    B, H, D = shape.batch, shape.H, shape.D
+    R = cache.ring_kv.shape[3]
+    length = cache.num_kept.flatten() + R
+    most = -(-int(length.max()) // P) * P
+    pages = cache.pages[cache.page_table.long()].permute(0, 1, 2, 4, 3, 5).reshape(B * H, -1, 2, D)
+    entries = torch.zeros(B * H, most, 2, D, dtype=dtype, device=device)
+    entries[:, : pages.shape[1]] = pages[:, :most]
+    ring = cache.ring_kv.transpose(2, 3).reshape(B * H, R, 2, D)
+    place = cache.num_kept.flatten().long()[:, None] + torch.arange(R, device=device)
+    entries[torch.arange(B * H, device=device)[:, None], place] = ring
+    used = torch.arange(most, device=device) < length[:, None]
+    return q.reshape(B * H, shape.Hq // H, D), entries, length, used
+
+
+def _flashinfer(shape: Shape, device: str, dtype: torch.dtype):
+    import flashinfer
+
+    calls = []
+    for seed in range(num_sets(live_bytes(shape, dtype.itemsize))):
+        q, entries, length, used = _folded(shape, device, dtype, seed, shape.page)
+        pages = entries.view(-1, shape.page, 2, shape.D)[used.view(-1, shape.page)[:, 0]].transpose(1, 2).unsqueeze(3).contiguous()
+        num_pages = -(-length // shape.page)
+        indptr = torch.cat([num_pages.new_zeros(1), num_pages.cumsum(0)]).int()
+        order = torch.arange(pages.shape[0], dtype=torch.int32, device=device)
+        last = ((length - 1) % shape.page + 1).int()
+        workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=indptr,
+            paged_kv_indices_buffer=order,
+            paged_kv_last_page_len_buffer=last,
+        )
+        wrapper.plan(indptr, order, last, q.shape[1], 1, shape.D, shape.page, q_data_type=dtype, kv_data_type=dtype, sm_scale=shape.scale)
+        calls.append(lambda wrapper=wrapper, q=q, pages=pages: wrapper.run(q, pages).view(shape.batch, 1, shape.Hq, shape.D))
+    return calls
+
+
+def _xformers(shape: Shape, device: str, dtype: torch.dtype):
+    from xformers.ops import fmha
+
+    calls = []
+    for seed in range(num_sets(live_bytes(shape, dtype.itemsize))):
+        q, entries, length, _ = _folded(shape, device, dtype, seed, 1)
+        BH, G, D = q.shape
+        most = entries.shape[1]
+        mask = fmha.attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens([1] * BH, most, length.tolist()).to(device)
+        k, v = (x.reshape(1, BH * most, 1, 1, D).expand(-1, -1, -1, G, -1) for x in entries.unbind(2))
+        folded = q.view(1, BH, 1, G, D)
+        calls.append(
+            lambda q=folded, k=k, v=v, mask=mask: fmha.memory_efficient_attention_forward(
+                q, k, v, attn_bias=mask, scale=shape.scale, op=fmha.triton_splitk.FwOp
+            ).view(shape.batch, 1, shape.Hq, shape.D)
+        )
+    return calls

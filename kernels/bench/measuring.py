@@ -1,0 +1,139 @@
+"""Times, ceilings, and what the machine is."""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+# Beyond the L2 of any GPU of today: rotating through so many bytes reads each set from memory.
+_CACHED_BYTES = 400 * 2**20
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An error against float64, and the most that it may be."""
+
+    error: float
+    bound: float
+
+    @property
+    def good(self) -> bool:
+        return self.error <= self.bound
+
+
+@dataclass
+class Competitor:
+    """One way to do an operation.
+
+    prepare: makes the inputs and gives calls over different sets of them, each returning its output first. flops, bytes: that
+    it cannot do without. graph: timed as replays of a CUDA graph. same: its output is that of ours. needs_gpu: cannot be built
+    on a CPU.
+    """
+
+    name: str
+    prepare: Callable[[], list[Callable[[], object]]]
+    flops: float = 0.0
+    bytes: float = 0.0
+    graph: bool = False
+    same: bool = False
+    needs_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best: copying (bytes read and written), and a bf16 matrix product."""
+
+    copy_gbps: float
+    gemm_tflops: float
+
+
+def num_sets(num_bytes: float) -> int:
+    """How many sets of inputs a timing rotates through, so that none is still in the L2."""
+    return max(1, min(16, int(-(-_CACHED_BYTES // max(num_bytes, 1.0)))))
+
+
+def milliseconds(calls: list[Callable[[], object]], *, graph: bool, seconds: float = 0.4) -> float:
+    """Median time of one call on the GPU, by events, over about so many seconds.
+
+    graph: all calls are captured, several times over, and replayed, so that launches cost what they cost in a decode loop.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    if graph:
+        repeats = -(-32 // len(calls))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        runs, per_run = [captured.replay], repeats * len(calls)
+    else:
+        runs, per_run = calls, 1
+    once = _timed(runs[0])
+    repeats = max(5, min(200, int(seconds * 1e3 / max(once, 1e-3))))
+    if once > 1e3 * seconds:
+        repeats = 3
+    times = [_timed(runs[i % len(runs)]) for i in range(repeats)]
+    return statistics.median(times) / per_run
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure_ceilings() -> Ceilings:
+    return Ceilings(copy_gbps=_copy_gbps(), gemm_tflops=_gemm_tflops())
+
+
+def _copy_gbps() -> float:
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    copy = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds([lambda: copy.copy_(source)], graph=False) / 1e6
+
+
+def _gemm_tflops() -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / milliseconds([lambda: a @ b], graph=False) / 1e9
+
+
+def machine() -> dict[str, str | None]:
+    """What rows carry about where they were measured."""
+    here = Path(__file__).parent
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None

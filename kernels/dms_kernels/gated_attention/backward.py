@@ -1,0 +1,460 @@
+"""Fused gated attention, backward: dq by blocks of queries; dk, dv and the gate's gradient by tiles of keys. No atomics.
+
+Keys go in tiles of those that far queries see and tiles of those that only near ones do (the two ends of the head's list).
+So each key belongs to one program, which sums over all its queries and over the G query heads, and writes it once.
+
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block; M, N see `scores`.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise RuntimeError("this needs Triton; install it (pip install triton)") from error
+
+from dms_kernels.gated_attention.scores import NEG, NEVER, load_rows, near_tiles, score, store_rows
+
+
+@triton.jit
+def delta_kernel(
+    grad_out,
+    out,
+    lse2,
+    delta,
+    padded_lse2,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_h,
+    T,
+    H,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """Write delta, the sum over D of grad_out * out: what the softmax takes off each score's gradient.
+
+    lse2 is [B,H,T*G]; delta and padded_lse2, its copy, [B,H,T*G+PADDING] float32. In the padding probabilities come out as 0.
+    """
+    C: tl.constexpr = BLOCK_M // G
+    num_rows = T * G + PADDING
+    num_blocks = tl.cdiv(num_rows, C * G)
+    pid = tl.program_id(0)
+    bh = (pid // num_blocks).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    i0 = (pid % num_blocks) * C
+    r_M = tl.arange(0, BLOCK_M)
+    is_row_M = (r_M < C * G) & (i0 + r_M // G < T)
+    grad_out += b * grad_stride_b + i0.to(tl.int64) * grad_stride_t + h * G * grad_stride_h
+    grad_MD = load_rows(grad_out, (r_M // G) * grad_stride_t + (r_M % G) * grad_stride_h, is_row_M, D, BLOCK_D, True)
+    out += (b * T + i0) * H * G * D + h * G * D
+    out_MD = load_rows(out, ((r_M // G) * H * G + r_M % G) * D, is_row_M, D, BLOCK_D, True)
+    delta_M = tl.sum(grad_MD.to(tl.float32) * out_MD.to(tl.float32), 1)
+    row_M = i0 * G + r_M
+    lse2_M = tl.load(lse2 + bh * T * G + row_M, mask=is_row_M, other=NEVER)
+    is_written_M = (r_M < C * G) & (row_M < num_rows)
+    tl.store(delta + bh * num_rows + row_M, delta_M, mask=is_written_M)
+    tl.store(padded_lse2 + bh * num_rows + row_M, lse2_M, mask=is_written_M)
+
+
+@triton.jit
+def _fold_keys(x_MN, slope_MN, lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP: tl.constexpr):
+    """Add a tile's part of dq: base-2 scores x, the softcap's slope if there is one."""
+    p_MN = tl.exp2(x_MN - lse2_M[:, None])
+    ds_MN = p_MN * (tl.dot(grad_MD, tl.trans(v_ND), input_precision="ieee") - delta_M[:, None])
+    if HAS_SOFTCAP:
+        ds_MN *= slope_MN
+    return tl.dot(ds_MN.to(k_ND.dtype), k_ND, acc_MD, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["window"])
+def queries_kernel(
+    q,
+    k,
+    v,
+    grad_out,
+    log2_keep,
+    kept_log2_keep,
+    kept_k,
+    kept_v,
+    num_before,
+    first,
+    lse2,
+    delta,
+    grad_q,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_h,
+    T,
+    H,
+    window,
+    scale,
+    scale2,
+    cap_in,
+    cap_out,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """grad_q [B,T,Hq,D] contiguous; the loops are the forward's."""
+    C: tl.constexpr = BLOCK_M // G
+    num_blocks = tl.cdiv(T, C)
+    pid = tl.program_id(0)
+    bh = pid // num_blocks
+    i0 = (num_blocks - 1 - pid % num_blocks) * C
+    i_last = tl.minimum(i0 + C, T) - 1
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    bh = bh.to(tl.int64)
+
+    r_M = tl.arange(0, BLOCK_M)
+    i_M = i0 + r_M // G
+    n_N = tl.arange(0, BLOCK_N)
+    is_row_M = (r_M < C * G) & (i_M < T)
+    q += b * q_stride_b + i0.to(tl.int64) * q_stride_t + h * G * q_stride_h
+    q_MD = load_rows(q, (r_M // G) * q_stride_t + (r_M % G) * q_stride_h, is_row_M, D, BLOCK_D, True)
+    grad_out += b * grad_stride_b + i0.to(tl.int64) * grad_stride_t + h * G * grad_stride_h
+    grad_MD = load_rows(grad_out, (r_M // G) * grad_stride_t + (r_M % G) * grad_stride_h, is_row_M, D, BLOCK_D, True)
+    rows = bh * (T * G + PADDING) + i0 * G
+    lse2_M = tl.load(lse2 + rows + r_M, mask=is_row_M, other=NEVER)
+    delta_M = tl.load(delta + rows + r_M, mask=is_row_M, other=0.0)
+    k += b * k_stride_b + h * k_stride_h
+    v += b * v_stride_b + h * v_stride_h
+    if HAS_SEGMENTS:
+        first += b * T
+        document = tl.load(first + i0)
+        first_M = tl.load(first + i_M, mask=i_M < T, other=0)
+        # Far and band lie before the documents that begin inside the block.
+        before_lse2_M = tl.where(first_M == document, lse2_M, NEVER)
+    else:
+        document = 0
+        before_lse2_M = lse2_M
+    if HAS_GATE:
+        log2_keep += bh * T
+        begin, num_edge, diagonal, num_tiles = near_tiles(i0, i_last, document, window, BLOCK_N)
+    else:
+        begin, num_edge, diagonal, num_tiles = near_tiles(i0, i_last, document, T, BLOCK_N)
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if HAS_GATE:
+        num_before += bh * (T + 1)
+        kept_log2_keep += bh * (T + 1)
+        kept_k += bh * (T + PADDING) * D
+        kept_v += bh * (T + PADDING) * D
+        far_begin = tl.load(num_before + document)
+        far_end = tl.load(num_before + begin)
+        for step in range(0, tl.cdiv(far_end - far_begin, BLOCK_N)):
+            at = far_begin + step * BLOCK_N
+            # Slot T holds the bias of a key that weighs nothing: cheaper than a mask.
+            bias_N = tl.load(kept_log2_keep + tl.where(at + n_N < far_end, at + n_N, T))
+            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
+            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
+            x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
+            acc_MD = _fold_keys(x_MN + bias_N[None, :], slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
+
+    for tile in range(num_edge, diagonal):
+        j0 = (begin + tile * BLOCK_N).to(tl.int64)
+        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, n_N >= 0, D, BLOCK_D, False)
+        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, n_N >= 0, D, BLOCK_D, False)
+        x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
+        acc_MD = _fold_keys(x_MN, slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
+
+    for step in range(0, num_edge + num_tiles - diagonal):
+        tile = step + tl.where(step < num_edge, 0, diagonal - num_edge)
+        j_N = begin + tile * BLOCK_N + n_N
+        is_near_N = j_N < T
+        j0 = (begin + tile * BLOCK_N).to(tl.int64)
+        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, is_near_N, D, BLOCK_D, True)
+        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, is_near_N, D, BLOCK_D, True)
+        x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
+        gap_MN = i_M[:, None] - j_N[None, :]
+        if HAS_GATE:
+            bias_N = tl.load(log2_keep + j_N, mask=is_near_N, other=0.0)
+            x_MN += tl.where(gap_MN > window, bias_N[None, :], 0.0)
+        is_seen_MN = gap_MN >= 0
+        if HAS_SEGMENTS:
+            is_seen_MN &= j_N[None, :] >= first_M[:, None]
+        x_MN = tl.where(is_seen_MN, x_MN, NEG)
+        acc_MD = _fold_keys(x_MN, slope_MN, lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
+
+    grad_q += (b * T + i0) * H * G * D + h * G * D
+    store_rows(grad_q, ((r_M // G) * H * G + r_M % G) * D, is_row_M, acc_MD * scale, D, BLOCK_D)
+
+
+@triton.jit
+def _fold_queries(
+    x_NM,
+    slope_NM,
+    weigh_NM,
+    lse2_M,
+    delta_M,
+    q_MD,
+    grad_MD,
+    v_ND,
+    grad_k_ND,
+    grad_v_ND,
+    grad_gate_N,
+    weight,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+    NEEDS_GATE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add a tile's part of dk (still to be scaled), dv and the gate's gradient.
+
+    The gate counts where weigh_NM is true if MASKED, else `weight` times.
+    """
+    p_NM = tl.exp2(x_NM - lse2_M[None, :])
+    if NEEDS_V:
+        grad_v_ND = tl.dot(p_NM.to(grad_MD.dtype), grad_MD, grad_v_ND, input_precision="ieee")
+    if NEEDS_K or NEEDS_GATE:
+        ds_NM = p_NM * (tl.dot(v_ND, tl.trans(grad_MD), input_precision="ieee") - delta_M[None, :])
+        if NEEDS_GATE:
+            if MASKED:
+                grad_gate_N += tl.sum(tl.where(weigh_NM, ds_NM, 0.0), 1)
+            else:
+                grad_gate_N += tl.sum(ds_NM, 1) * weight
+        if NEEDS_K:
+            if HAS_SOFTCAP:
+                ds_NM *= slope_NM
+            grad_k_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, grad_k_ND, input_precision="ieee")
+    return grad_k_ND, grad_v_ND, grad_gate_N
+
+
+@triton.jit(do_not_specialize=["window", "sinks"])
+def keys_kernel(
+    q,
+    k,
+    v,
+    grad_out,
+    log2_keep,
+    kept,
+    num_before,
+    first,
+    last,
+    lse2,
+    delta,
+    grad_k,
+    grad_v,
+    grad_gate,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_h,
+    T,
+    H,
+    window,
+    sinks,
+    scale,
+    scale2,
+    cap_in,
+    cap_out,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+    NEEDS_GATE: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """grad_k and grad_v [B,T,H,D] and grad_gate [B,T,H] float32, contiguous.
+
+    Queries come in blocks of C from the tile's first key on. Those at the diagonal and those at which the window leaves the
+    tile are masked element by element; between them and after them a bias per key says all.
+    """
+    C: tl.constexpr = BLOCK_M // G
+    NEAR: tl.constexpr = NEEDS_K or NEEDS_V
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(T, BLOCK_N) + HAS_GATE
+    bh = pid // num_tiles
+    tile = pid % num_tiles
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    bh = bh.to(tl.int64)
+
+    n_N = tl.arange(0, BLOCK_N)
+    if HAS_GATE:
+        # The kept first: they have the most queries.
+        num_kept = tl.load(num_before + bh * (T + 1) + T)
+        num_kept_tiles = tl.cdiv(num_kept, BLOCK_N)
+        is_kept = tile < num_kept_tiles
+        at_N = tl.where(is_kept, tile, tile - num_kept_tiles) * BLOCK_N + n_N
+        is_key_N = at_N < tl.where(is_kept, num_kept, T - num_kept)
+        index_N = tl.load(kept + bh * (T + 1) + tl.where(is_kept, at_N, T - 1 - at_N), mask=is_key_N, other=0)
+    else:
+        is_kept = True
+        index_N = tile * BLOCK_N + n_N
+        is_key_N = index_N < T
+        window = T
+    k += b * k_stride_b + h * k_stride_h
+    v += b * v_stride_b + h * v_stride_h
+    k_ND = load_rows(k, index_N.to(tl.int64) * k_stride_t, is_key_N, D, BLOCK_D, True)
+    v_ND = load_rows(v, index_N.to(tl.int64) * v_stride_t, is_key_N, D, BLOCK_D, True)
+
+    if HAS_SEGMENTS:
+        first += b * T
+        last_N = tl.load(last + b * T + index_N, mask=is_key_N, other=-1)
+        # Padding keeps to itself.
+        is_seen_N = is_key_N & (last_N >= 0)
+        i_end = tl.max(tl.where(is_seen_N, last_N, -1), 0) + 1
+        document = tl.load(first + tl.maximum(i_end - 1, 0))
+    else:
+        is_seen_N = is_key_N
+        i_end = T
+        document = 0
+    j_N = tl.where(is_seen_N, index_N, T)
+    j_first = tl.min(j_N, 0)
+    j_last = tl.max(tl.where(is_seen_N, index_N, -1), 0)
+    if HAS_GATE:
+        bias_N = tl.where(is_kept, tl.load(log2_keep + bh * T + index_N, mask=is_key_N, other=0.0), NEG)
+        # Far queries see none of the keys left out.
+        i_end = tl.where(is_kept, i_end, tl.minimum(i_end, j_last + window + 1) if NEAR else 0)
+    else:
+        bias_N = tl.zeros([BLOCK_N], tl.float32)
+    # Blocks of queries after the tile's last key belong to its document: the keys of others are the same for all of them.
+    other_N = tl.where(is_seen_N & (j_N >= document), 0.0, NEG)
+
+    num_blocks = tl.cdiv(tl.maximum(i_end - j_first, 0), C)
+    num_diagonal = tl.minimum(tl.cdiv(tl.maximum(j_last - j_first, 0), C), num_blocks)
+    num_inside = tl.minimum((window + 1) // C, num_blocks)
+    far = tl.minimum((tl.maximum(j_last - j_first, 0) + window) // C + 1, num_blocks)
+    if NEAR:
+        edge = tl.maximum(num_diagonal, num_inside)
+        num_band = edge - num_diagonal
+    else:
+        # Only gaps beyond the window have a gate.
+        edge = num_inside
+        num_diagonal = 0
+        num_band = 0
+
+    r_M = tl.arange(0, BLOCK_M)
+    c_M = r_M // G
+    q_offsets_M = c_M * q_stride_t + (r_M % G) * q_stride_h
+    grad_offsets_M = c_M * grad_stride_t + (r_M % G) * grad_stride_h
+    q += b * q_stride_b + h * G * q_stride_h
+    grad_out += b * grad_stride_b + h * G * grad_stride_h
+    lse2 += bh * (T * G + PADDING)
+    delta += bh * (T * G + PADDING)
+    grad_k_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_gate_N = tl.zeros([BLOCK_N], tl.float32)
+
+    for step in range(0, num_diagonal + far - edge):
+        i0 = j_first + (step + tl.where(step < num_diagonal, 0, edge - num_diagonal)) * C
+        i_M = i0 + c_M
+        at = i0.to(tl.int64)
+        q_MD = load_rows(q + at * q_stride_t, q_offsets_M, i_M < T, D, BLOCK_D, True)
+        grad_MD = load_rows(grad_out + at * grad_stride_t, grad_offsets_M, i_M < T, D, BLOCK_D, True)
+        lse2_M = tl.load(lse2 + at * G + r_M)
+        delta_M = tl.load(delta + at * G + r_M)
+        if C * G != BLOCK_M:
+            lse2_M = tl.where(r_M < C * G, lse2_M, NEVER)
+        x_NM, slope_NM = score(k_ND, q_MD, scale2, cap_in, cap_out, HAS_SOFTCAP)
+        gap_NM = i_M[None, :] - j_N[:, None]
+        is_far_NM = gap_NM > window
+        if HAS_GATE:
+            x_NM += tl.where(is_far_NM, bias_N[:, None], 0.0)
+        is_seen_NM = gap_NM >= 0
+        if HAS_SEGMENTS:
+            first_M = tl.load(first + i_M, mask=i_M < T, other=0)
+            is_seen_NM &= j_N[:, None] >= first_M[None, :]
+        x_NM = tl.where(is_seen_NM, x_NM, NEG)
+        grad_k_ND, grad_v_ND, grad_gate_N = _fold_queries(
+            x_NM,
+            slope_NM,
+            is_far_NM,
+            lse2_M,
+            delta_M,
+            q_MD,
+            grad_MD,
+            v_ND,
+            grad_k_ND,
+            grad_v_ND,
+            grad_gate_N,
+            1.0,
+            HAS_SOFTCAP,
+            NEEDS_K,
+            NEEDS_V,
+            NEEDS_GATE,
+            True,
+        )
+
+    for step in range(0, num_band + num_blocks - far):
+        is_far = step >= num_band
+        i0 = j_first + (step + tl.where(is_far, far - num_band, num_diagonal)) * C
+        i_M = i0 + c_M
+        at = i0.to(tl.int64)
+        q_MD = load_rows(q + at * q_stride_t, q_offsets_M, i_M < T, D, BLOCK_D, True)
+        grad_MD = load_rows(grad_out + at * grad_stride_t, grad_offsets_M, i_M < T, D, BLOCK_D, True)
+        lse2_M = tl.load(lse2 + at * G + r_M)
+        delta_M = tl.load(delta + at * G + r_M)
+        if C * G != BLOCK_M or HAS_SEGMENTS:
+            # The document may end inside its last block.
+            lse2_M = tl.where((r_M < C * G) & (i_M < i_end), lse2_M, NEVER)
+        x_NM, slope_NM = score(k_ND, q_MD, scale2, cap_in, cap_out, HAS_SOFTCAP)
+        if HAS_GATE or HAS_SEGMENTS:
+            x_NM += (other_N + tl.where(is_far, bias_N, 0.0))[:, None]
+        grad_k_ND, grad_v_ND, grad_gate_N = _fold_queries(
+            x_NM,
+            slope_NM,
+            x_NM,
+            lse2_M,
+            delta_M,
+            q_MD,
+            grad_MD,
+            v_ND,
+            grad_k_ND,
+            grad_v_ND,
+            grad_gate_N,
+            tl.where(is_far, 1.0, 0.0),
+            HAS_SOFTCAP,
+            NEEDS_K,
+            NEEDS_V,
+            NEEDS_GATE,
+            False,
+        )
+
+    index_N = index_N.to(tl.int64)
+    if NEEDS_K:
+        store_rows(grad_k + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_k_ND * scale, D, BLOCK_D)
+    if NEEDS_V:
+        store_rows(grad_v + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_v_ND, D, BLOCK_D)
+    if NEEDS_GATE:
+        if HAS_SEGMENTS:
+            position_N = index_N - tl.load(first + index_N, mask=is_key_N, other=0)
+        else:
+            position_N = index_N
+        # A sink's gate rules nothing, and a key left out passes nothing on.
+        grad_gate_N = tl.where(is_kept & (position_N >= sinks), grad_gate_N, 0.0)
+        tl.store(grad_gate + (b * T + index_N) * H + h, grad_gate_N, mask=is_key_N)

@@ -1,0 +1,277 @@
+"""Gated attention in Triton: two custom operators, so that torch.compile, checkpointing and CUDA graphs see it whole.
+
+Saved for the backward: q, k, v, log_keep, out, a log-sum-exp and a length for each query and head, a length for each key.
+Keys that weigh nothing for far queries are left out by a list made on the device (`lists`). The backward makes a shorter
+one, now that it knows the log-sum-exps.
+
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R = T * G rows of a KV head.
+"""
+
+import torch
+from torch import Tensor
+
+from dms_kernels import picking
+from dms_kernels.gated_attention import far_keys, tiles
+from dms_kernels.gated_attention.call import LOG2_E, Call, ceil_div, with_dense_rows
+
+
+def problem(q: Tensor, k: Tensor) -> str | None:
+    """What keeps the kernels from taking these; None if nothing does."""
+    if q.dtype == torch.float64:
+        return "the kernels compute in float32, and these inputs are float64"
+    if q.shape[3] > tiles.MAX_HEAD_DIM:
+        return f"the kernels hold head dims up to {tiles.MAX_HEAD_DIM}, and this one is {q.shape[3]}"
+    G = q.shape[2] // k.shape[2]
+    if tiles.smallest_rows(G) * tiles.padded(q.shape[3]) * q.element_size() > tiles.LARGEST_GROUP_BYTES:
+        return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"
+    return None
+
+
+def gated_attention_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Tensor | None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and result as `dms_kernels.gated_attention`, unchecked; see `problem`."""
+    first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
+    return _forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap)[0]
+
+
+def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Two [B, T] int32: where each token's document begins (padding: the token itself), and its last token (padding: -1)."""
+    T = segment_ids_BT.shape[1]
+    index_T = torch.arange(T, device=segment_ids_BT.device, dtype=torch.int32)
+    is_padding_BT = segment_ids_BT == 0
+    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    begins_BT = torch.nn.functional.pad(changes_BT, (1, 0), value=True) | is_padding_BT
+    ends_BT = torch.nn.functional.pad(changes_BT, (0, 1), value=True)
+    first_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
+    last_BT = torch.where(ends_BT, index_T, T).flip(1).cummin(1).values.flip(1)
+    return first_BT, last_BT.masked_fill(is_padding_BT, -1)
+
+
+@torch.library.custom_op(f"{picking.NAMESPACE}::gated_attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    sink_logits: Tensor | None,
+    first_BT: Tensor | None,
+    last_BT: Tensor | None,
+    window: int,
+    scale: float,
+    sinks: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B,T,Hq,D] in q's dtype; float32: lse2 [B,H,R] in base 2, norm_q [B,H,R] and norm_k [B,H,T] (empty without a gate)."""
+    from dms_kernels.gated_attention.forward import forward_kernel
+
+    picking.count("gated_attention", "triton")
+    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
+    q, k, v = (with_dense_rows(x) for x in (q, k, v))
+    if log_keep is None:
+        norm_q_BHR, norm_k_BHT = _no_norms(q)
+        far = far_keys.FarKeys()
+    else:
+        norm_q_BHR, norm_k_BHT, floor_BHR = far_keys.measure(call, q, k, log_keep, first_BT, last_BT)
+        far = far_keys.choose(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, floor_BHR)
+    out_BTHqD = q.new_empty(q.shape)
+    lse2_BHR = q.new_empty(call.B, call.H, call.T * call.G, dtype=torch.float32)
+    tile = tiles.pick_tile("forward", picking.target(q.device), call.D, call.G, q.dtype)
+    forward_kernel[(call.num_blocks(tile.rows),)](
+        q,
+        k,
+        v,
+        far.log2_keep_BHT,
+        far.kept_log2_keep_BH,
+        *far_keys.gather(call, k, v, far),
+        far.num_before_BH,
+        first_BT,
+        last_BT,
+        sink_logits,
+        out_BTHqD,
+        lse2_BHR,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        call.T,
+        call.H,
+        call.window,
+        call.scale2,
+        call.cap_in,
+        call.cap_out,
+        HAS_SINK=sink_logits is not None,
+        **call.of_products(tile),
+    )
+    return out_BTHqD, lse2_BHR, norm_q_BHR, norm_k_BHT
+
+
+@_forward.register_fake
+def _(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap):
+    B, T, Hq, _ = q.shape
+    H = k.shape[2]
+    lse2_BHR = q.new_empty(B, H, T * (Hq // H), dtype=torch.float32)
+    norms = _no_norms(q) if log_keep is None else (torch.empty_like(lse2_BHR), q.new_empty(B, H, T, dtype=torch.float32))
+    return q.new_empty(q.shape), lse2_BHR, *norms
+
+
+def _no_norms(q: Tensor) -> tuple[Tensor, Tensor]:
+    # An operator's results are tensors, and no two may be the same.
+    return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{picking.NAMESPACE}::gated_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    sink_logits: Tensor | None,
+    first_BT: Tensor | None,
+    last_BT: Tensor | None,
+    out_BTHqD: Tensor,
+    lse2_BHR: Tensor,
+    norm_q_BHR: Tensor,
+    norm_k_BHT: Tensor,
+    window: int,
+    scale: float,
+    sinks: int,
+    softcap: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_keep and sink_logits, empty where `needs` says no; only what they need is launched."""
+    from dms_kernels.gated_attention.backward import keys_kernel, queries_kernel
+
+    picking.count("gated_attention_backward", "triton")
+    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
+    q, k, v, grad_out = (with_dense_rows(x) for x in (q, k, v, grad_out))
+    grads = _empty_grads((q, k, v, log_keep, sink_logits), needs)
+    grad_q, grad_k, grad_v, grad_gate, grad_sink = grads
+    needs_q, needs_k, needs_v, needs_gate, needs_sink = needs
+    delta_BH, padded_lse2_BH = _row_sums(call, grad_out, out_BTHqD, lse2_BHR)
+    if needs_sink:
+        rows = slice(0, call.T * call.G)
+        sink_BHTG = torch.exp2(sink_logits.float().view(call.H, 1, call.G) * LOG2_E - lse2_BHR.unflatten(2, (-1, call.G)))
+        grad_sink.copy_(-(sink_BHTG * delta_BH[:, :, rows].unflatten(2, (-1, call.G))).sum((0, 2)).flatten())
+    if not any(needs[:4]):
+        return grads
+    far = far_keys.FarKeys()
+    if log_keep is not None:
+        far = far_keys.choose(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, far_keys.nats(lse2_BHR))
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3]
+    factors = call.scale, call.scale2, call.cap_in, call.cap_out
+    target = picking.target(q.device)
+    if needs_q:
+        tile = tiles.pick_tile("queries", target, call.D, call.G, q.dtype)
+        queries_kernel[(call.num_blocks(tile.rows),)](
+            q,
+            k,
+            v,
+            grad_out,
+            far.log2_keep_BHT,
+            far.kept_log2_keep_BH,
+            *far_keys.gather(call, k, v, far),
+            far.num_before_BH,
+            first_BT,
+            padded_lse2_BH,
+            delta_BH,
+            grad_q,
+            *strides,
+            call.T,
+            call.H,
+            call.window,
+            *factors,
+            **call.of_products(tile),
+        )
+    if needs_k or needs_v or needs_gate:
+        tile = tiles.pick_tile("keys", target, call.D, call.G, q.dtype)
+        # Kept and other keys do not share a tile: one more may be begun.
+        num_tiles = ceil_div(call.T, tile.keys) + call.has_gate
+        keys_kernel[(call.B * call.H * num_tiles,)](
+            q,
+            k,
+            v,
+            grad_out,
+            far.log2_keep_BHT,
+            far.kept_BH,
+            far.num_before_BH,
+            first_BT,
+            last_BT,
+            padded_lse2_BH,
+            delta_BH,
+            grad_k,
+            grad_v,
+            grad_gate,
+            *strides,
+            call.T,
+            call.H,
+            call.window,
+            call.sinks,
+            *factors,
+            NEEDS_K=needs_k,
+            NEEDS_V=needs_v,
+            NEEDS_GATE=needs_gate,
+            **call.of_products(tile),
+        )
+    return grads
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out, lse2, norm_q, norm_k, window, scale, sinks, softcap, needs):
+    return _empty_grads((q, k, v, log_keep, sink_logits), needs)
+
+
+def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) if needed else inputs[0].new_empty(0) for x, needed in zip(inputs, needs, strict=True))
+
+
+def _row_sums(call: Call, grad_out: Tensor, out_BTHqD: Tensor, lse2_BHR: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 [B, H, R + padding]: the sum over D of grad_out * out, and lse2 with a padding that makes weights 0."""
+    from dms_kernels.gated_attention.backward import delta_kernel
+
+    num_rows = call.T * call.G + call.padding
+    delta_BH, padded_lse2_BH = (lse2_BHR.new_empty(call.B, call.H, num_rows) for _ in range(2))
+    rows = tiles.rows_to_read(call.G)
+    delta_kernel[(call.B * call.H * ceil_div(num_rows, rows // call.G * call.G),)](
+        grad_out,
+        out_BTHqD,
+        lse2_BHR,
+        delta_BH,
+        padded_lse2_BH,
+        *grad_out.stride()[:3],
+        call.T,
+        call.H,
+        BLOCK_M=rows,
+        PADDING=call.padding,
+        **call.of_heads(),
+    )
+    return delta_BH, padded_lse2_BH
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, grad_out, *_):
+    needs = list(ctx.needs_input_grad[:5])
+    grads = [None] * 11
+    if grad_out is not None and any(needs):
+        found = _backward(grad_out, *ctx.saved_tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap, needs)
+        grads[:5] = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+    return tuple(grads)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

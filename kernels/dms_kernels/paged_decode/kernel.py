@@ -1,0 +1,356 @@
+"""The Triton kernel of `paged_decode`: a fixed number of programs share out all tiles of all heads evenly.
+
+A tile is TILE entries of one head, and a head's tiles stand in one line with the next head's: new tokens, ring, pages. Every
+program takes an equal run of that line, whatever the heads hold, and reads all lengths on the device, so that a captured launch
+stays right while the cache grows. Heads that one program reads whole are written at once. Of a head that is cut each program
+leaves its part (a sum of values, a maximum, a sum of weights) in a workspace, and whoever comes last merges the parts, in the
+order of their programs, so that the result does not depend on who that is.
+
+Shapes: B batch, H KV heads, G query heads of each, T queries, D head dim, R ring slots, S new tokens, P entries of a page.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise RuntimeError("this needs Triton; install it (pip install triton)") from error
+
+
+@triton.jit
+def _tiles(num_entries, TILE: tl.constexpr):
+    return (num_entries + TILE - 1) // TILE
+
+
+@triton.jit
+def _tiles_of(seq_len, num_kept, window, num_new, TILE: tl.constexpr):
+    """At least one, so that somebody writes the output of a head that holds nothing."""
+    stored = _tiles(tl.minimum(seq_len, window + 1), TILE) + _tiles(num_kept, TILE)
+    return tl.maximum(stored + _tiles(num_new, TILE), 1)
+
+
+@triton.jit
+def _lengths(head, b, there, seq_len, num_kept, real, PAGES: tl.constexpr, REAL: tl.constexpr):
+    """seq_len and num_kept of heads; a row that is not real has nothing."""
+    if REAL:
+        there = there & (tl.load(real + b, mask=there, other=0) != 0)
+    length = tl.load(seq_len + b, mask=there, other=0)
+    kept = length * 0
+    if PAGES:
+        kept = tl.load(num_kept + head, mask=there, other=0)
+    return length, kept
+
+
+@triton.jit
+def _tiles_of_heads(
+    first, seq_len, num_kept, real, num_heads, H, window, num_new,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """[CHUNK]: the tiles of the heads from `first` on, 0 behind the last."""
+    head = first + tl.arange(0, CHUNK)
+    there = head < num_heads
+    length, kept = _lengths(head, head // H, there, seq_len, num_kept, real, PAGES, REAL)
+    return tl.where(there, _tiles_of(length, kept, window, num_new, TILE), 0)
+
+
+@triton.jit
+def _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr):
+    """One tile more into the running softmax. total [rows, TILE] is summed over the tiles alone: a sum over its columns would
+    make the warps wait for each other at every tile."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if QUANTIZED:
+        s *= k_scale[None, :]
+    s *= inner
+    if CAPPED:
+        # tanh, in a form that does not overflow.
+        s = outer * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+    s = tl.where(visible, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    # While a row has seen nothing, any finite number will do.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade[:, None] + p
+    if QUANTIZED:
+        p *= v_scale[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _see(position, state, q_position, window):
+    """[rows, TILE] bool; q_position -1 sees nothing, as no position is negative there."""
+    distance = q_position[:, None] - position[None, :]
+    return (distance >= 0) & ((distance <= window) | (state != 1)[None, :])
+
+
+@triton.jit
+def _read_new(
+    acc, top, total, q, q_position, first, last, k_row, v_row, position_row, state_row, num_new, stride_k, stride_v, window, inner, outer,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the new tokens."""
+    offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
+    for tile in range(first, last):
+        at = tile * TILE + offs
+        there = at < num_new
+        mask = there[:, None] & (dim < D)[None, :]
+        k = tl.load(k_row + at.to(tl.int64)[:, None] * stride_k + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_row + at.to(tl.int64)[:, None] * stride_v + dim[None, :], mask=mask, other=0.0)
+        position = tl.load(position_row + at, mask=there, other=-1)
+        state = tl.load(state_row + at, mask=there, other=0)
+        visible = _see(position, state, q_position, window) & (position >= 0)[None, :]
+        acc, top, total = _absorb(acc, top, total, q, k, v, visible, 0.0, 0.0, inner, outer, CAPPED, False)
+    return acc, top, total
+
+
+@triton.jit
+def _page_of(table_row, place, num_pages, offs, TILE: tl.constexpr, P: tl.constexpr):
+    """Where tile `place` of a head's pages lies: a number where a tile lies in one page, [TILE] otherwise; 0 outside of them."""
+    # Division rounds towards 0, which would put half a tile before the first page into it.
+    from_0 = tl.maximum(place, 0)
+    if P % TILE == 0:
+        at = from_0 * TILE // P
+    else:
+        at = (from_0 * TILE + offs) // P
+    return tl.load(table_row + at, mask=at < tl.where(place >= 0, num_pages, 0), other=0)
+
+
+@triton.jit
+def _read_stored(
+    acc, top, total, q, q_position, first, last,
+    ring_head, state_row, length, num_slots, window, last_state,
+    pages, table_row, kept, scales, inner, outer,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, RING: tl.constexpr, PAGES: tl.constexpr,
+    POSITIONS: tl.constexpr, LAST: tl.constexpr, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the ring and of the pages that follow it, in one loop, so that loads run ahead from one into the
+    other. Pages of another dtype than the ring's are read by a second call."""
+    offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
+    in_ring = tl.minimum(length, window + 1)
+    ring_tiles = _tiles(in_ring, TILE)
+    num_pages = _tiles(kept, P)
+    # The last token and its slot.
+    end = tl.maximum(length - 1, 0)
+    newest = end % (window + 1)
+    if PAGES:
+        # One tile ahead of its use.
+        page = _page_of(table_row, first - ring_tiles, num_pages, offs, TILE, P)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        place = tile - ring_tiles
+        is_ring = tile < ring_tiles
+        # Pointers are chosen as scalars: of a choice between tensors the compiler does not see that rows are contiguous.
+        if PAGES:
+            if P % TILE == 0:
+                page_base = pages + page.to(tl.int64) * (2 * P * D) + place * TILE % P * D
+                row = offs * D
+            else:
+                page_base = pages
+                # Of ring tiles the page is 0, and rows follow one another.
+                row = page.to(tl.int64) * (2 * P * D) + (offs - offs // P * P * (1 - is_ring.to(tl.int32))) * D
+            base, to_v, num_here = page_base, P * D, kept - place * TILE
+            if RING:
+                base = tl.where(is_ring, ring_head + tile * (TILE * D), page_base)
+                to_v = tl.where(is_ring, num_slots * D, P * D)
+                num_here = tl.where(is_ring, in_ring - tile * TILE, kept - place * TILE)
+        else:
+            base, to_v, num_here = ring_head + tile * (TILE * D), num_slots * D, in_ring - tile * TILE
+            row = offs * D
+        k_row = base + row
+        there = offs < num_here
+        if DP == D:
+            mask = there[:, None]
+        else:
+            mask = there[:, None] & (dim < D)[None, :]
+        k = tl.load(k_row[:, None] + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(k_row[:, None] + (to_v + dim[None, :]), mask=mask, other=0.0)
+        visible = there[None, :]
+        if POSITIONS:
+            if RING:
+                slot = tile * TILE + offs
+                age = newest - slot
+                position = end - tl.where(age < 0, age + window + 1, age)
+                state = tl.load(state_row + slot, mask=slot < in_ring, other=0).to(tl.int32)
+                if LAST:
+                    state = tl.where((position == end) & (last_state != 2), last_state, state)
+                if PAGES:
+                    # Entries of pages are as kept tokens of the beginning.
+                    position, state = tl.where(is_ring, position, 0), tl.where(is_ring, state, 0)
+                visible = visible & _see(position, state, q_position, window)
+            else:
+                visible = visible & (q_position >= 0)[:, None]
+        k_scale, v_scale = 0.0, 0.0
+        if QUANTIZED:
+            scale_row = scales + page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P
+            k_scale = tl.load(scale_row, mask=there, other=0.0)
+            v_scale = tl.load(scale_row + P, mask=there, other=0.0)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        if PAGES:
+            page = _page_of(table_row, place + 1, num_pages, offs, TILE, P)
+        acc, top, total = _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED, QUANTIZED)
+    return acc, top, total
+
+
+@triton.jit
+def _write(
+    out, o, top, total, sink, row, row0, b, h, Hq, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SINK: tl.constexpr
+):
+    """o / total to the output [B, T, Hq, D]; rows that see nothing become 0. Row t * G + g of the head is query t of its head g."""
+    dim = tl.arange(0, DP)
+    t, head = (row0 + row) // G, h * G + (row0 + row) % G
+    real = row0 + row < G * T
+    if SINK:
+        logit = tl.load(sink + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+        new_top = tl.maximum(top, logit)
+        fade = tl.exp2(top - new_top)
+        o, total = o * fade[:, None], total * fade + tl.exp2(logit - new_top)
+    o = o / tl.where(total > 0, total, 1.0)[:, None]
+    at = (b.to(tl.int64) * T + t) * Hq + head
+    tl.store(out + at[:, None] * D + dim[None, :], o.to(out.dtype.element_ty), mask=real[:, None] & (dim < D)[None, :])
+
+
+@triton.jit
+def _merge(part_acc, part_top, part_total, first_program, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """The parts of one head as one [ROWS, DP], its maximum and its sum [ROWS]; PARTS of them at a time, each lane adding up its
+    own, so that the loads do not wait for each other."""
+    lane, dim = tl.arange(0, PARTS), tl.arange(0, DP)
+    acc = tl.zeros([PARTS, ROWS, DP], tl.float32)
+    top = tl.full([PARTS, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([PARTS, ROWS], tl.float32)
+    for start in range(0, num_parts, PARTS):
+        part = start + lane
+        # The program in which the head begins may end another's before it, and keeps this part in its second place.
+        at = (2 * (first_program + part) + (part == 0).to(tl.int32))[:, None] * ROWS + row[None, :]
+        there = (part < num_parts)[:, None] & (row >= 0)[None, :]
+        # Around the first-level cache, which does not see what other processors write.
+        next_top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        next_total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            part_acc + at.to(tl.int64)[:, :, None] * DP + dim[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, next_top)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, weight = tl.exp2(top - shift), tl.exp2(next_top - shift)
+        acc = acc * fade[:, :, None] + values * weight[:, :, None]
+        total = total * fade + next_total * weight
+        top = new_top
+    whole_top = tl.max(top, 0)
+    shift = tl.where(whole_top == float("-inf"), 0.0, whole_top)
+    weight = tl.exp2(top - shift[None, :])
+    return tl.sum(acc * weight[:, :, None], 0), whole_top, tl.sum(total * weight, 0)
+
+
+# These change while a cache grows, and what is compiled should not.
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "num_new", "max_pages"])
+def decode_kernel(
+    q, ring, ring_state, seq_len, pages, table, num_kept, scales, q_position, real,
+    new_k, new_v, new_position, new_state, last_state, sink,
+    out, part_acc, part_top, part_total, tickets,
+    num_heads, H, num_slots, window, num_new, max_pages, num_processors,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    inner, outer,
+    G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
+    PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
+
+    part_acc [blocks, 2 * programs, PART_ROWS, DP], part_top and part_total [blocks, 2 * programs, PART_ROWS] float32 need no
+    values before; tickets [blocks, B * H] int32 are 0 before and after. inner, outer: the scores' factors, in powers of 2.
+    """
+    program, block = tl.program_id(0), tl.program_id(1)
+    row0 = block * ROWS
+    part_acc += (block * tl.num_programs(0)).to(tl.int64) * (2 * PART_ROWS * DP)
+    part_top += block * tl.num_programs(0) * (2 * PART_ROWS)
+    part_total += block * tl.num_programs(0) * (2 * PART_ROWS)
+    tickets += block * num_heads
+
+    all_tiles = 0
+    for start in range(0, num_heads, CHUNK):
+        all_tiles += tl.sum(_tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL))
+    # As many programs as processors unless each then has several shares: every cut costs a part, and parts cost a merge.
+    programs = num_processors * tl.maximum(1, tl.minimum(WAVES, all_tiles // (SHARE * num_processors)))
+    programs = tl.minimum(programs, _tiles(all_tiles, 2)).to(tl.int64)
+    tile = (program * all_tiles.to(tl.int64) // programs).to(tl.int32)
+    end = tl.minimum((program + 1) * all_tiles.to(tl.int64) // programs, all_tiles).to(tl.int32)
+
+    # The head of the first tile, and where its tiles begin.
+    head, begin, before = 0, 0, 0
+    for start in range(0, num_heads, CHUNK):
+        tiles = _tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL)
+        passed = (before + tl.cumsum(tiles, 0) <= tile) & (start + tl.arange(0, CHUNK) < num_heads)
+        head += tl.sum(passed.to(tl.int32))
+        begin += tl.sum(tl.where(passed, tiles, 0))
+        before += tl.sum(tiles)
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DP)
+    used = row0 + row < G * T
+    t, g = (row0 + row) // G, (row0 + row) % G
+    while tile < end:
+        b, h = head // H, head % H
+        length, kept = _lengths(head, b, head >= 0, seq_len, num_kept, real, PAGES, REAL)
+        finish = begin + _tiles_of(length, kept, window, num_new, TILE)
+        upto = tl.minimum(finish, end)
+        q_at = q + b.to(tl.int64) * q_stride_b + (h * G + g)[:, None].to(tl.int64) * q_stride_h + t[:, None] * q_stride_t + dim[None, :]
+        query = tl.load(q_at, mask=used[:, None] & (dim < D)[None, :], other=0.0)
+        at_position = row
+        if POSITIONS:
+            at_position = tl.load(q_position + b * T + t, mask=used, other=-1)
+        ruled = 2
+        if LAST:
+            ruled = tl.load(last_state + head).to(tl.int32)
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS, TILE], tl.float32)
+        first, last = tile - begin, upto - begin
+        if NEW:
+            new_tiles = _tiles(num_new, TILE)
+            acc, top, total = _read_new(
+                acc, top, total, query, at_position, first, tl.minimum(last, new_tiles),
+                new_k + b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h,
+                new_v + b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h,
+                new_position + b * num_new, new_state + head.to(tl.int64) * num_new,
+                num_new, k_stride_s, v_stride_s, window, inner, outer, D, DP, TILE, CAPPED,
+            )  # fmt: skip
+            first, last = tl.maximum(first - new_tiles, 0), last - new_tiles
+        ring_head = ring + head.to(tl.int64) * 2 * num_slots * D
+        state_row = ring_state + head.to(tl.int64) * num_slots
+        table_row = table
+        if PAGES:
+            table_row = table + head.to(tl.int64) * max_pages
+        ring_last = last
+        if QUANTIZED:
+            ring_last = tl.minimum(last, _tiles(tl.minimum(length, window + 1), TILE))
+        acc, top, total = _read_stored(
+            acc, top, total, query, at_position, first, ring_last, ring_head, state_row, length, num_slots, window, ruled,
+            pages, table_row, kept, scales, inner, outer,
+            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES,
+        )  # fmt: skip
+        if QUANTIZED:
+            acc, top, total = _read_stored(
+                acc, top, total, query, at_position, tl.maximum(first, ring_last), last, ring_head, state_row, length, num_slots, window, ruled,
+                pages, table_row, kept, scales, inner, outer,
+                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES,
+            )  # fmt: skip
+        weight = tl.sum(total, 1)
+        if (tile == begin) & (upto == finish):
+            _write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
+        else:
+            place = (2 * program + (tile == begin).to(tl.int32)) * PART_ROWS + row
+            tl.store(part_acc + place.to(tl.int64)[:, None] * DP + dim[None, :], acc, mask=(row < PART_ROWS)[:, None] & (dim >= 0)[None, :])
+            tl.store(part_top + place, top, mask=row < PART_ROWS)
+            tl.store(part_total + place, weight, mask=row < PART_ROWS)
+            # Tile t is with the last program p for which p * all_tiles // programs <= t.
+            first_program = (((begin + 1) * programs - 1) // all_tiles).to(tl.int32)
+            num_parts = ((finish * programs - 1) // all_tiles).to(tl.int32) - first_program + 1
+            # All threads' parts are written before one of them says so.
+            tl.debug_barrier()
+            if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                tl.store(tickets + head, 0)
+                part_row = tl.arange(0, PART_ROWS)
+                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, num_parts, part_row, DP, PART_ROWS, PARTS)
+                _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+        tile = upto
+        begin = finish
+        head += 1

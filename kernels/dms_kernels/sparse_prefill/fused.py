@@ -1,0 +1,203 @@
+"""Sparse prefill on Triton: the operators, and how their kernels are launched.
+
+Letters: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq/H, D head dim, N pages, P entries a page.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dms_kernels import picking
+from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
+
+_LOG2_E = 1.0 / math.log(2.0)
+# Entries that a program lists, or looks at for survivors.
+_LIST_BLOCK = 2048
+_STORE_BLOCK = 256
+# Tiles that are worth a part of their own, and parts that are worth merging.
+_LEAST_TILES, _MOST_PARTS = 8, 16
+# Largest magnitude of a quantised component.
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+class Launch(NamedTuple):
+    """Rows and keys of a tile, and how it is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def launch(target: picking.Target, D: int, rows: int, dtype: torch.dtype) -> Launch:
+    """rows: T * G, so that few queries do not pay for a large tile."""
+    room = target.shared_bytes
+    if dtype == torch.float32:
+        # Without tensor cores, registers are what is scarce.
+        return Launch(32, 32, 8, 2 if D <= 64 else 1)
+    if D > 128:
+        if room > 200_000:
+            return Launch(64, 32, 4, 3) if rows <= 64 else Launch(128, 32, 8, 3)
+        return Launch(64, 64 if room > 150_000 else 32, 8, 2)
+    if rows <= 64:
+        return Launch(64, 64 if room > 150_000 else 32, 4, 3)
+    if D <= 64:
+        return Launch(128, 64, 4, 3)
+    return Launch(128, 64 if room > 150_000 else 32, 8, 3)
+
+
+def num_parts(target: picking.Target, programs: int, tiles: int) -> int:
+    """Into how many parts to cut what queries see, where they make too few programs for the device. tiles: at most so many."""
+    return max(1, min(2 * target.num_processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
+
+
+def padded(D: int) -> int:
+    return max(16, 1 << (D - 1).bit_length())
+
+
+@torch.library.custom_op(f"{picking.NAMESPACE}::sparse_prefill", mutates_args=())
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evicted: Tensor,
+    start: Tensor | None,
+    pages: Tensor | None,
+    page_table: Tensor | None,
+    num_kept: Tensor | None,
+    sink_logits: Tensor | None,
+    page_scales: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`sparse_prefill` of arguments that were checked."""
+    picking.count("sparse_prefill", "triton")
+    B, Hq, T, D = q.shape
+    H, S = k.shape[1], k.shape[2]
+    G = Hq // H
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    evicted = evicted.view(torch.uint8)
+    window = min(window, S)
+    # Entries that some query has beyond its window.
+    F = S - window
+    out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
+    target = picking.target(q.device)
+    shape = launch(target, D, T * G, q.dtype)
+    heads = min(G, shape.block_m)
+    num_blocks = -(-T // (shape.block_m // heads))
+    programs = num_blocks * B * H * -(-G // heads)
+    P, max_pages = (16, 0) if pages is None else (pages.shape[2], page_table.shape[2])
+    parts = num_parts(target, programs, (max_pages * P + S) // shape.block_n)
+    sums, state = out, None
+    if parts > 1:
+        sums = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
+        state = torch.empty(parts, 2, *out.shape[:3], dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        kept, num_before = _list_kept(evicted, start, F) if F > 1 else (None, None)
+        prefill_kernel[(programs * parts,)](
+            q,
+            k,
+            v,
+            evicted,
+            start,
+            kept,
+            num_before,
+            pages,
+            page_scales,
+            page_table,
+            num_kept,
+            sink_logits,
+            sums,
+            state,
+            T,
+            S,
+            F,
+            H,
+            window,
+            max_pages,
+            num_blocks,
+            parts,
+            scale * _LOG2_E if softcap is None else 2 * scale * _LOG2_E / softcap,
+            None if softcap is None else softcap * _LOG2_E,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *evicted.stride(),
+            D=D,
+            G=G,
+            P=P,
+            # Weights times scales would leave float16's normal numbers; 64 times as high they do not, nor overflow.
+            LIFT=64.0 if page_scales is not None and q.dtype == torch.float16 else 1.0,
+            SPLIT=parts > 1,
+            HEADS=heads,
+            BLOCK_M=shape.block_m,
+            BLOCK_N=shape.block_n,
+            BLOCK_D=padded(D),
+            STAGES=shape.num_stages,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+        if parts > 1:
+            num_rows, rows = B * T * Hq, max(1, 2048 // padded(D))
+            merge_kernel[(-(-num_rows // rows),)](sums, state, out, num_rows, parts, D=D, ROWS=rows, BLOCK_D=padded(D), num_warps=4)
+    return out
+
+
+@prefill.register_fake
+def _(q, k, v, evicted, start, pages, page_table, num_kept, sink_logits, page_scales, window, scale, softcap):
+    B, Hq, T, D = q.shape
+    return q.new_empty(B, T, Hq, D)
+
+
+def _list_kept(evicted: Tensor, start: Tensor | None, F: int) -> tuple[Tensor, Tensor]:
+    B, H, S = evicted.shape
+    kept = torch.empty(B, H, F, dtype=torch.int32, device=evicted.device)
+    num_before = torch.empty_like(kept)
+    num_blocks = -(-F // _LIST_BLOCK)
+    list_kept_kernel[(num_blocks * B * H,)](
+        evicted, start, kept, num_before, F, num_blocks, H, *evicted.stride(), BLOCK=_LIST_BLOCK, num_warps=8
+    )
+    return kept, num_before
+
+
+@torch.library.custom_op(f"{picking.NAMESPACE}::store_survivors", mutates_args=("pages", "page_scales"))
+def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None) -> None:
+    """`store_survivors` of arguments that were checked."""
+    picking.count("store_survivors", "triton")
+    B, H, S, D = k.shape
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    keep = keep.view(torch.uint8)
+    num_blocks = -(-S // _STORE_BLOCK)
+    with torch.cuda.device_of(k):
+        store_survivors_kernel[(num_blocks * B * H,)](
+            k,
+            v,
+            keep,
+            num_kept,
+            page_table,
+            pages,
+            page_scales,
+            S,
+            H,
+            page_table.shape[2],
+            num_blocks,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *keep.stride(),
+            D=D,
+            P=pages.shape[2],
+            LARGEST=_LARGEST.get(pages.dtype, 1.0),
+            ROUND=pages.dtype == torch.int8,
+            BLOCK=_STORE_BLOCK,
+            ROWS=min(_STORE_BLOCK, max(16, 8192 // padded(D))),
+            BLOCK_D=padded(D),
+            num_warps=4,
+        )
+
+
+@store.register_fake
+def _(k, v, keep, num_kept, page_table, pages, page_scales):
+    return None

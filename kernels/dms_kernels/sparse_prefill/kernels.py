@@ -1,0 +1,459 @@
+"""Triton kernels of sparse prefill: listing the kept entries, attention over what is visible, storing the survivors.
+
+A program of `prefill_kernel` answers C = BLOCK_M // HEADS consecutive queries for HEADS query heads of one KV head, row
+c * HEADS + g. What they see falls into classes: the pages, all of it visible; the kept entries beyond the block's windows, all
+visible, by their list; the band inside every window, all visible; the edge, which some windows have left, and the diagonal. Only
+the last two, with the ends of pages and list that fill no tile, pay for masks by element. Scores are in base 2.
+
+A hidden score is a large finite number: a row that has met only hidden entries so far carries garbage, which the first visible
+one scales by exp2(HIDDEN - top) = 0. Every query that is there sees itself, so that no row ends in garbage.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise RuntimeError("this needs Triton; install it (pip install triton)") from error
+
+HIDDEN = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _count_before(flags, stride, wanted: tl.constexpr, first, end, BLOCK: tl.constexpr):
+    """How many of flags[first:end] are `wanted`; end is a multiple of BLOCK."""
+    counts = tl.zeros([BLOCK], dtype=tl.int32)
+    for n in range(0, end, BLOCK):
+        s = n + tl.arange(0, BLOCK)
+        counts += ((tl.load(flags + s.to(tl.int64) * stride) == wanted) & (s >= first)).to(tl.int32)
+    return tl.sum(counts, 0)
+
+
+@triton.jit(do_not_specialize=["F", "num_blocks"])
+def list_kept_kernel(evicted, start, kept, num_before, F, num_blocks, H, stride_b, stride_h, stride_s, BLOCK: tl.constexpr):
+    """kept [B, H, F] int32: the entries below F that are kept and not padding, in order; num_before [B, H, F] int32: how many of
+    them stand before each entry. Each program counts what comes before its block by itself, which needs no second launch."""
+    pid = tl.program_id(0)
+    block, bh = pid % num_blocks, pid // num_blocks
+    b, h = bh // H, bh % H
+    first = 0
+    if start is not None:
+        first = tl.load(start + b)
+    flags = evicted + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    inside = s < F
+    flag = tl.load(flags + s.to(tl.int64) * stride_s, mask=inside, other=1)
+    here = (flag == 0) & (s >= first) & inside
+    one = here.to(tl.int32)
+    rank = _count_before(flags, stride_s, 0, first, block * BLOCK, BLOCK) + tl.cumsum(one, 0) - one
+    row = bh.to(tl.int64) * F
+    tl.store(num_before + row + s, rank, mask=inside)
+    tl.store(kept + row + rank, s, mask=here)
+
+
+@triton.jit
+def _rows(pointers_ND, d_D, there_N, D: tl.constexpr, MASKED: tl.constexpr):
+    """[N, D] padded to d; 0 beyond D, and where MASKED in rows that are not there."""
+    if MASKED:
+        return tl.load(pointers_ND, mask=there_N[:, None] & (d_D < D)[None, :], other=0.0)
+    if d_D.shape[0] == D:
+        return tl.load(pointers_ND)
+    return tl.load(pointers_ND, mask=(d_D < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(q, k, k_scale, factor, cap, SCALED: tl.constexpr):
+    """[M, N] float32 in base 2, or where neither SCALED nor capped, still to be multiplied by `factor`. k_scale: [N] float32 or
+    None. cap: softcap * log2(e) beside a `factor` for the tanh's argument, or None."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if k_scale is not None:
+        scores *= k_scale[None, :]
+    if cap is not None:
+        scores = cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * factor)))
+    elif SCALED:
+        scores *= factor
+    return scores
+
+
+@triton.jit
+def _take(scores, factor, v, v_scale, acc, total, top):
+    """Take a tile into the running softmax. The factor is 1 where scores are hidden: of HIDDEN times another number the fused
+    multiply-add would leave a huge remainder."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    weights = tl.exp2(tl.fma(scores, factor, -new_top[:, None]))
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(weights, 1)
+    if v_scale is not None:
+        weights *= v_scale[None, :]
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit
+def _part(number, part, parts, SPLIT: tl.constexpr):
+    """The share of one part: where it begins and ends."""
+    if SPLIT:
+        each = tl.cdiv(number, parts)
+        return tl.minimum(part * each, number), tl.minimum(part * each + each, number)
+    return 0, number
+
+
+@triton.jit
+def _add_pages(
+    q,
+    pages,
+    scales,
+    table,
+    begin,
+    end,
+    held,
+    d,
+    acc,
+    total,
+    top,
+    factor,
+    cap,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    LIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Entries begin to end of a head's pages, which hold `held`. Weights of quantised values are held LIFT times as high."""
+    column = tl.arange(0, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        entry = n + column
+        visible = entry < held
+        if MASKED:
+            # The last entry once more instead of what nobody wrote.
+            entry = tl.minimum(entry, held - 1)
+        if P % BLOCK_N == 0:
+            # One page a tile: a scalar read.
+            page = tl.load(table + n // P)
+        else:
+            page = tl.load(table + entry // P)
+        row = page.to(tl.int64) * (2 * P) + entry % P
+        at = pages + row[:, None] * D + d[None, :]
+        k = _rows(at, d, None, D, False).to(q.dtype)
+        v = _rows(at + P * D, d, None, D, False).to(q.dtype)
+        k_scale = None
+        v_scale = None
+        if scales is not None:
+            k_scale = tl.load(scales + row)
+            v_scale = tl.load(scales + row + P) * LIFT
+        scores = _scores(q, k, k_scale, factor, cap, MASKED)
+        if MASKED:
+            scores = tl.where(visible[None, :], scores, HIDDEN)
+        acc, total, top = _take(scores, factor if not MASKED and cap is None else 1.0, v, v_scale, acc, total, top)
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["T", "S", "F", "window", "max_pages", "num_blocks", "parts"])
+def prefill_kernel(
+    q,
+    k,
+    v,
+    evicted,
+    start,
+    kept,
+    num_before,
+    pages,
+    scales,
+    page_table,
+    num_kept,
+    sink_logits,
+    out,
+    state,
+    T,
+    S,
+    F,
+    H,
+    window,
+    max_pages,
+    num_blocks,
+    parts,
+    factor,
+    cap,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_eb,
+    stride_eh,
+    stride_es,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    LIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """q [B, H * G, T, D], k and v [B, H, S, D], evicted [B, H, S] uint8 with strides; start [B]; kept, num_before [B, H, F] of
+    `list_kept_kernel`, None where no window ends within S; pages [N, 2, P, D], scales [N, 2, P], page_table [B, H, max_pages],
+    num_kept [B, H]; sink_logits [H * G]. factor, cap: as `_scores` takes them.
+
+    Writes out [B, T, H * G, D]. SPLIT: each program takes one of `parts` parts of what its queries see, and writes sums
+    [parts, B, T, H * G, D] float32 to `out`, largest scores and total weights [parts, 2, B, T, H * G] to `state`.
+
+    The grid is (blocks of queries) x B x H x (shares of a KV head's query heads) x parts; the last queries, which see most,
+    come first.
+    """
+    C: tl.constexpr = BLOCK_M // HEADS
+    SHARES: tl.constexpr = (G + HEADS - 1) // HEADS
+    # Where a load waits for another that says where its rows are, each has half of the stages.
+    LOOKED_UP: tl.constexpr = 2 * STAGES - 1
+    # Keys that end with the block's own tokens, in whole tiles.
+    DIAGONAL: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    pid = tl.program_id(0)
+    per_block = tl.num_programs(0) // num_blocks
+    block = num_blocks - 1 - pid // per_block
+    part = pid % parts
+    share = pid % per_block // parts % SHARES
+    bh = pid % per_block // (parts * SHARES)
+    b, h = bh // H, bh % H
+
+    row = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    g = share * HEADS + row % HEADS
+    t = block * C + row // HEADS
+    there = (row < C * HEADS) & (g < G) & (t < T)
+    # Entries of the block's first and last query, and the row's first entry.
+    i_first = block * C + (S - T)
+    i_last = tl.minimum(i_first + C, S) - 1
+    first = 0
+    if start is not None:
+        first = tl.load(start + b)
+
+    q += b.to(tl.int64) * stride_qb
+    q_MD = _rows(q + ((h * G + g).to(tl.int64) * stride_qh + t.to(tl.int64) * stride_qt)[:, None] + d[None, :], d, there, D, True)
+    k += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+    v += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    evicted += b.to(tl.int64) * stride_eb + h.to(tl.int64) * stride_eh
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    top = tl.full([BLOCK_M], HIDDEN, dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + h * G + g, mask=there, other=0.0).to(tl.float32) * LOG2_E
+        top = tl.where(part == 0, sink, top)
+        total += tl.where(part == 0, 1.0, 0.0)
+
+    # Parts take alike of the tiles without masks, and the last one all others.
+    is_last = part == parts - 1
+    if pages is not None:
+        held = tl.where(i_last >= first, tl.load(num_kept + bh), 0)
+        table = page_table + bh.to(tl.int64) * max_pages
+        num_paged = held // BLOCK_N
+        begin, end = _part(num_paged, part, parts, SPLIT)
+        acc, total, top = _add_pages(
+            q_MD,
+            pages,
+            scales,
+            table,
+            begin * BLOCK_N,
+            end * BLOCK_N,
+            held,
+            d,
+            acc,
+            total,
+            top,
+            factor,
+            cap,
+            D,
+            P,
+            LIFT,
+            BLOCK_N,
+            STAGES if P % BLOCK_N == 0 else LOOKED_UP,
+            False,
+        )
+        acc, total, top = _add_pages(
+            q_MD,
+            pages,
+            scales,
+            table,
+            num_paged * BLOCK_N,
+            tl.where(is_last, held, 0),
+            held,
+            d,
+            acc,
+            total,
+            top,
+            factor,
+            cap,
+            D,
+            P,
+            LIFT,
+            BLOCK_N,
+            1,
+            True,
+        )
+        acc *= 1.0 / LIFT
+
+    # Entries near..edge have left some windows, edge..diagonal none, and those from there on are not before every query.
+    near = tl.maximum(i_first - window, first)
+    diagonal = tl.maximum(i_last + 1 - DIAGONAL, near)
+    num_band = tl.maximum(diagonal - tl.maximum(near, i_last - window), 0) // BLOCK_N
+    edge = diagonal - num_band * BLOCK_N
+    num_far = 0
+    if kept is not None:
+        num_far = tl.load(num_before + bh.to(tl.int64) * F + tl.maximum(i_first - window, 0))
+        kept += bh.to(tl.int64) * F
+    num_listed = num_far // BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    # One loop for list and band, so that memory is waited for once.
+    begin, end = _part(num_listed + num_band, part, parts, SPLIT)
+    for tile in tl.range(begin, end, num_stages=STAGES if kept is None else LOOKED_UP):
+        s = edge + (tile - num_listed) * BLOCK_N + column
+        if kept is not None:
+            listed = tl.load(kept + tile * BLOCK_N + column, mask=tile < num_listed, other=0)
+            s = tl.where(tile < num_listed, listed, s)
+        at = s.to(tl.int64)
+        k_ND = _rows(k + (at * stride_ks)[:, None] + d[None, :], d, None, D, False)
+        v_ND = _rows(v + (at * stride_vs)[:, None] + d[None, :], d, None, D, False)
+        scores = _scores(q_MD, k_ND, None, factor, cap, False)
+        acc, total, top = _take(scores, factor if cap is None else 1.0, v_ND, None, acc, total, top)
+
+    # What is left of the list, the edge, the diagonal.
+    num_rest = tl.cdiv(num_far, BLOCK_N) - num_listed
+    num_edge = tl.cdiv(edge - near, BLOCK_N)
+    num_diagonal = tl.cdiv(tl.maximum(i_last + 1 - diagonal, 0), BLOCK_N)
+    num_masked = num_rest + num_edge + num_diagonal
+    # What follows from the rows is reckoned anew, rather than held in registers: no number is below 0, which the compiler can't know.
+    i = i_first + (tl.minimum(num_diagonal, 0) + tl.arange(0, BLOCK_M)) // HEADS
+    rest = num_listed * BLOCK_N
+    listed = column
+    if kept is not None:
+        listed = tl.load(kept + rest + column, mask=rest + column < num_far, other=0)
+    for tile in tl.range(0, tl.where(is_last, num_masked, 0), num_stages=STAGES):
+        in_list, in_edge = tile < num_rest, tile < num_rest + num_edge
+        begin = tl.where(in_edge, near + (tile - num_rest) * BLOCK_N, diagonal + (tile - num_rest - num_edge) * BLOCK_N)
+        begin = tl.where(in_list, rest, begin)
+        end = tl.where(in_list, num_far, tl.where(in_edge, edge, i_last + 1))
+        s = begin + column
+        inside = s < end
+        at = tl.where(in_list, listed, s).to(tl.int64)
+        k_ND = _rows(k + (at * stride_ks)[:, None] + d[None, :], d, inside, D, True)
+        v_ND = _rows(v + (at * stride_vs)[:, None] + d[None, :], d, inside, D, True)
+        # Queries so far behind an entry see it; one before it, or before an entry at S, is behind by a huge unsigned number.
+        # What is listed is kept, and its number in the list is no larger than its entry.
+        leaves = tl.load(evicted + s.to(tl.int64) * stride_es, mask=s < tl.where(in_list, 0, end), other=0)
+        reach = tl.where(leaves == 0, S, window).to(tl.uint32)
+        s = tl.where(inside, s, S)
+        # Masks are made after the product: before it, they would take its registers.
+        scores = _scores(q_MD, k_ND, None, factor, cap, True)
+        scores = tl.where((i[:, None] - s[None, :]).to(tl.uint32) <= reach[None, :], scores, HIDDEN)
+        acc, total, top = _take(scores, 1.0, v_ND, None, acc, total, top)
+
+    answered = i >= first
+    row = tl.minimum(num_masked, 0) + tl.arange(0, BLOCK_M)
+    g = share * HEADS + row % HEADS
+    t = block * C + row // HEADS
+    there = (row < C * HEADS) & (g < G) & (t < T)
+    at = (b.to(tl.int64) * T + t) * (H * G) + h * G + g
+    if SPLIT:
+        num_rows = (per_block // (parts * SHARES)).to(tl.int64) * (G * T)
+        tl.store(state + (2 * part) * num_rows + at, tl.where(answered, top, 0.0), mask=there)
+        tl.store(state + (2 * part + 1) * num_rows + at, tl.where(answered, total, 1.0), mask=there)
+        at += part * num_rows
+        acc = tl.where(answered[:, None], acc, 0.0)
+    else:
+        acc = tl.where(answered[:, None], acc / total[:, None], 0.0)
+    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=there[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts"])
+def merge_kernel(sums, state, out, num_rows, parts, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """sums [parts, num_rows, D] and state [parts, 2, num_rows] of `prefill_kernel` -> out [num_rows, D]."""
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < num_rows
+    d = tl.arange(0, BLOCK_D)
+    largest = tl.full([ROWS], HIDDEN, dtype=tl.float32)
+    for part in range(parts):
+        largest = tl.maximum(largest, tl.load(state + 2 * part * num_rows + at, mask=inside, other=0.0))
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for part in range(parts):
+        # A part that saw nothing has weight 0, since the others' largest is far above HIDDEN.
+        weight = tl.exp2(tl.load(state + 2 * part * num_rows + at, mask=inside, other=0.0) - largest)
+        total += weight * tl.load(state + (2 * part + 1) * num_rows + at, mask=inside, other=1.0)
+        acc += weight[:, None] * _rows(sums + (part * num_rows + at)[:, None] * D + d[None, :], d, inside, D, True)
+    acc = acc / total[:, None]
+    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["S", "num_blocks", "max_pages"])
+def store_survivors_kernel(
+    k,
+    v,
+    keep,
+    num_kept,
+    page_table,
+    pages,
+    scales,
+    S,
+    H,
+    max_pages,
+    num_blocks,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Copy BLOCK entries of one head, those that stay, ROWS at a time. LARGEST: what the largest component of a quantised entry
+    becomes; ROUND: to whole numbers. Each program counts those before its own by itself."""
+    pid = tl.program_id(0)
+    block, bh = pid % num_blocks, pid // num_blocks
+    b, h = bh // H, bh % H
+    keep += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
+    k += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+    v += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    table = page_table + bh.to(tl.int64) * max_pages
+    place = tl.load(num_kept + bh) + _count_before(keep, stride_ms, 1, 0, block * BLOCK, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    for n in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, S), ROWS):
+        s = n + tl.arange(0, ROWS)
+        stays = tl.load(keep + s.to(tl.int64) * stride_ms, mask=s < S, other=0) == 1
+        one = stays.to(tl.int32)
+        mine = place + tl.cumsum(one, 0) - one
+        place += tl.sum(one, 0)
+        page = tl.load(table + mine // P, mask=stays, other=0).to(tl.int64)
+        row = page * (2 * P) + mine % P
+        at = s.to(tl.int64)[:, None]
+        _store_rows(k + at * stride_ks + d[None, :], pages, scales, row, stays, d, D, LARGEST, ROUND)
+        _store_rows(v + at * stride_vs + d[None, :], pages, scales, row + P, stays, d, D, LARGEST, ROUND)
+
+
+@triton.jit
+def _store_rows(pointers_ND, pages, scales, row, stays, d, D: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
+    x = _rows(pointers_ND, d, stays, D, True)
+    if scales is not None:
+        x = x.to(tl.float32)
+        scale = tl.max(tl.abs(x), 1) / LARGEST
+        tl.store(scales + row, scale, mask=stays)
+        x = tl.math.div_rn(x, tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], x.shape))
+        if ROUND:
+            # To the nearest, halves to even: adding 1.5 * 2^23 leaves no place for a fraction.
+            x = (x + 12582912.0) - 12582912.0
+    tl.store(pages + row[:, None] * D + d[None, :], x.to(pages.dtype.element_ty), mask=stays[:, None] & (d < D)[None, :])

@@ -1,0 +1,91 @@
+"""Plain attention over every pair, and survivors stored with plain indexing, on any device: what the kernels are held to.
+
+Shapes: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D head dim, N pages of a pool, P entries of a page.
+"""
+
+import torch
+from torch import Tensor
+
+# The largest component of a quantised entry becomes this.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evicted: Tensor,
+    start: Tensor | None,
+    pages: Tensor | None,
+    page_table: Tensor | None,
+    num_kept: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    page_scales: Tensor | None = None,
+) -> Tensor:
+    """As `sparse_prefill`; float64 where q is, else float32."""
+    B, Hq, T, D = q.shape
+    H, S = k.shape[1:3]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    first = torch.zeros(B, dtype=torch.long, device=q.device) if start is None else start.long()
+    query = torch.arange(S - T, S, device=q.device)[:, None]
+    key = torch.arange(S, device=q.device)
+    there_BT1 = query >= first[:, None, None]
+    see_BHTS = (key <= query) & (key >= first[:, None, None, None]) & ((query - key <= window) | ~evicted[:, :, None])
+    k, v = k.to(compute), v.to(compute)
+    if pages is not None:
+        page_k, page_v, held_BHK = _entries(pages, page_table, num_kept, page_scales, compute)
+        k, v = torch.cat([page_k, k], 2), torch.cat([page_v, v], 2)
+        see_BHTS = torch.cat([(held_BHK[:, :, None] & there_BT1[:, None]), see_BHTS], 3)
+    scores = torch.einsum("bhgtd,bhsd->bhgts", q.reshape(B, H, Hq // H, T, D).to(compute), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    see = see_BHTS[:, :, None]
+    scores = scores.masked_fill(~see, float("-inf"))
+    sink = torch.full((Hq,), float("-inf"), device=q.device) if sink_logits is None else sink_logits
+    sink = sink.to(compute).view(1, H, Hq // H, 1, 1).expand(B, -1, -1, T, 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    # A row that sees nothing is padding: softmax over nothing is NaN, and what lies there may be.
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights.masked_fill(~see, 0.0), v)
+    out = out.masked_fill(~there_BT1[:, None, None], 0.0)
+    return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
+
+
+def _entries(pages: Tensor, page_table: Tensor, num_kept: Tensor, page_scales: Tensor | None, dtype: torch.dtype):
+    """k and v [B, H, K, D] of all table slots, 0 where there is no entry, and where there is one [B, H, K] bool."""
+    B, H, max_pages = page_table.shape
+    P, D = pages.shape[2:]
+    held = torch.arange(max_pages * P, device=pages.device) < num_kept[..., None]
+    listed = torch.arange(max_pages, device=pages.device) * P < num_kept[..., None]
+    chosen = page_table.long().masked_fill(~listed, 0)
+    taken = pages[chosen].to(dtype)
+    if page_scales is not None:
+        taken = taken * page_scales[chosen].to(dtype)[..., None]
+    k, v = (taken[:, :, :, i].reshape(B, H, max_pages * P, D).masked_fill(~held[..., None], 0.0) for i in (0, 1))
+    return k, v, held
+
+
+def store_survivors_reference(
+    k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None = None
+) -> None:
+    """As `store_survivors`. Reads back how many there are."""
+    P = pages.shape[2]
+    b, h, s = keep.nonzero(as_tuple=True)
+    place = (num_kept[..., None] + keep.cumsum(2) - 1)[b, h, s]
+    page, entry = page_table[b, h, place // P].long(), place % P
+    for i, x in enumerate((k, v)):
+        rows = x[b, h, s]
+        if page_scales is not None:
+            rows, page_scales[page, i, entry] = quantised(rows, pages.dtype)
+        pages[page, i, entry] = rows.to(pages.dtype)
+
+
+def quantised(x_KD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in int8 or float8_e4m3fn, and their scales [K] float32: largest magnitude / 127 or 448."""
+    x_KD = x_KD.float()
+    scale_K = x_KD.abs().amax(1) / LARGEST[dtype]
+    x_KD = x_KD / torch.where(scale_K > 0, scale_K, 1.0)[:, None]
+    return (x_KD.round() if dtype == torch.int8 else x_KD).to(dtype), scale_K

@@ -1,0 +1,76 @@
+"""The cache on a GPU, with kernels: as the masked reference, without waiting for the device, in bfloat16 too."""
+
+import pytest
+import torch
+
+from dms.cache import DMSCache
+from dms.cache.fused import FusedStore
+from dms.masked_cache import masked_cache
+from dms.retrofitting import set_mode
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["own", "next"])
+def model(request, build_gated):
+    model = build_gated("llama", hidden_size=64, max_position_embeddings=4096, window=12, sinks=1, alignment=request.param)
+    set_mode(model, "evict")
+    return model.to("cuda")
+
+
+def _read(model, cache, ids, mask, chunks):
+    """Logits of ids read in chunks; mask: no padding but on the left."""
+    found, at = [], 0
+    for chunk in chunks:
+        end = at + chunk
+        position = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, at:]
+        found.append(model(input_ids=ids[:, at:end], attention_mask=mask[:, :end], position_ids=position, past_key_values=cache).logits)
+        at = end
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_as_the_masked_reference(model, dtype, tolerance, kv_dtype):
+    model = model.to(dtype)
+    ids = torch.randint(2, 90, (3, 700), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :150] = 0
+    chunks = [400, *[1] * 100, 60, 7, 3, *[1] * 40, 90]
+    cache, oracle = DMSCache(model, kv_dtype=kv_dtype), masked_cache(model)
+    found, expected = _read(model, cache, ids, mask, chunks), _read(model, oracle, ids, mask, chunks)
+    assert all(isinstance(layer.store, FusedStore) for layer in cache.compacted_layers().values())
+    tolerance = max(tolerance, 0.1 if kv_dtype else 0.0)
+    # A gate's logit next to 0 may fall on either side; few rows may differ by more than rounding.
+    difference = ((found - expected).float().abs().amax(2) / expected.float().abs().max())[mask[:, : found.shape[1]].bool()]
+    assert difference.quantile(0.98) < tolerance
+    for layer in cache.compacted_layers().values():
+        layer.store.check()
+
+
+@torch.no_grad()
+def test_a_step_waits_for_nothing(model):
+    ids = torch.randint(2, 90, (2, 300), device="cuda")
+    cache = DMSCache(model)
+    model(input_ids=ids, past_key_values=cache)
+    token = ids[:, :1]
+    position = torch.full((2, 1), 300, device="cuda")
+    model(input_ids=token, position_ids=position, past_key_values=cache)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # Fewer than a page: within what was reserved.
+        for i in range(40):
+            model(input_ids=token, position_ids=position + 1 + i, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_generation_as_with_plain_pytorch(model, monkeypatch):
+    ids = torch.randint(2, 90, (2, 200), device="cuda")
+    found = []
+    for implementation in ("reference", "triton"):
+        monkeypatch.setenv("DMS_KERNELS", implementation)
+        found.append(model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False, num_beams=3, pad_token_id=0))
+    assert torch.equal(*found)

@@ -1,0 +1,171 @@
+"""The benchmarks on a CPU: every shape in tiny form through its operation, rows, table and command line. No time is measured."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dms_kernels.gated_attention.reference import gated_attention_reference
+
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(_ROOT / "kernels"))
+        patch.setenv("DMS_KERNELS", "reference")
+        yield
+
+
+@pytest.fixture
+def bench():
+    """A module of the benchmarks by name."""
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def _run(bench, shapes, **options):
+    """With a clock that says 2 ms for ours and 3 ms for others, having called everything once."""
+
+    def measure(competitor, calls):
+        for call in calls:
+            call()
+        return 2.0 if competitor.name.startswith("ours") else 3.0
+
+    ceilings = bench("measuring").Ceilings(copy_gbps=4000.0, gemm_tflops=800.0)
+    return bench("run").run(shapes, device="cpu", dtype=torch.float32, ceilings=ceilings, measure=measure, **options)
+
+
+@pytest.mark.parametrize("operation", ["attention", "prefill", "decode", "append", "loss"])
+def test_every_shape_runs_in_tiny_form(bench, operation, tmp_path):
+    shapes = [shape for shape in bench("shapes").all_shapes() if shape.operation == operation]
+    assert any(shape.quick for shape in shapes) and shapes[0].quick
+    tiny = list(dict.fromkeys(shape.tiny() for shape in shapes))
+    rows, dropped = _run(bench, tiny, out=tmp_path / "there" / "rows.jsonl")
+    assert not dropped
+    assert [json.loads(line) for line in (tmp_path / "there" / "rows.jsonl").read_text().splitlines()] == rows
+    ours = [row for row in rows if row["competitor"].split(":")[0] == "ours"]
+    assert len(ours) == len(tiny)
+    for row in ours:
+        assert row["problem"] is None and row["ms"] == 2.0 and row["ratio_to_ours"] == 1.0 and row["parity_error"] <= 1e-4
+        assert row["share_of_ceiling"] > 0 and (row["gbps"] is None) != (row["tflops"] is None)
+    for row in rows:
+        assert row["problem"] is None or any(said in row["problem"] for said in ("needs a GPU", "No module named")), row
+        assert row["problem"] is not None or row["ms"] == 2.0 or row["ratio_to_ours"] == 1.5
+    printed = bench("rows").table(rows)
+    assert all(row["shape"] in printed and row["competitor"] in printed for row in rows)
+
+
+def test_real_shapes_are_what_they_are_called(bench):
+    shapes = bench("shapes").all_shapes()
+    assert {shape.operation for shape in shapes} == set(bench("shapes").OPERATIONS)
+    assert len({(shape.operation, shape.name) for shape in shapes}) == len(shapes)
+    assert all(shape.Hq % shape.H == 0 for shape in shapes)
+    assert [shape.quick for shape in shapes] == sorted((shape.quick for shape in shapes), reverse=True)
+    decode = next(shape for shape in shapes if shape.operation == "decode")
+    assert decode.name == "8B batch 1 32K CR 8"
+    # 18.6 MB in shared facts: 32K / 8 beyond the window and the ring, 8 heads of 128, keys and values, 2 bytes.
+    assert bench("decode").live_bytes(decode, 2) == pytest.approx(18.6e6, rel=0.01)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 4.0, 8.0, 16.0])
+@pytest.mark.parametrize("model", ["8B", "small"])
+def test_heads_keep_very_different_shares(bench, model, ratio):
+    shapes = bench("shapes")
+    shape = shapes.Shape(operation="decode", tokens=1000, model=model, ratio=ratio, batch=3, **shapes.MODELS[model])
+    share_BH = bench("inputs").kept_shares(shape)
+    torch.testing.assert_close(share_BH.mean(1), torch.full((3,), 1 / ratio))
+    assert share_BH.min() >= 0 and share_BH.max() <= 1
+    if ratio >= 4 and model == "8B":
+        assert share_BH.min() == 0 and share_BH.max() >= 4 / ratio - 1e-6
+
+
+def test_pairs_are_counted_rightly(bench):
+    evicted = torch.rand(2, 3, 20, generator=torch.Generator().manual_seed(0)) < 0.6
+    seen = sum(
+        1
+        for b in range(2)
+        for h in range(3)
+        for i in range(20)
+        for j in range(i + 1)
+        if i - j <= 4 or not evicted[b, h, j]
+    )  # fmt: skip
+    assert bench("inputs").num_pairs(evicted, 4) == seen
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("blocks", [False, True])
+def test_flex_attention_computes_the_same(bench, blocks):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 130, 16, generator=generator) for heads in (4, 2, 2))
+    log_keep = -3 * torch.rand(1, 2, 130, generator=generator)
+    attend = bench("dense").flex(log_keep, 7, 0.25, 2, blocks=blocks, compiled=False)
+    want = gated_attention_reference(
+        *(x.transpose(1, 2) for x in (q, k, v)), log_keep.transpose(1, 2), window=7, scale=0.25, segment_ids=None
+    )
+    torch.testing.assert_close(attend(q, k, v).transpose(1, 2), want, rtol=1e-4, atol=1e-5)
+
+
+def test_folded_entries_are_the_caches(bench):
+    """What FlashInfer and xformers are given."""
+    shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == "decode").tiny()
+    q, cache = bench("decode")._inputs(shape, "cpu", torch.float32)
+    folded_q, entries, length, used = bench("decode")._folded(shape, "cpu", torch.float32, 0, shape.page)
+    assert entries.shape[1] % shape.page == 0
+    for h in range(shape.H):
+        key, value = cache.entries(0, h)
+        assert int(length[h]) == len(key) == int(used[h].sum())
+        torch.testing.assert_close(entries[h, : len(key)], torch.stack([key, value], 1))
+    torch.testing.assert_close(folded_q[1, 0], q[0, shape.Hq // shape.H, 0])
+
+
+def test_what_fails_is_not_timed(bench, monkeypatch):
+    shapes = [next(shape for shape in bench("shapes").all_shapes() if shape.operation == "loss").tiny()]
+    loss, measuring = bench("loss"), bench("measuring")
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "parity", lambda *arguments: measuring.Parity(error=0.5, bound=0.1))
+        rows, _ = _run(bench, shapes)
+        assert len(rows) == 1 and rows[0]["ms"] is None and rows[0]["problem"].startswith("parity: error 0.5 above 0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "parity", lambda *arguments: [].pop())
+        rows, _ = _run(bench, shapes)
+        assert len(rows) == 1 and "IndexError" in rows[0]["problem"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "distill_loss_chunked", lambda hidden, *others, **options: (3 * hidden.sum(), None))
+        rows, _ = _run(bench, shapes)
+        assert [row["ms"] for row in rows] == [2.0, None, None] and "from ours" in rows[1]["problem"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "distill_loss_chunked", lambda *arguments, **options: torch.empty(2**60))
+        rows, _ = _run(bench, shapes)
+        assert [row["ms"] for row in rows] == [2.0, None, None] and "RuntimeError" in rows[1]["problem"]
+
+
+def test_a_budget_drops_the_rest_and_says_so(bench):
+    shapes = [shape.tiny() for shape in bench("shapes").all_shapes() if shape.operation == "loss"][:2]
+    looks = iter([False, False, True, True, True])
+    rows, dropped = _run(bench, shapes, time_is_over=lambda: next(looks))
+    assert [row["competitor"] for row in rows] == ["ours"]
+    assert dropped == [f"loss {shapes[0].name}: plain torch, chunked", f"loss {shapes[0].name}: Liger", f"loss {shapes[1].name}"]
+
+
+def test_without_a_gpu_it_says_so():
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, "-m", "bench", "--quick"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "no GPU" in ran.stderr
+    ran = subprocess.run([sys.executable, "-m", "bench", "--only", "decode,speed"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2 and "speed is none of" in ran.stderr
+
+
+def test_nothing_but_torch_and_triton_is_needed():
+    code = (
+        "import sys, bench.run, bench.__main__\n"
+        "from bench import append, attention, decode, loss, prefill\n"
+        "assert not {'dms', 'transformers', 'yaml', 'pydantic', 'pytest'} & sys.modules.keys()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT / "kernels")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

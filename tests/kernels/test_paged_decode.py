@@ -1,0 +1,394 @@
+"""paged_decode: its kernel against the plain one in float64, and the plain one against the rule spelled out in loops."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dms_kernels import picking
+from dms_kernels.append.reference import quantize
+from dms_kernels.paged_decode import fused, paged_decode, reference
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(not picking.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
+
+# What stands where nothing may be read.
+STALE = float("nan")
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3}
+
+
+@dataclass
+class Case:
+    """Arguments of paged_decode, in float64."""
+
+    stored: dict
+    options: dict
+
+    def cast(self, dtype: torch.dtype) -> "Case":
+        def to(name, x):
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "page_scales" else x
+
+        return Case(*({name: to(name, x) for name, x in part.items()} for part in (self.stored, self.options)))
+
+    def run(self, attend, **changes):
+        return attend(*self.stored.values(), **(self.options | changes))
+
+
+def make_case(
+    seed=0, B=2, H=2, G=2, T=1, D=16, P=64, window=20, grown=None, most_pages=3, num_new=0, trial=False, softcap=None, sinks=False,
+    quantized=False, kept=None, length=None,
+):  # fmt: skip
+    """A cache after some text: heads with nothing in pages, one entry, full pages and parts of them; rows shorter than the window
+    and longer. trial: queries with positions over tokens that are not stored, with padding among them. grown: ring slots."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def below(n, *shape):
+        return torch.randint(0, n, shape, generator=generator)
+
+    R = window + 1 if grown is None else min(grown, window + 1)
+    if length is None:
+        length = below(3 * (window + 1) + 2, B) if grown is None else below(R + 1, B)
+    length = torch.as_tensor(length)
+    if kept is None:
+        choices = torch.stack(
+            [torch.zeros(B, H).long(), torch.ones(B, H).long(), P * below(most_pages + 1, B, H), below(most_pages * P + 1, B, H)]
+        )
+        kept = choices.gather(0, below(4, 1, B, H))[0] * (length > window)[:, None]
+    kept = torch.as_tensor(kept)
+    num_pages = -(-kept // P)
+    total = int(num_pages.sum())
+    pages = torch.full((total + 3, 2, P, D), STALE, dtype=torch.float64)
+    numbers = torch.randperm(total + 3, generator=generator)[:total].tolist()
+    # Behind its pages a table may hold anything.
+    table = torch.full((B, H, int(num_pages.max()) + 1), 10**6, dtype=torch.int32)
+    for b in range(B):
+        for h in range(H):
+            for place in range(int(num_pages[b, h])):
+                table[b, h, place] = numbers.pop()
+                filled = min(P, int(kept[b, h]) - place * P)
+                pages[table[b, h, place], :, :filled] = normal(2, filled, D)
+    ring = normal(B, H, 2, R, D)
+    ring[torch.arange(R)[None, None, None].expand(B, H, 2, R) >= length[:, None, None, None]] = STALE
+    stored = {
+        "q": normal(B, H * G, T, D), "ring_kv": ring, "ring_state": below(3, B, H, R).to(torch.uint8), "seq_len": length.int(),
+        "pages": pages, "page_table": table, "num_kept": kept.int(),
+    }  # fmt: skip
+    if most_pages == 0:
+        stored |= {"pages": None, "page_table": None, "num_kept": None}
+    options = {"window": window, "scale": D**-0.5, "softcap": softcap, "sink_logits": normal(H * G) if sinks else None}
+    if quantized and most_pages:
+        scales = torch.full(pages.shape[:3], STALE)
+        there = ~pages.isnan().any(-1)
+        stored["pages"] = below(255, *pages.shape).sub(127).to(torch.int8)
+        stored["pages"][there], scales[there] = quantize(pages[there], torch.int8)
+        options["page_scales"] = scales
+    if trial:
+        real = torch.rand(B, T, generator=generator) < 0.8
+        options["q_position"] = torch.where(real, length[:, None] + real.cumsum(1) - 1, -1).int()
+        if num_new:
+            # The queries' own tokens stand last.
+            real = torch.rand(B, num_new, generator=generator) < 0.8
+            position = torch.where(real, length[:, None] + real.cumsum(1) - 1, -1).int()
+            options |= {
+                "q_position": position[:, -T:].contiguous(), "new_k": normal(B, H, num_new, D), "new_v": normal(B, H, num_new, D),
+                "new_position": position, "new_state": below(3, B, H, num_new).to(torch.uint8),
+                "last_state": below(3, B, H).to(torch.uint8),
+            }  # fmt: skip
+    return Case(stored, options)
+
+
+def _by_loops(case: Case) -> torch.Tensor:
+    q, ring, ring_state, seq_len, pages, table, kept = case.stored.values()
+    given_, window = case.options, case.options["window"]
+    B, Hq, T, D = q.shape
+    G = Hq // ring.shape[1]
+    out = torch.zeros(B, T, Hq, D, dtype=torch.float64)
+    for b in range(B):
+        n = int(seq_len[b])
+        for t in range(T):
+            at = n - 1 if given_.get("q_position") is None else int(given_["q_position"][b, t])
+            for head in range(Hq) if at >= 0 else ():
+                h, entries = head // G, []
+                for i in range(int(kept[b, h]) if pages is not None else 0):
+                    where = int(table[b, h, i // pages.shape[2]]), slice(None), i % pages.shape[2]
+                    scale = given_["page_scales"][where].double() if given_.get("page_scales") is not None else torch.ones(2)
+                    entries.append(pages[where].double() * scale[:, None])
+                tokens = [
+                    (s, int(ring_state[b, h, s % (window + 1)]), ring[b, h, :, s % (window + 1)]) for s in range(max(0, n - window - 1), n)
+                ]
+                if given_.get("last_state") is not None and tokens and given_["last_state"][b, h] != 2:
+                    tokens[-1] = (tokens[-1][0], int(given_["last_state"][b, h]), tokens[-1][2])
+                for i, s in enumerate(given_["new_position"][b].tolist() if given_.get("new_k") is not None else ()):
+                    tokens.append((s, int(given_["new_state"][b, h, i]), torch.stack([given_["new_k"][b, h, i], given_["new_v"][b, h, i]])))
+                entries += [kv for s, state, kv in tokens if 0 <= s <= at and (at - s <= window or state != 1)]
+                if not entries:
+                    continue
+                k, v = torch.stack(entries).unbind(1)
+                scores = k @ q[b, head, t] * given_["scale"]
+                if given_["softcap"] is not None:
+                    scores = given_["softcap"] * torch.tanh(scores / given_["softcap"])
+                if given_["sink_logits"] is not None:
+                    scores = torch.cat([scores, given_["sink_logits"][head, None]])
+                out[b, t, head] = scores.softmax(0)[: len(entries)] @ v
+    return out
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {}, {"P": 16, "G": 1, "most_pages": 0}, {"T": 3, "trial": True}, {"T": 2, "num_new": 4, "trial": True, "window": 3},
+        {"softcap": 2.0, "sinks": True}, {"quantized": True}, {"window": 0}, {"window": 9, "grown": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_reference_is_the_rule(shape):
+    for seed in range(3):
+        case = make_case(seed, B=3, D=5, **({"P": 16} | shape))
+        torch.testing.assert_close(case.run(reference), _by_loops(case), atol=1e-10, rtol=1e-10)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Runs a case on the kernel: how many programs there are, and how many entries a tile has (None: as on a GPU)."""
+    monkeypatch.setenv("DMS_KERNELS", "triton")
+    as_on_a_gpu = fused.launch
+
+    def run(case: Case, num_programs: int = 3, waves: int = 1, tile: int | None = None, **changes) -> torch.Tensor:
+        def launch(*args, **kwargs):
+            chosen = as_on_a_gpu(*args, **kwargs)
+            return replace(chosen, num_programs=num_programs, waves=waves, share=1, tile=tile or chosen.tile)
+
+        monkeypatch.setattr(fused, "launch", launch)
+        monkeypatch.setattr(torch, "empty", _poisoned)
+        try:
+            return case.run(paged_decode, **changes)
+        finally:
+            monkeypatch.setattr(torch, "empty", _EMPTY)
+
+    return run
+
+
+_EMPTY = torch.empty
+
+
+def _poisoned(*shape, **options):
+    """The workspace and the output, as memory that held something else."""
+    made = _EMPTY(*shape, **options)
+    return made.fill_(float("nan")) if made.is_floating_point() else made
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, relative to the largest value."""
+    assert not out.isnan().any()
+    return float((out.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-3))
+
+
+def _assert_close(kernel, case: Case, dtype=torch.float32, **how) -> torch.Tensor:
+    narrow = case.cast(dtype)
+    out = kernel(narrow, **how)
+    expected = narrow.cast(torch.float64).run(reference)
+    assert out.shape == expected.shape and out.dtype == dtype
+    assert error(out, expected) < TOLERANCE[dtype]
+    return out
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("P", [16, 32, 64])
+def test_pages_of_each_size(kernel, P, dtype):
+    """A tile in one page, and a tile over several; rings of more rows than a page."""
+    case = make_case(P, P=P, B=2, G=3, window=55, kept=[[0, 1], [P, 2 * P + 5]], length=[70, 60])
+    _assert_close(kernel, case, dtype, tile=64)
+    _assert_close(kernel, case, dtype, tile=16)
+
+
+@interpreted
+@pytest.mark.parametrize("D", [20, 64, 80])
+def test_head_dims(kernel, D):
+    _assert_close(kernel, make_case(D, D=D, G=4, window=5), torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("G", [1, 4, 8])
+def test_groups(kernel, G):
+    _assert_close(kernel, make_case(G, G=G))
+
+
+@interpreted
+def test_more_rows_of_queries_than_a_program_holds(kernel, monkeypatch):
+    monkeypatch.setattr(fused, "_MOST_ROWS", 16)
+    _assert_close(kernel, make_case(3, B=1, G=5, T=4, trial=True, num_new=4))
+
+
+@interpreted
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 12])
+def test_heads_are_cut_in_every_way(kernel, num_programs):
+    """11 tiles of 16: one program has all, each has some, each has one. Programs with less than two tiles are left out."""
+    case = make_case(4, P=16, kept=[[70, 0], [3, 16]], length=[40, 7], window=8)
+    outs = [_assert_close(kernel, case, num_programs=num_programs, tile=16)]
+    outs.append(_assert_close(kernel, case, num_programs=num_programs, tile=16))
+    assert torch.equal(*outs)
+
+
+@interpreted
+def test_a_second_wave_of_programs_has_enough_to_do(kernel):
+    case = make_case(4, P=16, kept=[[170, 0], [3, 16]], length=[40, 7], window=8)
+    _assert_close(kernel, case, num_programs=4, waves=2, tile=16)
+
+
+@interpreted
+def test_tickets_are_left_at_zero(kernel):
+    case = make_case(4, P=16, kept=[[70, 0], [3, 16]], length=[40, 7], window=8).cast(torch.float32)
+    tickets = torch.zeros(8, dtype=torch.int32)
+    first = kernel(case, num_programs=4, tile=16, tickets=tickets)
+    assert (tickets == 0).all()
+    assert torch.equal(first, kernel(case, num_programs=4, tile=16, tickets=tickets))
+
+
+@interpreted
+@pytest.mark.parametrize("length", [0, 1, 5, 6, 7])
+def test_a_ring_that_grows(kernel, length):
+    """Slots that nothing was written to yet hold NaN."""
+    out = _assert_close(kernel, make_case(length, window=40, grown=7, length=[length, 0], most_pages=0))
+    assert (out[1] == 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize("window", [0, 1, 16])
+def test_windows(kernel, window):
+    _assert_close(kernel, make_case(window, window=window, P=16), tile=16)
+
+
+@interpreted
+def test_rows_without_a_new_token(kernel):
+    """Give 0, and the others what they give by themselves."""
+    case = make_case(7, B=3, P=16, sinks=True)
+    whole = _assert_close(kernel, case, tile=16)
+    case.options["real"] = torch.tensor([True, False, True])
+    out = _assert_close(kernel, case, tile=16)
+    assert (out[1] == 0).all()
+    torch.testing.assert_close(out[::2], whole[::2], rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 2, 8])
+def test_tokens_on_trial(kernel, T):
+    """Positions, padding, states, and the last token's ruling; more new tokens than queries."""
+    for num_new in (T, T + 17):
+        case = make_case(T, T=T, num_new=num_new, trial=True, window=6, P=16)
+        out = _assert_close(kernel, case, tile=16)
+        assert (out[case.options["q_position"] < 0] == 0).all()
+
+
+@interpreted
+def test_queries_with_positions_and_nothing_new(kernel):
+    _assert_close(kernel, make_case(2, T=3, trial=True, window=6), tile=32)
+
+
+@interpreted
+def test_capped_scores_and_sink_logits(kernel):
+    case = make_case(6, softcap=1.5, sinks=True, P=16)
+    _assert_close(kernel, case, num_programs=1)
+    _assert_close(kernel, case, num_programs=7, tile=16)
+    _assert_close(kernel, make_case(6, softcap=1.5, sinks=True, T=2, num_new=3, trial=True), tile=32)
+
+
+@interpreted
+@pytest.mark.parametrize("P", [16, 64])
+def test_quantised_pages(kernel, P):
+    """Against what the numbers mean exactly, and within what rounding allows against the numbers that they stand for."""
+    shape = {"P": P, "kept": [[0, 70], [P, 3]], "length": [60, 30]}
+    case = make_case(P, quantized=True, **shape)
+    out = _assert_close(kernel, case, tile=32)
+    _assert_close(kernel, case, torch.float16, tile=32)
+    _assert_close(kernel, make_case(P, quantized=True, T=2, num_new=2, trial=True, **shape), tile=16)
+    assert 1e-6 < error(out, make_case(P, **shape).run(reference)) < 0.03
+
+
+@interpreted
+def test_queries_that_lie_otherwise_in_memory(kernel):
+    """[B, T, Hq, D] seen as [B, Hq, T, D], and new tokens likewise."""
+    case = make_case(5, T=3, num_new=3, trial=True)
+    plain = kernel(case.cast(torch.float32))
+    case.stored["q"] = case.stored["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("new_k", "new_v"):
+        case.options[name] = case.options[name].transpose(1, 2).contiguous().transpose(1, 2)
+    moved = case.cast(torch.float32)
+    assert not moved.stored["q"].is_contiguous()
+    assert torch.equal(kernel(moved), plain)
+
+
+@interpreted
+def test_the_operator_is_sound(kernel):
+    case = make_case(1, B=1, H=1, T=2, num_new=2, trial=True).cast(torch.float32)
+    names = ("pages", "page_table", "num_kept")
+    given_ = {**{name: case.stored[name] for name in names}, "page_scales": None, **case.options}
+    order = "pages page_table num_kept page_scales q_position real new_k new_v new_position new_state last_state sink_logits window scale softcap"
+    args = [*list(case.stored.values())[:4], torch.zeros(2, dtype=torch.int32), *(given_.get(name) for name in order.split())]
+    small = replace(fused.launch(picking.PRETENDED, head_dim=16, rows=4, element_size=4), num_programs=2, waves=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "launch", lambda *a, **k: small)
+        torch.library.opcheck(fused.decode, args, test_utils=("test_schema", "test_faketensor"))
+
+
+_shapes = {
+    "B": st.integers(1, 3), "H": st.integers(1, 2), "G": st.sampled_from([1, 2, 3, 5, 8]), "T": st.integers(1, 8),
+    "D": st.sampled_from([16, 20, 32]), "P": st.sampled_from([16, 32, 64]), "window": st.sampled_from([0, 1, 7, 15, 16, 40]),
+    "most_pages": st.integers(0, 3), "num_new": st.integers(0, 9), "trial": st.booleans(), "softcap": st.sampled_from([None, 2.0]),
+    "sinks": st.booleans(), "quantized": st.booleans(),
+}  # fmt: skip
+
+
+def _any_case(seed, shape):
+    if not shape["trial"]:
+        shape = shape | {"T": 1, "num_new": 0}
+    elif 0 < shape["num_new"] < shape["T"]:
+        shape = shape | {"num_new": shape["T"]}
+    return make_case(seed, **shape)
+
+
+@interpreted
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 9999), dtype=st.sampled_from(list(TOLERANCE)), num_programs=st.integers(1, 9), waves=st.integers(1, 3),
+    tile=st.sampled_from([16, 32, 64]), shape=st.fixed_dictionaries(_shapes),
+)  # fmt: skip
+def test_any_case(kernel, seed, dtype, num_programs, waves, tile, shape):
+    _assert_close(kernel, _any_case(seed, shape), dtype, num_programs=num_programs * waves, waves=waves, tile=tile)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q_position": None, "q": torch.zeros(2, 4, 2, 16)}, "2 queries without q_position"),
+        ({"window": -1}, "window is -1"),
+        ({"q_position": torch.zeros(2, 1).int(), "real": torch.ones(2).bool()}, "real goes with queries"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"seq_len": torch.zeros(2)}, "seq_len is torch.float32 and should be torch.int32"),
+        ({"num_kept": None}, "num_kept is missing"),
+        ({"pages": torch.zeros(3, 2, 8, 16)}, "a page holds 8 entries"),
+        ({"pages": torch.zeros(3, 2, 16, 16, dtype=torch.int8)}, "quantised pages come with page_scales"),
+        ({"new_k": torch.zeros(2, 2, 1, 16)}, "need q_position"),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits is \(3,\) and should be \(4,\)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, message):
+    case = make_case().cast(torch.float32)
+    stored = {name: changes.get(name, x) for name, x in case.stored.items()}
+    options = case.options | {name: x for name, x in changes.items() if name not in stored}
+    with pytest.raises(ValueError, match=message):
+        paged_decode(*stored.values(), **options)
+
+
+def test_what_the_kernel_cannot_take():
+    q, ring = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 2, 4, 16)
+    assert fused.problem(q, ring, None) is None
+    assert "float64" in fused.problem(q.double(), ring, None)
+    assert "256" in fused.problem(torch.zeros(1, 1, 1, 257), ring, None)
+    assert "ring" in fused.problem(q, ring.half(), None)
