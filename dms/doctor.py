@@ -318,6 +318,8 @@ def _triton(devices: dict[str, Any] | None) -> Check:
     version = _version("triton")
     if version is None:
         return Check(name="Triton", found="", status="warn", cost="no fused kernels: attention and loss run in plain PyTorch")
+    if os.environ.get("DMS_KERNELS") == "reference":
+        return Check(name="Triton", found=version, status="warn", cost="DMS_KERNELS=reference: fused kernels are turned off; unset it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         cost = "kernels run in Python: right in float32 and float16 only, and slow"
         return Check(name="Triton", found=f"{version}, interpreter", status="warn", cost=cost)

@@ -28,11 +28,6 @@ class Tokens:
         """[B, T] bool: no padding."""
         return self.segment_BT > 0
 
-    @cached_property
-    def query_position(self) -> torch.Tensor:
-        """[B, T] int32, as position_BT, and -1 for padding."""
-        return torch.where(self.real, self.position_BT, -1)
-
     def to(self, device: torch.device) -> "Tokens":
         return self if self.segment_BT.device == device else self.map(lambda x: x.to(device))
 

@@ -5,7 +5,7 @@ Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size
 
 import torch
 
-from dms.cache.incoming import Incoming
+from dms.cache.incoming import Decisions, Incoming
 from dms.cache.pool import PagePool, lasting
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -74,41 +74,39 @@ class FusedStore(Store):
         )
         self.longest += 1
 
-    def attend(self, query, position, recent: list[Keys] | None, decisions, new: Incoming | None, **options) -> torch.Tensor:
-        """Queries [B, Hq, T, D] at position [B, T], of the ring's newest token, or of the newest of `new`, which is not stored yet."""
-        pages = self.pages()
-        position = position[:, -query.shape[2] :].int()
+    def attend_newest(self, query: torch.Tensor, real_B: torch.Tensor, **options) -> torch.Tensor:
+        """Queries [B, Hq, 1, D] of the rows' newest tokens, which are stored; 0 where a row has no new one."""
+        return paged_decode(query, *self._held(), real=real_B, **self._workspace(query), **options)
+
+    def attend(self, query: torch.Tensor, position: torch.Tensor, recent: list[Keys], decisions: Decisions, new: Incoming, **options):
+        """Queries [B, Hq, T, D] of the newest of `new`, whose positions [B, N] are given and which is not stored yet."""
+        position = position[:, -query.shape[2] :]
         if query.shape[2] > _MAX_QUERIES:
-            return attend(query, position, pages, recent, **options)
-        held = (None, None, None) if pages is None else (pages.pages, pages.page_table, pages.num_kept)
-        options = {
-            **options,
-            "q_position": position,
-            "page_scales": None if pages is None else pages.scales,
-            "tickets": self._tickets(query),
-        }
-        if new is None:
-            return paged_decode(query, self.ring_kv, self.ring_state, self.seq_len, *held, **options)
+            return attend(query, position, self.pages(), recent, **options)
         return paged_decode(
             query,
-            self.ring_kv,
-            self.ring_state,
-            self.seq_len,
-            *held,
+            *self._held(),
+            q_position=position.contiguous(),
             new_k=new.k,
             new_v=new.v,
-            new_position=recent[-1].position,
-            new_state=decisions.state,
-            last_state=decisions.last,
+            new_position=recent[-1].position.contiguous(),
+            new_state=decisions.state.contiguous(),
+            last_state=None if decisions.last is None else decisions.last.contiguous(),
+            **self._workspace(query),
             **options,
         )
 
+    def _held(self) -> tuple:
+        pages = self.pages()
+        kept = (None, None, None) if pages is None else (pages.pages, pages.page_table, pages.num_kept)
+        return self.ring_kv, self.ring_state, self.seq_len, *kept
+
     @lasting
-    def _tickets(self, query: torch.Tensor) -> torch.Tensor:
+    def _workspace(self, query: torch.Tensor) -> dict:
         num_heads = query.shape[0] * query.shape[1]
         if self.tickets.numel() != num_heads:
             self.tickets = torch.zeros(num_heads, dtype=torch.int32, device=self.device)
-        return self.tickets
+        return {"tickets": self.tickets, "page_scales": self.pool.scales if self.most_kept else None}
 
     def _store_many(self, new: Incoming, slot_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor) -> None:
         before, leaving = self.num_kept, leaves_BHR.sum(2, dtype=torch.int32)

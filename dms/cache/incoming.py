@@ -27,8 +27,9 @@ class PendingGate:
             "gate_weight": gate.weight,
             "gate_bias": gate.bias,
             "gate_scale": gate.scale,
-            "gate_offset": gate.offset - self.bias,
+            "gate_offset": gate.offset,
             "gate_normalize": gate.normalize,
+            "evict_bias": self.bias,
         }
 
 

@@ -98,7 +98,7 @@ class CompactedLayer(CacheLayerMixin):
         if num_queries == 1 and self.trial is None and not self.record_past:
             if fused:
                 self._keep(new)
-                return store.attend(query, new.tokens.query_position, None, None, None, **options)
+                return store.attend_newest(query, new.tokens.real[:, 0], **options)
             position = None if store.in_step(new) else store.positions(new)
             self._keep(new)
             return cached_attention(query, position, store.pages(), [store.ring(newest_only=True)], **options)

@@ -145,3 +145,14 @@ def test_exit_code(monkeypatch, capsys, required, code):
 def test_import_is_light():
     code = "import sys, dms.doctor; assert not {'torch', 'transformers', 'deepspeed', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kernels_that_are_turned_off_are_said(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.6.0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    gpu = {"gpus": [{"name": "H200"}]}
+    monkeypatch.delenv("DMS_KERNELS", raising=False)
+    assert doctor._triton(gpu).status == "ok"
+    monkeypatch.setenv("DMS_KERNELS", "reference")
+    check = doctor._triton(gpu)
+    assert check.status == "warn" and "unset it" in check.cost

@@ -110,9 +110,11 @@ def test_generation(evicts_much, on):
     model = dms.load(evicts_much, device="cpu", dtype="float32")
     on("reference")
     tokens, cache = generate(model, make_prompt())
+    layers = len(state_of(model).layers)
+    assert dms_kernels.calls() == {"cached_attention": {"reference": layers * NEW}}
     on("triton")
     found, fused = generate(model, make_prompt())
-    calls, layers = dms_kernels.calls(), len(state_of(model).layers)
+    calls = dms_kernels.calls()
     assert torch.equal(found, tokens)
     assert all(isinstance(layer.store, FusedStore) for layer in fused.compacted_layers().values())
     # The last token is not read, the first comes of the prompt.

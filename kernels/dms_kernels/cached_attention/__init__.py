@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from dms_kernels import picking
 from dms_kernels.cached_attention.few_queries import Plan, attend_few, make_plan
 from dms_kernels.cached_attention.many_queries import attend_many
 from dms_kernels.cached_attention.reference import reference
@@ -65,6 +66,7 @@ def cached_attention(
     recent: the ring, and the new tokens where they are not in it yet, in any order within each. The new tokens stand last, with
     positions that grow along S. sink_logits [Hq]: a logit beside the keys' (gpt_oss). Scores and sums are float32.
     """
+    picking.count("cached_attention", "reference")
     H = recent[0].k.shape[1]
     rows = q.shape[1] // H * q.shape[2]
     attend = attend_few if rows <= _MAX_FEW_ROWS else attend_many

@@ -155,15 +155,17 @@ def queries_kernel(
 
     if HAS_GATE:
         num_before += bh * (T + 1)
-        kept_log2_keep += bh * (T + 1)
-        kept_k += bh * (T + PADDING) * D
-        kept_v += bh * (T + PADDING) * D
-        far_begin = tl.load(num_before + document)
-        far_end = tl.load(num_before + begin)
-        for step in range(0, tl.cdiv(far_end - far_begin, BLOCK_N)):
-            at = far_begin + step * BLOCK_N
-            # Slot T holds the bias of a key that weighs nothing: cheaper than a mask.
-            bias_N = tl.load(kept_log2_keep + tl.where(at + n_N < far_end, at + n_N, T))
+        far_begin = PADDING + tl.load(num_before + document)
+        far_end = PADDING + tl.load(num_before + begin)
+        kept_log2_keep += bh * (PADDING + T)
+        kept_k += bh * (PADDING + T) * D
+        kept_v += bh * (PADDING + T) * D
+        # From the end, so that the last tile reaches into the padding before the list instead of needing a mask.
+        for step in range(tl.cdiv(far_end - far_begin, BLOCK_N)):
+            at = far_end - (step + 1) * BLOCK_N
+            bias_N = tl.load(kept_log2_keep + at + n_N)
+            if HAS_SEGMENTS:
+                bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
             k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
             v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
             x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
@@ -176,7 +178,7 @@ def queries_kernel(
         x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
         acc_MD = _fold_keys(x_MN, slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
 
-    for step in range(0, num_edge + num_tiles - diagonal):
+    for step in range(num_edge + num_tiles - diagonal):
         tile = step + tl.where(step < num_edge, 0, diagonal - num_edge)
         j_N = begin + tile * BLOCK_N + n_N
         is_near_N = j_N < T
@@ -311,7 +313,7 @@ def keys_kernel(
         is_kept = tile < num_kept_tiles
         at_N = tl.where(is_kept, tile, tile - num_kept_tiles) * BLOCK_N + n_N
         is_key_N = at_N < tl.where(is_kept, num_kept, T - num_kept)
-        index_N = tl.load(kept + bh * (T + 1) + tl.where(is_kept, at_N, T - 1 - at_N), mask=is_key_N, other=0)
+        index_N = tl.load(kept + bh * T + tl.where(is_kept, at_N, T - 1 - at_N), mask=is_key_N, other=0)
     else:
         is_kept = True
         index_N = tile * BLOCK_N + n_N
@@ -370,7 +372,7 @@ def keys_kernel(
     grad_v_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_gate_N = tl.zeros([BLOCK_N], tl.float32)
 
-    for step in range(0, num_diagonal + far - edge):
+    for step in range(num_diagonal + far - edge):
         i0 = j_first + (step + tl.where(step < num_diagonal, 0, edge - num_diagonal)) * C
         i_M = i0 + c_M
         at = i0.to(tl.int64)
@@ -410,7 +412,7 @@ def keys_kernel(
             True,
         )
 
-    for step in range(0, num_band + num_blocks - far):
+    for step in range(num_band + num_blocks - far):
         is_far = step >= num_band
         i0 = j_first + (step + tl.where(is_far, far - num_band, num_diagonal)) * C
         i_M = i0 + c_M

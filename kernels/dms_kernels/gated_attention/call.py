@@ -16,7 +16,7 @@ class Call:
     """B batch, T tokens, H KV heads, G query heads of each, D head dim; window and sinks are at most T.
 
     scale2, cap_in, cap_out: see `scores.score`. margin: nats below the floor at which a far key goes, so that all that are left
-    out together weigh less than a rounding. padding: rows that a tile may reach beyond the last.
+    out together weigh less than a rounding. padding: rows that a tile may reach beyond either end.
     """
 
     B: int

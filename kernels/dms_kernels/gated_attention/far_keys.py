@@ -22,7 +22,7 @@ class FarKeys:
     """log2_keep_BHT: the bias of each token in base 2; the rest as `lists.list_kernel` writes it. All None without a gate."""
 
     log2_keep_BHT: Tensor | None = None
-    kept_BH: Tensor | None = None
+    kept_BHT: Tensor | None = None
     kept_log2_keep_BH: Tensor | None = None
     num_before_BH: Tensor | None = None
 
@@ -63,9 +63,7 @@ def measure(
     return norm_q_BHR, norm_k_BHT, floor_BHR
 
 
-def choose(
-    call: Call, log_keep: Tensor, first_BT: Tensor | None, norm_q_BHR: Tensor, norm_k_BHT: Tensor, floor_BHR: Tensor
-) -> FarKeys:
+def choose(call: Call, log_keep: Tensor, first_BT: Tensor | None, norm_q_BHR: Tensor, norm_k_BHT: Tensor, floor_BHR: Tensor) -> FarKeys:
     """List the keys that may weigh something for a far query, given what `measure` found, or a tighter floor."""
     from dms_kernels.gated_attention.lists import list_kernel
 
@@ -74,16 +72,17 @@ def choose(
     top_BH = (norm_q_BHR * (longest_BH * call.scale)[..., None] - floor_BHR).amax(2)
     slope_BH = (top_BH - base_BH) / longest_BH.clamp(min=1e-30)
     limits_BH3 = torch.stack([base_BH, slope_BH, norm_q_BHR.amax(2)], dim=2)
-    kept_log2_keep_BH = norm_k_BHT.new_empty(call.B, call.H, call.T + 1)
-    kept_BH, num_before_BH = (torch.empty_like(kept_log2_keep_BH, dtype=torch.int32) for _ in range(2))
-    found = FarKeys(torch.empty_like(norm_k_BHT), kept_BH, kept_log2_keep_BH, num_before_BH)
+    kept_BHT = torch.empty_like(norm_k_BHT, dtype=torch.int32)
+    kept_log2_keep_BH = norm_k_BHT.new_empty(call.B, call.H, call.padding + call.T)
+    num_before_BH = kept_BHT.new_empty(call.B, call.H, call.T + 1)
+    found = FarKeys(torch.empty_like(norm_k_BHT), kept_BHT, kept_log2_keep_BH, num_before_BH)
     list_kernel[(call.B * call.H,)](
         log_keep,
         first_BT,
         norm_k_BHT,
         limits_BH3,
         found.log2_keep_BHT,
-        kept_BH,
+        kept_BHT,
         kept_log2_keep_BH,
         num_before_BH,
         *log_keep.stride(),
@@ -94,6 +93,7 @@ def choose(
         call.cap_in,
         call.softcap,
         BLOCK=_LIST_BLOCK,
+        PADDING=call.padding,
         HAS_SEGMENTS=call.has_segments,
         HAS_SOFTCAP=call.has_softcap,
         num_warps=8,
@@ -102,16 +102,16 @@ def choose(
 
 
 def gather(call: Call, k: Tensor, v: Tensor, far: FarKeys) -> tuple[Tensor | None, Tensor | None]:
-    """The listed keys and their values, [B, H, T + padding, D] in their dtype; None without a gate."""
+    """The listed keys and their values, [B, H, padding + T, D] in their dtype; None without a gate."""
     from dms_kernels.gated_attention.lists import gather_kernel
 
     if not call.has_gate:
         return None, None
-    kept_k, kept_v = (k.new_empty(call.B, call.H, call.T + call.padding, call.D) for _ in range(2))
-    gather_kernel[(call.B * call.H * ceil_div(call.T + call.padding, _COPY_ROWS),)](
+    kept_k, kept_v = (k.new_empty(call.B, call.H, call.padding + call.T, call.D) for _ in range(2))
+    gather_kernel[(call.B * call.H * ceil_div(call.padding + call.T, _COPY_ROWS),)](
         k,
         v,
-        far.kept_BH,
+        far.kept_BHT,
         far.num_before_BH,
         kept_k,
         kept_v,

@@ -117,15 +117,17 @@ def forward_kernel(
 
     if HAS_GATE:
         num_before += bh * (T + 1)
-        kept_log2_keep += bh * (T + 1)
-        kept_k += bh * (T + PADDING) * D
-        kept_v += bh * (T + PADDING) * D
-        far_begin = tl.load(num_before + document)
-        far_end = tl.load(num_before + begin)
-        for step in range(0, tl.cdiv(far_end - far_begin, BLOCK_N)):
-            at = far_begin + step * BLOCK_N
-            # Slot T holds the bias of a key that weighs nothing: cheaper than a mask.
-            bias_N = tl.load(kept_log2_keep + tl.where(at + n_N < far_end, at + n_N, T))
+        far_begin = PADDING + tl.load(num_before + document)
+        far_end = PADDING + tl.load(num_before + begin)
+        kept_log2_keep += bh * (PADDING + T)
+        kept_k += bh * (PADDING + T) * D
+        kept_v += bh * (PADDING + T) * D
+        # From the end, so that the last tile reaches into the padding before the list instead of needing a mask.
+        for step in range(tl.cdiv(far_end - far_begin, BLOCK_N)):
+            at = far_end - (step + 1) * BLOCK_N
+            bias_N = tl.load(kept_log2_keep + at + n_N)
+            if HAS_SEGMENTS:
+                bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
             k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
             v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
             x_MN, _ = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
@@ -144,7 +146,7 @@ def forward_kernel(
         total_M = tl.where(is_first_M, total_M, one_M)
         acc_MD = tl.where(is_first_M[:, None], acc_MD, 0.0)
 
-    for step in range(0, num_edge + num_tiles - diagonal):
+    for step in range(num_edge + num_tiles - diagonal):
         tile = step + tl.where(step < num_edge, 0, diagonal - num_edge)
         j_N = begin + tile * BLOCK_N + n_N
         is_near_N = j_N < T

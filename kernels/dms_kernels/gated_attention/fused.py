@@ -203,7 +203,7 @@ def _backward(
             v,
             grad_out,
             far.log2_keep_BHT,
-            far.kept_BH,
+            far.kept_BHT,
             far.num_before_BH,
             first_BT,
             last_BT,

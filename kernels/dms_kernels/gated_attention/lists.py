@@ -113,14 +113,16 @@ def list_kernel(
     cap_in,
     softcap,
     BLOCK: tl.constexpr,
+    PADDING: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     """One program for each sequence and head, over all its tokens in order.
 
-    limits [B,H,3]: see `fused`. Writes log2_keep [B,H,T], the bias of each token (0 for sinks, finite); kept [B,H,T+1] int32,
-    the keys worth their while from the front, the others from the back, and at T one that weighs nothing; kept_log2_keep
-    [B,H,T+1], the bias of the former in that order; num_before [B,H,T+1] int32, how many of the former come before a token.
+    limits [B,H,3]: see `far_keys.choose`. Writes log2_keep [B,H,T], the bias of each token (0 for sinks, finite); kept [B,H,T]
+    int32, the keys worth their while from the front, the others from the back; kept_log2_keep [B,H,PADDING+T], the bias of
+    the former in that order, after a padding that weighs nothing; num_before [B,H,T+1] int32, how many of the former come
+    before a token.
     """
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
@@ -130,8 +132,10 @@ def list_kernel(
     reach = tl.load(limits + bh * 3 + 2)
     norm_k += bh * T
     log2_keep += bh * T
-    kept += bh * (T + 1)
-    kept_log2_keep += bh * (T + 1)
+    kept += bh * T
+    kept_log2_keep += bh * (PADDING + T)
+    tl.store(kept_log2_keep + tl.arange(0, PADDING), tl.full([PADDING], NEG, tl.float32))
+    kept_log2_keep += PADDING
     num_before += bh * (T + 1)
     num_kept = tl.zeros([], tl.int32)
     for at in range(0, T, BLOCK):
@@ -158,8 +162,6 @@ def list_kernel(
         tl.store(kept_log2_keep + before, bias2, mask=is_kept)
         num_kept += tl.sum(is_kept.to(tl.int32), 0)
     tl.store(num_before + T, num_kept)
-    tl.store(kept + T, 0)
-    tl.store(kept_log2_keep + T, NEG)
 
 
 @triton.jit
@@ -183,22 +185,22 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """Write kept_k and kept_v [B,H,T+PADDING,D]: the listed keys one after the other, then PADDING zeros; the rest stays.
+    """Write kept_k and kept_v [B,H,PADDING+T,D]: zeros, then the listed keys one after the other; the rest stays.
 
     A copy, for the kernels read a row as often as query blocks follow it, and loads that wait for an index are not prefetched.
     """
-    num_tiles = tl.cdiv(T + PADDING, BLOCK_N)
+    num_tiles = tl.cdiv(PADDING + T, BLOCK_N)
     pid = tl.program_id(0)
     bh = (pid // num_tiles).to(tl.int64)
     num_kept = tl.load(num_before + bh * (T + 1) + T)
-    at_N = (pid % num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_kept_N = at_N < num_kept
-    is_row_N = at_N < num_kept + PADDING
-    index_N = tl.load(kept + bh * (T + 1) + at_N, mask=is_kept_N, other=0).to(tl.int64)
+    row_N = (pid % num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_written_N = row_N < PADDING + num_kept
+    is_kept_N = (row_N >= PADDING) & is_written_N
+    index_N = tl.load(kept + bh * T + row_N - PADDING, mask=is_kept_N, other=0).to(tl.int64)
     k += (bh // H) * k_stride_b + (bh % H) * k_stride_h
     v += (bh // H) * v_stride_b + (bh % H) * v_stride_h
     k_ND = load_rows(k, index_N * k_stride_t, is_kept_N, D, BLOCK_D, True)
     v_ND = load_rows(v, index_N * v_stride_t, is_kept_N, D, BLOCK_D, True)
-    rows = bh * (T + PADDING) * D
-    store_rows(kept_k + rows, at_N.to(tl.int64) * D, is_row_N, k_ND, D, BLOCK_D)
-    store_rows(kept_v + rows, at_N.to(tl.int64) * D, is_row_N, v_ND, D, BLOCK_D)
+    head = bh * (PADDING + T) * D
+    store_rows(kept_k + head, row_N.to(tl.int64) * D, is_written_N, k_ND, D, BLOCK_D)
+    store_rows(kept_v + head, row_N.to(tl.int64) * D, is_written_N, v_ND, D, BLOCK_D)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dms_kernels import picking
 from dms_kernels.sparse_prefill.alignment import align
-from dms_kernels.sparse_prefill.reference import LARGEST, reference, store_survivors_reference
+from dms_kernels.sparse_prefill.reference import reference, store_survivors_reference
 
 __all__ = ["attend", "reference", "sparse_prefill", "store_survivors"]
 
+_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -217,7 +218,7 @@ def _check_pages(k: Tensor, pages: Tensor | None, page_table: Tensor | None, num
         raise ValueError(f"page_table must be int32 [{B}, {H}, max_pages] beside pages, got {_described(page_table)}")
     if num_kept is None or num_kept.shape != (B, H) or num_kept.dtype != torch.int32:
         raise ValueError(f"num_kept must be int32 [{B}, {H}] beside pages, got {_described(num_kept)}")
-    if pages.dtype in LARGEST:
+    if pages.dtype in _QUANTIZED:
         if page_scales is None or page_scales.shape != pages.shape[:3] or page_scales.dtype != torch.float32:
             raise ValueError(f"page_scales must be float32 {tuple(pages.shape[:3])} for {pages.dtype} pages, got {_described(page_scales)}")
         if not page_scales.is_contiguous():

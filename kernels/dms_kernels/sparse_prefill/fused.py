@@ -14,8 +14,8 @@ from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, p
 
 _LOG2_E = 1.0 / math.log(2.0)
 # Entries that a program lists, or looks at for survivors.
-_LIST_BLOCK = 2048
-_STORE_BLOCK = 256
+LIST_BLOCK = 2048
+STORE_BLOCK = 256
 # Tiles that are worth a part of their own, and parts that are worth merging.
 _LEAST_TILES, _MOST_PARTS = 8, 16
 # Largest magnitude of a quantised component.
@@ -156,9 +156,9 @@ def _list_kept(evicted: Tensor, start: Tensor | None, F: int) -> tuple[Tensor, T
     B, H, S = evicted.shape
     kept = torch.empty(B, H, F, dtype=torch.int32, device=evicted.device)
     num_before = torch.empty_like(kept)
-    num_blocks = -(-F // _LIST_BLOCK)
+    num_blocks = -(-F // LIST_BLOCK)
     list_kept_kernel[(num_blocks * B * H,)](
-        evicted, start, kept, num_before, F, num_blocks, H, *evicted.stride(), BLOCK=_LIST_BLOCK, num_warps=8
+        evicted, start, kept, num_before, F, num_blocks, H, *evicted.stride(), BLOCK=LIST_BLOCK, num_warps=8
     )
     return kept, num_before
 
@@ -170,7 +170,7 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
     B, H, S, D = k.shape
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     keep = keep.view(torch.uint8)
-    num_blocks = -(-S // _STORE_BLOCK)
+    num_blocks = -(-S // STORE_BLOCK)
     with torch.cuda.device_of(k):
         store_survivors_kernel[(num_blocks * B * H,)](
             k,
@@ -191,8 +191,8 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
             P=pages.shape[2],
             LARGEST=_LARGEST.get(pages.dtype, 1.0),
             ROUND=pages.dtype == torch.int8,
-            BLOCK=_STORE_BLOCK,
-            ROWS=min(_STORE_BLOCK, max(16, 8192 // padded(D))),
+            BLOCK=STORE_BLOCK,
+            ROWS=min(STORE_BLOCK, max(16, 8192 // padded(D))),
             BLOCK_D=padded(D),
             num_warps=4,
         )

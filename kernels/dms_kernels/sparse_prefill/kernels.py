@@ -315,7 +315,7 @@ def prefill_kernel(
     for tile in tl.range(begin, end, num_stages=STAGES if kept is None else LOOKED_UP):
         s = edge + (tile - num_listed) * BLOCK_N + column
         if kept is not None:
-            listed = tl.load(kept + tile * BLOCK_N + column, mask=tile < num_listed, other=0)
+            listed = tl.load(kept + tile * BLOCK_N + column, mask=tile * BLOCK_N + column < num_listed * BLOCK_N, other=0)
             s = tl.where(tile < num_listed, listed, s)
         at = s.to(tl.int64)
         k_ND = _rows(k + (at * stride_ks)[:, None] + d[None, :], d, None, D, False)
@@ -421,7 +421,7 @@ def store_survivors_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copy BLOCK entries of one head, those that stay, ROWS at a time. LARGEST: what the largest component of a quantised entry
+    """Copy those of a head's BLOCK entries that stay, ROWS at a time. LARGEST: what the largest component of a quantised entry
     becomes; ROUND: to whole numbers. Each program counts those before its own by itself."""
     pid = tl.program_id(0)
     block, bh = pid % num_blocks, pid // num_blocks
@@ -452,8 +452,8 @@ def _store_rows(pointers_ND, pages, scales, row, stays, d, D: tl.constexpr, LARG
         x = x.to(tl.float32)
         scale = tl.max(tl.abs(x), 1) / LARGEST
         tl.store(scales + row, scale, mask=stays)
-        x = tl.math.div_rn(x, tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], x.shape))
+        x *= (1.0 / tl.where(scale > 0, scale, 1.0))[:, None]
         if ROUND:
-            # To the nearest, halves to even: adding 1.5 * 2^23 leaves no place for a fraction.
-            x = (x + 12582912.0) - 12582912.0
+            x = tl.floor(x + 0.5)
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     tl.store(pages + row[:, None] * D + d[None, :], x.to(pages.dtype.element_ty), mask=stays[:, None] & (d < D)[None, :])

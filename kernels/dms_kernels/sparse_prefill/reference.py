@@ -6,8 +6,7 @@ Shapes: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D
 import torch
 from torch import Tensor
 
-# The largest component of a quantised entry becomes this.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+from dms_kernels.append.reference import quantize
 
 
 def reference(
@@ -35,7 +34,8 @@ def reference(
     key = torch.arange(S, device=q.device)
     there_BT1 = query >= first[:, None, None]
     see_BHTS = (key <= query) & (key >= first[:, None, None, None]) & ((query - key <= window) | ~evicted[:, :, None])
-    k, v = k.to(compute), v.to(compute)
+    # What padding left behind may be NaN.
+    k, v = k.to(compute), v.to(compute).masked_fill(key[:, None] < first[:, None, None, None], 0.0)
     if pages is not None:
         page_k, page_v, held_BHK = _entries(pages, page_table, num_kept, page_scales, compute)
         k, v = torch.cat([page_k, k], 2), torch.cat([page_v, v], 2)
@@ -48,7 +48,7 @@ def reference(
     sink = torch.full((Hq,), float("-inf"), device=q.device) if sink_logits is None else sink_logits
     sink = sink.to(compute).view(1, H, Hq // H, 1, 1).expand(B, -1, -1, T, 1)
     weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    # A row that sees nothing is padding: softmax over nothing is NaN, and what lies there may be.
+    # A query that sees nothing is padding: softmax over nothing is NaN.
     out = torch.einsum("bhgts,bhsd->bhgtd", weights.masked_fill(~see, 0.0), v)
     out = out.masked_fill(~there_BT1[:, None, None], 0.0)
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
@@ -79,13 +79,5 @@ def store_survivors_reference(
     for i, x in enumerate((k, v)):
         rows = x[b, h, s]
         if page_scales is not None:
-            rows, page_scales[page, i, entry] = quantised(rows, pages.dtype)
+            rows, page_scales[page, i, entry] = quantize(rows, pages.dtype)
         pages[page, i, entry] = rows.to(pages.dtype)
-
-
-def quantised(x_KD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows in int8 or float8_e4m3fn, and their scales [K] float32: largest magnitude / 127 or 448."""
-    x_KD = x_KD.float()
-    scale_K = x_KD.abs().amax(1) / LARGEST[dtype]
-    x_KD = x_KD / torch.where(scale_K > 0, scale_K, 1.0)[:, None]
-    return (x_KD.round() if dtype == torch.int8 else x_KD).to(dtype), scale_K
