@@ -3,6 +3,5 @@
 import os
 import sys
 
-# A CPU can only interpret them; `-m gpu` wants them compiled.
-if "gpu" not in sys.argv:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# A CPU can only interpret them; `-m gpu` wants them compiled. Said either way, so that xdist's workers hear it too.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "gpu" in sys.argv else "1")

@@ -48,10 +48,15 @@ class FusedStore(Store):
         if len(self.ticket) != len(self.seq_len):
             self.ticket = torch.zeros_like(self.seq_len)
         gate = new.gate
+        # `lasting` would let gradients be recorded again.
+        with torch.no_grad():
+            self._append(new, {"evict": new.decision[:, 0]} if gate is None else {"evict": None, **gate.arguments()})
+        self.longest += 1
+
+    def _append(self, new: Incoming, decides: dict) -> None:
         append(
             new.k[:, :, 0],
             new.v[:, :, 0],
-            None if gate is not None else new.decision[:, 0],
             ring_kv=self.ring_kv,
             ring_state=self.ring_state,
             seq_len=self.seq_len,
@@ -70,17 +75,19 @@ class FusedStore(Store):
             sinks=self.dms.sinks,
             alignment=self.dms.alignment,
             real=new.tokens.real[:, 0],
-            **({} if gate is None else gate.arguments()),
+            **decides,
         )
-        self.longest += 1
+
+    # Under autocast, rotation leaves queries in float32 and values are narrower, as what is stored is; what comes out is cast anyway.
 
     def attend_newest(self, query: torch.Tensor, real_B: torch.Tensor, **options) -> torch.Tensor:
         """Queries [B, Hq, 1, D] of the rows' newest tokens, which are stored; 0 where a row has no new one."""
+        query = query.to(self.ring_kv.dtype)
         return paged_decode(query, *self._held(), real=real_B, **self._workspace(query), **options)
 
     def attend(self, query: torch.Tensor, position: torch.Tensor, recent: list[Keys], decisions: Decisions, new: Incoming, **options):
         """Queries [B, Hq, T, D] of the newest of `new`, whose positions [B, N] are given and which is not stored yet."""
-        position = position[:, -query.shape[2] :]
+        position, query = position[:, -query.shape[2] :], query.to(self.ring_kv.dtype)
         if query.shape[2] > _MAX_QUERIES:
             return attend(query, position, self.pages(), recent, **options)
         return paged_decode(
@@ -100,6 +107,13 @@ class FusedStore(Store):
         pages = self.pages()
         kept = (None, None, None) if pages is None else (pages.pages, pages.page_table, pages.num_kept)
         return self.ring_kv, self.ring_state, self.seq_len, *kept
+
+    def _make_room_for_one(self) -> None:
+        before = self.pool.epoch
+        super()._make_room_for_one()
+        if self.pool.epoch != before:
+            # The device was asked anyway.
+            self.check()
 
     @lasting
     def _workspace(self, query: torch.Tensor) -> dict:

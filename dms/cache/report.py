@@ -72,6 +72,7 @@ def make_report(cache: Cache, warn: bool) -> Report:
             report.bytes_alive, report.bytes_dense = report.bytes_alive + alive * size, report.bytes_dense + seen * size
             continue
         store, pool = layer.store, layer.store.pool
+        store.check()
         B, H = store.num_kept.shape
         seen_B, alive_BH = layer.seen().long(), layer.entries_alive()
         seen, alive, size = int(seen_B.sum()) * H, int(alive_BH.sum()), 2 * pool.head_dim * store.ring_kv.element_size()

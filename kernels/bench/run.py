@@ -1,5 +1,6 @@
 """Runs shapes one after another: parity first, then every competitor, each failure a row of its own."""
 
+import contextlib
 import gc
 import importlib
 import sys
@@ -129,4 +130,6 @@ def _parity(operation, shape: Shape, device: str, dtype: torch.dtype) -> Parity 
 def _free() -> None:
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()
+        # After an illegal access everything raises; the table of what was measured is still to be printed.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

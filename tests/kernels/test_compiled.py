@@ -39,7 +39,11 @@ def check(rows: list[dict], cases: list) -> None:
     for row in rows:
         budget = budget_of(row["kernel"], row["capability"], row["head_dim"])
         takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']}: {row['kernel']} takes"
-        for name, limit in (("registers", budget.registers), ("stack_bytes", budget.stack_bytes), ("shared_bytes", SHARED_BYTES[row["capability"]])):
+        for name, limit in (
+            ("registers", budget.registers),
+            ("stack_bytes", budget.stack_bytes),
+            ("shared_bytes", SHARED_BYTES[row["capability"]]),
+        ):
             if row[name] > limit:
                 wrong.append(f"{takes} {row[name]} {name} of {limit}")
         if budget.matrix and not row["matrix"]:

@@ -302,3 +302,19 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(fused._Chunk, "make_logits", lambda self, *rows: (sizes.append(self.logits_2nV.shape), make(self, *rows))[1])
     distill_loss(**_inputs(N=11, V=20, share_valid=1.1), beta=0.0, chunk=4)
     assert sizes == [(8, 20)] * 3
+
+
+@pytest.mark.parametrize("logit_scale", [0.125, 1 / 16, -0.5])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_columns_that_are_all_masked_weigh_nothing(monkeypatch, beta, logit_scale):
+    """Lanes past a short vocabulary, and lanes whose every token a bias excludes."""
+    _check(_inputs(V=97), chunk=4, beta=beta, logit_scale=logit_scale)
+    if logit_scale < 0:
+        return
+    monkeypatch.setattr(fused, "launch", _small())
+    tensors = _inputs(V=97, bias=True, trained=("hidden_s", "head_weight"))
+    tensors["head_bias"][8:40] = -1e9
+    _check(tensors, chunk=4, beta=beta, logit_scale=logit_scale)
+    tensors["head_bias"][8:40] = -math.inf
+    found = _forward_backward(distill_loss, tensors, chunk=4, beta=beta, logit_scale=logit_scale)
+    assert found["total"].isfinite() and found["hidden_s"].isfinite().all()

@@ -68,7 +68,7 @@ def exact(stored: list, options: dict) -> torch.Tensor:
         row = slice(b, b + 1)
         used = -(-int(kept[b].max()) // pages.shape[2])
         own = pages[table[row, :, :used].long().flatten()]
-        numbers = torch.arange(own.shape[0], device="cuda", dtype=torch.int32).view(1, -1, used)
+        numbers = torch.arange(own.shape[0], device="cuda", dtype=torch.int32).view(1, ring.shape[1], used)
         row_options = {name: x[row] if name in by_row else x for name, x in wide.items()}
         if "page_scales" in options:
             row_options["page_scales"] = options["page_scales"][table[row, :, :used].long().flatten()]
@@ -168,6 +168,7 @@ def test_a_captured_launch_follows_the_lengths(own_tickets):
     if own_tickets:
         options["tickets"] = torch.zeros(3 * 32, dtype=torch.int32, device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         paged_decode(*stored, **options)
     torch.cuda.synchronize()

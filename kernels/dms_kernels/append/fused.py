@@ -97,19 +97,20 @@ def append_step(
     dim, group = max(16, _power(D)), _power(G)
     # One warp has nobody to wait for; the gate's product wants more.
     warps = 4 if hidden is not None else max(1, min(4, group * dim // 512))
-    append_kernel[(H, B)](
-        k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
-        ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, references, free, num_free, evicted, decided, overflow, ticket,
-        *_strides(k, 2), *_strides(v, 2), *_strides(evict, 2), *_strides(q, 2), *_strides(cos, 1), *_strides(sin, 1), *_strides(hidden, 1),
-        *_strides(gate_weight, 1), *_strides(gate_bias, 1),
-        ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
-        H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
-        GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=min(_MOST_BLOCK, max(16, _power(M))) if M else 16,
-        REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
-        Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
-        ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-        QUANTIZED=page_scales is not None, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        append_kernel[(H, B)](
+            k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
+            ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, references, free, num_free, evicted, decided, overflow, ticket,
+            *_strides(k, 2), *_strides(v, 2), *_strides(evict, 2), *_strides(q, 2), *_strides(cos, 1), *_strides(sin, 1), *_strides(hidden, 1),
+            *_strides(gate_weight, 1), *_strides(gate_bias, 1),
+            ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
+            H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
+            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=min(_MOST_BLOCK, max(16, _power(M))) if M else 16,
+            REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
+            Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
+            ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
+            QUANTIZED=page_scales is not None, num_warps=warps,
+        )  # fmt: skip
     return rotated
 
 

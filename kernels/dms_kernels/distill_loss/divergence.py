@@ -29,6 +29,8 @@ except ImportError as error:
 
 # Far below any logit, and far enough above the least float32 that sums over a vocabulary of them are finite.
 LOWEST = tl.constexpr(-1.0e30)
+# Maximum of no logit at all: above LOWEST times any unit, so that what is masked weighs 0 however the product is rounded.
+EMPTY = tl.constexpr(-1.0e20)
 # No divergence of ordinary logits gets there.
 INFINITE = tl.constexpr(1.0e20)
 
@@ -132,8 +134,8 @@ def row_statistics(
     TILE: tl.constexpr = UNROLL * STEP
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
-    top_s = tl.full([LANES, 1], LOWEST, tl.float32)
-    top_t = tl.full([LANES, 1], LOWEST, tl.float32)
+    top_s = tl.full([LANES, 1], EMPTY, tl.float32)
+    top_t = tl.full([LANES, 1], EMPTY, tl.float32)
     sum_s = tl.zeros([LANES, 1], tl.float32)
     sum_t = tl.zeros([LANES, 1], tl.float32)
     cross = tl.zeros([LANES, 1], tl.float32)
@@ -188,8 +190,8 @@ def merge_statistics(
     place = row.to(tl.int64)[:, None] * num_parts + index
     given = inside[:, None] & (index < num_parts)
     plane = num_rows.to(tl.int64) * num_parts
-    tops_s = tl.load(partial + place, mask=given, other=LOWEST)
-    tops_t = tl.load(partial + 2 * plane + place, mask=given, other=LOWEST)
+    tops_s = tl.load(partial + place, mask=given, other=EMPTY)
+    tops_t = tl.load(partial + 2 * plane + place, mask=given, other=EMPTY)
     top_s = tl.max(tops_s, 1)
     top_t = tl.max(tops_t, 1)
     shrink_s = tl.exp2(tops_s - top_s[:, None])

@@ -148,7 +148,7 @@ def _rows(valid: Tensor) -> tuple[Tensor, Tensor | None]:
     """Indices of the rows to compute, and which of them count (None: all). Their number is read back from the device,
     unless a CUDA graph is being captured: there every row is computed, and those that don't count are multiplied by 0."""
     if _is_capturing(valid):
-        return torch.arange(valid.numel(), device=valid.device), valid
+        return torch.arange(valid.numel(), device=valid.device), valid.contiguous()
     return valid.nonzero().squeeze(1), None
 
 

@@ -166,15 +166,15 @@ def queries_kernel(
             bias_N = tl.load(kept_log2_keep + at + n_N)
             if HAS_SEGMENTS:
                 bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
-            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
-            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
+            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
+            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
             x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
             acc_MD = _fold_keys(x_MN + bias_N[None, :], slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
 
     for tile in range(num_edge, diagonal):
         j0 = (begin + tile * BLOCK_N).to(tl.int64)
-        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, n_N >= 0, D, BLOCK_D, False)
-        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, n_N >= 0, D, BLOCK_D, False)
+        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, None, D, BLOCK_D, False)
+        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, None, D, BLOCK_D, False)
         x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
         acc_MD = _fold_keys(x_MN, slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
 

@@ -2,7 +2,7 @@
 
 Keys come in three loops, so that only the narrow last one pays for masks:
 
-    far     the head's list of kept keys, read by index: a bias per key
+    far     the head's list of kept keys, copied together: a bias per key
     band    inside every query's window, before the block: nothing to add
     masked  the tiles where the window ends and those of the diagonal: bias, causality and documents element by element
 
@@ -26,7 +26,7 @@ def _fold(x_MN, factor, v_ND, peak_M, total_M, acc_MD):
     # On products without a bias the factor joins the exponent's subtraction: one instruction less for each score.
     new_M = tl.maximum(peak_M, tl.max(x_MN, 1) * factor)
     shrink_M = tl.exp2(peak_M - new_M)
-    p_MN = tl.exp2(x_MN * factor - new_M[:, None])
+    p_MN = tl.exp2(tl.fma(x_MN, factor, -new_M[:, None]))
     total_M = total_M * shrink_M + tl.sum(p_MN, 1)
     acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision="ieee")
     return new_M, total_M, acc_MD
@@ -128,15 +128,15 @@ def forward_kernel(
             bias_N = tl.load(kept_log2_keep + at + n_N)
             if HAS_SEGMENTS:
                 bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
-            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
-            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, n_N >= 0, D, BLOCK_D, False)
+            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
+            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
             x_MN, _ = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
             peak_M, total_M, acc_MD = _fold(x_MN + bias_N[None, :], 1.0, v_ND, peak_M, total_M, acc_MD)
 
     for tile in range(num_edge, diagonal):
         j0 = (begin + tile * BLOCK_N).to(tl.int64)
-        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, n_N >= 0, D, BLOCK_D, False)
-        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, n_N >= 0, D, BLOCK_D, False)
+        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, None, D, BLOCK_D, False)
+        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, None, D, BLOCK_D, False)
         x_MN, _ = score(q_MD, k_ND, 1.0, cap_in, 1.0, HAS_SOFTCAP)
         peak_M, total_M, acc_MD = _fold(x_MN, cap_out if HAS_SOFTCAP else scale2, v_ND, peak_M, total_M, acc_MD)
 

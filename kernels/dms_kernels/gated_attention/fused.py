@@ -73,9 +73,15 @@ def _forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B,T,Hq,D] in q's dtype; float32: lse2 [B,H,R] in base 2, norm_q [B,H,R] and norm_k [B,H,T] (empty without a gate)."""
+    picking.count("gated_attention", "triton")
+    with torch.cuda.device_of(q):
+        return _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap)
+
+
+def _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap):
     from dms_kernels.gated_attention.forward import forward_kernel
 
-    picking.count("gated_attention", "triton")
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
     q, k, v = (with_dense_rows(x) for x in (q, k, v))
     if log_keep is None:
@@ -150,9 +156,36 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_keep and sink_logits, empty where `needs` says no; only what they need is launched."""
+    picking.count("gated_attention_backward", "triton")
+    if last_BT is not None:
+        # Nothing comes of padding, whatever is handed in for it.
+        grad_out = grad_out.masked_fill((last_BT < 0)[:, :, None, None], 0.0)
+    tensors = grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out_BTHqD, lse2_BHR, norm_q_BHR, norm_k_BHT
+    with torch.cuda.device_of(q):
+        return _launch_backward(*tensors, window, scale, sinks, softcap, needs)
+
+
+def _launch_backward(
+    grad_out,
+    q,
+    k,
+    v,
+    log_keep,
+    sink_logits,
+    first_BT,
+    last_BT,
+    out_BTHqD,
+    lse2_BHR,
+    norm_q_BHR,
+    norm_k_BHT,
+    window,
+    scale,
+    sinks,
+    softcap,
+    needs,
+):
     from dms_kernels.gated_attention.backward import keys_kernel, queries_kernel
 
-    picking.count("gated_attention_backward", "triton")
     call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
     q, k, v, grad_out = (with_dense_rows(x) for x in (q, k, v, grad_out))
     grads = _empty_grads((q, k, v, log_keep, sink_logits), needs)

@@ -83,8 +83,8 @@ def measure_kernel(
         head_M *= scale
     gate = log_keep + b * gate_stride_b + h * gate_stride_h
     gate_M = tl.load(gate + first_M.to(tl.int64) * gate_stride_t, mask=is_row_M, other=0.0)
-    head_M += tl.where((i_M - first_M > window) & (sinks == 0), tl.maximum(gate_M, NEG), 0.0)
-    floor_M = tl.maximum(own_M, head_M)
+    head_M += tl.where((i_M - first_M > window) & (sinks == 0), tl.maximum(gate_M, NEG, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    floor_M = tl.maximum(own_M, head_M, propagate_nan=tl.PropagateNan.ALL)
     if HAS_SEGMENTS:
         floor_M = tl.where(tl.load(last + b * T + i_M, mask=is_row_M, other=0) < 0, NEVER, floor_M)
     rows = (bh * T + i0) * G + r_M
@@ -141,7 +141,8 @@ def list_kernel(
     for at in range(0, T, BLOCK):
         j = at + tl.arange(0, BLOCK)
         is_key = j < T
-        bias = tl.maximum(tl.load(log_keep + j.to(tl.int64) * gate_stride_t, mask=is_key, other=0.0), NEG)
+        bias = tl.load(log_keep + j.to(tl.int64) * gate_stride_t, mask=is_key, other=0.0)
+        bias = tl.maximum(bias, NEG, propagate_nan=tl.PropagateNan.ALL)
         if HAS_SEGMENTS:
             position = j - tl.load(first + b * T + j, mask=is_key, other=0)
         else:

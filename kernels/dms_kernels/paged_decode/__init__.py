@@ -7,7 +7,7 @@ tokens.
 import torch
 
 from dms_kernels import picking
-from dms_kernels.paged_decode.fused import decode, problem
+from dms_kernels.paged_decode.fused import decode, num_tickets, problem
 from dms_kernels.paged_decode.reference import reference
 
 __all__ = ["paged_decode", "reference"]
@@ -65,7 +65,7 @@ def paged_decode(
     _check_queries(q, ring_kv, q_position, real, new_k, new_v, new_position, new_state, last_state, sink_logits)
     if picking.use_triton("paged_decode", q, problem(q, ring_kv, pages)):
         if tickets is None:
-            tickets = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.int32, device=q.device)
+            tickets = torch.zeros(num_tickets(q, ring_kv.shape[1]), dtype=torch.int32, device=q.device)
         return decode(
             q, ring_kv, ring_state, seq_len, tickets, pages, page_table, num_kept, page_scales, q_position, real,
             new_k, new_v, new_position, new_state, last_state, sink_logits, window, float(scale), softcap,

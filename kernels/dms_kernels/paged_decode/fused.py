@@ -8,7 +8,7 @@ from dms_kernels import picking
 
 _LOG2E = 1.4426950408889634
 # Rows of queries that a program holds at a time; heads with more take several blocks, and read their keys as often.
-_MOST_ROWS = 64
+_MIN_ROWS, _MOST_ROWS = 16, 64
 # Of shared memory, beside keys and values: queries, weights, and what reductions exchange.
 _OTHER_BYTES = 12 * 1024
 
@@ -32,7 +32,7 @@ class Launch:
 def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
     """rows: G * T. element_size: of the queries, in bytes."""
     dim = max(16, _power(head_dim))
-    row_tile = min(_MOST_ROWS, max(16, _power(rows)))
+    row_tile = min(_MOST_ROWS, max(_MIN_ROWS, _power(rows)))
     part_rows = min(row_tile, _power(rows))
     # Two programs a processor hide each other's waits. Of the tiles in a program's buffers one is being read from, the others are on
     # their way.
@@ -55,6 +55,12 @@ def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: in
         num_warps=warps,
         num_stages=stages,
     )
+
+
+def num_tickets(q: torch.Tensor, num_kv_heads: int) -> int:
+    """How many tickets a call with these queries takes, at most."""
+    B, Hq, T, _ = q.shape
+    return B * num_kv_heads * -(-(Hq // num_kv_heads * T) // _MIN_ROWS)
 
 
 def problem(q: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor | None) -> str | None:
@@ -147,20 +153,21 @@ def decode(
         inner, outer = scale * _LOG2E, 0.0
     else:
         inner, outer = 2 * scale / softcap * _LOG2E, softcap * _LOG2E
-    decode_kernel[(chosen.num_programs, blocks)](
-        q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, q_position, real,
-        new_k, new_v, new_position, new_state, last_state, sink_logits,
-        out, part_acc, part_top, part_total, tickets,
-        num_heads, H, num_slots, window, 0 if new_k is None else new_k.shape[2], 0 if page_table is None else page_table.shape[2],
-        chosen.num_programs // chosen.waves,
-        *_strides(q), *_strides(new_k), *_strides(new_v),
-        inner, outer,
-        G=G, T=T, D=D, DP=dim, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
-        P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, max(16, _power(num_heads))),
-        WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
-        LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-        STAGES=chosen.num_stages, num_warps=chosen.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        decode_kernel[(chosen.num_programs, blocks)](
+            q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, q_position, real,
+            new_k, new_v, new_position, new_state, last_state, sink_logits,
+            out, part_acc, part_top, part_total, tickets,
+            num_heads, H, num_slots, window, 0 if new_k is None else new_k.shape[2], 0 if page_table is None else page_table.shape[2],
+            chosen.num_programs // chosen.waves,
+            *_strides(q), *_strides(new_k), *_strides(new_v),
+            inner, outer,
+            G=G, T=T, D=D, DP=dim, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
+            P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, max(16, _power(num_heads))),
+            WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
+            LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
+            STAGES=chosen.num_stages, num_warps=chosen.num_warps,
+        )  # fmt: skip
     return out
 
 

@@ -53,6 +53,12 @@ def _tiles_of_heads(
 
 
 @triton.jit
+def _lift(dtype: tl.constexpr):
+    """Weights times the scales of int8 values would leave float16's normal numbers; so many times as high they do not."""
+    return 64.0 if dtype == tl.float16 else 1.0
+
+
+@triton.jit
 def _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr):
     """One tile more into the running softmax. total [rows, TILE] is summed over the tiles alone: a sum over its columns would
     make the warps wait for each other at every tile."""
@@ -182,7 +188,7 @@ def _read_stored(
         if QUANTIZED:
             scale_row = scales + page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P
             k_scale = tl.load(scale_row, mask=there, other=0.0)
-            v_scale = tl.load(scale_row + P, mask=there, other=0.0)
+            v_scale = tl.load(scale_row + P, mask=there, other=0.0) * _lift(q.dtype)
             k, v = k.to(q.dtype), v.to(q.dtype)
         if PAGES:
             page = _page_of(table_row, place + 1, num_pages, offs, TILE, P)
@@ -328,11 +334,13 @@ def decode_kernel(
             D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES,
         )  # fmt: skip
         if QUANTIZED:
+            acc *= _lift(query.dtype)
             acc, top, total = _read_stored(
                 acc, top, total, query, at_position, tl.maximum(first, ring_last), last, ring_head, state_row, length, num_slots, window, ruled,
                 pages, table_row, kept, scales, inner, outer,
                 D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES,
             )  # fmt: skip
+            acc *= 1.0 / _lift(query.dtype)
         weight = tl.sum(total, 1)
         if (tile == begin) & (upto == finish):
             _write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)

@@ -69,9 +69,7 @@ def sparse_prefill(
     if picking.use_triton("sparse_prefill", q, _problem(q, pages)):
         from dms_kernels.sparse_prefill.fused import prefill
 
-        table = None if page_table is None else page_table.contiguous()
-        kept = None if num_kept is None else num_kept.contiguous()
-        return prefill(q, k, v, evicted, start, pages, table, kept, sink_logits, page_scales, window, scale, softcap)
+        return prefill(q, k, v, evicted, start, pages, page_table, num_kept, sink_logits, page_scales, window, scale, softcap)
     return reference(
         q,
         k,
@@ -161,7 +159,7 @@ def store_survivors(
     if picking.use_triton("store_survivors", k, _problem(k, pages)):
         from dms_kernels.sparse_prefill.fused import store
 
-        store(k, v, keep, num_kept.contiguous(), page_table.contiguous(), pages, page_scales)
+        store(k, v, keep, num_kept, page_table, pages, page_scales)
     else:
         store_survivors_reference(k, v, keep, num_kept, page_table, pages, page_scales)
 

@@ -80,6 +80,7 @@ def prefill(
     G = Hq // H
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     evicted = evicted.view(torch.uint8)
+    start, page_table, num_kept, sink_logits = (None if x is None else x.contiguous() for x in (start, page_table, num_kept, sink_logits))
     window = min(window, S)
     # Entries that some query has beyond its window.
     F = S - window
@@ -169,7 +170,7 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
     picking.count("store_survivors", "triton")
     B, H, S, D = k.shape
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    keep = keep.view(torch.uint8)
+    keep, num_kept, page_table = keep.view(torch.uint8), num_kept.contiguous(), page_table.contiguous()
     num_blocks = -(-S // STORE_BLOCK)
     with torch.cuda.device_of(k):
         store_survivors_kernel[(num_blocks * B * H,)](
