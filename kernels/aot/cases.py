@@ -36,11 +36,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a kernel may take: registers and bytes of local memory a thread; whether tensor cores must be used."""
+    """What a kernel may take: registers and bytes of local memory a thread. matrix: it must use tensor cores; wgmma: by the
+    instructions of warp groups from capability 9.0 on."""
 
     registers: int = 255
     stack_bytes: int = 0
     matrix: bool = False
+    wgmma: bool = False
+
+
+# By kernel; what is not named here keeps everything in registers and multiplies no matrices.
+_BUDGETS = {
+    "forward_kernel": Budget(stack_bytes=64, matrix=True, wgmma=True),
+    "queries_kernel": Budget(matrix=True, wgmma=True),
+    # Two gradients of 128 keys beside the scores: a few registers more than there are.
+    "keys_kernel": Budget(stack_bytes=256, matrix=True, wgmma=True),
+    "prefill_kernel": Budget(matrix=True, wgmma=True),
+    # 16 rows of queries are fewer than a warp group's instruction takes.
+    "decode_kernel": Budget(stack_bytes=16, matrix=True),
+}
+
+
+def budget_of(kernel: str) -> Budget:
+    return _BUDGETS.get(kernel.lstrip("_"), Budget())
 
 
 def _randn(*shape: int, case: Case) -> torch.Tensor:

@@ -37,7 +37,7 @@ def check(rows: list[dict], cases: list) -> None:
     }
     wrong = []
     for row in rows:
-        budget = budget_of(row["kernel"], row["capability"], row["head_dim"])
+        budget = budget_of(row["kernel"])
         takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']}: {row['kernel']} takes"
         for name, limit in (
             ("registers", budget.registers),

@@ -294,7 +294,7 @@ def prefill_kernel(
             P,
             LIFT,
             BLOCK_N,
-            2 if scales is None else 1,
+            2 if STAGES > 1 and scales is None else 1,
             True,
         )
         acc *= 1.0 / LIFT
