@@ -24,6 +24,11 @@ class Tokens:
         return bool((self.segment_BT > 0).all())
 
     @cached_property
+    def has_holes(self) -> bool:
+        """Padding elsewhere than on the left. Reads from the device, once."""
+        return bool((self.real.cummax(1).values & ~self.real).any())
+
+    @cached_property
     def real(self) -> torch.Tensor:
         """[B, T] bool: no padding."""
         return self.segment_BT > 0

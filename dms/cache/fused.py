@@ -89,7 +89,9 @@ class FusedStore(Store):
         """Queries [B, Hq, T, D] of the newest of `new`, whose positions [B, N] are given and which is not stored yet."""
         position, query = position[:, -query.shape[2] :], query.to(self.ring_kv.dtype)
         if query.shape[2] > _MAX_QUERIES:
-            return attend(query, position, self.pages(), recent, **options)
+            # Beside a ring everything is put in order anyway.
+            holes = new.tokens.has_holes if len(recent) == 1 else None
+            return attend(query, position, self.pages(), recent, holes=holes, **options)
         return paged_decode(
             query,
             *self._held(),

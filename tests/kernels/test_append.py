@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from largest import note
 
 from dms_kernels import picking
 from dms_kernels.append import append, fused
@@ -141,7 +142,12 @@ def _follow(monkeypatch, seed, steps, B=2, H=2, G=2, D=16, P=16, window=3, sinks
             window=window, scale=0.25, page_scales=cache.get("page_scales"),
         )  # fmt: skip
         tolerance = 1e-5 if "page_scales" not in cache else 0.05
-        torch.testing.assert_close(out.double(), history.attend(q, 0.25), rtol=0, atol=tolerance)
+        expected = history.attend(q, 0.25)
+        note(
+            f"append over a text, {'int8' if 'page_scales' in cache else 'float32'} pages",
+            what_queries_see=float((out - expected).abs().max()),
+        )
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     lengths = torch.tensor([len(tokens) for tokens in history.tokens])
     assert torch.equal(run.cache["seq_len"], lengths.int()) and run.cache["overflow"] == 0
     assert torch.equal(run.cache["decided"], lengths - (lengths > 0).long() * (alignment == "next"))

@@ -7,6 +7,7 @@ the gate's gradient is the added column of dK.
 
 import pytest
 import torch
+from largest import note
 
 pytest.importorskip("triton")
 
@@ -77,7 +78,9 @@ def test_kernels_equal_stock_attention(monkeypatch, shape, window):
     grad_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     want = _stock_attention(*inputs, grad_out, window, 0.4)
     for actual, expected in zip(_ours(gated_attention_reference, inputs, grad_out, window, 0.4), want, strict=True):
+        note("stock kernels against the dense reference, float64", difference=float((actual - expected).abs().max()))
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     single = [x.float() for x in inputs]
     for actual, expected in zip(_ours(gated_attention, single, grad_out.float(), window, 0.4), want, strict=True):
+        note("gated_attention float32 against stock kernels", difference=float((actual - expected).abs().max()))
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=5e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import note
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -109,6 +110,7 @@ def relative_errors(tensors, window=3, scale=0.6, segments=None, sinks=0, softca
 
 
 def _assert_small(errors, bound=1e-5):
+    note("gated_attention float32", **errors)
     assert all(error <= bound for error in errors.values()), errors
 
 

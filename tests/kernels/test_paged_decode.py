@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from largest import note
 
 from dms_kernels import picking
 from dms_kernels.append.reference import quantize
@@ -193,7 +194,9 @@ def _assert_close(kernel, case: Case, dtype=torch.float32, **how) -> torch.Tenso
     out = kernel(narrow, **how)
     expected = narrow.cast(torch.float64).run(reference)
     assert out.shape == expected.shape and out.dtype == dtype
-    assert error(out, expected) < TOLERANCE[dtype]
+    found = error(out, expected)
+    note(f"paged_decode {dtype}", out=found)
+    assert found < TOLERANCE[dtype]
     return out
 
 

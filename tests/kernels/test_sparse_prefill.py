@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from largest import note
 
 from dms_kernels import picking
 from dms_kernels.sparse_prefill import reference, sparse_prefill
@@ -37,6 +38,7 @@ def check(case: Case, dtype=torch.float32) -> float:
     assert picking.calls()["sparse_prefill"]["triton"] == before + 1
     assert found.dtype == dtype
     worst = error(found, case.cast(torch.float64).run(in_float64(reference)))
+    note(f"sparse_prefill {dtype}", out=worst)
     assert worst <= TOLERANCE[dtype]
     return worst
 
