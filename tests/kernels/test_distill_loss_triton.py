@@ -132,7 +132,7 @@ def test_float32_equals_reference(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_float32_equals_reference_in_many_cases(data):
     _check_case(*_case(data.draw))
