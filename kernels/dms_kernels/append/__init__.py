@@ -8,6 +8,7 @@ import torch
 from dms_kernels import picking
 from dms_kernels.append.fused import append_step, problem
 from dms_kernels.append.reference import reference
+from dms_kernels.checking import expect
 
 __all__ = ["append", "reference"]
 
@@ -114,38 +115,28 @@ def append(
     )  # fmt: skip
 
 
-def _expect(name: str, tensor: torch.Tensor | None, shape: tuple, *dtypes: torch.dtype) -> None:
-    """None in `shape`: any size."""
-    if tensor is None:
-        raise ValueError(f"{name} is missing")
-    if len(tensor.shape) != len(shape) or any(want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)):
-        raise ValueError(f"{name} is {tuple(tensor.shape)} and should be {tuple('any' if n is None else n for n in shape)}")
-    if dtypes and tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype} and should be {' or '.join(map(str, dtypes))}")
-
-
 def _check(
     k, v, evict, ring_kv, ring_state, seq_len, num_kept, page_table, pages, references, free, num_free, evicted, decided, overflow, ticket
 ) -> None:
-    _expect("k", k, (None, None, None))
+    expect("k", k, (None, None, None))
     B, H, D = k.shape
-    _expect("v", v, (B, H, D), k.dtype)
-    _expect("ring_kv", ring_kv, (B, H, 2, None, D))
-    _expect("ring_state", ring_state, (B, H, ring_kv.shape[3]), torch.uint8)
-    _expect("seq_len", seq_len, (B,), torch.int32)
-    _expect("num_kept", num_kept, (B, H), torch.int32)
-    _expect("page_table", page_table, (B, H, None), torch.int32)
-    _expect("pages", pages, (None, 2, None, D))
+    expect("v", v, (B, H, D), k.dtype)
+    expect("ring_kv", ring_kv, (B, H, 2, None, D))
+    expect("ring_state", ring_state, (B, H, ring_kv.shape[3]), torch.uint8)
+    expect("seq_len", seq_len, (B,), torch.int32)
+    expect("num_kept", num_kept, (B, H), torch.int32)
+    expect("page_table", page_table, (B, H, None), torch.int32)
+    expect("pages", pages, (None, 2, None, D))
     N, _, P, _ = pages.shape
     if P not in (16, 32, 64):
         raise ValueError(f"a page holds {P} entries; it should hold 16, 32 or 64")
-    _expect("references", references, (N + 1,), torch.int32)
-    _expect("free", free, (N,), torch.int32)
-    _expect("num_free", num_free, (), torch.int64)
-    _expect("evicted", evicted, (B, H), torch.int64)
-    _expect("decided", decided, (B,), torch.int64)
-    _expect("overflow", overflow, (1,), torch.int32)
-    _expect("ticket", ticket, (B,), torch.int32)
+    expect("references", references, (N + 1,), torch.int32)
+    expect("free", free, (N,), torch.int32)
+    expect("num_free", num_free, (), torch.int64)
+    expect("evicted", evicted, (B, H), torch.int64)
+    expect("decided", decided, (B,), torch.int64)
+    expect("overflow", overflow, (1,), torch.int32)
+    expect("ticket", ticket, (B,), torch.int32)
 
 
 def _check_options(
@@ -159,34 +150,34 @@ def _check_options(
     if (evict is None) == (hidden is None):
         raise ValueError("pass either evict or hidden with the gate's weight and bias: one of them decides")
     if evict is not None:
-        _expect("evict", evict, (B, H), torch.bool)
+        expect("evict", evict, (B, H), torch.bool)
     else:
         outputs = 1 if gate_weight is not None and gate_weight.shape[0] == 1 else H
-        _expect("hidden", hidden, (B, None))
-        _expect("gate_weight", gate_weight, (outputs, hidden.shape[1]), torch.float32)
-        _expect("gate_bias", gate_bias, (outputs,), torch.float32)
+        expect("hidden", hidden, (B, None))
+        expect("gate_weight", gate_weight, (outputs, hidden.shape[1]), torch.float32)
+        expect("gate_bias", gate_bias, (outputs,), torch.float32)
     if real is not None:
-        _expect("real", real, (B,), torch.bool)
+        expect("real", real, (B,), torch.bool)
     if q is None:
         if q_norm is not None:
             raise ValueError("q_norm belongs to q, and there is none")
     else:
-        _expect("q", q, (B, None, D), k.dtype)
+        expect("q", q, (B, None, D), k.dtype)
         if q.shape[1] % H:
             raise ValueError(f"{q.shape[1]} query heads do not share {H} KV heads evenly")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _expect(name, norm, (D,))
+            expect(name, norm, (D,))
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin come together")
     if cos is not None:
         rows = 1 if cos.dim() == 2 and cos.shape[0] == 1 else B
-        _expect("cos", cos, (rows, None))
-        _expect("sin", sin, tuple(cos.shape), cos.dtype)
+        expect("cos", cos, (rows, None))
+        expect("sin", sin, tuple(cos.shape), cos.dtype)
         if cos.shape[1] > D or cos.shape[1] % 2:
             raise ValueError(f"cos has {cos.shape[1]} dims; it should have an even number, at most the head's {D}")
     if page_scales is not None:
-        _expect("pages", pages, tuple(pages.shape), torch.int8, torch.float8_e4m3fn)
-        _expect("page_scales", page_scales, (pages.shape[0], 2, pages.shape[2]), torch.float32)
+        expect("pages", pages, tuple(pages.shape), torch.int8, torch.float8_e4m3fn)
+        expect("page_scales", page_scales, (pages.shape[0], 2, pages.shape[2]), torch.float32)
     elif pages.dtype in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"pages are {pages.dtype}; quantised pages come with page_scales")

@@ -7,6 +7,7 @@ tokens.
 import torch
 
 from dms_kernels import picking
+from dms_kernels.checking import expect
 from dms_kernels.paged_decode.fused import decode, num_tickets, problem
 from dms_kernels.paged_decode.reference import reference
 
@@ -77,16 +78,6 @@ def paged_decode(
     )  # fmt: skip
 
 
-def _expect(name: str, tensor: torch.Tensor | None, shape: tuple, *dtypes: torch.dtype) -> None:
-    """None in `shape`: any size."""
-    if tensor is None:
-        raise ValueError(f"{name} is missing")
-    if len(tensor.shape) != len(shape) or any(want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)):
-        raise ValueError(f"{name} is {tuple(tensor.shape)} and should be {tuple('any' if n is None else n for n in shape)}")
-    if dtypes and tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype} and should be {' or '.join(map(str, dtypes))}")
-
-
 def _check(q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, window, softcap, page_scales) -> None:
     if q.dim() != 4 or ring_kv.dim() != 5:
         raise ValueError(f"q is {tuple(q.shape)} and ring_kv {tuple(ring_kv.shape)}; they should be [B, Hq, T, D] and [B, H, 2, R, D]")
@@ -98,51 +89,51 @@ def _check(q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, window,
         raise ValueError(f"window is {window}; it should be 0 or more")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it should be above 0, or None")
-    _expect("ring_kv", ring_kv, (B, H, 2, R, D))
-    _expect("ring_state", ring_state, (B, H, R), torch.uint8)
-    _expect("seq_len", seq_len, (B,), torch.int32)
+    expect("ring_kv", ring_kv, (B, H, 2, R, D))
+    expect("ring_state", ring_state, (B, H, R), torch.uint8)
+    expect("seq_len", seq_len, (B,), torch.int32)
     if pages is None:
         if page_table is not None or num_kept is not None or page_scales is not None:
             raise ValueError("page_table, num_kept and page_scales belong to pages, and there are none")
         return
-    _expect("pages", pages, (None, 2, None, D))
+    expect("pages", pages, (None, 2, None, D))
     N, _, P, _ = pages.shape
     if P not in PAGE_SIZES:
         raise ValueError(f"a page holds {P} entries; it should hold one of {PAGE_SIZES}")
-    _expect("page_table", page_table, (B, H, None), torch.int32)
-    _expect("num_kept", num_kept, (B, H), torch.int32)
+    expect("page_table", page_table, (B, H, None), torch.int32)
+    expect("num_kept", num_kept, (B, H), torch.int32)
     if page_scales is None:
         if pages.dtype != ring_kv.dtype:
             raise ValueError(f"pages are {pages.dtype} and the ring {ring_kv.dtype}; quantised pages come with page_scales")
     else:
-        _expect("pages", pages, (N, 2, P, D), torch.int8, torch.float8_e4m3fn)
-        _expect("page_scales", page_scales, (N, 2, P), torch.float32)
+        expect("pages", pages, (N, 2, P, D), torch.int8, torch.float8_e4m3fn)
+        expect("page_scales", page_scales, (N, 2, P), torch.float32)
 
 
 def _check_queries(q, ring_kv, q_position, real, new_k, new_v, new_position, new_state, last_state, sink_logits) -> None:
     B, Hq, T, D = q.shape
     H = ring_kv.shape[1]
     if sink_logits is not None:
-        _expect("sink_logits", sink_logits, (Hq,))
+        expect("sink_logits", sink_logits, (Hq,))
     if q_position is None:
         if T != 1:
             raise ValueError(f"{T} queries without q_position; only the newest stored token's query needs none")
         if new_k is not None or last_state is not None:
             raise ValueError("new tokens and last_state need q_position: without it the query is that of the newest stored token")
         if real is not None:
-            _expect("real", real, (B,), torch.bool)
+            expect("real", real, (B,), torch.bool)
     else:
-        _expect("q_position", q_position, (B, T), torch.int32)
+        expect("q_position", q_position, (B, T), torch.int32)
         if real is not None:
             raise ValueError("real goes with queries that have no q_position; a query at position -1 is padding")
     if last_state is not None:
-        _expect("last_state", last_state, (B, H), torch.uint8)
+        expect("last_state", last_state, (B, H), torch.uint8)
     if new_k is None:
         if new_v is not None or new_position is not None or new_state is not None:
             raise ValueError("new_v, new_position and new_state belong to new_k, and there is none")
         return
     S = new_k.shape[2]
-    _expect("new_k", new_k, (B, H, S, D), ring_kv.dtype)
-    _expect("new_v", new_v, (B, H, S, D), ring_kv.dtype)
-    _expect("new_position", new_position, (B, S), torch.int32)
-    _expect("new_state", new_state, (B, H, S), torch.uint8)
+    expect("new_k", new_k, (B, H, S, D), ring_kv.dtype)
+    expect("new_v", new_v, (B, H, S, D), ring_kv.dtype)
+    expect("new_position", new_position, (B, S), torch.int32)
+    expect("new_state", new_state, (B, H, S), torch.uint8)
