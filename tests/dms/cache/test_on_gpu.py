@@ -8,7 +8,7 @@ from dms.cache.fused import FusedStore
 from dms.masked_cache import masked_cache
 from dms.retrofitting import set_mode
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(params=["own", "next"])
