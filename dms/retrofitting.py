@@ -55,8 +55,11 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     return model
 
 
-def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None) -> None:
+def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: masks.Tokens | None = None) -> None:
     """Switch a retrofitted model to "dense", "train" or "evict". `noise` names the training forwards' noise.
+
+    tokens: where the tokens of training forwards stand. Packed documents beside padding need it; None: the attention mask and
+    the positions say it.
 
     Raises:
         ValueError: an unknown mode, or a model without gates.
@@ -65,7 +68,7 @@ def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None) -> None:
     if mode not in ("dense", "train", "evict"):
         raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
     state.activate(mode)
-    state.noise = noise
+    state.noise, state.tokens = noise, tokens
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,14 +106,23 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     past = None if past is None else past.map(lambda x: x.to(source.device))
     if isinstance(cache, DMSCache):
         cache.before_forward(source.shape[1])
-    tokens = masks.locate_tokens(
-        source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past
-    )
+    if state.mode == "train" and state.tokens is not None:
+        tokens = _told(state.tokens, source)
+    else:
+        tokens = masks.locate_tokens(
+            source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past
+        )
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
     state.forward = Forward(state.mode, tokens, state.noise)
     return args, kwargs
+
+
+def _told(tokens: masks.Tokens, source: torch.Tensor) -> masks.Tokens:
+    if tokens.segment_BT.shape != source.shape[:2]:
+        raise ValueError(f"set_mode was told of tokens {tuple(tokens.segment_BT.shape)}, and the batch has {tuple(source.shape[:2])}")
+    return tokens.to(source.device)
 
 
 def _wants_cache(decoder: nn.Module, given: dict) -> bool:

@@ -48,7 +48,8 @@ class Forward:
 
 @dataclass
 class DMSState:
-    """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise.
+    """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise, `tokens` where its
+    tokens stand (None: found from attention mask and positions).
 
     layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
     that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
@@ -65,6 +66,7 @@ class DMSState:
     takes_cache: bool = True
     mode: Mode = "dense"
     noise: Noise | None = None
+    tokens: Tokens | None = None
     evict_bias: float = 0.0
     page_size: int = 64
     max_cache_bytes: int | None = None

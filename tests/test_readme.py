@@ -20,7 +20,7 @@ def test_every_command_is_one_that_the_program_has(command):
     from typer.main import get_command
 
     from dms.train.cli import app
-    from dms.train.recipe import packaged_recipes
+    from dms.train.recipe_file import packaged_recipes
 
     program, *arguments = command.split()
     if program.startswith("scripts/"):

@@ -17,7 +17,8 @@ from dms.evaluation.table import results_table
 from dms.evaluation.trace import trace_document
 from dms.retrofitting import retrofit, state_of
 from dms.train.adapters import without_adapters
-from dms.train.recipe import RetrofitRecipe, dump_recipe
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import dump_recipe
 from dms.train.students import Models
 from dms.weights import base_hash
 

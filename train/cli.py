@@ -34,7 +34,8 @@ def retrofit(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None
 ) -> None:
     """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
-    from dms.train.recipe import RetrofitRecipe, load_recipe
+    from dms.train.recipe import RetrofitRecipe
+    from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
     _prepare_environment(loaded.precision)
@@ -53,7 +54,8 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None
 ) -> None:
     """Train the small embedded model from scratch; repeated, it continues from its last checkpoint."""
-    from dms.train.recipe import PretrainRecipe, load_recipe
+    from dms.train.recipe import PretrainRecipe
+    from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], PretrainRecipe)
     _prepare_environment(loaded.precision)

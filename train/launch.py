@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         layout = layout_of(args)
         # Without torch, so that a mistake is told once and at once.
-        from dms.train.recipe import RetrofitRecipe, load_recipe
+        from dms.train.recipe import RetrofitRecipe
+        from dms.train.recipe_file import load_recipe
 
         load_recipe(args.recipe, args.overrides, RetrofitRecipe)
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ from dms.retrofitting import set_mode, state_of
 from dms.sharding import num_elements
 from dms.train import artifacts, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
-from dms.train.data import RankBatches, make_source
+from dms.train.data.sequences import RankBatches, make_source
 from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start

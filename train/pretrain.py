@@ -16,7 +16,8 @@ from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.corpus import StdlibText, stdlib_files
 from dms.evaluation.tasks import make_document
-from dms.train.recipe import PretrainRecipe, Stage, dump_recipe
+from dms.train.recipe import PretrainRecipe, Stage
+from dms.train.recipe_file import dump_recipe
 from dms.train.step import learning_rate
 from dms.train.tokenizer import train_tokenizer
 

@@ -1,22 +1,13 @@
-"""Recipes: one strict, typed YAML file says everything about a run.
+"""What a recipe says: the types of its sections and keys. `recipe_file` reads and writes them."""
 
-Unknown, misspelt, duplicate or mistyped keys are errors. `extends: NAME` starts from another recipe, one level deep;
-`a.b=c` on the command line overrides with the same types.
-"""
-
-import importlib
-import re
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
-from dms.config import DMSConfig, nearest
-from dms.strict import Strict, explain
-
-Recipe = TypeVar("Recipe", bound=BaseModel)
+from dms.config import DMSConfig
+from dms.strict import Strict
+from dms.train.data.settings import Data
 
 
 def _method(value: Any) -> DMSConfig:
@@ -41,36 +32,6 @@ class Optimizer(Strict):
     """Largest norm of all gradients together."""
     final_lr: float = Field(default=1.0, ge=0.0, le=1.0)
     """The last step's learning rate as a share of `lr`; below 1 it falls along a cosine."""
-
-
-class Data(Strict):
-    """Where documents come from. Exactly one source."""
-
-    source: Literal["builtin", "text", "jsonl", "dataset"]
-    """builtin: standard-library sources with planted tasks; text / jsonl: local files; dataset: an id for `datasets`."""
-    length: int = Field(ge=8)
-    """Tokens of each training sequence."""
-    path: str | None = None
-    """File, folder or glob (text, jsonl), or the dataset's id (dataset)."""
-    config: str | None = None
-    """The dataset's configuration name."""
-    split: str = "train"
-    field: str = "text"
-    """The column or key that holds a document's text."""
-    items: list[int] = Field(default=[20, 40], min_length=2, max_length=2)
-    """builtin: how many tasks are planted in a document, from and to."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.source == "builtin" and self.path is not None:
-            raise ValueError("data.path has no effect with source: builtin; remove it or choose source text, jsonl or dataset")
-        if self.source != "builtin" and self.path is None:
-            raise ValueError(
-                f"data.path is missing: source {self.source} needs {'a dataset id' if self.source == 'dataset' else 'a file, folder or glob'}"
-            )
-        if not 0 <= self.items[0] <= self.items[1]:
-            raise ValueError(f"data.items is {self.items}; give [from, to] with 0 <= from <= to")
-        return self
 
 
 class Evaluation(Strict):
@@ -261,116 +222,3 @@ class PretrainRecipe(Strict):
     save_minutes: float = Field(default=5.0, gt=0.0)
     """Minutes between checkpoints; the same command continues from the last one."""
     evaluation: Evaluation = Evaluation()
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
-
-
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-_StrictLoader.yaml_implicit_resolvers = {
-    key: [resolver for resolver in resolvers if resolver[0] not in _REPLACED]
-    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$"), list("-+0123456789.")
-)
-# Whole numbers stay integers: the resolver that was added last would win otherwise.
-for _key, _resolvers in _StrictLoader.yaml_implicit_resolvers.items():
-    _resolvers.sort(key=lambda r: r[0] == "tag:yaml.org,2002:float")
-
-
-def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a word")
-        if key in mapping:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Raises ValueError with the place for anything that is not plain, unambiguous YAML."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def packaged_recipes() -> dict[str, Path]:
-    root = Path(next(iter(importlib.import_module("dms.recipes").__path__)))
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-
-
-def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """A path, or the name of a packaged recipe such as `tiny/retrofit`."""
-    for candidate in (Path(name).expanduser(), *((beside / name, beside / f"{name}.yaml") if beside else ())):
-        if candidate.is_file():
-            return candidate
-    known = packaged_recipes()
-    short = name.removesuffix(".yaml").removeprefix("recipes/")
-    if short in known:
-        return known[short]
-    raise ValueError(f"recipe {name!r} is neither a file nor a packaged recipe{nearest(short, known)}; packaged: {', '.join(known)}")
-
-
-def load_recipe(name: str, overrides: list[str], schema: type[Recipe]) -> Recipe:
-    """Read, extend, override and validate a recipe.
-
-    Raises:
-        ValueError: naming the file, the key, what was given and what is allowed.
-    """
-    path = find_recipe(name)
-    values = _read_mapping(path)
-    if "extends" in values:
-        parent_path = find_recipe(str(values.pop("extends")), path.parent)
-        parent = _read_mapping(parent_path)
-        if "extends" in parent:
-            raise ValueError(f"{path}: extends {parent_path.name}, which extends another recipe; one level is allowed")
-        values = _merge(parent, values)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {override!r} is not of the form key=value")
-        _set(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"recipe {name}: {explain(error, schema)}") from None
-
-
-def _read_mapping(path: Path) -> dict:
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values, this is {type(values).__name__}")
-    return values
-
-
-def _merge(base: dict, changes: dict) -> dict:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"override {override!r}: {key} is not a section")
-    values[keys[-1]] = value
-
-
-def dump_recipe(recipe: BaseModel) -> str:
-    """The resolved recipe as YAML, readable by `load_recipe`."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dms import models
 from dms.train import saving
-from dms.train.recipe import RetrofitRecipe, dump_recipe
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import dump_recipe
 
 LOCK_FILE = ".lock"
 # What a process that was killed while making the folder leaves.

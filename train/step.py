@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dms.masks import Tokens
 from dms.retrofitting import set_mode, state_of
 from dms.sharding import gathered, is_sharded
 from dms.state import Noise
@@ -154,24 +155,20 @@ def distill_step(
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
     reference implementation, with straight-through decisions in the count.
     """
-    # Packed documents are told apart by their positions; padding by the mask.
+    # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    valid_BT = batch["segment_ids"] > 0
-    if not bool(valid_BT.all()):
-        if int(batch["segment_ids"].max()) > 1:
-            raise ValueError("a row holds both padding and packed documents; transformers would let its documents see each other")
-        inputs["attention_mask"] = valid_BT.long()
+    tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
 
     set_mode(student, "dense")
     with torch.no_grad(), without_adapters(student):
         hidden_t = hidden_states(student if teacher is None else teacher, inputs)
 
-    set_mode(student, "train", Noise(seed, batch["number"]))
+    set_mode(student, "train", Noise(seed, batch["number"]), tokens)
     hidden_s = hidden_states(student, inputs)
     forward = state_of(student).forward
     set_mode(student, "dense")
 
-    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (valid_BT & batch["loss_mask"]).flatten())
+    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (tokens.real & batch["loss_mask"]).flatten())
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
     hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()

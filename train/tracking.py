@@ -17,7 +17,8 @@ from rich.console import Console
 from dms.doctor import has_wandb_key
 from dms.evaluation import evaluate as evaluation
 from dms.report.figure import new_figure
-from dms.train.recipe import RetrofitRecipe, dump_recipe
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import dump_recipe
 
 
 def check_trackers(recipe: RetrofitRecipe) -> None:

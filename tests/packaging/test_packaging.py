@@ -191,7 +191,7 @@ def imports_of(path: Path, package: str) -> set[str]:
 
 
 def modules(packages: dict[str, Path], top: str, *, without: tuple[str, ...] = ()) -> list[tuple[Path, set[str]]]:
-    chosen = [name for name in packages if (name == top or name.startswith(top + ".")) and name not in without]
+    chosen = [name for name in packages if f"{name}.".startswith(f"{top}.") and not f"{name}.".startswith(tuple(f"{x}." for x in without))]
     return [(path, imports_of(path, name)) for name in chosen for path in sorted(packages[name].glob("*.py"))]
 
 

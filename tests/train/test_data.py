@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dms import models
-from dms.train.data import BuiltinDocuments, PackedDocuments, make_source
-from dms.train.recipe import Data
+from dms.train.data.sequences import BuiltinDocuments, PackedDocuments, make_source
+from dms.train.data.settings import Data
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@ import importlib
 import pytest
 import yaml
 
-from dms.train.recipe import PretrainRecipe, RetrofitRecipe, dump_recipe, load_recipe, packaged_recipes, parse_yaml
+from dms.train.recipe import PretrainRecipe, RetrofitRecipe
+from dms.train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 
 @pytest.fixture

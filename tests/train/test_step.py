@@ -213,20 +213,33 @@ def test_a_teacher_that_sees_across_packed_documents_is_refused(family, packs):
             check_packing(model, torch.arange(3, 35))
 
 
-def test_padding_among_packed_documents_is_refused(student):
-    batch = make_batch(2, pad_last=5)
-    batch["segment_ids"][0, 20:] = 2
-    with pytest.raises(ValueError, match="both padding and packed"):
-        distill_step(
+def test_packed_documents_beside_padding_are_as_those_documents_alone(student, monkeypatch):
+    """A row of 23 and 11 tokens and 6 of padding: the KL is that of the two documents by themselves."""
+    # Noise goes by places in the row.
+    monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
+
+    def kl(ids, segment, position):
+        batch = {"input_ids": ids, "segment_ids": segment, "position_ids": position, "number": torch.zeros(len(ids), dtype=torch.long)}
+        batch["loss_mask"] = torch.ones_like(ids, dtype=torch.bool)
+        return distill_step(
             student,
             None,
             batch,
             head_loss=HeadLoss(student, None, beta=0.0, chunk=64),
             target=0.5,
-            normalizer=Normalizer(91, 2),
+            normalizer=Normalizer(34, 1),
             seed=0,
             compression_weight=1.0,
         )
+
+    ids = torch.randint(2, 500, (1, 40), generator=torch.Generator().manual_seed(1))
+    parts = [torch.arange(n) for n in (23, 11, 6)]
+    segment = torch.cat([torch.full_like(part, number) for part, number in zip(parts, (1, 2, 0), strict=True)])[None]
+    packed = kl(ids, segment, torch.cat(parts)[None])
+    alone = [kl(ids[:, a:b], torch.ones(1, b - a, dtype=torch.long), torch.arange(b - a)[None]) for a, b in ((0, 23), (23, 34))]
+    assert float(packed.kl) == pytest.approx(sum(float(output.kl) for output in alone), rel=1e-4)
+    assert float(packed.kl) > 1e-4
+    assert float(packed.decided) == sum(float(output.decided) for output in alone)
 
 
 def test_an_unknown_head_is_refused(student):

@@ -18,7 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dms.train.recipe import RetrofitRecipe, dump_recipe, load_recipe
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import dump_recipe, load_recipe
 from dms.train.tracking import check_trackers, open_tracker
 
 _LAYERS = [1, 4]
@@ -84,7 +85,8 @@ _CHILD = """
 import sys, time, torch
 from pathlib import Path
 from rich.console import Console
-from dms.train.recipe import RetrofitRecipe, load_recipe
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import load_recipe
 from dms.train.tracking import open_tracker
 
 recipe = load_recipe(sys.argv[1], [], RetrofitRecipe)

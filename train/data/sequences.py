@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dms.evaluation.corpus import StdlibText
 from dms.evaluation.tasks import make_document
-from dms.train.recipe import Data
+from dms.train.data.settings import Data
 
 
 class BuiltinDocuments(Dataset):

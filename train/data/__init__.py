@@ -1,0 +1,1 @@
+"""Training data: where documents come from, and the sequences made of them."""
