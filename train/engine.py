@@ -182,6 +182,18 @@ class Engine:
         self.module, _ = accelerator.prepare(module, optimizer)
         self.optimizer = self.module.optimizer if self.is_deepspeed else optimizer
 
+    def leave_group(self) -> None:
+        """Part from the other processes together, so that none takes another's end for a failure. No steps after it."""
+        if not torch.distributed.is_initialized():
+            return
+        torch.distributed.barrier()
+        if not self.is_deepspeed:
+            # The wrapper's reducer must not be the last to hold the process group: freed by it, Python's lock is held while gloo
+            # waits for its threads, and one of them may be waiting for that lock.
+            self.accelerator.free_memory()
+            self.module = None
+        torch.distributed.destroy_process_group()
+
     def set_learning_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

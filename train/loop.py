@@ -121,13 +121,6 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
             raise
 
 
-def _leave_group() -> None:
-    """Part from the other processes together, so that none takes another's end for a failure."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> Setup:
     """Find everything that can be wrong, load, and go to where the run was left."""
     check_trackers(recipe)
@@ -274,7 +267,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 if stops and not there:
                     raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
             if stops:
-                _leave_group()
+                engine.leave_group()
                 raise Stopped(
                     f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}"
                 )
@@ -301,7 +294,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
     if not divided:
         # The first process has all that is left to do; the others must not wait for it in a collective.
-        _leave_group()
+        setup.engine.leave_group()
     if not is_main and not divided:
         return {}
     result = artifacts.finish(
@@ -317,7 +310,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         training_seconds=position.training_seconds,
         start=start,
         num_processes=setup.accelerator.num_processes,
-        forwards_done=_leave_group,
+        forwards_done=setup.engine.leave_group,
         console=setup.console,
     )
     if not is_main:
