@@ -56,15 +56,19 @@ class Gate(nn.Module):
         return f"outputs={self.weight.shape[0]}, hidden={self.weight.shape[1]}, scale={self.scale}, offset={self.offset}"
 
 
-def logistic_noise(sequence_B: torch.Tensor, num_tokens: int, num_heads: int, *, seed: int, layer: int) -> torch.Tensor:
+def logistic_noise(
+    sequence_B: torch.Tensor, num_tokens: int, num_heads: int, *, seed: int, layer: int, first_token: int = 0
+) -> torch.Tensor:
     """Logistic(0, 1) noise [B, T, H] float32, a pure function of (seed, layer, sequence, token, head).
+
+    first_token: place of the T tokens in their sequence.
 
     A counter-based generator: recomputation, another micro-batch split, world size or device sees the same noise. The
     difference of two Gumbel samples is logistic. `sequence_B` [B] int64 numbers the training sequences of the whole run.
     """
     device = sequence_B.device
     counter = _mix(sequence_B.long()[:, None] + _mix_int(seed * 1_000_003 + layer))
-    token = torch.arange(num_tokens, device=device)[:, None] * num_heads + torch.arange(num_heads, device=device)
+    token = torch.arange(first_token, first_token + num_tokens, device=device)[:, None] * num_heads + torch.arange(num_heads, device=device)
     bits = _mix(_mix(counter[:, :, None] + token * 2_654_435_769) + token)
     # 24 bits, centred; float32 would round the last of them to 1. The tails reach +-17.
     u = (((bits & 0xFFFFFF).float() + 0.5) / 16_777_216.0).clamp(max=1.0 - 2.0**-24)

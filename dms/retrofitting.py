@@ -5,6 +5,7 @@ ones, in prefill as in decode.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,11 +56,11 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     return model
 
 
-def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: masks.Tokens | None = None) -> None:
+def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: masks.Tokens | None = None, shards: Any = None) -> None:
     """Switch a retrofitted model to "dense", "train" or "evict". `noise` names the training forwards' noise.
 
     tokens: where the tokens of training forwards stand. Packed documents beside padding need it; None: the attention mask and
-    the positions say it.
+    the positions say it. shards: training's rows are divided among processes; `tokens` are then those of whole rows.
 
     Raises:
         ValueError: an unknown mode, or a model without gates.
@@ -67,8 +68,14 @@ def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: m
     state = state_of(model)
     if mode not in ("dense", "train", "evict"):
         raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
+    state.noise, state.tokens, state.shards = noise, tokens, shards
+    if shards is not None:
+        if mode == "evict" or tokens is None:
+            raise ValueError(
+                "rows are divided among processes in training only (mode 'train' or the teacher's 'dense'), and their tokens must be told"
+            )
+        shards.tokens = tokens
     state.activate(mode)
-    state.noise, state.tokens = noise, tokens
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -107,7 +114,7 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if isinstance(cache, DMSCache):
         cache.before_forward(source.shape[1])
     if state.mode == "train" and state.tokens is not None:
-        tokens = _told(state.tokens, source)
+        tokens = _told(state, source)
     else:
         tokens = masks.locate_tokens(
             source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past
@@ -115,14 +122,17 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
-    state.forward = Forward(state.mode, tokens, state.noise)
+    state.forward = Forward(state.mode, tokens, state.noise, state.shards)
     return args, kwargs
 
 
-def _told(tokens: masks.Tokens, source: torch.Tensor) -> masks.Tokens:
-    if tokens.segment_BT.shape != source.shape[:2]:
-        raise ValueError(f"set_mode was told of tokens {tuple(tokens.segment_BT.shape)}, and the batch has {tuple(source.shape[:2])}")
-    return tokens.to(source.device)
+def _told(state: DMSState, source: torch.Tensor) -> masks.Tokens:
+    told, parts = state.tokens.segment_BT.shape, 1 if state.shards is None else state.shards.size
+    if told != (source.shape[0], source.shape[1] * parts):
+        raise ValueError(
+            f"set_mode was told of tokens {tuple(told)}, and the batch has {tuple(source.shape[:2])} in each of {parts} processes"
+        )
+    return state.tokens.to(source.device)
 
 
 def _wants_cache(decoder: nn.Module, given: dict) -> bool:
@@ -187,21 +197,30 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
 
 
 def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor):
-    config, tokens = state.config, forward.tokens
+    config, tokens, shards = state.config, forward.tokens, forward.shards
+    # A document's first token has nobody before it to rule, wherever its successors lie.
+    deciding = tokens.real if config.alignment == "own" else tokens.real & (tokens.position_BT > 0)
+    deciding = deciding if shards is None else shards.held(deciding)
     noise = torch.zeros_like(logits)
     if forward.noise is not None:
-        heads = layer.num_heads if config.granularity == "head" else 1
         noise = gates.logistic_noise(
-            forward.noise.sequence_B.to(logits.device), logits.shape[1], heads, seed=forward.noise.seed, layer=layer.index
+            forward.noise.sequence_B.to(logits.device),
+            logits.shape[1],
+            layer.num_heads if config.granularity == "head" else 1,
+            seed=forward.noise.seed,
+            layer=layer.index,
+            first_token=0 if shards is None else shards.rank * logits.shape[1],
         )
-    own_log_keep = gates.keep_log_prob(logits, noise, config.tau)
-    log_keep = masks.align(own_log_keep, tokens.segment_BT, config.alignment, 0.0)
-    decided = masks.decided_tokens(tokens.segment_BT, config.alignment)[..., None].to(log_keep.dtype)
-    evicted = gates.straight_through(log_keep) * decided
+    log_keep = gates.keep_log_prob(logits, noise, config.tau)
+    evicted = gates.straight_through(log_keep) * deciding[..., None]
     forward.evicted_count[layer.index] = evicted.sum((1, 2))
-    forward.decided_count[layer.index] = decided.sum((1, 2)) * layer.num_heads
-    forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / decided.sum().clamp(min=1)).float()
-    return functools.partial(attention.train_attention, log_keep_BTH=log_keep, tokens=tokens, window=config.window, sinks=config.sinks)
+    forward.decided_count[layer.index] = deciding.sum(1).to(log_keep.dtype) * layer.num_heads
+    forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / deciding.sum().clamp(min=1)).float()
+    shared = {"tokens": tokens, "window": config.window, "sinks": config.sinks}
+    if shards is not None:
+        return functools.partial(shards.train_attention, log_keep_BSH=log_keep, alignment=config.alignment, **shared)
+    aligned = masks.align(log_keep, tokens.segment_BT, config.alignment, 0.0)
+    return functools.partial(attention.train_attention, log_keep_BTH=aligned, **shared)
 
 
 def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, gate: gates.Gate, hidden: torch.Tensor, cache: Cache | None):

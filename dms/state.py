@@ -4,7 +4,7 @@ import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward pass: fixed at its start. The dictionaries collect what its layers decided, by layer index.
+    """One forward pass: fixed at its start. shards: as in DMSState; `tokens` are then those of whole rows. The dictionaries collect what its layers decided, by layer index.
 
     evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
     head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
@@ -35,6 +35,7 @@ class Forward:
     mode: Mode
     tokens: Tokens
     noise: Noise | None = None
+    shards: Any = None
     evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -43,13 +44,14 @@ class Forward:
 
     def as_recomputation(self) -> "Forward":
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
-        return Forward(self.mode, self.tokens, self.noise)
+        return Forward(self.mode, self.tokens, self.noise, self.shards)
 
 
 @dataclass
 class DMSState:
     """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise, `tokens` where its
-    tokens stand (None: found from attention mask and positions).
+    tokens stand (None: found from attention mask and positions). shards: a `dms.sequence_parallel.Shards` where rows are divided
+    among processes.
 
     layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
     that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
@@ -67,6 +69,7 @@ class DMSState:
     mode: Mode = "dense"
     noise: Noise | None = None
     tokens: Tokens | None = None
+    shards: Any = None
     evict_bias: float = 0.0
     page_size: int = 64
     max_cache_bytes: int | None = None
@@ -85,8 +88,9 @@ class DMSState:
     def activate(self, mode: Mode) -> None:
         """Choose the attention function. Only the text decoder's: the public setter would hand it on to vision towers."""
         self.mode = mode
+        name = self.original_attention if mode == "dense" else self.attention_name
         for config in self.model_configs:
-            config._attn_implementation_internal = self.original_attention if mode == "dense" else self.attention_name
+            config._attn_implementation_internal = name if self.shards is None else self.shards.attention_name
 
     def checkpoint_contexts(self):
         """`context_fn` for torch.utils.checkpoint: nothing in the forward, its own state again in the recomputation."""
@@ -103,12 +107,15 @@ class Recomputation:
         self.state, self.forward = state, forward
 
     def __enter__(self) -> None:
-        self.before = self.state.mode, self.state.forward
-        self.state.activate(self.forward.mode)
-        self.state.forward = self.forward
+        state, forward = self.state, self.forward
+        self.before = state.mode, state.forward, state.shards
+        state.forward, state.shards = forward, forward.shards
+        if state.shards is not None:
+            state.shards.tokens = forward.tokens
+        state.activate(forward.mode)
 
     def __exit__(self, *_) -> None:
-        mode, self.state.forward = self.before
+        mode, self.state.forward, self.state.shards = self.before
         self.state.activate(mode)
 
 

@@ -5,6 +5,7 @@ loss and gradient however the step is split. Shapes: B sequences, T tokens, M mo
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from dms.masks import Tokens
 from dms.retrofitting import set_mode, state_of
+from dms.sequence_parallel import Shards
 from dms.sharding import gathered, is_sharded
 from dms.state import Noise
 from dms.train.adapters import without_adapters
@@ -148,22 +150,28 @@ def distill_step(
     normalizer: Normalizer,
     seed: int,
     compression_weight: float,
+    shards: Shards | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
     teacher: None where the student's base is frozen: the same weights with gates and adapters off. The loss is
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
-    reference implementation, with straight-through decisions in the count.
+    reference implementation, with straight-through decisions in the count. shards: the batch is what `Shards.divide` made for
+    this process, and what is given back its share of the sums over all that share its rows.
     """
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
+    tokens, kind = Tokens(batch["segment_ids"].int(), batch["position_ids"].int()), {}
+    if shards is not None:
+        rows = Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
+        kind = {"tokens": rows, "shards": shards}
 
-    set_mode(student, "dense")
-    with torch.no_grad(), without_adapters(student):
+    set_mode(student, "dense", **kind)
+    across = nullcontext() if shards is None or teacher is None else shards.serving(teacher)
+    with torch.no_grad(), without_adapters(student), across:
         hidden_t = hidden_states(student if teacher is None else teacher, inputs)
 
-    set_mode(student, "train", Noise(seed, batch["number"]), tokens)
+    set_mode(student, "train", Noise(seed, batch["number"]), **{"tokens": tokens, **kind})
     hidden_s = hidden_states(student, inputs)
     forward = state_of(student).forward
     set_mode(student, "dense")
@@ -171,7 +179,7 @@ def distill_step(
     kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (tokens.real & batch["loss_mask"]).flatten())
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
-    hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
+    hinge = _hinge(evicted_B, decided_B, target, shards)
     kl = kl_sum / normalizer.num_predictions
     compression = hinge / normalizer.num_sequences
     return StepOutput(
@@ -182,6 +190,15 @@ def distill_step(
         decided=decided_B.detach().sum(),
         head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
     )
+
+
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, shards: Shards | None) -> torch.Tensor:
+    """This process's share of the sum over sequences."""
+    if shards is None:
+        return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
+    whole = torch.clamp(target - shards.total(evicted_B) / shards.total(decided_B).clamp(min=1), min=0.0).sum()
+    # All compute the same value; each has its own decisions' gradient of it.
+    return whole - whole.detach() * (1.0 - 1.0 / shards.size)
 
 
 def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:

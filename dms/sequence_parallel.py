@@ -1,0 +1,172 @@
+"""Rows of tokens divided among processes: each holds a stretch of every row, and attention trades tokens for heads.
+
+After DeepSpeed-Ulysses (arXiv 2309.14509): before attention an all-to-all turns [T/N tokens, all heads] into [all tokens, heads/N],
+after it another turns back. Gates are computed where their token lies and travel beside the keys; alignment, windows and documents
+are then those of whole rows, so that a border between two processes means nothing. All else in a decoder works token by token.
+
+Shapes: B batch, T tokens of a row, N processes that share it, S = T / N tokens held here, Hq query heads, H KV heads, D head dim.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dms import masks
+from dms.masks import Tokens
+from dms_kernels import gated_attention
+
+# What a layer that carries no gate may be; its attention is then a window of the kernel's.
+_KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
+
+
+class Shards:
+    """This process's place among the N that share rows, and the attention that they compute together.
+
+    tokens: of the whole rows [B, T] of the pass that is running; `set_mode` and recomputation set it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.tokens: Tokens | None = None
+        # One name is enough: a process has one group.
+        self.attention_name = "dms_sequence_parallel"
+        AttentionInterface.register(self.attention_name, self._attention)
+        AttentionMaskInterface.register(self.attention_name, lambda *_, **__: None)
+
+    def part(self, num_tokens: int) -> slice:
+        """Which of a row's tokens lie here."""
+        size = num_tokens // self.size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def held(self, whole_BT: torch.Tensor) -> torch.Tensor:
+        return whole_BT[:, self.part(whole_BT.shape[1])]
+
+    def divide(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of whole rows -> this process's part of each, with the rows' segments and positions beside it."""
+        parts = {name: self.held(value) if value.dim() == 2 else value for name, value in batch.items()}
+        return {**parts, "row_segment_ids": batch["segment_ids"], "row_position_ids": batch["position_ids"]}
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, whose gradient goes to each one's own part."""
+        whole = part.detach().clone()
+        dist.all_reduce(whole, group=self.group)
+        return part + (whole - part.detach())
+
+    @contextmanager
+    def serving(self, model: nn.Module) -> Iterator[None]:
+        """Within it a model without gates, such as a teacher's copy, attends over whole rows."""
+        config = model.config.get_text_config()
+        before, config._attn_implementation_internal = config._attn_implementation_internal, self.attention_name
+        try:
+            yield
+        finally:
+            config._attn_implementation_internal = before
+
+    def train_attention(
+        self, query, key, value, *, log_keep_BSH, tokens: Tokens, window: int, sinks: int, alignment: str, scaling=None, **kwargs
+    ):
+        """Noisy soft masking over whole rows. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].
+
+        log_keep_BSH: of the tokens held here, by the token whose gate decided. tokens: of the whole rows.
+        """
+        return self._attend(
+            query, key, value, log_keep_BSH, tokens, window=window, sinks=sinks, alignment=alignment, scaling=scaling, **kwargs
+        )
+
+    def _attention(self, module: nn.Module, query, key, value, attention_mask, sliding_window=None, scaling=None, **kwargs):
+        """What transformers calls while rows are divided: with a decision waiting, train mode; else dense, or a sliding window."""
+        pending = getattr(module, "dms_pending", None)
+        if pending is not None:
+            module.dms_pending = None
+            return pending(query, key, value, scaling=scaling, **kwargs), None
+        log_keep, window = None, 0
+        if sliding_window is not None:
+            # Every key leaves with the window, the query's own token counted in it.
+            window = int(sliding_window) - 1
+            log_keep = torch.full((*key.shape[:1], key.shape[2], key.shape[1]), float("-inf"), device=key.device)
+        out = self._attend(query, key, value, log_keep, self.tokens, window=window, sinks=0, alignment="own", scaling=scaling, **kwargs)
+        return out, None
+
+    def _attend(
+        self, query, key, value, log_keep_BSH, tokens, *, window, sinks, alignment, scaling=None, softcap=None, s_aux=None, **_
+    ) -> torch.Tensor:
+        copies = max(1, self.size // key.shape[1])
+        q_BTHD = self._to_heads(query.transpose(1, 2))
+        k_BTHD, v_BTHD = (self._to_heads(x.transpose(1, 2).repeat_interleave(copies, 2)) for x in (key, value))
+        log_keep_BTH = None
+        if log_keep_BSH is not None:
+            gathered = self._to_heads(log_keep_BSH.repeat_interleave(copies, 2)[..., None])[..., 0]
+            log_keep_BTH = masks.align(gathered, tokens.segment_BT, alignment, 0.0).contiguous()
+        sinks_of_heads = None if s_aux is None else s_aux.chunk(self.size)[self.rank]
+        out_BTHD = gated_attention(
+            q_BTHD,
+            k_BTHD,
+            v_BTHD,
+            log_keep_BTH,
+            window=window,
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            segment_ids=tokens.segment_BT,
+            sinks=sinks,
+            softcap=softcap,
+            sink_logits=sinks_of_heads,
+        )
+        return self._to_tokens(out_BTHD)
+
+    def _to_heads(self, x_BSHD: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] of all heads -> [B, T, H / N, D] of all tokens."""
+        return _Trade.apply(x_BSHD, self.group, True)
+
+    def _to_tokens(self, x_BTHD: torch.Tensor) -> torch.Tensor:
+        return _Trade.apply(x_BTHD, self.group, False)
+
+
+class _Trade(torch.autograd.Function):
+    """An all-to-all between tokens and heads; its gradient is the one back."""
+
+    @staticmethod
+    def forward(ctx, x, group, to_heads: bool):
+        ctx.group, ctx.to_heads = group, to_heads
+        return _trade(x, group, to_heads)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _trade(grad, ctx.group, not ctx.to_heads), None, None
+
+
+def _trade(x: torch.Tensor, group: dist.ProcessGroup, to_heads: bool) -> torch.Tensor:
+    N = dist.get_world_size(group)
+    B, T, H, D = x.shape
+    # One block for each process, the process in front.
+    blocks = x.view(B, T, N, H // N, D).permute(2, 0, 1, 3, 4) if to_heads else x.view(B, N, T // N, H, D).transpose(0, 1)
+    sent = blocks.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    if to_heads:
+        return received.transpose(0, 1).reshape(B, N * T, H // N, D)
+    return received.permute(1, 2, 0, 3, 4).reshape(B, T // N, N * H, D)
+
+
+def check(model: nn.Module, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
+    """Raises ValueError where `size` processes cannot share this model's rows of `num_tokens` tokens."""
+    text = model.config.get_text_config()
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    if num_tokens % size:
+        raise ValueError(f"sequence_parallel is {size} and data.length {num_tokens}, which it does not divide; change one of them")
+    if heads % size or max(kv_heads, size) % min(kv_heads, size):
+        fitting = [n for n in range(2, heads + 1) if heads % n == 0 and max(kv_heads, n) % min(kv_heads, n) == 0]
+        raise ValueError(
+            f"sequence_parallel is {size}, and {type(model).__name__} has {heads} query and {kv_heads} KV heads, which {size} processes "
+            f"cannot share evenly; choose one of {', '.join(map(str, fitting)) or 1}"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ())
+    other = sorted(kinds - set(_KNOWN_LAYERS)) or [why for why in skipped.values() if "no softmax attention" in why]
+    if other:
+        raise ValueError(
+            f"sequence_parallel is {size}, and {type(model).__name__} has layers whose attention is not computed here ({', '.join(other)}), "
+            "which would see this process's tokens alone; set sequence_parallel: 1"
+        )
