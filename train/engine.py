@@ -19,6 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
+from dms.sequence_parallel import Shards
 from dms.train.recipe import RetrofitRecipe
 from dms.train.stopping import is_launched
 
@@ -36,9 +37,10 @@ def deepspeed_config(recipe: RetrofitRecipe, num_processes: int) -> dict[str, An
             offload = {"device": device, "pin_memory": torch.cuda.is_available()}
             section[f"offload_{kind}"] = {**offload, "nvme_path": zero.nvme_path} if device == "nvme" else offload
     return {
-        "train_batch_size": recipe.batch_size,
+        # Processes that share rows count in full here; gradients are sums, which we scale ourselves.
+        "train_batch_size": recipe.batch_size * recipe.sequence_parallel,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.batch_size // (recipe.micro_batch_size * num_processes),
+        "gradient_accumulation_steps": num_micro_steps(recipe, num_processes),
         "gradient_clipping": recipe.optimizer.grad_clip,
         "zero_optimization": section,
         "zero_allow_untested_optimizer": True,
@@ -47,6 +49,11 @@ def deepspeed_config(recipe: RetrofitRecipe, num_processes: int) -> dict[str, An
         # Its own step lines would repeat ours.
         "steps_per_print": 2**31 - 1,
     }
+
+
+def num_micro_steps(recipe: RetrofitRecipe, num_processes: int) -> int:
+    """Forward and backward passes of each process in an optimizer step."""
+    return recipe.batch_size * recipe.sequence_parallel // (recipe.micro_batch_size * num_processes)
 
 
 def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
@@ -61,7 +68,7 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
         # Named without a launcher, a backend would make accelerate wait for a group.
         handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if is_launched() else []
         accelerator = Accelerator(cpu=not has_gpu, mixed_precision="no", kwargs_handlers=handlers)
-        _check_batch(recipe, accelerator.num_processes)
+        check_batch(recipe, accelerator.num_processes)
         return accelerator
     try:
         import deepspeed
@@ -78,7 +85,7 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
     num_processes = torch.distributed.get_world_size()
     # DeepSpeed's own group of all would wait for torch's default time instead of the recipe's.
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(list(range(num_processes)), timeout=timeout)
-    _check_batch(recipe, num_processes)
+    check_batch(recipe, num_processes)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe, num_processes), zero3_init_flag=False)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
 
@@ -96,11 +103,32 @@ def _check_nvme(recipe: RetrofitRecipe) -> None:
         raise ValueError("offloading to nvme needs libaio's headers (sudo apt-get install libaio-dev), g++ and ninja; or offload to cpu")
 
 
-def _check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
-    if recipe.batch_size % (recipe.micro_batch_size * num_processes):
+def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
+    """Raises ValueError for a batch that this many processes cannot share."""
+    shared = recipe.sequence_parallel
+    if num_processes % shared:
         raise ValueError(
-            f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes = {recipe.micro_batch_size} x {num_processes}"
+            f"sequence_parallel is {shared}, and there are {num_processes} processes, which it does not divide; change one of them"
         )
+    if recipe.batch_size * shared % (recipe.micro_batch_size * num_processes):
+        sharing = (
+            f" / sequence_parallel = {recipe.micro_batch_size} x {num_processes} / {shared}"
+            if shared > 1
+            else f" = {recipe.micro_batch_size} x {num_processes}"
+        )
+        raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
+
+
+def make_shards(recipe: RetrofitRecipe, accelerator: Accelerator) -> Shards | None:
+    """This process's place among those that share rows with it, its neighbours; None: nobody does."""
+    size, own = recipe.sequence_parallel, None
+    if size > 1:
+        for first in range(0, accelerator.num_processes, size):
+            # All processes make all groups, in the same order.
+            ranks = list(range(first, first + size))
+            group = torch.distributed.new_group(ranks, timeout=timedelta(minutes=recipe.timeout_minutes))
+            own = Shards(group) if accelerator.process_index in ranks else own
+    return own
 
 
 @contextmanager

@@ -21,11 +21,13 @@ from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation.evaluate import make_documents
 from dms.retrofitting import set_mode, state_of
+from dms.sequence_parallel import Shards
+from dms.sequence_parallel import check as check_sharing
 from dms.sharding import num_elements
 from dms.train import artifacts, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
 from dms.train.data.sequences import RankBatches, make_source
-from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
+from dms.train.engine import Engine, make_accelerator, make_shards, num_micro_steps, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
@@ -42,8 +44,9 @@ _NEXT_TO_NOTHING = 0.02
 class Distillation(nn.Module):
     """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, parts: students.Models, recipe: RetrofitRecipe):
+    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, shards: Shards | None):
         super().__init__()
+        self.shards = shards
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
@@ -62,6 +65,7 @@ class Distillation(nn.Module):
                 normalizer=normalizer,
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
+                shards=self.shards,
             )
         return tuple(vars(output).values())
 
@@ -83,6 +87,7 @@ class Setup:
     documents: list
     parts: students.Models
     engine: Engine
+    shards: Shards | None
     folder: Path
     before: Fingerprint
     saver: Saver
@@ -148,7 +153,10 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     groups = [{"params": parts.gates, "peak_lr": recipe.optimizer.lr}]
     if parts.others:
         groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
-    engine = Engine(accelerator, Distillation(parts, recipe), groups, recipe, console)
+    shards = make_shards(recipe, accelerator)
+    if shards is not None:
+        check_sharing(parts.student, shards.size, recipe.data.length, state_of(parts.student).skipped)
+    engine = Engine(accelerator, Distillation(parts, recipe, shards), groups, recipe, console)
     sample = source[0]["input_ids"][:32].to(accelerator.device)
     check_head(parts.student, sample[None])
     if recipe.data.source != "builtin":
@@ -177,7 +185,21 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if saved is not None:
         console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
     return Setup(
-        recipe, console, accelerator, tokenizer, base_dtype, source, documents, parts, engine, folder, before, saver, tracker, position
+        recipe,
+        console,
+        accelerator,
+        tokenizer,
+        base_dtype,
+        source,
+        documents,
+        parts,
+        engine,
+        shards,
+        folder,
+        before,
+        saver,
+        tracker,
+        position,
     )
 
 
@@ -185,7 +207,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     """Take the steps that remain. Raises Stopped after saving where a signal came."""
     recipe, accelerator, engine, position = setup.recipe, setup.accelerator, setup.engine, setup.position
     settings, is_main, device = recipe.optimizer, accelerator.is_main_process, accelerator.device
-    micro_steps = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
+    micro_steps = num_micro_steps(recipe, accelerator.num_processes)
     batches = iter(
         DataLoader(
             setup.source,
@@ -193,8 +215,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 first=position.step * recipe.batch_size,
                 last=recipe.steps * recipe.batch_size,
                 size=recipe.micro_batch_size,
-                rank=accelerator.process_index,
-                num_ranks=accelerator.num_processes,
+                rank=accelerator.process_index // recipe.sequence_parallel,
+                num_ranks=accelerator.num_processes // recipe.sequence_parallel,
             ),
         )
     )
@@ -208,6 +230,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             engine.set_learning_rate(factor)
 
             micro_batches = [{key: value.to(device) for key, value in next(batches).items()} for _ in range(micro_steps)]
+            if setup.shards is not None:
+                micro_batches = [setup.shards.divide(batch) for batch in micro_batches]
             counts = torch.zeros(2, dtype=torch.long, device=device)
             for batch in micro_batches:
                 real = batch["segment_ids"] > 0

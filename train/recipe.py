@@ -139,6 +139,8 @@ class RetrofitRecipe(Strict):
     compression_weight: float = Field(default=1.0, gt=0.0)
     """Factor of the hinge on the share of evicted tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Processes that share each row of tokens, `data.length` / this many each; 1: a row lies in one process."""
     activation_checkpointing: bool = False
     loss_chunk: int = Field(default=2048, ge=1)
     """Tokens whose logits are alive at once in the loss."""
@@ -159,6 +161,10 @@ class RetrofitRecipe(Strict):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them"
+            )
+        if self.data.length % self.sequence_parallel:
+            raise ValueError(
+                f"data.length {self.data.length} is not a multiple of sequence_parallel {self.sequence_parallel}; change one of them"
             )
         if self.trainable != "gates" and self.optimizer.base_lr is None:
             raise ValueError(

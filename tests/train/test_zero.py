@@ -23,6 +23,8 @@ ZERO = {
     "zero3": {"zero": {"stage": 3, "offload_param": "cpu"}},
     "zero3-both": {"zero": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}},
 }
+# Both processes have half of every row.
+ROWS = {"rows": {"sequence_parallel": 2}, "rows-zero3": {"sequence_parallel": 2, **ZERO["zero3-both"]}}
 LORA = {"trainable": "gates+lora", "optimizer": {"lr": 2e-3, "base_lr": 1e-3, "warmup_steps": 1}, "lora": {"rank": 4}}
 ALL = {"trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4, "warmup_steps": 1}}
 
@@ -45,6 +47,9 @@ def assert_same_course(folder, whole, steps):
         ("zero2", {"micro_batch_size": 1}),
         ("zero3", {"micro_batch_size": 1, "activation_checkpointing": True}),
         ("ddp", {"micro_batch_size": 1}),
+        ("rows", {}),
+        pytest.param("rows", ALL, marks=pytest.mark.slow),
+        pytest.param("rows-zero3", {"activation_checkpointing": True, "micro_batch_size": 1}, marks=pytest.mark.slow),
         pytest.param("zero2", ALL, marks=pytest.mark.slow),
         pytest.param("zero3-both", ALL, marks=pytest.mark.slow),
         pytest.param("zero2", LORA, marks=pytest.mark.slow),
@@ -55,7 +60,8 @@ def assert_same_course(folder, whole, steps):
 def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, changes):
     whole = tmp_path / "whole"
     expected = loop.run(RetrofitRecipe.model_validate(make_values(whole, **{**changes, "micro_batch_size": 2})))
-    job = Job(make_values(tmp_path / "run", **changes, **ZERO[name]), 2)
+    divided = {**ZERO, **ROWS}[name]
+    job = Job(make_values(tmp_path / "run", **changes, **divided), 2)
     assert job.wait() == 0, job.output
     assert_same_course(job.folder, whole, 8)
     result = json.loads((job.folder / "result.json").read_text())
@@ -66,9 +72,9 @@ def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, 
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     if not changes.get("trainable"):
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    if name != "ddp":
+    if "zero" in divided:
         config = json.loads((job.folder / "deepspeed.json").read_text())
-        assert config["zero_optimization"]["stage"] == ZERO[name]["zero"]["stage"] and "bf16" not in config
+        assert config["zero_optimization"]["stage"] == divided["zero"]["stage"] and "bf16" not in config
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,25 @@ def test_an_optimizer_on_nvme_is_not_saved_and_says_so(make_values, tmp_path):
 def test_contradictions_are_refused(make_values, tmp_path, zero, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         RetrofitRecipe(**make_values(tmp_path / "run", zero=zero))
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "message"),
+    [
+        ({"sequence_parallel": 4}, 2, "sequence_parallel is 4, and there are 2 processes"),
+        ({"sequence_parallel": 2, "batch_size": 6}, 8, "not a multiple of micro_batch_size x processes / sequence_parallel = 2 x 8 / 2"),
+        ({"batch_size": 6}, 2, "not a multiple of micro_batch_size x processes = 2 x 2"),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(make_values, tmp_path, changes, processes, message):
+    recipe = RetrofitRecipe.model_validate(make_values(tmp_path / "run", **changes))
+    with pytest.raises(ValueError, match=message):
+        engine.check_batch(recipe, processes)
+
+
+def test_rows_that_processes_cannot_divide_are_refused(make_values, tmp_path):
+    with pytest.raises(ValueError, match="data.length 192 is not a multiple of sequence_parallel 5"):
+        RetrofitRecipe(**make_values(tmp_path / "run", sequence_parallel=5))
 
 
 def test_without_a_compiler_the_offloaded_optimizer_is_torchs_and_says_so(make_values, tmp_path, monkeypatch, capsys):
