@@ -18,6 +18,7 @@ from dms.cache.incoming import PendingGate
 from dms.config import DMSConfig
 from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
+from dms.offload import HostStore
 from dms.state import DMSState, Forward, Mode, Noise, state_of
 
 
@@ -122,7 +123,8 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
-    state.forward = Forward(state.mode, tokens, state.noise, state.shards)
+    offloads = state.mode == "train" and state.offload_activations and torch.is_grad_enabled()
+    state.forward = Forward(state.mode, tokens, state.noise, state.shards, store=HostStore() if offloads else None)
     return args, kwargs
 
 
@@ -179,7 +181,19 @@ def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
                 "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         if keywords.get("context_fn") is None:
-            module._gradient_checkpointing_func = functools.partial(function, context_fn=state.checkpoint_contexts)
+            module._gradient_checkpointing_func = functools.partial(
+                _checkpoint, state, function, use_reentrant=False, context_fn=state.checkpoint_contexts
+            )
+
+
+def _checkpoint(state: DMSState, checkpoint, *args, **kwargs):
+    """Run a layer under activation checkpointing; what it saves are its inputs."""
+    store = None if state.forward is None else state.forward.store
+    if store is None:
+        return checkpoint(*args, **kwargs)
+    store.begin_group()
+    with store.hooks():
+        return checkpoint(*args, **kwargs)
 
 
 def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -216,7 +230,7 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
     forward.evicted_count[layer.index] = evicted.sum((1, 2))
     forward.decided_count[layer.index] = deciding.sum(1).to(log_keep.dtype) * layer.num_heads
     forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / deciding.sum().clamp(min=1)).float()
-    shared = {"tokens": tokens, "window": config.window, "sinks": config.sinks}
+    shared = {"tokens": tokens, "window": config.window, "sinks": config.sinks, "first_pass": forward.first_pass(layer.index)}
     if shards is not None:
         return functools.partial(shards.train_attention, log_keep_BSH=log_keep, alignment=config.alignment, **shared)
     aligned = masks.align(log_keep, tokens.segment_BT, config.alignment, 0.0)

@@ -66,16 +66,12 @@ class Shards:
         finally:
             config._attn_implementation_internal = before
 
-    def train_attention(
-        self, query, key, value, *, log_keep_BSH, tokens: Tokens, window: int, sinks: int, alignment: str, scaling=None, **kwargs
-    ):
+    def train_attention(self, query, key, value, *, log_keep_BSH, tokens: Tokens, window: int, sinks: int, alignment: str, **kwargs):
         """Noisy soft masking over whole rows. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].
 
         log_keep_BSH: of the tokens held here, by the token whose gate decided. tokens: of the whole rows.
         """
-        return self._attend(
-            query, key, value, log_keep_BSH, tokens, window=window, sinks=sinks, alignment=alignment, scaling=scaling, **kwargs
-        )
+        return self._attend(query, key, value, log_keep_BSH, tokens, window=window, sinks=sinks, alignment=alignment, **kwargs)
 
     def _attention(self, module: nn.Module, query, key, value, attention_mask, sliding_window=None, scaling=None, **kwargs):
         """What transformers calls while rows are divided: with a decision waiting, train mode; else dense, or a sliding window."""
@@ -92,7 +88,21 @@ class Shards:
         return out, None
 
     def _attend(
-        self, query, key, value, log_keep_BSH, tokens, *, window, sinks, alignment, scaling=None, softcap=None, s_aux=None, **_
+        self,
+        query,
+        key,
+        value,
+        log_keep_BSH,
+        tokens,
+        *,
+        window,
+        sinks,
+        alignment,
+        first_pass=None,
+        scaling=None,
+        softcap=None,
+        s_aux=None,
+        **_,
     ) -> torch.Tensor:
         copies = max(1, self.size // key.shape[1])
         q_BTHD = self._to_heads(query.transpose(1, 2))
@@ -113,6 +123,7 @@ class Shards:
             sinks=sinks,
             softcap=softcap,
             sink_logits=sinks_of_heads,
+            first_pass=first_pass,
         )
         return self._to_tokens(out_BTHD)
 

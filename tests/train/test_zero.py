@@ -167,7 +167,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(make_values, tmp_path, c
 
 
 def test_rows_that_processes_cannot_divide_are_refused(make_values, tmp_path):
-    with pytest.raises(ValueError, match="data.length 192 is not a multiple of sequence_parallel 5"):
+    with pytest.raises(ValueError, match=r"data\.length 192 is not a multiple of sequence_parallel 5"):
         RetrofitRecipe(**make_values(tmp_path / "run", sequence_parallel=5))
 
 
