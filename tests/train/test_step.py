@@ -251,11 +251,14 @@ def test_an_unknown_head_is_refused(student):
 
 
 # (step, kl, cr_decided) of `test_golden_trajectory`'s run. They move only when the method moves.
-GOLDEN = [(1, 2.2635e-05, 1.00887), (5, 0.040125, 1.79334), (10, 0.054783, 1.86182), (20, 0.046109, 1.95048)]
+GOLDEN = [(1, 2.2635e-05, 1.00887), (5, 0.040125, 1.79334), (10, 0.054783, 1.86182)]
 
 
 def test_golden_trajectory():
-    """Twenty steps of gates on a model whose weights and tokens are formulas: the same on every machine and version."""
+    """Ten steps of gates on a model whose weights and tokens are formulas: the same on every machine and version.
+
+    From about the twelfth on the course hangs on rounding, which hard decisions turn into steps of their own.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -272,7 +275,7 @@ def test_golden_trajectory():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(gates, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
     trajectory = []
-    for step in range(1, 21):
+    for step in range(1, 11):
         ids = (torch.arange(4 * 64).view(4, 64) * 17 + torch.arange(64) ** 2 + step) % 61
         batch = {"input_ids": ids, "segment_ids": torch.ones_like(ids), "position_ids": torch.arange(64).repeat(4, 1)}
         batch["loss_mask"] = torch.ones_like(ids, dtype=torch.bool)
