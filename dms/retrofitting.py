@@ -57,11 +57,11 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     return model
 
 
-def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: masks.Tokens | None = None, shards: Any = None) -> None:
+def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: masks.Tokens | None = None, rows: Any = None) -> None:
     """Switch a retrofitted model to "dense", "train" or "evict". `noise` names the training forwards' noise.
 
     tokens: where the tokens of training forwards stand. Packed documents beside padding need it; None: the attention mask and
-    the positions say it. shards: training's rows are divided among processes; `tokens` are then those of whole rows.
+    the positions say it. rows: training's rows are divided among processes; `tokens` are then those of whole rows.
 
     Raises:
         ValueError: an unknown mode, or a model without gates.
@@ -69,13 +69,13 @@ def set_mode(model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: m
     state = state_of(model)
     if mode not in ("dense", "train", "evict"):
         raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
-    state.noise, state.tokens, state.shards = noise, tokens, shards
-    if shards is not None:
+    state.noise, state.tokens, state.rows = noise, tokens, rows
+    if rows is not None:
         if mode == "evict" or tokens is None:
             raise ValueError(
                 "rows are divided among processes in training only (mode 'train' or the teacher's 'dense'), and their tokens must be told"
             )
-        shards.tokens = tokens
+        rows.tokens = tokens
     state.activate(mode)
 
 
@@ -124,12 +124,12 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
     offloads = state.mode == "train" and state.offload_activations and torch.is_grad_enabled()
-    state.forward = Forward(state.mode, tokens, state.noise, state.shards, store=HostStore() if offloads else None)
+    state.forward = Forward(state.mode, tokens, state.noise, state.rows, store=HostStore() if offloads else None)
     return args, kwargs
 
 
 def _told(state: DMSState, source: torch.Tensor) -> masks.Tokens:
-    told, parts = state.tokens.segment_BT.shape, 1 if state.shards is None else state.shards.size
+    told, parts = state.tokens.segment_BT.shape, 1 if state.rows is None else state.rows.size
     if told != (source.shape[0], source.shape[1] * parts):
         raise ValueError(
             f"set_mode was told of tokens {tuple(told)}, and the batch has {tuple(source.shape[:2])} in each of {parts} processes"
@@ -211,10 +211,10 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
 
 
 def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, logits: torch.Tensor):
-    config, tokens, shards = state.config, forward.tokens, forward.shards
+    config, tokens, rows = state.config, forward.tokens, forward.rows
     # A document's first token has nobody before it to rule, wherever its successors lie.
     deciding = tokens.real if config.alignment == "own" else tokens.real & (tokens.position_BT > 0)
-    deciding = deciding if shards is None else shards.held(deciding)
+    deciding = deciding if rows is None else rows.held(deciding)
     noise = torch.zeros_like(logits)
     if forward.noise is not None:
         noise = gates.logistic_noise(
@@ -223,7 +223,7 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
             layer.num_heads if config.granularity == "head" else 1,
             seed=forward.noise.seed,
             layer=layer.index,
-            first_token=0 if shards is None else shards.rank * logits.shape[1],
+            first_token=0 if rows is None else rows.rank * logits.shape[1],
         )
     log_keep = gates.keep_log_prob(logits, noise, config.tau)
     evicted = gates.straight_through(log_keep) * deciding[..., None]
@@ -231,8 +231,8 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
     forward.decided_count[layer.index] = deciding.sum(1).to(log_keep.dtype) * layer.num_heads
     forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / deciding.sum().clamp(min=1)).float()
     shared = {"tokens": tokens, "window": config.window, "sinks": config.sinks, "first_pass": forward.first_pass(layer.index)}
-    if shards is not None:
-        return functools.partial(shards.train_attention, log_keep_BSH=log_keep, alignment=config.alignment, **shared)
+    if rows is not None:
+        return functools.partial(rows.train_attention, log_keep_BSH=log_keep, alignment=config.alignment, **shared)
     aligned = masks.align(log_keep, tokens.segment_BT, config.alignment, 0.0)
     return functools.partial(attention.train_attention, log_keep_BTH=aligned, **shared)
 

@@ -28,7 +28,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward pass: fixed at its start. shards: as in DMSState; `tokens` are then those of whole rows. The dictionaries collect what its layers decided, by layer index.
+    """One forward pass: fixed at its start. rows: as in DMSState; `tokens` are then those of whole rows. The dictionaries collect what its layers decided, by layer index.
 
     evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
     head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
@@ -39,7 +39,7 @@ class Forward:
     mode: Mode
     tokens: Tokens
     noise: Noise | None = None
-    shards: Any = None
+    rows: Any = None
     evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Forward:
 
     def as_recomputation(self) -> "Forward":
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
-        return Forward(self.mode, self.tokens, self.noise, self.shards, first_passes=self.first_passes)
+        return Forward(self.mode, self.tokens, self.noise, self.rows, first_passes=self.first_passes)
 
     def first_pass(self, layer: int) -> FirstPass | None:
         """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it."""
@@ -69,7 +69,7 @@ class Forward:
 @dataclass
 class DMSState:
     """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise, `tokens` where its
-    tokens stand (None: found from attention mask and positions). shards: a `dms.sequence_parallel.Shards` where rows are divided
+    tokens stand (None: found from attention mask and positions). rows: a `dms.rows.Rows` where rows are divided
     among processes.
 
     layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
@@ -89,7 +89,7 @@ class DMSState:
     mode: Mode = "dense"
     noise: Noise | None = None
     tokens: Tokens | None = None
-    shards: Any = None
+    rows: Any = None
     evict_bias: float = 0.0
     page_size: int = 64
     max_cache_bytes: int | None = None
@@ -111,7 +111,7 @@ class DMSState:
         self.mode = mode
         name = self.original_attention if mode == "dense" else self.attention_name
         for config in self.model_configs:
-            config._attn_implementation_internal = name if self.shards is None else self.shards.attention_name
+            config._attn_implementation_internal = name if self.rows is None else self.rows.attention_name
 
     def checkpoint_contexts(self):
         """`context_fn` for torch.utils.checkpoint: the pass as a layer's first one, and later the same again, recomputed."""
@@ -131,14 +131,14 @@ class CurrentPass:
 
     def __enter__(self) -> None:
         state, forward = self.state, self.forward
-        self.before = state.mode, state.forward, state.shards
-        state.forward, state.shards = forward, forward.shards
-        if state.shards is not None:
-            state.shards.tokens = forward.tokens
+        self.before = state.mode, state.forward, state.rows
+        state.forward, state.rows = forward, forward.rows
+        if state.rows is not None:
+            state.rows.tokens = forward.tokens
         state.activate(forward.mode)
 
     def __exit__(self, *_) -> None:
-        mode, self.state.forward, self.state.shards = self.before
+        mode, self.state.forward, self.state.rows = self.before
         self.state.activate(mode)
 
 

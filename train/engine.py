@@ -19,7 +19,8 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
-from dms.sequence_parallel import Shards
+from dms.retrofitting import state_of
+from dms.rows import Rows, check_sharing, other_attention
 from dms.train.recipe import RetrofitRecipe
 from dms.train.stopping import is_launched
 
@@ -119,21 +120,30 @@ def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
         raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
 
 
-def make_shards(recipe: RetrofitRecipe, accelerator: Accelerator) -> Shards | None:
-    """This process's place among those that share rows with it, its neighbours; None: nobody does."""
-    size, own = recipe.sequence_parallel, None
-    if size > 1:
-        for first in range(0, accelerator.num_processes, size):
-            # All processes make all groups, in the same order.
-            ranks = list(range(first, first + size))
-            group = torch.distributed.new_group(ranks, timeout=timedelta(minutes=recipe.timeout_minutes))
-            own = Shards(group) if accelerator.process_index in ranks else own
-    return own
+def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> Rows | None:
+    """How a step attends to rows of packed documents, or to rows that this process shares with its neighbours. None: each row is
+    one document and lies here, or the model has a kind of attention that only transformers computes.
+
+    Raises:
+        ValueError: rows that these processes cannot share.
+    """
+    size, state = recipe.sequence_parallel, state_of(student)
+    if size == 1:
+        gains = recipe.data.source != "builtin" or state.original_attention == "eager"
+        return Rows() if gains and not other_attention(student, state.skipped) else None
+    check_sharing(student, size, recipe.data.length, state.skipped)
+    timeout = timedelta(minutes=recipe.timeout_minutes)
+    # All processes make all groups, in the same order.
+    groups = [
+        torch.distributed.new_group(list(range(first, first + size)), timeout=timeout)
+        for first in range(0, accelerator.num_processes, size)
+    ]
+    return Rows(groups[accelerator.process_index // size])
 
 
 @contextmanager
 def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str):
-    """Within it transformers builds and loads models straight into ZeRO-3's shards. Nothing under other stages."""
+    """Within it transformers builds and loads models straight into ZeRO-3's rows. Nothing under other stages."""
     if recipe.zero.stage != 3:
         yield
         return

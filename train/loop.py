@@ -21,13 +21,12 @@ from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation.evaluate import make_documents
 from dms.retrofitting import set_mode, state_of
-from dms.sequence_parallel import Shards
-from dms.sequence_parallel import check as check_sharing
+from dms.rows import Rows
 from dms.sharding import num_elements
 from dms.train import artifacts, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
 from dms.train.data.sequences import RankBatches, make_source
-from dms.train.engine import Engine, make_accelerator, make_shards, num_micro_steps, sharded_loading, write_config
+from dms.train.engine import Engine, make_accelerator, make_rows, num_micro_steps, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
 from dms.train.recipe import RetrofitRecipe
@@ -44,9 +43,9 @@ _NEXT_TO_NOTHING = 0.02
 class Distillation(nn.Module):
     """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, shards: Shards | None):
+    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, rows: Rows | None):
         super().__init__()
-        self.shards = shards
+        self.rows = rows
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
@@ -65,7 +64,7 @@ class Distillation(nn.Module):
                 normalizer=normalizer,
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
-                shards=self.shards,
+                rows=self.rows,
             )
         return tuple(vars(output).values())
 
@@ -87,7 +86,7 @@ class Setup:
     documents: list
     parts: students.Models
     engine: Engine
-    shards: Shards | None
+    rows: Rows | None
     folder: Path
     before: Fingerprint
     saver: Saver
@@ -153,13 +152,11 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     groups = [{"params": parts.gates, "peak_lr": recipe.optimizer.lr}]
     if parts.others:
         groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
-    shards = make_shards(recipe, accelerator)
-    if shards is not None:
-        check_sharing(parts.student, shards.size, recipe.data.length, state_of(parts.student).skipped)
-    engine = Engine(accelerator, Distillation(parts, recipe, shards), groups, recipe, console)
+    rows = make_rows(recipe, accelerator, parts.student)
+    engine = Engine(accelerator, Distillation(parts, recipe, rows), groups, recipe, console)
     sample = source[0]["input_ids"][:32].to(accelerator.device)
     check_head(parts.student, sample[None])
-    if recipe.data.source != "builtin":
+    if recipe.data.source != "builtin" and rows is None:
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
 
@@ -194,7 +191,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         documents,
         parts,
         engine,
-        shards,
+        rows,
         folder,
         before,
         saver,
@@ -230,8 +227,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             engine.set_learning_rate(factor)
 
             micro_batches = [{key: value.to(device) for key, value in next(batches).items()} for _ in range(micro_steps)]
-            if setup.shards is not None:
-                micro_batches = [setup.shards.divide(batch) for batch in micro_batches]
+            if setup.rows is not None:
+                micro_batches = [setup.rows.divide(batch) for batch in micro_batches]
             counts = torch.zeros(2, dtype=torch.long, device=device)
             for batch in micro_batches:
                 real = batch["segment_ids"] > 0

@@ -13,7 +13,7 @@ from torch import nn
 
 from dms.masks import Tokens
 from dms.retrofitting import set_mode, state_of
-from dms.sequence_parallel import Shards
+from dms.rows import Rows
 from dms.sharding import gathered, is_sharded
 from dms.state import Noise
 from dms.train.adapters import without_adapters
@@ -150,24 +150,25 @@ def distill_step(
     normalizer: Normalizer,
     seed: int,
     compression_weight: float,
-    shards: Shards | None = None,
+    rows: Rows | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
     teacher: None where the student's base is frozen: the same weights with gates and adapters off. The loss is
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
-    reference implementation, with straight-through decisions in the count. shards: the batch is what `Shards.divide` made for
-    this process, and what is given back its share of the sums over all that share its rows.
+    reference implementation, with straight-through decisions in the count. rows: attention by document and not by
+    transformers' masks; the batch is then what `Rows.divide` made for this process, and what is given back its share of the sums over
+    all that share its rows.
     """
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     tokens, kind = Tokens(batch["segment_ids"].int(), batch["position_ids"].int()), {}
-    if shards is not None:
-        rows = Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
-        kind = {"tokens": rows, "shards": shards}
+    if rows is not None:
+        whole = Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
+        kind = {"tokens": whole, "rows": rows}
 
     set_mode(student, "dense", **kind)
-    across = nullcontext() if shards is None or teacher is None else shards.serving(teacher)
+    across = nullcontext() if rows is None or teacher is None else rows.serving(teacher)
     with torch.no_grad(), without_adapters(student), across:
         hidden_t = hidden_states(student if teacher is None else teacher, inputs)
 
@@ -179,7 +180,7 @@ def distill_step(
     kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (tokens.real & batch["loss_mask"]).flatten())
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
-    hinge = _hinge(evicted_B, decided_B, target, shards)
+    hinge = _hinge(evicted_B, decided_B, target, rows)
     kl = kl_sum / normalizer.num_predictions
     compression = hinge / normalizer.num_sequences
     return StepOutput(
@@ -192,13 +193,13 @@ def distill_step(
     )
 
 
-def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, shards: Shards | None) -> torch.Tensor:
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, rows: Rows | None) -> torch.Tensor:
     """This process's share of the sum over sequences."""
-    if shards is None:
+    if rows is None:
         return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
-    whole = torch.clamp(target - shards.total(evicted_B) / shards.total(decided_B).clamp(min=1), min=0.0).sum()
+    whole = torch.clamp(target - rows.total(evicted_B) / rows.total(decided_B).clamp(min=1), min=0.0).sum()
     # All compute the same value; each has its own decisions' gradient of it.
-    return whole - whole.detach() * (1.0 - 1.0 / shards.size)
+    return whole - whole.detach() * (1.0 - 1.0 / rows.size)
 
 
 def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:

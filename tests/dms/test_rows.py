@@ -1,4 +1,4 @@
-"""A step on rows that two or four processes share is the step on whole rows: loss, counts and every gradient."""
+"""Attention by documents in training: packed documents are as each alone, and rows that processes share as whole rows."""
 
 import copy
 import json
@@ -14,7 +14,8 @@ FAMILIES = {
     "llama-one-kv-head": {"num_attention_heads": 4, "num_key_value_heads": 1},
     # Layers without gates attend within a window; scores are capped.
     "gemma2": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9},
-    # A sink logit in each head's denominator; transformers lets its packed documents see each other.
+    # A sink logit in each head's denominator.
+    "opt": {"num_attention_heads": 4},
     "gpt_oss": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -80,55 +81,18 @@ def test_a_divided_step_is_the_step(family, processes, settings, tmp_path):
     assert largest < (5e-4 if family in ("gemma2", "gpt_oss") else 5e-6)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "tokens", "message"),
-    [
-        (4, 2, 3, 96, "4 query and 2 KV heads, which 3 processes cannot share evenly; choose one of 2, 4"),
-        (4, 2, 2, 97, "data.length 97, which it does not divide"),
-        (12, 6, 4, 96, "choose one of 2, 3, 6, 12"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(heads, kv_heads, size, tokens, message):
-    from transformers import LlamaConfig
-
-    from dms.sequence_parallel import check
-
-    class Model:
-        config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
-
-    with pytest.raises(ValueError, match=message):
-        check(Model(), size, tokens, {})
-
-
-def test_other_kinds_of_layers_are_refused():
-    from transformers import LlamaConfig
-
-    from dms.sequence_parallel import check
-
-    class Model:
-        config = LlamaConfig(
-            num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"]
-        )
-
-    with pytest.raises(ValueError, match=r"not computed here \(chunked_attention\)"):
-        check(Model(), 2, 96, {})
-
-
-def main(family: str, store: str, out: str, settings: dict) -> None:
-    """One process: a step of a small random model on packed documents, one of them across every border."""
+def make_models(family, settings):
+    """A small random model with gates, and a copy as teacher where every weight trains."""
     import torch
-    import torch.distributed as dist
     import transformers
 
     import dms
     from dms.retrofitting import gate_parameters
-    from dms.sequence_parallel import Shards, check
-    from dms.train.step import HeadLoss, Normalizer, distill_step
 
-    size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=size)
     torch.manual_seed(0)
     sizes = {"vocab_size": 83, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "max_position_embeddings": 128}
+    if family == "opt":
+        sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     config = transformers.AutoConfig.for_model(family.split("-")[0], pad_token_id=0, **sizes, **FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -140,6 +104,10 @@ def main(family: str, store: str, out: str, settings: dict) -> None:
     for gate in gate_parameters(model).values():
         gate.data.add_(0.02 * torch.randn(gate.shape))
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        module.dropout = 0.0
     model.config.use_cache = False
     if settings.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -147,31 +115,120 @@ def main(family: str, store: str, out: str, settings: dict) -> None:
         model.requires_grad_(False)
         for gate in gate_parameters(model).values():
             gate.requires_grad_(True)
+    return model, teacher
 
-    lengths = [[37, 50, 5, 4] if settings.get("packed", True) else [92, 4], [96]]
-    segment, position = torch.zeros(2, 96, dtype=torch.long), torch.zeros(2, 96, dtype=torch.long)
+
+def make_batch(lengths):
+    """Rows of documents of these lengths; those of 4 tokens are padding."""
+    import torch
+
+    segment, position = torch.zeros(len(lengths), 96, dtype=torch.long), torch.zeros(len(lengths), 96, dtype=torch.long)
     for row, documents in enumerate(lengths):
         ends = torch.tensor(documents).cumsum(0).tolist()
         for number, (length, end) in enumerate(zip(documents, ends, strict=True), 1):
-            segment[row, end - length : end], position[row, end - length : end] = number, torch.arange(length)
-    # The first row ends in padding.
-    segment[0, 92:] = 0
-    batch = {
-        "input_ids": torch.randint(1, 83, (2, 96)),
+            segment[row, end - length : end] = 0 if length == 4 else number
+            position[row, end - length : end] = torch.arange(length)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(1, 83, segment.shape, generator=generator),
         "segment_ids": segment,
         "position_ids": position,
-        "loss_mask": torch.rand(2, 96) > 0.2,
-        "number": torch.tensor([7, 12]),
+        "loss_mask": torch.rand(segment.shape, generator=generator) > 0.2,
+        "number": torch.arange(len(lengths)) + 7,
     }
-    predictions = int(((segment > 0) & batch["loss_mask"]).sum())
-    shards = None
+
+
+def step(model, teacher, batch, predictions, rows):
+    from dms.train.step import HeadLoss, Normalizer, distill_step
+
+    return distill_step(
+        model,
+        teacher,
+        batch if rows is None else rows.divide(batch),
+        head_loss=HeadLoss(model, teacher, beta=0.0, chunk=16),
+        rows=rows,
+        target=0.9,
+        normalizer=Normalizer(predictions, len(batch["number"])),
+        seed=3,
+        compression_weight=2.0,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "opt"])
+def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
+    """The KL of each family's teacher and student, where transformers' masks would let gpt_oss's and opt's documents meet."""
+    import torch
+
+    from dms.rows import Rows
+
+    # Noise goes by places in the row.
+    monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
+    model, _ = make_models(family, {})
+    lengths = [37, 50, 5, 4]
+    batch = make_batch([lengths])
+    predictions = int(((batch["segment_ids"] > 0) & batch["loss_mask"]).sum())
+    packed = step(model, None, batch, predictions, Rows())
+    alone, end = 0.0, 0
+    for length in lengths[:3]:
+        part = {key: value[:, end : end + length] if value.dim() == 2 else value for key, value in batch.items()}
+        part["segment_ids"] = torch.ones_like(part["segment_ids"])
+        alone += float(step(model, None, part, predictions, None).kl)
+        end += length
+    assert float(packed.kl) == pytest.approx(alone, rel=1e-4)
+    assert alone > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "tokens", "message"),
+    [
+        (4, 2, 3, 96, "4 query and 2 KV heads, which 3 processes cannot share evenly; choose one of 2, 4"),
+        (4, 2, 2, 97, "data.length 97, which it does not divide"),
+        (12, 6, 4, 96, "choose one of 2, 3, 6, 12"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(heads, kv_heads, size, tokens, message):
+    from transformers import LlamaConfig
+
+    from dms.rows import check_sharing
+
+    class Model:
+        config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
+
+    with pytest.raises(ValueError, match=message):
+        check_sharing(Model(), size, tokens, {})
+
+
+def test_other_kinds_of_layers_are_refused():
+    from transformers import LlamaConfig
+
+    from dms.rows import check_sharing
+
+    class Model:
+        config = LlamaConfig(
+            num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"]
+        )
+
+    with pytest.raises(ValueError, match=r"not computed here \(chunked_attention\)"):
+        check_sharing(Model(), 2, 96, {})
+
+
+def main(family: str, store: str, out: str, settings: dict) -> None:
+    """One process: a step of a small random model on packed documents, one of them across every border."""
+    import torch
+    import torch.distributed as dist
+
+    from dms.rows import Rows, check_sharing
+
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=size)
+    model, teacher = make_models(family, settings)
+    batch = make_batch([[37, 50, 5, 4] if settings.get("packed", True) else [92, 4], [96]])
+    predictions = int(((batch["segment_ids"] > 0) & batch["loss_mask"]).sum())
+    rows = None
     if size > 1:
-        shards = Shards(dist.group.WORLD)
-        check(model, size, 96, model.dms.skipped)
-        batch = shards.divide(batch)
-    loss = HeadLoss(model, teacher, beta=0.0, chunk=16)
-    options = {"target": 0.9, "normalizer": Normalizer(predictions, 2), "seed": 3, "compression_weight": 2.0}
-    output = distill_step(model, teacher, batch, head_loss=loss, shards=shards, **options)
+        rows = Rows(dist.group.WORLD)
+        check_sharing(model, size, 96, model.dms.skipped)
+    output = step(model, teacher, batch, predictions, rows)
     output.loss.backward()
     figures = {name: float(getattr(output, name).detach()) for name in ("loss", "kl", "compression", "evicted", "decided")}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,12 +1,17 @@
-"""Rows of tokens divided among processes: each holds a stretch of every row, and attention trades tokens for heads.
+"""Attention over rows of packed documents in training: by segments and not by masks, in one process or divided among several.
 
-After DeepSpeed-Ulysses (arXiv 2309.14509): before attention an all-to-all turns [T/N tokens, all heads] into [all tokens, heads/N],
-after it another turns back. Gates are computed where their token lies and travel beside the keys; alignment, windows and documents
-are then those of whole rows, so that a border between two processes means nothing. All else in a decoder works token by token.
+Transformers would give packed documents a mask of T x T, or (gpt_oss, opt) let them see each other, and eager attention makes scores
+of T x T. Here the teacher's pass and the layers without gates run on `gated_attention` as well.
+
+Divided, each process holds a stretch of every row, and attention trades tokens for heads, after DeepSpeed-Ulysses (arXiv 2309.14509):
+an all-to-all turns [T/N tokens, all heads] into [all tokens, heads/N], after it another turns back. Gates are computed where their
+token lies and travel beside the keys; alignment, windows and documents are then those of whole rows, so that a border between two
+processes means nothing. All else in a decoder works token by token.
 
 Shapes: B batch, T tokens of a row, N processes that share it, S = T / N tokens held here, Hq query heads, H KV heads, D head dim.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,19 +26,22 @@ from dms_kernels import gated_attention
 
 # What a layer that carries no gate may be; its attention is then a window of the kernel's.
 _KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
+_numbers = itertools.count()
 
 
-class Shards:
-    """This process's place among the N that share rows, and the attention that they compute together.
+class Rows:
+    """This process's place among the N that share rows, and the attention that they compute.
 
     tokens: of the whole rows [B, T] of the pass that is running; `set_mode` and recomputation set it.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        """group: the processes that share rows; None: this one has them whole."""
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.tokens: Tokens | None = None
-        # One name is enough: a process has one group.
-        self.attention_name = "dms_sequence_parallel"
+        self.attention_name = f"dms_rows_{next(_numbers)}"
         AttentionInterface.register(self.attention_name, self._attention)
         AttentionMaskInterface.register(self.attention_name, lambda *_, **__: None)
 
@@ -52,6 +60,8 @@ class Shards:
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, whose gradient goes to each one's own part."""
+        if self.size == 1:
+            return part
         whole = part.detach().clone()
         dist.all_reduce(whole, group=self.group)
         return part + (whole - part.detach())
@@ -79,6 +89,10 @@ class Shards:
         if pending is not None:
             module.dms_pending = None
             return pending(query, key, value, scaling=scaling, **kwargs), None
+        if sliding_window is None and _kind(module) == "sliding_attention":
+            raise RuntimeError(
+                f"{type(module).__name__} does not tell its attention function of its sliding window; it cannot be trained on packed rows"
+            )
         log_keep, window = None, 0
         if sliding_window is not None:
             # Every key leaves with the window, the query's own token counted in it.
@@ -104,12 +118,11 @@ class Shards:
         s_aux=None,
         **_,
     ) -> torch.Tensor:
-        copies = max(1, self.size // key.shape[1])
         q_BTHD = self._to_heads(query.transpose(1, 2))
-        k_BTHD, v_BTHD = (self._to_heads(x.transpose(1, 2).repeat_interleave(copies, 2)) for x in (key, value))
+        k_BTHD, v_BTHD = (self._to_heads(self._copied(x.transpose(1, 2))) for x in (key, value))
         log_keep_BTH = None
         if log_keep_BSH is not None:
-            gathered = self._to_heads(log_keep_BSH.repeat_interleave(copies, 2)[..., None])[..., 0]
+            gathered = self._to_heads(self._copied(log_keep_BSH[..., None]))[..., 0]
             log_keep_BTH = masks.align(gathered, tokens.segment_BT, alignment, 0.0).contiguous()
         sinks_of_heads = None if s_aux is None else s_aux.chunk(self.size)[self.rank]
         out_BTHD = gated_attention(
@@ -127,11 +140,20 @@ class Shards:
         )
         return self._to_tokens(out_BTHD)
 
+    def _copied(self, x_BSHD: torch.Tensor) -> torch.Tensor:
+        """A KV head for each process, where there are fewer heads than processes."""
+        copies = self.size // x_BSHD.shape[2]
+        return x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD
+
     def _to_heads(self, x_BSHD: torch.Tensor) -> torch.Tensor:
         """[B, S, H, D] of all heads -> [B, T, H / N, D] of all tokens."""
+        if self.size == 1:
+            return x_BSHD
         return _Trade.apply(x_BSHD, self.group, True)
 
     def _to_tokens(self, x_BTHD: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return x_BTHD
         return _Trade.apply(x_BTHD, self.group, False)
 
 
@@ -161,23 +183,38 @@ def _trade(x: torch.Tensor, group: dist.ProcessGroup, to_heads: bool) -> torch.T
     return received.permute(1, 2, 0, 3, 4).reshape(B, T // N, N * H, D)
 
 
-def check(model: nn.Module, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
+def _kind(module: nn.Module) -> str | None:
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    return kinds[module.layer_idx] if kinds and getattr(module, "layer_idx", None) is not None else None
+
+
+def other_attention(model: nn.Module, skipped: dict[str, str]) -> list[str]:
+    """Kinds of layers whose attention is not computed here. skipped: layers without gates, and why."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds:
+        return sorted(kinds - set(_KNOWN_LAYERS))
+    return sorted(set(skipped.values()))
+
+
+def check_sharing(model: nn.Module, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
     """Raises ValueError where `size` processes cannot share this model's rows of `num_tokens` tokens."""
     text = model.config.get_text_config()
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     if num_tokens % size:
         raise ValueError(f"sequence_parallel is {size} and data.length {num_tokens}, which it does not divide; change one of them")
-    if heads % size or max(kv_heads, size) % min(kv_heads, size):
-        fitting = [n for n in range(2, heads + 1) if heads % n == 0 and max(kv_heads, n) % min(kv_heads, n) == 0]
+    if not _divides(heads, kv_heads, size):
+        fitting = [n for n in range(2, heads + 1) if _divides(heads, kv_heads, n)]
         raise ValueError(
             f"sequence_parallel is {size}, and {type(model).__name__} has {heads} query and {kv_heads} KV heads, which {size} processes "
             f"cannot share evenly; choose one of {', '.join(map(str, fitting)) or 1}"
         )
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = sorted(kinds - set(_KNOWN_LAYERS)) or [why for why in skipped.values() if "no softmax attention" in why]
-    if other:
+    if other := other_attention(model, skipped):
         raise ValueError(
             f"sequence_parallel is {size}, and {type(model).__name__} has layers whose attention is not computed here ({', '.join(other)}), "
             "which would see this process's tokens alone; set sequence_parallel: 1"
         )
+
+
+def _divides(heads: int, kv_heads: int, size: int) -> bool:
+    return heads % size == 0 and max(kv_heads, size) % min(kv_heads, size) == 0
