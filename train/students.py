@@ -61,7 +61,7 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
         if getattr(module, "attention_dropout", 0.0):
             module.attention_dropout = 0.0
     if recipe.activation_checkpointing:
-        _enable_checkpointing(student)
+        enable_checkpointing(student)
 
     gates = gate_parameters(student)
     gate_ids = {id(p) for p in gates.values()}
@@ -74,7 +74,7 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     return Models(student, teacher, {**gates, **others}, len(gates))
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> None:
     # transformers renames this: the older name is deprecated where the newer exists.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

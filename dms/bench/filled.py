@@ -14,7 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dms.bench.model import Shape, keep_shares, share_weights, with_gates
+from dms.bench.gating import keep_shares
+from dms.bench.model import Shape, share_weights, with_gates
 from dms.cache import DMSCache
 from dms.masks import Tokens
 
@@ -118,7 +119,7 @@ def competitors(model: nn.Module, shape: Shape, evicted: tuple[float, ...], seed
     packed.config._attn_implementation = _PACKED
     found = [Competitor("dynamic", model), Competitor("preallocated", packed)]
     for share in evicted:
-        keep_LH = keep_shares(shape, share, seed)
+        keep_LH = keep_shares(shape.layers, shape.kv_heads, share, seed)
         gated = with_gates(model, shape, keep_LH, seed)
         gated.dms.page_size = shape.page_size
         found.append(Competitor("dms", gated, share, keep_LH))

@@ -1,7 +1,4 @@
-"""What is measured: a random Llama, plain and with gates that evict a given share of tokens, unevenly over its heads.
-
-Shapes: L layers, H KV heads.
-"""
+"""What is measured: a random Llama, plain and with gates that evict a given share of tokens, unevenly over its heads."""
 
 import copy
 from dataclasses import dataclass
@@ -11,13 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dms
-
-# Tokens that the gates' logits are sampled over; each sequence is no longer than the window, so that nothing is hidden yet.
-_NUM_SAMPLES = 1024
-# Log-normal: a few heads keep nearly everything, many keep little.
-_SPREAD = 2.0
-_MOST_KEPT = 0.97
-LEAST_EVICTED, MOST_EVICTED = 0.5, 0.99
+from dms.bench.gating import evict_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,43 +60,8 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def keep_shares(shape: Shape, evicted: float, seed: int) -> torch.Tensor:
-    """Share of the tokens that each head keeps, [L, H]: 1 - evicted on average, nothing in one head of eight, nearly all in a few.
-
-    Raises:
-        ValueError: a share that such heads cannot have.
-    """
-    if not LEAST_EVICTED <= evicted <= MOST_EVICTED:
-        raise ValueError(f"evicted is {evicted}; give a share from {LEAST_EVICTED} to {MOST_EVICTED}")
-    num_heads = shape.layers * shape.kv_heads
-    raw = torch.randn(num_heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(_SPREAD).exp()
-    raw[raw.argsort()[: max(1, num_heads // 8)]] = 0.0
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (raw * middle).clamp(max=_MOST_KEPT).mean() < 1 - evicted else (low, middle)
-    return (raw * low).clamp(max=_MOST_KEPT).float().view(shape.layers, shape.kv_heads)
-
-
-@torch.no_grad()
 def with_gates(model: LlamaForCausalLM, shape: Shape, keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
     """The model retrofitted, over the same weights, in evict mode: each head's gate keeps its share of random tokens."""
-    config = dms.DMSConfig(window=shape.window)
-    gated = dms.retrofit(share_weights(model), config)
-    dms.set_mode(gated, "evict")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    for layer in gated.dms.layers:
-        weight = layer.module.dms_gate.weight
-        weight.copy_(torch.randn(weight.shape, generator=generator).div(shape.hidden**0.5))
-        weight.requires_grad_(False)
-    length = min(shape.window, _NUM_SAMPLES)
-    ids = torch.randint(shape.vocabulary, (_NUM_SAMPLES // length, length), generator=generator).to(device)
-    gated.model(input_ids=ids, use_cache=False)
-    for layer, keep_H in zip(gated.dms.layers, keep_LH.to(device), strict=True):
-        logits = gated.dms.forward.logits[layer.index].flatten(0, 1).sort(0).values
-        least = logits.gather(0, (keep_H * len(logits)).long().clamp(max=len(logits) - 1)[None])[0]
-        # A head that keeps nothing must not keep a token beyond the sample either.
-        least = torch.where(keep_H > 0, least, logits[0] - 100 * config.scale)
-        layer.module.dms_gate.bias.copy_(-least / config.scale).requires_grad_(False)
+    gated = dms.retrofit(share_weights(model), dms.DMSConfig(window=shape.window))
+    evict_shares(gated, keep_LH, seed)
     return gated

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dms.bench import cache, filled
-from dms.bench.model import QUICK, build_model, keep_shares
+from dms.bench.gating import keep_shares
+from dms.bench.model import QUICK, build_model
 from dms.train import cli
 
 FIGURES = {"decode_tokens_per_second", "attention_ms", "prefill_tokens_per_second", "bytes"}
@@ -96,7 +97,7 @@ def test_prefill_evicts_what_is_asked(written):
 
 @pytest.mark.parametrize("evicted", [0.5, 0.75, 0.875])
 def test_heads_are_uneven_and_their_average_is_what_is_asked(evicted):
-    keep_LH = keep_shares(cache.DEFAULT, evicted, 7)
+    keep_LH = keep_shares(cache.DEFAULT.layers, cache.DEFAULT.kv_heads, evicted, 7)
     assert keep_LH.mean().item() == pytest.approx(1 - evicted, abs=1e-4)
     assert (keep_LH == 0).sum() == keep_LH.numel() // 8 and (keep_LH > 0.9).any()
 

@@ -1,0 +1,227 @@
+"""`dms bench retrofit`: one retrofit step of a random model, ours beside the same step with FlexAttention and whole logits.
+
+Every weight is random and so are the tokens; gates are set so that each head evicts its share. What is timed is a micro-batch of one
+row, teacher pass to backward, and the gates' optimizer step.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import dms.attention
+from dms.bench.gating import evict_shares, keep_shares
+from dms.config import DMSConfig
+from dms.console import make_console
+from dms.evaluation.evaluate import describe_device, versions
+from dms.retrofitting import gate_parameters, retrofit
+from dms.train.step import HeadLoss, Normalizer, distill_step, head_parameters
+from dms.train.students import enable_checkpointing
+
+# As in its config.json.
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+QUICK = QWEN3_8B | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 211,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured. evicted: mean share of tokens that gates evict. repeats: steps after the first, whose median counts."""
+
+    config: dict[str, Any]
+    length: int = 32768
+    window: int = 512
+    evicted: float = 0.875
+    layers: int | None = None
+    repeats: int = 2
+    rival: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a step took; seconds and peak_bytes are None where it ran out of memory. kl: of its first step, to compare."""
+
+    name: str
+    seconds: float | None
+    peak_bytes: int | None
+    kl: float | None
+
+
+def build(settings: Settings, device: torch.device) -> nn.Module:
+    """The random model, bfloat16 on a GPU and float32 elsewhere, with gates that evict their shares."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(settings.config)
+    if settings.layers is not None:
+        values["num_hidden_layers"] = settings.layers
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.max_position_embeddings = max(config.max_position_embeddings, settings.length)
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.config.use_cache = False
+    retrofit(model, DMSConfig(window=settings.window))
+    text = config.get_text_config()
+    keep_LH = keep_shares(text.num_hidden_layers, text.num_key_value_heads, settings.evicted, seed=0)
+    evict_shares(model, keep_LH, seed=0)
+    model.train().requires_grad_(False)
+    enable_checkpointing(model)
+    for parameter in gate_parameters(model).values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def make_batch(model: nn.Module, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, length), generator=generator).to(device)
+    return {
+        "input_ids": ids,
+        "segment_ids": torch.ones_like(ids),
+        "position_ids": torch.arange(length, device=device)[None],
+        "loss_mask": torch.ones_like(ids, dtype=torch.bool),
+        "number": torch.zeros(1, dtype=torch.long, device=device),
+    }
+
+
+class WholeLogitsLoss(nn.Module):
+    """KL(teacher || student) as it is usually written: all logits at once, in float32."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.weights = head_parameters(model)
+
+    def forward(self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+        log_s_NV, log_t_NV = (nn.functional.linear(x, *self.weights).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
+        return (log_t_NV.exp() * (log_t_NV - log_s_NV)).sum(-1)[valid_N].sum()
+
+
+def flex_attention(compiled: bool) -> Callable:
+    """`gated_attention` by FlexAttention with the gate in its score_mod and causal blocks, as NVIDIA's code has it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+    def attend(q, k, v, log_keep, *, window, scale, **_):
+        gate_BHT, group, T = log_keep.transpose(1, 2).contiguous(), q.shape[2] // k.shape[2], q.shape[1]
+
+        def gated(score, b, h, i, j):
+            return torch.where(i - j > window, score + gate_BHT[b, h // group, j].to(score.dtype), score)
+
+        mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=q.device)
+        x = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return run(*x, score_mod=gated, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+@contextmanager
+def _rival_attention(compiled: bool) -> Iterator[None]:
+    with patch.object(dms.attention, "gated_attention", flex_attention(compiled)):
+        yield
+
+
+def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Returns the KL per token."""
+    tokens, device = batch["input_ids"].numel(), batch["input_ids"].device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        output = distill_step(
+            model,
+            None,
+            batch,
+            head_loss=loss,
+            target=1.0,
+            normalizer=Normalizer(tokens, 1),
+            seed=0,
+            compression_weight=1.0,
+        )
+    output.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(output.kl)
+
+
+def measure(name: str, model: nn.Module, batch: dict, loss: nn.Module, settings: Settings, attention) -> Row:
+    is_cuda = batch["input_ids"].is_cuda
+    gates = list(gate_parameters(model).values())
+    before = [gate.detach().clone() for gate in gates]
+    optimizer = torch.optim.AdamW(gates, lr=1e-6)
+    seconds, kl = [], None
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with attention:
+            for _ in range(1 + settings.repeats):
+                start = time.perf_counter()
+                found = take_step(model, batch, loss, optimizer)
+                if is_cuda:
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+                kl = found if kl is None else kl
+    except torch.cuda.OutOfMemoryError:
+        seconds = []
+    finally:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for gate, value in zip(gates, before, strict=True):
+                gate.copy_(value)
+    if not seconds:
+        return Row(name=name, seconds=None, peak_bytes=None, kl=None)
+    # The first compiles.
+    return Row(name=name, seconds=median(seconds[1:]), peak_bytes=torch.cuda.max_memory_allocated() if is_cuda else None, kl=kl)
+
+
+def run(settings: Settings, out: str | None = None, console: Console | None = None) -> list[Row]:
+    """Measure, print and, with `out`, write a JSON file."""
+    console = console or make_console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(settings, device)
+    batch = make_batch(model, settings.length, device)
+    ours = HeadLoss(model, None, beta=0.0, chunk=None)
+    rows = [measure("ours", model, batch, ours, settings, nullcontext())]
+    if settings.rival:
+        loss, compiled = WholeLogitsLoss(model), device.type == "cuda"
+        rows.append(measure("FlexAttention, chunked loss", model, batch, ours, settings, _rival_attention(compiled)))
+        rows.append(measure("FlexAttention, whole logits", model, batch, loss, settings, _rival_attention(compiled)))
+    expected = expect(model, settings, device)
+    _show(console, settings, rows, expected, describe_device(device))
+    if out is not None:
+        values = {
+            "settings": asdict(settings),
+            "device": describe_device(device),
+            "versions": versions(),
+            "expected": expected,
+            "rows": [asdict(row) for row in rows],
+        }
+        Path(out).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    return rows
