@@ -41,8 +41,9 @@ def distill_loss_chunked(
     teacher = [None if x is None else x.detach() for x in (teacher_head_weight, teacher_head_bias)]
 
     def rows_loss(index_n: Tensor, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        log_s_nV = _log_softmax_(logits_nV)
-        log_t_nV = _log_softmax_(head.logits(hidden_t.detach()[index_n], *teacher))
+        # In their place: whoever hands the logits over still holds them.
+        log_s_nV = logits_nV.copy_(torch.log_softmax(logits_nV, dim=-1))
+        log_t_nV = torch.log_softmax(head.logits(hidden_t.detach()[index_n], *teacher), dim=-1)
         return _divergence(log_s_nV, log_t_nV, float(beta))
 
     return chunked_loss(hidden_s, head_weight, head_bias, head, valid, chunk, rows_loss)
@@ -51,7 +52,7 @@ def distill_loss_chunked(
 def bytes_per_row(vocab_size: int, dtype: torch.dtype, *, beta: float, softcap: float | None) -> int:
     """The most that `distill_loss_chunked` holds for each row of a chunk."""
     size = accumulation_dtype(dtype).itemsize
-    # Student, teacher and a third beside them: a softmax's exponentials, then the divergence's probabilities. A mixture is a fourth.
+    # Student, teacher and a third beside them: what a softmax is taken of, then the divergence's probabilities. A mixture is a fourth.
     buffers = 3 + (0 < beta < 1) + (softcap is not None)
     return vocab_size * buffers * size
 
@@ -140,12 +141,6 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _log_softmax_(logits_nV: Tensor) -> Tensor:
-    """The logarithms of the rows' probabilities, in place of the logits."""
-    logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
-    return logits_nV.sub_(logits_nV.exp().sum(-1, keepdim=True).log_())
 
 
 def _divergence(log_s_nV: Tensor, log_t_nV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
