@@ -105,29 +105,32 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden_NM = torch.zeros_like(hidden_s) if needs_hidden else None
             grad_weight_VM = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
             grad_bias_V = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-            for index_n in index_K.split(chunk):
+
+            def take(index_n: Tensor) -> Tensor:
+                """The rows' loss; their gradients go to the sums. A function, so that nothing of a chunk outlives it."""
                 hidden_nM = hidden_s[index_n]
                 logits_nV = head.logits(hidden_nM, weight, bias)
                 slope_nV = head.slope(logits_nV) if needs_any else None
                 loss, grad_nV = rows_loss(index_n, logits_nV)
-                del logits_nV
-                total += loss
                 if not needs_any:
-                    continue
+                    return loss
                 if slope_nV is not None:
                     grad_nV.mul_(slope_nV)
-                    del slope_nV
                 if head.logit_scale != 1.0:
                     grad_nV.mul_(head.logit_scale)
                 if needs_bias:
-                    grad_bias_V += grad_nV.sum(0)
+                    grad_bias_V.add_(grad_nV.sum(0))
                 grad_nV = grad_nV.to(weight.dtype)
                 if needs_hidden:
                     grad_hidden_NM.index_copy_(0, index_n, grad_nV @ weight)
                 if needs_weight and weight.dtype == dtype:
                     grad_weight_VM.addmm_(grad_nV.T, hidden_nM)
                 elif needs_weight:
-                    grad_weight_VM += grad_nV.T @ hidden_nM
+                    grad_weight_VM.add_(grad_nV.T @ hidden_nM)
+                return loss
+
+            for index_n in index_K.split(chunk):
+                total += take(index_n)
         ctx.save_for_backward(grad_hidden_NM, grad_weight_VM, grad_bias_V)
         ctx.dtypes = (hidden_s.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
