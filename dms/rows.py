@@ -55,7 +55,7 @@ class Rows:
 
     def divide(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch of whole rows -> this process's part of each, with the rows' segments and positions beside it."""
-        parts = {name: self.held(value) if value.dim() == 2 else value for name, value in batch.items()}
+        parts = {name: self.held(value) if value.dim() >= 2 else value for name, value in batch.items()}
         return {**parts, "row_segment_ids": batch["segment_ids"], "row_position_ids": batch["position_ids"]}
 
     def total(self, part: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import dms.attention

@@ -41,8 +41,9 @@ def distill_loss_chunked(
     teacher = [None if x is None else x.detach() for x in (teacher_head_weight, teacher_head_bias)]
 
     def rows_loss(index_n: Tensor, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        log_s_nV = _log_softmax_(logits_nV)
-        log_t_nV = _log_softmax_(head.logits(hidden_t.detach()[index_n], *teacher))
+        # In their place: whoever hands the logits over still holds them.
+        log_s_nV = logits_nV.copy_(torch.log_softmax(logits_nV, dim=-1))
+        log_t_nV = torch.log_softmax(head.logits(hidden_t.detach()[index_n], *teacher), dim=-1)
         return _divergence(log_s_nV, log_t_nV, float(beta))
 
     return chunked_loss(hidden_s, head_weight, head_bias, head, valid, chunk, rows_loss)
@@ -51,7 +52,7 @@ def distill_loss_chunked(
 def bytes_per_row(vocab_size: int, dtype: torch.dtype, *, beta: float, softcap: float | None) -> int:
     """The most that `distill_loss_chunked` holds for each row of a chunk."""
     size = accumulation_dtype(dtype).itemsize
-    # Student, teacher and a third beside them: a softmax's exponentials, then the divergence's probabilities. A mixture is a fourth.
+    # Student, teacher and a third beside them: what a softmax is taken of, then the divergence's probabilities. A mixture is a fourth.
     buffers = 3 + (0 < beta < 1) + (softcap is not None)
     return vocab_size * buffers * size
 
@@ -104,29 +105,32 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden_NM = torch.zeros_like(hidden_s) if needs_hidden else None
             grad_weight_VM = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
             grad_bias_V = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-            for index_n in index_K.split(chunk):
+
+            def take(index_n: Tensor) -> Tensor:
+                """The rows' loss; their gradients go to the sums. A function, so that nothing of a chunk outlives it."""
                 hidden_nM = hidden_s[index_n]
                 logits_nV = head.logits(hidden_nM, weight, bias)
                 slope_nV = head.slope(logits_nV) if needs_any else None
                 loss, grad_nV = rows_loss(index_n, logits_nV)
-                del logits_nV
-                total += loss
                 if not needs_any:
-                    continue
+                    return loss
                 if slope_nV is not None:
                     grad_nV.mul_(slope_nV)
-                    del slope_nV
                 if head.logit_scale != 1.0:
                     grad_nV.mul_(head.logit_scale)
                 if needs_bias:
-                    grad_bias_V += grad_nV.sum(0)
+                    grad_bias_V.add_(grad_nV.sum(0))
                 grad_nV = grad_nV.to(weight.dtype)
                 if needs_hidden:
                     grad_hidden_NM.index_copy_(0, index_n, grad_nV @ weight)
                 if needs_weight and weight.dtype == dtype:
                     grad_weight_VM.addmm_(grad_nV.T, hidden_nM)
                 elif needs_weight:
-                    grad_weight_VM += grad_nV.T @ hidden_nM
+                    grad_weight_VM.add_(grad_nV.T @ hidden_nM)
+                return loss
+
+            for index_n in index_K.split(chunk):
+                total += take(index_n)
         ctx.save_for_backward(grad_hidden_NM, grad_weight_VM, grad_bias_V)
         ctx.dtypes = (hidden_s.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -140,12 +144,6 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _log_softmax_(logits_nV: Tensor) -> Tensor:
-    """The logarithms of the rows' probabilities, in place of the logits."""
-    logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
-    return logits_nV.sub_(logits_nV.exp().sum(-1, keepdim=True).log_())
 
 
 def _divergence(log_s_nV: Tensor, log_t_nV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
