@@ -3,6 +3,7 @@
 import torch
 
 from dms_kernels import picking
+from dms_kernels.sizes import padded, power_of_two
 
 _MOST_BLOCK = 4096
 
@@ -17,10 +18,6 @@ def problem(k: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor) -> str 
     if pages.dtype == torch.float8_e4m3fn and picking.target(k.device).capability < 89:
         return "pages in float8 need compute capability 8.9 or later"
     return None
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _strides(x: torch.Tensor | None, num_dims: int) -> list[int]:
@@ -94,7 +91,7 @@ def append_step(
     real = real if real is None else real.contiguous().view(torch.uint8)
     G = 1 if q is None else q.shape[1] // H
     M = 0 if hidden is None else hidden.shape[1]
-    dim, group = max(16, _power(D)), _power(G)
+    dim, group = padded(D), power_of_two(G)
     # One warp has nobody to wait for; the gate's product wants more.
     warps = 4 if hidden is not None else max(1, min(4, group * dim // 512))
     with torch.cuda.device_of(k):
@@ -105,7 +102,7 @@ def append_step(
             *_strides(gate_weight, 1), *_strides(gate_bias, 1),
             ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
             H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
-            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=min(_MOST_BLOCK, max(16, _power(M))) if M else 16,
+            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=min(_MOST_BLOCK, padded(M)) if M else 16,
             REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels.gated_attention import tiles
+from dms_kernels.sizes import ceil_div, padded
 
 LOG2_E = math.log2(math.e)
 
@@ -77,7 +78,7 @@ class Call:
         return self.B * self.H * ceil_div(self.T, rows // self.G)
 
     def of_heads(self) -> dict[str, int]:
-        return {"G": self.G, "D": self.D, "BLOCK_D": tiles.padded(self.D)}
+        return {"G": self.G, "D": self.D, "BLOCK_D": padded(self.D)}
 
     def of_products(self, tile: tiles.Tile) -> dict[str, int | bool]:
         """For the kernels with matrix products, and how they are launched."""
@@ -97,7 +98,3 @@ class Call:
 def with_dense_rows(x: Tensor) -> Tensor:
     """The kernels take any strides but the last."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

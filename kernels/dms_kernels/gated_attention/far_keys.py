@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dms_kernels.gated_attention import tiles
-from dms_kernels.gated_attention.call import LOG2_E, Call, ceil_div
+from dms_kernels.gated_attention.call import LOG2_E, Call
+from dms_kernels.sizes import ceil_div, padded
 
 # Tokens that a program takes at once in making the list.
 _LIST_BLOCK = 4096
@@ -120,7 +121,7 @@ def gather(call: Call, k: Tensor, v: Tensor, far: FarKeys) -> tuple[Tensor | Non
         call.T,
         call.H,
         D=call.D,
-        BLOCK_D=tiles.padded(call.D),
+        BLOCK_D=padded(call.D),
         BLOCK_N=_COPY_ROWS,
         PADDING=call.padding,
     )

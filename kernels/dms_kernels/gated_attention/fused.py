@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from dms_kernels import picking
 from dms_kernels.gated_attention import far_keys, tiles
-from dms_kernels.gated_attention.call import LOG2_E, Call, ceil_div, with_dense_rows
+from dms_kernels.gated_attention.call import LOG2_E, Call, with_dense_rows
 from dms_kernels.gated_attention.first_pass import FirstPass
+from dms_kernels.sizes import ceil_div, padded
 
 
 def problem(q: Tensor, k: Tensor) -> str | None:
@@ -24,7 +25,7 @@ def problem(q: Tensor, k: Tensor) -> str | None:
     if q.shape[3] > tiles.MAX_HEAD_DIM:
         return f"the kernels hold head dims up to {tiles.MAX_HEAD_DIM}, and this one is {q.shape[3]}"
     G = q.shape[2] // k.shape[2]
-    if tiles.smallest_rows(G) * tiles.padded(q.shape[3]) * q.element_size() > tiles.LARGEST_GROUP_BYTES:
+    if tiles.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > tiles.LARGEST_GROUP_BYTES:
         return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"
     return None
 

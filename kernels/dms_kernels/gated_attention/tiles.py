@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dms_kernels.picking import Target
+from dms_kernels.sizes import padded, power_of_two
 
 MAX_HEAD_DIM = 256
 # Of rows or keys in a tile, unless a group is larger still.
@@ -42,23 +43,14 @@ def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype) -
     return tile
 
 
-def padded(D: int) -> int:
-    """The head dim as the kernels hold it: a power of two that matrix instructions take."""
-    return max(16, _power_of_two(D))
-
-
 def smallest_rows(G: int) -> int:
     """Rows of a tile that holds one position: all heads of a group share a tile, however many they are."""
-    return _power_of_two(G)
+    return power_of_two(G)
 
 
 def rows_to_read(G: int) -> int:
     """Rows of a program that multiplies no matrices."""
     return max(32, smallest_rows(G))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 # By kernel and padded head dim. Chosen from what the compiler reports: the most keys and prefetched stages whose loops keep

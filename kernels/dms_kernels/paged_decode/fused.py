@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dms_kernels import picking
+from dms_kernels.sizes import ceil_div, padded, power_of_two
 
 _LOG2E = 1.4426950408889634
 # Rows of queries that a program holds at a time; heads with more take several blocks, and read their keys as often.
@@ -31,9 +32,9 @@ class Launch:
 
 def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
     """rows: G * T. element_size: of the queries, in bytes."""
-    dim = max(16, _power(head_dim))
-    row_tile = min(_MOST_ROWS, max(_MIN_ROWS, _power(rows)))
-    part_rows = min(row_tile, _power(rows))
+    dim = padded(head_dim)
+    row_tile = min(_MOST_ROWS, max(_MIN_ROWS, power_of_two(rows)))
+    part_rows = min(row_tile, power_of_two(rows))
     # Two programs a processor hide each other's waits. Of the tiles in a program's buffers one is being read from, the others are on
     # their way.
     room = target.shared_bytes // 2 - _OTHER_BYTES
@@ -60,7 +61,7 @@ def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: in
 def num_tickets(q: torch.Tensor, num_kv_heads: int) -> int:
     """How many tickets a call with these queries takes, at most."""
     B, Hq, T, _ = q.shape
-    return B * num_kv_heads * -(-(Hq // num_kv_heads * T) // _MIN_ROWS)
+    return B * num_kv_heads * ceil_div(Hq // num_kv_heads * T, _MIN_ROWS)
 
 
 def problem(q: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor | None) -> str | None:
@@ -74,10 +75,6 @@ def problem(q: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor | None) 
     if pages is not None and pages.dtype == torch.float8_e4m3fn and picking.target(q.device).capability < 89:
         return "pages in float8 need compute capability 8.9 or later"
     return None
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _tile_bytes(tile: int, dim: int, element_size: int) -> int:
@@ -140,8 +137,8 @@ def decode(
     real = real if real is None else real.view(torch.uint8)
     q, new_k, new_v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, new_k, new_v))
     chosen = launch(picking.target(q.device), head_dim=D, rows=G * T, element_size=q.element_size())
-    blocks = -(-G * T // chosen.rows)
-    dim = max(16, _power(D))
+    blocks = ceil_div(G * T, chosen.rows)
+    dim = padded(D)
     if tickets.numel() < blocks * num_heads:
         raise ValueError(
             f"tickets has {tickets.numel()} elements; {B} rows of {H} heads with {blocks} blocks of queries each need {blocks * num_heads}"
@@ -163,7 +160,7 @@ def decode(
             *_strides(q), *_strides(new_k), *_strides(new_v),
             inner, outer,
             G=G, T=T, D=D, DP=dim, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
-            P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, max(16, _power(num_heads))),
+            P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
             STAGES=chosen.num_stages, num_warps=chosen.num_warps,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels import picking
+from dms_kernels.sizes import ceil_div, padded
 from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -53,10 +54,6 @@ def num_parts(target: picking.Target, programs: int, tiles: int) -> int:
     return max(1, min(2 * target.num_processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
 
-def padded(D: int) -> int:
-    return max(16, 1 << (D - 1).bit_length())
-
-
 @torch.library.custom_op(f"{picking.NAMESPACE}::sparse_prefill", mutates_args=())
 def prefill(
     q: Tensor,
@@ -88,8 +85,8 @@ def prefill(
     target = picking.target(q.device)
     shape = launch(target, D, T * G, q.dtype)
     heads = min(G, shape.block_m)
-    num_blocks = -(-T // (shape.block_m // heads))
-    programs = num_blocks * B * H * -(-G // heads)
+    num_blocks = ceil_div(T, shape.block_m // heads)
+    programs = num_blocks * B * H * ceil_div(G, heads)
     P, max_pages = (16, 0) if pages is None else (pages.shape[2], page_table.shape[2])
     parts = num_parts(target, programs, (max_pages * P + S) // shape.block_n)
     sums, state = out, None
@@ -143,7 +140,7 @@ def prefill(
         )
         if parts > 1:
             num_rows, rows = B * T * Hq, max(1, 2048 // padded(D))
-            merge_kernel[(-(-num_rows // rows),)](sums, state, out, num_rows, parts, D=D, ROWS=rows, BLOCK_D=padded(D), num_warps=4)
+            merge_kernel[(ceil_div(num_rows, rows),)](sums, state, out, num_rows, parts, D=D, ROWS=rows, BLOCK_D=padded(D), num_warps=4)
     return out
 
 
@@ -157,7 +154,7 @@ def _list_kept(evicted: Tensor, start: Tensor | None, F: int) -> tuple[Tensor, T
     B, H, S = evicted.shape
     kept = torch.empty(B, H, F, dtype=torch.int32, device=evicted.device)
     num_before = torch.empty_like(kept)
-    num_blocks = -(-F // LIST_BLOCK)
+    num_blocks = ceil_div(F, LIST_BLOCK)
     list_kept_kernel[(num_blocks * B * H,)](
         evicted, start, kept, num_before, F, num_blocks, H, *evicted.stride(), BLOCK=LIST_BLOCK, num_warps=8
     )
@@ -171,7 +168,7 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
     B, H, S, D = k.shape
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     keep, num_kept, page_table = keep.view(torch.uint8), num_kept.contiguous(), page_table.contiguous()
-    num_blocks = -(-S // STORE_BLOCK)
+    num_blocks = ceil_div(S, STORE_BLOCK)
     with torch.cuda.device_of(k):
         store_survivors_kernel[(num_blocks * B * H,)](
             k,
