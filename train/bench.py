@@ -23,8 +23,9 @@ from dms.bench.gating import evict_shares, keep_shares
 from dms.config import DMSConfig
 from dms.console import make_console
 from dms.evaluation.evaluate import describe_device, versions
+from dms.heads import head_parameters
 from dms.retrofitting import gate_parameters, retrofit
-from dms.train.step import HeadLoss, Normalizer, distill_step, head_parameters
+from dms.train.step import HeadLoss, Normalizer, distill_step
 from dms.train.students import enable_checkpointing
 
 # As in its config.json.

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from dms import models
 from dms.console import make_console
+from dms.heads import find_head, head_parameters, hidden_states
 from dms.retrofitting import retrofit, set_mode
 from dms.train import artifacts, checks, students
 from dms.train.data.sequences import make_source
 from dms.train.recipe import RetrofitRecipe
-from dms.train.step import check_head, find_head, head_parameters, hidden_states
+from dms.train.step import check_head
 from dms.train.teacher_cache import Teacher, TeacherCache, all_rows, row_key
 from dms_kernels import top_log_probs
 

@@ -11,22 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dms.heads import difference_of_head, find_head, head_parameters, hidden_states
 from dms.masks import Tokens
 from dms.retrofitting import set_mode, state_of
 from dms.rows import Rows
-from dms.sharding import gathered, is_sharded
+from dms.sharding import is_sharded
 from dms.state import Noise
 from dms.train.adapters import without_adapters
 from dms.train.teacher_cache import BATCH_KEYS
 from dms_kernels import distill_loss, distill_loss_topk
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: `softcap(logit_scale * (h W^T + b))`."""
-
-    logit_scale: float
-    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -50,29 +43,11 @@ class StepOutput:
     head_rate_LH: torch.Tensor
 
 
-def find_head(model: nn.Module) -> Head:
-    """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides)."""
-    text = model.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scaling = getattr(text, "logits_scaling", None)
-    if scaling:
-        scale /= float(scaling)
-    return Head(scale, getattr(text, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
 def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
     """Raises ValueError where the loss's logits would not be the model's own."""
     set_mode(model, "dense")
-    head, weight, bias = find_head(model), *head_parameters(model)
-    hidden = hidden_states(model, {"input_ids": input_ids_BT})
-    with gathered(p for p in (weight, bias) if p is not None):
-        logits = head.logit_scale * nn.functional.linear(hidden, weight, bias)
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    own = model(input_ids=input_ids_BT, use_cache=False).logits
-    difference = (logits.float() - own.float()).abs().max().item()
-    if not difference <= 1e-2 * max(1.0, own.float().abs().max().item()):
+    difference = difference_of_head(model, input_ids_BT)
+    if difference is not None:
         raise ValueError(
             f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (they differ by {difference:.3g}); this model cannot be retrofitted yet"
         )
@@ -92,11 +67,6 @@ def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
             f"{type(model).__name__} lets packed documents see each other (hidden states differ by {difference:.3g}): "
             "in transformers it builds its masks without position_ids; use data with one document a sequence (source: builtin)"
         )
-
-
-def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None)
 
 
 class HeadLoss(nn.Module):
@@ -148,11 +118,6 @@ class HeadLoss(nn.Module):
             chunk=self.chunk,
         )
         return total
-
-
-def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Final hidden states [B, T, M], after the last norm and before the head."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def distill_step(

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from dms.cache.report import compacted_layers, make_report
 from dms.evaluation.corpus import StdlibText
+from dms.evaluation.scoring import predict
 from dms.evaluation.tasks import RECALL_TASKS, Document, make_document
 from dms.retrofitting import set_mode, state_of
 
@@ -133,20 +134,17 @@ def run_policy(
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
         ids = torch.tensor([document.input_ids for document in batch], device=device)
-        outputs = model(input_ids=ids, use_cache=policy != "dense")
-        logits = outputs.logits.float()
-        nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
-        right = logits[:, :-1].argmax(-1) == ids[:, 1:]
+        found = predict(model, ids, use_cache=policy != "dense")
         text = torch.tensor([document.role for document in batch], device=device)[:, 1:] == 0
-        scores.bits += (nll * text).sum(1).div(math.log(2)).tolist()
+        scores.bits += (found.nll_BT * text).sum(1).div(math.log(2)).tolist()
         scores.num_bytes += [document.num_bytes for document in batch]
-        right_list = right.tolist()
+        right_list = found.right_BT.tolist()
         for row, document in enumerate(batch):
             for answer in document.answers:
                 distance = answer.start - answer.evidence
                 quartile = min(NUM_QUARTILES - 1, distance * NUM_QUARTILES // len(document.input_ids))
                 scores.answers.append((first + row, answer.task, quartile, all(right_list[row][answer.start - 1 : answer.end - 1])))
-        _count_entries(scores, state, ids, outputs.past_key_values if policy != "dense" else None)
+        _count_entries(scores, state, ids, found.cache)
         if progress:
             progress(len(batch))
     scores.seconds = time.perf_counter() - start

@@ -3,6 +3,7 @@
 import torch
 
 from dms import report
+from dms.evaluation.scoring import predict
 from dms.evaluation.tasks import Document
 from dms.retrofitting import set_mode, state_of
 
@@ -13,8 +14,7 @@ def trace_document(model, tokenizer, document: Document) -> "report.DocumentTrac
     set_mode(model, "evict")
     state, device = state_of(model), next(model.parameters()).device
     ids = torch.tensor([document.input_ids], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    right = (logits[0, :-1].argmax(-1) == ids[0, 1:]).tolist()
+    right = predict(model, ids, use_cache=False).right_BT[0].tolist()
     shift = state.config.alignment == "next"
     probabilities = []
     for index in sorted(state.forward.logits):

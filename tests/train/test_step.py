@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
 from dms import models
+from dms.heads import find_head
 from dms.retrofitting import gate_parameters
-from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, find_head, learning_rate, target_at
+from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, learning_rate, target_at
 
 
 @pytest.fixture
