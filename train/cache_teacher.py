@@ -28,9 +28,12 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
     Raises:
         ValueError: see `TeacherCache.open` and `open_or_make`.
     """
+    base_hash = checks.base_hash(recipe)
+    if base_hash is None:
+        raise ValueError(f"model {recipe.model!r} has no safetensors files here, so that a cache cannot be tied to it; give its folder")
     teacher = Teacher(
         base=recipe.model,
-        base_hash=checks.base_hash(recipe),
+        base_hash=base_hash,
         vocab_size=vocab_size,
         top_k=recipe.teacher_cache.top_k,
         precision=recipe.precision,

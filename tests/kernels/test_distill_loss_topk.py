@@ -75,9 +75,9 @@ def test_it_rises_with_k_towards_the_exact_loss():
     for K in (1, 4, 16, 60):
         tensors, hidden_t = _inputs(V=64, K=K, share_valid=1.1)
         found.append(distill_loss_topk(**tensors)[0].item())
-    exact = distill_loss(tensors["hidden_s"], hidden_t, tensors["head_weight"], beta=0.0, valid=tensors["valid"])[0]
-    assert 0 < found[0] < found[1] < found[2] < found[3] < float(exact)
-    assert found[3] == pytest.approx(float(exact), rel=0.02)
+    exact = distill_loss(tensors["hidden_s"], hidden_t, tensors["head_weight"], beta=0.0, valid=tensors["valid"])[0].item()
+    assert 0 < found[0] < found[1] < found[2] < found[3] < exact
+    assert found[3] == pytest.approx(exact, rel=0.02)
 
 
 def test_gradcheck():
