@@ -61,7 +61,9 @@ class Hardware(Strict):
     def gpu(self, name: str) -> Gpu:
         """Raises ValueError for a GPU that the file does not have."""
         if name not in self.gpus:
-            raise ValueError(f"unknown GPU {name!r}{nearest(name.lower(), self.gpus)}; there are {', '.join(self.gpus)}")
+            # `h100` means h100-80, and is nearer to h200 by its letters.
+            longer = [known for known in self.gpus if known.startswith(name.lower())]
+            raise ValueError(f"unknown GPU {name!r}{nearest(name.lower(), longer[:1] or self.gpus)}; there are {', '.join(self.gpus)}")
         return self.gpus[name]
 
 

@@ -54,12 +54,13 @@ class Choice:
     @property
     def zero(self) -> str:
         """Short, for tables."""
-        offloaded = [name for name, there in (("optimizer", self.offload_optimizer), ("param", self.offload_param)) if there]
-        return f"{self.stage}" + (f" + {' and '.join(offloaded)} cpu" if offloaded else "")
+        offloaded = [name for name, there in (("opt", self.offload_optimizer), ("param", self.offload_param)) if there]
+        return " ".join([str(self.stage), "+".join(offloaded)]).rstrip()
 
     @property
     def activations(self) -> str:
-        return "checkpointed, in host memory" if self.offload_activations else "checkpointed" if self.activation_checkpointing else "kept"
+        """Short, for tables."""
+        return "host" if self.offload_activations else "ckpt" if self.activation_checkpointing else "kept"
 
     @property
     def complexity(self) -> int:

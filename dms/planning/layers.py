@@ -53,7 +53,9 @@ class Activations:
         return max(layer.alone for layer in self.layers)
 
 
-def measure(model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool) -> Activations:
+def measure(
+    model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool
+) -> Activations:
     """Pass a micro-batch of fake tokens through a model on the meta device. The model is of no use afterwards.
 
     held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
@@ -199,9 +201,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool) -> _Student:
         set_mode(model, "dense")
         state.forward = None
     saved = [after - before for before, after in zip(marks.starts, marks.starts[1:], strict=False)]
-    found = [
-        LayerBytes(saved[place], marks.forward[place], marks.backward.get(place, 0)) for place in range(len(saved))
-    ]
+    found = [LayerBytes(saved[place], marks.forward[place], marks.backward.get(place, 0)) for place in range(len(saved))]
     # The second run of the last one: what it left, without what the first left, came after it.
     return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
 

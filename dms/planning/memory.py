@@ -42,10 +42,6 @@ class Bytes:
     evaluation: int
     host: int
 
-    @property
-    def worst(self) -> int:
-        return max(self.peak, self.evaluation)
-
 
 @dataclass(frozen=True)
 class Held:
@@ -84,9 +80,9 @@ def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool) -> int:
     return chunk + gradient + (4 * head if trains_head else 0) + casts
 
 
-def evaluation_bytes(job: Job, shape: ModelShape, held: Held) -> int:
+def evaluation_bytes(job: Job, held: Held, vocab_size: int) -> int:
     """The run's own evaluation holds whole logits: as computed, in float32, and three more of those in the cross-entropy."""
-    return job.evaluation_batch_size * job.evaluation_length * shape.vocab_size * (held.weight + 4 * 4)
+    return job.evaluation_batch_size * job.evaluation_length * vocab_size * (held.weight + 4 * 4)
 
 
 def of_choice(
@@ -115,8 +111,8 @@ def of_choice(
     states = (8 if choice.stage == 0 else 12) * trained // (num_gpus if choice.stage > 0 else 1)
     optimizer = 0 if choice.offload_optimizer else states
 
-    kept, layer = _checkpoints(shape, job, made, held, keeps_attention) if choice.activation_checkpointing else (0, 0)
-    saved = layer if choice.activation_checkpointing else made.saved
+    kept = checkpoint_bytes(shape, job, made, held, keeps_attention) if choice.activation_checkpointing else 0
+    saved = made.worst_layer if choice.activation_checkpointing else made.saved
     if choice.offload_activations:
         # On the GPU: the layer that is written out and the one that is read back.
         on_host, kept = kept, 2 * kept // len(shape.layers)
@@ -139,7 +135,7 @@ def of_choice(
     tensors = weights + gradients + optimizer + buffers + max(kept + transient, step)
     extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
     resident = resting // divided if not choice.offload_param else 0
-    evaluation = resident + buffers - outside + evaluation_bytes(job, shape, held) + extra
+    evaluation = resident + buffers - outside + evaluation_bytes(job, held, shape.vocab_size) + extra
     ranks = min(num_gpus, gpus_per_node)
     host = ranks * on_host // width
     if choice.offload_param:
@@ -161,13 +157,13 @@ def of_choice(
     )
 
 
-def _checkpoints(shape: ModelShape, job: Job, made: Activations, held: Held, keeps_attention: bool) -> tuple[int, int]:
-    """What all layers leave under activation checkpointing, and the most that one takes when it is run again."""
+def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held, keeps_attention: bool = True) -> int:
+    """What all layers leave of a micro-batch under activation checkpointing: inputs, and attention's outputs and log-sum-exps."""
     tokens = job.length * job.micro_batch_size
     kept = made.hidden * len(shape.layers)
     if keeps_attention:
         kept += sum(tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) for layer in shape.layers if layer.gated)
-    return kept, made.worst_layer
+    return kept
 
 
 def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
