@@ -35,7 +35,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name, path in packaged_recipes().items() if "target_cr" in path.read_text(encoding="utf-8")]
+    return [name for name in packaged_recipes() if not name.endswith("pretrain")]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
@@ -88,7 +88,8 @@ def read_config(model: str, given: str | None = None):
     """
     from transformers import AutoConfig
 
-    path = models.resolve_model(model) if given is None else _config_file(Path(given).expanduser(), model)
+    own = given is None or model.startswith(models.BUILTIN)
+    path = models.resolve_model(model) if own else _config_file(Path(given).expanduser(), model)
     try:
         # From this machine first: without a network the hub is asked again and again.
         return AutoConfig.from_pretrained(path, local_files_only=True)

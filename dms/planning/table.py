@@ -7,6 +7,11 @@ from rich.table import Table
 from dms.planning.plan import Outcome, Plan, recipe_lines
 
 _GB = 1e9
+_LEGEND = (
+    "* recommended, = the recipe's own, x does not fit. zero: stage, and what rests in host memory. act.: activations are kept, "
+    "checkpointed, or their checkpoints rest in host memory. other: buffers, and a reserve for what is not tensors. peak: less than the "
+    "sum, since not all is there at once. eval: the run's own evaluation. host: of a node."
+)
 
 
 def show(console: Console, name: str, plan: Plan) -> None:
@@ -14,6 +19,7 @@ def show(console: Console, name: str, plan: Plan) -> None:
     for line in _facts(name, plan):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_choices_table(plan), highlight=False)
+    console.print(_LEGEND, highlight=False, markup=False)
     console.print(_conclusion(plan), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -38,7 +44,7 @@ def _share(part: float, whole: float) -> str:
 
 def _choices_table(plan: Plan) -> Table:
     width = (plan.recommended or plan.own or plan.outcomes[0]).choice.sequence_parallel
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"GB of each GPU by kind, sequence_parallel {width}"
     table.add_column("zero", no_wrap=True)
     table.add_column("act.", no_wrap=True)
@@ -48,11 +54,6 @@ def _choices_table(plan: Plan) -> Table:
     for outcome in plan.outcomes:
         if outcome.choice.sequence_parallel == width:
             table.add_row(*_row(plan, outcome), style=_style(plan, outcome))
-    table.caption = (
-        "* recommended, = the recipe's own, x does not fit. zero: stage, and what rests in host memory. act.: activations\n"
-        "are kept, checkpointed, or their checkpoints rest in host memory. other: buffers, and a reserve for what is not\n"
-        "tensors. peak: less than the sum, since not all is there at once. eval: the run's own evaluation."
-    )
     return table
 
 
@@ -73,6 +74,11 @@ def _row(plan: Plan, outcome: Outcome) -> list[str]:
         outcome.seconds.limit,
         _short(outcome.gpu_hours),
     ]
+
+
+def _count(number: float) -> str:
+    size, unit = next((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K"), (1, "")) if number >= size or size == 1)
+    return f"{number / size:.3g}{unit}"
 
 
 def _gb(value: float) -> str:
@@ -102,12 +108,12 @@ def overview(console: Console, plans: dict[str, Plan]) -> None:
     """Several recipes' recommended choices, a row each."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("recipe", no_wrap=True)
-    figures = ("param.", "trained", "tokens", "FLOPs", "zero", "act.", "sp", "peak GB", "eval GB", "host GB", "s/step", "limit", "GPU h")
+    figures = ("param", "trained", "tokens", "FLOPs", "zero", "act.", "sp", "peak", "eval", "host", "s/step", "limit", "GPU h")
     for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
     for name, plan in plans.items():
-        start = [name, f"{plan.shape.parameters / 1e9:.2f}G", f"{plan.trained / 1e6:,.1f}M", f"{plan.job.tokens / 1e6:,.0f}M"]
-        start.append(f"{plan.flops.total * plan.job.steps:.2g}")
+        start = [name, *(_count(number) for number in (plan.shape.parameters, plan.trained, plan.job.tokens))]
+        start.append(f"{plan.flops.total * plan.job.steps:.1e}")
         best = plan.recommended
         if best is None:
             table.add_row(*start, "nothing fits", *["-"] * 8)
@@ -116,4 +122,8 @@ def overview(console: Console, plans: dict[str, Plan]) -> None:
         used[1] += "" if best.bytes.evaluation <= plan.gpu.memory else "x"
         where = [best.choice.zero, best.choice.activations, str(best.choice.sequence_parallel)]
         table.add_row(*start, *where, *used, _short(best.seconds.total), best.seconds.limit, _short(best.gpu_hours))
-    console.print(table, highlight=False)
+    # Names and figures in whole: a narrow terminal wraps, a file does not.
+    console.print(table, highlight=False, width=max(console.width, 128), crop=False)
+    console.print(
+        "peak, eval, host: GB, of a GPU in training and in the run's own evaluation, and of a node. sp: sequence_parallel.", soft_wrap=True
+    )
