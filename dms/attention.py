@@ -49,7 +49,19 @@ def _original_function(module: nn.Module, original: str):
 
 
 def train_attention(
-    query, key, value, *, log_keep_BTH, tokens: Tokens, window: int, sinks: int, scaling=None, softcap=None, s_aux=None, **_
+    query,
+    key,
+    value,
+    *,
+    log_keep_BTH,
+    tokens: Tokens,
+    window: int,
+    sinks: int,
+    first_pass=None,
+    scaling=None,
+    softcap=None,
+    s_aux=None,
+    **_,
 ):
     """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
     if key.shape[2] != query.shape[2]:
@@ -67,6 +79,7 @@ def train_attention(
         sinks=sinks,
         softcap=softcap,
         sink_logits=s_aux,
+        first_pass=first_pass,
     )
 
 

@@ -17,6 +17,7 @@ from dms.cache.incoming import PendingGate
 from dms.config import DMSConfig
 from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
+from dms.offload import HostStore
 from dms.state import DMSState, Forward, Mode, Noise, state_of
 
 
@@ -115,7 +116,8 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
-    state.forward = Forward(state.mode, tokens, state.noise)
+    offloads = state.mode == "train" and state.offload_activations and torch.is_grad_enabled()
+    state.forward = Forward(state.mode, tokens, state.noise, store=HostStore() if offloads else None)
     return args, kwargs
 
 
@@ -169,7 +171,19 @@ def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
                 "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         if keywords.get("context_fn") is None:
-            module._gradient_checkpointing_func = functools.partial(function, context_fn=state.checkpoint_contexts)
+            module._gradient_checkpointing_func = functools.partial(
+                _checkpoint, state, function, use_reentrant=False, context_fn=state.checkpoint_contexts
+            )
+
+
+def _checkpoint(state: DMSState, checkpoint, *args, **kwargs):
+    """Run a layer under activation checkpointing; what it saves are its inputs."""
+    store = None if state.forward is None else state.forward.store
+    if store is None:
+        return checkpoint(*args, **kwargs)
+    store.begin_group()
+    with store.hooks():
+        return checkpoint(*args, **kwargs)
 
 
 def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -201,7 +215,14 @@ def _decide_softly(state: DMSState, layer: AttentionLayer, forward: Forward, log
     forward.evicted_count[layer.index] = evicted.sum((1, 2))
     forward.decided_count[layer.index] = decided.sum((1, 2)) * layer.num_heads
     forward.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / decided.sum().clamp(min=1)).float()
-    return functools.partial(attention.train_attention, log_keep_BTH=log_keep, tokens=tokens, window=config.window, sinks=config.sinks)
+    return functools.partial(
+        attention.train_attention,
+        log_keep_BTH=log_keep,
+        tokens=tokens,
+        window=config.window,
+        sinks=config.sinks,
+        first_pass=forward.first_pass(layer.index),
+    )
 
 
 def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, gate: gates.Gate, hidden: torch.Tensor, cache: Cache | None):

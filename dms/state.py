@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -12,6 +12,8 @@ from torch import nn
 from dms.adapter import AttentionLayer
 from dms.config import DMSConfig
 from dms.masks import Tokens
+from dms.offload import HostStore
+from dms_kernels.gated_attention import FirstPass
 
 Mode = Literal["dense", "train", "evict"]
 
@@ -30,6 +32,8 @@ class Forward:
 
     evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
     head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
+    first_passes: what attention made in checkpointed layers, for their recomputation. keeps: this is such a layer's first pass.
+    store: where activations rest until the backward; None: where they are.
     """
 
     mode: Mode
@@ -40,10 +44,25 @@ class Forward:
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
     evicted: dict[int, torch.Tensor] = field(default_factory=dict)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    first_passes: dict[int, FirstPass] = field(default_factory=dict)
+    keeps: bool = False
+    store: HostStore | None = None
+
+    def as_first_pass(self) -> "Forward":
+        """The same pass inside a layer that activation checkpointing will run again."""
+        return replace(self, keeps=True)
 
     def as_recomputation(self) -> "Forward":
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
-        return Forward(self.mode, self.tokens, self.noise)
+        return Forward(self.mode, self.tokens, self.noise, first_passes=self.first_passes)
+
+    def first_pass(self, layer: int) -> FirstPass | None:
+        """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it."""
+        if not self.keeps:
+            return self.first_passes.pop(layer, None)
+        first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
+        self.first_passes[layer] = first_pass
+        return first_pass
 
 
 @dataclass
@@ -54,6 +73,7 @@ class DMSState:
     layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
     that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
     and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
+    offload_activations: in training, inputs and attention outputs of checkpointed layers rest in host memory until the backward.
     """
 
     config: DMSConfig
@@ -72,6 +92,7 @@ class DMSState:
     max_cache_bytes: int | None = None
     kv_dtype: str | None = None
     prefill_chunk: int | None = None
+    offload_activations: bool = False
     forward: Forward | None = None
 
     @cached_property
@@ -89,11 +110,13 @@ class DMSState:
             config._attn_implementation_internal = self.original_attention if mode == "dense" else self.attention_name
 
     def checkpoint_contexts(self):
-        """`context_fn` for torch.utils.checkpoint: nothing in the forward, its own state again in the recomputation."""
-        return nullcontext(), nullcontext() if self.forward is None else Recomputation(self, self.forward.as_recomputation())
+        """`context_fn` for torch.utils.checkpoint: the pass as a layer's first one, and later the same again, recomputed."""
+        if self.forward is None:
+            return nullcontext(), nullcontext()
+        return CurrentPass(self, self.forward.as_first_pass()), CurrentPass(self, self.forward.as_recomputation())
 
 
-class Recomputation:
+class CurrentPass:
     """Makes `forward` the current pass, as activation checkpointing's recomputation needs, whatever ran since.
 
     Entered once for each backward: a retained graph has several.

@@ -160,5 +160,13 @@ def dense_scores(recipe: RetrofitRecipe, parts: Models, documents: list) -> eval
         return evaluation.run_policy(model, documents, "dense", batch_size=recipe.evaluation.batch_size)
 
 
+def scores_of_base(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores:
+    """Scores of the base before it trains: with a teacher cache no copy of it is left afterwards."""
+    parts.student.eval()
+    scores = evaluation.run_policy(parts.student, documents, "dense", batch_size=recipe.evaluation.batch_size)
+    parts.student.train()
+    return scores
+
+
 def _license(name: str) -> str | None:
     return "apache-2.0" if name.startswith(models.BUILTIN) else None

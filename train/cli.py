@@ -49,6 +49,26 @@ def retrofit(
         raise typer.Exit(STOPPED_CODE) from None
 
 
+@app.command("cache-teacher")
+def cache_teacher(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit; it names teacher_cache.path.")],
+    overrides: Overrides = None,
+    part: Annotated[str, typer.Option(help="I/N: take every N-th sequence from the I-th (from 0), one process a device.")] = "0/1",
+) -> None:
+    """Write down what the teacher says of a recipe's training data, once for all runs on it; repeated, it goes on where it was."""
+    from dms.train.recipe import RetrofitRecipe
+    from dms.train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
+    index, slash, number = part.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise ValueError(f"--part is {part!r}; write I/N with I from 0 to N - 1, such as 0/8")
+    _prepare_environment(loaded.precision)
+    from dms.train.cache_teacher import write
+
+    write(loaded, part=int(index), num_parts=int(number))
+
+
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="A path, a packaged name such as qwen3-8b, or `all`: every packaged recipe, a row each.")],

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 
 from dms import checkpoint, models
 from dms.console import make_console
-from dms.evaluation.evaluate import make_documents
+from dms.evaluation.evaluate import Scores, make_documents
 from dms.retrofitting import set_mode, state_of
 from dms.sharding import num_elements
-from dms.train import artifacts, checks, saving, students
+from dms.train import artifacts, cache_teacher, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
 from dms.train.data.sequences import RankBatches, make_source
 from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
@@ -33,6 +33,7 @@ from dms.train.run_folder import RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
 from dms.train.stopping import Stopped, StopRequest, ignoring, listening
+from dms.train.teacher_cache import TeacherCache, all_rows
 from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -72,7 +73,8 @@ class NothingEvicted(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a run's steps need, checked and in place. folder: the run's. before: fingerprint of what is frozen."""
+    """Everything that a run's steps need, checked and in place. folder: the run's. before: fingerprint of what is frozen.
+    teacher_cache: read instead of running the teacher. dense: scores of the base, where the student is its only copy and trains."""
 
     recipe: RetrofitRecipe
     console: Console
@@ -85,6 +87,8 @@ class Setup:
     engine: Engine
     folder: Path
     before: Fingerprint
+    teacher_cache: TeacherCache | None
+    dense: Scores | None
     saver: Saver
     tracker: Any
     position: Position
@@ -161,6 +165,10 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if recipe.data.source != "builtin":
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
+    teacher_cache = _open_teacher_cache(recipe, accelerator, source, parts)
+    dense = None
+    if recipe.trainable == "all" and parts.teacher is None and (is_main or recipe.zero.stage == 3):
+        dense = artifacts.scores_of_base(recipe, parts, documents)
 
     # A model from the hub was fetched meanwhile.
     facts = {
@@ -184,8 +192,33 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if saved is not None:
         console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
     return Setup(
-        recipe, console, accelerator, tokenizer, base_dtype, source, documents, parts, engine, folder, before, saver, tracker, position
+        recipe=recipe,
+        console=console,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        base_dtype=base_dtype,
+        source=source,
+        documents=documents,
+        parts=parts,
+        engine=engine,
+        folder=folder,
+        before=before,
+        teacher_cache=teacher_cache,
+        dense=dense,
+        saver=saver,
+        tracker=tracker,
+        position=position,
     )
+
+
+def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, source: Any, parts: students.Models) -> TeacherCache | None:
+    """Raises ValueError where the recipe names a cache that does not hold all of its run."""
+    if recipe.teacher_cache is None:
+        return None
+    vocab_size = parts.student.config.get_text_config().vocab_size
+    # One process reads all data once; the others need the folder alone.
+    _on_main(accelerator, lambda: cache_teacher.open_for(recipe, vocab_size).check_all(all_rows(source)))
+    return cache_teacher.open_for(recipe, vocab_size)
 
 
 def _train(setup: Setup, stop: StopRequest) -> Position:
@@ -214,7 +247,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             engine.set_learning_rate(factor)
 
-            micro_batches = [{key: value.to(device) for key, value in next(batches).items()} for _ in range(micro_steps)]
+            read = [next(batches) for _ in range(micro_steps)]
+            if setup.teacher_cache is not None:
+                read = [setup.teacher_cache.add_to(batch) for batch in read]
+            micro_batches = [{key: value.to(device) for key, value in batch.items()} for batch in read]
             counts = torch.zeros(2, dtype=torch.long, device=device)
             for batch in micro_batches:
                 real = batch["segment_ids"] > 0
@@ -296,7 +332,9 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
             f"weights were frozen and {len(changed)} of their tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
         )
     is_main, divided = setup.accelerator.is_main_process, recipe.zero.stage == 3
-    dense = artifacts.dense_scores(recipe, parts, setup.documents) if is_main or divided else None
+    dense = setup.dense
+    if dense is None and (is_main or divided):
+        dense = artifacts.dense_scores(recipe, parts, setup.documents)
     merge_adapters(parts.student)
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
     if not divided:

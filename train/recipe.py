@@ -111,6 +111,18 @@ class Save(Strict):
     """How many of the periodic ones stay."""
 
 
+class TeacherCache(Strict):
+    """What the teacher says of each training token, written once with `dms cache-teacher` and read instead of running the teacher.
+
+    It goes by the content of sequences: recipes that differ in lr, target_cr, dms or trainable share it.
+    """
+
+    path: str
+    """A folder."""
+    top_k: int = Field(default=64, ge=1)
+    """How many tokens of each distribution are known; all others count as one. A cache of more can be used."""
+
+
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
@@ -139,9 +151,14 @@ class RetrofitRecipe(Strict):
     compression_weight: float = Field(default=1.0, gt=0.0)
     """Factor of the hinge on the share of evicted tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    teacher_cache: TeacherCache | None = None
+    """Read what the teacher says instead of running it; None: run it."""
     activation_checkpointing: bool = False
-    loss_chunk: int = Field(default=2048, ge=1)
-    """Tokens whose logits are alive at once in the loss."""
+    """Keep of each layer its input and what attention made, and compute the rest again in the backward."""
+    offload_activations: bool = False
+    """What activation checkpointing keeps waits in host memory."""
+    loss_chunk: int | None = Field(default=None, ge=1)
+    """Tokens whose logits are alive at once in the loss; None: as many as keep it within 1.5 GB."""
     seed: int = 0
     zero: Zero = Zero()
     save: Save = Save()
@@ -168,6 +185,10 @@ class RetrofitRecipe(Strict):
             raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
         if self.trainable != "gates+lora" and self.lora is not None:
             raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
+        if self.teacher_cache is not None and self.beta != 0.0:
+            raise ValueError(f"beta is {self.beta:g}, and a teacher cache serves the forward KL alone: set beta=0, or remove teacher_cache")
         if self.zero.offload_optimizer == "nvme" and (self.save.every or self.save.at_cr):
             raise ValueError(
                 "an optimizer on nvme cannot be saved yet: set save.every=0 and no save.at_cr (the run then cannot be continued), "

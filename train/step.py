@@ -15,7 +15,8 @@ from dms.retrofitting import set_mode, state_of
 from dms.sharding import gathered, is_sharded
 from dms.state import Noise
 from dms.train.adapters import without_adapters
-from dms_kernels import distill_loss
+from dms.train.teacher_cache import BATCH_KEYS
+from dms_kernels import distill_loss, distill_loss_topk
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class HeadLoss(nn.Module):
     Under ZeRO-3 weights are whole only around the modules that use them; this one says that it uses the heads'.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int):
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int | None):
         super().__init__()
         self.beta, self.chunk = beta, chunk
         self.head = find_head(student)
@@ -114,9 +115,23 @@ class HeadLoss(nn.Module):
 
             deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-        """The sum over valid tokens."""
+    def forward(
+        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *known: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum over valid tokens. known: what a cache says of the teacher, flattened, instead of its hidden states."""
         (weight, bias), (teacher_weight, teacher_bias) = self.weights
+        if known:
+            total, _ = distill_loss_topk(
+                hidden_s_NM,
+                *known,
+                weight,
+                head_bias=bias,
+                logit_scale=self.head.logit_scale,
+                softcap=self.head.softcap,
+                valid=valid_N,
+                chunk=self.chunk,
+            )
+            return total
         total, _ = distill_loss(
             hidden_s_NM,
             hidden_t_NM,
@@ -151,7 +166,8 @@ def distill_step(
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
-    teacher: None where the student's base is frozen: the same weights with gates and adapters off. The loss is
+    teacher: None where the student's base is frozen: the same weights with gates and adapters off. A batch that holds what a
+    cache says of the teacher needs none. The loss is
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
     reference implementation, with straight-through decisions in the count.
     """
@@ -160,15 +176,18 @@ def distill_step(
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
 
     set_mode(student, "dense")
-    with torch.no_grad(), without_adapters(student):
-        hidden_t = hidden_states(student if teacher is None else teacher, inputs)
+    known = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
+    hidden_t_NM = None
+    if not known:
+        with torch.no_grad(), without_adapters(student):
+            hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs).flatten(0, 1)
 
     set_mode(student, "train", Noise(seed, batch["number"]), tokens)
     hidden_s = hidden_states(student, inputs)
     forward = state_of(student).forward
     set_mode(student, "dense")
 
-    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t.flatten(0, 1), (tokens.real & batch["loss_mask"]).flatten())
+    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *known)
     evicted_B = sum(forward.evicted_count.values())
     decided_B = sum(forward.decided_count.values())
     hinge = torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()

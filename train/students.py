@@ -13,7 +13,7 @@ from dms.train.recipe import RetrofitRecipe
 
 @dataclass(frozen=True)
 class Models:
-    """trained: names and parameters of everything that trains, gates first, named as in gates.safetensors."""
+    """teacher: None where it is the student's frozen base, or read from a cache. trained: names and parameters of everything that trains, gates first, named as in gates.safetensors."""
 
     student: nn.Module
     teacher: nn.Module | None
@@ -47,7 +47,7 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     """
     student = models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
     teacher = None
-    if recipe.trainable == "all":
+    if recipe.trainable == "all" and recipe.teacher_cache is None:
         teacher = models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
     return Models(student, teacher, *equip(student, recipe))
 
@@ -67,6 +67,7 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
             module.attention_dropout = 0.0
     if recipe.activation_checkpointing:
         _enable_checkpointing(student)
+        student.dms.offload_activations = recipe.offload_activations
 
     gates = gate_parameters(student)
     gate_ids = {id(p) for p in gates.values()}

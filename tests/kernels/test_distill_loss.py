@@ -186,8 +186,8 @@ def test_nothing_of_the_size_of_the_logits_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda x: x):
         distill_loss(**tensors, beta=0.0, chunk=64)
-    # The indices of the selected rows, and the gradient of their hidden states.
-    assert max(saved) == int(tensors["valid"].sum()) * 8
+    # The gradient of the hidden states alone.
+    assert saved == [64 * 8]
 
 
 def test_only_the_needed_products_are_computed():
@@ -195,7 +195,7 @@ def test_only_the_needed_products_are_computed():
         num = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.num += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            self.num += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
             return func(*args, **(kwargs or {}))
 
     def num_products(*names, grad=True):
@@ -243,8 +243,8 @@ _ZEROS = torch.zeros
         ({"valid": _ZEROS(4, dtype=torch.bool)}, r"valid must be bool \[N=5\]"),
         ({"beta": 1.5}, "beta must be from 0 .* got 1.5"),
         ({"beta": math.nan}, "beta must be from 0"),
-        ({"chunk": 0}, "chunk must be an integer of 1 or more, got 0"),
-        ({"chunk": 2.5}, "chunk must be an integer"),
+        ({"chunk": 0}, "chunk must be None or an integer of 1 or more, got 0"),
+        ({"chunk": 2.5}, "chunk must be None or an integer"),
         ({"logit_scale": 0.0}, "logit_scale must be a finite number other than 0"),
         ({"softcap": -1.0}, "softcap must be None or a finite number above 0, got -1.0"),
     ],

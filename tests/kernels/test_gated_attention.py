@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dms_kernels import gated_attention
+from dms_kernels import gated_attention, picking
+from dms_kernels.gated_attention import FirstPass
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
@@ -377,3 +378,35 @@ def test_bad_arguments_are_named(change, message):
     gated_attention(**arguments)
     with pytest.raises(ValueError, match=message):
         gated_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("needs", ["all", "log_keep"])
+@pytest.mark.parametrize("gates", ["mixed", "none"])
+def test_a_recomputation_resumes_and_computes_nothing(gates, needs):
+    tensors = _inputs(T=40, gates=gates, sink_logits=True)
+    if needs == "log_keep" and gates == "mixed":
+        tensors = {name: x if name == needs else x.detach() for name, x in tensors.items()}
+    segment_ids = torch.tensor([[1] * 17 + [2] * 20 + [0] * 3, [0] * 5 + [1] * 35], dtype=torch.int32)
+    options = {"window": 3, "scale": 0.6, "segment_ids": segment_ids, "sinks": 2, "softcap": 5.0}
+    want = _forward_backward(gated_attention, tensors, **options)
+    first_pass = FirstPass()
+
+    def checkpointed(**arguments):
+        return checkpoint(lambda: gated_attention(**arguments, first_pass=first_pass), use_reentrant=False)
+
+    picking.reset_calls()
+    actual = _forward_backward(checkpointed, tensors, **options)
+    assert picking.calls() == {"gated_attention": {"reference": 1}}
+    assert first_pass.take() is None
+    for name, x in want.items():
+        assert (x is None) == (actual[name] is None) and (x is None or torch.equal(actual[name], x)), name
+
+
+def test_a_first_pass_without_a_backward_keeps_nothing():
+    tensors = {name: None if x is None else x.detach() for name, x in _inputs().items()}
+    first_pass = FirstPass()
+    gated_attention(**tensors, window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
+    assert first_pass.take() is None
+    with torch.no_grad():
+        gated_attention(**_inputs(), window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
+    assert first_pass.take() is None

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from dms_kernels import gated_attention, picking
-from dms_kernels.gated_attention import backward, far_keys, fused, tiles
+from dms_kernels.gated_attention import FirstPass, backward, far_keys, fused, tiles
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
 pytestmark = pytest.mark.skipif(not picking.is_interpreted(), reason="these run in Triton's interpreter")
@@ -318,3 +318,22 @@ def test_strided_sink_logits():
     spread = torch.full((4,), math.nan)
     spread[::2] = tensors["sink_logits"].detach()
     assert torch.equal(gated_attention(**tensors | {"sink_logits": spread[::2]}, **options), want)
+
+
+@pytest.mark.parametrize("gates", ["mixed", "none"])
+def test_a_recomputation_resumes_and_launches_no_forward(gates):
+    tensors = _inputs(T=24, gates=gates, sink_logits=True)
+    options = {"window": 3, "scale": 0.6, "segment_ids": _segments("both", 1, 24), "sinks": 2, "softcap": 5.0}
+    want = _forward_backward(gated_attention, tensors, **options)
+    first_pass = FirstPass()
+
+    def checkpointed(**arguments):
+        return checkpoint(lambda: gated_attention(**arguments, first_pass=first_pass), use_reentrant=False)
+
+    picking.reset_calls()
+    actual = _forward_backward(checkpointed, tensors, **options)
+    assert picking.calls() == {"gated_attention": {"triton": 1}, "gated_attention_backward": {"triton": 1}}
+    assert first_pass.take() is None
+    assert actual.keys() == want.keys()
+    for name, x in want.items():
+        assert torch.equal(actual[name], x), name

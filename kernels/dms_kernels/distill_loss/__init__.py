@@ -3,16 +3,16 @@
 Letters: N tokens, M model dim, V vocabulary.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from dms_kernels import picking
-from dms_kernels.distill_loss.chunked import distill_loss_chunked
-from dms_kernels.distill_loss.fused import distill_loss_fused, problem_of
+from dms_kernels.distill_loss import chunked, fused
+from dms_kernels.distill_loss.budget import LOSS_BYTES, rows_within_budget
+from dms_kernels.distill_loss.checking import check_chunk, check_head, check_hidden, check_like, check_valid
+from dms_kernels.distill_loss.topk import distill_loss_topk, top_log_probs
 
-__all__ = ["distill_loss"]
+__all__ = ["LOSS_BYTES", "chunk_rows", "distill_loss", "distill_loss_topk", "top_log_probs"]
 
 
 def distill_loss(
@@ -25,7 +25,7 @@ def distill_loss(
     softcap: float | None = None,
     beta: float,
     valid: Tensor,
-    chunk: int,
+    chunk: int | None = None,
     teacher_head_weight: Tensor | None = None,
     teacher_head_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,8 @@ def distill_loss(
         softcap: bound on the logits' magnitude. None: off.
         beta: 0 to 1, see above.
         valid: [N] bool, the tokens that count; logits of others are not computed.
-        chunk: rows of logits alive at a time, 1 or more.
+        chunk: rows of logits alive at a time, 1 or more. None: as many as keep what is held beyond the inputs and their
+            gradients within 1.5 GB; see `chunk_rows`.
         teacher_head_weight: [V, M]. None: the student's head, bias included, serves both.
         teacher_head_bias: [V], only beside teacher_head_weight. None: the teacher's own head has no bias.
 
@@ -73,53 +74,38 @@ def distill_loss(
     if torch.is_autocast_enabled(hidden_s.device.type) and hidden_s.dtype != torch.float64:
         half = torch.get_autocast_dtype(hidden_s.device.type)
         tensors = {name: None if x is None else x.to(half) for name, x in tensors.items()}
-    _check_tensors(tensors, valid)
-    _check_numbers(beta, chunk, logit_scale, softcap)
-    fused = picking.use_triton("distill_loss", tensors["hidden_s"], problem_of(tensors["hidden_s"]))
-    route = distill_loss_fused if fused else distill_loss_chunked
+    _check(tensors, valid, beta, chunk, logit_scale, softcap)
+    is_fused = picking.use_triton("distill_loss", tensors["hidden_s"], fused.problem_of(tensors["hidden_s"]))
+    if chunk is None:
+        weight = tensors["head_weight"]
+        chunk = chunk_rows(*weight.shape, weight.dtype, beta=beta, softcap=softcap, is_fused=is_fused)
+    route = fused.distill_loss_fused if is_fused else chunked.distill_loss_chunked
     return route(**tensors, logit_scale=logit_scale, softcap=softcap, beta=beta, valid=valid, chunk=chunk)
 
 
-def _check_tensors(tensors: dict[str, Tensor | None], valid: Tensor) -> None:
-    hidden_s, head_weight = tensors["hidden_s"], tensors["head_weight"]
-    if hidden_s.ndim != 2:
-        raise ValueError(f"hidden_s must be [N, M], got {tuple(hidden_s.shape)}; flatten batch and tokens first")
-    N, M = hidden_s.shape
-    if head_weight.ndim != 2 or head_weight.shape[1] != M or head_weight.shape[0] == 0:
-        raise ValueError(f"head_weight must be [V, M={M}], got {tuple(head_weight.shape)}")
-    V = head_weight.shape[0]
-    shapes = {
-        "hidden_t": (N, M),
-        "head_bias": (V,),
-        "teacher_head_weight": (V, M),
-        "teacher_head_bias": (V,),
-    }
-    for name, shape in shapes.items():
-        if tensors[name] is not None and tensors[name].shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(tensors[name].shape)}")
-    if not hidden_s.is_floating_point():
-        raise ValueError(f"hidden_s must be floating point, got {hidden_s.dtype}")
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != hidden_s.dtype:
-            raise ValueError(f"{name} must have the dtype of hidden_s, {hidden_s.dtype}, got {tensor.dtype}")
-        if tensor.device != hidden_s.device:
-            raise ValueError(f"{name} is on {tensor.device} but hidden_s is on {hidden_s.device}")
-    if valid.shape != (N,) or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool [N={N}], got {valid.dtype} {list(valid.shape)}")
-    if valid.device != hidden_s.device:
-        raise ValueError(f"valid is on {valid.device} but hidden_s is on {hidden_s.device}")
+def chunk_rows(vocab_size: int, model_dim: int, dtype: torch.dtype, *, beta: float, softcap: float | None, is_fused: bool) -> int:
+    """Rows of a chunk where `distill_loss` is given None: as many as keep it within `LOSS_BYTES`.
+
+    is_fused: on the Triton kernels, which hold logits in the inputs' dtype; plain PyTorch holds several buffers in float32.
+    A head that trains has besides its own gradient, in float32.
+    """
+    if is_fused:
+        return rows_within_budget(fused.bytes_per_row(vocab_size, model_dim, dtype))
+    return rows_within_budget(chunked.bytes_per_row(vocab_size, dtype, beta=beta, softcap=softcap))
+
+
+def _check(
+    tensors: dict[str, Tensor | None], valid: Tensor, beta: float, chunk: int | None, logit_scale: float, softcap: float | None
+) -> None:
+    hidden_s, hidden_t = tensors["hidden_s"], tensors["hidden_t"]
+    check_hidden("hidden_s", hidden_s)
+    if hidden_t.shape != hidden_s.shape:
+        raise ValueError(f"hidden_t must be {list(hidden_s.shape)}, got {list(hidden_t.shape)}")
+    check_like(hidden_s, "hidden_t", hidden_t)
+    check_head(hidden_s, {name: x for name, x in tensors.items() if "head" in name}, logit_scale, softcap)
+    check_valid(hidden_s, valid)
     if tensors["teacher_head_bias"] is not None and tensors["teacher_head_weight"] is None:
         raise ValueError("teacher_head_bias was given without teacher_head_weight; give both or neither")
-
-
-def _check_numbers(beta: float, chunk: int, logit_scale: float, softcap: float | None) -> None:
     if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
         raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), got {beta!r}")
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"chunk must be an integer of 1 or more, got {chunk!r}")
-    if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale must be a finite number other than 0, got {logit_scale!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be None or a finite number above 0, got {softcap!r}")
+    check_chunk(chunk)

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from dms_kernels import picking
 
+# Programs that share a row.
+_MOST_PARTS = 64
+
 
 def distill_loss_fused(
     hidden_s: Tensor,
@@ -59,6 +62,13 @@ def problem_of(hidden: Tensor) -> str | None:
     if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
         return "Triton's interpreter does not compute bfloat16 rightly"
     return None
+
+
+def bytes_per_row(vocab_size: int, model_dim: int, dtype: torch.dtype) -> int:
+    """The most that `distill_loss_fused` holds for each row of a chunk: what `_Chunk` allocates, and the product for its gradient."""
+    logits = 2 * _row_stride(vocab_size) * dtype.itemsize
+    statistics = (5 * _MOST_PARTS + 6) * torch.float32.itemsize
+    return logits + 3 * model_dim * dtype.itemsize + statistics
 
 
 @torch.library.custom_op(f"{picking.NAMESPACE}::distill_loss", mutates_args=())
@@ -171,7 +181,12 @@ def launch(target: picking.Target, itemsize: int, num_rows: int, V: int) -> Laun
     unroll, lanes, num_warps = 2, 256, 8
     wanted = -(-target.num_processors * 64 // max(num_rows, 1))
     most = max(1, V // (4 * unroll * lanes * (16 // itemsize)))
-    return Launch(unroll, lanes, num_warps, max(1, min(wanted, most, 64)))
+    return Launch(unroll, lanes, num_warps, max(1, min(wanted, most, _MOST_PARTS)))
+
+
+def _row_stride(vocab_size: int) -> int:
+    # Rows begin at multiples of 16 elements, so that loads are 16 bytes wide and the products' leading dimension suits.
+    return -(-vocab_size // 16) * 16
 
 
 class _Chunk:
@@ -188,10 +203,8 @@ class _Chunk:
         self.inner = logit_scale / softcap if self.has_cap else 1.0
         self.unit = (softcap if self.has_cap else abs(logit_scale)) * math.log2(math.e)
         self.flip = logit_scale < 0 and not self.has_cap
-        # Rows begin at multiples of 16 elements, so that loads are 16 bytes wide and the products' leading dimension suits.
-        stride = -(-V // 16) * 16
         self.hidden_2nM = weight.new_empty(2 * rows, M)
-        self.logits_2nV = weight.new_empty(2 * rows, stride)[:, :V]
+        self.logits_2nV = weight.new_empty(2 * rows, _row_stride(V))[:, :V]
         self.width = 16 // weight.element_size()
         self.launch = launch(picking.target(weight.device), weight.element_size(), rows, V)
         self.tile = self.launch.unroll * self.launch.lanes * self.width

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dms_kernels import picking
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
+from dms_kernels.gated_attention.first_pass import FirstPass
 from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 
-__all__ = ["gated_attention"]
+__all__ = ["FirstPass", "gated_attention"]
 
 
 def gated_attention(
@@ -27,6 +28,7 @@ def gated_attention(
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    first_pass: FirstPass | None = None,
 ) -> Tensor:
     """Attend causally, adding `log_keep[b, k, h]` to the score of every key more than `window` tokens back.
 
@@ -50,6 +52,8 @@ def gated_attention(
         sinks: first tokens of each document that are never evicted.
         softcap: scores become softcap * tanh(scale * q.k / softcap) before the bias is added (gemma2). None: off.
         sink_logits: [Hq], a logit per query head that joins the softmax's denominator with no value (gpt_oss).
+        first_pass: for activation checkpointing. Empty, it keeps what this call makes; full, this call is the recomputation
+            of the one that filled it, and runs no forward. None: nothing is kept.
 
     Returns:
         [B, T, Hq, D] in q's dtype; gradients for q, k, v, log_keep and sink_logits as each requires.
@@ -64,7 +68,9 @@ def gated_attention(
         q, k, v = q.to(half), k.to(half), v.to(half)
     _check_tensors(q, k, v, log_keep, segment_ids, sink_logits)
     _check_numbers(window, scale, sinks, softcap)
-    function = gated_attention_fused if picking.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
+    function = None if first_pass is None else first_pass.function
+    if function is None:
+        function = gated_attention_fused if picking.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
     return function(
         q,
         k,
@@ -76,6 +82,8 @@ def gated_attention(
         sinks=sinks,
         softcap=softcap,
         sink_logits=sink_logits,
+        # Without a backward there is no recomputation.
+        first_pass=first_pass if torch.is_grad_enabled() else None,
     )
 
 

@@ -9,10 +9,12 @@ Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dms_kernels import picking
 from dms_kernels.gated_attention import far_keys, tiles
 from dms_kernels.gated_attention.call import LOG2_E, Call, ceil_div, with_dense_rows
+from dms_kernels.gated_attention.first_pass import FirstPass
 
 
 def problem(q: Tensor, k: Tensor) -> str | None:
@@ -39,10 +41,18 @@ def gated_attention_fused(
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    first_pass: FirstPass | None = None,
 ) -> Tensor:
     """Same arguments and result as `dms_kernels.gated_attention`, unchecked; see `problem`."""
     first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
-    return _forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap)[0]
+    arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap
+    made = None if first_pass is None else first_pass.take()
+    if made is not None:
+        return _Resumed.apply(*arguments, made)
+    out_BTHqD, *others = _forward(*arguments)
+    if first_pass is not None and out_BTHqD.requires_grad:
+        first_pass.keep(gated_attention_fused, out_BTHqD, *others)
+    return out_BTHqD
 
 
 def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,3 +318,19 @@ def _differentiate(ctx, grad_out, *_):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Resumed(torch.autograd.Function):
+    """The operator's node of a forward that ran before: it saves the same tensors in the same order, as checkpoints check."""
+
+    @staticmethod
+    def forward(ctx, *inputs_and_made):
+        *inputs, made = inputs_and_made
+        *tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap = inputs
+        ctx.save_for_backward(*tensors, *made)
+        return made[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        return *_differentiate(ctx, grad_out), None
