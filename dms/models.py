@@ -39,6 +39,19 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def is_saved_bfloat16(config) -> bool:
+    """Whether a configuration's weights are bfloat16; those in MXFP4 (gpt-oss) are, once they are unpacked."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
+
+
+def is_packed(config) -> bool:
+    """Whether weights are saved in MXFP4, four bits and a scale for each 32: nothing can be trained on top of them as they are."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
+    return str(getattr(method, "value", method)) == "mxfp4"
+
+
 def local_folder(name: str) -> Path | None:
     """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
     from transformers.utils import cached_file

@@ -70,6 +70,28 @@ def cache_teacher(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A path, a packaged name such as qwen3-8b, or `all`: every packaged recipe, a row each.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
+    num: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model). Default: from the hub."
+        ),
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")] = None,
+) -> None:
+    """Say before a run what it takes: FLOPs, bytes by kind, seconds and GPU hours of every choice, and which one to take."""
+    _prepare_environment("auto")
+    from dms.console import make_console
+    from dms.train.planning import run
+
+    run(recipe, overrides or [], gpu=gpu, num_gpus=num, config=config, json_file=json_file, console=make_console())
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None
 ) -> None:

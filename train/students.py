@@ -46,10 +46,15 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
         ValueError: a model that cannot be loaded or retrofitted, LoRA without peft, or target modules that it does not have.
     """
     student = models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
-    student.config.use_cache = False
     teacher = None
     if recipe.trainable == "all" and recipe.teacher_cache is None:
         teacher = models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
+    return Models(student, teacher, *equip(student, recipe))
+
+
+def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Parameter], int]:
+    """Attach gates and adapters, freeze the rest, and make ready to train: what trains, gates first, and how many they are."""
+    student.config.use_cache = False
     retrofit(student, recipe.dms)
     if recipe.trainable == "gates+lora":
         add_adapters(student, recipe)
@@ -72,7 +77,7 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
         parameter.requires_grad_(trains)
         if trains and id(parameter) not in gate_ids:
             others[name] = parameter
-    return Models(student, teacher, {**gates, **others}, len(gates))
+    return {**gates, **others}, len(gates)
 
 
 def enable_checkpointing(model: nn.Module) -> None:

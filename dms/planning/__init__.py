@@ -1,0 +1,1 @@
+"""What a retrofit takes before anything is spent: parameters, FLOPs, bytes, seconds, from a configuration alone."""

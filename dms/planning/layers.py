@@ -1,0 +1,216 @@
+"""What layers keep for the backward and need besides, from running one of each kind on fake tensors: no formula per family.
+
+The model is on the meta device with its gates attached. Its parameters are replaced by fake ones of the dtypes that they would
+have, its layers by one of each kind, and one pass of each sort is made under `LiveBytes`.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dms import masks
+from dms.planning import attention
+from dms.planning.live import LiveBytes
+from dms.planning.shapes import ModelShape, layer_list
+from dms.retrofitting import set_mode, state_of
+from dms.state import Forward
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Of one layer, in bytes. saved: what its forward leaves for the backward, its output included. forward, backward: the most that
+    lives above what there was when each began."""
+
+    saved: int
+    forward: int
+    backward: int
+
+    @property
+    def alone(self) -> int:
+        """The most that running it forward and backward at once takes, as a recomputation does."""
+        return max(self.forward, self.saved + self.backward)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings, positions,
+    the last norm). teacher: the most that a pass without gradients takes. hidden: hidden states [B, T, M] as layers hand them on."""
+
+    layers: list[LayerBytes]
+    before: int
+    after: int
+    teacher: int
+    hidden: int
+
+    @property
+    def saved(self) -> int:
+        return self.before + sum(layer.saved for layer in self.layers) + self.after
+
+    @property
+    def worst_layer(self) -> int:
+        return max(layer.alone for layer in self.layers)
+
+
+def measure(
+    model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool
+) -> Activations:
+    """Pass a micro-batch of fake tokens through a model on the meta device. The model is of no use afterwards.
+
+    held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
+    chunked route of a CPU.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    places = _one_of_each(shape)
+    layers = layer_list(model)
+    chosen = nn.ModuleList([layers[place] for place in places])
+    # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
+    chosen.append(chosen[-1])
+    _replace(model, layers, chosen)
+    # transformers' own check for packed documents would read positions from a tensor that holds none.
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        _fake(model, held)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        student = _student(model, ids, kernels)
+        teacher = _teacher(model, ids)
+    by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
+    return Activations(
+        [by_key[_key(shape, place)] for place in range(len(shape.layers))], student.before, student.after, teacher, student.hidden
+    )
+
+
+def _key(shape: ModelShape, place: int) -> tuple:
+    """Layers that cost the same: of one kind, and on the same side of the first that trains."""
+    first = shape.first_trained
+    return shape.layers[place].kind, (place > first) - (place < first)
+
+
+def _one_of_each(shape: ModelShape) -> list[int]:
+    found: dict[tuple, int] = {}
+    for place in range(len(shape.layers)):
+        found.setdefault(_key(shape, place), place)
+    return sorted(found.values())
+
+
+def _replace(model: nn.Module, old: nn.ModuleList, new: nn.ModuleList) -> None:
+    for module in model.modules():
+        for name, child in module.named_children():
+            if child is old:
+                setattr(module, name, new)
+    config = state_of(model).decoder.config
+    config.num_hidden_layers = len(new)
+
+
+def _fake(model: nn.Module, held: torch.dtype) -> None:
+    """Give every module parameters and buffers without storage, ties kept."""
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        attached = "dms_gate" in module_name or "lora_" in module_name
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                dtype = torch.float32 if attached else held
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Marks:
+    """Bytes alive where layers begin and end, forward and backward."""
+
+    def __init__(self, live: LiveBytes):
+        self.live = live
+        self.starts: list[int] = []
+        self.forward: list[int] = []
+        self.backward: dict[int, int] = {}
+        self._place: int | None = None
+
+    def before(self, module, args, kwargs=None) -> None:
+        self._end_forward()
+        self.starts.append(self.live.now)
+        self.live.reset_peak()
+
+    def after(self, module, args, output) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        place = len(self.starts) - 1
+        if hidden.requires_grad:
+            hidden.register_hook(functools.partial(self._begin_backward, place))
+
+    def end(self) -> None:
+        self._end_forward()
+
+    def _end_forward(self) -> None:
+        if self.starts:
+            self.forward.append(self.live.peak - self.starts[-1])
+
+    def _begin_backward(self, place: int, grad: torch.Tensor) -> None:
+        self.end_backward()
+        self._place, self._start = place, self.live.now
+        self.live.reset_peak()
+
+    def end_backward(self) -> None:
+        if self._place is not None:
+            self.backward[self._place] = self.live.peak - self._start
+
+
+@dataclass(frozen=True)
+class _Student:
+    layers: list[LayerBytes]
+    before: int
+    after: int
+    hidden: int
+
+
+def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool) -> _Student:
+    state = state_of(model)
+    tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
+
+    def enter(*_) -> None:
+        # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.
+        state.activate("train")
+        state.forward = Forward("train", tokens)
+
+    def stand_in(module: nn.Module, *_) -> None:
+        decided = module.dms_pending.keywords["log_keep_BTH"]
+        module.dms_pending = functools.partial(attention.gated_attention, log_keep_BTH=decided, kernels=kernels)
+
+    live = LiveBytes(*model.parameters(), *model.buffers())
+    weights, marks = live.now, _Marks(live)
+    layers = layer_list(model)
+    hooks = [state.decoder.register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [layer.module.register_forward_pre_hook(stand_in, with_kwargs=True) for layer in state.layers]
+    for layer in {id(layer): layer for layer in layers}.values():
+        hooks += [layer.register_forward_pre_hook(marks.before, with_kwargs=True), layer.register_forward_hook(marks.after)]
+    set_mode(model, "dense")
+    try:
+        with live:
+            hidden = state.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+            marks.end()
+            kept, size = live.now, hidden.untyped_storage().nbytes()
+            outputs = [hidden, *state.forward.evicted_count.values()]
+            torch.autograd.backward([x for x in outputs if x.requires_grad], [torch.empty_like(x) for x in outputs if x.requires_grad])
+            marks.end_backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        set_mode(model, "dense")
+        state.forward = None
+    saved = [after - before for before, after in zip(marks.starts, marks.starts[1:], strict=False)]
+    found = [LayerBytes(saved[place], marks.forward[place], marks.backward.get(place, 0)) for place in range(len(saved))]
+    # The second run of the last one: what it left, without what the first left, came after it.
+    return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
+
+
+def _teacher(model: nn.Module, ids_BT: torch.Tensor) -> int:
+    """The most bytes alive in a dense pass without gradients."""
+    set_mode(model, "dense")
+    live = LiveBytes(*model.parameters(), *model.buffers())
+    weights = live.now
+    with torch.no_grad(), live:
+        state_of(model).decoder(input_ids=ids_BT, use_cache=False)
+    return live.peak - weights

@@ -1,0 +1,197 @@
+"""Bytes of a GPU and of its host during training, by kind, for one choice of where things rest.
+
+What a step holds: weights, gradients, optimizer, buffers all the time; then, at its worst moment, what the forward left and either
+the loss's chunk, or the layer that is being differentiated, or the teacher's pass.
+"""
+
+from dataclasses import dataclass
+
+from dms.planning.job import GIB, Choice, Job
+from dms.planning.layers import Activations
+from dms.planning.shapes import ModelShape
+
+# Assumptions, not measured: CUDA's context and libraries; NCCL's buffers where there are several GPUs; and what PyTorch's allocator
+# loses between blocks, as a share of all tensors.
+CONTEXT_BYTES = int(0.8 * GIB)
+NCCL_BYTES = 1 * GIB
+FRAGMENTATION = 0.05
+# DeepSpeed's defaults, in numbers: weights that stage 3 holds gathered at a time, and its buckets for gradients.
+_LIVE_PARAMETERS = 10**9
+_BUCKET = 5 * 10**8
+# What a null `loss_chunk` may add.
+LOSS_BYTES = int(1.5e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Of one GPU; `host`: of one node's memory.
+
+    activations: what autograd keeps without checkpointing, or one layer's with it. checkpoints: layers' inputs, kept attention
+    outputs and their log-sum-exps. loss: its chunk, before the layers' backward and so beside what `activations` is before it.
+    """
+
+    weights: int
+    activations: int
+    checkpoints: int
+    loss: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    reserve: int
+    peak: int
+    evaluation: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a number in weights that rest, and in what is computed with."""
+
+    weight: int
+    compute: int
+
+    @classmethod
+    def of(cls, job: Job, saved_bfloat16: bool) -> "Held":
+        frozen_half = job.trainable != "all" and job.precision == "bf16" and saved_bfloat16
+        return cls(2 if frozen_half else 4, 2 if job.precision == "bf16" else 4)
+
+
+def loss_rows(job: Job, shape: ModelShape, held: Held) -> int:
+    """Rows of logits alive at once."""
+    if job.loss_chunk is not None:
+        return min(job.loss_chunk, job.length * job.micro_batch_size)
+    return max(1, min(LOSS_BYTES // (2 * shape.vocab_size * held.compute), job.length * job.micro_batch_size))
+
+
+def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool) -> int:
+    """What the loss adds to the hidden states of student and teacher: a chunk of logits and the gradients that it makes."""
+    rows, tokens = loss_rows(job, shape, held), job.length * job.micro_batch_size
+    gradient = tokens * shape.hidden_size * held.compute
+    trains_head = job.trainable == "all"
+    if kernels:
+        chunk = 2 * rows * (shape.vocab_size + shape.hidden_size) * held.compute
+    else:
+        # Three of a chunk's size at the end of its divergence; a second chunk begins while two of the first are still named.
+        chunk = (3 if rows >= tokens else 5) * rows * shape.vocab_size * 4
+        # The valid rows of both sides are copied.
+        gradient += 2 * tokens * shape.hidden_size * held.compute
+    head = shape.vocab_size * shape.hidden_size
+    casts = 2 * head * held.compute if trains_head and held.weight != held.compute else 0
+    return chunk + gradient + (4 * head if trains_head else 0) + casts
+
+
+def evaluation_bytes(job: Job, held: Held, vocab_size: int) -> int:
+    """The run's own evaluation holds whole logits: as computed, in float32, and three more of those in the cross-entropy."""
+    return job.evaluation_batch_size * job.evaluation_length * vocab_size * (held.weight + 4 * 4)
+
+
+def of_choice(
+    shape: ModelShape,
+    job: Job,
+    choice: Choice,
+    made: Activations,
+    held: Held,
+    *,
+    num_gpus: int,
+    gpus_per_node: int,
+    kernels: bool = True,
+    keeps_attention: bool = True,
+    reserve: bool = True,
+) -> Bytes:
+    """Bytes by kind. made: of one micro-batch unsharded. keeps_attention: as in `flops`. reserve: count what is not tensors."""
+    width = choice.sequence_parallel
+    trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
+    base = shape.parameters * held.weight
+    # A teacher of its own beside a student that trains.
+    resting = base + (base if job.trainable == "all" else 0) + 4 * (shape.gates + shape.adapters)
+    divided = num_gpus if choice.stage == 3 else 1
+    weights = 0 if choice.offload_param else resting // divided
+    gradients = 4 * trained // (num_gpus if choice.stage > 0 else 1)
+    # AdamW: two moments; DeepSpeed keeps a float32 copy of what it steps as well.
+    states = (8 if choice.stage == 0 else 12) * trained // (num_gpus if choice.stage > 0 else 1)
+    optimizer = 0 if choice.offload_optimizer else states
+
+    kept = checkpoint_bytes(shape, job, made, held, keeps_attention) if choice.activation_checkpointing else 0
+    saved = made.worst_layer if choice.activation_checkpointing else made.saved
+    if choice.offload_activations:
+        # On the GPU: the layer that is written out and the one that is read back.
+        on_host, kept = kept, 2 * kept // len(shape.layers)
+    else:
+        on_host = 0
+    loss = loss_bytes(job, shape, held, kernels) // width
+    teacher = _teacher(shape, job, made, held) // width if job.has_teacher_pass else 0
+    # Hidden states of both sides, from the teacher's end to the loss.
+    outside = (made.before + max(0, made.after) + 2 * made.hidden) // width
+    kept, saved = kept // width, saved // width
+    if choice.activation_checkpointing:
+        transient = max(loss, saved, teacher - kept)
+    else:
+        backward = max(layer.backward for layer in made.layers) // width
+        transient = saved + max(loss, backward)
+        transient = max(transient, teacher)
+        outside -= (made.before + max(0, made.after)) // width
+    buffers = outside + _buffers(shape, job, choice, held, trained, num_gpus)
+    step = _optimizer_step(trained, choice, num_gpus, kernels)
+    tensors = weights + gradients + optimizer + buffers + max(kept + transient, step)
+    extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
+    resident = resting // divided if not choice.offload_param else 0
+    evaluation = resident + buffers - outside + evaluation_bytes(job, held, shape.vocab_size) + extra
+    ranks = min(num_gpus, gpus_per_node)
+    host = ranks * on_host // width
+    if choice.offload_param:
+        host += ranks * resting // num_gpus
+    if choice.offload_optimizer:
+        host += ranks * (states + gradients)
+    return Bytes(
+        weights=weights,
+        activations=saved,
+        checkpoints=kept,
+        loss=loss,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        reserve=extra,
+        peak=tensors + extra,
+        evaluation=evaluation,
+        host=host,
+    )
+
+
+def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held, keeps_attention: bool = True) -> int:
+    """What all layers leave of a micro-batch under activation checkpointing: inputs, and attention's outputs and log-sum-exps."""
+    tokens = job.length * job.micro_batch_size
+    kept = made.hidden * len(shape.layers)
+    if keeps_attention:
+        kept += sum(tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) for layer in shape.layers if layer.gated)
+    return kept
+
+
+def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
+    """The dense pass; beside packed documents transformers builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
+    if not job.packed or shape.attention == "eager":
+        return made.teacher
+    tokens, widest = job.length * job.micro_batch_size, max(shape.layers, key=lambda layer: layer.num_query_heads * layer.head_dim)
+    mask = tokens * job.length * (1 + held.compute)
+    return made.teacher + mask + 2 * tokens * widest.num_query_heads * widest.head_dim * held.compute
+
+
+def _buffers(shape: ModelShape, job: Job, choice: Choice, held: Held, trained: int, num_gpus: int) -> int:
+    """Weights gathered for their use, casts that autocast keeps through a forward, and buckets of gradients."""
+    total = 0
+    if choice.stage == 3:
+        head = shape.vocab_size * shape.hidden_size
+        total += min(shape.parameters, max(_LIVE_PARAMETERS, shape.largest_layer + head)) * held.weight
+    elif held.weight != held.compute and job.trainable == "all":
+        total += shape.parameters * held.compute
+    if choice.stage > 0:
+        total += 2 * 4 * min(trained, _BUCKET)
+    elif num_gpus > 1:
+        total += 4 * trained
+    return total
+
+
+def _optimizer_step(trained: int, choice: Choice, num_gpus: int, kernels: bool) -> int:
+    """AdamW's temporaries: on a GPU it steps all tensors at once."""
+    if choice.offload_optimizer or not kernels:
+        return 0
+    return 4 * trained // (num_gpus if choice.stage > 0 else 1)

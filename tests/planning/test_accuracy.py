@@ -1,0 +1,180 @@
+"""What is planned against what real steps take on a CPU: peak bytes of all tensors, and FLOPs counted operator by operator."""
+
+import os
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dms.planning import flops, layers, memory, shapes
+from dms.planning.job import Choice
+from dms.planning.live import LiveBytes
+from dms.train import students
+from dms.train.planning import choice_of, job_of
+from dms.train.recipe import RetrofitRecipe
+from dms.train.step import HeadLoss, Normalizer, distill_step
+
+SMALL = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192, "hidden_size": 256}
+SHAPES = {
+    "large vocabulary": (
+        ("llama", SMALL | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 16000}),
+        {"micro_batch_size": 2, "batch_size": 2, "loss_chunk": 128, "length": 512},
+    ),
+    "tied embeddings, checkpointed": (
+        ("qwen3", SMALL | {"intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4000, "tie_word_embeddings": True}),
+        {"activation_checkpointing": True, "loss_chunk": 256, "length": 1024},
+    ),
+    "long": (
+        ("mistral", SMALL | {"intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000, "sliding_window": None}),
+        {"loss_chunk": 512, "length": 3072},
+    ),
+    "every weight trained": (
+        ("llama", SMALL | {"intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4000}),
+        {"trainable": "all", "loss_chunk": 128, "length": 256, "base_lr": 1e-5},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_recipe(length, base_lr=None, **changes):
+    values = {
+        "model": "random",
+        "output_dir": "nowhere",
+        "target_cr": 4,
+        "dms": {"window": 16},
+        "data": {"source": "builtin", "length": length},
+        "optimizer": {"lr": 1e-3, "base_lr": base_lr},
+        "steps": 4,
+        "batch_size": 1,
+    }
+    return RetrofitRecipe.model_validate(values | changes)
+
+
+def build(kind, recipe, device):
+    family, shape = kind
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+        trained, _ = students.equip(model, recipe)
+    return model, trained
+
+
+def make_batch(recipe):
+    B, T = recipe.micro_batch_size, recipe.data.length
+    return {
+        "input_ids": torch.randint(2, 1000, (B, T), generator=torch.Generator().manual_seed(0)),
+        "segment_ids": torch.ones(B, T, dtype=torch.long),
+        "position_ids": torch.arange(T).repeat(B, 1),
+        "loss_mask": torch.ones(B, T, dtype=torch.bool),
+        "number": torch.arange(B),
+    }
+
+
+def take_step(model, teacher, batch, recipe):
+    B, T = batch["input_ids"].shape
+    head = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
+    normalizer = Normalizer(B * T, B)
+    distill_step(model, teacher, batch, head_loss=head, target=0.5, normalizer=normalizer, seed=0, compression_weight=1.0).loss.backward()
+
+
+def measured_bytes(kind, recipe):
+    model, trained = build(kind, recipe, "cpu")
+    teacher = None
+    if recipe.trainable == "all":
+        teacher = AutoModelForCausalLM.from_config(model.config).requires_grad_(False)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+    batch = make_batch(recipe)
+    weights = [*model.parameters(), *model.buffers(), *(teacher.parameters() if teacher is not None else ())]
+    with LiveBytes(*weights, *batch.values()) as live:
+        take_step(model, teacher, batch, recipe)
+        optimizer.step()
+    if recipe.trainable == "all":
+        # The first step has no moments yet; in the second they are there from the start.
+        with live:
+            take_step(model, teacher, batch, recipe)
+            optimizer.step()
+    return live.peak
+
+
+def planned_bytes(kind, recipe):
+    plain, job = recipe.model_copy(update={"activation_checkpointing": False}), job_of(recipe)
+    model, _ = build(kind, plain, "meta")
+    shape = shapes.measure(model)
+    made = layers.measure(model, shape, batch=job.micro_batch_size, length=job.length, held=torch.float32, autocast=False, kernels=False)
+    held = memory.Held.of(job, saved_bfloat16=False)
+    return memory.of_choice(
+        shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, keeps_attention=False, reserve=False
+    ).peak
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_peak_bytes(name, capsys):
+    kind, changes = SHAPES[name]
+    recipe = make_recipe(**changes)
+    measured, planned = measured_bytes(kind, recipe), planned_bytes(kind, recipe)
+    with capsys.disabled():
+        print(f"\n{name}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB, {planned / measured - 1:+.1%}")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+# Groups of eight make the chunked route's blocks short, so that little of them is future.
+LONG = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 8192}
+LONG |= {"intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 1000, "attn_implementation": "eager"}
+
+
+def _in_place(total_shape, a_shape, b_shape, *_, **__):
+    """PyTorch's counter does not know the product that adds in place."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+@pytest.mark.parametrize("trainable", ["gates", "all"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops(trainable, checkpointing, capsys):
+    """Gates that evict nothing: the pair formula is then that of dense attention, and the chunked route's blocks waste little at
+    this length. Eager attention in the teacher's pass, whose products are counted like any others."""
+    base_lr = 1e-5 if trainable == "all" else None
+    recipe = make_recipe(2048, base_lr, trainable=trainable, activation_checkpointing=checkpointing, loss_chunk=512)
+    model, _ = build(("llama", LONG), recipe, "cpu")
+    teacher = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager") if trainable == "all" else None
+    shape = shapes.measure(model)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place}) as counter:
+        take_step(model, teacher, make_batch(recipe), recipe)
+    planned = flops.of_sequence(shape, job_of(recipe), checkpointing=checkpointing, route="chunked", keep=1.0, keeps_attention=False)
+    counted = counter.get_total_flops()
+    with capsys.disabled():
+        print(
+            f"\n{trainable}, checkpointing {checkpointing}: planned {planned.total:.4g}, counted {counted:.4g}, {planned.total / counted - 1:+.2%}"
+        )
+    assert planned.total == pytest.approx(counted, rel=0.02)
+    assert planned.attention > 0.3 * planned.total
+
+
+def test_less_is_computed_the_more_is_evicted():
+    recipe = make_recipe(4096)
+    model, _ = build(("llama", LONG), recipe, "meta")
+    shape, job = shapes.measure(model), job_of(recipe)
+    attention = [flops.of_sequence(shape, job, checkpointing=False, keep=keep).student_attention for keep in (1.0, 1 / 2, 1 / 8)]
+    # Two products of 2 D FLOPs for each pair, head and layer; the pairs by hand: T 4096, w 16.
+    assert attention[0] == pytest.approx(2 * 2 * 16 * 8 * 2 * 4096**2 / 2)
+    assert attention[2] == pytest.approx(2 * 2 * 16 * 8 * 2 * (4080**2 / 16 + 16 * 4096 - 128))
+    assert attention[0] / attention[1] == pytest.approx(2, rel=0.02)
+
+
+def test_checkpointing_trades_bytes_for_flops():
+    kind, changes = SHAPES["long"]
+    recipe = make_recipe(**changes)
+    used = {}
+    for checkpointing in (False, True):
+        chosen = recipe.model_copy(update={"activation_checkpointing": checkpointing})
+        used[checkpointing] = planned_bytes(kind, chosen)
+    assert used[True] < 0.8 * used[False]
+    assert Choice(activation_checkpointing=True).activations == "ckpt"
