@@ -142,6 +142,15 @@ class CurrentPass:
         self.state.activate(mode)
 
 
+def enable_checkpointing(model: nn.Module) -> None:
+    """Activation checkpointing of the kind that the count's gradient survives."""
+    # transformers renames this: the older name is deprecated where the newer exists.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def state_of(model: nn.Module) -> DMSState:
     """Raises ValueError where the model has no gates."""
     state = getattr(model, "dms", None)

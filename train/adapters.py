@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from dms.sharding import gathered
-from dms.train.recipe import Lora, RetrofitRecipe
+
+if TYPE_CHECKING:
+    from dms.train.recipe import RetrofitRecipe
 
 
-def check_lora(recipe: RetrofitRecipe) -> None:
+def check_lora(recipe: "RetrofitRecipe") -> None:
     """Raises ValueError where adapters are asked for and peft is not installed."""
     if recipe.trainable != "gates+lora":
         return
@@ -22,13 +25,15 @@ def check_lora(recipe: RetrofitRecipe) -> None:
         ) from None
 
 
-def add_adapters(student: nn.Module, recipe: RetrofitRecipe) -> None:
+def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     """Put LoRA beside the student's linear layers (arXiv 2106.09685): they begin without effect, and train in float32.
 
     Raises:
         ValueError: target modules that the model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model
+
+    from dms.train.recipe import Lora
 
     lora = recipe.lora or Lora()
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.target_modules or "all-linear")

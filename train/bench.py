@@ -4,6 +4,7 @@ Every weight is random and so are the tokens; gates are set so that each head ev
 row, teacher pass to backward, and the gates' optimizer step.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +16,26 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import yaml
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
+import dms
 import dms.attention
 from dms.bench.gating import evict_shares, keep_shares
 from dms.config import DMSConfig
 from dms.console import make_console
 from dms.evaluation.evaluate import describe_device, versions
 from dms.heads import head_parameters
+from dms.planning.flops import of_sequence
+from dms.planning.job import Choice, Job
+from dms.planning.layers import measure as measure_layers
+from dms.planning.memory import Held, of_choice
+from dms.planning.shapes import measure as measure_shape
 from dms.retrofitting import gate_parameters, retrofit
+from dms.state import enable_checkpointing
 from dms.train.step import HeadLoss, Normalizer, distill_step
-from dms.train.students import enable_checkpointing
 
 # As in its config.json.
 QWEN3_8B = {
@@ -64,7 +73,6 @@ class Settings:
     evicted: float = 0.875
     layers: int | None = None
     repeats: int = 2
-    rival: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +87,9 @@ class Row:
 
 def build(settings: Settings, device: torch.device) -> nn.Module:
     """The random model, bfloat16 on a GPU and float32 elsewhere, with gates that evict their shares."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = dict(settings.config)
-    if settings.layers is not None:
-        values["num_hidden_layers"] = settings.layers
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.max_position_embeddings = max(config.max_position_embeddings, settings.length)
+    config = _config(settings)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -99,6 +103,17 @@ def build(settings: Settings, device: torch.device) -> nn.Module:
     for parameter in gate_parameters(model).values():
         parameter.requires_grad_(True)
     return model
+
+
+def _config(settings: Settings):
+    from transformers import AutoConfig
+
+    values = dict(settings.config)
+    if settings.layers is not None:
+        values["num_hidden_layers"] = settings.layers
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.max_position_embeddings = max(config.max_position_embeddings, settings.length)
+    return config
 
 
 def make_batch(model: nn.Module, length: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -145,8 +160,8 @@ def flex_attention(compiled: bool) -> Callable:
 
 
 @contextmanager
-def _rival_attention(compiled: bool) -> Iterator[None]:
-    with patch.object(dms.attention, "gated_attention", flex_attention(compiled)):
+def _rival_attention() -> Iterator[None]:
+    with patch.object(dms.attention, "gated_attention", flex_attention(compiled=True)):
         yield
 
 
@@ -201,6 +216,70 @@ def measure(name: str, model: nn.Module, batch: dict, loss: nn.Module, settings:
     return Row(name=name, seconds=median(seconds[1:]), peak_bytes=torch.cuda.max_memory_allocated() if is_cuda else None, kl=kl)
 
 
+def expect(settings: Settings, device: torch.device) -> dict[str, float]:
+    """What the plan says of the step: peak_bytes without what is no tensor, flops of ours, dense_flops without eviction. GPU's peak_flops where it is known."""
+    config = _config(settings)
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        model = retrofit(AutoModelForCausalLM.from_config(config), DMSConfig(window=settings.window))
+    is_cuda, keep = device.type == "cuda", 1.0 - settings.evicted
+    job = Job(
+        trainable="gates",
+        precision="bf16" if is_cuda else "fp32",
+        length=settings.length,
+        packed=False,
+        steps=1,
+        ramp=1.0,
+        target_cr=1.0 / keep,
+        window=settings.window,
+        batch_size=1,
+        micro_batch_size=1,
+        loss_chunk=None,
+        evaluation_length=settings.length,
+        evaluation_batch_size=1,
+    )
+    shape, held = measure_shape(model), Held.of(job, saved_bfloat16=is_cuda)
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    made = measure_layers(model, shape, batch=1, length=settings.length, held=dtype, autocast=is_cuda, kernels=is_cuda)
+    choice = Choice(activation_checkpointing=True)
+    options = {"num_gpus": 1, "gpus_per_node": 8, "kernels": is_cuda, "reserve": False}
+    found = {"peak_bytes": of_choice(shape, job, choice, made, held, **options).peak}
+    for name, share in (("flops", keep), ("dense_flops", 1.0)):
+        found[name] = of_sequence(shape, job, checkpointing=True, keep=share).total
+    return found | _peak_flops(device)
+
+
+def _peak_flops(device: torch.device) -> dict[str, float]:
+    """Read plainly: what checks the hardware table is not installed everywhere that this runs."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device)
+    gpus = yaml.safe_load(Path(dms.__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))["gpus"].values()
+    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if gpu["name"].split()[1] in name), {})
+
+
+def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[str, float]) -> None:
+    table = Table(
+        "step", "seconds", "tokens/s", "FLOP/s", "of the GPU's", "peak GiB", "KL", title=f"One retrofit step on {describe_device()}"
+    )
+    for row in rows:
+        if row.seconds is None:
+            table.add_row(row.name, "out of memory", *["-"] * 5)
+            continue
+        rate = expected["flops" if row.name == "ours" else "dense_flops"] / row.seconds
+        share = f"{rate / expected['peak_flops']:.0%}" if "peak_flops" in expected else "-"
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
+        figures = f"{row.seconds:.3g}", f"{settings.length / row.seconds:,.0f}", f"{rate / 1e12:.4g} T", share, peak, f"{row.kl:.3g}"
+        table.add_row(row.name, *figures)
+    console.print(table)
+    console.print(
+        f"{settings.length} tokens, window {settings.window}, {settings.evicted:.1%} evicted; planned peak {expected['peak_bytes'] / 2**30:.1f} GiB; "
+        f"FLOPs of a step {expected['flops']:.3g}, without eviction {expected['dense_flops']:.3g}, which the others are taken to compute",
+        highlight=False,
+    )
+
+
 def run(settings: Settings, out: str | None = None, console: Console | None = None) -> list[Row]:
     """Measure, print and, with `out`, write a JSON file."""
     console = console or make_console()
@@ -209,19 +288,43 @@ def run(settings: Settings, out: str | None = None, console: Console | None = No
     batch = make_batch(model, settings.length, device)
     ours = HeadLoss(model, None, beta=0.0, chunk=None)
     rows = [measure("ours", model, batch, ours, settings, nullcontext())]
-    if settings.rival:
-        loss, compiled = WholeLogitsLoss(model), device.type == "cuda"
-        rows.append(measure("FlexAttention, chunked loss", model, batch, ours, settings, _rival_attention(compiled)))
-        rows.append(measure("FlexAttention, whole logits", model, batch, loss, settings, _rival_attention(compiled)))
-    expected = expect(model, settings, device)
-    _show(console, settings, rows, expected, describe_device(device))
+    loss = WholeLogitsLoss(model)
+    if device.type == "cuda":
+        rows.append(measure("FlexAttention, chunked loss", model, batch, ours, settings, _rival_attention()))
+        rows.append(measure("FlexAttention, whole logits", model, batch, loss, settings, _rival_attention()))
+    else:
+        # FlexAttention has no backward on a CPU.
+        rows.append(measure("whole logits", model, batch, loss, settings, nullcontext()))
+    expected = expect(settings, device)
+    _show(console, settings, rows, expected)
     if out is not None:
         values = {
             "settings": asdict(settings),
-            "device": describe_device(device),
+            "device": describe_device(),
             "versions": versions(),
             "expected": expected,
             "rows": [asdict(row) for row in rows],
         }
         Path(out).write_text(json.dumps(values, indent=1), encoding="utf-8")
     return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`dms bench retrofit`; by itself too, where typer is not installed."""
+    parser = argparse.ArgumentParser(prog="dms bench retrofit", description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=32768, help="tokens of the row (%(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens that stay visible to all (%(default)s)")
+    parser.add_argument("--evicted", type=float, default=0.875, help="mean share of tokens that gates evict (%(default)s)")
+    parser.add_argument("--layers", type=int, help="layers of the random Qwen3-8B (all 36)")
+    parser.add_argument("--repeats", type=int, default=2, help="steps that are timed, after a first (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it works; its figures say nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    given = parser.parse_args(arguments)
+    shape = {"config": QWEN3_8B, "length": given.length, "window": given.window}
+    if given.quick:
+        shape = {"config": QUICK, "length": 256, "window": 16}
+    run(Settings(**shape, evicted=given.evicted, layers=given.layers, repeats=given.repeats), given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -183,6 +183,15 @@ def bench_cache(
     run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
 
 
+@bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench_retrofit(context: typer.Context) -> None:
+    """Time and memory of one retrofit step of a random Qwen3-8B, beside FlexAttention and a loss over whole logits."""
+    _prepare_environment("auto")
+    from dms.train.bench import main as measure
+
+    measure(context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""

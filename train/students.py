@@ -7,6 +7,7 @@ from torch import nn
 
 from dms import models
 from dms.retrofitting import gate_parameters, retrofit
+from dms.state import enable_checkpointing
 from dms.train.adapters import add_adapters
 from dms.train.recipe import RetrofitRecipe
 
@@ -78,11 +79,3 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
         if trains and id(parameter) not in gate_ids:
             others[name] = parameter
     return {**gates, **others}, len(gates)
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    # transformers renames this: the older name is deprecated where the newer exists.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -68,7 +68,7 @@ def measure(
     chosen = nn.ModuleList([layers[place] for place in places])
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
     chosen.append(chosen[-1])
-    _replace(model, layers, chosen)
+    _replace(model, layers, chosen, [*places, places[-1]])
     # transformers' own check for packed documents would read positions from a tensor that holds none.
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         _fake(model, held)
@@ -94,13 +94,15 @@ def _one_of_each(shape: ModelShape) -> list[int]:
     return sorted(found.values())
 
 
-def _replace(model: nn.Module, old: nn.ModuleList, new: nn.ModuleList) -> None:
+def _replace(model: nn.Module, old: nn.ModuleList, new: nn.ModuleList, places: list[int]) -> None:
     for module in model.modules():
         for name, child in module.named_children():
             if child is old:
                 setattr(module, name, new)
     config = state_of(model).decoder.config
     config.num_hidden_layers = len(new)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[place] for place in places]
 
 
 def _fake(model: nn.Module, held: torch.dtype) -> None:
