@@ -5,8 +5,9 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dms import checkpoint, models
 from dms.console import make_console
@@ -24,7 +24,8 @@ from dms.retrofitting import set_mode, state_of
 from dms.sharding import num_elements
 from dms.train import artifacts, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
-from dms.train.data.sequences import RankBatches, make_source
+from dms.train.data.cost import cost_of
+from dms.train.data.stream import Stream, open_data
 from dms.train.engine import Engine, make_accelerator, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
@@ -79,7 +80,7 @@ class Setup:
     accelerator: Accelerator
     tokenizer: Any
     base_dtype: torch.dtype
-    source: Any
+    stream: Stream
     documents: list
     parts: students.Models
     engine: Engine
@@ -108,7 +109,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         setup = _set_up(recipe, console, run_folder)
         try:
             # Before and after the steps, signals do what they do to any process: the last checkpoint has what there is to keep.
-            with listening() as stop:
+            with listening() as stop, closing(setup.stream):
                 position = _train(setup, stop)
             with nullcontext() if setup.saver.last_step == position.step else ignoring():
                 return _finish(setup, position, start)
@@ -142,8 +143,19 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     base_hash = checks.base_hash(recipe)
     folder = run_folder.path
     saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
-    checks.check_context(recipe)
-    source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
+    stream = open_data(
+        tokenizer,
+        recipe.data,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        cost=cost_of(checks.check_context(recipe)),
+        group=accelerator.process_index,
+        num_groups=num_processes,
+        timeout=timedelta(minutes=recipe.timeout_minutes),
+        say=lambda text: console.print(text, highlight=False, markup=False),
+    )
     documents = make_documents(
         tokenizer,
         num_documents=recipe.evaluation.num_documents,
@@ -156,9 +168,9 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if parts.others:
         groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
     engine = Engine(accelerator, Distillation(parts, recipe), groups, recipe, console)
-    sample = source[0]["input_ids"][:32].to(accelerator.device)
+    sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
     check_head(parts.student, sample[None])
-    if recipe.data.source != "builtin":
+    if recipe.data.packs:
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
 
@@ -166,7 +178,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     facts = {
         "base": {"name": recipe.model, "hash": base_hash or checks.base_hash(recipe)},
         "frozen": before.digest,
-        "data": checks.data_digest(source),
+        "data": stream.digest,
     }
     if saved is not None:
         checks.check_same(saved, facts)
@@ -176,6 +188,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if saved is not None:
         saving.restore(saved, engine, parts, recipe, accelerator.process_index)
         saver.last, position = saved.folder, saved.position
+        stream.seek(position.data)
     tracker = None
     if is_main:
         write_config(folder, recipe, num_processes)
@@ -184,7 +197,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if saved is not None:
         console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
     return Setup(
-        recipe, console, accelerator, tokenizer, base_dtype, source, documents, parts, engine, folder, before, saver, tracker, position
+        recipe, console, accelerator, tokenizer, base_dtype, stream, documents, parts, engine, folder, before, saver, tracker, position
     )
 
 
@@ -193,18 +206,6 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     recipe, accelerator, engine, position = setup.recipe, setup.accelerator, setup.engine, setup.position
     settings, is_main, device = recipe.optimizer, accelerator.is_main_process, accelerator.device
     micro_steps = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
-    batches = iter(
-        DataLoader(
-            setup.source,
-            batch_sampler=RankBatches(
-                first=position.step * recipe.batch_size,
-                last=recipe.steps * recipe.batch_size,
-                size=recipe.micro_batch_size,
-                rank=accelerator.process_index,
-                num_ranks=accelerator.num_processes,
-            ),
-        )
-    )
     layer_indices = [layer.index for layer in state_of(setup.parts.student).layers]
     path = setup.folder / "metrics.jsonl" if is_main else Path(os.devnull)
     with path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
@@ -214,14 +215,15 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             engine.set_learning_rate(factor)
 
-            micro_batches = [{key: value.to(device) for key, value in next(batches).items()} for _ in range(micro_steps)]
+            data = setup.stream.next_step()
+            micro_batches = [{key: value.to(device) for key, value in batch.items()} for batch in data.micro_batches]
             counts = torch.zeros(2, dtype=torch.long, device=device)
             for batch in micro_batches:
                 real = batch["segment_ids"] > 0
                 counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
             num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
             normalizer = Normalizer(num_predictions, recipe.batch_size)
-            totals = torch.zeros(5, device=device)
+            totals = torch.zeros(5 + accelerator.num_processes, device=device)
             rate_LH = 0.0
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
@@ -231,9 +233,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 rate_LH = rate_LH + output.head_rate_LH / micro_steps
             # All processes hear of a signal that one of them got, and stop after the same step.
             totals[4] = float(stop.signal is not None)
+            totals[5 + accelerator.process_index] = data.waited
             summed = accelerator.reduce(torch.cat([totals, rate_LH.flatten().float()]), "sum")
-            kl, compression, evicted, decided, stops = summed[:5].tolist()
-            rate_LH = summed[5:].view_as(rate_LH) / accelerator.num_processes
+            kl, compression, evicted, decided, stops, *waited = summed[: len(totals)].tolist()
+            rate_LH = summed[len(totals) :].view_as(rate_LH) / accelerator.num_processes
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -245,7 +248,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 raise FloatingPointError(f"{error} at step {step}; lower optimizer.lr, or look at the data of this step") from None
 
             seconds = time.perf_counter() - step_start
-            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds)
+            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
             if is_main:
                 metrics = {
                     "step": step,
@@ -260,6 +263,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                     "tokens": position.tokens,
                     "tokens_per_second": num_tokens / seconds,
                     "seconds": seconds,
+                    "data_wait_ms": 1000.0 * max(waited),
+                    "cost_balance": data.cost_balance,
+                    "padding": data.padding,
+                    "documents": data.counts,
                 }
                 metrics_file.write(json.dumps(metrics) + "\n")
                 metrics_file.flush()
