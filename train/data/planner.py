@@ -15,7 +15,7 @@ from dms.train.data.reading import Document
 WINDOW_ROWS = 64
 MAX_WINDOW_STEPS = 16
 CARRY_LIMIT = 16
-# A gap of less than this share of a row is padded even where documents may be cut.
+# A gap of less than this share of a row is padded even where documents may be cut; so much of all rows is enough elsewhere.
 _PADDED_GAP = 1 / 64
 _DEFAULT_BALANCE = 4
 _MAX_SWAPS = 16
@@ -95,7 +95,7 @@ def _draw_exactly(documents: Iterator[Document], carried: list[Piece], capacity:
 
 
 def _draw_until_full(documents: Iterator[Document], carried: list[Piece], num_rows: int, length: int) -> list[Piece]:
-    """Until so many do not fit any more that the next ones hardly will."""
+    """Until the rows are as good as full, or so many do not fit any more that the next ones hardly will."""
     rooms, drawn, unplaced = [length] * num_rows, list(carried), 0
 
     def place(item: Piece) -> int:
@@ -110,7 +110,7 @@ def _draw_until_full(documents: Iterator[Document], carried: list[Piece], num_ro
 
     for item in carried:
         unplaced += place(item)
-    while unplaced < min(CARRY_LIMIT, num_rows) and rooms[-1] > 0:
+    while unplaced < min(CARRY_LIMIT, num_rows) and sum(rooms) > _PADDED_GAP * num_rows * length:
         document = next(documents)
         drawn.append(Piece(document, 0, document.length))
         unplaced += place(drawn[-1])

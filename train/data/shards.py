@@ -165,10 +165,11 @@ class _JsonLinesFile:
 
 
 class Parquet:
-    """Each row group is a shard: the smallest part that can be read alone."""
+    """Each row group is a shard: the smallest part that can be read alone. skips: a file that is none is a shard that cannot be read,
+    and no error yet."""
 
-    def __init__(self, origin: Origin, columns: list[str]):
-        self.files, self.columns = find_files(origin), columns
+    def __init__(self, origin: Origin, columns: list[str], skips: bool):
+        self.files, self.columns, self.skips = find_files(origin), columns, skips
         self.shards: list[tuple[Path, int, str]] = []
         for file in self.files:
             self.shards += self._groups(file)
@@ -182,7 +183,10 @@ class Parquet:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 names, count = opened.schema_arrow.names, opened.num_row_groups
         except (OSError, pyarrow.ArrowException) as error:
-            return [(file, 0, f"data file {file} cannot be read: {_first_line(error)}")]
+            problem = f"data file {file} cannot be read: {_first_line(error)}"
+            if not self.skips:
+                raise ValueError(f"{problem} (data.bad_shards: skip leaves such out and counts them)") from None
+            return [(file, 0, problem)]
         for column in self.columns:
             if column not in names:
                 raise ValueError(f"data file {file} has no column {column!r}; it has {', '.join(names)}")

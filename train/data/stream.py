@@ -98,7 +98,7 @@ def open_reader(
     if origin.source == "dataset":
         shards: Any = hub.load(origin, columns)
     elif origin.source == "parquet":
-        shards = Parquet(origin, columns)
+        shards = Parquet(origin, columns, skips=data.bad_shards == "skip")
     else:
         shards = {"text": TextFiles, "jsonl": JsonLines}[origin.source](origin)
     render = render or make_render(tokenizer, origin)
