@@ -1,6 +1,6 @@
 """Rows of equal tokens and steps of equal cost, composed from token counts alone.
 
-A window of some 64 rows is planned at once. Documents are packed best fit, longest first. Of the rows, those of like cost stand
+A window of some 100 rows is planned at once. Documents are packed best fit, longest first. Of the rows, those of like cost stand
 together in groups, and each step gets groups from all over the range: so a step is as mixed as the data, and ranks that take a row
 of each group have the same to do. What is composed does not depend on how many ranks there are; who gets which row does.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dms.train.data.reading import Document
 
-WINDOW_ROWS = 64
+WINDOW_ROWS = 96
 MAX_WINDOW_STEPS = 16
 CARRY_LIMIT = 16
 # A gap of less than this share of a row is padded even where documents may be cut; so much of all rows is enough elsewhere.

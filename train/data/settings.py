@@ -189,7 +189,7 @@ class Data(Origin):
     bad_shards: Literal["refuse", "skip"] = "refuse"
     """A file, row group or row that cannot be read: an error that names it, or skipped, counted and said."""
     prefetch: int = Field(default=2, ge=0)
-    """Steps made ahead of the one that trains; 0: none."""
+    """Steps made ahead of the one that trains, and a window of steps planned ahead of those; 0: neither."""
     workers: int = Field(default=1, ge=1, le=64)
     """Threads that read and tokenise, on each node. What is read does not depend on it."""
 

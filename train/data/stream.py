@@ -1,6 +1,6 @@
 """What the training loop reads: each step's micro-batches, made ahead of it by one process of each node.
 
-That process reads, tokenises and plans in a thread, a bounded number of steps ahead, and hands every other process of its node its
+That process reads, tokenises and plans in threads, a bounded number of steps ahead, and hands every other process of its node its
 rows. Each node's reader makes the same plan.
 """
 
@@ -24,7 +24,7 @@ from dms.train.data import hub
 from dms.train.data.batches import Rows, make_rows, micro_batches
 from dms.train.data.cost import Cost
 from dms.train.data.mixture import Mixture, PlannedStep, State
-from dms.train.data.planner import deal, imbalance
+from dms.train.data.planner import deal, imbalance, window_steps
 from dms.train.data.reading import BuiltinReader, Reader
 from dms.train.data.render import columns_of, make_render
 from dms.train.data.settings import Data, Origin
@@ -109,8 +109,12 @@ def open_mixture(
     tokenizer: Any, data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost, say: Callable[[str], None] = print
 ) -> Mixture:
     """The run's rows, step by step, as functions of recipe and files alone. Raises ValueError as `open_reader`."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
     # Of its own: tokenizers may not be used by several threads while one changes its settings.
     tokenizer = copy.deepcopy(tokenizer)
+    # What is longer than the model's context is split here, and nothing to warn of.
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
     readers = [open_reader(tokenizer, origin, number, data, seed, say) for number, origin in enumerate(data.all_sources)]
     if data.workers > 1:
         executor = ThreadPoolExecutor(data.workers, thread_name_prefix="data")
@@ -156,13 +160,12 @@ def open_data(
 
 
 class _Ahead:
-    """A thread that runs an iterator a bounded number of items ahead; with 0 there is no thread."""
+    """A thread that runs an iterator a bounded number of items ahead of who reads it."""
 
     def __init__(self, items: Iterator[Any], ahead: int):
-        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=max(1, ahead)), threading.Event()
-        self.thread = threading.Thread(target=self._run, name="data", daemon=True) if ahead else None
-        if self.thread is not None:
-            self.thread.start()
+        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=ahead), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         try:
@@ -170,7 +173,7 @@ class _Ahead:
                 self._put((item, None))
                 if self.stopped.is_set():
                     return
-            self._put((None, AssertionError("the run's last step was read")))
+            self._put((None, StopIteration()))
         except BaseException as error:  # noqa: BLE001 - it is raised where the item is asked for
             self._put((None, error))
 
@@ -182,18 +185,19 @@ class _Ahead:
                 continue
         return None
 
-    def next(self) -> Any:
-        if self.thread is None:
-            return next(self.items)
-        item, error = self.queue.get()
-        if error is not None:
-            raise error
-        return item
+    def __iter__(self) -> Iterator[Any]:
+        return self
 
-    def close(self) -> None:
-        self.stopped.set()
-        if self.thread is not None:
-            self.thread.join()
+    def __next__(self) -> Any:
+        while not self.stopped.is_set():
+            try:
+                item, error = self.queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            return item
+        raise StopIteration
 
 
 class Stream:
@@ -218,7 +222,8 @@ class Stream:
         self.mixture, self.data, self.pad_id, self.node = mixture, data, pad_id, node
         self.micro_batch_size, self.group, self.num_groups = micro_batch_size, group, num_groups
         self._planned: Iterator[PlannedStep] = iter(())
-        self._ahead: _Ahead | None = None
+        self._made: Iterator[list[_Handed]] | None = None
+        self._threads: list[_Ahead] = []
         self._state: State | None = None
         self.digest, self.sample_ids = self._hand_out(self._look, problem)
 
@@ -253,15 +258,28 @@ class Stream:
         return StepData(batches, handed.padding, handed.cost_balance, handed.counts, time.perf_counter() - start)
 
     def close(self) -> None:
-        """End the thread. A later `next_step` goes on after the steps that it had made, so `seek` first."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        """End the threads. A later `next_step` would leave out the steps that they had made, so `seek` first."""
+        for ahead in self._threads:
+            ahead.stopped.set()
+        for ahead in self._threads:
+            ahead.thread.join()
+        self._made, self._threads = None, []
 
     def _read(self) -> list[_Handed]:
-        if self._ahead is None:
-            self._ahead = _Ahead(map(self._make, self._planned), self.data.prefetch)
-        return self._ahead.next()
+        if self._made is None:
+            self._made = self._start()
+        made = next(self._made, None)
+        assert made is not None, "the run's last step was read"
+        return made
+
+    def _start(self) -> Iterator[list[_Handed]]:
+        if self.data.prefetch == 0:
+            return map(self._make, self._planned)
+        # The next window is read and planned while this one is trained on; only its tokens wait in memory.
+        planned = _Ahead(self._planned, window_steps(self.mixture.batch_size))
+        made = _Ahead(map(self._make, planned), self.data.prefetch)
+        self._threads = [planned, made]
+        return made
 
     def _make(self, planned: PlannedStep) -> list[_Handed]:
         """What each process of this node gets of a step."""
