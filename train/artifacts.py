@@ -137,9 +137,7 @@ def finish(
             k: result[k]
             for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")
         },
-        data="standard-library sources with planted recall tasks (built-in)"
-        if recipe.data.source == "builtin"
-        else f"{recipe.data.source}: {recipe.data.path if recipe.data.source == 'dataset' else Path(recipe.data.path).name}",
+        data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else recipe.data.describe(),
     )
     result["seconds"] = time.perf_counter() - start
     unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")

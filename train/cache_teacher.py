@@ -1,7 +1,12 @@
 """`dms cache-teacher`: the teacher's passes of a recipe's run, taken once and written down."""
 
+import hashlib
+import itertools
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,10 +16,11 @@ from dms.console import make_console
 from dms.heads import find_head, head_parameters, hidden_states
 from dms.retrofitting import retrofit, set_mode
 from dms.train import artifacts, checks, students
-from dms.train.data.sequences import make_source
+from dms.train.data.cost import cost_of
+from dms.train.data.stream import all_rows, open_mixture, padding_id
 from dms.train.recipe import RetrofitRecipe
 from dms.train.step import check_head
-from dms.train.teacher_cache import Teacher, TeacherCache, all_rows, row_key
+from dms.train.teacher_cache import Teacher, TeacherCache, row_key
 from dms_kernels import top_log_probs
 
 # A shard is closed at the first of these, so that a process that is killed loses little.
@@ -41,6 +47,31 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
     return (TeacherCache.open_or_make if write else TeacherCache.open)(recipe.teacher_cache.path, teacher)
 
 
+def rows_of(recipe: RetrofitRecipe, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Every row of the recipe's run. Raises ValueError for data that is missing or unreadable."""
+    settings = {"batch_size": recipe.batch_size, "steps": recipe.steps, "seed": recipe.seed, "cost": cost_of(checks.check_context(recipe))}
+    return all_rows(open_mixture(tokenizer, recipe.data, **settings), padding_id(tokenizer))
+
+
+def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
+    """A name of the run's rows: its settings, and hashes of its files and of its first step's rows."""
+    settings = recipe.model_dump(include={"model", "batch_size", "steps", "seed", "data"})
+    for name in ("prefetch", "workers"):
+        settings["data"].pop(name)
+    first = list(itertools.islice(rows_of(recipe, tokenizer), recipe.batch_size))
+    keys = [row_key(row["input_ids"], row["segment_ids"]) for row in first]
+    return hashlib.sha256(json.dumps([settings, keys], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check(recipe: RetrofitRecipe, tokenizer: Any, vocab_size: int) -> None:
+    """Raises ValueError where the recipe's cache does not hold all of its run. Reads all data where no one noted that it does."""
+    cache = open_for(recipe, vocab_size)
+    name = name_of(recipe, tokenizer)
+    if not cache.is_marked(name):
+        cache.check_all(rows_of(recipe, tokenizer))
+        cache.mark(name)
+
+
 def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console: Console | None = None) -> dict[str, int]:
     """Write what the recipe's cache lacks of its run's sequences, on one device; killed, it goes on where it was.
 
@@ -54,13 +85,14 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
     if recipe.teacher_cache is None:
         raise ValueError("the recipe names no teacher cache; add teacher_cache.path=FOLDER")
     console = console or make_console()
-    checks.check_context(recipe)
-    source = make_source(models.load_tokenizer(recipe.model), recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
+    tokenizer = models.load_tokenizer(recipe.model)
+    rows = rows_of(recipe, tokenizer)
+    first = next(rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     model = models.load_base(recipe.model, students.held_dtype(recipe, base_dtype), device=device)
     retrofit(model, recipe.dms)
-    check_head(model, source[0]["input_ids"][None, :32].to(device))
+    check_head(model, first["input_ids"][None, :32].to(device))
     cache = open_for(recipe, model.config.get_text_config().vocab_size, write=True)
     counts = {"written": 0, "tokens": 0, "there": 0, "bytes": 0}
     pending: dict[str, dict[str, torch.Tensor]] = {}
@@ -72,10 +104,10 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
         counts["written"] += len(shard)
         counts["tokens"] += sum(len(tail) for _, _, tail in shard.values())
         counts["bytes"] += path.stat().st_size
-        console.print(f"{counts['written'] + counts['there']} of {len(source)} sequences", highlight=False)
+        console.print(f"{counts['written'] + counts['there']} of {recipe.steps * recipe.batch_size} sequences", highlight=False)
         shard.clear()
 
-    for number, row in enumerate(all_rows(source)):
+    for number, row in enumerate(itertools.chain([first], rows)):
         if number % num_parts != part:
             continue
         key = row_key(row["input_ids"], row["segment_ids"])
@@ -94,6 +126,8 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
         shard |= _known(model, recipe, pending, device)
     if shard:
         close_shard()
+    if num_parts == 1:
+        cache.mark(name_of(recipe, tokenizer))
     per_token = f"; {counts['bytes'] / counts['tokens']:.0f} bytes a token" if counts["tokens"] else ""
     console.print(
         f"wrote {counts['written']} sequences to {Path(recipe.teacher_cache.path)}/, {counts['there']} were there{per_token}",

@@ -1,7 +1,5 @@
 """What a run makes sure of before its first step: that model, data and folder are what they were taken for."""
 
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,29 +12,25 @@ from dms.train.run_folder import LOCK_FILE
 SHARED_FOLDER_SECONDS = 60.0
 
 
-def check_context(recipe: RetrofitRecipe) -> None:
-    """Raises ValueError for documents that are longer than the model's context."""
+def check_context(recipe: RetrofitRecipe) -> Any:
+    """The model's configuration. Raises ValueError for documents that are longer than its context."""
     from transformers import AutoConfig
 
-    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
+    config = AutoConfig.from_pretrained(models.resolve_model(recipe.model))
+    context = config.get_text_config().max_position_embeddings
     if (recipe.evaluation.length or 0) > context:
         raise ValueError(
             f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
         )
     if recipe.data.length > context:
         raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
+    return config
 
 
 def base_hash(recipe: RetrofitRecipe) -> str | None:
     """None for a model that is still to be fetched from the hub."""
     folder = models.local_folder(recipe.model)
     return None if folder is None else weights.base_hash(folder)
-
-
-def data_digest(source: Any) -> str:
-    """Hash of the run's first and last sequence: whether data that a run goes on with is the data that it began with."""
-    ends = [source[number]["input_ids"].tolist() for number in (0, len(source) - 1)]
-    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]
 
 
 def check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:

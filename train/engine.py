@@ -129,7 +129,7 @@ def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Modu
     """
     size, state = recipe.sequence_parallel, state_of(student)
     if size == 1:
-        gains = recipe.data.source != "builtin" or state.original_attention == "eager"
+        gains = recipe.data.packs or state.original_attention == "eager"
         return Rows() if gains and not other_attention(student, state.skipped) else None
     check_sharing(student, size, recipe.data.length, state.skipped)
     timeout = timedelta(minutes=recipe.timeout_minutes)

@@ -5,8 +5,9 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dms import checkpoint, models
 from dms.console import make_console
@@ -25,7 +25,8 @@ from dms.rows import Rows
 from dms.sharding import num_elements
 from dms.train import artifacts, cache_teacher, checks, saving, students
 from dms.train.adapters import check_lora, merge_adapters
-from dms.train.data.sequences import RankBatches, make_source
+from dms.train.data.cost import cost_of
+from dms.train.data.stream import Stream, open_data
 from dms.train.engine import Engine, make_accelerator, make_rows, num_micro_steps, sharded_loading, write_config
 from dms.train.fingerprint import Fingerprint, fingerprint
 from dms.train.progress import StepLine, describe_start
@@ -34,7 +35,7 @@ from dms.train.run_folder import RunFolder
 from dms.train.saving import Position, Saver
 from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
 from dms.train.stopping import Stopped, StopRequest, ignoring, listening
-from dms.train.teacher_cache import TeacherCache, all_rows
+from dms.train.teacher_cache import TeacherCache
 from dms.train.tracking import check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -84,7 +85,7 @@ class Setup:
     accelerator: Accelerator
     tokenizer: Any
     base_dtype: torch.dtype
-    source: Any
+    stream: Stream
     documents: list
     parts: students.Models
     engine: Engine
@@ -116,7 +117,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         setup = _set_up(recipe, console, run_folder)
         try:
             # Before and after the steps, signals do what they do to any process: the last checkpoint has what there is to keep.
-            with listening() as stop:
+            with listening() as stop, closing(setup.stream):
                 position = _train(setup, stop)
             with nullcontext() if setup.saver.last_step == position.step else ignoring():
                 return _finish(setup, position, start)
@@ -143,8 +144,19 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     base_hash = checks.base_hash(recipe)
     folder = run_folder.path
     saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
-    checks.check_context(recipe)
-    source = make_source(tokenizer, recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
+    stream = open_data(
+        tokenizer,
+        recipe.data,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        cost=cost_of(checks.check_context(recipe)),
+        group=accelerator.process_index // recipe.sequence_parallel,
+        num_groups=num_processes // recipe.sequence_parallel,
+        timeout=timedelta(minutes=recipe.timeout_minutes),
+        say=lambda text: console.print(text, highlight=False, markup=False),
+    )
     documents = make_documents(
         tokenizer,
         num_documents=recipe.evaluation.num_documents,
@@ -158,12 +170,12 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
     rows = make_rows(recipe, accelerator, parts.student)
     engine = Engine(accelerator, Distillation(parts, recipe, rows), groups, recipe, console)
-    sample = source[0]["input_ids"][:32].to(accelerator.device)
+    sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
     check_head(parts.student, sample[None])
-    if recipe.data.source != "builtin" and rows is None:
+    if recipe.data.packs and rows is None:
         check_packing(parts.student, sample)
     before = fingerprint(parts.student, skip=parts.trained_ids)
-    teacher_cache = _open_teacher_cache(recipe, accelerator, source, parts)
+    teacher_cache = _open_teacher_cache(recipe, accelerator, tokenizer, parts)
     dense = None
     if recipe.trainable == "all" and parts.teacher is None and (is_main or recipe.zero.stage == 3):
         dense = artifacts.scores_of_base(recipe, parts, documents)
@@ -172,7 +184,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     facts = {
         "base": {"name": recipe.model, "hash": base_hash or checks.base_hash(recipe)},
         "frozen": before.digest,
-        "data": checks.data_digest(source),
+        "data": stream.digest,
     }
     if saved is not None:
         checks.check_same(saved, facts)
@@ -182,6 +194,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     if saved is not None:
         saving.restore(saved, engine, parts, recipe, accelerator.process_index)
         saver.last, position = saved.folder, saved.position
+        stream.seek(position.data)
     tracker = None
     if is_main:
         write_config(folder, recipe, num_processes)
@@ -195,7 +208,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         accelerator=accelerator,
         tokenizer=tokenizer,
         base_dtype=base_dtype,
-        source=source,
+        stream=stream,
         documents=documents,
         parts=parts,
         engine=engine,
@@ -210,13 +223,13 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     )
 
 
-def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, source: Any, parts: students.Models) -> TeacherCache | None:
+def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: Any, parts: students.Models) -> TeacherCache | None:
     """Raises ValueError where the recipe names a cache that does not hold all of its run."""
     if recipe.teacher_cache is None:
         return None
     vocab_size = parts.student.config.get_text_config().vocab_size
     # One process reads all data once; the others need the folder alone.
-    _on_main(accelerator, lambda: cache_teacher.open_for(recipe, vocab_size).check_all(all_rows(source)))
+    _on_main(accelerator, lambda: cache_teacher.check(recipe, tokenizer, vocab_size))
     return cache_teacher.open_for(recipe, vocab_size)
 
 
@@ -225,18 +238,6 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     recipe, accelerator, engine, position = setup.recipe, setup.accelerator, setup.engine, setup.position
     settings, is_main, device = recipe.optimizer, accelerator.is_main_process, accelerator.device
     micro_steps = num_micro_steps(recipe, accelerator.num_processes)
-    batches = iter(
-        DataLoader(
-            setup.source,
-            batch_sampler=RankBatches(
-                first=position.step * recipe.batch_size,
-                last=recipe.steps * recipe.batch_size,
-                size=recipe.micro_batch_size,
-                rank=accelerator.process_index // recipe.sequence_parallel,
-                num_ranks=accelerator.num_processes // recipe.sequence_parallel,
-            ),
-        )
-    )
     layer_indices = [layer.index for layer in state_of(setup.parts.student).layers]
     path = setup.folder / "metrics.jsonl" if is_main else Path(os.devnull)
     with path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
@@ -246,7 +247,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             engine.set_learning_rate(factor)
 
-            read = [next(batches) for _ in range(micro_steps)]
+            data = setup.stream.next_step()
+            read = data.micro_batches
             if setup.teacher_cache is not None:
                 read = [setup.teacher_cache.add_to(batch) for batch in read]
             if setup.rows is not None:
@@ -258,7 +260,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
             num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
             normalizer = Normalizer(num_predictions, recipe.batch_size)
-            totals = torch.zeros(5, device=device)
+            totals = torch.zeros(5 + accelerator.num_processes, device=device)
             rate_LH = 0.0
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
@@ -268,9 +270,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 rate_LH = rate_LH + output.head_rate_LH / micro_steps
             # All processes hear of a signal that one of them got, and stop after the same step.
             totals[4] = float(stop.signal is not None)
+            totals[5 + accelerator.process_index] = data.waited
             summed = accelerator.reduce(torch.cat([totals, rate_LH.flatten().float()]), "sum")
-            kl, compression, evicted, decided, stops = summed[:5].tolist()
-            rate_LH = summed[5:].view_as(rate_LH) / accelerator.num_processes
+            kl, compression, evicted, decided, stops, *waited = summed[: len(totals)].tolist()
+            rate_LH = summed[len(totals) :].view_as(rate_LH) / accelerator.num_processes
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -282,7 +285,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 raise FloatingPointError(f"{error} at step {step}; lower optimizer.lr, or look at the data of this step") from None
 
             seconds = time.perf_counter() - step_start
-            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds)
+            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
             if is_main:
                 metrics = {
                     "step": step,
@@ -297,6 +300,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                     "tokens": position.tokens,
                     "tokens_per_second": num_tokens / seconds,
                     "seconds": seconds,
+                    "data_wait_ms": 1000.0 * max(waited),
+                    "cost_balance": data.cost_balance,
+                    "padding": data.padding,
+                    "documents": data.counts,
                 }
                 metrics_file.write(json.dumps(metrics) + "\n")
                 metrics_file.flush()

@@ -58,7 +58,7 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         trainable=recipe.trainable,
         precision=recipe.precision,
         length=recipe.data.length,
-        packed=recipe.data.source != "builtin",
+        packed=recipe.data.packs,
         steps=recipe.steps,
         ramp=recipe.ramp,
         target_cr=recipe.target_cr,

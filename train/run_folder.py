@@ -20,7 +20,19 @@ LOCK_FILE = ".lock"
 # What a process that was killed while making the folder leaves.
 _BARELY_BEGUN = {LOCK_FILE, "metrics.jsonl", "metrics.jsonl.new", "recipe.yaml.new"}
 # Where a run's files go and how they are kept, followed and measured: free to change when it is continued.
-_FREE = ("output_dir", "overwrite", "resume", "save", "tracking", "evaluation", "timeout_minutes", "zero.nvme_path", "teacher_cache.path")
+_FREE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "save",
+    "tracking",
+    "evaluation",
+    "timeout_minutes",
+    "zero.nvme_path",
+    "teacher_cache.path",
+    "data.prefetch",
+    "data.workers",
+)
 # These change the order of sums and nothing else: an out-of-memory run can be continued with smaller pieces.
 _SAME_SUMS = ("micro_batch_size", "loss_chunk", "activation_checkpointing", "offload_activations")
 

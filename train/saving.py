@@ -40,11 +40,12 @@ _ZERO_STATE = {
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands after `step`. Data, noise and schedule are functions of the step alone."""
+    """Where a run stands after `step`. data: the stream's state. Noise and schedule are functions of the step alone."""
 
     step: int = 0
     tokens: int = 0
     training_seconds: float = 0.0
+    data: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

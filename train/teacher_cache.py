@@ -3,6 +3,7 @@
     FOLDER/manifest.json       whose they are: base, vocabulary, how many tokens, precision
     FOLDER/NAME.safetensors    a shard: for each of its rows, by key, ids [T, K], log_probs [T, K] and log_tail [T]
     FOLDER/NAME.json           its rows, each with a hash of its tensors; written last, so that a shard without it does not count
+    FOLDER/NAME.whole          every row of a run of that name is there
 
 Letters: B rows, T tokens of a row, K tokens known of each distribution.
 """
@@ -10,10 +11,9 @@ Letters: B rows, T tokens of a row, K tokens known of each distribution.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,6 +109,20 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def mark(self, run: str) -> None:
+        """Note that every row of a run is in the shards that are there now."""
+        _write_text(self.folder / f"{run}.whole", json.dumps(sorted(self._shards())))
+
+    def is_marked(self, run: str) -> bool:
+        """Whether that was noted, and none of those shards is gone or cut since."""
+        try:
+            return set(json.loads((self.folder / f"{run}.whole").read_text(encoding="utf-8"))) <= self._shards()
+        except (OSError, ValueError):
+            return False
+
+    def _shards(self) -> set[str]:
+        return {place.shard.name for place in self._rows.values()}
+
     def check_all(self, rows: Iterable[dict[str, torch.Tensor]]) -> None:
         """Raises ValueError where rows of a run are missing."""
         missing = total = 0
@@ -166,11 +180,6 @@ class TeacherCache:
         if ids_TK.shape[1] > K:
             log_tail_T = torch.cat([log_probs_TK[:, K:], log_tail_T[:, None]], dim=1).logsumexp(1)
         return [ids_TK[:, :K], log_probs_TK[:, :K], log_tail_T]
-
-
-def all_rows(source: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Every sequence that a run will train on, in order: input_ids, segment_ids and position_ids [T] among what each has."""
-    return (source[number] for number in range(len(source)))
 
 
 def _check_same(folder: Path, found: Teacher, wanted: Teacher) -> None:

@@ -16,10 +16,9 @@ from jobs import Job, read_metrics
 from dms import models
 from dms.retrofitting import retrofit
 from dms.train import cache_teacher, loop, students
-from dms.train.data.sequences import make_source
 from dms.train.recipe import RetrofitRecipe
 from dms.train.step import HeadLoss, Normalizer, distill_step
-from dms.train.teacher_cache import BATCH_KEYS, all_rows, row_key
+from dms.train.teacher_cache import BATCH_KEYS, row_key
 from dms_kernels import top_log_probs
 
 
@@ -38,7 +37,7 @@ def cached(make_values, tmp_path_factory):
 
 
 def source_of(recipe):
-    return make_source(models.load_tokenizer(recipe.model), recipe.data, recipe.steps * recipe.batch_size, recipe.seed)
+    return list(cache_teacher.rows_of(recipe, models.load_tokenizer(recipe.model)))
 
 
 def batch_of(recipe, numbers):
@@ -190,7 +189,9 @@ def test_damage_is_noticed(cached, tmp_path):
     # One that was cut is as one that is missing, and is written again.
     shard.write_bytes(content[:-5])
     with pytest.raises(ValueError, match="lacks 32 of the run's 32 sequences"):
-        cache_teacher.open_for(recipe, 1024).check_all(all_rows(source_of(recipe)))
+        cache_teacher.check(recipe, models.load_tokenizer(recipe.model), 1024)
+    with pytest.raises(ValueError, match="lacks 32 of the run's 32 sequences"):
+        cache_teacher.open_for(recipe, 1024).check_all(source_of(recipe))
     assert cache_teacher.write(recipe)["written"] == 32
     cache_teacher.open_for(recipe, 1024).add_to(batch_of(recipe, range(32)))
 
@@ -252,7 +253,7 @@ def test_a_killed_writer_goes_on_where_it_was(cached, tmp_path):
     assert 0 < counts["there"] < 32 and counts["written"] + counts["there"] == 32
     untouched = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
     assert all(untouched[name] == when for name, when in before.items() if name != victim.with_suffix(".json").name)
-    cache_teacher.open_for(load(values), 1024).check_all(all_rows(source_of(load(values))))
+    cache_teacher.open_for(load(values), 1024).check_all(source_of(load(values)))
     assert cache_teacher.write(load(values))["written"] == 0
 
 

@@ -1,0 +1,20 @@
+"""Documents that can be told apart, and what micro-batches hold of them."""
+
+from random import Random
+
+
+def texts(count, seed=0, low=3, high=60):
+    """Documents of different lengths, none like another."""
+    rng = Random(seed)
+    return [f"document {seed}.{number} " + "word " * rng.randint(low, high) for number in range(count)]
+
+
+def documents_of(batches):
+    """The pieces of micro-batches: (ids, whether each token's prediction counts), padding left out."""
+    found = []
+    for batch in batches:
+        for ids, segment, counted in zip(batch["input_ids"], batch["segment_ids"], batch["loss_mask"], strict=True):
+            for number in range(1, int(segment.max()) + 1):
+                inside = segment == number
+                found.append((tuple(ids[inside].tolist()), tuple(counted[inside].tolist())))
+    return found

@@ -1,0 +1,282 @@
+"""From a row to a document: which of its columns, as which tokens, and which of their predictions the loss counts.
+
+The prediction made at a token is that of the next one. T: tokens of the document.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dms.train.data.settings import Condition, Filter, Origin
+from dms.train.data.shards import Row
+
+
+class Rendered(NamedTuple):
+    """ids_T int32, counted_T bool. where: what messages call it. left_out: "", or why it is none: filtered, empty or bad, with `problem`."""
+
+    where: str
+    ids: np.ndarray | None = None
+    counted: np.ndarray | None = None
+    left_out: str = ""
+    problem: str = ""
+
+
+class _Bad(Exception):
+    """A row that is not as the recipe says."""
+
+
+Render = Callable[[list[Row]], list[Rendered]]
+
+
+def columns_of(origin: Origin) -> list[str]:
+    """The columns that are read."""
+    content = [origin.messages] if origin.messages else [origin.prompt, origin.completion] if origin.prompt else [origin.field]
+    return list(dict.fromkeys([name for name in content if name is not None] + list(origin.filter.where)))
+
+
+def make_render(tokenizer: Any, origin: Origin) -> Render:
+    """Raises ValueError where the tokenizer cannot do what the source asks for."""
+    if origin.messages is not None:
+        render: Callable = _Chats(tokenizer, origin)
+    elif origin.prompt is not None:
+        render = _Pairs(tokenizer, origin)
+    else:
+        render = _Texts(tokenizer, origin)
+
+    def each(rows: list[Row]) -> list[Rendered]:
+        chosen = [_choose(row, origin, render.text) for row in rows]
+        passed = [place for place, (_, rendered) in enumerate(chosen) if rendered is None]
+        results = [rendered for _, rendered in chosen]
+        for place, made in zip(passed, render([rows[place].values for place in passed]), strict=True):
+            results[place] = made._replace(where=rows[place].where)
+        return results
+
+    return each
+
+
+def _choose(row: Row, origin: Origin, text_of: Callable[[dict], str]) -> tuple[str, Rendered | None]:
+    """The row's text, and what it is if it is no document."""
+    if row.values is None:
+        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} {row.problem}")
+    try:
+        text = text_of(row.values)
+        if not text.strip():
+            return "", Rendered(row.where, left_out="empty")
+        # Half of a surrogate pair is legal in JSON and no tokenizer reads it.
+        text.encode("utf-8")
+        if not passes(origin.filter, row.values, text):
+            return "", Rendered(row.where, left_out="filtered")
+    except UnicodeEncodeError as error:
+        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} is no Unicode text: {error}")
+    except _Bad as error:
+        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} {error}")
+    return text, None
+
+
+def passes(rules: Filter, values: dict[str, Any], text: str) -> bool:
+    if rules.min_chars is not None and len(text) < rules.min_chars:
+        return False
+    if rules.max_chars is not None and len(text) > rules.max_chars:
+        return False
+    if rules.matches is not None and re.search(rules.matches, text) is None:
+        return False
+    if rules.excludes is not None and re.search(rules.excludes, text) is not None:
+        return False
+    return all(_holds(condition, column, values) for column, condition in rules.where.items())
+
+
+def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
+    if column not in values:
+        raise _Bad(f"has no {column!r}, which data.filter.where asks for; it has: {', '.join(values)}")
+    value = values[column]
+    if value is None:
+        return False
+    if condition.eq is not None and value != condition.eq:
+        return False
+    if condition.ne is not None and value == condition.ne:
+        return False
+    if condition.one_of is not None and value not in condition.one_of:
+        return False
+    bounds = [bound for bound in (condition.lt, condition.le, condition.gt, condition.ge) if bound is not None]
+    if bounds and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise _Bad(f"has {value!r} under {column!r}, which data.filter.where compares with the number {bounds[0]:g}")
+    return (
+        (condition.lt is None or value < condition.lt)
+        and (condition.le is None or value <= condition.le)
+        and (condition.gt is None or value > condition.gt)
+        and (condition.ge is None or value >= condition.ge)
+    )
+
+
+def _string(values: dict[str, Any], column: str, setting: str) -> str:
+    if not isinstance(values.get(column), str):
+        raise _Bad(f"has no text under {setting} {column!r}; it has: {', '.join(values)}")
+    return values[column]
+
+
+class _Ids:
+    """The tokenizer's special tokens around a text, once each whatever the text already holds."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+
+    def begin(self, texts: list[str]) -> list[list[int]]:
+        """Ids as the tokenizer makes them; a text that spells the first special token out does not get it twice."""
+        bos = self.tokenizer.bos_token
+        spelled = [bool(bos) and text.startswith(bos) for text in texts]
+        made: list[list[int]] = [[] for _ in texts]
+        for with_bos in (False, True):
+            places = [place for place, spells in enumerate(spelled) if spells == with_bos]
+            if places:
+                ids = self.tokenizer([texts[place] for place in places], add_special_tokens=not with_bos)["input_ids"]
+                for place, found in zip(places, ids, strict=True):
+                    made[place] = found
+        return made
+
+    def end(self, ids: list[int]) -> list[int]:
+        return ids if self.eos is None or (ids and ids[-1] == self.eos) else [*ids, self.eos]
+
+
+def _all(ids: list[int]) -> Rendered:
+    return Rendered("", np.asarray(ids, np.int32), np.ones(len(ids), bool))
+
+
+class _Texts:
+    def __init__(self, tokenizer: Any, origin: Origin):
+        self.ids, self.origin = _Ids(tokenizer), origin
+
+    def text(self, values: dict[str, Any]) -> str:
+        return _string(values, self.origin.field, "data.field")
+
+    def __call__(self, rows: list[dict]) -> list[Rendered]:
+        return [_all(self.ids.end(ids)) for ids in self.ids.begin([row[self.origin.field] for row in rows])]
+
+
+class _Pairs:
+    """Prompt and completion, tokenised apart, so that the border between them is a border of tokens."""
+
+    def __init__(self, tokenizer: Any, origin: Origin):
+        self.ids, self.origin = _Ids(tokenizer), origin
+
+    def text(self, values: dict[str, Any]) -> str:
+        prompt = _string(values, self.origin.prompt, "data.prompt")
+        completion = _string(values, self.origin.completion, "data.completion")
+        return prompt + completion if completion else ""
+
+    def __call__(self, rows: list[dict]) -> list[Rendered]:
+        if not rows:
+            return []
+        prompts = self.ids.begin([row[self.origin.prompt] for row in rows])
+        completions = self.ids.tokenizer([row[self.origin.completion] for row in rows], add_special_tokens=False)["input_ids"]
+        made = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = self.ids.end([*prompt, *completion])
+            rendered = _all(ids)
+            if self.origin.loss_on == "completions":
+                rendered = rendered._replace(counted=predicting(len(ids), [(len(prompt), len(ids))]))
+            made.append(rendered)
+        return made
+
+
+def predicting(length: int, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens predict a token of the spans [start, end)."""
+    counted = np.zeros(length, bool)
+    for start, end in spans:
+        counted[max(0, start - 1) : end - 1] = True
+    return counted
+
+
+class _Chats:
+    """Chats by the tokenizer's template; its own marks of what the assistant says, or else its prompts, tell the spans."""
+
+    def __init__(self, tokenizer: Any, origin: Origin):
+        self.tokenizer, self.origin = tokenizer, origin
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise ValueError(
+                f"data.messages: the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+                "use a model with one, or data.prompt and data.completion"
+            )
+        self.is_marked = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        if origin.loss_on == "completions":
+            if not tokenizer.is_fast:
+                raise ValueError("data.loss_on: completions needs a fast tokenizer, which says where in the text its tokens stand")
+            self._try_out()
+
+    def _try_out(self) -> None:
+        turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+        try:
+            self._spans(turns)
+        except _Bad as error:
+            raise ValueError(f"data.loss_on: completions cannot be used with this model: a chat {error}; use loss_on: all") from None
+
+    def text(self, values: dict[str, Any]) -> str:
+        return "\n".join(turn["content"] or "" for turn in self._turns(values))
+
+    def _turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        turns, column = values.get(self.origin.messages), self.origin.messages
+        if not isinstance(turns, list) or not turns:
+            raise _Bad(f"has no list of messages under data.messages {column!r}; it has: {', '.join(values)}")
+        for turn in turns:
+            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str | None):
+                raise _Bad(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
+        return [{**turn, "content": turn.get("content")} for turn in turns]
+
+    def __call__(self, rows: list[dict]) -> list[Rendered]:
+        return [self._render(self._turns(row)) for row in rows]
+
+    def _render(self, turns: list[dict[str, Any]]) -> Rendered:
+        try:
+            if self.origin.loss_on == "all":
+                return _all(self.tokenizer(self._template(turns), add_special_tokens=False)["input_ids"])
+            ids, spans = self._spans(turns)
+            return Rendered("", np.asarray(ids, np.int32), predicting(len(ids), spans))
+        except _Bad as error:
+            return Rendered("", left_out="bad", problem=str(error))
+
+    def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        except Exception as error:
+            # A template raises what its author chose, jinja's errors and Python's own.
+            raise _Bad(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+
+    def _spans(self, turns: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The chat's ids, and the spans of tokens that the assistant says."""
+        if self.is_marked:
+            try:
+                made = self.tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+            except Exception as error:
+                raise _Bad(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+            edges = np.flatnonzero(np.diff([0, *made["assistant_masks"], 0]))
+            return made["input_ids"], list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        whole = self._template(turns)
+        made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = (np.array(side) for side in zip(*made["offset_mapping"], strict=True))
+        spans = []
+        for start, end in self._said(turns, whole):
+            # A token on the border would be half the prompt's.
+            if ((starts < start) & (ends > start)).any() or ((starts < end) & (ends > end)).any():
+                raise _Bad("has a token that is half an assistant's turn and half what the template writes around it")
+            inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
+            if len(inside):
+                spans.append((int(inside[0]), int(inside[-1]) + 1))
+        return made["input_ids"], spans
+
+    def _said(self, turns: list[dict[str, Any]], whole: str) -> list[tuple[int, int]]:
+        """Characters of each assistant's turn: from the end of its prompt to where the chat without later turns ends."""
+        said = []
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._template(turns[:number], add_generation_prompt=True)
+            after = self._template(turns[: number + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise _Bad(
+                    f"is written otherwise by the chat template once more turns follow (message {number + 1}), and the template "
+                    "does not mark what the assistant says ({% generation %})"
+                )
+            said.append((len(before), len(after)))
+        return said

@@ -1,0 +1,331 @@
+"""What the training loop reads: each step's micro-batches, made ahead of it by one process of each node.
+
+That process reads, tokenises and plans in threads, a bounded number of steps ahead, and hands every other process of its node its
+rows. Each node's reader makes the same plan.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from dms.train.data import hub
+from dms.train.data.batches import Rows, make_rows, micro_batches
+from dms.train.data.cost import Cost
+from dms.train.data.mixture import Mixture, PlannedStep, State
+from dms.train.data.planner import deal, imbalance, window_steps
+from dms.train.data.reading import BuiltinReader, Reader
+from dms.train.data.render import columns_of, make_render
+from dms.train.data.settings import Data, Origin
+from dms.train.data.shards import JsonLines, Parquet, TextFiles
+
+_POLL_SECONDS = 0.2
+# Of a state in JSON: some 30 for a stretch of a document, and as many for a source.
+STATE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One step of one process. padding: share of all its rows' tokens, over all processes. cost_balance: the most that a group of ranks
+    has to do over the mean. counts: what became of documents so far. waited: seconds that the caller waited for this."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    padding: float
+    cost_balance: float
+    counts: dict[str, int]
+    waited: float
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """What a process gets of a step."""
+
+    rows: Rows
+    padding: float
+    cost_balance: float
+    counts: dict[str, int]
+    state: State
+
+
+@dataclass(frozen=True)
+class Node:
+    """The processes of this machine that share a reader. group: theirs, None for one alone. data_groups: whose rows each trains on."""
+
+    rank: int = 0
+    group: Any = None
+    data_groups: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def reads(self) -> bool:
+        return self.rank == 0
+
+
+def join_node(data_group: int, timeout: timedelta) -> Node:
+    """Find the processes of this machine. All processes call it together."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return Node(data_groups=[data_group])
+    # A launcher that says nothing of nodes: each process reads for itself.
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here, mine = torch.distributed.get_rank() // size, None
+    for node in range(torch.distributed.get_world_size() // size):
+        made = torch.distributed.new_group(list(range(node * size, (node + 1) * size)), timeout=timeout, backend="gloo")
+        mine = made if node == here else mine
+    if size == 1:
+        return Node(data_groups=[data_group])
+    data_groups = [0] * size
+    torch.distributed.all_gather_object(data_groups, data_group, group=mine)
+    return Node(torch.distributed.get_rank() % size, mine, data_groups)
+
+
+def open_reader(
+    tokenizer: Any, origin: Origin, number: int, data: Data, seed: int, say: Callable[[str], None], render: Any = None
+) -> Reader | BuiltinReader:
+    """One source's documents. Raises ValueError for what is missing or does not fit."""
+    if origin.source == "builtin":
+        return BuiltinReader(tokenizer, origin, number, data.length, seed)
+    columns = columns_of(origin)
+    if origin.source == "dataset":
+        shards: Any = hub.load(origin, columns)
+    elif origin.source == "parquet":
+        shards = Parquet(origin, columns, skips=data.bad_shards == "skip")
+    else:
+        shards = {"text": TextFiles, "jsonl": JsonLines}[origin.source](origin)
+    render = render or make_render(tokenizer, origin)
+    return Reader(origin, number, shards, render, seed=seed, skips=data.bad_shards == "skip", workers=data.workers, say=say)
+
+
+def open_mixture(
+    tokenizer: Any, data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost, say: Callable[[str], None] = print
+) -> Mixture:
+    """The run's rows, step by step, as functions of recipe and files alone. Raises ValueError as `open_reader`."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    # Of its own: tokenizers may not be used by several threads while one changes its settings.
+    tokenizer = copy.deepcopy(tokenizer)
+    # What is longer than the model's context is split here, and nothing to warn of.
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    readers = [open_reader(tokenizer, origin, number, data, seed, say) for number, origin in enumerate(data.all_sources)]
+    if data.workers > 1:
+        executor = ThreadPoolExecutor(data.workers, thread_name_prefix="data")
+        for reader in readers:
+            reader.executor = executor
+    return Mixture(readers, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost)
+
+
+def padding_id(tokenizer: Any) -> int:
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def open_data(
+    tokenizer: Any,
+    data: Data,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    steps: int,
+    seed: int,
+    cost: Cost,
+    group: int = 0,
+    num_groups: int = 1,
+    timeout: timedelta = timedelta(minutes=30),
+    say: Callable[[str], None] = print,
+) -> "Stream":
+    """The training data of one process; all processes call it together.
+
+    group, num_groups: which share of each step's rows it trains on, of how many. Ranks of one group get the same rows.
+
+    Raises:
+        ValueError: data that is missing, unreadable, empty or not as the recipe says.
+    """
+    node = join_node(group, timeout)
+    mixture, problem = None, None
+    if node.reads:
+        try:
+            mixture = open_mixture(tokenizer, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost, say=say)
+        except Exception as error:
+            if node.group is None:
+                raise
+            problem = error
+    return Stream(
+        mixture,
+        data,
+        pad_id=padding_id(tokenizer),
+        micro_batch_size=micro_batch_size,
+        group=group,
+        num_groups=num_groups,
+        node=node,
+        problem=problem,
+    )
+
+
+def all_rows(mixture: Mixture, pad_id: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Every row that a run trains on, in order: tensors [T] as in batches, and its number."""
+    for planned in mixture.planned(mixture.first_state()):
+        for batch in micro_batches(make_rows(planned.rows, mixture.data.length, pad_id), 1):
+            yield {name: value[0] for name, value in batch.items()}
+
+
+class _Ahead:
+    """A thread that runs an iterator a bounded number of items ahead of who reads it."""
+
+    def __init__(self, items: Iterator[Any], ahead: int):
+        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=ahead), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self.items:
+                self._put((item, None))
+                if self.stopped.is_set():
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the item is asked for
+            self._put((None, error))
+
+    def _put(self, item: tuple) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+        return None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while not self.stopped.is_set():
+            try:
+                item, error = self.queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            return item
+        raise StopIteration
+
+
+class Stream:
+    """The run's steps in order. All processes make it, and call `next_step` and `seek`, together.
+
+    mixture: on the node's reader only; problem: why it could not be opened. sample_ids: the first tokens of the run. digest: of the
+    sources' files and the first step's rows; whether data that a run goes on with is the data that it began with.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture | None,
+        data: Data,
+        *,
+        pad_id: int,
+        micro_batch_size: int,
+        group: int,
+        num_groups: int,
+        node: Node,
+        problem: Exception | None = None,
+    ):
+        self.mixture, self.data, self.pad_id, self.node = mixture, data, pad_id, node
+        self.micro_batch_size, self.group, self.num_groups = micro_batch_size, group, num_groups
+        self._planned: Iterator[PlannedStep] = iter(())
+        self._made: Iterator[list[_Handed]] | None = None
+        self._threads: list[_Ahead] = []
+        self._state: State | None = None
+        self.digest, self.sample_ids = self._hand_out(self._look, problem)
+
+    def _look(self) -> list[tuple[str, list[int]]]:
+        """Plan the first steps, for what is wrong with the data and for what the run makes sure of."""
+        planned = self.mixture.planned(self.mixture.first_state())
+        first = next(planned)
+        self._planned = itertools.chain([first], planned)
+        rows = make_rows(first.rows, self.data.length, self.pad_id)
+        digest = hashlib.sha256(json.dumps([reader.fingerprint() for reader in self.mixture.readers]).encode())
+        digest.update(rows.ids.tobytes())
+        return [(digest.hexdigest()[:32], rows.ids[0].tolist())] * len(self.node.data_groups)
+
+    def seek(self, state: State) -> None:
+        """Go to where a checkpoint's `state()` was taken; the next step is the one after."""
+        self.close()
+        self._state = state
+        if self.mixture is not None:
+            self._planned = self.mixture.planned(state)
+
+    def state(self) -> State | None:
+        """A small JSON-able dictionary: where the run stands after the last step that was handed out. None before the first."""
+        assert len(json.dumps(self._state)) <= STATE_BYTES
+        return self._state
+
+    def next_step(self) -> StepData:
+        """The next step's micro-batches. Raises ValueError for data that cannot be read, with its place."""
+        start = time.perf_counter()
+        handed = self._hand_out(self._read)
+        self._state = handed.state
+        batches = micro_batches(handed.rows, self.micro_batch_size)
+        return StepData(batches, handed.padding, handed.cost_balance, handed.counts, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """End the threads. A later `next_step` would leave out the steps that they had made, so `seek` first."""
+        for ahead in self._threads:
+            ahead.stopped.set()
+        for ahead in self._threads:
+            ahead.thread.join()
+        self._made, self._threads = None, []
+
+    def _read(self) -> list[_Handed]:
+        if self._made is None:
+            self._made = self._start()
+        made = next(self._made, None)
+        assert made is not None, "the run's last step was read"
+        return made
+
+    def _start(self) -> Iterator[list[_Handed]]:
+        if self.data.prefetch == 0:
+            return map(self._make, self._planned)
+        # The next window is read and planned while this one is trained on; only its tokens wait in memory.
+        planned = _Ahead(self._planned, window_steps(self.mixture.batch_size))
+        made = _Ahead(map(self._make, planned), self.data.prefetch)
+        self._threads = [planned, made]
+        return made
+
+    def _make(self, planned: PlannedStep) -> list[_Handed]:
+        """What each process of this node gets of a step."""
+        costs = [row.cost for row in planned.rows]
+        dealt = deal(costs, self.num_groups, self.micro_batch_size)
+        used = sum(piece.length for row in planned.rows for piece in row.pieces)
+        padding = 1.0 - used / (len(planned.rows) * self.data.length)
+        here = sorted(set(self.node.data_groups))
+        rows = {group: make_rows([planned.rows[row] for row in dealt[group]], self.data.length, self.pad_id) for group in here}
+        balance = imbalance(costs, dealt)
+        return [_Handed(rows[group], padding, balance, planned.counts, planned.state) for group in self.node.data_groups]
+
+    def _hand_out(self, read: Callable[[], list[Any]], problem: Exception | None = None) -> Any:
+        """What the node's reader reads for each of its processes, or its error."""
+        if self.node.group is None:
+            return read()[0]
+        parts: list[Any] = [None] * len(self.node.data_groups)
+        if self.node.reads and problem is None:
+            try:
+                parts = read()
+            except Exception as error:  # noqa: BLE001 - it is raised below, after the others heard of it
+                problem = error
+        out: list[Any] = [None]
+        reader = torch.distributed.get_global_rank(self.node.group, 0)
+        torch.distributed.scatter_object_list(out, parts if self.node.reads else None, src=reader, group=self.node.group)
+        if problem is not None:
+            raise problem
+        if out[0] is None:
+            # The reader says it for all, and ends first.
+            time.sleep(2.0)
+            raise SystemExit(2)
+        return out[0]
