@@ -164,7 +164,7 @@ def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console 
     settings = recipe.optimizer
     shared = {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
     if recipe.zero.offload_optimizer != "none":
-        reason = _why_no_compiled_adam()
+        reason = _why_no_compiled_adam(console)
         if reason is None:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -174,7 +174,7 @@ def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console 
     return torch.optim.AdamW(groups, **shared)
 
 
-def _why_no_compiled_adam() -> str | None:
+def _why_no_compiled_adam(console: Console | None) -> str | None:
     """Why DeepSpeedCPUAdam cannot be built here, or None after it was (about 40 s the first time)."""
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     everywhere = [missing]
@@ -185,7 +185,15 @@ def _why_no_compiled_adam() -> str | None:
     if missing := next((names for names in everywhere if names), None):
         return f"{' and '.join(missing)} not on PATH"
     from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import get_default_build_root
 
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/cpu_adam/lock"), *root.glob("cpu_adam/lock")]:
+        if console is not None:
+            # A process that was killed at it leaves the file, and PyTorch waits for its end without a word.
+            console.print(
+                f"waiting for another process that builds DeepSpeed's Adam; if none does, delete {lock}", highlight=False, markup=False
+            )
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the run does not need this one

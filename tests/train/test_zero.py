@@ -181,6 +181,19 @@ def test_without_a_compiler_the_offloaded_optimizer_is_torchs_and_says_so(make_v
     assert "slower than DeepSpeed's: g++ and ninja not on PATH" in capsys.readouterr().out
 
 
+def test_waiting_for_another_build_is_said(tmp_path, monkeypatch, capsys):
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from rich.console import Console
+
+    (tmp_path / "py_cpu" / "cpu_adam").mkdir(parents=True)
+    lock = tmp_path / "py_cpu" / "cpu_adam" / "lock"
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(CPUAdamBuilder, "load", lambda self, verbose: None)
+    assert engine._why_no_compiled_adam(Console(width=1000)) is None
+    assert f"if none does, delete {lock}" in capsys.readouterr().out
+
+
 def test_a_killed_process_ends_the_job_with_its_name_and_the_checkpoint(make_values, tmp_path):
     job = Job(make_values(tmp_path / "run", steps=4000, save={"every": 3}), 2)
     job.wait_for_step(5)
