@@ -200,6 +200,10 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         write_config(folder, recipe, num_processes)
         tracker = open_tracker(recipe, folder, console, run_id=saved.manifest["run_id"] if saved else None, step=position.step)
         describe_start(console, recipe, parts.student, sum(num_elements(p) for p in parts.trained.values()))
+    if recipe.offload_activations and accelerator.device.type == "cpu":
+        console.print(
+            "offload_activations saves nothing here: without a GPU activations rest in the memory that they were in", highlight=False
+        )
     if saved is not None:
         console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
     return Setup(

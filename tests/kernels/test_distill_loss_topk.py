@@ -37,7 +37,7 @@ def _forward_backward(function, tensors, **options):
     return {"total": total.detach(), "count": count, **{name: x.grad for name, x in tensors.items() if x.requires_grad}}
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 20),
     V=st.integers(2, 30),

@@ -105,33 +105,27 @@ def test_the_step_with_it_is_the_exact_step_but_for_the_tail(cached):
     assert differences[0][1] > differences[2][1]
 
 
-def test_a_run_with_it_runs_no_teacher(cached, tmp_path, monkeypatch):
-    modes, original = [], loop.distill_step
+@pytest.mark.parametrize("trainable", [pytest.param("gates", marks=pytest.mark.slow), "all"])
+def test_runs_share_it_run_no_teacher_and_end_where_exact_ones_do(cached, tmp_path, trainable, monkeypatch):
+    changes = {"target_cr": 3, "dms": {"window": 12}, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
+    if trainable == "all":
+        changes |= {"trainable": "all", "optimizer": {"lr": 1e-3, "base_lr": 1e-5, "warmup_steps": 1}}
+    built, modes, build, step = [], [], students.build, loop.distill_step
+    monkeypatch.setattr(students, "build", lambda *args: built.append(build(*args)) or built[-1])
 
     def watched(student, *args, **kwargs):
         hook = student.dms.decoder.register_forward_pre_hook(lambda *_: modes.append(student.dms.mode))
         try:
-            return original(student, *args, **kwargs)
+            return step(student, *args, **kwargs)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(loop, "distill_step", watched)
-    loop.run(load(cached, output_dir=str(tmp_path / "run")))
-    # Eight steps of two micro-batches.
-    assert modes == ["train"] * 16
-
-
-@pytest.mark.parametrize("trainable", ["gates", "all"])
-def test_runs_share_it_and_end_where_exact_ones_do(cached, tmp_path, trainable, monkeypatch):
-    changes = {"target_cr": 3, "dms": {"window": 12}, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
-    if trainable == "all":
-        changes |= {"trainable": "all", "optimizer": {"lr": 1e-3, "base_lr": 1e-5, "warmup_steps": 1}}
-    built = []
-    build = students.build
-    monkeypatch.setattr(students, "build", lambda *args: built.append(build(*args)) or built[-1])
     plain = {name: value for name, value in cached.items() if name != "teacher_cache"}
     exact = loop.run(load(plain, **changes, output_dir=str(tmp_path / "exact")))
+    monkeypatch.setattr(loop, "distill_step", watched)
     found = loop.run(load(cached, **changes, output_dir=str(tmp_path / "cached")))
+    # Eight steps of two micro-batches.
+    assert modes == ["train"] * 16
     # No copy of the base is held for a pass that is not taken, and yet its scores are there.
     assert [parts.teacher is None for parts in built] == [trainable == "gates", True]
     assert found["policies"]["dense"]["bits_per_byte"] == pytest.approx(exact["policies"]["dense"]["bits_per_byte"], rel=1e-6)
@@ -194,6 +188,10 @@ def test_damage_is_noticed(cached, tmp_path):
         cache_teacher.open_for(recipe, 1024).check_all(source_of(recipe))
     assert cache_teacher.write(recipe)["written"] == 32
     cache_teacher.open_for(recipe, 1024).add_to(batch_of(recipe, range(32)))
+    # And one whose description was not written yet.
+    shard.with_suffix(".json").unlink()
+    (folder / ".torn.1.new").write_bytes(b"half")
+    assert cache_teacher.write(recipe)["there"] == 0
 
 
 def test_parts_make_one_cache(cached, tmp_path):
@@ -230,6 +228,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_goes_on_where_it_was(cached, tmp_path):
     """Cut off by SIGKILL, a shard a micro-batch: what was whole is kept, what was not is written again."""
     folder = tmp_path / "cache"
