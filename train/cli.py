@@ -106,6 +106,21 @@ def pretrain(
     run(loaded)
 
 
+@app.command("generate-data")
+def generate_data(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/generate.")], overrides: Overrides = None
+) -> None:
+    """Write the dense model's own completions of prompts as training data; repeated, it goes on where it was."""
+    from dms.train.generate_recipe import GenerateRecipe
+    from dms.train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], GenerateRecipe)
+    _prepare_environment(loaded.precision)
+    from dms.train.generate_data import run
+
+    run(loaded)
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],

@@ -129,5 +129,5 @@ def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
     code = "import sys; sys.argv=['dms','--help']\nfrom dms.train import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('HEAVY', [m for m in ('torch','transformers','datasets','wandb','matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in out
-    for command in ("retrofit", "pretrain", "evaluate", "generate", "export", "doctor"):
+    for command in ("retrofit", "pretrain", "generate-data", "evaluate", "generate", "export", "doctor"):
         assert command in out

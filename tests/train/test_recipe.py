@@ -3,6 +3,7 @@ import importlib
 import pytest
 import yaml
 
+from dms.train.generate_recipe import GenerateRecipe
 from dms.train.recipe import PretrainRecipe, RetrofitRecipe
 from dms.train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
@@ -30,7 +31,7 @@ def refusal(path, *overrides):
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
 def test_every_packaged_recipe_loads(name):
-    schema = PretrainRecipe if name.endswith("pretrain") else RetrofitRecipe
+    schema = {"pretrain": PretrainRecipe, "generate": GenerateRecipe}.get(name.rpartition("/")[2], RetrofitRecipe)
     recipe = load_recipe(name, [], schema)
     again = yaml.safe_load(dump_recipe(recipe))
     assert schema.model_validate(again) == recipe

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dms.train.data.cost import Cost
-from dms.train.data.planner import Piece, balance_rows, compose, pack, window_steps
+from dms.train.data.planner import Piece, balance_rows, compose, pack, window_after
 from dms.train.data.reading import BuiltinReader, Cursor, Document, Reader
 from dms.train.data.settings import Data
 
@@ -75,7 +75,7 @@ class _Window:
     def plan(self) -> list[PlannedStep]:
         """Read and plan the next window's steps; afterwards this stands behind it."""
         mixture, data = self.mixture, self.mixture.data
-        first, num_steps = self.step + 1, min(window_steps(mixture.batch_size), mixture.steps - self.step)
+        first, num_steps = self.step + 1, window_after(self.step, mixture.steps, mixture.batch_size)
         num_rows = num_steps * mixture.batch_size
         documents = self._documents(first, num_steps)
         packed, self.carried = pack(documents, self.carried, num_rows=num_rows, length=data.length, cuts=data.cuts)

@@ -5,6 +5,7 @@ together in groups, and each step gets groups from all over the range: so a step
 of each group have the same to do. What is composed does not depend on how many ranks there are; who gets which row does.
 """
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from random import Random
@@ -19,6 +20,8 @@ CARRY_LIMIT = 16
 _PADDED_GAP = 1 / 64
 _DEFAULT_BALANCE = 4
 _MAX_SWAPS = 16
+_EVEN_ENOUGH = 1.02
+_MAX_EXCHANGES = 8
 
 
 class Piece(NamedTuple):
@@ -34,8 +37,14 @@ class Piece(NamedTuple):
 
 
 def window_steps(batch_size: int) -> int:
-    """Optimizer steps that are planned together."""
+    """Optimizer steps that are planned together, if the run has so many."""
     return min(MAX_WINDOW_STEPS, max(1, -(-WINDOW_ROWS // batch_size)))
+
+
+def window_after(step: int, steps: int, batch_size: int) -> int:
+    """How many steps the window that begins after `step` has: a run's are alike, so that the last is not too small to balance."""
+    count = max(1, steps // window_steps(batch_size))
+    return next(end for end in (steps * number // count for number in range(1, count + 1)) if end > step) - step
 
 
 def balance_rows(asked: int | None, batch_size: int) -> int:
@@ -181,7 +190,34 @@ def compose(costs: Sequence[float], num_steps: int, together: int, key: str) -> 
         Random(f"{key}:{start}").shuffle(stratum)
         for step, group in zip(steps, stratum, strict=True):
             step += group
+    _mend(costs, steps, together)
     return steps
+
+
+def _mend(costs: Sequence[float], steps: list[list[int]], together: int) -> None:
+    """Where a few rows cost far more than all others, their steps stay uneven: exchange rows between the worst and others."""
+
+    def unevenness(step: list[int]) -> float:
+        chosen = [costs[row] for row in step]
+        return imbalance(chosen, deal(chosen, together, 1))
+
+    scores = [unevenness(step) for step in steps]
+    for _ in range(_MAX_EXCHANGES):
+        worst = max(range(len(steps)), key=lambda step: (scores[step], -step))
+        if scores[worst] <= _EVEN_ENOUGH:
+            return
+        best = (scores[worst], ())
+        for other in (step for step in range(len(steps)) if step != worst):
+            for here, there in itertools.product(range(len(steps[worst])), range(len(steps[other]))):
+                mine, theirs = list(steps[worst]), list(steps[other])
+                mine[here], theirs[there] = theirs[there], mine[here]
+                score = unevenness(mine)
+                if score < best[0] and (score := max(score, unevenness(theirs))) < best[0]:
+                    best = (score, (other, mine, theirs))
+        if not best[1]:
+            return
+        other, steps[worst], steps[other] = best[1]
+        scores[worst], scores[other] = unevenness(steps[worst]), unevenness(steps[other])
 
 
 def deal(costs: Sequence[float], num_groups: int, micro_batch_size: int) -> list[list[int]]:

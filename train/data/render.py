@@ -5,7 +5,7 @@ The prediction made at a token is that of the next one. T: tokens of the documen
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Rendered(NamedTuple):
     problem: str = ""
 
 
-class _Bad(Exception):
+class BadRow(Exception):
     """A row that is not as the recipe says."""
 
 
@@ -39,40 +39,42 @@ def columns_of(origin: Origin) -> list[str]:
 def make_render(tokenizer: Any, origin: Origin) -> Render:
     """Raises ValueError where the tokenizer cannot do what the source asks for."""
     if origin.messages is not None:
-        render: Callable = _Chats(tokenizer, origin)
-    elif origin.prompt is not None:
-        render = _Pairs(tokenizer, origin)
-    else:
-        render = _Texts(tokenizer, origin)
+        return rendering(origin, Chats(tokenizer, origin))
+    return rendering(origin, _Pairs(tokenizer, origin) if origin.prompt is not None else Texts(tokenizer, origin))
 
+
+class Writer(Protocol):
+    """text(values): a row's text, for filters; raises BadRow. write(rows): what passed them."""
+
+    def text(self, values: dict[str, Any]) -> str: ...
+
+    def write(self, rows: list[dict[str, Any]]) -> list[Rendered]: ...
+
+
+def rendering(origin: Origin, writer: Writer) -> Render:
     def each(rows: list[Row]) -> list[Rendered]:
-        chosen = [_choose(row, origin, render.text) for row in rows]
-        passed = [place for place, (_, rendered) in enumerate(chosen) if rendered is None]
-        results = [rendered for _, rendered in chosen]
-        for place, made in zip(passed, render([rows[place].values for place in passed]), strict=True):
-            results[place] = made._replace(where=rows[place].where)
-        return results
+        left_out = [_left_out(row, origin, writer) for row in rows]
+        passed = iter(writer.write([row.values for row, left in zip(rows, left_out, strict=True) if left is None]))
+        return [left or next(passed)._replace(where=row.where) for row, left in zip(rows, left_out, strict=True)]
 
     return each
 
 
-def _choose(row: Row, origin: Origin, text_of: Callable[[dict], str]) -> tuple[str, Rendered | None]:
-    """The row's text, and what it is if it is no document."""
+def _left_out(row: Row, origin: Origin, writer: Writer) -> Rendered | None:
+    """Why a row is no document; None if it is one."""
     if row.values is None:
-        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} {row.problem}")
+        return Rendered(row.where, left_out="bad", problem=f"{row.where} {row.problem}")
     try:
-        text = text_of(row.values)
+        text = writer.text(row.values)
         if not text.strip():
-            return "", Rendered(row.where, left_out="empty")
+            return Rendered(row.where, left_out="empty")
         # Half of a surrogate pair is legal in JSON and no tokenizer reads it.
         text.encode("utf-8")
-        if not passes(origin.filter, row.values, text):
-            return "", Rendered(row.where, left_out="filtered")
+        return None if passes(origin.filter, row.values, text) else Rendered(row.where, left_out="filtered")
     except UnicodeEncodeError as error:
-        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} is no Unicode text: {error}")
-    except _Bad as error:
-        return "", Rendered(row.where, left_out="bad", problem=f"{row.where} {error}")
-    return text, None
+        return Rendered(row.where, left_out="bad", problem=f"{row.where} is no Unicode text: {error}")
+    except BadRow as error:
+        return Rendered(row.where, left_out="bad", problem=f"{row.where} {error}")
 
 
 def passes(rules: Filter, values: dict[str, Any], text: str) -> bool:
@@ -89,7 +91,7 @@ def passes(rules: Filter, values: dict[str, Any], text: str) -> bool:
 
 def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
     if column not in values:
-        raise _Bad(f"has no {column!r}, which data.filter.where asks for; it has: {', '.join(values)}")
+        raise BadRow(f"has no {column!r}, which data.filter.where asks for; it has: {', '.join(values)}")
     value = values[column]
     if value is None:
         return False
@@ -101,7 +103,7 @@ def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
         return False
     bounds = [bound for bound in (condition.lt, condition.le, condition.gt, condition.ge) if bound is not None]
     if bounds and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise _Bad(f"has {value!r} under {column!r}, which data.filter.where compares with the number {bounds[0]:g}")
+        raise BadRow(f"has {value!r} under {column!r}, which data.filter.where compares with the number {bounds[0]:g}")
     return (
         (condition.lt is None or value < condition.lt)
         and (condition.le is None or value <= condition.le)
@@ -110,13 +112,13 @@ def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
     )
 
 
-def _string(values: dict[str, Any], column: str, setting: str) -> str:
+def string_of(values: dict[str, Any], column: str, setting: str) -> str:
     if not isinstance(values.get(column), str):
-        raise _Bad(f"has no text under {setting} {column!r}; it has: {', '.join(values)}")
+        raise BadRow(f"has no text under {setting} {column!r}; it has: {', '.join(values)}")
     return values[column]
 
 
-class _Ids:
+class Ids:
     """The tokenizer's special tokens around a text, once each whatever the text already holds."""
 
     def __init__(self, tokenizer: Any):
@@ -139,41 +141,40 @@ class _Ids:
         return ids if self.eos is None or (ids and ids[-1] == self.eos) else [*ids, self.eos]
 
 
-def _all(ids: list[int]) -> Rendered:
+def everything(ids: list[int]) -> Rendered:
     return Rendered("", np.asarray(ids, np.int32), np.ones(len(ids), bool))
 
 
-class _Texts:
+class Texts:
     def __init__(self, tokenizer: Any, origin: Origin):
-        self.ids, self.origin = _Ids(tokenizer), origin
+        self.ids, self.origin = Ids(tokenizer), origin
 
     def text(self, values: dict[str, Any]) -> str:
-        return _string(values, self.origin.field, "data.field")
+        return string_of(values, self.origin.field, "data.field")
 
-    def __call__(self, rows: list[dict]) -> list[Rendered]:
-        return [_all(self.ids.end(ids)) for ids in self.ids.begin([row[self.origin.field] for row in rows])]
+    def write(self, rows: list[dict]) -> list[Rendered]:
+        return [everything(self.ids.end(ids)) for ids in self.ids.begin([row[self.origin.field] for row in rows])]
 
 
 class _Pairs:
     """Prompt and completion, tokenised apart, so that the border between them is a border of tokens."""
 
     def __init__(self, tokenizer: Any, origin: Origin):
-        self.ids, self.origin = _Ids(tokenizer), origin
+        self.ids, self.origin = Ids(tokenizer), origin
 
     def text(self, values: dict[str, Any]) -> str:
-        prompt = _string(values, self.origin.prompt, "data.prompt")
-        completion = _string(values, self.origin.completion, "data.completion")
+        prompt = string_of(values, self.origin.prompt, "data.prompt")
+        completion = string_of(values, self.origin.completion, "data.completion")
         return prompt + completion if completion else ""
 
-    def __call__(self, rows: list[dict]) -> list[Rendered]:
-        if not rows:
-            return []
+    def write(self, rows: list[dict]) -> list[Rendered]:
         prompts = self.ids.begin([row[self.origin.prompt] for row in rows])
-        completions = self.ids.tokenizer([row[self.origin.completion] for row in rows], add_special_tokens=False)["input_ids"]
+        texts = [row[self.origin.completion] for row in rows]
+        completions = self.ids.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         made = []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = self.ids.end([*prompt, *completion])
-            rendered = _all(ids)
+            rendered = everything(ids)
             if self.origin.loss_on == "completions":
                 rendered = rendered._replace(counted=predicting(len(ids), [(len(prompt), len(ids))]))
             made.append(rendered)
@@ -188,7 +189,7 @@ def predicting(length: int, spans: list[tuple[int, int]]) -> np.ndarray:
     return counted
 
 
-class _Chats:
+class Chats:
     """Chats by the tokenizer's template; its own marks of what the assistant says, or else its prompts, tell the spans."""
 
     def __init__(self, tokenizer: Any, origin: Origin):
@@ -209,39 +210,39 @@ class _Chats:
         turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         try:
             self._spans(turns)
-        except _Bad as error:
+        except BadRow as error:
             raise ValueError(f"data.loss_on: completions cannot be used with this model: a chat {error}; use loss_on: all") from None
 
     def text(self, values: dict[str, Any]) -> str:
-        return "\n".join(turn["content"] or "" for turn in self._turns(values))
+        return "\n".join(turn["content"] or "" for turn in self.turns(values))
 
-    def _turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+    def turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
         turns, column = values.get(self.origin.messages), self.origin.messages
         if not isinstance(turns, list) or not turns:
-            raise _Bad(f"has no list of messages under data.messages {column!r}; it has: {', '.join(values)}")
+            raise BadRow(f"has no list of messages under data.messages {column!r}; it has: {', '.join(values)}")
         for turn in turns:
             if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str | None):
-                raise _Bad(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
+                raise BadRow(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
         return [{**turn, "content": turn.get("content")} for turn in turns]
 
-    def __call__(self, rows: list[dict]) -> list[Rendered]:
-        return [self._render(self._turns(row)) for row in rows]
+    def write(self, rows: list[dict]) -> list[Rendered]:
+        return [self._render(self.turns(row)) for row in rows]
 
     def _render(self, turns: list[dict[str, Any]]) -> Rendered:
         try:
             if self.origin.loss_on == "all":
-                return _all(self.tokenizer(self._template(turns), add_special_tokens=False)["input_ids"])
+                return everything(self.tokenizer(self.template(turns), add_special_tokens=False)["input_ids"])
             ids, spans = self._spans(turns)
             return Rendered("", np.asarray(ids, np.int32), predicting(len(ids), spans))
-        except _Bad as error:
+        except BadRow as error:
             return Rendered("", left_out="bad", problem=str(error))
 
-    def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+    def template(self, turns: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except Exception as error:
             # A template raises what its author chose, jinja's errors and Python's own.
-            raise _Bad(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+            raise BadRow(f"is refused by the chat template: {type(error).__name__}: {error}") from error
 
     def _spans(self, turns: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
         """The chat's ids, and the spans of tokens that the assistant says."""
@@ -249,17 +250,17 @@ class _Chats:
             try:
                 made = self.tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
             except Exception as error:
-                raise _Bad(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+                raise BadRow(f"is refused by the chat template: {type(error).__name__}: {error}") from error
             edges = np.flatnonzero(np.diff([0, *made["assistant_masks"], 0]))
             return made["input_ids"], list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-        whole = self._template(turns)
+        whole = self.template(turns)
         made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = (np.array(side) for side in zip(*made["offset_mapping"], strict=True))
         spans = []
         for start, end in self._said(turns, whole):
             # A token on the border would be half the prompt's.
             if ((starts < start) & (ends > start)).any() or ((starts < end) & (ends > end)).any():
-                raise _Bad("has a token that is half an assistant's turn and half what the template writes around it")
+                raise BadRow("has a token that is half an assistant's turn and half what the template writes around it")
             inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
             if len(inside):
                 spans.append((int(inside[0]), int(inside[-1]) + 1))
@@ -271,10 +272,10 @@ class _Chats:
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            before = self._template(turns[:number], add_generation_prompt=True)
-            after = self._template(turns[: number + 1])
+            before = self.template(turns[:number], add_generation_prompt=True)
+            after = self.template(turns[: number + 1])
             if not (after.startswith(before) and whole.startswith(after)):
-                raise _Bad(
+                raise BadRow(
                     f"is written otherwise by the chat template once more turns follow (message {number + 1}), and the template "
                     "does not mark what the assistant says ({% generation %})"
                 )

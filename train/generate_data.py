@@ -1,0 +1,279 @@
+"""`dms generate-data`: what the dense model itself would say, as data to retrofit it on.
+
+Row n is the sample n % samples of prompt n // samples. Its random numbers are functions of n and the seed, and batches begin at
+multiples of their size: a run that was killed goes on to the same file as one that was not.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import IO, Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from dms import models
+from dms.console import make_console
+from dms.train.data.prompts import prompt_render
+from dms.train.data.reading import Cursor
+from dms.train.data.stream import open_reader
+from dms.train.generate_recipe import GenerateRecipe
+from dms.train.recipe_file import dump_recipe
+
+# These change how fast rows come and how their sums are rounded, not what is asked for.
+_FREE = {"output", "overwrite", "batch_size"}
+_PLAIN_LINES = 20
+
+
+def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int]:
+    """Write the file, or what is missing of it; how many rows ended for which reason.
+
+    Raises:
+        ValueError: a model, prompts or an output file that do not fit the recipe, before anything is written.
+    """
+    console = console or make_console()
+    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    tokenizer = models.load_tokenizer(recipe.model)
+    prompts = _open_prompts(tokenizer, recipe, say)
+    with _Output(recipe) as output:
+        if output.num_rows:
+            say(f"{output.path} holds {output.num_rows} rows of this recipe: going on from there")
+        model = _load(recipe)
+        rows = islice(_numbered(prompts, recipe), output.num_rows, None)
+        total = None if recipe.num_prompts is None else recipe.num_prompts * recipe.samples
+        with _Line(console, total, output.num_rows) as line:
+            while batch := list(islice(rows, recipe.batch_size)):
+                made = _complete(model, tokenizer, recipe, batch)
+                output.append(made)
+                line.update(output.num_rows, sum(row["completion_tokens"] for row in made))
+        if total is not None and output.num_rows < total:
+            say(f"prompts ran out: {output.num_rows // recipe.samples} of the {recipe.num_prompts} asked for")
+        reasons = ", ".join(f"{count} ended by {reason}" for reason, count in sorted(output.reasons.items()))
+        say(f"wrote {output.path}: {output.num_rows} rows ({reasons or 'none'})")
+        return dict(output.reasons)
+
+
+def _load(recipe: GenerateRecipe) -> Any:
+    has_gpu = torch.cuda.is_available()
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto" if has_gpu else "float32"}[recipe.precision]
+    return models.load_base(recipe.model, dtype)
+
+
+def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Iterator[list[int]]:
+    """Token ids of each prompt, every one once. Raises ValueError for prompts that cannot be used."""
+    from transformers import AutoConfig
+
+    from dms.train.data.settings import Data
+
+    prompts = recipe.prompts
+    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
+    most = context - recipe.max_new_tokens
+    if most < (prompts.tokens or 1):
+        raise ValueError(
+            f"prompts of {prompts.tokens or 1} tokens and max_new_tokens {recipe.max_new_tokens} exceed the {context} tokens of {recipe.model}'s "
+            "context; shorten one of them"
+        )
+    # What of the section `data` matters to a reader; a built-in document is as long as prompt and completion.
+    data = Data(source="builtin", length=max(8, (prompts.tokens or 0) + recipe.max_new_tokens), bad_shards=recipe.bad_shards)
+    render = None if prompts.source == "builtin" else prompt_render(tokenizer, prompts, most)
+    reader = open_reader(tokenizer, prompts, 0, data, recipe.seed, say, render)
+    return _once(reader, recipe, say)
+
+
+def _once(reader: Any, recipe: GenerateRecipe, say: Any) -> Iterator[list[int]]:
+    left_out: Counter[str] = Counter()
+    found = 0
+    for outcome in reader.documents(Cursor()):
+        document = outcome.document
+        if document is None:
+            left_out[outcome.left_out] += 1
+        elif document.cursor.epoch > 0 or found == recipe.num_prompts:
+            break
+        else:
+            found += 1
+            yield document.arrays()[0][: recipe.prompts.tokens].tolist()
+    for why, count in left_out.items():
+        say(f"left out {count} prompts: {why.replace('_', ' ')}")
+
+
+def _numbered(prompts: Iterator[list[int]], recipe: GenerateRecipe) -> Iterator[tuple[int, list[int]]]:
+    for prompt_number, ids in enumerate(prompts):
+        for sample in range(recipe.samples):
+            yield prompt_number * recipe.samples + sample, ids
+
+
+class _KeyedSampling(LogitsProcessor):
+    """Draws each row's next token with that row's own random numbers, and leaves no other token."""
+
+    def __init__(self, recipe: GenerateRecipe, numbers: list[int]):
+        self.temperature, self.top_p = recipe.temperature, recipe.top_p
+        self.draws = [Random(f"{recipe.seed}:{number}") for number in numbers]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # From the likeliest on: the tail, where sums are coarse, comes last.
+        share, order = torch.sort(torch.softmax(scores.float() / self.temperature, dim=-1), dim=-1, descending=True)
+        below = share.cumsum(dim=-1)
+        # The tokens that make up top_p: all before which less than that has been summed.
+        kept = (below - share < self.top_p).sum(dim=-1)
+        reached = below.gather(-1, kept[:, None] - 1)
+        drawn = torch.tensor([[draw.random()] for draw in self.draws], device=scores.device, dtype=below.dtype)
+        place = torch.minimum(torch.searchsorted(below, drawn * reached, right=True), kept[:, None] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, order.gather(-1, place), 0.0)
+
+
+@torch.no_grad()
+def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, batch: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
+    """The rows of a batch; prompts are padded on the left."""
+    width = max(len(ids) for _, ids in batch)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=model.device)
+    sampling = [_KeyedSampling(recipe, [number for number, _ in batch])] if recipe.temperature > 0 else []
+    # Without the model's own settings for generation: it is to say what it would say, not what its authors recommend.
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=recipe.max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True
+    )
+    sequences = model.generate(
+        input_ids=input_ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(sampling)
+    )
+    return [_row(tokenizer, number, ids, new, ends) for (number, ids), new in zip(batch, sequences[:, width:].tolist(), strict=True)]
+
+
+def _row(tokenizer: Any, number: int, prompt: list[int], new: list[int], ends: set[int]) -> dict[str, Any]:
+    stop = next((place for place, token in enumerate(new) if token in ends), None)
+    said = new if stop is None else new[:stop]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (prompt, said)]
+    return {
+        "number": number,
+        "prompt": texts[0],
+        "completion": texts[1],
+        "text": texts[0] + texts[1],
+        "finish_reason": "length" if stop is None else "eos",
+        "prompt_tokens": len(prompt),
+        "completion_tokens": len(said),
+    }
+
+
+class _Output:
+    """The file of rows, held by this process alone; whole rows and whole batches of it count."""
+
+    def __init__(self, recipe: GenerateRecipe):
+        self.recipe, self.path = recipe, Path(recipe.output).expanduser()
+        self.recipe_path = self.path.with_name(f"{self.path.name}.recipe.yaml")
+        self.num_rows, self.reasons = 0, Counter[str]()
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> "_Output":
+        if self.path.is_dir():
+            raise ValueError(f"output '{self.path}' is a folder; name a .jsonl file")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.exists() or self.path.stat().st_size == 0
+        if not fresh:
+            self._check_recipe()
+        self.file = self.path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output '{self.path}' is being written by another process; wait for its end, or choose another") from None
+        self.file.truncate(self._whole_batches())
+        if self.num_rows == 0:
+            # Before the first row, so that rows without a recipe are nobody's.
+            self.recipe_path.write_text(dump_recipe(self.recipe), encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def _check_recipe(self) -> None:
+        """Raises ValueError for rows that another recipe made, unless they are to be replaced."""
+        now = {name: value for name, value in self.recipe.model_dump().items() if name not in _FREE}
+        stored = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8")) if self.recipe_path.is_file() else None
+        then = stored if isinstance(stored, dict) else {}
+        differing = [f"{name} is {then.get(name)!r} there and {value!r} here" for name, value in now.items() if then.get(name) != value]
+        if differing and self.recipe.overwrite:
+            if not then:
+                raise ValueError(f"output '{self.path}' was not written by dms generate-data; it is not overwritten: choose another file")
+            self.path.unlink()
+        elif differing:
+            why = "; ".join(differing) if then else "there is no recipe beside them"
+            raise ValueError(
+                f"output '{self.path}' holds rows of another recipe ({why}); choose another file, or overwrite=true to replace them"
+            )
+
+    def _whole_batches(self) -> int:
+        """The length of the file up to where rows are generated anew: after the last whole batch."""
+        self.file.seek(0)
+        ends, reasons = [0], []
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                known = row["number"] == len(reasons)
+                reasons.append(row["finish_reason"])
+            except (ValueError, KeyError, TypeError):
+                known = False
+            if not known:
+                raise ValueError(f"{self.path}:{len(ends)} is not the row that was written there; delete the file to begin anew")
+            ends.append(ends[-1] + len(line))
+        self.num_rows = len(reasons) // self.recipe.batch_size * self.recipe.batch_size
+        total = None if self.recipe.num_prompts is None else self.recipe.num_prompts * self.recipe.samples
+        if len(reasons) == total:
+            # The last batch of all may be a smaller one.
+            self.num_rows = total
+        self.reasons.update(reasons[: self.num_rows])
+        return ends[self.num_rows]
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.num_rows += len(rows)
+        self.reasons.update(row["finish_reason"] for row in rows)
+
+
+class _Line:
+    """A live line on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, total: int | None, done: int):
+        self.console, self.total, self.done = console, total, done
+        self.start, self.tokens, self.begun = time.perf_counter(), 0, done
+        self.every = max(1, (total or 0) // _PLAIN_LINES)
+        self.progress = Progress(
+            TextColumn("row {task.completed}" + (f"/{total}" if total else "")),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=total, completed=done, text="")
+
+    def __enter__(self) -> "_Line":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def update(self, done: int, tokens: int) -> None:
+        self.tokens += tokens
+        seconds = time.perf_counter() - self.start
+        text = f"{self.tokens / seconds:,.0f} tok/s"
+        self.progress.update(self.task, completed=done, text=text)
+        if not self.console.is_terminal and (done // self.every > self.done // self.every or done == self.total):
+            eta = f"  eta {(self.total - done) * seconds / (done - self.begun):.0f} s" if self.total else ""
+            self.console.print(f"row {done}{f'/{self.total}' if self.total else ''}  {text}{eta}", highlight=False)
+        self.done = done
