@@ -86,3 +86,7 @@ def _enable_checkpointing(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(model, "_require_grads_hook", None) is not None:
+        # transformers asks for the embeddings' gradients, which only the reentrant kind needs: whatever stands before the first
+        # gate would be differentiated for nothing.
+        model.disable_input_require_grads()
