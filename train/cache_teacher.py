@@ -8,11 +8,11 @@ from rich.console import Console
 
 from dms import models
 from dms.console import make_console
-from dms.retrofitting import retrofit, set_mode
+from dms.retrofitting import retrofit, set_mode, state_of
 from dms.train import artifacts, checks, students
 from dms.train.data.sequences import make_source
 from dms.train.recipe import RetrofitRecipe
-from dms.train.step import check_head, find_head, head_parameters, hidden_states
+from dms.train.step import check_head, check_packing, find_head, head_parameters, hidden_states
 from dms.train.teacher_cache import Teacher, TeacherCache, all_rows, row_key
 from dms_kernels import top_log_probs
 
@@ -56,7 +56,10 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     model = models.load_base(recipe.model, students.held_dtype(recipe, base_dtype), device=device)
     retrofit(model, recipe.dms)
-    check_head(model, source[0]["input_ids"][None, :32].to(device))
+    sample = source[0]["input_ids"][:32].to(device)
+    check_head(model, sample[None])
+    if recipe.data.source != "builtin":
+        check_packing(model, sample)
     cache = open_for(recipe, model.config.get_text_config().vocab_size, write=True)
     counts = {"written": 0, "tokens": 0, "there": 0, "bytes": 0}
     pending: dict[str, dict[str, torch.Tensor]] = {}
@@ -105,7 +108,7 @@ def _known(model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor
     head, (weight, bias) = find_head(model), head_parameters(model)
     set_mode(model, "dense")
     with torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-        hidden_BTM = hidden_states(model, inputs)
+        hidden_BTM = hidden_states(model, inputs, state_of(model).takes_masks)
         known = top_log_probs(
             hidden_BTM.flatten(0, 1),
             weight,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.masking_utils import create_masks_for_generate
 
 from dms.masks import Tokens
 from dms.retrofitting import set_mode, state_of
@@ -78,18 +79,26 @@ def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
 
 @torch.no_grad()
 def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
-    """Raises ValueError where the dense model, as teacher, would let packed documents see each other."""
+    """See to it that the dense model, as teacher, keeps packed documents apart: by itself, or by masks that it is handed.
+
+    Raises:
+        ValueError: it lets them see each other either way.
+    """
     set_mode(model, "dense")
+    state = state_of(model)
     half = len(input_ids_T) // 2
     position = torch.cat([torch.arange(half), torch.arange(len(input_ids_T) - half)]).to(input_ids_T.device)
-    packed = hidden_states(model, {"input_ids": input_ids_T[None], "position_ids": position[None]})[:, half:]
-    alone = hidden_states(model, {"input_ids": input_ids_T[None, half:], "position_ids": position[None, half:]})
-    difference = (packed - alone).float().abs().max().item()
-    if not difference <= 1e-2 * max(1.0, alone.float().abs().max().item()):
-        raise ValueError(
-            f"{type(model).__name__} lets packed documents see each other (hidden states differ by {difference:.3g}): "
-            "in transformers it builds its masks without position_ids; use data with one document a sequence (source: builtin)"
-        )
+    both = {"input_ids": input_ids_T[None], "position_ids": position[None]}
+    second = {name: ids[:, half:] for name, ids in both.items()}
+    for state.takes_masks in (False, True):
+        packed, alone = hidden_states(model, both, state.takes_masks)[:, half:], hidden_states(model, second)
+        difference = (packed - alone).float().abs().max().item()
+        if difference <= 1e-2 * max(1.0, alone.float().abs().max().item()):
+            return
+    raise ValueError(
+        f"{type(model).__name__} lets packed documents see each other (hidden states differ by {difference:.3g}), whatever masks it is "
+        "handed; use data with one document a sequence (source: builtin)"
+    )
 
 
 def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -148,9 +157,19 @@ class HeadLoss(nn.Module):
         return total
 
 
-def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Final hidden states [B, T, M], after the last norm and before the head."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], takes_masks: bool = False) -> torch.Tensor:
+    """Final hidden states [B, T, M] of the text decoder, after the last norm and before the head.
+
+    takes_masks: hand it masks that keep packed documents apart, for models that build theirs without positions.
+    """
+    # Not the base model: around the decoders of multimodal ones it asks for what text has not.
+    decoder = model.get_decoder()
+    masks = {}
+    if takes_masks:
+        # Of the embeddings it reads shape, dtype and device.
+        like = decoder.get_input_embeddings().weight.new_empty(*inputs["input_ids"].shape, 0)
+        masks["attention_mask"] = create_masks_for_generate(decoder.config, like, None, None, position_ids=inputs["position_ids"])
+    return decoder(**inputs, **masks, use_cache=False).last_hidden_state
 
 
 def distill_step(
@@ -175,15 +194,16 @@ def distill_step(
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
 
+    takes_masks = state_of(student).takes_masks
     set_mode(student, "dense")
     known = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
     hidden_t_NM = None
     if not known:
         with torch.no_grad(), without_adapters(student):
-            hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs).flatten(0, 1)
+            hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs, takes_masks).flatten(0, 1)
 
     set_mode(student, "train", Noise(seed, batch["number"]), tokens)
-    hidden_s = hidden_states(student, inputs)
+    hidden_s = hidden_states(student, inputs, takes_masks)
     forward = state_of(student).forward
     set_mode(student, "dense")
 

@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
 from dms import models
-from dms.retrofitting import gate_parameters
-from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, find_head, learning_rate, target_at
+from dms.masks import Tokens
+from dms.retrofitting import gate_parameters, set_mode
+from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, find_head, hidden_states, learning_rate, target_at
 
 
 @pytest.fixture
@@ -194,23 +195,47 @@ def test_the_loss_knows_each_familys_head(family):
         assert (wrong.logit_scale, wrong.softcap) != (1.0, None)
 
 
-@pytest.mark.parametrize(("family", "packs"), [("llama", True), ("opt", False)])
-def test_a_teacher_that_sees_across_packed_documents_is_refused(family, packs):
+SMALL = dict(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, pad_token_id=1)
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+PACKING = {
+    "llama": dict(num_key_value_heads=1, intermediate_size=48),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "gpt_oss": dict(num_key_value_heads=1, head_dim=16, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, **SLIDING),
+    "lfm2": dict(num_key_value_heads=1, intermediate_size=48, layer_types=["conv", "full_attention"]),
+}
+
+
+def build_small(family):
     import transformers
 
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    sizes = {"llama": dict(num_key_value_heads=1, intermediate_size=48), "opt": dict(ffn_dim=48, word_embed_proj_dim=32)}[family]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, vocab_size=90, max_position_embeddings=64, pad_token_id=1, **small, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(8)
-    dms.retrofit(model, dms.DMSConfig(window=4))
-    if packs:
-        check_packing(model, torch.arange(3, 35))
-    else:
-        with pytest.raises(ValueError, match="OPTForCausalLM lets packed documents see each other"):
-            check_packing(model, torch.arange(3, 35))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **SMALL, **PACKING[family])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return dms.retrofit(model, dms.DMSConfig(window=4))
+
+
+@pytest.mark.parametrize(("family", "takes_masks"), [("llama", False), ("opt", True), ("gpt_oss", True)])
+def test_packed_documents_are_kept_apart_by_the_model_or_by_masks(family, takes_masks):
+    model = build_small(family)
+    ids = torch.arange(3, 43)
+    check_packing(model, ids)
+    assert model.dms.takes_masks is takes_masks
+    # In train mode as in the dense teacher: of layers that slide too.
+    segment, position = torch.tensor([[1] * 17 + [2] * 23]), torch.tensor([[*range(17), *range(23)]])
+    both = {"input_ids": ids[None], "position_ids": position}
+    second = {name: x[:, 17:] for name, x in both.items()}
+    with torch.no_grad():
+        set_mode(model, "train", tokens=Tokens(segment.int(), position.int()))
+        packed = hidden_states(model, both, model.dms.takes_masks)[:, 17:]
+        set_mode(model, "train", tokens=Tokens(torch.ones(1, 23).int(), position[:, 17:].int()))
+        torch.testing.assert_close(packed, hidden_states(model, second), atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_that_sees_across_packed_documents_is_refused():
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM lets packed documents see each other"):
+        check_packing(build_small("lfm2"), torch.arange(3, 43))
 
 
 def test_packed_documents_beside_padding_are_as_those_documents_alone(student, monkeypatch):
