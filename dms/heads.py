@@ -40,8 +40,9 @@ def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Final hidden states [B, T, M], after the last norm and before the head."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    """Final hidden states [B, T, M] of the text decoder, after the last norm and before the head."""
+    # Not the base model: around the decoders of multimodal ones it asks for what text has not.
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def make_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

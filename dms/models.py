@@ -74,14 +74,18 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None):
         ValueError: a model that is not there, cannot be read, or is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
     path = resolve_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(AutoConfig.from_pretrained(path)) else {}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if options:
+        # Else save_pretrained would write what was unpacked under the names of packed weights.
+        model._weight_conversions = None
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

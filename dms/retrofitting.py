@@ -5,6 +5,7 @@ ones, in prefill as in decode.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     name = attention.register(original, all_gated=not found.skipped)
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
     state = DMSState(config, found.gated, found.skipped, found.decoder, list(configs.values()), original, name)
+    state.decoder_is_inside = bool(_around(model, found.decoder))
     state.takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
     for layer in found.gated:
         gate = gates.Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
@@ -50,6 +52,8 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
         layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
         layer.module.register_forward_hook(functools.partial(_after_attention, layer))
+    for module in _around(model, found.decoder):
+        module.register_forward_pre_hook(functools.partial(_before_whole_model, state), with_kwargs=True)
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
     model.dms = state
     if hasattr(model, "generate"):
@@ -90,6 +94,25 @@ def _hidden_size(layer: AttentionLayer, text) -> int:
     return int(getattr(layer.module, "hidden_size", None) or text.hidden_size)
 
 
+def _around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """What stands between a model and its text decoder: of multimodal models the part that joins text and images."""
+    return [module for name, module in model.named_modules() if name and module is not decoder and decoder in module.modules()]
+
+
+def _before_whole_model(state: DMSState, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Note the attention mask: a multimodal model makes others of it before its decoder, in which padding is no longer to be seen.
+
+    Raises:
+        ValueError: images, with gates active: their tokens see each other both ways, which no gate was made for.
+    """
+    if state.mode == "dense":
+        return
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    if given.get("pixel_values") is not None:
+        raise ValueError(f"{type(module).__name__} was given images; gates are for text: set_mode(model, 'dense') reads images")
+    state.given_mask = given.get("attention_mask")
+
+
 def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: dict):
     """Fix this pass's state: where its tokens stand, whose noise it uses, and the cache that it evicts from."""
     if state.mode == "dense":
@@ -98,6 +121,9 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     signature = state.decoder_signature
     bound = signature.bind_partial(*args, **kwargs)
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
+    mask = given.get("attention_mask")
+    if isinstance(mask, dict) and state.decoder_is_inside:
+        mask, state.given_mask = state.given_mask, None
     source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     cache = given.get("past_key_values")
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
@@ -117,9 +143,7 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "train" and state.tokens is not None:
         tokens = _told(state, source)
     else:
-        tokens = masks.locate_tokens(
-            source.shape[0], source.shape[1], source.device, given.get("attention_mask"), given.get("position_ids"), past
-        )
+        tokens = masks.locate_tokens(source.shape[0], source.shape[1], source.device, mask, given.get("position_ids"), past)
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)

@@ -196,6 +196,14 @@ def other_attention(model: nn.Module, skipped: dict[str, str]) -> list[str]:
     return sorted(set(skipped.values()))
 
 
+def local_rows(model: nn.Module, *, packs: bool) -> Rows | None:
+    """For rows that lie in one process. None: transformers' own attention serves as well (a document a row, no eager attention), or
+    it alone can."""
+    state = model.dms
+    gains = packs or state.original_attention == "eager"
+    return Rows() if gains and not other_attention(model, state.skipped) else None
+
+
 def check_sharing(model: nn.Module, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
     """Raises ValueError where `size` processes cannot share this model's rows of `num_tokens` tokens."""
     text = model.config.get_text_config()

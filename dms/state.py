@@ -76,6 +76,7 @@ class DMSState:
     that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
     and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
     offload_activations: in training, inputs and attention outputs of checkpointed layers rest in host memory until the backward.
+    decoder_is_inside: it is part of a model of more than text, which turns the attention mask that it is given into others; given_mask: that mask.
     """
 
     config: DMSConfig
@@ -96,6 +97,8 @@ class DMSState:
     kv_dtype: str | None = None
     prefill_chunk: int | None = None
     offload_activations: bool = False
+    decoder_is_inside: bool = False
+    given_mask: torch.Tensor | None = None
     forward: Forward | None = None
 
     @cached_property
@@ -149,6 +152,10 @@ def enable_checkpointing(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(model, "_require_grads_hook", None) is not None:
+        # transformers asks for the embeddings' gradients, which only the reentrant kind needs: whatever stands before the first
+        # gate would be differentiated for nothing.
+        model.disable_input_require_grads()
 
 
 def state_of(model: nn.Module) -> DMSState:

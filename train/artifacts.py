@@ -27,7 +27,10 @@ def saved_dtype(name: str) -> torch.dtype | None:
     """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
     from transformers import AutoConfig
 
-    dtype = getattr(AutoConfig.from_pretrained(models.resolve_model(name)), "dtype", None)
+    config = AutoConfig.from_pretrained(models.resolve_model(name))
+    if models.is_saved_bfloat16(config):
+        return torch.bfloat16
+    dtype = getattr(config, "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

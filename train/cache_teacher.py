@@ -14,12 +14,14 @@ from rich.console import Console
 from dms import models
 from dms.console import make_console
 from dms.heads import find_head, head_parameters, hidden_states
+from dms.masks import Tokens
 from dms.retrofitting import retrofit, set_mode
+from dms.rows import Rows, local_rows
 from dms.train import artifacts, checks, students
 from dms.train.data.cost import cost_of
 from dms.train.data.stream import all_rows, open_mixture, padding_id
 from dms.train.recipe import RetrofitRecipe
-from dms.train.step import check_head
+from dms.train.step import check_head, check_packing
 from dms.train.teacher_cache import Teacher, TeacherCache, row_key
 from dms_kernels import top_log_probs
 
@@ -92,7 +94,11 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     model = models.load_base(recipe.model, students.held_dtype(recipe, base_dtype), device=device)
     retrofit(model, recipe.dms)
-    check_head(model, first["input_ids"][None, :32].to(device))
+    sample = first["input_ids"][:32].to(device)
+    check_head(model, sample[None])
+    attention = local_rows(model, packs=recipe.data.packs)
+    if recipe.data.packs and attention is None:
+        check_packing(model, sample)
     cache = open_for(recipe, model.config.get_text_config().vocab_size, write=True)
     counts = {"written": 0, "tokens": 0, "there": 0, "bytes": 0}
     pending: dict[str, dict[str, torch.Tensor]] = {}
@@ -117,13 +123,13 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
             pending[key] = row
         if len(pending) < recipe.micro_batch_size:
             continue
-        shard |= _known(model, recipe, pending, device)
+        shard |= _known(model, recipe, pending, attention)
         pending.clear()
         if _num_bytes(shard) >= SHARD_BYTES or time.monotonic() - begun >= SHARD_SECONDS:
             close_shard()
             begun = time.monotonic()
     if pending:
-        shard |= _known(model, recipe, pending, device)
+        shard |= _known(model, recipe, pending, attention)
     if shard:
         close_shard()
     if num_parts == 1:
@@ -137,13 +143,17 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
 
 
 @torch.no_grad()
-def _known(model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor]], device: str) -> dict[str, tuple[torch.Tensor, ...]]:
+def _known(
+    model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor]], attention: Rows | None
+) -> dict[str, tuple[torch.Tensor, ...]]:
     """The teacher's pass over a batch, as the run would take it: by key, ids [T, K], log_probs [T, K] and log_tail [T]."""
-    inputs = {name: torch.stack([row[name] for row in rows.values()]).to(device) for name in ("input_ids", "position_ids")}
+    device = next(model.parameters()).device
+    stacked = {name: torch.stack([row[name] for row in rows.values()]).to(device) for name in ("input_ids", "position_ids", "segment_ids")}
+    tokens = Tokens(stacked.pop("segment_ids").int(), stacked["position_ids"].int())
     head, (weight, bias) = find_head(model), head_parameters(model)
-    set_mode(model, "dense")
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-        hidden_BTM = hidden_states(model, inputs)
+    set_mode(model, "dense", tokens=tokens, rows=attention)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        hidden_BTM = hidden_states(model, stacked)
         known = top_log_probs(
             hidden_BTM.flatten(0, 1),
             weight,

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from dms.retrofitting import state_of
-from dms.rows import Rows, check_sharing, other_attention
+from dms.rows import Rows, check_sharing, local_rows
 from dms.train.recipe import RetrofitRecipe
 from dms.train.stopping import is_launched
 
@@ -127,11 +127,10 @@ def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Modu
     Raises:
         ValueError: rows that these processes cannot share.
     """
-    size, state = recipe.sequence_parallel, state_of(student)
+    size = recipe.sequence_parallel
     if size == 1:
-        gains = recipe.data.packs or state.original_attention == "eager"
-        return Rows() if gains and not other_attention(student, state.skipped) else None
-    check_sharing(student, size, recipe.data.length, state.skipped)
+        return local_rows(student, packs=recipe.data.packs)
+    check_sharing(student, size, recipe.data.length, state_of(student).skipped)
     timeout = timedelta(minutes=recipe.timeout_minutes)
     # All processes make all groups, in the same order.
     groups = [

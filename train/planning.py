@@ -65,9 +65,11 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         window=recipe.dms.window,
         batch_size=recipe.batch_size,
         micro_batch_size=recipe.micro_batch_size,
+        beta=recipe.beta,
         loss_chunk=recipe.loss_chunk,
         evaluation_length=recipe.evaluation.length or recipe.data.length,
         evaluation_batch_size=recipe.evaluation.batch_size,
+        has_teacher_pass=recipe.teacher_cache is None,
     )
 
 
@@ -77,6 +79,7 @@ def choice_of(recipe: RetrofitRecipe) -> Choice:
         offload_optimizer=recipe.zero.offload_optimizer != "none",
         offload_param=recipe.zero.offload_param != "none",
         activation_checkpointing=recipe.activation_checkpointing,
+        offload_activations=recipe.offload_activations,
     )
 
 

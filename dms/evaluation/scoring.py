@@ -34,7 +34,7 @@ def predict(model: nn.Module, ids_BT: torch.Tensor, *, use_cache: bool) -> Predi
         outputs = model(input_ids=ids_BT, use_cache=use_cache)
         score = [_score(outputs.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())]
     else:
-        outputs = model.base_model(input_ids=ids_BT, use_cache=use_cache)
+        outputs = model.get_decoder()(input_ids=ids_BT, use_cache=use_cache)
         hidden_NM, target_N = outputs.last_hidden_state[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
         rows = max(1, _CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
         score = [

@@ -49,13 +49,11 @@ def dense_pairs(length: int, attention: str, masked: bool) -> float:
     return float(length**2) if masked or attention == "eager" else length**2 / 2
 
 
-def of_sequence(
-    shape: ModelShape, job: Job, *, checkpointing: bool, route: str = "kernels", keep: float | None = None, keeps_attention: bool = True
-) -> Flops:
+def of_sequence(shape: ModelShape, job: Job, *, checkpointing: bool, route: str = "kernels", keep: float | None = None) -> Flops:
     """FLOPs of training on one sequence.
 
-    keep: 1 / CR of the far tokens; None: the run's mean. keeps_attention: under activation checkpointing the outputs of gated
-    attention are kept, so that it is not run again.
+    keep: 1 / CR of the far tokens; None: the run's mean. Under activation checkpointing gated attention's results are kept, so that
+    it is not run again.
     """
     keep = job.mean_keep if keep is None else keep
     sums = dict.fromkeys(Flops.__dataclass_fields__, 0.0)
@@ -73,8 +71,8 @@ def of_sequence(
         if place < first:
             continue
         if checkpointing:
-            sums["recomputed"] += student
-            sums["recomputed_attention"] += 0.0 if layer.gated and keeps_attention else FORWARD_PRODUCTS * gated
+            sums["recomputed"] += student - 2.0 * job.length * layer.last
+            sums["recomputed_attention"] += 0.0 if layer.gated else FORWARD_PRODUCTS * gated
         by_input, by_weight = layer.linear, layer.linear if trains_base else 0
         attached = layer.gate + layer.adapters
         is_first = place == first and not trains_base
@@ -86,7 +84,8 @@ def of_sequence(
         products = GATE_PRODUCTS if only_gate else BACKWARD_PRODUCTS[route] if layer.gated else BACKWARD_PRODUCTS["chunked"]
         sums["backward_attention"] += products * gated
     # Logits of student and teacher, the gradient by the hidden states, and by the head where it trains.
-    sums["loss"] = 2.0 * job.length * shape.hidden_size * shape.vocab_size * (4 if trains_base else 3)
+    products = 2 + job.has_teacher_pass + trains_base
+    sums["loss"] = 2.0 * job.length * shape.hidden_size * shape.vocab_size * products
     return Flops(**sums)
 
 

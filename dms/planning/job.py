@@ -10,8 +10,8 @@ GIB = 2**30
 class Job:
     """A retrofit's recipe as far as it costs anything. Fields as in recipes; length T in tokens.
 
-    packed: sequences hold several documents, so that attention which is not ours gets a mask of T x T. loss_chunk None: rows
-    chosen by `loss_rows`. has_teacher_pass False: a cache answers for the teacher.
+    packed: sequences hold several documents, so that attention which is not ours gets a mask of T x T. loss_chunk None: as
+    many as the loss chooses. has_teacher_pass False: a cache answers for the teacher.
     """
 
     trainable: Literal["gates", "gates+lora", "all"]
@@ -24,6 +24,7 @@ class Job:
     window: int
     batch_size: int
     micro_batch_size: int
+    beta: float
     loss_chunk: int | None
     evaluation_length: int
     evaluation_batch_size: int

@@ -6,9 +6,12 @@ the loss's chunk, or the layer that is being differentiated, or the teacher's pa
 
 from dataclasses import dataclass
 
+import torch
+
 from dms.planning.job import GIB, Choice, Job
 from dms.planning.layers import Activations
 from dms.planning.shapes import ModelShape
+from dms_kernels.distill_loss import chunk_rows, chunked, fused
 
 # Assumptions, not measured: CUDA's context and libraries; NCCL's buffers where there are several GPUs; and what PyTorch's allocator
 # loses between blocks, as a share of all tensors.
@@ -18,8 +21,8 @@ FRAGMENTATION = 0.05
 # DeepSpeed's defaults, in numbers: weights that stage 3 holds gathered at a time, and its buckets for gradients.
 _LIVE_PARAMETERS = 10**9
 _BUCKET = 5 * 10**8
-# What a null `loss_chunk` may add.
-LOSS_BYTES = int(1.5e9)
+# Layers whose checkpoints are near at a time where they rest in host memory: leaving, coming back, in use.
+_NEAR_LAYERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +53,39 @@ class Held:
     weight: int
     compute: int
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.compute == 2 else torch.float32
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.weight == 2 else torch.float32
+
     @classmethod
     def of(cls, job: Job, saved_bfloat16: bool) -> "Held":
         frozen_half = job.trainable != "all" and job.precision == "bf16" and saved_bfloat16
         return cls(2 if frozen_half else 4, 2 if job.precision == "bf16" else 4)
 
 
-def loss_rows(job: Job, shape: ModelShape, held: Held) -> int:
+def loss_rows(job: Job, shape: ModelShape, held: Held, kernels: bool = True) -> int:
     """Rows of logits alive at once."""
-    if job.loss_chunk is not None:
-        return min(job.loss_chunk, job.length * job.micro_batch_size)
-    return max(1, min(LOSS_BYTES // (2 * shape.vocab_size * held.compute), job.length * job.micro_batch_size))
+    rows = job.loss_chunk
+    if rows is None:
+        rows = chunk_rows(shape.vocab_size, shape.hidden_size, held.compute_dtype, beta=job.beta, softcap=shape.softcap, is_fused=kernels)
+    return min(rows, job.length * job.micro_batch_size)
 
 
-def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool) -> int:
-    """What the loss adds to the hidden states of student and teacher: a chunk of logits and the gradients that it makes."""
-    rows, tokens = loss_rows(job, shape, held), job.length * job.micro_batch_size
-    gradient = tokens * shape.hidden_size * held.compute
-    trains_head = job.trainable == "all"
+def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True) -> int:
+    """What the loss adds to the hidden states of student and teacher: a chunk's buffers and the gradients that it makes."""
     if kernels:
-        chunk = 2 * rows * (shape.vocab_size + shape.hidden_size) * held.compute
+        row = fused.bytes_per_row(shape.vocab_size, shape.hidden_size, held.compute_dtype)
     else:
-        # Three of a chunk's size at the end of its divergence; a second chunk begins while two of the first are still named.
-        chunk = (3 if rows >= tokens else 5) * rows * shape.vocab_size * 4
-        # The valid rows of both sides are copied.
-        gradient += 2 * tokens * shape.hidden_size * held.compute
+        row = chunked.bytes_per_row(shape.vocab_size, held.compute_dtype, beta=job.beta, softcap=shape.softcap)
+    gradient = job.length * job.micro_batch_size * shape.hidden_size * held.compute
+    trains_head = job.trainable == "all"
     head = shape.vocab_size * shape.hidden_size
-    casts = 2 * head * held.compute if trains_head and held.weight != held.compute else 0
-    return chunk + gradient + (4 * head if trains_head else 0) + casts
+    casts = (1 + job.has_teacher_pass) * head * held.compute if trains_head and held.weight != held.compute else 0
+    return loss_rows(job, shape, held, kernels) * row + gradient + (4 * head if trains_head else 0) + casts
 
 
 def evaluation_bytes(job: Job, held: Held, vocab_size: int) -> int:
@@ -95,15 +103,14 @@ def of_choice(
     num_gpus: int,
     gpus_per_node: int,
     kernels: bool = True,
-    keeps_attention: bool = True,
     reserve: bool = True,
 ) -> Bytes:
-    """Bytes by kind. made: of one micro-batch unsharded. keeps_attention: as in `flops`. reserve: count what is not tensors."""
+    """Bytes by kind. made: of one micro-batch unsharded. reserve: count what is not tensors."""
     width = choice.sequence_parallel
     trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
     base = shape.parameters * held.weight
     # A teacher of its own beside a student that trains.
-    resting = base + (base if job.trainable == "all" else 0) + 4 * (shape.gates + shape.adapters)
+    resting = base + (base if job.trainable == "all" and job.has_teacher_pass else 0) + 4 * (shape.gates + shape.adapters)
     divided = num_gpus if choice.stage == 3 else 1
     weights = 0 if choice.offload_param else resting // divided
     gradients = 4 * trained // (num_gpus if choice.stage > 0 else 1)
@@ -111,17 +118,16 @@ def of_choice(
     states = (8 if choice.stage == 0 else 12) * trained // (num_gpus if choice.stage > 0 else 1)
     optimizer = 0 if choice.offload_optimizer else states
 
-    kept = checkpoint_bytes(shape, job, made, held, keeps_attention) if choice.activation_checkpointing else 0
+    kept = checkpoint_bytes(shape, job, made, held) if choice.activation_checkpointing else 0
     saved = made.worst_layer if choice.activation_checkpointing else made.saved
     if choice.offload_activations:
-        # On the GPU: the layer that is written out and the one that is read back.
-        on_host, kept = kept, 2 * kept // len(shape.layers)
+        on_host, kept = kept, min(kept, _NEAR_LAYERS * kept // len(shape.layers))
     else:
         on_host = 0
     loss = loss_bytes(job, shape, held, kernels) // width
     teacher = _teacher(shape, job, made, held) // width if job.has_teacher_pass else 0
     # Hidden states of both sides, from the teacher's end to the loss.
-    outside = (made.before + max(0, made.after) + 2 * made.hidden) // width
+    outside = (made.before + max(0, made.after) + (1 + job.has_teacher_pass) * made.hidden) // width
     kept, saved = kept // width, saved // width
     if choice.activation_checkpointing:
         transient = max(loss, saved, teacher - kept)
@@ -157,13 +163,11 @@ def of_choice(
     )
 
 
-def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held, keeps_attention: bool = True) -> int:
+def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
     """What all layers leave of a micro-batch under activation checkpointing: inputs, and attention's outputs and log-sum-exps."""
     tokens = job.length * job.micro_batch_size
-    kept = made.hidden * len(shape.layers)
-    if keeps_attention:
-        kept += sum(tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) for layer in shape.layers if layer.gated)
-    return kept
+    attention = sum(tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) for layer in shape.layers if layer.gated)
+    return made.hidden * len(shape.layers) + attention
 
 
 def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:

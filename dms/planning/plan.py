@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from dms.hardware import Gpu, Hardware
@@ -109,7 +108,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         shape,
         batch=job.micro_batch_size,
         length=job.length,
-        held=torch.bfloat16 if held.weight == 2 else torch.float32,
+        held=held.weight_dtype,
         autocast=job.precision == "bf16",
         kernels=True,
     )

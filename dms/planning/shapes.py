@@ -16,7 +16,8 @@ class LayerShape:
     """One decoder layer. Parameters are those that a token is multiplied by: of experts, those that are active.
 
     kind: layers of one kind cost the same. sliding: the layer's own window, None: full attention. qkv, out, rest: before
-    attention, after it, everything else. gate, adapters: what was attached.
+    attention, after it, everything else; last, of the rest: a product whose result nothing saves, so that a recomputation stops before
+    it. gate, adapters: what was attached.
     """
 
     index: int
@@ -30,6 +31,7 @@ class LayerShape:
     qkv: int
     out: int
     rest: int
+    last: int
     gate: int
     adapters: int
     num_parameters: int
@@ -42,7 +44,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """parameters: of the base, everything that is loaded. head: rows and columns of the last product."""
+    """parameters: of the base, everything that is loaded. softcap: of the logits. attention: transformers' own, in the dense model."""
 
     name: str
     layers: list[LayerShape]
@@ -51,6 +53,7 @@ class ModelShape:
     parameters: int
     gates: int
     adapters: int
+    softcap: float | None
     attention: str
     largest_layer: int
 
@@ -80,6 +83,7 @@ def measure(model: nn.Module) -> ModelShape:
         parameters=sum(p.numel() for name, p in named if not _is_attached(name)),
         gates=sum(p.numel() for name, p in named if "dms_gate" in name),
         adapters=sum(p.numel() for name, p in named if "lora_" in name),
+        softcap=getattr(text, "final_logit_softcapping", None),
         attention=state.original_attention,
         largest_layer=max(layer.num_parameters for layer in layers),
     )
@@ -111,6 +115,8 @@ def _measure_layer(place: int, block: nn.Module, text, gated: dict) -> LayerShap
         else:
             part = "rest"
         sums[part] += round(parameter.numel() * _active_share(parameter, text))
+    matrices = [p for name, p in block.named_parameters() if p.dim() >= 2 and not _is_attached(name)]
+    has_norm_after = any("post_feedforward" in name for name, _ in block.named_modules())
     num_query_heads = int(text.num_attention_heads)
     layer = gated.get(place)
     num_heads = num_query_heads // int(getattr(attention, "num_key_value_groups", 1))
@@ -125,6 +131,7 @@ def _measure_layer(place: int, block: nn.Module, text, gated: dict) -> LayerShap
         num_heads=num_heads,
         head_dim=int(getattr(attention, "head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // num_query_heads),
         sliding=sliding,
+        last=0 if has_norm_after or matrices[-1].dim() > 2 else matrices[-1].numel(),
         num_parameters=sum(p.numel() for p in block.parameters()),
         **sums,
     )

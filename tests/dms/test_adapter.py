@@ -59,14 +59,28 @@ def test_only_the_text_decoder_of_a_multimodal_model():
     ids = torch.randint(2, 80, (2, 30))
     with torch.no_grad():
         dense = model(input_ids=ids).logits
-        dms.retrofit(model, dms.DMSConfig(window=4))
+        dms.retrofit(model, dms.DMSConfig(window=4, scale=1.0, offset=0.0))
+        for parameter in gate_parameters(model).values():
+            parameter.normal_(0, 1.0)
         assert [layer.name for layer in model.dms.layers] == ["model.language_model.layers.1.self_attn"]
         towers = [m.config._attn_implementation for m in model.model.vision_tower.modules() if hasattr(m, "config")]
         set_mode(model, "evict")
         assert towers == [m.config._attn_implementation for m in model.model.vision_tower.modules() if hasattr(m, "config")]
-        # It builds its masks before its decoder: which tokens are padding is no longer to be seen there.
+        # It builds its masks before its decoder; which tokens are padding is known from what it was given.
+        alone = model(input_ids=ids[1:, 6:]).logits
+        mask = torch.ones_like(ids)
+        mask[1, :6] = 0
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=position).logits
+        torch.testing.assert_close(padded[1:, 6:], alone, atol=1e-4, rtol=0)
+        told = model(input_ids=ids).logits
+        assert not torch.allclose(told[1:, 6:], alone, atol=1e-3)
+        with pytest.raises(ValueError, match=r"Gemma3Model was given images; gates are for text: set_mode\(model, 'dense'\)"):
+            model(input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28))
         with pytest.raises(ValueError, match="attention mask is dict"):
-            model(input_ids=ids)
+            model(input_ids=ids, attention_mask={"full_attention": None, "sliding_attention": None})
+        generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        assert generated.shape == (2, 33)
         set_mode(model, "dense")
         assert torch.equal(model(input_ids=ids).logits, dense)
 

@@ -111,9 +111,7 @@ def planned_bytes(kind, recipe):
     shape = shapes.measure(model)
     made = layers.measure(model, shape, batch=job.micro_batch_size, length=job.length, held=torch.float32, autocast=False, kernels=False)
     held = memory.Held.of(job, saved_bfloat16=False)
-    return memory.of_choice(
-        shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, keeps_attention=False, reserve=False
-    ).peak
+    return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -148,7 +146,7 @@ def test_flops(trainable, checkpointing, capsys):
     shape = shapes.measure(model)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place}) as counter:
         take_step(model, teacher, make_batch(recipe), recipe)
-    planned = flops.of_sequence(shape, job_of(recipe), checkpointing=checkpointing, route="chunked", keep=1.0, keeps_attention=False)
+    planned = flops.of_sequence(shape, job_of(recipe), checkpointing=checkpointing, route="chunked", keep=1.0)
     counted = counter.get_total_flops()
     with capsys.disabled():
         print(
@@ -170,7 +168,7 @@ def test_less_is_computed_the_more_is_evicted():
 
 
 def test_checkpointing_trades_bytes_for_flops():
-    kind, changes = SHAPES["long"]
+    kind, changes = SHAPES["tied embeddings, checkpointed"]
     recipe = make_recipe(**changes)
     used = {}
     for checkpointing in (False, True):
