@@ -136,9 +136,7 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if state.mode == "train" and state.tokens is not None:
         tokens = _told(state.tokens, source)
     else:
-        tokens = masks.locate_tokens(
-            source.shape[0], source.shape[1], source.device, mask, given.get("position_ids"), past
-        )
+        tokens = masks.locate_tokens(source.shape[0], source.shape[1], source.device, mask, given.get("position_ids"), past)
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
