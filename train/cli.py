@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -171,12 +172,20 @@ def export(
         ),
     ] = ExportFormat.hf,
     max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
+    at_cr: Annotated[
+        float | None, typer.Option(help="A run's stage: as it was when its schedule passed this ratio (save.at_cr). Default: its end.")
+    ] = None,
 ) -> None:
     """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
     _prepare_environment("auto")
     from dms.export.folder import export as write
 
-    files = write(source, out, format=format.value, max_shard_size=max_shard_size)
+    with tempfile.TemporaryDirectory() as staged:
+        if at_cr is not None:
+            from dms.train.stages import write_stage
+
+            source = str(write_stage(source, at_cr, Path(staged) / "run"))
+        files = write(source, out, format=format.value, max_shard_size=max_shard_size)
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
 

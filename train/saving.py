@@ -30,7 +30,7 @@ from dms.train.students import Models
 FOLDER = "checkpoints"
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_WEIGHTS = "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 # The parts of DeepSpeed's optimizer state that change as a run goes on, by stage.
 _ZERO_STATE = {
     2: ("base_optimizer_state", "single_partition_of_fp32_groups"),
@@ -177,8 +177,8 @@ def _write_state(
         )
         others = dict(list(parts.trained.items())[parts.num_gates :])
         if stage < 3 and others:
-            save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, folder / _WEIGHTS)
-            paths.append(folder / _WEIGHTS)
+            save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, folder / WEIGHTS)
+            paths.append(folder / WEIGHTS)
         if stage == 0:
             paths += _write_tree(folder / "optimizer", engine.optimizer.state_dict())
     for path in paths:
@@ -191,8 +191,8 @@ def restore(saved: Saved, engine: Engine, parts: Models, recipe: RetrofitRecipe,
     stage = recipe.zero.stage
     if stage < 3:
         tensors, _ = checkpoint.read_gates(saved.folder)
-        if (saved.folder / _WEIGHTS).is_file():
-            tensors |= load_file(saved.folder / _WEIGHTS)
+        if (saved.folder / WEIGHTS).is_file():
+            tensors |= load_file(saved.folder / WEIGHTS)
         with torch.no_grad():
             for name, parameter in parts.trained.items():
                 parameter.copy_(tensors[name])
@@ -271,6 +271,16 @@ def newest(folder: Path, console: Console) -> Saved | None:
         named = "; ".join(f"{path}: {why}" for path, why in problems)
         raise ValueError(f"no checkpoint of this run is good ({named}); mend them, or overwrite=true resume=never to begin anew")
     return None
+
+
+def at_ratios(folder: Path) -> dict[float, Saved]:
+    """The run's good checkpoints that were written because the scheduled ratio got so far, by that ratio."""
+    found = {}
+    for candidate in _folders(folder / FOLDER):
+        manifest = _manifest(candidate)
+        if manifest is not None and manifest["at_cr"] is not None and _damage(candidate, manifest) is None:
+            found[float(manifest["at_cr"])] = Saved(candidate, manifest)
+    return found
 
 
 def _damage(folder: Path, manifest: dict[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ _NEAR_LAYERS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Of one GPU; `host`: of one node's memory.
+    """Of one GPU; `host`: of one node's memory; evaluation_token: for each token of an evaluation.
 
     activations: what autograd keeps without checkpointing, or one layer's with it. checkpoints: layers' inputs, kept attention
     outputs and their log-sum-exps. loss: its chunk, before the layers' backward and so beside what `activations` is before it.
@@ -43,6 +43,7 @@ class Bytes:
     reserve: int
     peak: int
     evaluation: int
+    evaluation_token: int
     host: int
 
 
@@ -88,9 +89,11 @@ def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True) ->
     return loss_rows(job, shape, held, kernels) * row + gradient + (4 * head if trains_head else 0) + casts
 
 
-def evaluation_bytes(job: Job, held: Held, vocab_size: int) -> int:
-    """The run's own evaluation holds whole logits: as computed, in float32, and three more of those in the cross-entropy."""
-    return job.evaluation_batch_size * job.evaluation_length * vocab_size * (held.weight + 4 * 4)
+def evaluation_bytes(job: Job, shape: ModelShape, held: Held, made: Activations) -> int:
+    """The run's own evaluation: a dense pass, and whole logits: as computed, in float32, and three more of those in the cross-entropy."""
+    tokens = job.evaluation_batch_size * job.evaluation_length
+    forward = made.teacher * tokens // (job.micro_batch_size * job.length)
+    return forward + tokens * shape.vocab_size * (held.weight + 4 * 4)
 
 
 def of_choice(
@@ -141,7 +144,8 @@ def of_choice(
     tensors = weights + gradients + optimizer + buffers + max(kept + transient, step)
     extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
     resident = resting // divided if not choice.offload_param else 0
-    evaluation = resident + buffers - outside + evaluation_bytes(job, held, shape.vocab_size) + extra
+    evaluated = evaluation_bytes(job, shape, held, made)
+    evaluation = resident + buffers - outside + evaluated + extra
     ranks = min(num_gpus, gpus_per_node)
     host = ranks * on_host // width
     if choice.offload_param:
@@ -159,6 +163,7 @@ def of_choice(
         reserve=extra,
         peak=tensors + extra,
         evaluation=evaluation,
+        evaluation_token=evaluated // (job.evaluation_batch_size * job.evaluation_length),
         host=host,
     )
 

@@ -35,7 +35,6 @@ class Plan:
 
     job: Job
     shape: ModelShape
-    held: Held
     gpu_key: str
     gpu: Gpu
     num_gpus: int
@@ -53,10 +52,9 @@ class Plan:
     def evaluation_length(self) -> int:
         """The most tokens, a power of two, that documents of an evaluation one by one may have beside the recommended choice."""
         used = self.recommended.bytes
-        whole = memory.evaluation_bytes(self.job, self.held, self.shape.vocab_size)
-        room = self.gpu.memory - (used.evaluation - whole)
-        one = whole / (self.job.evaluation_batch_size * self.job.evaluation_length)
-        most = min(room / one, self.job.evaluation_length)
+        tokens = self.job.evaluation_batch_size * self.job.evaluation_length
+        room = self.gpu.memory - (used.evaluation - tokens * used.evaluation_token)
+        most = min(room / used.evaluation_token, self.job.evaluation_length)
         return 2 ** int(math.log2(most)) if most >= 64 else 64
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     mine = outcome(own) if own in possible else None
     shown = (recommended or mine or outcomes[0]).choice
     work = Flops(**{name: value * job.batch_size for name, value in vars(by_checkpointing[shown.activation_checkpointing]).items()})
-    return Plan(job, shape, held, gpu_name, gpu, num_gpus, memory.loss_rows(job, shape, held), work, outcomes, mine, recommended)
+    return Plan(job, shape, gpu_name, gpu, num_gpus, memory.loss_rows(job, shape, held), work, outcomes, mine, recommended)
 
 
 def _preference(outcome: Outcome) -> tuple[int, int]:

@@ -1,0 +1,150 @@
+"""`dms plan`: what it prints and writes, what it recommends, and what it refuses."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dms import hardware
+from dms.planning.job import Choice, choices
+from dms.planning.plan import recipe_lines
+from dms.train import planning
+from dms.train.cli import app
+from dms.train.recipe import RetrofitRecipe
+from dms.train.recipe_file import load_recipe
+
+CONFIGS = "tests/recipes/configs"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@cache
+def plan_of(name, *overrides, gpu="h100-80", num=1):
+    return planning.plan(load_recipe(name, list(overrides), RetrofitRecipe), gpu=gpu, num_gpus=num, config=CONFIGS)
+
+
+def outcome_of(plan, **fields):
+    (found,) = [outcome for outcome in plan.outcomes if outcome.choice == Choice(**fields)]
+    return found
+
+
+def test_the_command_prints_and_writes_a_plan(tmp_path):
+    result = CliRunner().invoke(app, ["plan", "tiny/retrofit", "steps=10", "--gpu", "rtx4090", "--json", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM, 1,049,728 parameters, 1,032 trained" in result.output
+    assert "10 steps of 4 x 2,048 tokens = 81,920; 1 x NVIDIA GeForce RTX 4090" in result.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["choices"]) == 18 and plan["recommended"]["fits"] and plan["recipe"]["choice"]["stage"] == 0
+    kinds = {"weights", "activations", "checkpoints", "loss", "gradients", "optimizer", "buffers", "reserve", "peak", "evaluation", "host"}
+    assert kinds <= set(plan["recommended"]["bytes"])
+    assert plan["flops_per_step"]["total"] == pytest.approx(sum(value for key, value in plan["flops_per_step"].items() if key != "total"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["tiny/retrofit", "--gpu", "h100"],
+            r"unknown GPU 'h100' (did you mean 'h100-80'?); there are h100-80, h200, a100-80, l40s, rtx4090",
+        ),
+        (["tiny/retrofit", "--gpu", "rtx490"], "did you mean 'rtx4090'"),
+        (["tiny/retrofit", "--num", "3"], "batch_size 4 cannot be shared by 3 GPUs with micro_batch_size 2"),
+        (["qwen3-8b", "--config", "tests"], "neither a file nor a folder with config.json or Qwen3-8B.json"),
+        (["qwen3-8b", "--config", "setup.cfg"], "the configuration of 'Qwen/Qwen3-8B' cannot be read"),
+        (["tiny/retrofi"], "did you mean 'tiny/retrofit'"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_what_does_not_fit_is_recommended_smaller_until_it_does():
+    large, small = (plan_of("qwen3-8b", gpu=gpu) for gpu in ("h100-80", "rtx4090"))
+    kept, checkpointed = outcome_of(large), outcome_of(large, activation_checkpointing=True)
+    assert not kept.fits and kept.seconds.total < checkpointed.seconds.total
+    assert large.recommended.choice == Choice(activation_checkpointing=True)
+    # 24 GB: 16 of weights, and 32K tokens of checkpoints.
+    assert not outcome_of(small, activation_checkpointing=True).fits
+    assert small.recommended.choice == Choice(stage=3, offload_param=True, activation_checkpointing=True, offload_activations=True)
+    assert small.recommended.bytes.host > 16.3e9 + 36 * 32768 * 4096 * 2 * 2
+    nothing = plan_of("qwen3-32b", "data.length=40960", gpu="rtx4090")
+    assert nothing.recommended is None and recipe_lines(nothing) == []
+
+
+def test_recommended_lines_are_a_recipe_s():
+    small = plan_of("qwen3-8b", "evaluation={batch_size: 4}", gpu="rtx4090")
+    lines = recipe_lines(small)
+    assert lines[:3] == ["zero: {stage: 3, offload_param: cpu}", "activation_checkpointing: true", "offload_activations: true"]
+    values = yaml.safe_load("\n".join(lines))
+    again = load_recipe("qwen3-8b", [line.replace(": ", "=", 1) for line in lines], RetrofitRecipe)
+    assert planning.choice_of(again) == small.recommended.choice
+    # Evaluation at 4 x 32K tokens would hold hundreds of GB of logits; what is recommended fits.
+    assert values["evaluation"] == {"batch_size": 1, "length": again.evaluation.length} and again.evaluation.length >= 1024
+    fitting = planning.plan(again, gpu="rtx4090", num_gpus=1, config=CONFIGS)
+    assert fitting.own.fits and fitting.own.bytes.evaluation <= fitting.gpu.memory < small.recommended.bytes.evaluation
+
+
+def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
+    used = outcome_of(plan_of("qwen3-8b"), activation_checkpointing=True).bytes
+    assert used.weights == 8_190_735_360 * 2 + 1_179_936 * 4
+    # Inputs and attention's outputs of 36 layers in bfloat16, 32 log-sum-exps a token.
+    assert used.checkpoints == 36 * 32768 * (4096 * 2 + 32 * 128 * 2 + 32 * 4)
+    assert used.gradients == 4 * 1_179_936 and used.optimizer == 8 * 1_179_936
+    assert used.loss <= 1.5e9 + 32768 * 4096 * 2
+    divided = outcome_of(plan_of("qwen3-8b", num=8), stage=3, activation_checkpointing=True).bytes
+    assert divided.weights == used.weights // 8 and divided.checkpoints == used.checkpoints
+    shared = outcome_of(plan_of("qwen3-8b", num=8), activation_checkpointing=True, sequence_parallel=8).bytes
+    assert shared.checkpoints == used.checkpoints // 8 and shared.weights == used.weights
+
+
+def test_every_weight_trained_holds_a_teacher_and_moments():
+    plan = plan_of("llama3.2-1b-all", num=8)
+    plain, divided = outcome_of(plan, activation_checkpointing=True).bytes, outcome_of(plan, stage=2, activation_checkpointing=True).bytes
+    trained = plan.trained
+    assert plain.weights == pytest.approx(8 * 1_235_814_400, rel=1e-3) and plain.optimizer == 8 * trained
+    # DeepSpeed keeps a float32 copy of what it steps; all of it is divided.
+    assert divided.optimizer == 12 * trained // 8 and divided.gradients == 4 * trained // 8
+    offloaded = outcome_of(plan, stage=2, offload_optimizer=True, activation_checkpointing=True).bytes
+    assert offloaded.optimizer == 0 and offloaded.host == 8 * (12 * trained // 8 + 4 * trained // 8)
+
+
+def test_the_host_link_binds_where_weights_come_over_it_for_little_work():
+    short = plan_of("qwen3-8b", "data.length=1024", "evaluation.length=1024", "batch_size=1", gpu="rtx4090")
+    offloaded = outcome_of(short, stage=3, offload_param=True, activation_checkpointing=True)
+    # 16.4 GB four times: teacher, student, recomputation, backward.
+    assert offloaded.seconds.limit == "host"
+    assert offloaded.seconds.host == pytest.approx(4 * 16.38e9 / (32e9 * 0.8), rel=0.01)
+
+
+def test_a_cached_teacher_takes_no_pass():
+    with_pass, without = plan_of("qwen3-8b"), plan_of("qwen3-8b", "teacher_cache={path: cache}")
+    assert without.flops.teacher == without.flops.teacher_attention == 0.0
+    assert without.flops.loss == pytest.approx(with_pass.flops.loss * 2 / 3)
+    assert without.own.seconds.total < with_pass.own.seconds.total
+
+
+def test_choices_are_those_that_divide():
+    job = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe))
+    assert {choice.sequence_parallel for choice in choices(job, 32, 8)} == {1, 2, 4, 8}
+    # 12 query heads are shared by 4 at most, 30 tokens by 2.
+    assert {choice.sequence_parallel for choice in choices(job, 12, 8)} == {1, 2, 4}
+    assert {choice.sequence_parallel for choice in choices(replace(job, length=30), 32, 8)} == {1, 2}
+    # 16 GPUs and 8 sequences: two GPUs to each at least.
+    assert {choice.sequence_parallel for choice in choices(job, 32, 16)} == {2, 4, 8}
+
+
+def test_hardware_is_whole_and_strict():
+    table = hardware.load()
+    assert set(table.gpus) == {"h100-80", "h200", "a100-80", "l40s", "rtx4090"}
+    for gpu in table.gpus.values():
+        assert gpu.flops.bf16 == gpu.flops.fp16 and all(source.startswith("https://") for source in gpu.sources)
+    assert table.gpu("h100-80").link(8) == 450e9 and table.gpu("h100-80").link(16) == 50e9 and table.gpu("l40s").link(2) == 32e9
+    with pytest.raises(ValueError, match="unknown key 'memry'"):
+        hardware.Gpu(**table.gpu("l40s").model_dump(), memry=1.0)
