@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from dms.heads import difference_of_head, make_logits
 
 # Float32 logits that are alive at once; what is made of them is as large again.
-_CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**28
 _SAMPLE = 16
 
 
@@ -36,7 +36,7 @@ def predict(model: nn.Module, ids_BT: torch.Tensor, *, use_cache: bool) -> Predi
     else:
         outputs = model.get_decoder()(input_ids=ids_BT, use_cache=use_cache)
         hidden_NM, target_N = outputs.last_hidden_state[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-        rows = max(1, _CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+        rows = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
         score = [
             _score(make_logits(model, hidden_nM), target_n)
             for hidden_nM, target_n in zip(hidden_NM.split(rows), target_N.split(rows), strict=True)

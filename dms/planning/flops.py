@@ -6,7 +6,7 @@ Letters: T tokens, w window, D head dim, V vocabulary, M model dim.
 from dataclasses import dataclass
 
 from dms.planning.job import Job
-from dms.planning.shapes import LayerShape, ModelShape
+from dms.planning.shapes import ROWS, LayerShape, ModelShape
 
 # QK^T and PV; backward: QK^T again, dV, dP, dQ, dK. Our kernels make the first and the third twice, and need no atomics so.
 FORWARD_PRODUCTS = 2
@@ -42,11 +42,6 @@ def kept_pairs(length: int, window: int, keep: float) -> float:
     """Pairs of a query and a key for each head, `keep` = 1 / CR: `keep (T-w)^2 / 2 + w T - w^2 / 2`."""
     window = min(window, length)
     return keep * (length - window) ** 2 / 2 + window * length - window**2 / 2
-
-
-def dense_pairs(length: int, attention: str, masked: bool) -> float:
-    """Pairs that transformers' own attention computes: half of all, or all of them where it goes by a mask."""
-    return float(length**2) if masked or attention == "eager" else length**2 / 2
 
 
 def of_sequence(shape: ModelShape, job: Job, *, checkpointing: bool, route: str = "kernels", keep: float | None = None) -> Flops:
@@ -95,5 +90,9 @@ def _attention_flops(layer: LayerShape, pairs: float) -> float:
 
 
 def _dense_pairs_of(layer: LayerShape, shape: ModelShape, job: Job) -> float:
-    masked = job.packed or (layer.sliding is not None and layer.sliding < job.length)
-    return dense_pairs(job.length, shape.attention, masked)
+    """Of attention without a gate: ours computes the pairs that are seen, transformers' own half of all, or all where it goes by a mask."""
+    slides = layer.sliding is not None and layer.sliding < job.length
+    if shape.attention == ROWS:
+        return kept_pairs(job.length, layer.sliding - 1, 0.0) if slides else job.length**2 / 2
+    masked = job.packed or slides or shape.attention == "eager"
+    return float(job.length**2) if masked else job.length**2 / 2

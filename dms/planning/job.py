@@ -10,7 +10,7 @@ GIB = 2**30
 class Job:
     """A retrofit's recipe as far as it costs anything. Fields as in recipes; length T in tokens.
 
-    packed: sequences hold several documents, so that attention which is not ours gets a mask of T x T. loss_chunk None: as
+    packed: sequences hold several documents. loss_chunk None: as
     many as the loss chooses. has_teacher_pass False: a cache answers for the teacher.
     """
 

@@ -36,12 +36,14 @@ class LayerBytes:
 @dataclass(frozen=True)
 class Activations:
     """Of one micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings, positions,
-    the last norm). teacher: the most that a pass without gradients takes. hidden: hidden states [B, T, M] as layers hand them on."""
+    the last norm). teacher, dense: the most that a pass without gradients takes, the
+    teacher's and one by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
 
     layers: list[LayerBytes]
     before: int
     after: int
     teacher: int
+    dense: int
     hidden: int
 
     @property
@@ -54,12 +56,12 @@ class Activations:
 
 
 def measure(
-    model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool
+    model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool, by_rows: bool = False
 ) -> Activations:
     """Pass a micro-batch of fake tokens through a model on the meta device. The model is of no use afterwards.
 
     held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
-    chunked route of a CPU.
+    chunked route of a CPU. by_rows: the teacher and layers without gates go by `dms.rows`, not by transformers' own attention.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,11 +75,18 @@ def measure(
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         _fake(model, held)
         ids = torch.zeros(batch, length, dtype=torch.long)
-        student = _student(model, ids, kernels)
-        teacher = _teacher(model, ids)
+        rows = attention.Rows(kernels) if by_rows else None
+        student = _student(model, ids, kernels, rows)
+        teacher = _without_gradients(model, ids, rows)
+        dense = teacher if rows is None else _without_gradients(model, ids, None)
     by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
     return Activations(
-        [by_key[_key(shape, place)] for place in range(len(shape.layers))], student.before, student.after, teacher, student.hidden
+        layers=[by_key[_key(shape, place)] for place in range(len(shape.layers))],
+        before=student.before,
+        after=student.after,
+        teacher=teacher,
+        dense=dense,
+        hidden=student.hidden,
     )
 
 
@@ -168,12 +177,13 @@ class _Student:
     hidden: int
 
 
-def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool) -> _Student:
+def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: attention.Rows | None) -> _Student:
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
     def enter(*_) -> None:
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.
+        state.rows = rows
         state.activate("train")
         state.forward = Forward("train", tokens)
 
@@ -208,9 +218,11 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool) -> _Student:
     return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
 
 
-def _teacher(model: nn.Module, ids_BT: torch.Tensor) -> int:
+def _without_gradients(model: nn.Module, ids_BT: torch.Tensor, rows: attention.Rows | None) -> int:
     """The most bytes alive in a dense pass without gradients."""
     set_mode(model, "dense")
+    state_of(model).rows = rows
+    state_of(model).activate("dense")
     live = LiveBytes(*model.parameters(), *model.buffers())
     weights = live.now
     with torch.no_grad(), live:

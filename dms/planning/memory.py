@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dms.evaluation.scoring import CHUNK_BYTES
 from dms.planning.job import GIB, Choice, Job
 from dms.planning.layers import Activations
-from dms.planning.shapes import ModelShape
+from dms.planning.shapes import ROWS, ModelShape
 from dms_kernels.distill_loss import chunk_rows, chunked, fused
 
 # Assumptions, not measured: CUDA's context and libraries; NCCL's buffers where there are several GPUs; and what PyTorch's allocator
@@ -90,10 +91,11 @@ def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True) ->
 
 
 def evaluation_bytes(job: Job, shape: ModelShape, held: Held, made: Activations) -> int:
-    """The run's own evaluation: a dense pass, and whole logits: as computed, in float32, and three more of those in the cross-entropy."""
+    """The run's own evaluation: a dense pass by the model's own attention, and the logits of some tokens at a time."""
     tokens = job.evaluation_batch_size * job.evaluation_length
-    forward = made.teacher * tokens // (job.micro_batch_size * job.length)
-    return forward + tokens * shape.vocab_size * (held.weight + 4 * 4)
+    forward = made.dense * tokens // (job.micro_batch_size * job.length)
+    rows = min(tokens, max(1, CHUNK_BYTES // (4 * shape.vocab_size)))
+    return forward + rows * shape.vocab_size * (held.weight + 4 * 4)
 
 
 def of_choice(
@@ -176,8 +178,8 @@ def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held)
 
 
 def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
-    """The dense pass; beside packed documents transformers builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
-    if not job.packed or shape.attention == "eager":
+    """The dense pass; where transformers attends to packed documents it builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
+    if not job.packed or shape.attention in (ROWS, "eager"):
         return made.teacher
     tokens, widest = job.length * job.micro_batch_size, max(shape.layers, key=lambda layer: layer.num_query_heads * layer.head_dim)
     mask = tokens * job.length * (1 + held.compute)

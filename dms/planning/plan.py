@@ -1,7 +1,7 @@
 """The plan: every choice with its bytes and seconds, which of them fit, and the one to take."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from dms.planning.job import Choice, Job, choices
 from dms.planning.memory import Bytes, Held
 from dms.planning.roofline import Seconds
 from dms.planning.shapes import ModelShape
+from dms.rows import local_rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         ValueError: an unknown GPU, or a batch that no choice can share among these GPUs.
     """
     gpu = hardware.gpu(gpu_name)
+    by_rows = local_rows(model, packs=job.packed) is not None
     shape = shapes.measure(model)
+    if by_rows:
+        shape = replace(shape, attention=shapes.ROWS)
     held = Held.of(job, saved_bfloat16)
     made = layers.measure(
         model,
@@ -109,6 +113,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         held=held.weight_dtype,
         autocast=job.precision == "bf16",
         kernels=True,
+        by_rows=by_rows,
     )
     possible = choices(job, max(layer.num_query_heads for layer in shape.layers), num_gpus)
     if not possible:

@@ -11,6 +11,10 @@ from dms.retrofitting import state_of
 _OUTPUT_PROJECTION = re.compile(r"o_proj|out_proj|dense|c_proj|\bwo\b")
 
 
+# Attention by `dms.rows`, which needs no masks.
+ROWS = "rows"
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """One decoder layer. Parameters are those that a token is multiplied by: of experts, those that are active.
@@ -44,7 +48,8 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """parameters: of the base, everything that is loaded. softcap: of the logits. attention: transformers' own, in the dense model."""
+    """parameters: of the base, everything that is loaded. softcap: of the logits. attention: of the teacher and of
+    layers without gates, transformers' own or ROWS."""
 
     name: str
     layers: list[LayerShape]

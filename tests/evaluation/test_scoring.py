@@ -29,7 +29,7 @@ def test_pieces_score_as_the_models_own_logits(family, mode, monkeypatch):
     model = make_model("llama" if family == "unknown" else family)
     if family == "unknown":
         model.lm_head.register_forward_hook(lambda *given: given[2] * 1.5)
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 7 * 4 * 90)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 7 * 4 * 90)
     ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
     dms.set_mode(model, mode)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_pieces_score_as_the_models_own_logits(family, mode, monkeypatch):
 
 def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
     model = make_model("llama", vocab_size=5000)
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 2**20)
     with LiveBytes(*model.parameters()) as live:
         before = live.now
         scoring.predict(model, torch.randint(3, 5000, (2, 400)), use_cache=False)
