@@ -198,10 +198,15 @@ def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
     assert result["trainable"] == "all"
 
 
-def test_activation_checkpointing_changes_nothing(recipe_values, tmp_path):
+def test_activation_checkpointing_and_offloading_change_nothing(recipe_values, tmp_path):
     losses = {}
-    for checkpointing in (False, True):
-        folder = tmp_path / str(checkpointing)
-        loop.run(load({**recipe_values, "activation_checkpointing": checkpointing, "output_dir": str(folder)}))
-        losses[checkpointing] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+    for name, changes in {
+        "plain": {},
+        "checkpointing": {"activation_checkpointing": True},
+        "offloading": {"activation_checkpointing": True, "offload_activations": True},
+    }.items():
+        folder = tmp_path / name
+        loop.run(load({**recipe_values, **changes, "output_dir": str(folder)}))
+        losses[name] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses["plain"] == pytest.approx(losses["checkpointing"], rel=1e-5)
+    assert losses["checkpointing"] == losses["offloading"]
