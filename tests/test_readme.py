@@ -32,7 +32,7 @@ def test_every_command_is_one_that_the_program_has(command):
     for argument in arguments[1:]:
         if argument.startswith("--"):
             assert argument in options, command
-    if arguments[0] in ("retrofit", "pretrain") and not arguments[1].endswith(".yaml"):
+    if arguments[0] in ("retrofit", "pretrain", "generate-data") and not arguments[1].endswith(".yaml"):
         assert arguments[1] in packaged_recipes(), command
 
 

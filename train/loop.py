@@ -326,6 +326,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 raise Stopped(
                     f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}"
                 )
+    if text := setup.stream.describe():
+        setup.console.print(text, highlight=False, markup=False)
     return position
 
 

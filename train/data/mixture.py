@@ -38,6 +38,7 @@ class Mixture:
     def __init__(self, readers: list[Reader | BuiltinReader], data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost):
         self.readers, self.data, self.cost = readers, data, cost
         self.batch_size, self.steps, self.seed = batch_size, steps, seed
+        self.sources = data.all_sources
         self.together = balance_rows(data.balance_rows, batch_size)
 
     def first_state(self) -> State:
@@ -111,13 +112,13 @@ class _Window:
 
     def _check_epoch(self, number: int, document: Document) -> None:
         if document.cursor.epoch > self.fruitful[number] + 1:
-            source, length = self.mixture.data.all_sources[number], self.mixture.data.length
+            source, length = self.mixture.sources[number], self.mixture.data.length
             raise ValueError(
                 f"{source.label}: every document is longer than data.length {length}; lengthen the rows, or long_documents: split"
             )
 
     def _weights(self, step: int) -> list[float]:
-        weights = [source.weight_at(step) for source in self.mixture.data.all_sources]
+        weights = [source.weight_at(step) for source in self.mixture.sources]
         return [weight / sum(weights) for weight in weights]
 
     def _behind(self, step: int) -> int:

@@ -157,6 +157,11 @@ def open_data(
             if node.group is None:
                 raise
             problem = error
+    if mixture is not None and data.packs and mixture.together < num_groups * micro_batch_size:
+        say(
+            f"{num_groups * micro_batch_size} rows are trained on at a time, and {mixture.together} of like cost stand together in a step; "
+            f"data.balance_rows={num_groups * micro_batch_size} lets ranks wait less for each other, and mixes a step less"
+        )
     return Stream(
         mixture,
         data,
@@ -242,6 +247,7 @@ class Stream:
         self._made: Iterator[list[_Handed]] | None = None
         self._threads: list[_Ahead] = []
         self._state: State | None = None
+        self._counts: dict[str, int] = {}
         self.digest, self.sample_ids = self._hand_out(self._look, problem)
 
     def _look(self) -> list[tuple[str, list[int]]]:
@@ -270,9 +276,14 @@ class Stream:
         """The next step's micro-batches. Raises ValueError for data that cannot be read, with its place."""
         start = time.perf_counter()
         handed = self._hand_out(self._read)
-        self._state = handed.state
+        self._state, self._counts = handed.state, handed.counts
         batches = micro_batches(handed.rows, self.micro_batch_size)
         return StepData(batches, handed.padding, handed.cost_balance, handed.counts, time.perf_counter() - start)
+
+    def describe(self) -> str:
+        """What became of the documents that were read, where not all of them are trained on whole; else nothing."""
+        odd = [f"{count} {why.replace('_', ' ')}" for why, count in self._counts.items() if why != "documents"]
+        return f"of the data, {self._counts['documents']} documents were read; {', '.join(odd)}" if odd else ""
 
     def close(self) -> None:
         """End the threads. A later `next_step` would leave out the steps that they had made, so `seek` first."""

@@ -144,9 +144,9 @@ def test_a_row_that_turns_bad_is_raised_where_its_step_is_asked_for(jsonl, open_
 
 
 def test_data_that_changed_under_a_checkpoint_is_said(jsonl, open_stream):
-    path = jsonl("x.jsonl", texts(300))
+    path = jsonl("x.jsonl", texts(300, 0, 8, 14))
     stream = open_stream({"source": "jsonl", "path": str(path), "length": 64, "fill": "pad"})
-    read(stream, 20)
+    read(stream, 25)
     state = stream.state()
     assert state["window"]["carried"]
     path.write_text("\n".join(path.read_text().splitlines()[:5]) + "\n")
