@@ -1,8 +1,12 @@
 """What a run makes sure of before its first step: that model, data and folder are what they were taken for."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from dms import models, weights
 from dms.train import saving
@@ -56,3 +60,22 @@ def check_shared(folder: Path, mark: str) -> None:
             raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
         # Network file systems remember for a while that a file was not there.
         time.sleep(1.0)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run `action` on the first process; all get its result, or its error."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        if not accelerator.is_main_process:
+            # The first process says it for all, and ends first.
+            time.sleep(2.0)
+            raise SystemExit(2)
+        raise outcome[1]
+    return outcome[0]

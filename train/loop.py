@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,7 +142,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     base_hash = checks.base_hash(recipe)
     folder = run_folder.path
-    saved = _on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
+    saved = checks.on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
     stream = open_data(
         tokenizer,
         recipe.data,
@@ -188,7 +187,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     }
     if saved is not None:
         checks.check_same(saved, facts)
-    checks.check_shared(folder, _on_main(accelerator, lambda: run_folder.prepare(saved)))
+    checks.check_shared(folder, checks.on_main(accelerator, lambda: run_folder.prepare(saved)))
     saver = Saver(folder, recipe, accelerator, console, facts)
     position = Position()
     if saved is not None:
@@ -233,7 +232,7 @@ def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, tokeni
         return None
     vocab_size = parts.student.config.get_text_config().vocab_size
     # One process reads all data once; the others need the folder alone.
-    _on_main(accelerator, lambda: cache_teacher.check(recipe, tokenizer, vocab_size))
+    checks.on_main(accelerator, lambda: cache_teacher.check(recipe, tokenizer, vocab_size))
     return cache_teacher.open_for(recipe, vocab_size)
 
 
@@ -383,22 +382,3 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
             "train longer, raise optimizer.lr or compression_weight"
         )
     return result
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run `action` on the first process; all get its result, or its error."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        if not accelerator.is_main_process:
-            # The first process says it for all, and ends first.
-            time.sleep(2.0)
-            raise SystemExit(2)
-        raise outcome[1]
-    return outcome[0]
