@@ -111,63 +111,72 @@ def of_choice(
     reserve: bool = True,
 ) -> Bytes:
     """Bytes by kind. made: of one micro-batch unsharded. reserve: count what is not tensors."""
-    width = choice.sequence_parallel
     trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
-    base = shape.parameters * held.weight
-    # A teacher of its own beside a student that trains.
-    resting = base + (base if job.trainable == "all" and job.has_teacher_pass else 0) + 4 * (shape.gates + shape.adapters)
-    divided = num_gpus if choice.stage == 3 else 1
-    weights = 0 if choice.offload_param else resting // divided
-    gradients = 4 * trained // (num_gpus if choice.stage > 0 else 1)
+    ranks = num_gpus if choice.stage > 0 else 1
+    resting = _resting(shape, job, held) // (num_gpus if choice.stage == 3 else 1)
+    weights = 0 if choice.offload_param else resting
+    gradients = 4 * trained // ranks
     # AdamW: two moments; DeepSpeed keeps a float32 copy of what it steps as well.
-    states = (8 if choice.stage == 0 else 12) * trained // (num_gpus if choice.stage > 0 else 1)
+    states = (8 if choice.stage == 0 else 12) * trained // ranks
     optimizer = 0 if choice.offload_optimizer else states
 
-    kept = checkpoint_bytes(shape, job, made, held) if choice.activation_checkpointing else 0
-    saved = made.worst_layer if choice.activation_checkpointing else made.saved
-    if choice.offload_activations:
-        on_host, kept = kept, min(kept, _NEAR_LAYERS * kept // len(shape.layers))
-    else:
-        on_host = 0
+    forward = _forward(shape, job, choice, made, held, kernels)
+    gathered = _buffers(shape, job, choice, held, trained, num_gpus)
+    at_once = max(forward.checkpoints + forward.transient, _optimizer_step(trained, choice, ranks, kernels))
+    tensors = weights + gradients + optimizer + gathered + forward.outside + at_once
+    extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
+    evaluated = evaluation_bytes(job, shape, held, made)
+    on_host = forward.on_host
+    on_host += resting if choice.offload_param else 0
+    on_host += states + gradients if choice.offload_optimizer else 0
+    return Bytes(
+        weights=weights,
+        activations=forward.activations,
+        checkpoints=forward.checkpoints,
+        loss=forward.loss,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=gathered + forward.outside,
+        reserve=extra,
+        peak=tensors + extra,
+        evaluation=weights + gathered + evaluated + extra,
+        evaluation_token=evaluated // (job.evaluation_batch_size * job.evaluation_length),
+        host=min(num_gpus, gpus_per_node) * on_host,
+    )
+
+
+def _resting(shape: ModelShape, job: Job, held: Held) -> int:
+    """All weights, whole; where the base trains, a teacher of its own as well."""
+    copies = 2 if job.trainable == "all" and job.has_teacher_pass else 1
+    return copies * shape.parameters * held.weight + 4 * (shape.gates + shape.adapters)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Of one GPU. outside: what the step holds beside layers. transient: the most above checkpoints at a time."""
+
+    activations: int
+    checkpoints: int
+    on_host: int
+    loss: int
+    outside: int
+    transient: int
+
+
+def _forward(shape: ModelShape, job: Job, choice: Choice, made: Activations, held: Held, kernels: bool) -> _Forward:
+    width = choice.sequence_parallel
     loss = loss_bytes(job, shape, held, kernels) // width
     teacher = _teacher(shape, job, made, held) // width if job.has_teacher_pass else 0
     # Hidden states of both sides, from the teacher's end to the loss.
-    outside = (made.before + max(0, made.after) + (1 + job.has_teacher_pass) * made.hidden) // width
-    kept, saved = kept // width, saved // width
-    if choice.activation_checkpointing:
-        transient = max(loss, saved, teacher - kept)
-    else:
-        backward = max(layer.backward for layer in made.layers) // width
-        transient = saved + max(loss, backward)
-        transient = max(transient, teacher)
-        outside -= (made.before + max(0, made.after)) // width
-    buffers = outside + _buffers(shape, job, choice, held, trained, num_gpus)
-    step = _optimizer_step(trained, choice, num_gpus, kernels)
-    tensors = weights + gradients + optimizer + buffers + max(kept + transient, step)
-    extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
-    resident = resting // divided if not choice.offload_param else 0
-    evaluated = evaluation_bytes(job, shape, held, made)
-    evaluation = resident + buffers - outside + evaluated + extra
-    ranks = min(num_gpus, gpus_per_node)
-    host = ranks * on_host // width
-    if choice.offload_param:
-        host += ranks * resting // num_gpus
-    if choice.offload_optimizer:
-        host += ranks * (states + gradients)
-    return Bytes(
-        weights=weights,
-        activations=saved,
-        checkpoints=kept,
-        loss=loss,
-        gradients=gradients,
-        optimizer=optimizer,
-        buffers=buffers,
-        reserve=extra,
-        peak=tensors + extra,
-        evaluation=evaluation,
-        evaluation_token=evaluated // (job.evaluation_batch_size * job.evaluation_length),
-        host=host,
-    )
+    outside = (1 + job.has_teacher_pass) * made.hidden // width
+    if not choice.activation_checkpointing:
+        saved, backward = made.saved // width, max(layer.backward for layer in made.layers) // width
+        return _Forward(saved, 0, 0, loss, outside, max(saved + max(loss, backward), teacher))
+    kept, layer = checkpoint_bytes(shape, job, made, held) // width, made.worst_layer // width
+    near = min(kept, _NEAR_LAYERS * kept // len(shape.layers)) if choice.offload_activations else kept
+    outside += (made.before + max(0, made.after)) // width
+    on_host = kept if choice.offload_activations else 0
+    return _Forward(layer, near, on_host, loss, outside, max(loss, layer, teacher - near))
 
 
 def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
@@ -201,8 +210,8 @@ def _buffers(shape: ModelShape, job: Job, choice: Choice, held: Held, trained: i
     return total
 
 
-def _optimizer_step(trained: int, choice: Choice, num_gpus: int, kernels: bool) -> int:
+def _optimizer_step(trained: int, choice: Choice, ranks: int, kernels: bool) -> int:
     """AdamW's temporaries: on a GPU it steps all tensors at once."""
     if choice.offload_optimizer or not kernels:
         return 0
-    return 4 * trained // (num_gpus if choice.stage > 0 else 1)
+    return 4 * trained // ranks
