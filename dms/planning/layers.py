@@ -36,14 +36,14 @@ class LayerBytes:
 @dataclass(frozen=True)
 class Activations:
     """Of one micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings, positions,
-    the last norm). teacher, dense: the most that a pass without gradients takes, the
-    teacher's and one by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
+    the last norm). teacher: the most that its pass takes. evaluation: the most that the
+    dense pass of an evaluation takes, by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
 
     layers: list[LayerBytes]
     before: int
     after: int
     teacher: int
-    dense: int
+    evaluation: int
     hidden: int
 
     @property
@@ -56,12 +56,22 @@ class Activations:
 
 
 def measure(
-    model: nn.Module, shape: ModelShape, *, batch: int, length: int, held: torch.dtype, autocast: bool, kernels: bool, by_rows: bool = False
+    model: nn.Module,
+    shape: ModelShape,
+    *,
+    batch: int,
+    length: int,
+    held: torch.dtype,
+    autocast: bool,
+    kernels: bool,
+    by_rows: bool = False,
+    evaluated: tuple[int, int] | None = None,
 ) -> Activations:
     """Pass a micro-batch of fake tokens through a model on the meta device. The model is of no use afterwards.
 
     held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
     chunked route of a CPU. by_rows: the teacher and layers without gates go by `dms.rows`, not by transformers' own attention.
+    evaluated: batch and length of the run's evaluation; None: as the micro-batch.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -78,14 +88,14 @@ def measure(
         rows = attention.Rows(kernels) if by_rows else None
         student = _student(model, ids, kernels, rows)
         teacher = _without_gradients(model, ids, rows)
-        dense = teacher if rows is None else _without_gradients(model, ids, None)
+        evaluation = _without_gradients(model, torch.zeros(evaluated or (batch, length), dtype=torch.long), None)
     by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
     return Activations(
         layers=[by_key[_key(shape, place)] for place in range(len(shape.layers))],
         before=student.before,
         after=student.after,
         teacher=teacher,
-        dense=dense,
+        evaluation=evaluation,
         hidden=student.hidden,
     )
 

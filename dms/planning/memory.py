@@ -93,9 +93,8 @@ def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True) ->
 def evaluation_bytes(job: Job, shape: ModelShape, held: Held, made: Activations) -> int:
     """The run's own evaluation: a dense pass by the model's own attention, and the logits of some tokens at a time."""
     tokens = job.evaluation_batch_size * job.evaluation_length
-    forward = made.dense * tokens // (job.micro_batch_size * job.length)
     rows = min(tokens, max(1, CHUNK_BYTES // (4 * shape.vocab_size)))
-    return forward + rows * shape.vocab_size * (held.weight + 4 * 4)
+    return made.evaluation + rows * shape.vocab_size * (held.weight + 4 * 4)
 
 
 def of_choice(

@@ -114,6 +114,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         autocast=job.precision == "bf16",
         kernels=True,
         by_rows=by_rows,
+        evaluated=(job.evaluation_batch_size, job.evaluation_length),
     )
     possible = choices(job, max(layer.num_query_heads for layer in shape.layers), num_gpus)
     if not possible:
