@@ -12,7 +12,7 @@ import torch
 from jobs import Job, read_metrics, trajectory
 from safetensors.torch import load_file
 
-from dms.train import engine, loop
+from dms.train import cache_teacher, engine, loop
 from dms.train.recipe import RetrofitRecipe
 
 pytest.importorskip("deepspeed")
@@ -107,6 +107,26 @@ def test_a_divided_run_goes_on_exactly(make_values, tmp_path, how, changes):
         alone = Job(values, 1)
         assert alone.wait() == 2
         assert "was written by 2 processes and there are 1" in alone.output and "start 2 processes" in alone.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caches", [False, True])
+def test_packed_rows_that_processes_share_take_the_same_course(make_values, tmp_path, caches):
+    """Everything for long rows at once: documents across the border, checkpoints in host memory, the teacher read from disk."""
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 17) for i in range(60)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    changes = {"data": {"source": "jsonl", "path": str(path), "length": 192}, "evaluation": {"num_documents": 4, "num_items": 2}}
+    if caches:
+        changes["teacher_cache"] = {"path": str(tmp_path / "teacher"), "top_k": 64}
+        cache_teacher.write(RetrofitRecipe.model_validate(make_values(tmp_path / "whole", **changes)))
+    whole = tmp_path / "whole"
+    loop.run(RetrofitRecipe.model_validate(make_values(whole, **changes)))
+    divided = {"sequence_parallel": 2, "activation_checkpointing": True, "offload_activations": True}
+    job = Job(make_values(tmp_path / "run", **changes, **divided), 2)
+    assert job.wait() == 0, job.output
+    assert_same_course(job.folder, whole, 8)
+    assert max(m["kl"] for m in read_metrics(job.folder)) > 1e-4
 
 
 def test_the_configuration_names_only_what_deepspeed_knows(make_values, tmp_path):
