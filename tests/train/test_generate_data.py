@@ -18,6 +18,7 @@ from dms.train.data.shards import Row
 from dms.train.data.stream import open_data
 from dms.train.generate_data import run
 from dms.train.generate_recipe import GenerateRecipe
+from dms.train.generated_file import Output
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_files_of_others_are_never_overwritten(values, tmp_path):
 
 
 def test_a_file_in_use_is_refused(values):
-    with generate_data._Output(GenerateRecipe(**values)), pytest.raises(ValueError, match="is being written by another process"):
+    with Output(GenerateRecipe(**values)), pytest.raises(ValueError, match="is being written by another process"):
         generate(values)
 
 
