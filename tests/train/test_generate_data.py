@@ -107,7 +107,8 @@ def test_what_a_kill_leaves_is_gone_on_from(values, left, capsys):
     assert f"holds {10 if left == 'all' else 4} rows of this recipe: going on" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [8])
 def test_kill_9_while_it_writes(values, tmp_path, kills):
     expected = generate(values, output=str(tmp_path / "whole.jsonl"), num_prompts=40)
     recipe, path = tmp_path / "recipe.yaml", tmp_path / "out.jsonl"
