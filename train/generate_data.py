@@ -4,21 +4,14 @@ Row n is the sample n % samples of prompt n // samples. Its random numbers are f
 multiples of their size: a run that was killed goes on to the same file as one that was not.
 """
 
-import fcntl
-import json
-import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from random import Random
-from typing import IO, Any
+from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dms import models
@@ -27,11 +20,7 @@ from dms.train.data.prompts import prompt_render
 from dms.train.data.reading import Cursor
 from dms.train.data.stream import open_reader
 from dms.train.generate_recipe import GenerateRecipe
-from dms.train.recipe_file import dump_recipe
-
-# These change how fast rows come and how their sums are rounded, not what is asked for.
-_FREE = {"output", "overwrite", "batch_size"}
-_PLAIN_LINES = 20
+from dms.train.generated_file import Line, Output
 
 
 def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int]:
@@ -44,13 +33,13 @@ def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     tokenizer = models.load_tokenizer(recipe.model)
     prompts = _open_prompts(tokenizer, recipe, say)
-    with _Output(recipe) as output:
+    with Output(recipe) as output:
         if output.num_rows:
             say(f"{output.path} holds {output.num_rows} rows of this recipe: going on from there")
         model = _load(recipe)
         rows = islice(_numbered(prompts, recipe), output.num_rows, None)
         total = None if recipe.num_prompts is None else recipe.num_prompts * recipe.samples
-        with _Line(console, total, output.num_rows) as line:
+        with Line(console, total, output.num_rows) as line:
             while batch := list(islice(rows, recipe.batch_size)):
                 made = _complete(model, tokenizer, recipe, batch)
                 output.append(made)
@@ -163,117 +152,3 @@ def _row(tokenizer: Any, number: int, prompt: list[int], new: list[int], ends: s
         "prompt_tokens": len(prompt),
         "completion_tokens": len(said),
     }
-
-
-class _Output:
-    """The file of rows, held by this process alone; whole rows and whole batches of it count."""
-
-    def __init__(self, recipe: GenerateRecipe):
-        self.recipe, self.path = recipe, Path(recipe.output).expanduser()
-        self.recipe_path = self.path.with_name(f"{self.path.name}.recipe.yaml")
-        self.num_rows, self.reasons = 0, Counter[str]()
-        self.file: IO[bytes] | None = None
-
-    def __enter__(self) -> "_Output":
-        if self.path.is_dir():
-            raise ValueError(f"output '{self.path}' is a folder; name a .jsonl file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists() or self.path.stat().st_size == 0
-        if not fresh:
-            self._check_recipe()
-        self.file = self.path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output '{self.path}' is being written by another process; wait for its end, or choose another") from None
-        self.file.truncate(self._whole_batches())
-        if self.num_rows == 0:
-            # Before the first row, so that rows without a recipe are nobody's.
-            self.recipe_path.write_text(dump_recipe(self.recipe), encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def _check_recipe(self) -> None:
-        """Raises ValueError for rows that another recipe made, unless they are to be replaced."""
-        now = {name: value for name, value in self.recipe.model_dump().items() if name not in _FREE}
-        stored = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8")) if self.recipe_path.is_file() else None
-        then = stored if isinstance(stored, dict) else {}
-        differing = [f"{name} is {then.get(name)!r} there and {value!r} here" for name, value in now.items() if then.get(name) != value]
-        if differing and self.recipe.overwrite:
-            if not then:
-                raise ValueError(f"output '{self.path}' was not written by dms generate-data; it is not overwritten: choose another file")
-            self.path.unlink()
-        elif differing:
-            why = "; ".join(differing) if then else "there is no recipe beside them"
-            raise ValueError(
-                f"output '{self.path}' holds rows of another recipe ({why}); choose another file, or overwrite=true to replace them"
-            )
-
-    def _whole_batches(self) -> int:
-        """The length of the file up to where rows are generated anew: after the last whole batch."""
-        self.file.seek(0)
-        ends, reasons = [0], []
-        for line in self.file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                known = row["number"] == len(reasons)
-                reasons.append(row["finish_reason"])
-            except (ValueError, KeyError, TypeError):
-                known = False
-            if not known:
-                raise ValueError(f"{self.path}:{len(ends)} is not the row that was written there; delete the file to begin anew")
-            ends.append(ends[-1] + len(line))
-        self.num_rows = len(reasons) // self.recipe.batch_size * self.recipe.batch_size
-        total = None if self.recipe.num_prompts is None else self.recipe.num_prompts * self.recipe.samples
-        if len(reasons) == total:
-            # The last batch of all may be a smaller one.
-            self.num_rows = total
-        self.reasons.update(reasons[: self.num_rows])
-        return ends[self.num_rows]
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.num_rows += len(rows)
-        self.reasons.update(row["finish_reason"] for row in rows)
-
-
-class _Line:
-    """A live line on a terminal; a plain line now and then elsewhere."""
-
-    def __init__(self, console: Console, total: int | None, done: int):
-        self.console, self.total, self.done = console, total, done
-        self.start, self.tokens, self.begun = time.perf_counter(), 0, done
-        self.every = max(1, (total or 0) // _PLAIN_LINES)
-        self.progress = Progress(
-            TextColumn("row {task.completed}" + (f"/{total}" if total else "")),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("", total=total, completed=done, text="")
-
-    def __enter__(self) -> "_Line":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.progress.stop()
-
-    def update(self, done: int, tokens: int) -> None:
-        self.tokens += tokens
-        seconds = time.perf_counter() - self.start
-        text = f"{self.tokens / seconds:,.0f} tok/s"
-        self.progress.update(self.task, completed=done, text=text)
-        if not self.console.is_terminal and (done // self.every > self.done // self.every or done == self.total):
-            eta = f"  eta {(self.total - done) * seconds / (done - self.begun):.0f} s" if self.total else ""
-            self.console.print(f"row {done}{f'/{self.total}' if self.total else ''}  {text}{eta}", highlight=False)
-        self.done = done

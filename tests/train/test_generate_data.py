@@ -18,6 +18,7 @@ from dms.train.data.shards import Row
 from dms.train.data.stream import open_data
 from dms.train.generate_data import run
 from dms.train.generate_recipe import GenerateRecipe
+from dms.train.generated_file import Output
 
 
 @pytest.fixture
@@ -106,7 +107,8 @@ def test_what_a_kill_leaves_is_gone_on_from(values, left, capsys):
     assert f"holds {10 if left == 'all' else 4} rows of this recipe: going on" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [8])
 def test_kill_9_while_it_writes(values, tmp_path, kills):
     expected = generate(values, output=str(tmp_path / "whole.jsonl"), num_prompts=40)
     recipe, path = tmp_path / "recipe.yaml", tmp_path / "out.jsonl"
@@ -146,7 +148,7 @@ def test_files_of_others_are_never_overwritten(values, tmp_path):
 
 
 def test_a_file_in_use_is_refused(values):
-    with generate_data._Output(GenerateRecipe(**values)), pytest.raises(ValueError, match="is being written by another process"):
+    with Output(GenerateRecipe(**values)), pytest.raises(ValueError, match="is being written by another process"):
         generate(values)
 
 

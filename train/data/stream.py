@@ -8,29 +8,27 @@ import copy
 import hashlib
 import itertools
 import json
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from dms.train.data import hub
+from dms.train.data.ahead import Ahead
 from dms.train.data.batches import Rows, make_rows, micro_batches
 from dms.train.data.cost import Cost
 from dms.train.data.mixture import Mixture, PlannedStep, State
+from dms.train.data.node import Node, join_node
 from dms.train.data.planner import deal, imbalance, window_steps
 from dms.train.data.reading import BuiltinReader, Reader
 from dms.train.data.render import columns_of, make_render
 from dms.train.data.settings import Data, Origin
 from dms.train.data.shards import JsonLines, Parquet, TextFiles
 
-_POLL_SECONDS = 0.2
 # Of a state in JSON: some 30 for a stretch of a document, and as many for a source.
 STATE_BYTES = 4096
 
@@ -56,36 +54,6 @@ class _Handed:
     cost_balance: float
     counts: dict[str, int]
     state: State
-
-
-@dataclass(frozen=True)
-class Node:
-    """The processes of this machine that share a reader. group: theirs, None for one alone. data_groups: whose rows each trains on."""
-
-    rank: int = 0
-    group: Any = None
-    data_groups: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def reads(self) -> bool:
-        return self.rank == 0
-
-
-def join_node(data_group: int, timeout: timedelta) -> Node:
-    """Find the processes of this machine. All processes call it together."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return Node(data_groups=[data_group])
-    # A launcher that says nothing of nodes: each process reads for itself.
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here, mine = torch.distributed.get_rank() // size, None
-    for node in range(torch.distributed.get_world_size() // size):
-        made = torch.distributed.new_group(list(range(node * size, (node + 1) * size)), timeout=timeout, backend="gloo")
-        mine = made if node == here else mine
-    if size == 1:
-        return Node(data_groups=[data_group])
-    data_groups = [0] * size
-    torch.distributed.all_gather_object(data_groups, data_group, group=mine)
-    return Node(torch.distributed.get_rank() % size, mine, data_groups)
 
 
 def open_reader(
@@ -181,47 +149,6 @@ def all_rows(mixture: Mixture, pad_id: int) -> Iterator[dict[str, torch.Tensor]]
             yield {name: value[0] for name, value in batch.items()}
 
 
-class _Ahead:
-    """A thread that runs an iterator a bounded number of items ahead of who reads it."""
-
-    def __init__(self, items: Iterator[Any], ahead: int):
-        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=ahead), threading.Event()
-        self.thread = threading.Thread(target=self._run, name="data", daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            for item in self.items:
-                self._put((item, None))
-                if self.stopped.is_set():
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the item is asked for
-            self._put((None, error))
-
-    def _put(self, item: tuple) -> None:
-        while not self.stopped.is_set():
-            try:
-                return self.queue.put(item, timeout=_POLL_SECONDS)
-            except queue.Full:
-                continue
-        return None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        while not self.stopped.is_set():
-            try:
-                item, error = self.queue.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if error is not None:
-                raise error
-            return item
-        raise StopIteration
-
-
 class Stream:
     """The run's steps in order. All processes make it, and call `next_step` and `seek`, together.
 
@@ -245,7 +172,7 @@ class Stream:
         self.micro_batch_size, self.group, self.num_groups = micro_batch_size, group, num_groups
         self._planned: Iterator[PlannedStep] = iter(())
         self._made: Iterator[list[_Handed]] | None = None
-        self._threads: list[_Ahead] = []
+        self._threads: list[Ahead] = []
         self._state: State | None = None
         self._counts: dict[str, int] = {}
         self.digest, self.sample_ids = self._hand_out(self._look, problem)
@@ -290,7 +217,7 @@ class Stream:
         for ahead in self._threads:
             ahead.stopped.set()
         for ahead in self._threads:
-            ahead.thread.join()
+            ahead.close()
         self._made, self._threads = None, []
 
     def _read(self) -> list[_Handed]:
@@ -304,8 +231,8 @@ class Stream:
         if self.data.prefetch == 0:
             return map(self._make, self._planned)
         # The next window is read and planned while this one is trained on; only its tokens wait in memory.
-        planned = _Ahead(self._planned, window_steps(self.mixture.batch_size))
-        made = _Ahead(map(self._make, planned), self.data.prefetch)
+        planned = Ahead(self._planned, window_steps(self.mixture.batch_size))
+        made = Ahead(map(self._make, planned), self.data.prefetch)
         self._threads = [planned, made]
         return made
 

@@ -1,0 +1,54 @@
+"""An iterator that is run ahead of its reader."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_POLL_SECONDS = 0.2
+
+
+class Ahead:
+    """A thread that runs an iterator a bounded number of items ahead of who reads it."""
+
+    def __init__(self, items: Iterator[Any], ahead: int):
+        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=ahead), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self.items:
+                self._put((item, None))
+                if self.stopped.is_set():
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the item is asked for
+            self._put((None, error))
+
+    def _put(self, item: tuple) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+        return None
+
+    def close(self) -> None:
+        """Wait for the thread's end; what it had made is lost. Whoever waits for an item gets none any more."""
+        self.stopped.set()
+        self.thread.join()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while not self.stopped.is_set():
+            try:
+                item, error = self.queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            return item
+        raise StopIteration
