@@ -28,7 +28,7 @@ from dms.train.recipe import RetrofitRecipe
 from dms.train.students import Models
 
 FOLDER = "checkpoints"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 # The parts of DeepSpeed's optimizer state that change as a run goes on, by stage.

@@ -14,7 +14,8 @@ from dms.train.data.shards import Row
 
 
 class Rendered(NamedTuple):
-    """ids_T int32, counted_T bool. where: what messages call it. left_out: "", or why it is none: filtered, empty or bad, with `problem`."""
+    """ids_T int32, counted_T bool. where: what messages call it. left_out: "", or why it is none: filtered,
+    empty, without_completions or bad, with `problem`."""
 
     where: str
     ids: np.ndarray | None = None
@@ -233,6 +234,8 @@ class Chats:
             if self.origin.loss_on == "all":
                 return everything(self.tokenizer(self.template(turns), add_special_tokens=False)["input_ids"])
             ids, spans = self._spans(turns)
+            if not spans:
+                return Rendered("", left_out="without_completions")
             return Rendered("", np.asarray(ids, np.int32), predicting(len(ids), spans))
         except BadRow as error:
             return Rendered("", left_out="bad", problem=str(error))

@@ -61,6 +61,12 @@ def test_the_loss_counts_what_the_assistant_says_to_the_token(with_template, tem
     assert everything.counted.all() and (everything.ids == made.ids).all()
 
 
+def test_a_chat_without_an_answer_has_nothing_to_count(with_template):
+    for template in (PLAIN, MARKED):
+        (made,) = render(with_template(template), origin(messages="chat", loss_on="completions"), {"chat": CHAT[:1]})
+        assert made.left_out == "without_completions"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_at_once(with_template):
     with pytest.raises(ValueError, match=r"loss_on: completions cannot be used with this model.*use loss_on: all"):
         make_render(with_template(REWRITING), origin(messages="chat", loss_on="completions"))
