@@ -130,6 +130,11 @@ def test_a_cached_teacher_takes_no_pass():
     assert without.own.seconds.total < with_pass.own.seconds.total
 
 
+def test_experts_in_float32_are_refused():
+    with pytest.raises(ValueError, match="experts, which are planned in bfloat16 alone; set precision=bf16"):
+        plan_of("gpt-oss-20b", "precision=fp32")
+
+
 def test_choices_are_those_that_divide():
     job = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe))
     assert {choice.sequence_parallel for choice in choices(job, 32, 8)} == {1, 2, 4, 8}
