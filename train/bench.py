@@ -235,6 +235,7 @@ def expect(settings: Settings, device: torch.device) -> dict[str, float]:
         window=settings.window,
         batch_size=1,
         micro_batch_size=1,
+        beta=0.0,
         loss_chunk=None,
         evaluation_length=settings.length,
         evaluation_batch_size=1,

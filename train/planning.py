@@ -80,6 +80,7 @@ def choice_of(recipe: RetrofitRecipe) -> Choice:
         offload_param=recipe.zero.offload_param != "none",
         activation_checkpointing=recipe.activation_checkpointing,
         offload_activations=recipe.offload_activations,
+        sequence_parallel=recipe.sequence_parallel,
     )
 
 

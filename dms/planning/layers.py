@@ -50,10 +50,6 @@ class Activations:
     def saved(self) -> int:
         return self.before + sum(layer.saved for layer in self.layers) + self.after
 
-    @property
-    def worst_layer(self) -> int:
-        return max(layer.alone for layer in self.layers)
-
 
 def measure(
     model: nn.Module,
@@ -72,16 +68,20 @@ def measure(
     held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
     chunked route of a CPU. by_rows: the teacher and layers without gates go by `dms.rows`, not by transformers' own attention.
     evaluated: batch and length of the run's evaluation; None: as the micro-batch.
+
+    Raises:
+        ValueError: experts in float32, whose products PyTorch cannot run on fake tensors.
     """
+    if held != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
+        raise ValueError(
+            f"{shape.name} has experts, which are planned in bfloat16 alone; set precision=bf16, and train gates or gates+lora"
+        )
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     places = _one_of_each(shape)
     layers = layer_list(model)
-    chosen = nn.ModuleList([layers[place] for place in places])
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
-    chosen.append(chosen[-1])
-    _replace(model, layers, chosen, [*places, places[-1]])
-    # transformers' own check for packed documents would read positions from a tensor that holds none.
+    _replace(model, layers, [*places, places[-1]])
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         _fake(model, held)
         ids = torch.zeros(batch, length, dtype=torch.long)
@@ -113,13 +113,15 @@ def _one_of_each(shape: ModelShape) -> list[int]:
     return sorted(found.values())
 
 
-def _replace(model: nn.Module, old: nn.ModuleList, new: nn.ModuleList, places: list[int]) -> None:
-    for module in model.modules():
+def _replace(model: nn.Module, layers: nn.ModuleList, places: list[int]) -> None:
+    """Leave the model the layers at `places`, in that order."""
+    chosen = nn.ModuleList([layers[place] for place in places])
+    for module in list(model.modules()):
         for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
+            if child is layers:
+                setattr(module, name, chosen)
     config = state_of(model).decoder.config
-    config.num_hidden_layers = len(new)
+    config.num_hidden_layers = len(chosen)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[place] for place in places]
 

@@ -11,7 +11,7 @@ import torch
 from dms.evaluation.scoring import CHUNK_BYTES
 from dms.planning.job import GIB, Choice, Job
 from dms.planning.layers import Activations
-from dms.planning.shapes import ROWS, ModelShape
+from dms.planning.shapes import ROWS, LayerShape, ModelShape
 from dms_kernels.distill_loss import chunk_rows, chunked, fused
 
 # Assumptions, not measured: CUDA's context and libraries; NCCL's buffers where there are several GPUs; and what PyTorch's allocator
@@ -171,7 +171,7 @@ def _forward(shape: ModelShape, job: Job, choice: Choice, made: Activations, hel
     if not choice.activation_checkpointing:
         saved, backward = made.saved // width, max(layer.backward for layer in made.layers) // width
         return _Forward(saved, 0, 0, loss, outside, max(saved + max(loss, backward), teacher))
-    kept, layer = checkpoint_bytes(shape, job, made, held) // width, made.worst_layer // width
+    kept, layer = checkpoint_bytes(shape, job, made, held) // width, _one_layer(shape, job, made, held) // width
     near = min(kept, _NEAR_LAYERS * kept // len(shape.layers)) if choice.offload_activations else kept
     outside += (made.before + max(0, made.after)) // width
     on_host = kept if choice.offload_activations else 0
@@ -180,9 +180,25 @@ def _forward(shape: ModelShape, job: Job, choice: Choice, made: Activations, hel
 
 def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
     """What all layers leave of a micro-batch under activation checkpointing: inputs, and attention's outputs and log-sum-exps."""
+    trained = shape.layers[shape.first_trained :]
+    return made.hidden * len(trained) + sum(_attention_kept(layer, job, held) for layer in trained)
+
+
+def _attention_kept(layer: LayerShape, job: Job, held: Held) -> int:
     tokens = job.length * job.micro_batch_size
-    attention = sum(tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) for layer in shape.layers if layer.gated)
-    return made.hidden * len(shape.layers) + attention
+    return tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) if layer.gated else 0
+
+
+def _one_layer(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
+    """The most that a layer takes when it is run again, beside what was kept of it: attention's results, and its input where that
+    was saved as it came, in float32."""
+    there = made.hidden if held.weight == 4 else 0
+    first = shape.first_trained
+    again = (
+        bytes_.alone - (there + _attention_kept(layer, job, held) if place >= first else 0)
+        for place, (layer, bytes_) in enumerate(zip(shape.layers, made.layers, strict=True))
+    )
+    return max(again)
 
 
 def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:

@@ -39,6 +39,7 @@ class LayerShape:
     gate: int
     adapters: int
     num_parameters: int
+    has_experts: bool
 
     @property
     def linear(self) -> int:
@@ -138,6 +139,7 @@ def _measure_layer(place: int, block: nn.Module, text, gated: dict) -> LayerShap
         sliding=sliding,
         last=0 if has_norm_after or matrices[-1].dim() > 2 else matrices[-1].numel(),
         num_parameters=sum(p.numel() for p in block.parameters()),
+        has_experts=any(_active_share(p, text) < 1.0 for p in matrices),
         **sums,
     )
 

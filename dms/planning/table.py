@@ -7,6 +7,7 @@ from rich.table import Table
 from dms.planning.plan import Outcome, Plan, recipe_lines
 
 _GB = 1e9
+_WIDE = 136
 _LEGEND = (
     "* recommended, = the recipe's own, x does not fit. zero: stage, and what rests in host memory. act.: activations are kept, "
     "checkpointed, or their checkpoints rest in host memory. other: buffers, and a reserve for what is not tensors. peak: less than the "
@@ -123,7 +124,8 @@ def overview(console: Console, plans: dict[str, Plan]) -> None:
         where = [best.choice.zero, best.choice.activations, str(best.choice.sequence_parallel)]
         table.add_row(*start, *where, *used, _short(best.seconds.total), best.seconds.limit, _short(best.gpu_hours))
     # Names and figures in whole: a narrow terminal wraps, a file does not.
-    console.print(table, highlight=False, width=max(console.width, 128), crop=False)
+    whole = console if console.width >= _WIDE else Console(width=_WIDE, file=console.file)
+    whole.print(table, highlight=False)
     console.print(
         "peak, eval, host: GB, of a GPU in training and in the run's own evaluation, and of a node. sp: sequence_parallel.", soft_wrap=True
     )

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from live_bytes import LiveBytes
 
 import dms
 from dms.evaluation import scoring
+from dms.planning.live import LiveBytes
 
 HEADS = {"llama": {}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}
 

@@ -37,6 +37,20 @@ SHAPES = {
     ),
 }
 
+# Other families: their layers are run, not reckoned.
+_SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
+FAMILIES = {
+    "sliding and full attention": (
+        ("gemma3_text", SMALL | _SLIDING | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000}),
+        {"length": 768, "loss_chunk": 128},
+    ),
+    "the same, checkpointed": (
+        ("gemma3_text", SMALL | _SLIDING | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000}),
+        {"length": 768, "loss_chunk": 128, "activation_checkpointing": True},
+    ),
+    "no rotary positions": (("gpt2", {"n_embd": 256, "n_head": 8, "n_layer": 4, "vocab_size": 3000}), {"length": 768, "loss_chunk": 128}),
+}
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -114,9 +128,9 @@ def planned_bytes(kind, recipe):
     return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
 def test_peak_bytes(name, capsys):
-    kind, changes = SHAPES[name]
+    kind, changes = (SHAPES | FAMILIES)[name]
     recipe = make_recipe(**changes)
     measured, planned = measured_bytes(kind, recipe), planned_bytes(kind, recipe)
     with capsys.disabled():

@@ -9,6 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dms import hardware
+from dms.console import make_console
+from dms.planning import table
 from dms.planning.job import Choice, choices
 from dms.planning.plan import recipe_lines
 from dms.train import planning
@@ -44,6 +46,15 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     kinds = {"weights", "activations", "checkpoints", "loss", "gradients", "optimizer", "buffers", "reserve", "peak", "evaluation", "host"}
     assert kinds <= set(plan["recommended"]["bytes"])
     assert plan["flops_per_step"]["total"] == pytest.approx(sum(value for key, value in plan["flops_per_step"].items() if key != "total"))
+
+
+def test_the_overview_is_readable_in_a_file(capsys):
+    plans = {"deepseek-r1-distill-qwen-1.5b": plan_of("deepseek-r1-distill-qwen-1.5b"), "qwen3-8b": plan_of("qwen3-8b", gpu="h100-80")}
+    table.overview(make_console(), plans)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "deepseek-r1-distill-qwen-1.5b" in printed
+    best = plans["qwen3-8b"].recommended
+    assert f"{best.bytes.peak / 1e9:.1f}" in printed and f"{best.gpu_hours:.1f}" in printed
 
 
 @pytest.mark.parametrize(
@@ -130,6 +141,11 @@ def test_a_cached_teacher_takes_no_pass():
     assert without.own.seconds.total < with_pass.own.seconds.total
 
 
+def test_experts_in_float32_are_refused():
+    with pytest.raises(ValueError, match="experts, which are planned in bfloat16 alone; set precision=bf16"):
+        plan_of("gpt-oss-20b", "precision=fp32")
+
+
 def test_choices_are_those_that_divide():
     job = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe))
     assert {choice.sequence_parallel for choice in choices(job, 32, 8)} == {1, 2, 4, 8}
@@ -141,10 +157,10 @@ def test_choices_are_those_that_divide():
 
 
 def test_hardware_is_whole_and_strict():
-    table = hardware.load()
-    assert set(table.gpus) == {"h100-80", "h200", "a100-80", "l40s", "rtx4090"}
-    for gpu in table.gpus.values():
+    known = hardware.load()
+    assert set(known.gpus) == {"h100-80", "h200", "a100-80", "l40s", "rtx4090"}
+    for gpu in known.gpus.values():
         assert gpu.flops.bf16 == gpu.flops.fp16 and all(source.startswith("https://") for source in gpu.sources)
-    assert table.gpu("h100-80").link(8) == 450e9 and table.gpu("h100-80").link(16) == 50e9 and table.gpu("l40s").link(2) == 32e9
+    assert known.gpu("h100-80").link(8) == 450e9 and known.gpu("h100-80").link(16) == 50e9 and known.gpu("l40s").link(2) == 32e9
     with pytest.raises(ValueError, match="unknown key 'memry'"):
-        hardware.Gpu(**table.gpu("l40s").model_dump(), memry=1.0)
+        hardware.Gpu(**known.gpu("l40s").model_dump(), memry=1.0)
