@@ -1,6 +1,7 @@
 """What is planned against what real steps take on a CPU: peak bytes of all tensors, and FLOPs counted operator by operator."""
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dms.planning import flops, layers, memory, shapes
 from dms.planning.job import Choice
 from dms.planning.live import LiveBytes
+from dms.rows import local_rows
 from dms.train import students
 from dms.train.planning import choice_of, job_of
 from dms.train.recipe import RetrofitRecipe
@@ -37,8 +39,22 @@ SHAPES = {
     ),
 }
 
-# Other families: their layers are run, not reckoned.
 _SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
+PACKED = {
+    "packed rows": (
+        ("llama", SMALL | {"intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 3000}),
+        {"length": 768, "loss_chunk": 128, "data": {"source": "text", "path": "nowhere", "length": 768}},
+    ),
+    "packed rows, eager and sliding": (
+        (
+            "gemma3_text",
+            SMALL | _SLIDING | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000, "attn_implementation": "eager"},
+        ),
+        {"length": 768, "loss_chunk": 128, "data": {"source": "text", "path": "nowhere", "length": 768}},
+    ),
+}
+
+# Other families: their layers are run, not reckoned.
 FAMILIES = {
     "sliding and full attention": (
         ("gemma3_text", SMALL | _SLIDING | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000}),
@@ -84,10 +100,12 @@ def build(kind, recipe, device):
 
 def make_batch(recipe):
     B, T = recipe.micro_batch_size, recipe.data.length
+    # Two documents, where there may be several: that changes nothing in what lives.
+    first = T // 3 if recipe.data.packs else T
     return {
         "input_ids": torch.randint(2, 1000, (B, T), generator=torch.Generator().manual_seed(0)),
-        "segment_ids": torch.ones(B, T, dtype=torch.long),
-        "position_ids": torch.arange(T).repeat(B, 1),
+        "segment_ids": (1 + (torch.arange(T) >= first).long()).repeat(B, 1),
+        "position_ids": torch.cat([torch.arange(first), torch.arange(T - first)]).repeat(B, 1),
         "loss_mask": torch.ones(B, T, dtype=torch.bool),
         "number": torch.arange(B),
     }
@@ -95,9 +113,10 @@ def make_batch(recipe):
 
 def take_step(model, teacher, batch, recipe):
     B, T = batch["input_ids"].shape
-    head = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
-    normalizer = Normalizer(B * T, B)
-    distill_step(model, teacher, batch, head_loss=head, target=0.5, normalizer=normalizer, seed=0, compression_weight=1.0).loss.backward()
+    rows = local_rows(model, packs=True) if recipe.data.packs else None
+    options = {"normalizer": Normalizer(B * T, B), "rows": rows, "target": 0.5, "seed": 0, "compression_weight": 1.0}
+    loss = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
+    distill_step(model, teacher, batch if rows is None else rows.divide(batch), head_loss=loss, **options).loss.backward()
 
 
 def measured_bytes(kind, recipe):
@@ -123,14 +142,17 @@ def planned_bytes(kind, recipe):
     plain, job = recipe.model_copy(update={"activation_checkpointing": False}), job_of(recipe)
     model, _ = build(kind, plain, "meta")
     shape = shapes.measure(model)
-    made = layers.measure(model, shape, batch=job.micro_batch_size, length=job.length, held=torch.float32, autocast=False, kernels=False)
+    size = {"batch": job.micro_batch_size, "length": job.length, "by_rows": recipe.data.packs}
+    if recipe.data.packs:
+        shape = replace(shape, attention=shapes.ROWS)
+    made = layers.measure(model, shape, held=torch.float32, autocast=False, kernels=False, **size)
     held = memory.Held.of(job, saved_bfloat16=False)
     return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+@pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES | PACKED)])
 def test_peak_bytes(name, capsys):
-    kind, changes = (SHAPES | FAMILIES)[name]
+    kind, changes = (SHAPES | FAMILIES | PACKED)[name]
     recipe = make_recipe(**changes)
     measured, planned = measured_bytes(kind, recipe), planned_bytes(kind, recipe)
     with capsys.disabled():
