@@ -70,15 +70,15 @@ def test_a_divided_step_is_the_step(family, processes, settings, tmp_path):
     assert 0 < whole["evicted"] < whole["decided"] and whole["compression"] > 0.01 and whole["kl"] > 1e-4
     assert divided["decided"] == whole["decided"] and divided["evicted"] == whole["evicted"]
     for name in ("loss", "kl", "compression"):
-        assert divided[name] == pytest.approx(whole[name], rel=1e-5), name
+        assert divided[name] == pytest.approx(whole[name], rel=1e-5 if family == "gpt_oss" else 1e-6), name
     largest = 0.0
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         largest = max(largest, float((gradients[name] - gradient).abs().max() / gradient.abs().max()))
     print(f"\n{family} {processes} {settings}: loss {divided['loss'] - whole['loss']:.1e}, gradients {largest:.1e} of their largest")
-    # transformers' own sliding attention sums otherwise than ours.
-    assert largest < (5e-4 if family in ("gemma2", "gpt_oss") else 5e-6)
+    # transformers' eager attention has a float32 softmax.
+    assert largest < {"gemma2": 2e-5, "gpt_oss": 5e-4}.get(family, 2e-6)
 
 
 def make_models(family, settings):
@@ -94,7 +94,11 @@ def make_models(family, settings):
     if family == "opt":
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     config = transformers.AutoConfig.for_model(family.split("-")[0], pad_token_id=0, **sizes, **FAMILIES[family])
+    # In float64, gates aside: a small divergence of alike distributions, and its gradients, would drown in float32's rounding.
     model = transformers.AutoModelForCausalLM.from_config(config)
+    if family != "gpt_oss":
+        # Its experts' product has no float64.
+        model = model.double()
     for parameter in model.parameters():
         # Larger than at the start of training: attention that weighs its keys alike would not tell borders apart.
         parameter.data.mul_(2.0)
@@ -174,7 +178,7 @@ def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
         part["segment_ids"] = torch.ones_like(part["segment_ids"])
         alone += float(step(model, None, part, predictions, None).kl)
         end += length
-    assert float(packed.kl) == pytest.approx(alone, rel=1e-4)
+    assert float(packed.kl) == pytest.approx(alone, rel=1e-4 if family == "gpt_oss" else 1e-6)
     assert alone > 1e-4
 
 
