@@ -62,6 +62,11 @@ def find_layers(model: nn.Module) -> DecoderLayers:
             continue
         if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(module).forward):
             raise refuse(f"{path} ({type(module).__name__}) computes attention by itself")
+        key_dim, value_dim = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
+        if key_dim is not None and value_dim is not None and key_dim != value_dim:
+            raise refuse(
+                f"{path} has keys of {key_dim} numbers and values of {value_dim} (latent attention), and its cache is compressed already"
+            )
         heads = int(text.num_attention_heads)
         # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
         kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))

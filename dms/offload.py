@@ -17,11 +17,12 @@ _STILL_NEAR = 1
 
 class Resting:
     """One tensor. near: on its device, until its group has left and from when it is on its way back. far: in host memory.
-    copied: the last of the side stream's copies of it (None on a CPU)."""
+    copied: the last of the side stream's copies of it (None on a CPU). given: it was handed out, and comes back again only if asked for."""
 
     def __init__(self, near: torch.Tensor, far: torch.Tensor, copied: "torch.cuda.Event | None", group: int):
         self.near: torch.Tensor | None = near
         self.far, self.copied, self.group = far, copied, group
+        self.given = False
         self.device = near.device
 
 
@@ -57,10 +58,11 @@ class HostStore:
         self._begin_return(resting)
         for group in (resting.group, resting.group - 1):
             for other in self._alive(group):
-                self._begin_return(other)
+                if not other.given:
+                    self._begin_return(other)
         _wait_for(resting)
         # Kept far: a retained graph asks again.
-        near, resting.near = resting.near, None
+        near, resting.near, resting.given = resting.near, None, True
         return near
 
     def hooks(self) -> AbstractContextManager:
@@ -84,8 +86,9 @@ class HostStore:
         if resting.copied is None:
             resting.near = resting.far.clone()
             return
-        # Made on the main stream, which is the one to use and free it: the allocator needs no word of the other stream.
         resting.near = torch.empty_like(resting.far, device=resting.device)
+        # Made on the main stream and written on the other, which may not have ended where nobody comes to ask for it.
+        resting.near.record_stream(_side_stream(resting.device))
         resting.copied = _copy_aside(resting.device, resting.near, resting.far)
 
 

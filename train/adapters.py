@@ -37,12 +37,11 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
 
     lora = recipe.lora or Lora()
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.target_modules or "all-linear")
-    # "all-linear" leaves the head alone only where peft is told that this is a language model.
-    config.task_type = "CAUSAL_LM"
     # Adapters are drawn at random: by the recipe's seed, the same on every process.
     torch.manual_seed(recipe.seed)
     try:
-        inject_adapter_in_model(config, student)
+        # Of a multimodal model, not what reads images.
+        inject_adapter_in_model(config, student.dms.decoder)
     except ValueError as error:
         raise ValueError(f"lora.target_modules {lora.target_modules}: {error}") from None
     for _, module in adapters(student):

@@ -257,7 +257,7 @@ def _peak_flops(device: torch.device) -> dict[str, float]:
         return {}
     name = torch.cuda.get_device_name(device)
     gpus = yaml.safe_load(Path(dms.__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))["gpus"].values()
-    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if gpu["name"].split()[1] in name), {})
+    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if any(known in name for known in gpu["device_names"])), {})
 
 
 def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[str, float]) -> None:
@@ -276,7 +276,7 @@ def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[
     console.print(table)
     console.print(
         f"{settings.length} tokens, window {settings.window}, {settings.evicted:.1%} evicted; planned peak {expected['peak_bytes'] / 2**30:.1f} GiB; "
-        f"FLOPs of a step {expected['flops']:.3g}, without eviction {expected['dense_flops']:.3g}, which the others are taken to compute",
+        f"FLOPs of a step {expected['flops']:.3g}, without eviction {expected['dense_flops']:.3g}, which the others are taken to compute (by our count: seven products in attention's backward, no second forward of it)",
         highlight=False,
     )
 

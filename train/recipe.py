@@ -1,5 +1,6 @@
 """What a recipe says: the types of its sections and keys. `recipe_file` reads and writes them."""
 
+import math
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -202,6 +203,15 @@ class RetrofitRecipe(Strict):
             )
         if outside := [cr for cr in self.save.at_cr if not 1.0 < cr <= self.target_cr]:
             raise ValueError(f"save.at_cr has {outside}; the ratio rises from 1 to target_cr {self.target_cr:g}, choose values in between")
+        per_step = (self.target_cr - 1.0) / max(1.0, self.ramp * self.steps)
+        at_step: dict[int, float] = {}
+        for cr in self.save.at_cr:
+            step = math.ceil((cr - 1.0) / per_step - 1e-9)
+            if step in at_step:
+                raise ValueError(
+                    f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
+                )
+            at_step[step] = cr
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"

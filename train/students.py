@@ -72,9 +72,12 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
 
     gates = gate_parameters(student)
     gate_ids = {id(p) for p in gates.values()}
+    # Of a multimodal model text passes through its decoder and head alone.
+    used = {id(p) for part in (student.dms.decoder, student.get_output_embeddings()) for p in part.parameters()}
     others = {}
     for name, parameter in student.named_parameters():
-        trains = recipe.trainable == "all" or id(parameter) in gate_ids or (recipe.trainable == "gates+lora" and ".lora_" in name)
+        wanted = recipe.trainable == "all" or id(parameter) in gate_ids or (recipe.trainable == "gates+lora" and ".lora_" in name)
+        trains = wanted and id(parameter) in used
         parameter.requires_grad_(trains)
         if trains and id(parameter) not in gate_ids:
             others[name] = parameter

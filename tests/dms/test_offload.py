@@ -161,6 +161,22 @@ def test_tensors_leave_their_device_and_come_back_the_same():
         assert torch.equal(store.get(resting[number]), torch.full((3, 2), float(number)))
 
 
+def test_each_tensor_comes_back_once(build, monkeypatch):
+    returns = []
+    original = offload.HostStore._begin_return
+
+    def count(store, resting):
+        if resting.near is None:
+            returns.append(id(resting))
+        original(store, resting)
+
+    monkeypatch.setattr(offload.HostStore, "_begin_return", count)
+    loss, _ = forward(build(offloads=True, num_hidden_layers=6))
+    loss.backward()
+    # Three of each layer; those of the last two had not left.
+    assert len(returns) == len(set(returns)) == 3 * 4
+
+
 def test_a_store_holds_nothing_that_is_not_asked_for_any_more(build):
     model = build(offloads=True)
     loss, passed = forward(model)

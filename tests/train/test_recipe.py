@@ -146,3 +146,8 @@ def test_yaml_traps():
 def test_recipes_are_packaged():
     assert {"tiny/pretrain", "tiny/retrofit", "llama3.2-1b", "qwen3-8b"} <= set(packaged_recipes())
     assert importlib.import_module("dms.recipes")
+
+
+def test_two_ratios_that_pass_in_one_step_are_refused(write):
+    message = refusal(write(lambda v: v.update(save={"at_cr": [2.0, 2.2]})), "steps=4")
+    assert "save.at_cr has 2 and 2.2, and the ratio passes both in step 2" in message
