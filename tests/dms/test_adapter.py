@@ -218,8 +218,8 @@ def test_latent_attention_is_refused_by_name():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
     experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = transformers.AutoConfig.for_model("deepseek_v3", vocab_size=128, max_position_embeddings=512, **sizes, **latent, **experts)
+    config = AutoConfig.for_model("deepseek_v3", vocab_size=128, max_position_embeddings=512, **sizes, **latent, **experts)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="has keys of 24 numbers and values of 16"):
         dms.retrofit(model, dms.DMSConfig(window=4))
