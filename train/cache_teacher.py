@@ -19,6 +19,7 @@ from dms.retrofitting import retrofit, set_mode
 from dms.rows import Rows, local_rows
 from dms.train import artifacts, checks, students
 from dms.train.data.cost import cost_of
+from dms.train.data.mixture import Mixture
 from dms.train.data.stream import all_rows, open_mixture, padding_id
 from dms.train.recipe import RetrofitRecipe
 from dms.train.step import check_head, check_packing
@@ -36,6 +37,10 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
     Raises:
         ValueError: see `TeacherCache.open` and `open_or_make`.
     """
+    if recipe.teacher_cache.top_k >= vocab_size:
+        raise ValueError(
+            f"teacher_cache.top_k is {recipe.teacher_cache.top_k} and the vocabulary has {vocab_size} tokens; choose fewer, such as 64"
+        )
     base_hash = checks.base_hash(recipe)
     if base_hash is None:
         raise ValueError(f"model {recipe.model!r} has no safetensors files here, so that a cache cannot be tied to it; give its folder")
@@ -51,8 +56,12 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
 
 def rows_of(recipe: RetrofitRecipe, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Every row of the recipe's run. Raises ValueError for data that is missing or unreadable."""
+    return all_rows(_mixture(recipe, tokenizer), padding_id(tokenizer))
+
+
+def _mixture(recipe: RetrofitRecipe, tokenizer: Any) -> Mixture:
     settings = {"batch_size": recipe.batch_size, "steps": recipe.steps, "seed": recipe.seed, "cost": cost_of(checks.check_context(recipe))}
-    return all_rows(open_mixture(tokenizer, recipe.data, **settings), padding_id(tokenizer))
+    return open_mixture(tokenizer, recipe.data, **settings)
 
 
 def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
@@ -60,9 +69,11 @@ def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
     settings = recipe.model_dump(include={"model", "batch_size", "steps", "seed", "data"})
     for name in ("prefetch", "workers"):
         settings["data"].pop(name)
-    first = list(itertools.islice(rows_of(recipe, tokenizer), recipe.batch_size))
+    mixture = _mixture(recipe, tokenizer)
+    files = [reader.fingerprint() for reader in mixture.readers]
+    first = itertools.islice(all_rows(mixture, padding_id(tokenizer)), recipe.batch_size)
     keys = [row_key(row["input_ids"], row["segment_ids"]) for row in first]
-    return hashlib.sha256(json.dumps([settings, keys], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([settings, files, keys], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check(recipe: RetrofitRecipe, tokenizer: Any, vocab_size: int) -> None:

@@ -37,6 +37,24 @@ def base_hash(recipe: RetrofitRecipe) -> str | None:
     return None if folder is None else weights.base_hash(folder)
 
 
+def check_alike(marks: list, where: str) -> None:
+    """Raises ValueError where processes do not train on parts of one plan."""
+    if len(set(marks)) > 1:
+        odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        raise ValueError(
+            f"{where}: processes {', '.join(map(str, odd))} read other data than process 0; all nodes need the same files, and with "
+            "data.bad_shards: skip each must be able to read the same ones"
+        )
+
+
+def check_alike_everywhere(accelerator: Accelerator, digest: str) -> None:
+    """All processes call it together. Raises as `check_alike`."""
+    if accelerator.num_processes > 1:
+        digests = [""] * accelerator.num_processes
+        torch.distributed.all_gather_object(digests, digest)
+        check_alike(digests, "at the start")
+
+
 def check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
     """Raises ValueError where the weights or the data are not those that a checkpoint's run began with."""
     then = saved.manifest

@@ -4,6 +4,8 @@ Row n is the sample n % samples of prompt n // samples. Its random numbers are f
 multiples of their size: a run that was killed goes on to the same file as one that was not.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -21,6 +23,7 @@ from dms.train.data.reading import Cursor
 from dms.train.data.stream import open_reader
 from dms.train.generate_recipe import GenerateRecipe
 from dms.train.generated_file import Line, Output
+from dms.weights import base_hash
 
 
 def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int]:
@@ -32,8 +35,9 @@ def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int
     console = console or make_console()
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     tokenizer = models.load_tokenizer(recipe.model)
-    prompts = _open_prompts(tokenizer, recipe, say)
-    with Output(recipe) as output:
+    reader = _open_prompts(tokenizer, recipe, say)
+    prompts = _once(reader, recipe, say)
+    with Output(recipe, _sources(recipe, reader)) as output:
         if output.num_rows:
             say(f"{output.path} holds {output.num_rows} rows of this recipe: going on from there")
         model = _load(recipe)
@@ -54,11 +58,21 @@ def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int
 def _load(recipe: GenerateRecipe) -> Any:
     has_gpu = torch.cuda.is_available()
     dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto" if has_gpu else "float32"}[recipe.precision]
-    return models.load_base(recipe.model, dtype)
+    model = models.load_base(recipe.model, dtype)
+    # It is to say what it would say, not what its authors recommend: transformers fills what a call leaves open from these.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model
 
 
-def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Iterator[list[int]]:
-    """Token ids of each prompt, every one once. Raises ValueError for prompts that cannot be used."""
+def _sources(recipe: GenerateRecipe, reader: Any) -> str:
+    """A hash of the files of prompts and weights."""
+    folder = models.local_folder(recipe.model)
+    found = [reader.fingerprint(), None if folder is None else base_hash(folder)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
+
+
+def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Any:
+    """A reader of the prompts. Raises ValueError for prompts that cannot be used."""
     from transformers import AutoConfig
 
     from dms.train.data.settings import Data
@@ -74,11 +88,11 @@ def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Iterator[
     # What of the section `data` matters to a reader; a built-in document is as long as prompt and completion.
     data = Data(source="builtin", length=max(8, (prompts.tokens or 0) + recipe.max_new_tokens), bad_shards=recipe.bad_shards)
     render = None if prompts.source == "builtin" else prompt_render(tokenizer, prompts, most)
-    reader = open_reader(tokenizer, prompts, 0, data, recipe.seed, say, render)
-    return _once(reader, recipe, say)
+    return open_reader(tokenizer, prompts, 0, data, recipe.seed, say, render)
 
 
 def _once(reader: Any, recipe: GenerateRecipe, say: Any) -> Iterator[list[int]]:
+    """Token ids of each prompt, every one once."""
     left_out: Counter[str] = Counter()
     found = 0
     for outcome in reader.documents(Cursor()):
@@ -129,7 +143,6 @@ def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, batch: list[tu
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=model.device)
     sampling = [_KeyedSampling(recipe, [number for number, _ in batch])] if recipe.temperature > 0 else []
-    # Without the model's own settings for generation: it is to say what it would say, not what its authors recommend.
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=recipe.max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True
     )

@@ -18,13 +18,15 @@ from dms.train.recipe_file import dump_recipe
 # These change how fast rows come and how their sums are rounded, not what is asked for.
 _FREE = {"output", "overwrite", "batch_size"}
 _PLAIN_LINES = 20
+_SOURCES = "# made from "
 
 
 class Output:
     """The file of rows, held by this process alone; whole rows and whole batches of it count."""
 
-    def __init__(self, recipe: GenerateRecipe):
-        self.recipe, self.path = recipe, Path(recipe.output).expanduser()
+    def __init__(self, recipe: GenerateRecipe, sources: str):
+        """sources: a hash of what prompts and weights are read from."""
+        self.recipe, self.sources, self.path = recipe, sources, Path(recipe.output).expanduser()
         self.recipe_path = self.path.with_name(f"{self.path.name}.recipe.yaml")
         self.num_rows, self.reasons = 0, Counter[str]()
         self.file: IO[bytes] | None = None
@@ -33,19 +35,25 @@ class Output:
         if self.path.is_dir():
             raise ValueError(f"output '{self.path}' is a folder; name a .jsonl file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists() or self.path.stat().st_size == 0
-        if not fresh:
-            self._check_recipe()
         self.file = self.path.open("a+b")
+        try:
+            self._begin()
+        except BaseException:
+            self.file.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"output '{self.path}' is being written by another process; wait for its end, or choose another") from None
+        if os.fstat(self.file.fileno()).st_size:
+            self._check_recipe()
         self.file.truncate(self._whole_batches())
         if self.num_rows == 0:
             # Before the first row, so that rows without a recipe are nobody's.
-            self.recipe_path.write_text(dump_recipe(self.recipe), encoding="utf-8")
-        return self
+            self.recipe_path.write_text(f"{_SOURCES}{self.sources}\n{dump_recipe(self.recipe)}", encoding="utf-8")
 
     def __exit__(self, *_: Any) -> None:
         self.file.close()
@@ -53,13 +61,16 @@ class Output:
     def _check_recipe(self) -> None:
         """Raises ValueError for rows that another recipe made, unless they are to be replaced."""
         now = {name: value for name, value in self.recipe.model_dump().items() if name not in _FREE}
-        stored = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8")) if self.recipe_path.is_file() else None
+        text = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.is_file() else ""
+        stored = yaml.safe_load(text)
         then = stored if isinstance(stored, dict) else {}
         differing = [f"{name} is {then.get(name)!r} there and {value!r} here" for name, value in now.items() if then.get(name) != value]
+        if then and not text.startswith(f"{_SOURCES}{self.sources}\n"):
+            differing.append("the files of its prompts, or of its model, are others now")
         if differing and self.recipe.overwrite:
             if not then:
                 raise ValueError(f"output '{self.path}' was not written by dms generate-data; it is not overwritten: choose another file")
-            self.path.unlink()
+            self.file.truncate(0)
         elif differing:
             why = "; ".join(differing) if then else "there is no recipe beside them"
             raise ValueError(

@@ -156,6 +156,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         timeout=timedelta(minutes=recipe.timeout_minutes),
         say=lambda text: console.print(text, highlight=False, markup=False),
     )
+    checks.check_alike_everywhere(accelerator, stream.digest)
     documents = make_documents(
         tokenizer,
         num_documents=recipe.evaluation.num_documents,
@@ -262,8 +263,9 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 real = batch["segment_ids"] > 0
                 counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
             num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
-            normalizer = Normalizer(num_predictions, recipe.batch_size)
-            totals = torch.zeros(5 + accelerator.num_processes, device=device)
+            # A step of prompts alone has nothing to predict.
+            normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
+            totals = torch.zeros(5 + 2 * accelerator.num_processes, device=device)
             rate_LH = 0.0
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
@@ -274,8 +276,11 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             # All processes hear of a signal that one of them got, and stop after the same step.
             totals[4] = float(stop.signal is not None)
             totals[5 + accelerator.process_index] = data.waited
+            totals[5 + accelerator.num_processes + accelerator.process_index] = data.mark
             summed = accelerator.reduce(torch.cat([totals, rate_LH.flatten().float()]), "sum")
-            kl, compression, evicted, decided, stops, *waited = summed[: len(totals)].tolist()
+            kl, compression, evicted, decided, stops, *each = summed[: len(totals)].tolist()
+            waited, marks = each[: accelerator.num_processes], each[accelerator.num_processes :]
+            checks.check_alike(marks, f"step {step}")
             rate_LH = summed[len(totals) :].view_as(rate_LH) / accelerator.num_processes
             loss = kl + recipe.compression_weight * compression
             if not math.isfinite(loss):

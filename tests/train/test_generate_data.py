@@ -1,6 +1,7 @@
 """Data that the model itself writes: each row a function of its number, whatever happened in between."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,8 +149,34 @@ def test_files_of_others_are_never_overwritten(values, tmp_path):
 
 
 def test_a_file_in_use_is_refused(values):
-    with Output(GenerateRecipe(**values)), pytest.raises(ValueError, match="is being written by another process"):
-        generate(values)
+    with Output(GenerateRecipe(**values), "sources"):
+        for changes in ({}, {"seed": 7, "overwrite": True}):
+            with pytest.raises(ValueError, match="is being written by another process"):
+                generate(values, **changes)
+
+
+def test_other_prompts_or_weights_are_not_gone_on_with(values, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": f"x{number} = "}) + "\n" for number in range(6)))
+    changes = {"prompts": {"source": "jsonl", "path": str(prompts)}, "num_prompts": 4}
+    generate(values, **changes)
+    with prompts.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(ValueError, match="the files of its prompts, or of its model, are others now"):
+        generate(values, **changes)
+    assert len(generate(values, overwrite=True, **changes)) == 4 * values.get("samples", 1)
+
+
+def test_the_models_own_settings_for_generation_are_left_aside(values, tmp_path):
+    """transformers fills from them whatever a call leaves open."""
+    plain = generate(values, temperature=0.0, samples=1)
+    folder = tmp_path / "base"
+    shutil.copytree(values["model"], folder)
+    settings = folder / "generation_config.json"
+    own = json.loads(settings.read_text()) | {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2}
+    settings.write_text(json.dumps(own))
+    again = generate(values, temperature=0.0, samples=1, model=str(folder), output=str(tmp_path / "again.jsonl"))
+    assert [row["completion"] for row in again] == [row["completion"] for row in plain]
 
 
 @pytest.mark.parametrize(

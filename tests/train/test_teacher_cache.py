@@ -142,6 +142,30 @@ def test_a_row_is_known_by_its_content(cached):
     assert len({key, *others}) == 4
 
 
+def test_as_many_tokens_as_there_are_is_refused_before_anything_is_made(cached, tmp_path):
+    with pytest.raises(ValueError, match=r"top_k is 1024 and the vocabulary has 1024 tokens"):
+        cache_teacher.write(load(cached, teacher_cache={"path": str(tmp_path / "cache"), "top_k": 1024}))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_files_that_changed_since_are_noticed(cached, tmp_path):
+    """Beyond the first step too."""
+    data = tmp_path / "texts.jsonl"
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 17) for i in range(60)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    changes = {
+        "data": {"source": "jsonl", "path": str(data), "length": 192},
+        "teacher_cache": {"path": str(tmp_path / "cache"), "top_k": 8},
+    }
+    recipe = load(cached, **changes)
+    cache_teacher.write(recipe)
+    tokenizer = models.load_tokenizer(recipe.model)
+    cache_teacher.check(recipe, tokenizer, 1024)
+    name = cache_teacher.name_of(recipe, tokenizer)
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts[:-1], "other = 1\n" * 40]))
+    assert cache_teacher.name_of(recipe, tokenizer) != name
+
+
 def test_a_run_whose_data_it_lacks_is_refused_before_its_first_step(cached, tmp_path):
     more = load(cached, steps=9, output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"lacks 4 of the run's 36 sequences; write it with dms cache-teacher and this recipe"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _POLL_SECONDS = 0.2
+_CLOSE_SECONDS = 5.0
 
 
 class Ahead:
@@ -35,9 +36,13 @@ class Ahead:
         return None
 
     def close(self) -> None:
-        """Wait for the thread's end; what it had made is lost. Whoever waits for an item gets none any more."""
+        """End the thread; what it had made is lost. Whoever waits for an item gets none any more.
+
+        A thread that is in the midst of an item is left to itself after a while: it is a daemon, and a run that was told to stop may
+        not have longer.
+        """
         self.stopped.set()
-        self.thread.join()
+        self.thread.join(_CLOSE_SECONDS)
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -1,11 +1,15 @@
 """Rows of `datasets`: tables that lie on this machine, or streams that come shard by shard."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from dms.train.data.settings import Origin
 from dms.train.data.shards import BLOCK_ROWS, ArrowTable, BadShard, Row, Shard
+
+RETRY_SECONDS = (1.0, 5.0, 20.0)
+_NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
 
 
 def load(origin: Origin, columns: list[str]) -> "HubTable | HubStream":
@@ -74,24 +78,41 @@ class _StreamedShard:
     def _from_start(self) -> Iterator[Any]:
         return iter(self.all.iter(batch_size=BLOCK_ROWS))
 
-    def rows(self, block: int) -> list[Row]:
+    def _table(self, block: int) -> Any:
+        """A block as it came; None: the shard ends before it."""
         if block < self._next:
             self._tables, self._next = self._from_start(), 0
-        try:
-            while self._next < block:
-                if next(self._tables, None) is None:
-                    return []
-                self._next += 1
-            table = next(self._tables, None)
-        except Exception as error:
-            # As above: whatever the library, the network or a damaged file raises.
-            self._tables, self._next = self._from_start(), 0
-            raise BadShard(f"{self.name} cannot be read: {_first_line(error)}") from error
+        while self._next < block:
+            if next(self._tables, None) is None:
+                return None
+            self._next += 1
+        table = next(self._tables, None)
         self._next += 1
+        return table
+
+    def rows(self, block: int) -> list[Row]:
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                table = self._table(block)
+                break
+            except Exception as error:
+                # As above: whatever the library, the network or a damaged file raises.
+                self._tables, self._next = self._from_start(), 0
+                if not _is_transient(error):
+                    raise BadShard(f"{self.name} cannot be read: {_first_line(error)}") from error
+                if pause is None:
+                    # Not as a bad shard: when the run is continued it may well be there, and rows must be the same then.
+                    raise ConnectionError(f"{self.name} cannot be reached: {_first_line(error)}") from error
+                time.sleep(pause)
         if table is None:
             return []
         found = ArrowTable(table, self.name).rows(0)
         return [row._replace(where=f"{self.name}, row {block * BLOCK_ROWS + number}") for number, row in enumerate(found)]
+
+
+def _is_transient(error: BaseException) -> bool:
+    """The network's fault, and not the file's."""
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _NETWORK
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,8 @@ _DEFAULT_BALANCE = 4
 _MAX_SWAPS = 16
 _EVEN_ENOUGH = 1.02
 _MAX_EXCHANGES = 8
+# Of pairs of rows, over the number of rows in a step, which a try's time grows with: about a second.
+_MAX_TRIES = 20_000
 
 
 class Piece(NamedTuple):
@@ -201,14 +203,19 @@ def _mend(costs: Sequence[float], steps: list[list[int]], together: int) -> None
         chosen = [costs[row] for row in step]
         return imbalance(chosen, deal(chosen, together, 1))
 
-    scores = [unevenness(step) for step in steps]
+    scores, tries = [unevenness(step) for step in steps], _MAX_TRIES // len(steps[0])
     for _ in range(_MAX_EXCHANGES):
         worst = max(range(len(steps)), key=lambda step: (scores[step], -step))
         if scores[worst] <= _EVEN_ENOUGH:
             return
         best = (scores[worst], ())
+        # The dearest rows of the worst step are what makes it uneven.
+        dearest = sorted(range(len(steps[worst])), key=lambda row: (-costs[steps[worst][row]], row))
         for other in (step for step in range(len(steps)) if step != worst):
-            for here, there in itertools.product(range(len(steps[worst])), range(len(steps[other]))):
+            for here, there in itertools.product(dearest, range(len(steps[other]))):
+                tries -= 1
+                if tries < 0:
+                    break
                 mine, theirs = list(steps[worst]), list(steps[other])
                 mine[here], theirs[there] = theirs[there], mine[here]
                 score = unevenness(mine)

@@ -126,7 +126,8 @@ class Ids:
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
 
     def begin(self, texts: list[str]) -> list[list[int]]:
-        """Ids as the tokenizer makes them; a text that spells the first special token out does not get it twice."""
+        """Ids as the tokenizer makes them, without the end that some add; a text that spells the first special token out does not get
+        it twice."""
         bos = self.tokenizer.bos_token
         spelled = [bool(bos) and text.startswith(bos) for text in texts]
         made: list[list[int]] = [[] for _ in texts]
@@ -135,7 +136,8 @@ class Ids:
             if places:
                 ids = self.tokenizer([texts[place] for place in places], add_special_tokens=not with_bos)["input_ids"]
                 for place, found in zip(places, ids, strict=True):
-                    made[place] = found
+                    ended = bool(found) and found[-1] == self.eos and not texts[place].endswith(self.tokenizer.eos_token or "")
+                    made[place] = found[:-1] if ended and self.eos is not None else found
         return made
 
     def end(self, ids: list[int]) -> list[int]:

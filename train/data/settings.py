@@ -201,7 +201,7 @@ class Data(Origin):
             self.check_trained()
             return self
         self._refuse(_INLINE, "beside data.sources, where each source says its own")
-        knots = sorted({1, *(int(step) for source in self.sources for step, _ in source.points)})
+        knots = sorted({1, *(max(1, int(step)) for source in self.sources for step, _ in source.points)})
         for step in knots:
             if not any(source.weight_at(step) > 0 for source in self.sources):
                 raise ValueError(f"data.sources: all weights are 0 at step {step}; give one of them a weight above 0")

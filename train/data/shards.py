@@ -157,7 +157,7 @@ class _JsonLinesFile:
             values = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             return Row(where, None, f"cannot be read: {error}")
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             return Row(where, None, f"is not JSON: {error}")
         if not isinstance(values, dict):
             return Row(where, None, f"is no object of keys and values but a {type(values).__name__}")

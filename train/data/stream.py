@@ -31,16 +31,18 @@ from dms.train.data.shards import JsonLines, Parquet, TextFiles
 
 # Of a state in JSON: some 30 for a stretch of a document, and as many for a source.
 STATE_BYTES = 4096
+SOURCE_BYTES = 64
 
 
 @dataclass(frozen=True)
 class StepData:
     """One step of one process. padding: share of all its rows' tokens, over all processes. cost_balance: the most that a group of ranks
-    has to do over the mean. counts: what became of documents so far. waited: seconds that the caller waited for this."""
+    has to do over the mean. mark: a number of the step's plan, the same on all processes. counts: what became of documents so far. waited: seconds that the caller waited for this."""
 
     micro_batches: list[dict[str, torch.Tensor]]
     padding: float
     cost_balance: float
+    mark: int
     counts: dict[str, int]
     waited: float
 
@@ -52,6 +54,7 @@ class _Handed:
     rows: Rows
     padding: float
     cost_balance: float
+    mark: int
     counts: dict[str, int]
     state: State
 
@@ -196,7 +199,7 @@ class Stream:
 
     def state(self) -> State | None:
         """A small JSON-able dictionary: where the run stands after the last step that was handed out. None before the first."""
-        assert len(json.dumps(self._state)) <= STATE_BYTES
+        assert len(json.dumps(self._state)) <= STATE_BYTES + SOURCE_BYTES * len(self.data.all_sources)
         return self._state
 
     def next_step(self) -> StepData:
@@ -205,7 +208,7 @@ class Stream:
         handed = self._hand_out(self._read)
         self._state, self._counts = handed.state, handed.counts
         batches = micro_batches(handed.rows, self.micro_batch_size)
-        return StepData(batches, handed.padding, handed.cost_balance, handed.counts, time.perf_counter() - start)
+        return StepData(batches, handed.padding, handed.cost_balance, handed.mark, handed.counts, time.perf_counter() - start)
 
     def describe(self) -> str:
         """What became of the documents that were read, where not all of them are trained on whole; else nothing."""
@@ -241,11 +244,13 @@ class Stream:
         costs = [row.cost for row in planned.rows]
         dealt = deal(costs, self.num_groups, self.micro_batch_size)
         used = sum(piece.length for row in planned.rows for piece in row.pieces)
+        # Few enough bits for a float32, in which processes compare them.
+        mark = int(hashlib.sha256(json.dumps([planned.step, costs]).encode()).hexdigest()[:6], 16)
         padding = 1.0 - used / (len(planned.rows) * self.data.length)
         here = sorted(set(self.node.data_groups))
         rows = {group: make_rows([planned.rows[row] for row in dealt[group]], self.data.length, self.pad_id) for group in here}
         balance = imbalance(costs, dealt)
-        return [_Handed(rows[group], padding, balance, planned.counts, planned.state) for group in self.node.data_groups]
+        return [_Handed(rows[group], padding, balance, mark, planned.counts, planned.state) for group in self.node.data_groups]
 
     def _hand_out(self, read: Callable[[], list[Any]], problem: Exception | None = None) -> Any:
         """What the node's reader reads for each of its processes, or its error."""

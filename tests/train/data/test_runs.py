@@ -108,3 +108,24 @@ def test_what_is_wrong_with_the_data_is_said_once_by_several_processes(values, t
     # The launcher repeats, indented, what the first process to fail said last.
     said = [line for line in job.output.splitlines() if "matches no .jsonl file" in line and not line.startswith(" ")]
     assert len(said) == 1 and said[0].startswith("dms: error: data.path")
+
+
+def test_a_step_of_prompts_alone_has_nothing_to_predict_and_goes_on(make_values, tmp_path):
+    rows = [{"q": " ".join(f"word{number}" for number in range(400)), "a": "yes"}, {"q": "x", "a": "y = 1"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "path": str(path), "prompt": "q", "completion": "a", "loss_on": "completions", "length": 64}
+    values = make_values(
+        tmp_path / "run", data=data, batch_size=1, micro_batch_size=1, steps=6, evaluation={"num_documents": 2, "num_items": 2}
+    )
+    loop.run(RetrofitRecipe.model_validate(values))
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) == 6 and any(m["kl"] == 0.0 for m in metrics)
+
+
+def test_processes_that_read_other_data_are_refused():
+    from dms.train.checks import check_alike
+
+    check_alike(["a", "a"], "at the start")
+    with pytest.raises(ValueError, match=r"step 3: processes 1, 3 read other data than process 0"):
+        check_alike([1.0, 2.0, 1.0, 2.0], "step 3")

@@ -8,7 +8,7 @@ from packed import documents_of, texts
 
 from dms.train.data.reading import Cursor, Reader
 from dms.train.data.render import columns_of, make_render
-from dms.train.data.settings import Origin
+from dms.train.data.settings import Data, Origin
 from dms.train.data.shards import BLOCK_ROWS, JsonLines, Parquet
 
 
@@ -262,3 +262,60 @@ def test_a_mixture_with_builtin_documents(jsonl, tokenizer, open_stream):
         for ids, counted in documents_of(stream.next_step().micro_batches):
             kinds[all(counted)] += len(ids)
     assert kinds[True] == pytest.approx(kinds[False], rel=0.1)
+
+
+class Flaky:
+    """A stream of one shard whose connection breaks at the second block, so many times."""
+
+    num_shards = 1
+
+    def __init__(self, breaks):
+        self.breaks, self.broken = breaks, 0
+
+    def with_format(self, _):
+        return self
+
+    def shard(self, *_):
+        return self
+
+    def iter(self, batch_size):
+        import pyarrow
+
+        for block in range(3):
+            if block == 1 and self.broken < self.breaks:
+                self.broken += 1
+                raise ConnectionError("timed out")
+            yield pyarrow.table({"text": [f"text {block} {number}" for number in range(batch_size)]})
+
+
+def test_a_connection_that_breaks_is_tried_again_and_never_counted_as_a_bad_shard(monkeypatch):
+    from dms.train.data import hub
+    from dms.train.data.settings import Origin
+
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
+    origin = Origin(source="dataset", path="acme/texts", streaming=True)
+    shard = hub.HubStream(Flaky(2), origin).open(0)
+    assert shard.rows(1)[0].values == {"text": "text 1 0"}
+    with pytest.raises(ConnectionError, match="acme/texts, shard 0 cannot be reached: ConnectionError: timed out"):
+        hub.HubStream(Flaky(3), origin).open(0).rows(1)
+
+
+def test_a_number_too_long_to_read_is_a_bad_row(jsonl, tmp_path):
+    from dms.train.data.settings import Origin
+    from dms.train.data.shards import JsonLines
+
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n")
+    rows = JsonLines(Origin(source="jsonl", path=str(path))).open(0).rows(0)
+    assert rows[0].values == {"text": "a"} and rows[1].values is None and "is not JSON" in rows[1].problem
+
+
+def test_a_schedule_may_begin_with_nothing():
+    data = {
+        "length": 64,
+        "sources": [
+            {"source": "builtin", "weight": [[0, 0.0], [10, 1.0]]},
+            {"source": "text", "path": "x", "weight": [[0, 0.0], [5, 1.0]]},
+        ],
+    }
+    assert Data(**data).all_sources[0].weight_at(1) > 0
