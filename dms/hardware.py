@@ -26,6 +26,8 @@ class Gpu(Strict):
     """One GPU: bytes, bytes per second, FLOP per second."""
 
     name: str
+    device_names: list[str] = Field(min_length=1)
+    """What `torch.cuda.get_device_name()` says of this very card, in whole: "NVIDIA H200 NVL" is another than "NVIDIA H200"."""
     memory: float = Field(gt=0)
     bandwidth: float = Field(gt=0)
     flops: FlopRates

@@ -257,7 +257,7 @@ def _peak_flops(device: torch.device) -> dict[str, float]:
         return {}
     name = torch.cuda.get_device_name(device)
     gpus = yaml.safe_load(Path(dms.__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))["gpus"].values()
-    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if any(known in name for known in gpu["device_names"])), {})
+    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if name in gpu["device_names"]), {})
 
 
 def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[str, float]) -> None:

@@ -82,4 +82,7 @@ class Rows:
 def gated_attention(query, key, value, *, log_keep_BTH, kernels: bool, s_aux=None, **_) -> torch.Tensor:
     """As `dms.attention.train_attention`. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if torch.is_autocast_enabled("cpu"):
+        # As the real one does: rotation by float32 angles leaves float32.
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     return _Attention.apply(q, k, v, log_keep_BTH, s_aux, kernels)

@@ -86,19 +86,16 @@ ZERO_CHOICES = (
 ACTIVATION_CHOICES = ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "offload_activations": True})
 
 
-def choices(job: Job, num_query_heads: int, num_gpus: int) -> list[Choice]:
-    """Every choice that this job and this number of GPUs allow."""
-    widths = [
-        width
-        for width in (1, 2, 4, 8)
-        if num_gpus % width == 0
-        and num_query_heads % width == 0
-        and job.length % width == 0
-        and job.batch_size % (job.micro_batch_size * (num_gpus // width)) == 0
-    ]
+# Numbers of GPUs that share a row.
+WIDTHS = (1, 2, 4, 8)
+
+
+def choices(job: Job, widths: list[int], num_gpus: int) -> list[Choice]:
+    """Every choice that this job and this number of GPUs allow. widths: of WIDTHS those that can share the model's rows."""
+    shared = [width for width in widths if num_gpus % width == 0 and job.batch_size % (job.micro_batch_size * (num_gpus // width)) == 0]
     return [
         Choice(**zero, **activations, sequence_parallel=width)
-        for width in widths
+        for width in shared
         for zero in ZERO_CHOICES
         for activations in ACTIVATION_CHOICES
     ]

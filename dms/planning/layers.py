@@ -35,9 +35,9 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings, positions,
-    the last norm). teacher: the most that its pass takes. evaluation: the most that the
-    dense pass of an evaluation takes, by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
+    """Of what one GPU has of a micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings,
+    positions, the last norm). teacher: the most that its pass takes. evaluation: the most that the dense pass of an evaluation takes,
+    by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
 
     layers: list[LayerBytes]
     before: int
@@ -72,6 +72,28 @@ def measure(
     Raises:
         ValueError: experts in float32, whose products PyTorch cannot run on fake tensors.
     """
+    options = {"held": held, "autocast": autocast, "kernels": kernels, "by_rows": by_rows, "evaluated": evaluated}
+    return measure_shared(model, shape, [1], batch=batch, length=length, **options)[1]
+
+
+def measure_shared(
+    model: nn.Module,
+    shape: ModelShape,
+    widths: list[int],
+    *,
+    batch: int,
+    length: int,
+    held: torch.dtype,
+    autocast: bool,
+    kernels: bool,
+    by_rows: bool = False,
+    evaluated: tuple[int, int] | None = None,
+) -> dict[int, Activations]:
+    """As `measure`, by how many GPUs share a row of `length` tokens: what one of them has.
+
+    Of what is kept some goes by tokens and some does not (casts of weights), so each width is run at its own length. In
+    attention a GPU has all tokens of some heads instead of some tokens of all: as many numbers.
+    """
     if held != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
         raise ValueError(
             f"{shape.name} has experts, which are planned in bfloat16 alone; set precision=bf16, and train gates or gates+lora"
@@ -82,22 +104,30 @@ def measure(
     layers = layer_list(model)
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
     _replace(model, layers, [*places, places[-1]])
-    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    found = {}
+    with FakeTensorMode():
         _fake(model, held)
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        rows = attention.Rows(kernels) if by_rows else None
-        student = _student(model, ids, kernels, rows)
-        teacher = _without_gradients(model, ids, rows)
+        # The run's own evaluation has no autocast.
         evaluation = _without_gradients(model, torch.zeros(evaluated or (batch, length), dtype=torch.long), None)
-    by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
-    return Activations(
-        layers=[by_key[_key(shape, place)] for place in range(len(shape.layers))],
-        before=student.before,
-        after=student.after,
-        teacher=teacher,
-        evaluation=evaluation,
-        hidden=student.hidden,
-    )
+        for width in widths:
+            ids = torch.zeros(batch, length // width, dtype=torch.long)
+            rows = attention.Rows(kernels) if by_rows or width > 1 else None
+            # Without autocast's cache each layer makes its own casts, the last one's second run too; and the teacher's, which does
+            # not train, are not kept in a run either.
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+                student = _student(model, ids, kernels, rows)
+                teacher = _without_gradients(model, ids, rows)
+            model.zero_grad(set_to_none=True)
+            by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
+            found[width] = Activations(
+                layers=[by_key[_key(shape, place)] for place in range(len(shape.layers))],
+                before=student.before,
+                after=student.after,
+                teacher=teacher,
+                evaluation=evaluation,
+                hidden=student.hidden,
+            )
+    return found
 
 
 def _key(shape: ModelShape, place: int) -> tuple:

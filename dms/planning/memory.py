@@ -69,25 +69,32 @@ class Held:
         return cls(2 if frozen_half else 4, 2 if job.precision == "bf16" else 4)
 
 
-def loss_rows(job: Job, shape: ModelShape, held: Held, kernels: bool = True) -> int:
-    """Rows of logits alive at once."""
+def loss_rows(job: Job, shape: ModelShape, held: Held, kernels: bool = True, width: int = 1) -> int:
+    """Rows of logits alive at once. width: GPUs that share a row."""
     rows = job.loss_chunk
     if rows is None:
         rows = chunk_rows(shape.vocab_size, shape.hidden_size, held.compute_dtype, beta=job.beta, softcap=shape.softcap, is_fused=kernels)
-    return min(rows, job.length * job.micro_batch_size)
+    return min(rows, _tokens(job, width))
 
 
-def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True) -> int:
-    """What the loss adds to the hidden states of student and teacher: a chunk's buffers and the gradients that it makes."""
+def _tokens(job: Job, width: int) -> int:
+    """Of a micro-batch, on each of the GPUs that share its rows."""
+    return job.length // width * job.micro_batch_size
+
+
+def loss_bytes(job: Job, shape: ModelShape, held: Held, kernels: bool = True, width: int = 1) -> int:
+    """What the loss adds to the hidden states of student and teacher: a chunk's buffers and the gradients that it makes. Each of the
+    GPUs that share a row has its own chunk, head's gradient and casts of heads."""
     if kernels:
         row = fused.bytes_per_row(shape.vocab_size, shape.hidden_size, held.compute_dtype)
     else:
         row = chunked.bytes_per_row(shape.vocab_size, held.compute_dtype, beta=job.beta, softcap=shape.softcap)
-    gradient = job.length * job.micro_batch_size * shape.hidden_size * held.compute
+    gradient = _tokens(job, width) * shape.hidden_size * held.compute
     trains_head = job.trainable == "all"
     head = shape.vocab_size * shape.hidden_size
-    casts = (1 + job.has_teacher_pass) * head * held.compute if trains_head and held.weight != held.compute else 0
-    return loss_rows(job, shape, held, kernels) * row + gradient + (4 * head if trains_head else 0) + casts
+    # A teacher of its own has a head of its own.
+    casts = (1 + (trains_head and job.has_teacher_pass)) * head * held.compute if held.weight != held.compute else 0
+    return loss_rows(job, shape, held, kernels, width) * row + gradient + (4 * head if trains_head else 0) + casts
 
 
 def evaluation_bytes(job: Job, shape: ModelShape, held: Held, made: Activations) -> int:
@@ -109,7 +116,8 @@ def of_choice(
     kernels: bool = True,
     reserve: bool = True,
 ) -> Bytes:
-    """Bytes by kind. made: of one micro-batch unsharded. reserve: count what is not tensors."""
+    """Bytes by kind. made: of what one GPU has of a micro-batch, as choice.sequence_parallel divides it. reserve: count what is not
+    tensors."""
     trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
     ranks = num_gpus if choice.stage > 0 else 1
     resting = _resting(shape, job, held) // (num_gpus if choice.stage == 3 else 1)
@@ -120,7 +128,7 @@ def of_choice(
     optimizer = 0 if choice.offload_optimizer else states
 
     forward = _forward(shape, job, choice, made, held, kernels)
-    gathered = _buffers(shape, job, choice, held, trained, num_gpus)
+    gathered = _buffers(shape, choice, held, trained, num_gpus)
     at_once = max(forward.checkpoints + forward.transient, _optimizer_step(trained, choice, ranks, kernels))
     tensors = weights + gradients + optimizer + gathered + forward.outside + at_once
     extra = (CONTEXT_BYTES + (NCCL_BYTES if num_gpus > 1 else 0) + int(FRAGMENTATION * tensors)) if reserve else 0
@@ -135,7 +143,7 @@ def of_choice(
         loss=forward.loss,
         gradients=gradients,
         optimizer=optimizer,
-        buffers=gathered + forward.outside,
+        buffers=gathered + forward.outside + forward.casts,
         reserve=extra,
         peak=tensors + extra,
         evaluation=weights + gathered + evaluated + extra,
@@ -152,72 +160,94 @@ def _resting(shape: ModelShape, job: Job, held: Held) -> int:
 
 @dataclass(frozen=True)
 class _Forward:
-    """Of one GPU. outside: what the step holds beside layers. transient: the most above checkpoints at a time."""
+    """Of one GPU. outside: what the step holds beside layers. casts: of weights, that autocast keeps until the loss is there.
+    transient: the most above checkpoints at a time."""
 
     activations: int
     checkpoints: int
     on_host: int
     loss: int
     outside: int
+    casts: int
     transient: int
 
 
 def _forward(shape: ModelShape, job: Job, choice: Choice, made: Activations, held: Held, kernels: bool) -> _Forward:
     width = choice.sequence_parallel
-    loss = loss_bytes(job, shape, held, kernels) // width
-    teacher = _teacher(shape, job, made, held) // width if job.has_teacher_pass else 0
+    loss = loss_bytes(job, shape, held, kernels, width)
+    teacher = _teacher(shape, job, made, held, width) if job.has_teacher_pass else 0
     # Hidden states of both sides, from the teacher's end to the loss.
-    outside = (1 + job.has_teacher_pass) * made.hidden // width
+    outside = (1 + job.has_teacher_pass) * made.hidden
     if not choice.activation_checkpointing:
-        saved, backward = made.saved // width, max(layer.backward for layer in made.layers) // width
-        return _Forward(saved, 0, 0, loss, outside, max(saved + max(loss, backward), teacher))
-    kept, layer = checkpoint_bytes(shape, job, made, held) // width, _one_layer(shape, job, made, held) // width
+        # The casts are saved for the backward: they are part of what layers leave.
+        saved, backward = made.saved, max(layer.backward for layer in made.layers)
+        return _Forward(saved, 0, 0, loss, outside, 0, max(saved + max(loss, backward), teacher))
+    tensors = checkpoints(shape, job, choice, made, held, kernels)
+    kept, layer = sum(tensors), _one_layer(shape, job, choice, made, held, kernels)
     near = min(kept, _NEAR_LAYERS * kept // len(shape.layers)) if choice.offload_activations else kept
-    outside += (made.before + max(0, made.after)) // width
-    on_host = kept if choice.offload_activations else 0
-    return _Forward(layer, near, on_host, loss, outside, max(loss, layer, teacher - near))
+    outside += made.before + max(0, made.after)
+    on_host = sum(map(_pinned, tensors)) if choice.offload_activations else 0
+    casts = _casts(shape, job, choice, held)
+    # While the casts are there, layers run as the teacher's do, saving nothing; a layer that is run again makes its own.
+    forward = casts + max(loss, made.teacher if casts else 0)
+    return _Forward(layer, near, on_host, loss, outside, casts, max(forward, layer, teacher - near))
 
 
-def checkpoint_bytes(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
-    """What all layers leave of a micro-batch under activation checkpointing: inputs, and attention's outputs and log-sum-exps."""
+def checkpoints(shape: ModelShape, job: Job, choice: Choice, made: Activations, held: Held, kernels: bool = True) -> list[int]:
+    """Bytes of every tensor that the layers leave of a micro-batch under activation checkpointing: inputs, and what attention keeps."""
     trained = shape.layers[shape.first_trained :]
-    return made.hidden * len(trained) + sum(_attention_kept(layer, job, held) for layer in trained)
+    return [size for layer in trained for size in (made.hidden, *_attention_kept(layer, job, choice, held, kernels))]
 
 
-def _attention_kept(layer: LayerShape, job: Job, held: Held) -> int:
-    tokens = job.length * job.micro_batch_size
-    return tokens * layer.num_query_heads * (layer.head_dim * held.compute + 4) if layer.gated else 0
+def _attention_kept(layer: LayerShape, job: Job, choice: Choice, held: Held, kernels: bool) -> list[int]:
+    """Output and log-sum-exps; from the kernels, norms of queries and of keys too."""
+    if not layer.gated:
+        return []
+    tokens = _tokens(job, choice.sequence_parallel)
+    row = 4 * tokens * layer.num_query_heads
+    norms = [row, 4 * tokens * layer.num_heads] if kernels else []
+    return [tokens * layer.num_query_heads * layer.head_dim * held.compute, row, *norms]
 
 
-def _one_layer(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
+def _pinned(size: int) -> int:
+    """PyTorch hands out pinned host memory in powers of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def _one_layer(shape: ModelShape, job: Job, choice: Choice, made: Activations, held: Held, kernels: bool) -> int:
     """The most that a layer takes when it is run again, beside what was kept of it: attention's results, and its input where that
     was saved as it came, in float32."""
     there = made.hidden if held.weight == 4 else 0
     first = shape.first_trained
     again = (
-        bytes_.alone - (there + _attention_kept(layer, job, held) if place >= first else 0)
+        bytes_.alone - (there + sum(_attention_kept(layer, job, choice, held, kernels)) if place >= first else 0)
         for place, (layer, bytes_) in enumerate(zip(shape.layers, made.layers, strict=True))
     )
     return max(again)
 
 
-def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held) -> int:
+def _casts(shape: ModelShape, job: Job, choice: Choice, held: Held) -> int:
+    """Casts of layers' weights that autocast keeps to the end of the forward: of those that train, and not under stage 3, where a
+    run forbids it. Embeddings are not cast, and the head's cast is the loss's."""
+    kept = job.trainable == "all" and held.weight != held.compute and choice.stage < 3
+    return held.compute * sum(layer.linear for layer in shape.layers) if kept else 0
+
+
+def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held, width: int) -> int:
     """The dense pass; where transformers attends to packed documents it builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
-    if not job.packed or shape.attention in (ROWS, "eager"):
+    if not job.packed or width > 1 or shape.attention in (ROWS, "eager"):
         return made.teacher
     tokens, widest = job.length * job.micro_batch_size, max(shape.layers, key=lambda layer: layer.num_query_heads * layer.head_dim)
     mask = tokens * job.length * (1 + held.compute)
     return made.teacher + mask + 2 * tokens * widest.num_query_heads * widest.head_dim * held.compute
 
 
-def _buffers(shape: ModelShape, job: Job, choice: Choice, held: Held, trained: int, num_gpus: int) -> int:
-    """Weights gathered for their use, casts that autocast keeps through a forward, and buckets of gradients."""
+def _buffers(shape: ModelShape, choice: Choice, held: Held, trained: int, num_gpus: int) -> int:
+    """Weights gathered for their use, and buckets of gradients."""
     total = 0
     if choice.stage == 3:
         head = shape.vocab_size * shape.hidden_size
         total += min(shape.parameters, max(_LIVE_PARAMETERS, shape.largest_layer + head)) * held.weight
-    elif held.weight != held.compute and job.trainable == "all":
-        total += shape.parameters * held.compute
     if choice.stage > 0:
         total += 2 * 4 * min(trained, _BUCKET)
     elif num_gpus > 1:

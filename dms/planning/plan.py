@@ -9,11 +9,11 @@ from torch import nn
 from dms.hardware import Gpu, Hardware
 from dms.planning import flops, layers, memory, roofline, shapes
 from dms.planning.flops import Flops
-from dms.planning.job import Choice, Job, choices
+from dms.planning.job import WIDTHS, Choice, Job, choices
 from dms.planning.memory import Bytes, Held
 from dms.planning.roofline import Seconds
 from dms.planning.shapes import ModelShape
-from dms.rows import local_rows
+from dms.rows import check_sharing, local_rows
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,19 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     if by_rows:
         shape = replace(shape, attention=shapes.ROWS)
     held = Held.of(job, saved_bfloat16)
-    made = layers.measure(
+    # Before the model is measured, which leaves it fewer layers.
+    widths = _shareable(model, job)
+    possible = choices(job, widths, num_gpus)
+    if not possible:
+        raise ValueError(
+            f"batch_size {job.batch_size} cannot be shared by {num_gpus} GPUs with micro_batch_size {job.micro_batch_size}; "
+            "batch_size must be a multiple of micro_batch_size x GPUs / sequence_parallel, which for this model and data.length can be "
+            f"{', '.join(map(str, widths))}: change one of them"
+        )
+    made = layers.measure_shared(
         model,
         shape,
+        sorted({choice.sequence_parallel for choice in possible}),
         batch=job.micro_batch_size,
         length=job.length,
         held=held.weight_dtype,
@@ -116,19 +126,13 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         by_rows=by_rows,
         evaluated=(job.evaluation_batch_size, job.evaluation_length),
     )
-    possible = choices(job, max(layer.num_query_heads for layer in shape.layers), num_gpus)
-    if not possible:
-        raise ValueError(
-            f"batch_size {job.batch_size} cannot be shared by {num_gpus} GPUs with micro_batch_size {job.micro_batch_size}; "
-            "batch_size must be a multiple of micro_batch_size x GPUs / sequence_parallel: change one of them"
-        )
     by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
 
     def outcome(choice: Choice) -> Outcome:
-        used = memory.of_choice(shape, job, choice, made, held, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
-        checkpoints = memory.checkpoint_bytes(shape, job, made, held) if choice.activation_checkpointing else 0
-        work = by_checkpointing[choice.activation_checkpointing]
-        seconds = roofline.of_step(shape, job, choice, work, made, held, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus)
+        part, work = made[choice.sequence_parallel], by_checkpointing[choice.activation_checkpointing]
+        used = memory.of_choice(shape, job, choice, part, held, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
+        checkpoints = sum(memory.checkpoints(shape, job, choice, part, held)) if choice.activation_checkpointing else 0
+        seconds = roofline.of_step(shape, job, choice, work, part, held, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus)
         return Outcome(choice, used, seconds, used.peak <= gpu.memory, job.steps * seconds.total * num_gpus / 3600)
 
     outcomes = [outcome(choice) for choice in possible]
@@ -137,6 +141,19 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     shown = (recommended or mine or outcomes[0]).choice
     work = Flops(**{name: value * job.batch_size for name, value in vars(by_checkpointing[shown.activation_checkpointing]).items()})
     return Plan(job, shape, gpu_name, gpu, num_gpus, memory.loss_rows(job, shape, held), work, outcomes, mine, recommended)
+
+
+def _shareable(model: nn.Module, job: Job) -> list[int]:
+    """How many GPUs can share a row: what a run would not refuse."""
+    widths = []
+    for width in WIDTHS:
+        try:
+            if width > 1:
+                check_sharing(model, width, job.length, model.dms.skipped)
+        except ValueError:
+            continue
+        widths.append(width)
+    return widths
 
 
 def _preference(outcome: Outcome) -> tuple[int, int]:

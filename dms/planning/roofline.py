@@ -47,7 +47,7 @@ def of_step(
     hardware: Hardware,
     num_gpus: int,
 ) -> Seconds:
-    """flops: of one sequence. checkpoint_bytes: what activation checkpointing keeps of a micro-batch, all ranks of a sequence together."""
+    """flops: of one sequence. made, checkpoint_bytes: of one GPU; the latter is what activation checkpointing keeps of a micro-batch."""
     share, width = hardware.attainable, choice.sequence_parallel
     micro_steps = job.batch_size * width // (job.micro_batch_size * num_gpus)
     rate = gpu.flops.bf16 if job.precision == "bf16" else gpu.flops.fp32
@@ -57,7 +57,7 @@ def of_step(
     # The student's forward and backward, the recomputation, and the teacher's forward.
     passes = 2 + choice.activation_checkpointing + job.has_teacher_pass
     # What is saved is written once and read once, and about as much is not saved; a recomputation does it again.
-    traffic = 4 * made.saved * (2 if choice.activation_checkpointing else 1) / width
+    traffic = 4 * made.saved * (2 if choice.activation_checkpointing else 1)
     memory = micro_steps * (passes * weights + traffic) / (gpu.bandwidth * share.memory)
 
     trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
@@ -74,7 +74,7 @@ def _host_bytes(job, choice, weights, passes, micro_steps, checkpoint_bytes, tra
     if choice.offload_param:
         total += micro_steps * passes * weights / num_gpus
     if choice.offload_activations:
-        total += micro_steps * checkpoint_bytes / choice.sequence_parallel
+        total += micro_steps * checkpoint_bytes
     if choice.offload_optimizer:
         total += 4 * trained / num_gpus * (micro_steps if choice.stage > 0 else 1)
     return total
@@ -83,7 +83,8 @@ def _host_bytes(job, choice, weights, passes, micro_steps, checkpoint_bytes, tra
 def _link_bytes(shape, job, choice, held, weights, passes, micro_steps, trained, num_gpus) -> float:
     """Into one GPU from the others, in the fuller direction."""
     others = (num_gpus - 1) / num_gpus
-    total = 2 * others * 4 * trained
+    # Gradients to where they belong, and back as sums or as weights. DeepSpeed, which divides them, sends them after every micro-step.
+    total = ((micro_steps if choice.stage > 0 else 1) + 1) * others * 4 * trained
     if choice.stage == 3:
         total += micro_steps * passes * others * weights
     width = choice.sequence_parallel

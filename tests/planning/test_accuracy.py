@@ -38,6 +38,16 @@ SHAPES = {
         {"trainable": "all", "loss_chunk": 128, "length": 256, "base_lr": 1e-5},
     ),
 }
+# The same in bfloat16 by autocast, which keeps casts of the weights.
+_HALF = {"precision": "bf16", "loss_chunk": 128, "length": 512}
+HALF = {
+    "gates trained, bf16": (SHAPES["every weight trained"][0], _HALF),
+    "every weight trained, bf16": (SHAPES["every weight trained"][0], _HALF | {"trainable": "all", "base_lr": 1e-5}),
+    "the same, bf16, checkpointed": (
+        SHAPES["every weight trained"][0],
+        _HALF | {"trainable": "all", "base_lr": 1e-5, "activation_checkpointing": True},
+    ),
+}
 
 _SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
 PACKED = {
@@ -115,8 +125,10 @@ def take_step(model, teacher, batch, recipe):
     B, T = batch["input_ids"].shape
     rows = local_rows(model, packs=True) if recipe.data.packs else None
     options = {"normalizer": Normalizer(B * T, B), "rows": rows, "target": 0.5, "seed": 0, "compression_weight": 1.0}
-    loss = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
-    distill_step(model, teacher, batch if rows is None else rows.divide(batch), head_loss=loss, **options).loss.backward()
+    head_loss = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        loss = distill_step(model, teacher, batch if rows is None else rows.divide(batch), head_loss=head_loss, **options).loss
+    loss.backward()
 
 
 def measured_bytes(kind, recipe):
@@ -145,14 +157,14 @@ def planned_bytes(kind, recipe):
     size = {"batch": job.micro_batch_size, "length": job.length, "by_rows": recipe.data.packs}
     if recipe.data.packs:
         shape = replace(shape, attention=shapes.ROWS)
-    made = layers.measure(model, shape, held=torch.float32, autocast=False, kernels=False, **size)
+    made = layers.measure(model, shape, held=torch.float32, autocast=recipe.precision == "bf16", kernels=False, **size)
     held = memory.Held.of(job, saved_bfloat16=False)
     return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES | PACKED)])
+@pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES | PACKED | HALF)])
 def test_peak_bytes(name, capsys):
-    kind, changes = (SHAPES | FAMILIES | PACKED)[name]
+    kind, changes = (SHAPES | FAMILIES | PACKED | HALF)[name]
     recipe = make_recipe(**changes)
     measured, planned = measured_bytes(kind, recipe), planned_bytes(kind, recipe)
     with capsys.disabled():

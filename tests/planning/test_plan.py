@@ -1,7 +1,6 @@
 """`dms plan`: what it prints and writes, what it recommends, and what it refuses."""
 
 import json
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -105,14 +104,40 @@ def test_recommended_lines_are_a_recipe_s():
 def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
     used = outcome_of(plan_of("qwen3-8b"), activation_checkpointing=True).bytes
     assert used.weights == 8_190_735_360 * 2 + 1_179_936 * 4
-    # Inputs and attention's outputs of 36 layers in bfloat16, 32 log-sum-exps a token.
-    assert used.checkpoints == 36 * 32768 * (4096 * 2 + 32 * 128 * 2 + 32 * 4)
+    # Inputs and attention's outputs of 36 layers in bfloat16; a token's 32 log-sum-exps, norms of 32 queries and of 8 keys.
+    assert used.checkpoints == 36 * 32768 * (4096 * 2 + 32 * 128 * 2 + 32 * 4 + 32 * 4 + 8 * 4)
     assert used.gradients == 4 * 1_179_936 and used.optimizer == 8 * 1_179_936
     assert used.loss <= 1.5e9 + 32768 * 4096 * 2
     divided = outcome_of(plan_of("qwen3-8b", num=8), stage=3, activation_checkpointing=True).bytes
     assert divided.weights == used.weights // 8 and divided.checkpoints == used.checkpoints
     shared = outcome_of(plan_of("qwen3-8b", num=8), activation_checkpointing=True, sequence_parallel=8).bytes
     assert shared.checkpoints == used.checkpoints // 8 and shared.weights == used.weights
+    # Each GPU sizes its loss's chunk for itself; of what it adds the hidden states' gradient alone is shared.
+    assert used.loss - shared.loss == 32768 * 4096 * 2 * 7 // 8
+
+
+def test_casts_of_weights_are_whole_on_every_gpu_that_shares_a_row():
+    plan = plan_of("llama3.2-1b-all", "micro_batch_size=1", num=8)
+    whole, shared = (outcome_of(plan, stage=2, sequence_parallel=width).bytes for width in (1, 8))
+    casts = 2 * sum(layer.linear for layer in plan.shape.layers)
+    assert shared.activations == pytest.approx(casts + (whole.activations - casts) / 8, rel=0.01)
+    head = plan.shape.vocab_size * plan.shape.hidden_size
+    # The head's gradient, and two casts of heads, the teacher's among them.
+    assert shared.loss > 4 * head + 2 * 2 * head
+
+
+def test_host_memory_is_pinned_in_powers_of_two():
+    # 24576 tokens: every tensor of 3 * 2**n bytes takes 4 * 2**n.
+    plan = plan_of("qwen3-8b", "data.length=24576", "zero={stage: 2}")
+    kept = outcome_of(plan, stage=2, activation_checkpointing=True).bytes.checkpoints
+    assert outcome_of(plan, stage=2, activation_checkpointing=True, offload_activations=True).bytes.host == kept * 4 // 3
+
+
+def test_divided_gradients_are_sent_after_every_micro_step():
+    plan = plan_of("llama3.1-8b-all", "batch_size=64", num=8)
+    plain, divided = (outcome_of(plan, stage=stage, activation_checkpointing=True).seconds.links for stage in (0, 2))
+    once = 7 / 8 * 4 * plan.trained / (450e9 * 0.8)
+    assert plain == pytest.approx(2 * once) and divided == pytest.approx((64 // 8 + 1) * once)
 
 
 def test_every_weight_trained_holds_a_teacher_and_moments():
@@ -147,18 +172,37 @@ def test_experts_in_float32_are_refused():
 
 
 def test_choices_are_those_that_divide():
-    job = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe))
-    assert {choice.sequence_parallel for choice in choices(job, 32, 8)} == {1, 2, 4, 8}
-    # 12 query heads are shared by 4 at most, 30 tokens by 2.
-    assert {choice.sequence_parallel for choice in choices(job, 12, 8)} == {1, 2, 4}
-    assert {choice.sequence_parallel for choice in choices(replace(job, length=30), 32, 8)} == {1, 2}
+    job, widths = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe)), [1, 2, 4, 8]
+    assert {choice.sequence_parallel for choice in choices(job, widths, 8)} == {1, 2, 4, 8}
+    assert {choice.sequence_parallel for choice in choices(job, [1, 2], 8)} == {1, 2}
     # 16 GPUs and 8 sequences: two GPUs to each at least.
-    assert {choice.sequence_parallel for choice in choices(job, 32, 16)} == {2, 4, 8}
+    assert {choice.sequence_parallel for choice in choices(job, widths, 16)} == {2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "widths"),
+    [
+        # 40 query heads could be shared by 8, 10 KV heads by 1, 2 (and 5) alone.
+        ({"num_attention_heads": 40, "num_key_value_heads": 10}, {1, 2}),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, {1, 2, 4}),
+        ({"max_position_embeddings": 30}, {1, 2}),
+    ],
+)
+def test_rows_are_shared_only_as_a_run_would(tmp_path, changes, widths):
+    config = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 480, "num_hidden_layers": 2}
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 64, "vocab_size": 128} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    length = changes.get("max_position_embeddings", 256)
+    recipe = load_recipe("qwen3-8b", [f"data.length={length}", "dms.window=16"], RetrofitRecipe)
+    plan = planning.plan(recipe, gpu="h100-80", num_gpus=8, config=str(tmp_path))
+    assert {outcome.choice.sequence_parallel for outcome in plan.outcomes} == widths
 
 
 def test_hardware_is_whole_and_strict():
     known = hardware.load()
     assert set(known.gpus) == {"h100-80", "h200", "a100-80", "l40s", "rtx4090"}
+    named = [name for gpu in known.gpus.values() for name in gpu.device_names]
+    assert len(set(named)) == len(named)
     for gpu in known.gpus.values():
         assert gpu.flops.bf16 == gpu.flops.fp16 and all(source.startswith("https://") for source in gpu.sources)
     assert known.gpu("h100-80").link(8) == 450e9 and known.gpu("h100-80").link(16) == 50e9 and known.gpu("l40s").link(2) == 32e9

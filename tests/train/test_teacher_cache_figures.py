@@ -10,7 +10,6 @@ from jobs import read_metrics
 import dms
 from dms import models
 from dms.train import cache_teacher, loop
-from dms.train.data.sequences import make_source
 from dms.train.recipe import RetrofitRecipe
 from dms.train.recipe_file import load_recipe
 from dms.train.step import HeadLoss, Normalizer, distill_step
@@ -62,8 +61,8 @@ def _losses(tmp_path, with_cache):
     for parameter in gates:
         parameter.requires_grad_(True)
     chosen = with_cache("none", STORED)
-    source = make_source(models.load_tokenizer(chosen.model), chosen.data, STEPS * chosen.batch_size, chosen.seed)
-    batch = torch.utils.data.default_collate([source[number] for number in (40, 50)])
+    rows = list(cache_teacher.rows_of(chosen, models.load_tokenizer(chosen.model)))
+    batch = torch.utils.data.default_collate([rows[number] for number in (40, 50)])
     head_loss = HeadLoss(student, None, beta=0.0, chunk=None)
 
     def step(batch):
