@@ -55,6 +55,7 @@ def test_the_loss_over_whole_logits_is_the_same_loss(model):
     torch.testing.assert_close(bench.WholeLogitsLoss(model)(hidden_s, hidden_t, valid), ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_script_runs_where_little_is_installed(tmp_path):
     """Packages that a bare machine lacks are hidden from it."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_ON_A_BARE_MACHINE!r}))\n")

@@ -71,6 +71,7 @@ def test_gates_at_a_ratio_on_the_untouched_base(runs, tiny_folder, tmp_path):
     assert len(dms.load(tmp_path / "alone", base=str(tiny_folder)).dms.layers) == 2
 
 
+@pytest.mark.slow
 def test_every_weight_at_a_ratio(runs, tmp_path):
     run = runs("all")
     export(write_stage(run, 2.0, tmp_path / "staged"), tmp_path / "out", format="merged")

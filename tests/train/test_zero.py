@@ -53,7 +53,7 @@ def assert_same_course(folder, whole, steps):
         pytest.param("zero2", ALL, marks=pytest.mark.slow),
         pytest.param("zero3-both", ALL, marks=pytest.mark.slow),
         pytest.param("zero2", LORA, marks=pytest.mark.slow),
-        ("zero3", LORA),
+        pytest.param("zero3", LORA, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("trainable", "gates"),
 )
@@ -81,13 +81,13 @@ def test_two_processes_take_the_same_course_as_one(make_values, tmp_path, name, 
     ("how", "changes"),
     [
         ("SIGKILL", ZERO["zero2"]),
-        ("SIGUSR1", ZERO["zero3"]),
+        pytest.param("SIGUSR1", ZERO["zero3"], marks=pytest.mark.slow),
         pytest.param("SIGKILL", {**ZERO["zero2"], **ALL}, marks=pytest.mark.slow),
         pytest.param("SIGKILL", {**ZERO["zero3-both"], **LORA}, marks=pytest.mark.slow),
     ],
 )
 def test_a_divided_run_goes_on_exactly(make_values, tmp_path, how, changes):
-    changes = {**changes, "steps": 30}
+    changes = {**changes, "steps": 16}
     whole = Job(make_values(tmp_path / "whole", **changes), 2)
     assert whole.wait() == 0, whole.output
     values = make_values(tmp_path / "run", save={"every": 3}, **changes)
