@@ -292,7 +292,7 @@ def long_run(make_values, tmp_path_factory):
     return trajectory(job.folder)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name):
     values = make_values(tmp_path / "run", **LONG)
     job = Job(values)
@@ -306,7 +306,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_
     assert trajectory(job.folder) == long_run
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
     """At any moment of steps that each end in a save; a run that got to its end begins anew."""
     values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(kills)
