@@ -208,3 +208,14 @@ def test_hardware_is_whole_and_strict():
     assert known.gpu("h100-80").link(8) == 450e9 and known.gpu("h100-80").link(16) == 50e9 and known.gpu("l40s").link(2) == 32e9
     with pytest.raises(ValueError, match="unknown key 'memry'"):
         hardware.Gpu(**known.gpu("l40s").model_dump(), memry=1.0)
+
+
+def test_every_packaged_retrofit_is_among_all():
+    from dms.train import planning
+    from dms.train.recipe import RetrofitRecipe
+    from dms.train.recipe_file import load_recipe
+
+    names = planning._every()
+    assert {"tiny/retrofit", "qwen3-8b", "llama3.1-8b-all"} <= set(names)
+    for name in names:
+        load_recipe(name, [], RetrofitRecipe)
