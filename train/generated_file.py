@@ -10,14 +10,13 @@ from typing import IO, Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dms.train.generate_recipe import GenerateRecipe
+from dms.train.progress import LiveLine
 from dms.train.recipe_file import dump_recipe
 
 # These change how fast rows come and how their sums are rounded, not what is asked for.
 _FREE = {"output", "overwrite", "batch_size"}
-_PLAIN_LINES = 20
 _SOURCES = "# made from "
 
 
@@ -109,30 +108,13 @@ class Output:
         self.reasons.update(row["finish_reason"] for row in rows)
 
 
-class Line:
-    """A live line on a terminal; a plain line now and then elsewhere."""
+class Line(LiveLine):
+    """How far generation is."""
 
     def __init__(self, console: Console, total: int | None, done: int):
-        self.console, self.total, self.done = console, total, done
-        self.start, self.tokens, self.begun = time.perf_counter(), 0, done
-        self.every = max(1, (total or 0) // _PLAIN_LINES)
-        self.progress = Progress(
-            TextColumn("row {task.completed}" + (f"/{total}" if total else "")),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("", total=total, completed=done, text="")
-
-    def __enter__(self) -> "Line":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.progress.stop()
+        super().__init__(console, "row", total, done)
+        self.total, self.done, self.begun = total, done, done
+        self.start, self.tokens = time.perf_counter(), 0
 
     def update(self, done: int, tokens: int) -> None:
         self.tokens += tokens

@@ -24,14 +24,14 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module,
         console.print(f"  left alone: {name}: {reason}", highlight=False)
 
 
-class StepLine:
-    """A live line on a terminal; a plain line now and then elsewhere."""
+class LiveLine:
+    """A live line on a terminal; its users print a plain line now and then elsewhere. total None: not known."""
 
-    def __init__(self, console: Console, steps: int, done: int = 0):
-        self.console, self.steps = console, steps
-        self.every = max(1, steps // 20)
+    def __init__(self, console: Console, what: str, total: int | None, done: int):
+        self.console = console
+        self.every = max(1, (total or 0) // 20)
         self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn(f"{what} {{task.completed}}" + (f"/{total}" if total else "")),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}"),
             TextColumn("eta"),
@@ -39,14 +39,22 @@ class StepLine:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=steps, completed=done, text="")
+        self.task = self.progress.add_task("", total=total, completed=done, text="")
 
-    def __enter__(self) -> "StepLine":
+    def __enter__(self):
         self.progress.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.progress.stop()
+
+
+class StepLine(LiveLine):
+    """How far training is."""
+
+    def __init__(self, console: Console, steps: int, done: int = 0):
+        super().__init__(console, "step", steps, done)
+        self.steps = steps
 
     def update(self, metrics: dict) -> None:
         text = f"kl {metrics['kl']:.4f}  cr {metrics['cr_decided']:.2f} of {metrics['target_cr']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
