@@ -154,7 +154,7 @@ def test_traces(name, family, build_gated, make_batch, monkeypatch):
         sinks = getattr(module, "sinks", None)
         replay(name, notes, None if sinks is None else sinks.double().numpy())
     for layer in cache.compacted_layers().values():
-        assert layer.entries_alive().unique().tolist() == [BUDGET] and layer.peak == max(prompt[0], BUDGET + 17)
+        assert layer.entries_alive().unique().tolist() == [BUDGET]
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ class PolicyLayer(CompactedLayer):
         self.policy = policy
         self.position_BHS: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
-        self.peak = 0
 
     def runs_gate(self, num_tokens: int) -> bool:
         return False
@@ -52,7 +51,6 @@ class PolicyLayer(CompactedLayer):
     def _drop_surplus(self, query: torch.Tensor, num_new: int, *scaling) -> None:
         """Score what is held and drop the lowest of what is over the budget."""
         policy, num_held = self.policy, self.position_BHS.shape[2]
-        self.peak = max(self.peak, num_held)
         if policy.num_queries:
             query = query if self.queries is None else torch.cat([self.queries, query], 2)
             query = query[:, :, -policy.num_queries :]
@@ -110,10 +108,6 @@ class PolicyCache(DMSCache):
 
     def _make_layer(self, state, page_size, kv_dtype) -> PolicyLayer:
         return PolicyLayer(self._make_policy(next(self._indices)), state.config, state.page_size)
-
-    def peak_entries(self) -> list[int]:
-        """The most that each layer's heads held at a time, a forward's new tokens included."""
-        return [layer.peak for layer in self.compacted_layers().values()]
 
 
 def attention_weights(
