@@ -115,15 +115,17 @@ def analyze(
     contexts: Sequence[int] = (),
     batches: Sequence[int] = (),
     ratios: Sequence[float] = (),
-    machine: Machine = Machine(),
+    machine: Machine | None = None,
     window: int = 256,
     page_size: int = 64,
 ) -> Analysis:
-    """Reckon all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own.
+    """Reckon all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
+    None: one GPU, weights at 16 bits.
 
     Raises:
         ValueError: a context beyond the model's, a ratio that is none, more GPUs than heads, or a model that does not fit.
     """
+    machine = machine or Machine()
     _check(shape, machine, contexts, ratios)
     roof, notes = Roof.of(gpu), []
     contexts = sorted(set(contexts)) or _usual_contexts(shape, notes)

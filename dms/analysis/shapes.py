@@ -151,10 +151,13 @@ def _build(config, headless: bool = False) -> nn.Module:
     try:
         # Products of experts run without storage in bfloat16 alone.
         with torch.device("meta"):
-            return maker.from_config(config, dtype=torch.bfloat16).eval()
+            model = maker.from_config(config, dtype=torch.bfloat16).eval()
     except Exception as error:
         # Each modelling file has errors of its own for values that do not go together.
         raise ValueError(f"no {config.model_type} model can be built from this configuration: {type(error).__name__}: {error}") from error
+    # Some models look for padding in what they read, and there is nothing to read.
+    model.config.pad_token_id = None
+    return model
 
 
 def _run(model: nn.Module, num_tokens: int, cache=None) -> _Run:
