@@ -38,10 +38,11 @@ def run(
         raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
     values, dms = find(name, config)
     from dms.analysis import table
-    from dms.analysis.analyze import analyze
+    from dms.analysis.analyze import analyze, check
     from dms.analysis.cost import Machine
-    from dms.analysis.shapes import measure
+    from dms.analysis.shapes import context_of, measure
 
+    check(context_of(values), contexts, ratios)
     dms = dms if window is None else DMSConfig(window=window)
     found = analyze(
         measure(values, dms),

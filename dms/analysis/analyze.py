@@ -126,7 +126,8 @@ def analyze(
         ValueError: a context beyond the model's, a ratio that is none, more GPUs than heads, or a model that does not fit.
     """
     machine = machine or Machine()
-    _check(shape, machine, contexts, ratios)
+    check(shape.context, contexts, ratios)
+    _check_heads(shape, machine)
     roof, notes = Roof.of(gpu), []
     contexts = sorted(set(contexts)) or _usual_contexts(shape, notes)
     batches = sorted(set(batches)) or list(BATCHES)
@@ -151,15 +152,19 @@ def analyze(
     return Analysis(shape, gpu, gpu_name, machine, contexts, batches, caches, points, limits, notes)
 
 
-def _check(shape: InferenceShape, machine: Machine, contexts: Sequence[int], ratios: Sequence[float]) -> None:
+def check(context: int | None, contexts: Sequence[int], ratios: Sequence[float]) -> None:
+    """Raises ValueError for contexts beyond the model's own (None: not known), and for ratios that are none."""
     longest = max(contexts, default=0)
-    if shape.context is not None and longest > shape.context:
-        raise ValueError(f"context is {longest:,} and the model's own is {shape.context:,} tokens; choose contexts up to that")
+    if context is not None and longest > context:
+        raise ValueError(f"context is {longest:,} and the model's own is {context:,} tokens; choose contexts up to that")
     wrong = [ratio for ratio in ratios if not 1 < ratio < float("inf")]
     if wrong:
         raise ValueError(
             f"an eviction ratio is {wrong[0]:g}; ratios are above 1, such as 8 for one token in eight kept (dense is always there)"
         )
+
+
+def _check_heads(shape: InferenceShape, machine: Machine) -> None:
     heads = min(layer.num_query_heads for layer in shape.attentions)
     if machine.num > heads:
         raise ValueError(f"num is {machine.num} GPUs, and {shape.name} has {heads} query heads to divide among them; take at most {heads}")

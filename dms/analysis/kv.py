@@ -98,7 +98,8 @@ def written_bytes(layer: Attention, kv: KV, tokens: int) -> float:
 def held_bytes(layer: Attention, kv: KV, tokens: int) -> float:
     """After T tokens, for each KV head of a sequence; as `dms.cache.held_bytes` counts them after one prefill.
 
-    While decoding, pools grow ahead of need by up to an eighth on a GPU; that is not in here.
+    Not in here: while decoding, pools grow ahead of need by up to an eighth on a GPU; and between a prompt and the first step
+    transformers' sliding layers hold the whole prompt, of which they show the end.
     """
     if not layer.holds:
         return 0.0

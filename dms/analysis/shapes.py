@@ -76,6 +76,11 @@ class InferenceShape:
         return self.decode is None
 
 
+def context_of(config) -> int | None:
+    """The longest context that a transformers configuration names, in tokens."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def measure(config, dms: DMSConfig) -> InferenceShape:
     """Measure a model by its transformers configuration. dms: of its gates, where it can carry them.
 
@@ -87,7 +92,7 @@ def measure(config, dms: DMSConfig) -> InferenceShape:
         raise ValueError(
             f"{config.model_type} is an encoder-decoder, whose two halves hold caches of two kinds; name a decoder, or an encoder alone"
         )
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if context is not None and dms.window >= context:
         raise ValueError(f"window is {dms.window} and the model's context is {context} tokens; choose a window below the context")
     model = _build(config)

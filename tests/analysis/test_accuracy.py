@@ -192,7 +192,7 @@ def evicting(config, share, window=32, dtype=torch.float32):
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.875])
 def test_pairs_of_a_prompt(share, capsys):
     """By brute force from what the gates decided: a key is computed with where it is in the window or was kept."""
-    config, T, w = config_of("llama"), 1024, 32
+    config, T, w = config_of("llama"), 2048, 32
     model = evicting(config, share, w)
     with torch.no_grad():
         model(input_ids=torch.randint(3, 500, (1, T)), use_cache=False)
