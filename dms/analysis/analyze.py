@@ -132,6 +132,11 @@ def analyze(
     contexts = sorted(set(contexts)) or _usual_contexts(shape, notes)
     batches = sorted(set(batches)) or list(BATCHES)
     dense = KV(window=window, page_size=page_size)
+    everyone = next((weight.num_experts for weight in shape.weights if weight.use == "product" and weight.num_experts > 1), None)
+    if everyone:
+        notes.append(
+            f"transformers multiplies every token by all {everyone} experts here, and so it is counted; engines that route do less"
+        )
     if shape.why_dense is not None:
         notes.append(f"dense only: {shape.why_dense}")
         if ratios:

@@ -21,7 +21,7 @@ def grouped_flops(rows_shape, experts_shape, *_, **__) -> int:
 @dataclass
 class Weight:
     """A parameter and what one pass did with it. use: "product" (read whole), "experts" (each row of the product reads one of
-    `num_experts`), "rows" (so many of its numbers were gathered), "other" (norms, biases), or "none".
+    `num_experts`; those of a "product" are all multiplied), "rows" (so many of its numbers were gathered), "other" (norms, biases), or "none".
 
     rows: of "experts", the product's rows; of "rows", the numbers that were gathered; over the tokens of the pass.
     """
@@ -74,6 +74,9 @@ class Counting(TorchDispatchMode):
         use = "experts" if packet is GROUPED else "rows" if packet in _GATHERS else "product" if is_product and x.dim() > 1 else "other"
         if use == "experts":
             weight.num_experts, weight.rows = x.shape[0], inputs[0].shape[0]
+        elif use == "product" and packet is torch.ops.aten.bmm:
+            # Some models run every token through all experts, and mask what the router did not pick.
+            weight.num_experts = x.shape[0]
         elif use == "rows":
             weight.rows += out.numel()
         weight.use = max(weight.use, use, key=_ORDER.index)

@@ -199,7 +199,8 @@ def _run(model: nn.Module, num_tokens: int, cache=None) -> _Run:
 
 
 def _attention(call: _Call, cache, gated: set[int]) -> Attention:
-    held = None if cache is None or call.layer >= len(cache.layers) else getattr(cache.layers[call.layer], "keys", None)
+    keeper = None if cache is None or call.layer >= len(cache.layers) else cache.layers[call.layer]
+    held = getattr(keeper, "keys", None)
     if held is not None and (held.shape[1], held.shape[3]) != (call.key[1], call.key[3]):
         raise ValueError(
             f"layer {call.layer} keeps {held.shape[1]} x {held.shape[3]} numbers a token and attends to keys of {call.key[1]} x {call.key[3]} (latent "
@@ -211,7 +212,8 @@ def _attention(call: _Call, cache, gated: set[int]) -> Attention:
         num_heads=call.key[1],
         key_dim=call.key[3],
         value_dim=call.value[3],
-        window=call.window,
+        # Attention by chunks is told by its mask and by its cache; taken as a window of a chunk, it sees that much at most.
+        window=call.window or getattr(keeper, "sliding_window", None),
         causal=call.causal,
         holds=held is not None,
         gated=call.layer in gated,

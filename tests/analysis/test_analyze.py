@@ -139,6 +139,17 @@ def test_state_of_linear_attention():
     assert short.state == long.state == 2 * 4 * shape.state and long.kv_read == 100 * short.kv_read
 
 
+def test_chunks_and_experts_that_are_all_multiplied():
+    config = AutoConfig.for_model(
+        "llama4_text", hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=99
+    )
+    config.intermediate_size = config.intermediate_size_mlp = 64
+    shape = measure(config, DMSConfig())
+    assert [(layer.window, layer.gated) for layer in shape.attentions] == [(8192, False)] * 3 + [(None, True)]
+    notes = analyze(shape, "h100-80", H100, batches=[1]).notes
+    assert any(f"all {config.num_local_experts} experts" in note for note in notes)
+
+
 def test_a_bound_that_never_comes(llama):
     bounded = replace(llama, attentions=[replace(layer, window=128, gated=False) for layer in llama.attentions])
     assert roofline.overtaken_at(bounded, KV(), Machine(), 1) is None
