@@ -244,6 +244,49 @@ def bench_retrofit(context: typer.Context) -> None:
 
 
 @app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RECIPE|CONFIG.json", help="A model folder, hub id or builtin:tiny; a recipe; or a config.json.")
+    ],
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
+    num: Annotated[int, typer.Option(min=1, help="GPUs that share the model by tensor parallelism.")] = 1,
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens; repeat it. Default: 4096 to 131072, up to the model's own context.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at once; repeat it. Default: 1, 8, 32 and 64.")] = None,
+    cr: Annotated[list[float] | None, typer.Option(help="Eviction ratio of decided tokens; repeat it. Default: 2, 4, 8 and 16.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Tokens that stay visible. Default: the recipe's or the model's, else 256.")
+    ] = None,
+    weight_bits: Annotated[int, typer.Option(help="16, or 8: matrices are read as bytes.")] = 16,
+    config: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model).")
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write every number to this file.")] = None,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw the roofline and the memory wall.")] = None,
+) -> None:
+    """Where inference of a model stands on a GPU's roofline, when KV reads overtake weight reads, and what eviction gives."""
+    _prepare_environment("auto")
+    from dms.console import make_console
+    from dms.train.analysis import run
+
+    run(
+        model,
+        gpu=gpu,
+        num_gpus=num,
+        contexts=context or [],
+        batches=batch or [],
+        ratios=cr or [],
+        window=window,
+        weight_bits=weight_bits,
+        config=config,
+        json_file=json_file,
+        plot=plot,
+        console=make_console(),
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
     from dms import doctor as checks
