@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from dms.cache import DMSCache
+from dms.cache import CompactedLayer, DMSCache
 from dms.cache.budget import held_bytes
 from dms.evaluation.problems import STOP_TOKENS
 from dms.retrofitting import set_mode
@@ -111,20 +111,20 @@ def _read_prompt(model: Any, input_ids: tuple[int, ...], cache: Cache, chunk: in
     return logits[:, -1]
 
 
-def _layer_counts(model: Any, cache: Cache) -> torch.Tensor:
-    """[4, B]: alive, seen, evicted and decided entries of each sequence over the heads of the layers with gates, as the cache holds them."""
-    total = 0
+def count_entries(model: Any, cache: Cache) -> torch.Tensor:
+    """[4, B] int64: alive, seen, evicted and decided entries of each sequence over the heads of the layers with gates, as the cache holds them."""
+    total_4B = torch.zeros((), dtype=torch.long)
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
-        if isinstance(cache, DMSCache):
+        if isinstance(held, CompactedLayer):
             seen_B, H = held.seen().long(), layer.num_heads
             counts = held.entries_alive().sum(1), seen_B * H, held.store.evicted.long().sum(1), held.store.decided.long() * H
         else:
             B, H, S = held.keys.shape[:3]
-            full_B = torch.full((B,), H * S, device=held.keys.device)
+            full_B = torch.full((B,), H * S)
             counts = full_B, full_B, torch.zeros_like(full_B), full_B
-        total = total + torch.stack([count.to(model.device) for count in counts])
-    return total
+        total_4B = total_4B + torch.stack([count.cpu() for count in counts])
+    return total_4B
 
 
 class _Batch:
@@ -182,7 +182,7 @@ class _Batch:
         return "length" if len(chain.tokens) == self.sampling.max_new_tokens else None
 
     def _leave(self, stay: list[int]) -> None:
-        counts = _layer_counts(self.model, self.cache).T.tolist()
+        counts = count_entries(self.model, self.cache).T.tolist()
         for place in set(range(len(self.rows))).difference(stay):
             chain = self.chains[self.rows[place]]
             _, chain.seen, chain.evicted, chain.decided = counts[place]
@@ -191,7 +191,7 @@ class _Batch:
             self.cache.reorder_cache(torch.tensor(stay, device=self.model.device))
 
     def _count(self) -> None:
-        alive = _layer_counts(self.model, self.cache)[0].tolist()
+        alive = count_entries(self.model, self.cache)[0].tolist()
         for row, entries in zip(self.rows, alive, strict=True):
             self.chains[row].held.append(entries)
         self.most_bytes = max(self.most_bytes, held_bytes(self.cache))

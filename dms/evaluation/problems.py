@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -187,10 +187,7 @@ def _read_line(line: str, where: str, tokenizer: Any, chat_template: bool | None
 
 
 def _render(messages: Any, where: str, tokenizer: Any) -> tuple[int, ...]:
-    is_message: Callable[[Any], bool] = lambda m: (
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-    )  # noqa: E731
-    if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise ValueError(f"{where}: messages are a list of objects with role and content, both texts")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(f"{where}: messages need a chat template, and the tokenizer has none; give prompt instead")
@@ -202,3 +199,7 @@ def _render(messages: Any, where: str, tokenizer: Any) -> tuple[int, ...]:
         raise ValueError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
     # The template writes the special tokens that it wants.
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
