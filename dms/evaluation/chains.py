@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.budget import held_bytes
 from dms.evaluation.problems import STOP_TOKENS
-from dms.retrofitting import set_mode
 from dms.sampling import draw_tokens
 from dms.state import state_of
 
@@ -76,12 +75,11 @@ class Sampled:
 
 
 @torch.no_grad()
-def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number: int, sampling: Sampling, policy: str) -> Sampled:
-    """`sampling.max_k` chains for problem `number`; policy "dense" or "dms" (at the model's `evict_bias`)."""
+def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number: int, sampling: Sampling) -> Sampled:
+    """`sampling.max_k` chains for problem `number`, in the model's mode, "dense" or "evict"."""
     start = time.perf_counter()
-    set_mode(model, "dense" if policy == "dense" else "evict")
     state = state_of(model)
-    cache = DynamicCache(config=model.config) if policy == "dense" else DMSCache(model)
+    cache = DynamicCache(config=model.config) if state.mode == "dense" else DMSCache(model)
     logits_1V = _read_prompt(model, input_ids, cache, state.prefill_chunk)
     num_heads = sum(layer.num_heads for layer in state.layers)
     batches: list[_Batch] = []

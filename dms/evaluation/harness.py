@@ -17,10 +17,11 @@ from dms.state import state_of
 
 @dataclass
 class Counted:
-    """KV entries over all rows, layers with gates and heads, at the end of each forward pass or generation. A sequence that ends
+    """KV entries over all rows and `num_heads` heads of layers with gates, at the end of each forward pass or generation. A sequence that ends
     before its batch goes on being padded, and the padding counts. longest: tokens of a row. memory: "compacted" where a cache held what is
     alive, "masked" where a pass ran without one."""
 
+    num_heads: int
     num_rows: int = 0
     alive: int = 0
     seen: int = 0
@@ -28,6 +29,9 @@ class Counted:
     decided: int = 0
     longest: int = 0
     memory: set[str] = field(default_factory=set)
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"memory": sorted(self.memory)}
 
     def add(self, counts_4B: torch.Tensor, length: int, memory: str) -> None:
         alive, seen, evicted, decided = counts_4B.sum(1).tolist()
@@ -43,15 +47,18 @@ class Counted:
 
 
 class Harness(HFLM):
-    """only_checks: requests are built and measured, and answered with zeros and nothing. counted: since it was set."""
+    """only_checks: requests are built and measured, and answered with zeros and nothing. counted: since `restart`."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int):
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # It chooses the tokenizer's padding.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=context)
         self.only_checks = False
-        self.counted = Counted()
+        self.restart()
         self._task_of: dict[Any, str] = {}
+
+    def restart(self) -> None:
+        self.counted = Counted(sum(layer.num_heads for layer in state_of(self.model).layers))
 
     # Likelihoods.
 

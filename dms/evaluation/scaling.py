@@ -7,8 +7,7 @@ over all subsets of k of them. The random numbers are the same for every policy,
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import numpy as np
 from dms.evaluation.chains import Sampled, Sampling, sample_chains
 from dms.evaluation.equal_budget import equal_budgets, sentences
 from dms.evaluation.kept import Kept, describe_model
+from dms.evaluation.operating import as_before, operate
 from dms.evaluation.paired import compare, interval
 from dms.evaluation.problems import Problems
 from dms.evaluation.votes import MAX_CHAINS, majority_at_k, pass_at_k
-from dms.retrofitting import set_mode
-from dms.state import state_of
 
 METRICS = ("pass", "majority")
 FEW_PROBLEMS = 50
@@ -80,17 +78,17 @@ def run_scaling(
     _check(model, problems, sampling, points)
     kept = Kept(None if out is None else out / "done", "scaling")
     curves = []
-    with _as_before(model):
+    with as_before(model):
         described = describe_model(model)
         for policy, point in [("dense", None), *(("dms", point) for point in points)]:
-            state_of(model).evict_bias = point or 0.0
             sampled = []
             for number, problem in enumerate(problems.problems):
                 settings = {"model": described, "versions": common.get("versions"), "policy": policy, "evict_bias": point}
                 settings |= {"problem": number, "input_ids": list(problem.input_ids), **vars(sampling)}
                 found = kept.read(settings)
                 if found is None:
-                    found = sample_chains(model, tokenizer, problem.input_ids, number, sampling, policy).to_dict()
+                    operate(model, policy, point)
+                    found = sample_chains(model, tokenizer, problem.input_ids, number, sampling).to_dict()
                     kept.write(settings, found)
                 sampled.append(Sampled.from_dict(found))
                 if progress:
@@ -122,17 +120,6 @@ def _check(model: Any, problems: Problems, sampling: Sampling, points: list[floa
                 f"scaling: the prompt of problem {number} has {length} tokens and max_new_tokens is {sampling.max_new_tokens}, together more than the "
                 f"model's context of {context}; nothing is truncated: shorten one of them"
             )
-
-
-@contextmanager
-def _as_before(model: Any) -> Iterator[None]:
-    state = state_of(model)
-    mode, bias = state.mode, state.evict_bias
-    try:
-        yield
-    finally:
-        state.evict_bias = bias
-        set_mode(model, mode)
 
 
 def _make_curve(tokenizer: Any, problems: Problems, policy: str, evict_bias: float | None, sampled: list[Sampled]) -> Curve:

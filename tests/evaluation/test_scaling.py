@@ -1,19 +1,26 @@
 """Chains and what they take: counted again from decisions, one query at a time; kept and resumed; compared at equal budget."""
 
+import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from evicting import embedded
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
 from dms.evaluation import scaling
 from dms.evaluation.chains import Sampling, sample_chains
 from dms.evaluation.equal_budget import equal_budgets, sentences
-from dms.evaluation.problems import Problems, make_chains
+from dms.evaluation.operating import operate
+from dms.evaluation.problems import Problems, make_chains, read_problems
 from dms.evaluation.scaling import Curve, run_scaling
+from dms.evaluation.scaling_table import scaling_table
+from dms.retrofitting import gate_parameters
 
 SETTINGS = {"max_k": 4, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 3}
 TIMES = {"seconds", "step_ms"}
@@ -56,6 +63,7 @@ def held_by_hand(model, input_ids, chain, policy) -> list[int]:
 @pytest.mark.parametrize("eos", [False, True])
 def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
     model, tokenizer = tiny
+    operate(model, policy, 0.0)
     before = model.generation_config.eos_token_id
     # Running text, which goes on in many ways.
     ids = problems.problems[0].input_ids[:120]
@@ -63,9 +71,9 @@ def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
     try:
         if eos:
             # Something that some chains say, and some say early.
-            first = sample_chains(model, tokenizer, ids, 0, wild, policy)
+            first = sample_chains(model, tokenizer, ids, 0, wild)
             model.generation_config.eos_token_id = [chain.tokens[5 + number] for number, chain in enumerate(first.chains)]
-        found = sample_chains(model, tokenizer, ids, 0, wild, policy)
+        found = sample_chains(model, tokenizer, ids, 0, wild)
     finally:
         model.generation_config.eos_token_id = before
     assert len({len(chain.tokens) for chain in found.chains}) > 1
@@ -77,15 +85,38 @@ def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
 
 
 @pytest.mark.parametrize("policy", ["dense", "dms"])
+def test_layers_without_gates_are_not_counted(tiny, policy):
+    """A model of which one layer slides and the other is gated; the prompt is read in pieces."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3_text", **sizes, **layers, tie_word_embeddings=False, eos_token_id=None)
+    model = dms.retrofit(AutoModelForCausalLM.from_config(config).eval(), dms.DMSConfig(window=8, scale=1.0, offset=0.0))
+    with torch.no_grad():
+        for parameter in gate_parameters(model).values():
+            parameter.normal_(0, 1.0)
+    model.dms.prefill_chunk = 16
+    operate(model, policy, 0.0)
+    ids = tuple(torch.randint(3, 97, (50,)).tolist())
+    settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "stop": None}
+    found = sample_chains(model, tiny[1], ids, 0, Sampling(max_k=3, chains_at_once=2, **settings))
+    assert found.num_heads == 2 and len({tuple(chain.tokens) for chain in found.chains}) == 3
+    for chain in found.chains:
+        assert chain.held == held_by_hand(model, ids, chain, policy)
+        assert (chain.held[-1] < chain.seen) == (policy == "dms")
+
+
+@pytest.mark.parametrize("policy", ["dense", "dms"])
 def test_a_chain_is_the_same_in_any_batch(tiny, problems, policy):
     model, tokenizer = tiny
     ids = problems.problems[1].input_ids
-    together = sample_chains(model, tokenizer, ids, 1, sampling(problems), policy)
-    apart = sample_chains(model, tokenizer, ids, 1, sampling(problems, chains_at_once=3), policy)
+    operate(model, policy, 0.0)
+    together = sample_chains(model, tokenizer, ids, 1, sampling(problems))
+    apart = sample_chains(model, tokenizer, ids, 1, sampling(problems, chains_at_once=3))
     assert [vars(chain) for chain in together.chains] == [vars(chain) for chain in apart.chains]
     assert apart.bytes is None and together.bytes > 0
     assert len({tuple(chain.tokens) for chain in together.chains}) > 1
-    other = sample_chains(model, tokenizer, ids, 2, sampling(problems), policy)
+    other = sample_chains(model, tokenizer, ids, 2, sampling(problems))
     assert [chain.tokens for chain in other.chains] != [chain.tokens for chain in together.chains]
 
 
@@ -101,7 +132,7 @@ def test_sampling_follows_the_models_distribution(tiny):
     settings = {"temperature": 1.2, "top_p": 0.8, "max_new_tokens": 1, "seed": 0, "stop": None}
     first = []
     for number in range(10):
-        found = sample_chains(model, tokenizer, ids, number, Sampling(max_k=200, chains_at_once=200, **settings), "dense")
+        found = sample_chains(model, tokenizer, ids, number, Sampling(max_k=200, chains_at_once=200, **settings))
         first += [chain.tokens[0] if chain.tokens else model.generation_config.eos_token_id for chain in found.chains]
     assert set(first) <= set(kept.tolist())
     expected = share[kept] / share[kept].sum()
@@ -122,9 +153,9 @@ def test_rows_follow_from_what_was_sampled(tiny, problems, run):
     model, tokenizer = tiny
     assert {(row["policy"], row["evict_bias"]) for row in rows} == {("dense", None), ("dms", 0.0), ("dms", -100.0)}
     assert {row["metric"] for row in rows} == {f"{metric}@{k}" for metric in ("pass", "majority") for k in (1, 2, 4)}
-    model.dms.evict_bias = 0.0
     for policy, bias in (("dense", None), ("dms", 0.0)):
-        found = [sample_chains(model, tokenizer, p.input_ids, n, sampling(problems), policy) for n, p in enumerate(problems.problems)]
+        operate(model, policy, bias)
+        found = [sample_chains(model, tokenizer, p.input_ids, n, sampling(problems)) for n, p in enumerate(problems.problems)]
         right = [
             [problems.rule.extract(tokenizer.decode(chain.tokens)) == problem.answer for chain in sampled.chains]
             for problem, sampled in zip(problems.problems, found, strict=True)
@@ -143,6 +174,31 @@ def test_rows_follow_from_what_was_sampled(tiny, problems, run):
     assert dense["cr"] == 1.0 and dense["vs_dense"] is None and dense["memory"] is None
     saved = json.loads((out / "scaling.json").read_text())
     assert saved["rows"] == rows and saved["words"] and all("evict_bias" in sentence for sentence in saved["words"])
+
+
+def test_a_file_of_problems_is_scored(tiny, problems, tmp_path):
+    model, tokenizer = tiny
+    texts = [tokenizer.decode(p.input_ids) for p in problems.problems]
+    lines = [{"prompt": text, "answer": float(p.answer)} for text, p in zip(texts, problems.problems, strict=True)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ours = read_problems(tmp_path / "mine.jsonl", tokenizer, answer_pattern=r"^\D*(\d+)", stop=["\n"])
+    rows = run_scaling(model, tokenizer, problems=ours, points=[], common={}, out=None, **SETTINGS)
+    operate(model, "dense", None)
+    right = []
+    for number, problem in enumerate(ours.problems):
+        for chain in sample_chains(model, tokenizer, problem.input_ids, number, sampling(ours)).chains:
+            said = re.findall(r"\d+", tokenizer.decode(chain.tokens).split("\n")[0])
+            right.append(said[:1] == [problems.problems[number].answer])
+    assert 0 < sum(right) < len(right) and rows[0]["value"] == pytest.approx(np.mean(right))
+    assert {row["task"] for row in rows} == {"mine"} and rows[0]["length"] is None and rows[0]["chance"] == 0.0
+
+
+def test_the_table_has_a_line_for_each_number_of_chains(run):
+    rows, _ = run
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(scaling_table(rows, "chains"))
+    text = console.export_text()
+    assert len(re.findall(r"^ *(dense|dms [+-]\d+) +[124] ", text, re.M)) == 9 and "evicted_nothing" in text
 
 
 def test_a_policy_that_does_nothing_is_marked(run):
