@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dms.evaluation.paired import compare
+from dms.evaluation.bootstrap import compare
 
 if TYPE_CHECKING:
     from dms.evaluation.scaling import Curve
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 _BUDGETS = {"entries_read": "entries read", "peak_entries": "entries held"}
 
 
-def equal_budgets(dense: "Curve", others: list["Curve"], ks: list[int]) -> list[dict[str, Any]]:
-    """For each k of dense, metric and budget: the largest number of dms chains that takes no more, and the paired difference.
+def equal_budgets(dense: "Curve", others: list["Curve"], ks: list[int], draws_RN: np.ndarray) -> list[dict[str, Any]]:
+    """For each k of dense, metric and budget: the largest number of dms chains that takes no more, and the paired difference, resampled
+    by `draws_RN` (`bootstrap.make_draws` of the N problems).
 
     `capped`: all chains that were sampled take no more, so that the budget is not used up. dms_k is None where a single chain takes more.
     """
@@ -22,22 +23,22 @@ def equal_budgets(dense: "Curve", others: list["Curve"], ks: list[int]) -> list[
     for curve in others:
         for metric in dense.accuracy_NK:
             for budget in _BUDGETS:
-                found += [_at_budget(dense, curve, metric, budget, k) for k in ks]
+                found += [_at_budget(dense, curve, metric, budget, k, draws_RN) for k in ks]
     return found
 
 
-def _at_budget(dense: "Curve", curve: "Curve", metric: str, budget: str, k: int) -> dict[str, Any]:
+def _at_budget(dense: "Curve", curve: "Curve", metric: str, budget: str, k: int, draws_RN: np.ndarray) -> dict[str, Any]:
     dense_cost_K, cost_K = ((c.reads_NK if budget == "entries_read" else c.peak_NK).mean(0) for c in (dense, curve))
     dense_cost = float(dense_cost_K[k - 1])
     # Costs grow with k.
     most = int(np.searchsorted(cost_K, dense_cost, side="right"))
-    dense_N = dense.accuracy_NK[metric][:, k - 1]
+    dense_sample = dense.sample(metric, k)
     row = {
         "evict_bias": curve.evict_bias,
         "metric": metric,
         "budget": budget,
         "dense_k": k,
-        "dense_value": float(dense_N.mean()),
+        "dense_value": dense_sample.value,
         "dense_cost": dense_cost,
         "dms_k": most or None,
         "dms_value": None,
@@ -46,8 +47,9 @@ def _at_budget(dense: "Curve", curve: "Curve", metric: str, budget: str, k: int)
         "vs_dense": None,
     }
     if most:
-        dms_N = curve.accuracy_NK[metric][:, most - 1]
-        row |= {"dms_value": float(dms_N.mean()), "dms_cost": float(cost_K[most - 1]), "vs_dense": compare(dms_N, dense_N)}
+        sample = curve.sample(metric, most)
+        versus = compare(sample, dense_sample, draws_RN, higher_is_better=True)
+        row |= {"dms_value": sample.value, "dms_cost": float(cost_K[most - 1]), "vs_dense": versus.to_dict()}
     return row
 
 

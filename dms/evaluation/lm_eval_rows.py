@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from dms.evaluation.paired import compare, interval
+from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
+from dms.evaluation.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES
 
-FEW_SAMPLES = 50
 # Standard errors to either side: 95 %.
 _STDERRS = 1.96
 _KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -85,7 +85,7 @@ def _interval(run: dict, task: str, name: str) -> tuple[float, float] | tuple[No
     """Bootstrapped like all others; where the figure is no mean over documents, from the harness's standard error, if it has one."""
     value_N = _values(run, task, name)
     if value_N is not None:
-        return interval(value_N)
+        return interval(Sample(value_N, np.ones_like(value_N)), make_draws(len(value_N), task), set(value_N) <= {0.0, 1.0})
     metric, _, of_filter = name.partition(",")
     value, stderr = run["results"][task][name], run["results"][task].get(f"{metric}_stderr,{of_filter}")
     if not isinstance(stderr, int | float):
@@ -106,10 +106,10 @@ def _marks(
     counted, evicts = run["counted"], run["policy"] != "dense"
     dense_low = _interval(dense, task, name)[0] if dense else None
     holds = {
-        "evicted_nothing": evicts and counted["alive"] == counted["seen"],
-        "dense_at_chance": chance > 0 and dense_low is not None and dense_low <= chance,
-        "few_samples": num_samples is not None and num_samples < FEW_SAMPLES,
-        "beyond_training": evicts and trained_length is not None and counted["longest"] > trained_length,
+        EVICTED_NOTHING: evicts and counted["alive"] == counted["seen"],
+        DENSE_AT_CHANCE: chance > 0 and dense_low is not None and dense_low <= chance,
+        FEW_SAMPLES: num_samples is not None and num_samples < MIN_SAMPLES,
+        BEYOND_TRAINING: evicts and trained_length is not None and counted["longest"] > trained_length,
     }
     return [mark for mark, is_so in holds.items() if is_so]
 
@@ -120,4 +120,5 @@ def _versus(run: dict, dense: dict, task: str, name: str) -> dict | None:
     better = run["higher_is_better"].get(task, {}).get(name.partition(",")[0])
     if ours_N is None or theirs_N is None or better is None:
         return None
-    return compare(ours_N, theirs_N, higher_is_better=better)
+    ours, theirs = (Sample(value_N, np.ones_like(value_N)) for value_N in (ours_N, theirs_N))
+    return compare(ours, theirs, make_draws(len(ours_N), task), higher_is_better=better).to_dict()

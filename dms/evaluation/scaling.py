@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
 from dms.evaluation.chains import Sampled, Sampling, sample_chains
+from dms.evaluation.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES, is_at_chance
 from dms.evaluation.equal_budget import equal_budgets, sentences
 from dms.evaluation.kept import Kept, describe_model
 from dms.evaluation.operating import as_before, operate
-from dms.evaluation.paired import compare, interval
 from dms.evaluation.problems import Problems
 from dms.evaluation.votes import MAX_CHAINS, majority_at_k, pass_at_k
 
 METRICS = ("pass", "majority")
-FEW_PROBLEMS = 50
 # Orders of a problem's chains from which the expected peak of k of them is taken.
 _NUM_ORDERS = 64
 
@@ -45,6 +45,10 @@ class Curve:
     accuracy_NK: dict[str, np.ndarray]
     reads_NK: np.ndarray
     peak_NK: np.ndarray
+
+    def sample(self, metric: str, k: int) -> Sample:
+        value_N = self.accuracy_NK[metric][:, k - 1]
+        return Sample(value_N, np.ones_like(value_N))
 
 
 def run_scaling(
@@ -160,65 +164,67 @@ def _write(
 ) -> list[dict]:
     dense = curves[0]
     ks = sorted({2**i for i in range(sampling.max_k.bit_length())} | {sampling.max_k})
-    rows = [
-        row
-        for curve in curves
-        for metric in METRICS
-        for k in ks
-        if (row := _row(curve, dense, metric, k, problems, common, trained_length))
-    ]
-    equal = equal_budgets(dense, curves[1:], ks)
+    draws_RN = make_draws(len(problems.problems), "scaling", problems.name, sampling.seed)
+    rows = []
+    for curve in curves:
+        shared = {**common, **_measure(curve), **_describe(curve, problems)}
+        marks = _marks(curve, problems, trained_length)
+        rows += [{**shared, **_row(curve, dense, metric, k, problems.chance, draws_RN, marks)} for metric in METRICS for k in ks]
+    equal = equal_budgets(dense, curves[1:], ks, draws_RN)
     if out is not None:
-        words = sentences(equal, problems.name)
-        content = {"rows": rows, "settings": vars(sampling), "equal_budget": equal, "words": words}
+        content = {"rows": rows, "settings": vars(sampling), "equal_budget": equal, "words": sentences(equal, problems.name)}
         (out / "scaling.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return rows
 
 
-def _row(curve: Curve, dense: Curve, metric: str, k: int, problems: Problems, common: dict, trained_length: int | None) -> dict:
-    value_N = curve.accuracy_NK[metric][:, k - 1]
-    low, high = interval(value_N)
-    chance = 1.0 - (1.0 - problems.chance) ** k if metric == "pass" else problems.chance
-    measured = _measure(curve)
-    marks = []
-    if curve is not dense and measured["cr"] == 1.0:
-        marks.append("evicted_nothing")
-    if interval(dense.accuracy_NK[metric][:, k - 1])[0] <= chance and chance > 0:
-        marks.append("dense_at_chance")
-    if len(value_N) < FEW_PROBLEMS:
-        marks.append("few_samples")
-    longest = max(len(p.input_ids) + len(c.tokens) for p, s in zip(problems.problems, curve.sampled, strict=True) for c in s.chains)
-    if curve is not dense and trained_length is not None and longest > trained_length:
-        marks.append("beyond_training")
-    num_chains = len(curve.sampled[0].chains)
-    bytes_ = [sampled.bytes for sampled in curve.sampled]
+def _describe(curve: Curve, problems: Problems) -> dict:
     return {
-        **common,
         "suite": "scaling",
         "policy": curve.policy,
         "evict_bias": curve.evict_bias,
         "task": problems.name,
         "length": problems.length,
+        "num_samples": len(problems.problems),
+        "num_documents": len(problems.problems),
+        "num_chains": len(curve.sampled[0].chains),
+        "batch_size": len(curve.sampled[0].chains),
+        "memory": None if curve.policy == "dense" else "compacted",
+        "budget": None,
+        "vs_dms": None,
+    }
+
+
+def _marks(curve: Curve, problems: Problems, trained_length: int | None) -> list[str]:
+    chains = [(problem, chain) for problem, sampled in zip(problems.problems, curve.sampled, strict=True) for chain in sampled.chains]
+    longest = max(len(problem.input_ids) + len(chain.tokens) for problem, chain in chains)
+    marks = [FEW_SAMPLES] if len(problems.problems) < MIN_SAMPLES else []
+    if curve.policy != "dense" and all(chain.held[-1] == chain.seen for _, chain in chains):
+        marks.append(EVICTED_NOTHING)
+    if curve.policy != "dense" and trained_length is not None and longest > trained_length:
+        marks.append(BEYOND_TRAINING)
+    return marks
+
+
+def _row(curve: Curve, dense: Curve, metric: str, k: int, chance: float, draws_RN: np.ndarray, marks: list[str]) -> dict:
+    """What differs between a curve's rows."""
+    sample, dense_sample = curve.sample(metric, k), dense.sample(metric, k)
+    low, high = interval(sample, draws_RN, True)
+    chance = 1.0 - (1.0 - chance) ** k if metric == "pass" else chance
+    bytes_ = [sampled.bytes for sampled in curve.sampled]
+    is_all = k == len(curve.sampled[0].chains)
+    return {
         "metric": f"{metric}@{k}",
         "k": k,
-        "value": float(value_N.mean()),
+        "value": sample.value,
         "ci_low": low,
         "ci_high": high,
-        "num_samples": len(value_N),
-        "num_documents": len(value_N),
-        "num_chains": num_chains,
         "chance": chance,
-        "budget": None,
-        **measured,
         "entries_read": float(curve.reads_NK[:, k - 1].mean()),
         "peak_entries": float(curve.peak_NK[:, k - 1].mean()),
         # Of fewer chains than were decoded, the cache was not seen.
-        "bytes": round(float(np.mean(bytes_))) if k == num_chains and None not in bytes_ else None,
-        "memory": None if curve is dense else "compacted",
-        "batch_size": num_chains,
-        "marks": marks,
-        "vs_dense": None if curve is dense else compare(value_N, dense.accuracy_NK[metric][:, k - 1]),
-        "vs_dms": None,
+        "bytes": round(float(np.mean(bytes_))) if is_all and None not in bytes_ else None,
+        "marks": [*marks, DENSE_AT_CHANCE] if is_at_chance(dense_sample, draws_RN, chance) else marks,
+        "vs_dense": None if curve is dense else compare(sample, dense_sample, draws_RN, higher_is_better=True).to_dict(),
     }
 
 

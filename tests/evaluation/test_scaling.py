@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
 from dms.evaluation import scaling
+from dms.evaluation.bootstrap import make_draws
 from dms.evaluation.chains import Sampling, sample_chains
 from dms.evaluation.equal_budget import equal_budgets, sentences
 from dms.evaluation.operating import operate
@@ -279,7 +280,7 @@ def curve(policy, values, cost) -> Curve:
 def test_dms_gets_as_many_chains_as_the_budget_allows():
     dense = curve("dense", [[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6]], 10.0)
     better = curve("dms", [[0.5, 0.6, 0.7, 0.8]] * 2, 4.0)
-    found = {(row["dense_k"], row["budget"]): row for row in equal_budgets(dense, [better], [1, 2])}
+    found = {(row["dense_k"], row["budget"]): row for row in equal_budgets(dense, [better], [1, 2], make_draws(2, "test"))}
     one, two = found[1, "entries_read"], found[2, "entries_read"]
     assert (one["dms_k"], one["dms_value"], one["dms_cost"], one["capped"]) == (2, 0.6, 8.0, False)
     assert one["vs_dense"] | {"difference": 0.4} == compare_by_hand([0.5, 0.3]) | {"difference": 0.4}
@@ -288,7 +289,7 @@ def test_dms_gets_as_many_chains_as_the_budget_allows():
     assert found[1, "peak_entries"]["dms_k"] == 2
     (sentence,) = sentences(list(found.values()), "sums")
     assert "dense with 1 chain 0.200, dms with 2 0.600, better (+0.400" in sentence and "from 2 chains of dense on, all 4" in sentence
-    dear = equal_budgets(dense, [curve("dms", [[0.5] * 4] * 2, 11.0)], [1])
+    dear = equal_budgets(dense, [curve("dms", [[0.5] * 4] * 2, 11.0)], [1], make_draws(2, "test"))
     assert dear[0]["dms_k"] is None and "a single chain of dms takes more" in sentences(dear, "sums")[0]
 
 
