@@ -87,10 +87,10 @@ def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]
 
 
 def _in_turns(classes: dict[str, list[str]], rng: Random) -> Iterator[tuple[str, str]]:
-    """Lines of random classes, until those of one run out."""
+    """A line of each class in random order, and again, until those of one run out."""
     while all(classes.values()):
-        word = rng.choice(list(classes))
-        yield word, classes[word].pop()
+        for word in rng.sample(list(classes), len(classes)):
+            yield word, classes[word].pop()
 
 
 def _finish(

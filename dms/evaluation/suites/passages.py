@@ -7,6 +7,7 @@ The answers hold words that stand nowhere else in the document, so that neither 
 are chosen by their tokens: a quote is token for token what stood in the line.
 """
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ _RARE_LETTERS = 6
 _WORD = re.compile(r"[^\W\d_]{3,}")
 # What a question takes of the document, generously, the name in its line included.
 _QUESTION_TOKENS = 32
-_TRIALS = 8
+_TRIALS = 16
 
 
 def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
@@ -125,7 +126,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 def _choose(tokenizer: Tokenizer, lines: _Lines, rng: Random, num_tokens: int, count: int) -> list[tuple[int, int]] | None:
     """A line of each `count`-th of the last `num_tokens` tokens and how many tokens of it to quote, in random order; those at odd places
-    will be marked. None: there is none in one of them."""
+    will be marked. None: there are too few."""
     shares: list[list[int]] = [[] for _ in range(count)]
     behind = 0
     for number in range(len(lines.tokens) - 1, -1, -1):
@@ -133,12 +134,18 @@ def _choose(tokenizer: Tokenizer, lines: _Lines, rng: Random, num_tokens: int, c
         if behind <= num_tokens:
             shares[(behind - 1) * count // num_tokens].append(number)
     rng.shuffle(shares)
-    chosen = []
+    chosen: list[tuple[int, int]] = []
     for place, share in enumerate(shares):
         rng.shuffle(share)
-        ends = ((number, _quote_end(tokenizer, lines, number, place % 2 == 1)) for number in share)
-        chosen.append(next(((number, end) for number, end in ends if end is not None), None))
-    return None if None in chosen else chosen
+        # What a share lacks, another may have.
+        elsewhere = (number for other in shares if other is not share for number in other)
+        taken = {number for number, _ in chosen}
+        ends = ((n, _quote_end(tokenizer, lines, n, place % 2 == 1)) for n in itertools.chain(share, elsewhere) if n not in taken)
+        found = next(((number, end) for number, end in ends if end is not None), None)
+        if found is None:
+            return None
+        chosen.append(found)
+    return chosen
 
 
 def _quote_end(tokenizer: Tokenizer, lines: _Lines, number: int, marked: bool) -> int | None:
