@@ -9,7 +9,6 @@ are chosen by their tokens: a quote is token for token what stood in the line.
 
 import itertools
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -28,8 +27,8 @@ _ANSWER = (4, 6)
 # Letters of words that stand nowhere else in the document, in each answer.
 _RARE_LETTERS = 6
 _WORD = re.compile(r"[^\W\d_]{3,}")
-# What a question takes of the document, generously, the name in its line included.
-_QUESTION_TOKENS = 32
+# About what a question takes of the document, the name in its line included.
+_QUESTION_TOKENS = 20
 _TRIALS = 16
 
 
@@ -40,7 +39,7 @@ def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int
         ValueError: too short a length, too little text, or too few lines that can be told apart.
     """
     num_questions = 2 * max(1, min(4, length // 256))
-    least = len(frame.head) + len(frame.middle) + num_questions * 3 * _QUESTION_TOKENS
+    least = len(frame.head) + len(frame.middle) + num_questions * 4 * _QUESTION_TOKENS
     if length < least:
         raise ValueError(f"passages need at least {least} tokens with this tokenizer, and the length is {length}; lengthen it")
     documents = []
@@ -60,14 +59,13 @@ def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int
 @dataclass
 class _Lines:
     """Lines that could stand in a document. bodies: their tokens without what the line end takes part in; stripped: those of the text
-    alone, after a space; whole: all lines as their tokens spell them. marked: the numbers of those that carry a name."""
+    alone, after a space; whole: what all the tokens spell. marked: the numbers of those that carry a name."""
 
     texts: list[str]
     tokens: list[list[int]]
     bodies: list[list[int]]
     stripped: list[list[int]]
     whole: str
-    words: Counter[str]
     marked: set[int]
 
 
@@ -114,9 +112,8 @@ def _draw(tokenizer: Tokenizer, text: Text, rng: Random, length: int) -> _Lines:
     bodies = [body[: _common(body, whole)] for body, whole in zip(alone, tokens, strict=True)]
     stripped = encode(tokenizer, [f" {line.strip()}" for line in texts])
     # As decoded, so that tokenizers that change text are compared with themselves.
-    spelled = [tokenizer.decode(ids) for ids in tokens]
-    words = Counter(word for line in spelled for word in _WORD.findall(line))
-    return _Lines(texts, tokens, bodies, stripped, "\n".join(spelled), words, set())
+    whole = tokenizer.decode([token for ids in tokens for token in ids])
+    return _Lines(texts, tokens, bodies, stripped, whole, set())
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -168,7 +165,7 @@ def _is_telling(tokenizer: Tokenizer, lines: _Lines, body: list[int], end: int) 
     if len(body) < end + _ANSWER[0]:
         return False
     found = _WORD.findall(tokenizer.decode(_answer(body, end)))
-    return sum(len(word) for word in found if lines.words[word] == 1) >= _RARE_LETTERS
+    return sum(len(word) for word in found if lines.whole.count(word) == 1) >= _RARE_LETTERS
 
 
 def _answer(body: list[int], start: int) -> list[int]:
