@@ -21,6 +21,33 @@ from dms.evaluation.words import in_words
 from dms.retrofitting import state_of
 from dms.weights import GATES_FILE
 
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Hyper-scaling. problems: a JSONL file, None: built-in chains of variables of so many hops, at the longest of the evaluation's lengths. The rest as
+    in `run_scaling` and `read_problems`."""
+
+    problems: str | None = None
+    num_problems: int = 64
+    max_k: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    answer_pattern: str | None = None
+    num_hops: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEval:
+    """Tasks of lm-evaluation-harness, as in `run_lm_eval`."""
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+
+
+# What a sampled chain may write where the user says nothing: of the built-in ones, and of others.
+_CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
 QUICK = {"num_documents": 16, "suites": ("records", "passages", "text")}
@@ -66,11 +93,18 @@ def default_out(folder: str | Path) -> Path:
 
 
 def evaluate_folder(
-    folder: str, settings: Settings, *, out: str | Path | None = None, card: bool = False, console: Console | None = None
+    folder: str,
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    scaling: Scaling | None = None,
+    lm_eval: LmEval | None = None,
+    card: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    out: None: `default_out`.
+    out: None: `default_out`. scaling, lm_eval: also those, their rows merged. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
