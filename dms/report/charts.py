@@ -1,7 +1,7 @@
 """The report's charts as data: what stands on which axis. The page draws them (assets/chart.js), and `plots.py` as pictures.
 
-A chart is a dict: `title`; `choices` that pick it (such as task and length); `y`: {label, log, unit}; `xs`: [{key, label, log}], of which one
-is drawn; `series`: [{name, style, markers, points}]; a point has `y`, `low`, `high` (None: no interval), a value for each x's key and a
+A chart is a dict: `title`; `choices` that pick it (such as task and length); `y`: {label, log, unit}; `xs`: [{key, name, label, log}], of
+which one is drawn; `series`: [{name, style, markers, points}]; a point has `y`, `low`, `high` (None: no interval), a value for each x's key and a
 `note`; `references`: [{name, style, y, low, high}], lines over the whole width.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 Chart = dict[str, Any]
 
 COSTS = (
-    ("bytes", "bytes of the cache at the document's end"),
-    ("reads", "entries read per decoded token and KV head"),
-    ("step_ms", "milliseconds of a decoding step"),
+    ("bytes", "memory", "bytes of the cache at the document's end"),
+    ("reads", "reads", "entries read per decoded token and KV head"),
+    ("step_ms", "latency", "milliseconds of a decoding step"),
 )
 SCALING_COSTS = (
-    ("entries_read", "entries read per problem and KV head, all samples together"),
-    ("peak_entries", "most entries alive at once per KV head, all samples together"),
+    ("entries_read", "reads", "entries read per problem and KV head, all samples together"),
+    ("peak_entries", "memory", "most entries alive at once per KV head, all samples together"),
 )
 METRICS = {
     "accuracy": "accuracy",
@@ -37,6 +37,10 @@ def is_number(value: Any) -> bool:
 
 def number(value: Any, digits: int = 5) -> float | None:
     return float(f"{value:.{digits}g}") if is_number(value) else None
+
+
+def point_name(bias: float) -> str:
+    return f"evict_bias {bias:+g}".replace("-", "−") if bias else "as trained"
 
 
 def pareto_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -83,8 +87,8 @@ def scaling_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         several = {policy for policy, bias in biases if sum(other == policy for other, _ in biases) > 1}
         for policy, bias in biases:
             mine = sorted((r for r in group if (r["policy"], r.get("evict_bias")) == (policy, bias)), key=lambda r: r.get("k") or 0)
-            points = [{**_interval(r), **{key: number(r.get(key)) for key, _ in SCALING_COSTS}, "note": f"k = {r.get('k')}"} for r in mine]
-            name = f"{policy} {bias:+g}" if policy in several and bias is not None else policy
+            points = [{**_interval(r), **{key: number(r.get(key)) for key, *_ in SCALING_COSTS}, "note": f"k = {r.get('k')}"} for r in mine]
+            name = f"{policy}, {point_name(bias)}" if policy in several and bias is not None else policy
             series.append({"name": name, "style": policy, "markers": True, "labels": True, "points": points})
         xs = _axes(SCALING_COSTS, series)
         if not xs:
@@ -107,7 +111,7 @@ def position_chart(profile: Mapping[str, Any], target_cr: float | None) -> Chart
     points = profile["points"]
     series = [
         {
-            "name": f"evict_bias {point['evict_bias']:+g}" if len(points) > 1 else "dms",
+            "name": point_name(point["evict_bias"]) if len(points) > 1 else "dms",
             "style": f"line{number}",
             "markers": False,
             "points": [{"y": y, "position": x, "low": None, "high": None} for x, y in zip(point["positions"], point["cr_at"], strict=True)],
@@ -118,7 +122,7 @@ def position_chart(profile: Mapping[str, Any], target_cr: float | None) -> Chart
         "title": "Compression ratio where the document has got to",
         "choices": {},
         "y": {"label": "tokens seen over entries alive (×)", "log": False, "unit": None},
-        "xs": [{"key": "position", "label": "position in the document (tokens)", "log": False}],
+        "xs": [{"key": "position", "name": "position", "label": "position in the document (tokens)", "log": False}],
         "series": series,
         "references": [{"name": f"target {target_cr:g}", "style": "dense", "y": target_cr, "low": None, "high": None}] if target_cr else [],
     }
@@ -129,7 +133,7 @@ def share_chart(profile: Mapping[str, Any], target_cr: float | None) -> Chart:
     points = profile["points"]
     series = [
         {
-            "name": f"evict_bias {point['evict_bias']:+g}" if len(points) > 1 else "dms",
+            "name": point_name(point["evict_bias"]) if len(points) > 1 else "dms",
             "style": f"line{number}",
             "markers": False,
             "points": [{"y": b["evicted"], "position": (b["start"] + b["end"]) / 2, "low": None, "high": None} for b in point["bins"]],
@@ -141,7 +145,7 @@ def share_chart(profile: Mapping[str, Any], target_cr: float | None) -> Chart:
         "title": "Tokens evicted, by where they stand",
         "choices": {},
         "y": {"label": "share of tokens that the gates evict", "log": False, "unit": "share"},
-        "xs": [{"key": "position", "label": "position in the document (tokens)", "log": False}],
+        "xs": [{"key": "position", "name": "position", "label": "position in the document (tokens)", "log": False}],
         "series": series,
         "references": [{"name": f"target {target:.3g}", "style": "dense", "y": target, "low": None, "high": None}] if target else [],
     }
@@ -158,7 +162,7 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         return {"name": name, "style": style, "markers": False, "points": [p for p in points if p["y"] is not None]}
 
     def chart(title: str, label: str, log: bool, series: list) -> Chart:
-        axis = {"key": "step", "label": "optimizer step", "log": False}
+        axis = {"key": "step", "name": "step", "label": "optimizer step", "log": False}
         return {
             "title": title,
             "choices": {},
@@ -204,11 +208,11 @@ def _interval(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _point(row: Mapping[str, Any]) -> dict[str, Any]:
     bias, entries, cr = row.get("evict_bias"), row.get("entries"), row.get("cr")
-    note = [f"point {bias:+g}"] if is_number(bias) and bias else []
+    note = [point_name(bias)] if is_number(bias) else []
     note += [f"{entries:,.0f} entries"] if is_number(entries) else []
     note += [f"CR {cr:.2f}"] if is_number(cr) else []
     note += [mark.replace("_", " ") for mark in row.get("marks") or []]
-    return {**_interval(row), **{key: number(row.get(key)) for key, _ in COSTS}, "note": ", ".join(note)}
+    return {**_interval(row), **{key: number(row.get(key)) for key, *_ in COSTS}, "note": ", ".join(note)}
 
 
 def _dense_series(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,11 +223,11 @@ def _is_share(metric: str) -> bool:
     return metric in ("accuracy", "top1_agreement") or metric.startswith(("pass@", "majority@"))
 
 
-def _axes(costs: Sequence[tuple[str, str]], series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _axes(costs: Sequence[tuple[str, str, str]], series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each cost that was measured anywhere, its axis: logarithmic where the values span more than a factor of 4."""
     axes = []
-    for key, label in costs:
+    for key, name, label in costs:
         known = [point[key] for line in series for point in line["points"] if point[key]]
         if known:
-            axes.append({"key": key, "label": label, "log": max(known) > 4 * min(known)})
+            axes.append({"key": key, "name": name, "label": label, "log": max(known) > 4 * min(known)})
     return axes

@@ -34,7 +34,7 @@ def _pictures(evidence: Evidence, folder: Path) -> list[Path]:
     for length in dict.fromkeys(chart["choices"]["length"] for chart in pareto):
         chosen = [chart for chart in pareto if chart["choices"]["length"] == length]
         suffix = f"_{length}" if length is not None else ""
-        made.append(plot_charts(chosen, folder / f"pareto{suffix}.png", f"{name}: what a figure costs"))
+        made.append(plot_charts(chosen, folder / f"pareto{suffix}.png", f"{name}: quality against cost"))
     scaling = charts.scaling_charts(evidence.scaling)
     if scaling:
         made.append(plot_charts(scaling, folder / "scaling.png", f"{name}: more samples for the same cache"))

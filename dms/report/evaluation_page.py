@@ -56,9 +56,9 @@ def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[tuple[str, st
     interval = "Bars are 95 % bootstrap intervals over documents."
     add(
         "pareto",
-        "What a figure costs",
-        f"A curve a policy, over its operating points; the dashed line is the dense model. Up and to the left is better "
-        f"(for bits per byte and KL: down and to the left). {interval}",
+        "Quality against cost",
+        f"A curve a policy, over its operating points; the dashed line is the dense model. Higher and further left is better "
+        f"(for bits per byte and KL: lower and further left). {interval}",
         data["pareto"],
     )
     add(
@@ -128,6 +128,7 @@ def _facts(settings: Mapping[str, Any], evidence: Evidence) -> str:
     versions = settings.get("versions") or {}
     chat = settings.get("chat_template")
     trained, context = settings.get("trained_length"), settings.get("context")
+    target = settings.get("target_cr")
     window, sinks = settings.get("window"), settings.get("sinks")
     pairs = [
         ("model", settings.get("model")),
@@ -135,13 +136,13 @@ def _facts(settings: Mapping[str, Any], evidence: Evidence) -> str:
         ("hash of the base's weights", settings.get("model_hash")),
         ("hash of the gates", settings.get("gates_hash")),
         ("recipe", next((row.get("recipe_hash") for row in evidence.rows if row.get("recipe_hash")), None)),
-        ("target ratio", settings.get("target_cr")),
+        ("target ratio", f"{target:g}" if charts.is_number(target) else None),
         ("window and sinks", None if window is None else f"{window} tokens" + (f", {sinks} sinks" if sinks else ", no sinks")),
-        ("decisions", _joined([settings.get("granularity") and f"a {settings['granularity']}", settings.get("alignment")])),
+        ("decisions", _joined([settings.get("granularity") and f"by {settings['granularity']}", settings.get("alignment") and f"aligned {settings['alignment']}"])),
         ("gates trained at", f"{trained:,} tokens" if trained else None),
         ("the model's context", f"{context:,} tokens" if context else None),
         ("lengths measured", _joined(f"{length:,}" for length in settings.get("lengths") or [])),
-        ("operating points (evict_bias)", _joined(f"{bias:+g}" if bias else "0" for bias in settings.get("evict_bias") or [])),
+        ("operating points (evict_bias)", _joined(f"{bias:+g}".replace("-", "−") if bias else "0" for bias in settings.get("evict_bias") or [])),
         ("chat template", None if chat is None else "used" if chat else "not used"),
         ("samples, seed", _joined(str(v) for v in (settings.get("num_samples"), settings.get("seed")) if v is not None)),
         ("device", _joined([settings.get("device"), settings.get("dtype")])),

@@ -83,7 +83,8 @@ def _draw(axes: "Axes", chart: Chart, x: Mapping[str, Any]) -> dict[str, Any]:
         axes.set_yscale("log")
     axes.set_xlabel(x["label"], fontsize=9, parse_math=False)
     axes.set_ylabel(chart["y"]["label"], fontsize=9, parse_math=False)
-    axes.set_title(chart["title"], fontsize=10, parse_math=False)
+    several = f", by {x['name']}" if len(chart["xs"]) > 1 else ""
+    axes.set_title(chart["title"] + several, fontsize=10, parse_math=False)
     axes.tick_params(labelsize=8)
     axes.grid(color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -170,7 +170,7 @@ function chooseCharts(id, charts, preferredLength) {
   const length = chooser(choices, "document", "length", []);
   const draw = () => {
     const chart = charts.find(c => keyOf(c) === task.value && String(c.choices.length) === length.value);
-    holder.replaceChildren(legend([chart]), element("div", {class: "charts"}, ...chart.xs.map(x => chartFigure(chart, x.key, chart.choices.task))));
+    holder.replaceChildren(legend([chart]), element("div", {class: "charts"}, ...chart.xs.map(x => chartFigure(chart, x.key, `${chart.choices.task}, by ${x.name}`))));
   };
   const update = () => {
     const lengths = charts.filter(c => keyOf(c) === task.value).map(c => c.choices.length);

@@ -44,7 +44,7 @@ function chooser(box, label, name, options, preferred) {
 function short(value, unit) {
   if (!known(value)) return "–";
   if (unit === "share") return value.toFixed(3);
-  if (unit === "figure" && Math.abs(value) < 1000) return value.toPrecision(4);
+  if (unit === "figure" && Math.abs(value) < 1000) return value.toFixed(Math.abs(value) < 10 ? 4 : 2);
   const size = Math.abs(value);
   for (const [limit, letter] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) if (size >= limit) return Number((value / (letter === "k" ? 1e3 : limit)).toPrecision(3)) + letter;
   return String(size >= 1000 ? Math.round(value) : Number(value.toPrecision(4)));

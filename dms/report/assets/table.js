@@ -18,6 +18,8 @@
   const said = element("p", {class: "said", role: "status"}, "Point at a figure, tap it or go there with the keyboard for what stands behind it.");
   let sorted = null;
 
+  // A line may break after an underscore, where words begin.
+  function breakable(name) { return name.split(/(?<=_)/).flatMap((part, i) => i ? [element("wbr"), part] : [part]); }
   function rank(policy) { return policy === "dense" ? 0 : policy === "dms" ? 1 : 2; }
   function chosen() {
     return rows.filter(r => (!known(r.length) || String(r.length) === length.value) && (!suite.value || r.suite === suite.value)
@@ -84,7 +86,7 @@
         const of = policies.map(policy => group.find(r => JSON.stringify([r.task, r.metric]) === task && r.policy === policy));
         const [taskName, metric] = JSON.parse(task), others = of.filter(r => r && r.policy !== "dense" && known(r.value)).map(r => r.value);
         const best = others.length > 1 ? (lower(metric) ? Math.min(...others) : Math.max(...others)) : null;
-        body.append(element("tr", {}, element("th", {scope: "row"}, taskName, metric === "accuracy" ? null : element("small", {}, metric.replaceAll("_", " "))),
+        body.append(element("tr", {}, element("th", {scope: "row"}, ...breakable(taskName), metric === "accuracy" ? null : element("small", {}, metric.replaceAll("_", " "))),
           ...of.map(r => cell(r, r && r.policy !== "dense" && r.value === best))));
       }
       body.append(...costs(group));

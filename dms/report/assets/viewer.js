@@ -11,9 +11,10 @@
   const summary = element("p", {id: "summary"}), leftOut = element("p", {class: "soft"});
   const doc = element("div", {id: "doc", class: "doc", tabindex: 0, "aria-label": "the document; arrow keys go from token to token"});
   const at = element("div", {class: "at-token", id: "at", role: "status"}, "Point at a token, tap it, or go there with the arrow keys.");
+  const decoding = element("span", {}, element("span", {class: "t decoding", style: "background:none"}), " decoded one by one from here on.");
   const key = element("p", {class: "soft key"}, element("span", {class: "t"}, "Tinted"), ": kept. ", element("span", {class: "t out", style: "--e:1"}, "Struck"),
-    ": evicted. ", element("span", {class: "t win"}, "Underlined"), ": still in the window, seen by all. ", element("mark", {}, "Framed"), ": answered right. ",
-    element("mark", {class: "no"}, "Dashed"), ": answered wrong.");
+    ": evicted by all heads shown. ", element("span", {class: "t win"}, "Underlined"), ": still in the window, seen by all. ", element("mark", {}, "Framed"), ": answered right. ",
+    element("mark", {class: "no"}, "Dashed"), ": answered wrong. ", decoding);
   let trace = null, spans = [], counts = [], current = -1;
   if (traces.length < 2) which.parentElement.hidden = true;
 
@@ -44,6 +45,7 @@
     upTo.max = spans.length;
     upTo.value = spans.length;
     current = -1;
+    decoding.hidden = !(trace.prompt > trace.first);
     leftOut.textContent = trace.left_out;
     leftOut.hidden = !trace.left_out;
     choose();
@@ -74,7 +76,7 @@
     spans.forEach((span, i) => {
       const state = stateOf(i), share = state === "decided" && counts[i].said ? counts[i].out / counts[i].said : 0;
       span.style.setProperty("--e", share.toFixed(3));
-      span.classList.toggle("out", share > .5);
+      span.classList.toggle("out", share === 1);
       span.classList.toggle("win", state === "win");
       span.classList.toggle("unread", state === "unread");
       if (state === "unread") return;
