@@ -93,7 +93,16 @@ def save_gates(
     tensors: the gates' values by name, where the model itself does not hold them whole (ZeRO-3).
     """
     tensors = gate_tensors(model) if tensors is None else tensors
-    return write_gates(folder, tensors, state_of(model).config, base_name=base_name, base_digest=base_digest, target_cr=target_cr)
+    state = state_of(model)
+    return write_gates(
+        folder,
+        tensors,
+        state.config,
+        base_name=base_name,
+        base_digest=base_digest,
+        target_cr=target_cr,
+        trained_length=state.trained_length,
+    )
 
 
 def load(
@@ -130,6 +139,7 @@ def load(
     attach(model, config, tensors, folder)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
+    model.dms.trained_length = int(metadata["trained_length"]) if metadata.get("trained_length") else None
     return model
 
 

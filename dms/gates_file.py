@@ -1,6 +1,7 @@
 """gates.safetensors: the gates' parameters in float32, `layers.{i}.gate.*`, and in its metadata what they belong to.
 
-Metadata: base_name, base_hash, target_cr ("" where there is none), format_version, and dms, the DMSConfig as JSON.
+Metadata: base_name, base_hash, target_cr ("" where there is none), format_version, trained_length (tokens of the rows that the
+gates were trained on; may be missing), and dms, the DMSConfig as JSON.
 """
 
 import json
@@ -44,6 +45,7 @@ def write_gates(
     base_name: str,
     base_digest: str,
     target_cr: float | None,
+    trained_length: int | None = None,
 ) -> Path:
     """Write `gates.safetensors` into a folder, which is made where it is missing."""
     folder = Path(folder)
@@ -55,6 +57,8 @@ def write_gates(
         "format_version": str(FORMAT_VERSION),
         "dms": json.dumps(config.to_saved()),
     }
+    if trained_length is not None:
+        metadata["trained_length"] = str(trained_length)
     path = folder / GATES_FILE
     save_file(dict(tensors), path, metadata)
     return path

@@ -76,6 +76,7 @@ class DMSState:
     that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
     and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
     offload_activations: in training, inputs and attention outputs of checkpointed layers rest in host memory until the backward.
+    trained_length: tokens of the rows that the gates were trained on, None: not known.
     decoder_is_inside: it is part of a model of more than text, which turns the attention mask that it is given into others; given_mask: that mask.
     """
 
@@ -97,6 +98,7 @@ class DMSState:
     kv_dtype: str | None = None
     prefill_chunk: int | None = None
     offload_activations: bool = False
+    trained_length: int | None = None
     decoder_is_inside: bool = False
     given_mask: torch.Tensor | None = None
     forward: Forward | None = None

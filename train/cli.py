@@ -125,22 +125,49 @@ def generate_data(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
-    length: Annotated[int | None, typer.Option(help="Tokens of each document; default: the model's context.")] = None,
-    num_documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 56,
-    num_items: Annotated[int, typer.Option(min=1, help="Tasks planted in each.")] = 24,
+    policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
+    tasks: Annotated[str, typer.Option(help="Of records, passages, classification, words, text. Default: all.")] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of a document. Default: half of the model's context and all of it, up to 8192.")
+    ] = "",
     evict_bias: Annotated[
         list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Write the result rows to this JSON file.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
+    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 16).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents read at once.")] = 16,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
+    text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
+    chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,
+    seed: Annotated[int, typer.Option()] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: fewer documents, at one length.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
+    ] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
-    """Measure a saved model: dense, dms, and a sliding window of the same budget."""
+    """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     _prepare_environment("auto")
-    from dms.evaluation.command import evaluate_folder
+    from dms.evaluation.command import evaluate_folder, failures, make_settings
 
-    evaluate_folder(
-        model, length=length, num_documents=num_documents, num_items=num_items, evict_bias=evict_bias or [0.0], out=out, card=card
+    settings = make_settings(
+        model,
+        policies=_words(policies),
+        suites=_words(tasks),
+        lengths=_numbers("--lengths", lengths),
+        evict_bias=evict_bias or [0.0],
+        num_documents=num_documents,
+        quick=quick,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        text=text,
+        chat=chat_template,
+        seed=seed,
     )
+    result = evaluate_folder(model, settings, out=out, card=card)
+    if strict and (found := failures(result)):
+        print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -238,6 +265,18 @@ def doctor() -> None:
     from dms import doctor as checks
 
     raise typer.Exit(checks.main())
+
+
+def _words(given: str) -> list[str]:
+    """Of a list with commas."""
+    return [word.strip() for word in given.split(",") if word.strip()]
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    words = _words(given)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{option} is {given!r}; give numbers above 0 with commas between, such as 1024,2048")
+    return [int(word) for word in words]
 
 
 def _prepare_environment(precision: str) -> None:

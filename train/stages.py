@@ -38,7 +38,8 @@ def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
             (staged / entry.name).symlink_to(entry.resolve())
     if trained:
         _write_weights(model, staged, trained)
-    common: dict[str, Any] = {"base_name": metadata["base_name"], "target_cr": cr}
+    trained_length = saved.manifest["recipe"]["data"]["length"]
+    common: dict[str, Any] = {"base_name": metadata["base_name"], "target_cr": cr, "trained_length": trained_length}
     write_gates(staged, tensors, config, base_digest=base_hash(staged), **common)
     if not trained:
         write_gates(folder / "gates", tensors, config, base_digest=read_gates(run / "gates")[1]["base_hash"], **common)

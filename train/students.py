@@ -57,6 +57,7 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
     """Attach gates and adapters, freeze the rest, and make ready to train: what trains, gates first, and how many they are."""
     student.config.use_cache = False
     retrofit(student, recipe.dms)
+    student.dms.trained_length = recipe.data.length
     if recipe.trainable == "gates+lora":
         add_adapters(student, recipe)
     # train() switches activation checkpointing on; distillation wants no dropout.

@@ -134,6 +134,22 @@ class DMSCache(Cache):
         for layer in self.layers:
             layer.reorder_cache(rows)
 
+    def drop(self, layer: int, dropped_BHS: torch.Tensor) -> None:
+        """Free entries of a layer, for policies of your own: dropped [B, H, S] bool, each head's kept entries in order of age.
+
+        Kept entries are those that have left the window: S is the most that a head of the layer has, and what stands beyond a
+        head's own number is not read. What forks share stays theirs.
+
+        Raises:
+            ValueError: a layer that does not evict, or another shape or dtype.
+        """
+        layers = self.compacted_layers()
+        if layer not in layers:
+            raise ValueError(f"layer {layer} of this cache holds nothing that can be dropped; those that do are {sorted(layers)}")
+        # What was dropped cannot be brought back by undoing the forward before.
+        self._undo = None
+        layers[layer].drop(dropped_BHS)
+
     # Taking back.
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -139,6 +139,17 @@ class CompactedLayer(CacheLayerMixin):
         self.store.push(new)
         self.columns += new.k.shape[2]
 
+    def drop(self, dropped_BHS: torch.Tensor) -> None:
+        """As `DMSCache.drop`."""
+        held = (0, 0, 0) if self.store is None else (*self.store.num_kept.shape, int(self.store.num_kept.max()))
+        if dropped_BHS.dtype != torch.bool or dropped_BHS.dim() != 3 or tuple(dropped_BHS.shape) != held:
+            raise ValueError(
+                f"drop was given {dropped_BHS.dtype} {tuple(dropped_BHS.shape)}, and this layer takes torch.bool {held}: "
+                "[sequences, KV heads, most entries that a head has kept]"
+            )
+        if held[2]:
+            self.store.drop(dropped_BHS.to(self.device))
+
     # Taking back.
 
     def activate_past_recording(self) -> None:

@@ -143,6 +143,11 @@ class PagePool:
         """Row of an entry's key in `rows`; its value lies page_size farther."""
         return page * (2 * self.page_size) + entry
 
+    def read(self, row: torch.Tensor) -> torch.Tensor:
+        """The values [K, D] of the rows [K], as `write` got them up to rounding."""
+        values = self.rows[row]
+        return values if self.row_scales is None else (values.float() * self.row_scales[row][..., None]).to(self.dtype)
+
     def write(self, row: torch.Tensor, values: torch.Tensor) -> None:
         """Write values [K, D] to the rows [K]; a row that stands there twice is scratch."""
         if self.row_scales is not None:

@@ -289,6 +289,28 @@ class Store:
         row = self.pool.row_of(self.page_table[b, h, place // P].long(), place % P)
         self.pool.write(torch.cat([row, row + P]), torch.cat([k, v]))
 
+    @lasting
+    def drop(self, dropped: torch.Tensor) -> None:
+        """Remove entries from pages: dropped [B, H, S] bool, of each head's first S kept entries, in order of age; the others
+        keep their order. Pages before a head's first dropped entry stay where they are, and shared."""
+        P = self.pool.page_size
+        entry = torch.arange(dropped.shape[2], device=self.device)
+        dropped = dropped & (entry < self.num_kept[..., None])
+        loses = dropped.any(2)
+        # Where each head's pages are written anew from.
+        start = torch.where(loses, dropped.int().argmax(2) // P * P, self.num_kept).int()
+        place = torch.arange(self.page_table.shape[2] * P, device=self.device)
+        moves = (place >= start[..., None]) & (place < self.num_kept[..., None])
+        moves[..., : dropped.shape[2]] &= ~dropped[..., : moves.shape[2]]
+        b, h, n = moves.nonzero(as_tuple=True)
+        row = self.pool.row_of(self.page_table[b, h, n // P].long(), n % P)
+        k, v = self.pool.read(row), self.pool.read(row + P)
+        self.pool.release(self.page_table[self._used() & (place[::P] >= start[..., None])])
+        self.num_kept, self.plan, self.reserved = start, None, (0, 0)
+        self.append(b, h, k, v)
+        self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
+        self.pool.trim()
+
     def _add_pages(self, num_kept: torch.Tensor) -> None:
         """Give heads the pages for num_kept [B, H] entries."""
         P = self.pool.page_size

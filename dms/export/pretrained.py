@@ -54,7 +54,7 @@ class GatedPretrained:
         _follow_offloading(model)
         set_mode(model, "evict")
         model.dms.evict_bias = float(evict_bias)
-        model.dms_origin = {name: metadata.get(name) for name in ("base_name", "target_cr")}
+        model.dms_origin = {name: metadata.get(name) for name in ("base_name", "target_cr", "trained_length")}
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
@@ -89,6 +89,7 @@ class GatedPretrained:
                 base_name=origin.get("base_name") or "",
                 base_digest=base_hash(save_directory),
                 target_cr=float(origin["target_cr"]) if origin.get("target_cr") else None,
+                trained_length=int(origin["trained_length"]) if origin.get("trained_length") else None,
             )
 
 

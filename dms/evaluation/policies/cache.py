@@ -1,0 +1,136 @@
+"""A cache that a policy evicts from: everything is stored, and after each forward what is over the budget is dropped and freed.
+
+Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries looked at, S entries alive, D head dim.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from dms.cache import CompactedLayer, DMSCache
+from dms.cache.budget import Budget
+from dms.config import DMSConfig
+from dms.evaluation.policies.base import Policy, Seen
+from dms.masks import Tokens
+
+
+class PolicyLayer(CompactedLayer):
+    """A compacted layer whose gates have no say: `policy` chooses. Every head holds as many entries, position_BHS [B, H, S]."""
+
+    def __init__(self, policy: Policy, config: DMSConfig, page_size: int):
+        # Only the newest token stands in the ring: all others can be dropped.
+        super().__init__(replace(config, window=0, sinks=0, alignment="own"), page_size)
+        self.policy = policy
+        self.position_BHS: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+
+    def runs_gate(self, num_tokens: int) -> bool:
+        return False
+
+    def decide(self, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
+        if not tokens.unpadded or bool((tokens.segment_BT > 1).any()):
+            raise ValueError(
+                f"{type(self.policy).__name__} reads one document a row, without padding; give rows of one length (dms takes any)"
+            )
+        super().decide(torch.zeros_like(decision_BNH), tokens)
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(f"{type(self.policy).__name__} cannot take tokens back: assisted generation works with dms and dense")
+
+    def attend(self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None) -> torch.Tensor:
+        first, num_new = self.columns, query.shape[2]
+        out = super().attend(query, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        B, H = self.store.num_kept.shape
+        position_BHN = torch.arange(first, first + num_new, device=query.device).expand(B, H, -1)
+        self.position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
+        self._drop_surplus(query, num_new, scale, softcap, sink_logits)
+        return out
+
+    def _drop_surplus(self, query: torch.Tensor, num_new: int, *scaling) -> None:
+        """Score what is held and drop the lowest of what is over the budget."""
+        policy, num_held = self.policy, self.position_BHS.shape[2]
+        if policy.num_queries:
+            query = query if self.queries is None else torch.cat([self.queries, query], 2)
+            query = query[:, :, -policy.num_queries :]
+            self.queries = query if policy.num_queries > 1 else None
+        surplus = num_held - policy.budget
+        if surplus <= 0 and not policy.accumulates:
+            return
+        k_BHSD = self._keys()
+        weights = None if policy.num_queries == 0 else attention_weights(query, self.columns, k_BHSD, self.position_BHS, *scaling)
+        score_BHS = policy.score(Seen(self.position_BHS, k_BHSD, num_new, weights))
+        if surplus > 0:
+            self._drop(score_BHS, surplus)
+
+    def _drop(self, score_BHS: torch.Tensor, surplus: int) -> None:
+        # The newest stays: it is in the ring.
+        order_BHs = score_BHS[..., :-1].argsort(dim=2, stable=True)
+        dropped_BHs = torch.zeros_like(order_BHs, dtype=torch.bool).scatter_(2, order_BHs[..., :surplus], True)
+        self.drop(dropped_BHs)
+        kept_BHK = torch.cat([order_BHs[..., surplus:], torch.full_like(order_BHs[..., :1], order_BHs.shape[2])], 2).sort(dim=2).values
+        self.position_BHS = self.position_BHS.gather(2, kept_BHK)
+        if self.policy.memory_BHS is not None:
+            self.policy.memory_BHS = self.policy.memory_BHS.gather(2, kept_BHK)
+
+    def _keys(self) -> torch.Tensor:
+        """All that are held [B, H, S, D], in order of age; every head has as many."""
+        store, (B, H) = self.store, self.store.num_kept.shape
+        ring_BH1D = store.ring_kv[:, :, 0]
+        num_kept = self.position_BHS.shape[2] - 1
+        if num_kept == 0:
+            return ring_BH1D
+        P, entry = store.pool.page_size, torch.arange(num_kept, device=ring_BH1D.device)
+        row_BHs = store.pool.row_of(store.page_table[:, :, entry // P].long(), entry % P)
+        return torch.cat([store.pool.read(row_BHs.flatten()).view(B, H, num_kept, -1), ring_BH1D], 2)
+
+    def copy(self) -> "PolicyLayer":
+        new = super().copy()
+        new.policy = copy.copy(self.policy)
+        return new
+
+    def reset(self) -> None:
+        raise ValueError("a policy's cache is used once; make another")
+
+    def _select(self, rows: torch.Tensor) -> None:
+        raise ValueError(f"{type(self.policy).__name__} keeps its rows as they are; read a prompt once for each sample")
+
+
+class PolicyCache(DMSCache):
+    """Pass it as `past_key_values` in evict mode: layers with gates evict by a policy instead. make_policy: of a layer's index."""
+
+    def __init__(self, model, make_policy: Callable[[int], Policy]):
+        self._make_policy, self._indices = make_policy, iter([layer.index for layer in model.dms.layers])
+        super().__init__(model)
+        # A bound would have to undo what was dropped.
+        self.budget = Budget(None)
+
+    def _make_layer(self, state, page_size, kv_dtype) -> PolicyLayer:
+        return PolicyLayer(self._make_policy(next(self._indices)), state.config, state.page_size)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    end: int,
+    k_BHSD: torch.Tensor,
+    position_BHS: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weights [B, H, G, Q, S] float32 of queries [B, Hq, Q, D] that stand before position `end`, over entries that are alive.
+
+    sink_logits [Hq]: a logit beside the entries', which takes its share.
+    """
+    B, Hq, Q, D = query.shape
+    H = k_BHSD.shape[1]
+    scores = torch.einsum("bhgqd,bhsd->bhgqs", query.view(B, H, Hq // H, Q, D).float(), k_BHSD.float()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    q_position = torch.arange(end - Q, end, device=query.device)
+    scores = scores.masked_fill(position_BHS[:, :, None, None] > q_position[:, None], float("-inf"))
+    if sink_logits is None:
+        return scores.softmax(-1)
+    sink = sink_logits.float().view(1, H, -1, 1, 1).expand(B, -1, -1, Q, -1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]

@@ -1,0 +1,147 @@
+"""Read prompts under a policy, then decode what follows token by token: eviction acts in prefill and in decode, and is measured.
+
+Every policy takes the same way: the prompt in parts, each followed by what the policy drops, then the given continuation one
+token at a time (teacher forcing), as generation would. Shapes: B documents, T tokens, P of the prompt, N = T - P, V vocabulary.
+"""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from dms.cache import CompactedLayer
+from dms.cache.budget import held_bytes
+from dms.retrofitting import set_mode, state_of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of B documents of which P tokens were given.
+
+    nll_BN float32 (nats) and right_BN: of the decoded tokens. kl_BN, agrees_BN: KL(dense || this) and whether the first choices
+    are the same, None for dense itself. logits_BNV: kept of dense alone. greedy_Bn: what greedy decoding writes after the prompt, None where it
+    was not asked for. Entries are means over layers with gates and KV heads: entries_B alive at the end, reads_B per decoded token,
+    peak_B the most at any time, a forward's own tokens included. num_seen: tokens of a document that were read. bytes: of all
+    that the cache holds at the end, per document. evicted, decided: what the gates said, all heads together.
+    """
+
+    nll_BN: torch.Tensor
+    right_BN: torch.Tensor
+    kl_BN: torch.Tensor | None
+    agrees_BN: torch.Tensor | None
+    logits_BNV: torch.Tensor | None
+    greedy_Bn: torch.Tensor | None
+    entries_B: torch.Tensor
+    reads_B: torch.Tensor
+    peak_B: torch.Tensor
+    num_seen: int
+    bytes: int
+    evicted: int
+    decided: int
+    step_ms: float
+    seconds: float
+
+
+class _Reader:
+    """One conversation, with the count of what its cache holds."""
+
+    def __init__(self, model, cache: Cache, batch: int):
+        self.model, self.cache = model, cache
+        self.layers = [layer.index for layer in state_of(model).layers]
+        device = next(model.parameters()).device
+        self.entries_B, self.peak_B, self.reads_B = (torch.zeros(batch, device=device) for _ in range(3))
+
+    def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] float32 after the last of the new tokens."""
+        held_B = self.entries_B + ids_Bn.shape[1]
+        out = self.model(input_ids=ids_Bn, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.reads_B = self.reads_B + held_B
+        self.peak_B = torch.maximum(self.peak_B, held_B)
+        self.entries_B = torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
+        return out.logits[:, -1].float()
+
+    def _alive(self, layer) -> torch.Tensor:
+        if isinstance(layer, CompactedLayer):
+            return layer.entries_alive().float().mean(1)
+        return torch.full_like(self.peak_B, layer.get_seq_length())
+
+
+@torch.no_grad()
+def read(
+    model,
+    ids_BT: torch.Tensor,
+    num_given: int,
+    cache: Cache,
+    *,
+    chunk: int | None,
+    dense: Reading | None = None,
+    num_greedy: int = 0,
+) -> Reading:
+    """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others.
+
+    cache: an empty one, which says what is evicted: a DMSCache, a PolicyCache, or a DynamicCache for the dense model. dense: what the
+    dense model made of the same documents, to compare with. num_greedy: also write so many tokens after the prompt.
+    """
+    set_mode(model, "dense" if isinstance(cache, DynamicCache) else "evict")
+    start = time.perf_counter()
+    batch, length = ids_BT.shape
+    reader = _Reader(model, cache, batch)
+    for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
+        logits_BV = reader.forward(part)
+    greedy_Bn = _write(model, reader, logits_BV, num_greedy) if num_greedy else None
+    reader.reads_B = torch.zeros_like(reader.reads_B)
+
+    nll, right, kl, agrees, kept, milliseconds = [], [], [], [], [], []
+    for place in range(num_given, length):
+        target_B = ids_BT[:, place]
+        log_prob_BV = logits_BV.log_softmax(-1)
+        nll.append(-log_prob_BV.gather(1, target_B[:, None])[:, 0])
+        choice_B = logits_BV.argmax(-1)
+        right.append(choice_B == target_B)
+        if dense is None:
+            kept.append(logits_BV)
+        else:
+            dense_BV = dense.logits_BNV[:, place - num_given]
+            kl.append(torch.nn.functional.kl_div(log_prob_BV, dense_BV.log_softmax(-1), reduction="none", log_target=True).sum(-1))
+            agrees.append(choice_B == dense_BV.argmax(-1))
+        if place + 1 < length:
+            _wait(ids_BT.device)
+            before = time.perf_counter()
+            logits_BV = reader.forward(ids_BT[:, place : place + 1])
+            _wait(ids_BT.device)
+            milliseconds.append(1000 * (time.perf_counter() - before))
+    stores = [layer.store for layer in cache.layers if isinstance(layer, CompactedLayer)]
+    return Reading(
+        nll_BN=torch.stack(nll, 1),
+        right_BN=torch.stack(right, 1),
+        kl_BN=torch.stack(kl, 1).clamp(min=0) if kl else None,
+        agrees_BN=torch.stack(agrees, 1) if agrees else None,
+        logits_BNV=torch.stack(kept, 1) if kept else None,
+        greedy_Bn=greedy_Bn,
+        entries_B=reader.entries_B,
+        reads_B=reader.reads_B / max(1, len(milliseconds)),
+        peak_B=reader.peak_B,
+        num_seen=length - 1,
+        bytes=round(held_bytes(cache) / batch),
+        evicted=sum(int(store.evicted.sum()) for store in stores),
+        decided=sum(int(store.decided.sum()) * store.num_kept.shape[1] for store in stores),
+        step_ms=statistics.median(milliseconds) if milliseconds else 0.0,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _write(model, reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Greedy decoding on a fork of the cache, [B, num_tokens]."""
+    fork, written = copy.deepcopy(reader.cache), []
+    for _ in range(num_tokens):
+        written.append(logits_BV.argmax(-1))
+        logits_BV = model(input_ids=written[-1][:, None], past_key_values=fork, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return torch.stack(written, 1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,62 @@
+"""`DMSCache.drop`: entries of one's own choice go, the others stay in order, and what forks share stays theirs."""
+
+import pytest
+import torch
+
+from dms.cache import DMSCache
+from dms.retrofitting import set_mode
+
+
+def _drop_reference(kept: list, mask: list) -> list:
+    return [entry for entry, dropped in zip(kept, mask, strict=False) if not dropped]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@torch.no_grad()
+def test_drop_leaves_the_others_in_order(kv_dtype, build_gated, make_batch):
+    """Random masks, on a cache and on forks that share its pages: each keeps just what it should."""
+    model = build_gated("llama", window=3)
+    set_mode(model, "evict")
+    cache = DMSCache(model, page_size=16, kv_dtype=kv_dtype)
+    model(make_batch(2, 150)["input_ids"], past_key_values=cache)
+    generator = torch.Generator().manual_seed(3)
+    caches = [cache, cache.fork()]
+    for turn in range(12):
+        chosen = caches[turn % 2]
+        for index, layer in chosen.compacted_layers().items():
+            others = [_entries(one.compacted_layers()[index]) for one in caches if one is not chosen]
+            before, counts = _entries(layer), layer.store.num_kept
+            mask = torch.rand(*counts.shape, int(counts.max()), generator=generator) < (0.0, 0.02, 0.3)[turn % 3]
+            chosen.drop(index, mask)
+            expected = [_drop_reference(kept, row) for kept, row in zip(before, mask.flatten(0, 1).tolist(), strict=True)]
+            found = _entries(layer)
+            assert [len(kept) for kept in found] == [len(kept) for kept in expected]
+            for one, two in zip(found, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(one), torch.tensor(two), atol=0.02 if kv_dtype else 0, rtol=0.01 if kv_dtype else 0)
+            assert others == [_entries(one.compacted_layers()[index]) for one in caches if one is not chosen]
+        for one in caches:
+            model(make_batch(2, 1 + 9 * (turn % 2), seed=turn)["input_ids"], past_key_values=one)
+            assert not [w for w in one.report(warn=False).warnings if "leak" in w]
+
+
+def _entries(layer) -> list[list[list[float]]]:
+    """Kept keys and values of each row and head, in order."""
+    store = layer.store
+    P, found = store.pool.page_size, []
+    for b in range(store.num_kept.shape[0]):
+        for h in range(store.num_kept.shape[1]):
+            n = torch.arange(int(store.num_kept[b, h]))
+            row = store.pool.row_of(store.page_table[b, h, n // P].long(), n % P)
+            found.append(torch.cat([store.pool.read(row), store.pool.read(row + P)], 1).tolist())
+    return found
+
+
+def test_what_drop_refuses(build_gated, make_batch):
+    model = build_gated("gemma2")
+    set_mode(model, "evict")
+    cache = DMSCache(model)
+    model(make_batch(1, 30)["input_ids"], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 0 .* those that do are \[1\]"):
+        cache.drop(0, torch.zeros(1, 2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"drop was given torch.float32 \(1, 2, 3\), and this layer takes torch.bool \(1, 2, \d+\)"):
+        cache.drop(1, torch.zeros(1, 2, 3))
