@@ -246,11 +246,13 @@ def bench_retrofit(context: typer.Context) -> None:
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="What `dms evaluate --out` wrote, or a run's folder.")],
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="The page to write. Default: DIR/report.html; pictures go to report/ beside it.")] = None,
-    card: Annotated[bool, typer.Option("--card", help="Also write the figures, and what an audit needs, into the model's README.md.")] = False,
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The page to write. Default: DIR/report.html; pictures go to report/ beside it.")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write the figures, and what an audit needs, into the model's README.md.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
 ) -> None:
     """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
     from dms.console import make_console

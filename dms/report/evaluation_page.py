@@ -1,17 +1,29 @@
 """report.html: everything that an evaluation or a run has to show, in words first."""
 
 import html
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dms.report import charts
 from dms.report.evidence import Evidence
-from dms.report.marks import MARKS, SEVERE, mark_text
 from dms.report.page import write_page
+from dms.report.words import MARKS, SEVERE, marked, verdicts
 
-_COLUMNS = ("suite", "task", "length", "metric", "policy", "evict_bias", "value", "ci_low", "ci_high", "num_samples", "num_documents", "chance")
+_COLUMNS = (
+    "suite",
+    "task",
+    "length",
+    "metric",
+    "policy",
+    "evict_bias",
+    "value",
+    "ci_low",
+    "ci_high",
+    "num_samples",
+    "num_documents",
+    "chance",
+)
 _COLUMNS += ("cr", "cr_decided", "entries", "peak_entries", "budget", "reads", "bytes", "step_ms", "memory", "marks", "vs_dense", "vs_dms")
 
 
@@ -70,7 +82,10 @@ def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[tuple[str, st
     )
     several = f"; {evidence.profile['num_documents']} documents of up to {evidence.profile['length']:,} tokens" if evidence.profile else ""
     add(
-        "heatmap", "Which heads evict", f"Layers without gates are not shown{html.escape(several)}. Colours as brightness, too.", data["profile"]
+        "heatmap",
+        "Which heads evict",
+        f"Layers without gates are not shown{html.escape(several)}. Colours as brightness, too.",
+        data["profile"],
     )
     add(
         "positions",
@@ -81,7 +96,8 @@ def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[tuple[str, st
     add(
         "scaling",
         "More samples for the same cache",
-        "Hyper-scaling: k sampled answers a problem, the entries that they read and hold together on the axis; k stands beside its points. " + interval,
+        "Hyper-scaling: k sampled answers a problem, the entries that they read and hold together on the axis; k stands beside its points. "
+        + interval,
         data["scaling"],
     )
     add("training", "Training", "From the run's metrics.jsonl.", data["training"])
@@ -106,19 +122,27 @@ def _title(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _words(evidence: Evidence) -> str:
+    """The verdict of what was trained in full, that of other operating points folded."""
     if not evidence.words:
         return '<p class="soft">No verdict in words: the rows were not compared.</p>'
-    return '<ul class="verdict">\n' + "\n".join(f"<li>{html.escape(line)}</li>" for line in evidence.words) + "\n</ul>"
+    parts = []
+    for verdict in verdicts(evidence.words):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in verdict.sentences)
+        listed = f'<ul class="verdict">{items}</ul>' if items else ""
+        heading = html.escape(verdict.heading)
+        if not verdict.heading:
+            parts.append(listed)
+        else:
+            parts.append(f"<details{' open' if verdict.as_trained else ''}><summary>{heading}</summary>{listed}</details>")
+    return "\n".join(parts)
 
 
 def _marks(evidence: Evidence) -> str:
-    """The evaluation's own sentences, and where it has none, how many rows bear which mark."""
-    counts = Counter(mark for row in [*evidence.rows, *evidence.scaling] for mark in row.get("marks") or [])
-    lines = list(evidence.marks)
-    lines += [] if lines else [f"{count} {'row' if count == 1 else 'rows'}: {mark_text(mark)}" for mark, count in counts.items()]
+    rows = [*evidence.rows, *evidence.scaling]
+    lines = marked(rows)
     if not lines:
         return ""
-    severe = any(mark in counts for mark in SEVERE)
+    severe = any(mark in SEVERE for row in rows for mark in row.get("marks") or [])
     title = "Not to be taken at face value" if severe else "How far this carries"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return f'<div class="marks" role="note"><strong>{title}</strong><ul>{items}</ul></div>'
@@ -138,11 +162,22 @@ def _facts(settings: Mapping[str, Any], evidence: Evidence) -> str:
         ("recipe", next((row.get("recipe_hash") for row in evidence.rows if row.get("recipe_hash")), None)),
         ("target ratio", f"{target:g}" if charts.is_number(target) else None),
         ("window and sinks", None if window is None else f"{window} tokens" + (f", {sinks} sinks" if sinks else ", no sinks")),
-        ("decisions", _joined([settings.get("granularity") and f"by {settings['granularity']}", settings.get("alignment") and f"aligned {settings['alignment']}"])),
+        (
+            "decisions",
+            _joined(
+                [
+                    settings.get("granularity") and f"by {settings['granularity']}",
+                    settings.get("alignment") and f"aligned {settings['alignment']}",
+                ]
+            ),
+        ),
         ("gates trained at", f"{trained:,} tokens" if trained else None),
         ("the model's context", f"{context:,} tokens" if context else None),
         ("lengths measured", _joined(f"{length:,}" for length in settings.get("lengths") or [])),
-        ("operating points (evict_bias)", _joined(f"{bias:+g}".replace("-", "−") if bias else "0" for bias in settings.get("evict_bias") or [])),
+        (
+            "operating points (evict_bias)",
+            _joined(f"{bias:+g}".replace("-", "−") if bias else "0" for bias in settings.get("evict_bias") or []),
+        ),
         ("chat template", None if chat is None else "used" if chat else "not used"),
         ("samples, seed", _joined(str(v) for v in (settings.get("num_samples"), settings.get("seed")) if v is not None)),
         ("device", _joined([settings.get("device"), settings.get("dtype")])),

@@ -18,7 +18,7 @@ _OWN_SUITE = "the run's own"
 class Evidence:
     """All that a report is made of; what is not there is None or empty, and `missing` says how to get it.
 
-    settings: settings.json, or what a run's result.json says of the same. words, marks: sentences. traces: documents for the viewer,
+    settings: settings.json, or what a run's result.json says of the same. words: sentences. traces: documents for the viewer,
     at `trace_bias`. metrics: rows of metrics.jsonl. run: result.json.
     """
 
@@ -26,7 +26,6 @@ class Evidence:
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
-    marks: list[str] = field(default_factory=list)
     scaling: list[Row] = field(default_factory=list)
     lm_eval: dict[str, Any] | None = None
     profile: dict[str, Any] | None = None
@@ -86,7 +85,6 @@ def _evaluated(folder: Path, evaluation: Path) -> Evidence:
         settings=settings,
         rows=_checked(saved.get("rows"), evaluation / "rows.json"),
         words=list(saved.get("words") or []),
-        marks=list(saved.get("marks") or []),
         lm_eval=_json(evaluation / "lm_eval.json"),
         profile=_json(evaluation / "profile.json", versioned=True),
     )
