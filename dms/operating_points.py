@@ -1,5 +1,6 @@
 """An evaluation in a model's card: measured points, where it loses, limits, and what an audit needs to check them."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from dms.card_sections import has_section, join_card, set_section, split_card
 from dms.report import charts
 from dms.report.evidence import Evidence, Row
 from dms.report.words import marked, verdicts
+
+# As `dms.weights` names it, which imports torch: a report needs none.
+GATES_FILE = "gates.safetensors"
 
 SECTION, LOSSES, TRAINING, LIMITS, CHECKS = (
     "Evaluation",
@@ -33,11 +37,12 @@ def write_evaluation(evidence: Evidence, folder: str | Path | None = None) -> Pa
     evidence: as `read_evidence` gives it. folder: the model's (None: where it was evaluated).
 
     Raises:
-        ValueError: an evaluation without rows, or a folder that is not there.
+        ValueError: an evaluation without rows of dms, or a folder that is not there or has other gates than were evaluated.
     """
     folder = Path(folder if folder is not None else _model_folder(evidence))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); name where the evaluated model lies now with --model")
+    _require_same_gates(folder, evidence)
     if not any(row["policy"] == "dms" for row in evidence.rows):
         raise ValueError(f"{evidence.folder} has no rows of dms, so that there is nothing for a card; evaluate first (dms evaluate)")
     settings, path = evidence.settings, folder / "README.md"
@@ -69,6 +74,18 @@ def _model_folder(evidence: Evidence) -> str | Path:
     """Where the model lay when it was evaluated, or in the run's folder."""
     inside = evidence.folder / "model"
     return inside if inside.is_dir() else evidence.settings.get("model") or inside
+
+
+def _require_same_gates(folder: Path, evidence: Evidence) -> None:
+    measured, path = evidence.settings.get("gates_hash"), folder / GATES_FILE
+    if not measured or not path.is_file():
+        return
+    there = hashlib.sha256(path.read_bytes()).hexdigest()[: len(measured)]
+    if there != measured:
+        raise ValueError(
+            f"{folder} has gates with hash {there} and those with hash {measured} were evaluated: the figures are another model's; "
+            "name the model that was evaluated with --model, or evaluate this one"
+        )
 
 
 def _evaluation(evidence: Evidence) -> str:
@@ -117,7 +134,9 @@ def _beside_dense(rows: Sequence[Row]) -> str:
 
 
 def _points(rows: Sequence[Row]) -> str:
-    """A line for each policy and point: what it holds and costs, and one figure of each suite."""
+    """A line for each point of dms, and for the other policies beside the point as trained: what it costs, and one figure of each suite."""
+    biases = [row["evict_bias"] for row in rows if row["policy"] == "dms" and row.get("evict_bias") is not None]
+    usual = min(biases, key=abs, default=None)
     heads = {}
     for row in rows:
         chosen = heads.get(row["suite"])
@@ -126,6 +145,8 @@ def _points(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(head for suite, head in heads.items() if suite != "lm_eval"))
     body = []
     for policy, bias in dict.fromkeys((row["policy"], row.get("evict_bias")) for row in rows):
+        if policy not in ("dense", "dms") and bias != usual:
+            continue
         own = [row for row in rows if (row["policy"], row.get("evict_bias")) == (policy, bias)]
         figures = [next((row for row in own if (row["task"], row["metric"]) == column), None) for column in columns]
         held = [_cell(_first(own, key), form) for key, form in (("cr", ".2f"), ("entries", ",.0f"), ("bytes", ",.0f"), ("step_ms", ".2f"))]

@@ -181,7 +181,7 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
             False,
             [line("target", "target_cr", "dense"), line("achieved", "cr_decided", "line0")],
         ),
-        chart("Divergence from the dense model in training", "KL, nats a token", log, [line("KL", "kl", "line1")]),
+        chart("Divergence from the dense model in training", "KL, nats a token", log, [line("KL", "kl", "line0")]),
     ]
     return [c for c in charts if c["series"]]
 

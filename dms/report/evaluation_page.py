@@ -8,7 +8,7 @@ from typing import Any
 from dms.report import charts
 from dms.report.evidence import Evidence
 from dms.report.page import write_page
-from dms.report.words import MARKS, SEVERE, marked, verdicts
+from dms.report.words import MARKS, SEVERE, Verdict, marked, verdicts
 
 _COLUMNS = (
     "suite",
@@ -125,16 +125,18 @@ def _words(evidence: Evidence) -> str:
     """The verdict of what was trained in full, that of other operating points folded."""
     if not evidence.words:
         return '<p class="soft">No verdict in words: the rows were not compared.</p>'
-    parts = []
-    for verdict in verdicts(evidence.words):
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in verdict.sentences)
-        listed = f'<ul class="verdict">{items}</ul>' if items else ""
-        heading = html.escape(verdict.heading)
-        if not verdict.heading:
-            parts.append(listed)
-        else:
-            parts.append(f"<details{' open' if verdict.as_trained else ''}><summary>{heading}</summary>{listed}</details>")
+    told = verdicts(evidence.words)
+    parts = [_verdict(verdict) for verdict in told if verdict.as_trained]
+    others = "".join(_verdict(verdict) for verdict in told if not verdict.as_trained)
+    if others:
+        parts.append(f"<details><summary>At other operating points</summary>{others}</details>")
     return "\n".join(parts)
+
+
+def _verdict(verdict: Verdict) -> str:
+    heading = f"<p><strong>{html.escape(verdict.heading)}</strong></p>" if verdict.heading else ""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in verdict.sentences)
+    return heading + (f'<ul class="verdict">{items}</ul>' if items else "")
 
 
 def _marks(evidence: Evidence) -> str:

@@ -44,9 +44,13 @@ def plot_charts(charts: Sequence[Chart], out_png: str | Path, title: str = "") -
                 handles |= {name: line for name, line in _draw(axes, chart, chart["xs"][index]).items() if name not in handles}
             else:
                 axes.set_axis_off()
-    top = 1 - 0.62 / figure.get_figheight()
-    figure.suptitle(title, fontsize=12.5, parse_math=False, y=1 - 0.08 / figure.get_figheight(), va="top")
-    figure.legend(handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, top + 0.03), ncols=8, frameon=False, fontsize=8.5)
+    # Inches from the top: title, legend, panels.
+    height = figure.get_figheight()
+    figure.suptitle(title, fontsize=12.5, parse_math=False, y=1 - 0.1 / height, va="top")
+    legend_top, top = 1 - 0.38 / height, 1 - 0.72 / height
+    figure.legend(
+        handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=8, frameon=False, fontsize=8.5, borderpad=0.1
+    )
     figure.tight_layout(rect=(0, 0, 1, top))
     return save(figure, out_png)
 
@@ -78,9 +82,9 @@ def _draw(axes: "Axes", chart: Chart, x: Mapping[str, Any]) -> dict[str, Any]:
         for point, at, y in zip(points, xs, ys, strict=True) if line.get("labels") else ():
             axes.annotate(point["note"], (at, y), textcoords="offset points", xytext=(5, 5), fontsize=7.5, color=INK)
     if x["log"]:
-        axes.set_xscale("log")
+        _make_logarithmic(axes.set_xscale, axes.xaxis)
     if chart["y"]["log"]:
-        axes.set_yscale("log")
+        _make_logarithmic(axes.set_yscale, axes.yaxis)
     axes.set_xlabel(x["label"], fontsize=9, parse_math=False)
     axes.set_ylabel(chart["y"]["label"], fontsize=9, parse_math=False)
     several = f", by {x['name']}" if len(chart["xs"]) > 1 else ""
@@ -91,3 +95,13 @@ def _draw(axes: "Axes", chart: Chart, x: Mapping[str, Any]) -> dict[str, Any]:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return handles
+
+
+def _make_logarithmic(set_scale, axis) -> None:
+    """Places that people count by, written out: 200, 500, 1 k."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(sep=" "))
+    axis.set_minor_formatter(NullFormatter())

@@ -97,7 +97,7 @@
   }
 
   function tell(td) { if (td && td.row) said.textContent = details(td.row); }
-  table.addEventListener("pointerover", event => tell(event.target.closest("td")));
+  table.addEventListener("pointermove", event => tell(event.target.closest("td")));
   table.addEventListener("click", event => tell(event.target.closest("td")));
   table.addEventListener("focusin", event => tell(event.target.closest("td")));
   // One stop of the tab key; arrows go from cell to cell.

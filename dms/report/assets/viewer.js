@@ -12,7 +12,7 @@
   const doc = element("div", {id: "doc", class: "doc", tabindex: 0, "aria-label": "the document; arrow keys go from token to token"});
   const at = element("div", {class: "at-token", id: "at", role: "status"}, "Point at a token, tap it, or go there with the arrow keys.");
   const decoding = element("span", {}, element("span", {class: "t decoding", style: "background:none"}), " decoded one by one from here on.");
-  const key = element("p", {class: "soft key"}, element("span", {class: "t"}, "Tinted"), ": kept. ", element("span", {class: "t out", style: "--e:1"}, "Struck"),
+  const key = element("p", {class: "soft key"}, element("span", {class: "t"}, "Tinted"), ": kept. ", element("span", {class: "t out", style: "--e:1;--k:0"}, "Struck"),
     ": evicted by all heads shown. ", element("span", {class: "t win"}, "Underlined"), ": still in the window, seen by all. ", element("mark", {}, "Framed"), ": answered right. ",
     element("mark", {class: "no"}, "Dashed"), ": answered wrong. ", decoding);
   let trace = null, spans = [], counts = [], current = -1;
@@ -22,6 +22,7 @@
     const span = element("span", {class: i === trace.prompt - trace.first && i > 0 ? "t decoding" : "t"});
     const lines = (text || "∅").replaceAll("\r\n", "\n").split("\n");
     lines.forEach((line, n) => { if (n) span.append(element("i", {class: "n"}), "\n"); if (line) span.append(line); });
+    if (text && !text.trim()) span.classList.add("blank");
     return span;
   }
   function open() {
@@ -76,6 +77,8 @@
     spans.forEach((span, i) => {
       const state = stateOf(i), share = state === "decided" && counts[i].said ? counts[i].out / counts[i].said : 0;
       span.style.setProperty("--e", share.toFixed(3));
+      // Of many heads few keep: what one of eight keeps must be seen.
+      span.style.setProperty("--k", ((1 - share) ** .6).toFixed(3));
       span.classList.toggle("out", share === 1);
       span.classList.toggle("win", state === "win");
       span.classList.toggle("unread", state === "unread");
@@ -116,7 +119,8 @@
     at.replaceChildren(`${JSON.stringify(trace.tokens[i])}, token ${(trace.first + i).toLocaleString("en")}: ${where}${decided}. By head, filled keeps:`, list);
   }
   const point = event => { const span = event.target.closest(".t"); if (span && doc.contains(span)) tell(spans.indexOf(span)); };
-  doc.addEventListener("pointerover", point);
+  // Not "pointerover": scrolling by keyboard moves tokens under a pointer that rests.
+  doc.addEventListener("pointermove", point);
   doc.addEventListener("click", point);
   doc.addEventListener("keydown", event => {
     const next = {ArrowRight: current + 1, ArrowLeft: current - 1, Home: 0, End: spans.length - 1}[event.key];
