@@ -8,7 +8,7 @@ import numpy as np
 
 from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
 from dms.evaluation.settings import Settings
-from dms.evaluation.suites import chance_of
+from dms.evaluation.suites import CHANCE
 from dms.evaluation.units import point_name
 
 # A measured budget may be off by so much before it is marked.
@@ -109,7 +109,7 @@ def _marks(policy: str, found: Collected) -> list[str]:
 
 def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mapping, draws: np.ndarray, common: Mapping) -> dict[str, Any]:
     (task, metric), (policy, bias), found = name, point, by_point[point]
-    sample, is_share, chance = found.metrics[name], metric == "accuracy", chance_of(task)
+    sample, is_share, chance = found.metrics[name], metric == "accuracy", CHANCE.get(task, 0.0)
     low, high = interval(sample, draws, is_share)
     count, dense, dms = sample.count(is_share), by_point["dense", None], by_point.get(("dms", bias))
     marks = list(found.marks)

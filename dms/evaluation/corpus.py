@@ -3,6 +3,7 @@
 import functools
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -61,3 +62,8 @@ class StdlibText:
                 if chars >= num_chars:
                     break
         return taken
+
+    def texts(self, rng: Random) -> Iterator[str]:
+        """Each file once, in random order."""
+        for path in rng.sample(self.files, len(self.files)):
+            yield "".join(_lines_of(path))

@@ -15,10 +15,12 @@ so that every question has one answer. Used by pre-training, by the retrofit's e
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal, Protocol
+from typing import Literal
 
+from dms.evaluation.document import Answer, Document, Frame, Text, Tokenizer, encode, padding, plain_frame
 from dms.evaluation.lexicon import VALUES, draw_names
 
 RECALL_TASKS = ("single", "multi_key", "multi_value", "multi_query")
@@ -26,6 +28,9 @@ CHAIN_TASKS = ("chain_1", "chain_2", "chain_3")
 TASKS = (*RECALL_TASKS, *CHAIN_TASKS, "copy", "count")
 
 RECORD, QUESTION, EVENT, DISTRACTOR = "#:", "#?", "#+", "#-"
+
+# Records and text are placed below 1, questions at the end from 1 on.
+_BEFORE_QUESTIONS = math.nextafter(1.0, 0.0)
 
 # How often each kind is planted, when a document mixes them.
 DEFAULT_MIX = {
@@ -38,36 +43,6 @@ DEFAULT_MIX = {
     "copy": 1.0,
     "count": 0.5,
 }
-
-
-class Tokenizer(Protocol):
-    bos_token_id: int | None
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict: ...
-
-
-class Text(Protocol):
-    def lines(self, rng: Random, num_chars: int) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Tokens `start..end-1` of the document answer a question; `evidence` is the first token of the furthest record needed."""
-
-    task: str
-    start: int
-    end: int
-    evidence: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """`role[i]`: 0 running text (and the first token), 1 planted and unpredictable, 2 answer. `num_bytes` of the running text."""
-
-    input_ids: list[int]
-    role: list[int]
-    answers: list[Answer]
-    num_bytes: int
 
 
 @dataclass
@@ -104,23 +79,26 @@ def make_document(
     questions: Literal["anywhere", "end"] = "anywhere",
     unseen_names: bool = False,
     strict: bool = True,
+    frame: Frame | None = None,
 ) -> Document:
     """Plant up to `num_items` items in running text so that the document has exactly `length` tokens.
 
     mix: weight of each task (None: `DEFAULT_MIX`). questions: where they stand; "end" makes their distances uniform up to the
     whole document. unseen_names: use only names that training never uses; fewer items are planted where those run out.
-    strict: refuse a draw of items that is longer than the document; otherwise leave out its last ones.
+    strict: refuse a draw of items that is longer than the document; otherwise leave out its last ones. frame: what stands around it
+    (None: the tokenizer's first token); one with a middle needs questions at the end.
 
     Raises:
-        ValueError: an unknown task, or items that are longer than the document.
+        ValueError: an unknown task, items that are longer than the document, or too little text to fill it.
     """
+    frame = frame or plain_frame(tokenizer)
+    assert questions == "end" or not frame.middle
     lines = text.lines(rng, length * 8)
     items, distractors = _choose_items(lines, rng, num_items, DEFAULT_MIX if mix is None else mix, unseen_names)
-    (newline,) = _encode(tokenizer, ["\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    (newline,) = encode(tokenizer, ["\n"])
     while True:
         blocks = _place_items(tokenizer, items, distractors, rng, questions, newline)
-        room = length - len(bos) - sum(len(block.tokens) for block in blocks)
+        room = length - len(frame.head) - len(frame.middle) - sum(len(block.tokens) for block in blocks)
         if room >= 0 or strict or not items:
             break
         items.pop()
@@ -129,12 +107,15 @@ def make_document(
             f"{len(items)} planted items take {length - room} tokens, more than the document's {length}; plant fewer or lengthen it"
         )
     filler, num_bytes, gap = _fill(tokenizer, lines, room)
+    if gap and len(filler) == len(lines):
+        raise ValueError(f"the text has {len(lines)} lines, which leave {gap} of {length} tokens empty; give more text or a shorter length")
     blocks += filler
     # Whole lines leave a gap; line ends fill it and are not running text.
-    padding = (newline * gap)[:gap]
-    blocks.append(_Block(-1.0, bos + padding, [0] * len(bos) + [1] * gap))
+    head = frame.head + padding(tokenizer, gap)
+    blocks.append(_Block(-1.0, head, [0] * min(1, len(frame.head)) + [1] * (len(head) - min(1, len(frame.head)))))
+    blocks.append(_Block(_BEFORE_QUESTIONS, frame.middle, [1] * len(frame.middle)))
     blocks.sort(key=lambda block: block.place)
-    return _join(blocks, items, num_bytes)
+    return _join(blocks, items, num_bytes, length if questions == "anywhere" else None)
 
 
 def _choose_items(
@@ -186,7 +167,7 @@ def _place_items(
 ) -> list[_Block]:
     """Records anywhere, each question after its records. Every piece is tokenised by itself: spans are exact with any tokenizer."""
     pieces = [piece for item in items for piece in (*item.records, item.prefix, *(part for pair in item.pairs for part in pair))]
-    encoded = iter(_encode(tokenizer, pieces + distractors))
+    encoded = iter(encode(tokenizer, pieces + distractors))
     blocks: list[_Block] = []
     for number, item in enumerate(items):
         places = [rng.random() for _ in item.records]
@@ -214,7 +195,7 @@ def _fill(tokenizer: Tokenizer, lines: list[str], room: int) -> tuple[list[_Bloc
     """Whole lines of running text for at most `room` tokens: blocks, their bytes, and the tokens that are left."""
     taken: list[list[int]] = []
     num_bytes = 0
-    for line, tokens in zip(lines, _encode(tokenizer, lines), strict=True):
+    for line, tokens in zip(lines, encode(tokenizer, lines), strict=True):
         if len(tokens) > room:
             break
         taken.append(tokens)
@@ -223,7 +204,8 @@ def _fill(tokenizer: Tokenizer, lines: list[str], room: int) -> tuple[list[_Bloc
     return [_Block((i + 0.5) / len(taken), tokens, [0] * len(tokens)) for i, tokens in enumerate(taken)], num_bytes, room
 
 
-def _join(blocks: list[_Block], items: list[_Item], num_bytes: int) -> Document:
+def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int | None) -> Document:
+    """prompt: None: the questions are at the end, and what stands before them is given."""
     input_ids: list[int] = []
     role: list[int] = []
     starts: dict[tuple[int, int], int] = {}
@@ -240,8 +222,6 @@ def _join(blocks: list[_Block], items: list[_Item], num_bytes: int) -> Document:
         for block, at in asked
         for (start, end), needs in zip(block.spans, items[block.item].needs, strict=True)
     ]
-    return Document(input_ids, role, answers, num_bytes)
-
-
-def _encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    return tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
+    if prompt is None:
+        prompt = sum(len(block.tokens) for block in blocks if block.place < 1.0)
+    return Document(input_ids, role, answers, num_bytes, prompt)

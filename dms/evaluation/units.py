@@ -1,6 +1,7 @@
 """The units of an evaluation: one batch of documents, read under every policy. What is done is written at once, and not done again."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import DMSCache
+from dms.evaluation.document import Document
+from dms.evaluation.given_text import GivenText
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.runner import Reading, read
 from dms.evaluation.settings import Settings
-from dms.evaluation.tasks import RECALL_TASKS, Document
+from dms.evaluation.suites import make_suite
+from dms.evaluation.tasks import RECALL_TASKS
 from dms.retrofitting import state_of
 
 NUM_QUARTILES = 4
@@ -33,6 +37,11 @@ class Unit:
     def file_name(self) -> str:
         return f"{self.suite}-{self.length}-{self.number}.json"
 
+    def key(self, identity: str) -> str:
+        """What a finished unit was made of: the evaluation's identity, and the tokens."""
+        tokens = json.dumps([document.input_ids for document in self.documents])
+        return f"{identity}-{zlib.crc32(tokens.encode()):08x}"
+
 
 def point_name(policy: str, bias: float | None) -> str:
     return policy if bias is None else f"{policy}@{bias:g}"
@@ -40,8 +49,7 @@ def point_name(policy: str, bias: float | None) -> str:
 
 def make_units(tokenizer, settings: Settings) -> Iterator[Unit]:
     """Every batch of documents, those of like prompts together: a batch's prompts are read up to the end of the shortest."""
-    from dms.evaluation.suites import make_suite
-
+    text = None if settings.text is None else GivenText([settings.text])
     for length in settings.lengths:
         for suite in settings.suites:
             documents = make_suite(
@@ -50,8 +58,9 @@ def make_units(tokenizer, settings: Settings) -> Iterator[Unit]:
                 length=length,
                 num_documents=settings.num_documents,
                 seed=settings.seed,
-                text=settings.text,
-                chat=settings.chat,
+                text=text,
+                # Running text has no turns.
+                chat=settings.chat and suite != "text",
             )
             documents.sort(key=lambda document: document.prompt)
             for number, first in enumerate(range(0, len(documents), settings.batch_size)):
@@ -62,8 +71,8 @@ def run_unit(
     model, unit: Unit, settings: Settings, folder: Path, identity: str, step: Callable[[str], None], done: Callable[[], None]
 ) -> None:
     """Read a unit under every policy that is still missing. step: told what is running; done: called after each policy."""
-    path = folder / unit.file_name
-    found = _finished(path, identity)
+    path, key = folder / unit.file_name, unit.key(identity)
+    found = _finished(path, key)
     points = settings.points()
     missing = [point for point in points if point_name(*point) not in found]
     for _ in range(len(points) - len(missing)):
@@ -80,7 +89,7 @@ def run_unit(
     dense = read(model, cache=DynamicCache(config=model.config), chunk=settings.prefill_chunk, **options)
     if point_name("dense", None) not in found:
         found["dense"] = _result(unit, num_given, dense, None, None)
-        _write(path, identity, found)
+        _write(path, key, found)
         done()
     for policy, bias in missing:
         if policy == "dense":
@@ -92,7 +101,7 @@ def run_unit(
         whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
         reading = read(model, cache=cache, chunk=None if whole else settings.prefill_chunk, dense=dense, **options)
         found[point_name(policy, bias)] = _result(unit, num_given, reading, dense, budget)
-        _write(path, identity, found)
+        _write(path, key, found)
         done()
 
 
@@ -152,7 +161,7 @@ def _text_metrics(document: Document, num_given: int, row: int, reading: Reading
     return found
 
 
-def _finished(path: Path, identity: str) -> dict[str, Any]:
+def _finished(path: Path, key: str) -> dict[str, Any]:
     """What an earlier call left; nothing where it was broken off while writing, or measured something else."""
     if not path.is_file():
         return {}
@@ -160,11 +169,11 @@ def _finished(path: Path, identity: str) -> dict[str, Any]:
         written = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         return {}
-    return written["results"] if written.get("identity") == identity else {}
+    return written["results"] if written.get("key") == key else {}
 
 
-def _write(path: Path, identity: str, results: dict[str, Any]) -> None:
+def _write(path: Path, key: str, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"identity": identity, "results": results}), encoding="utf-8")
+    unfinished.write_text(json.dumps({"key": key, "results": results}), encoding="utf-8")
     unfinished.replace(path)

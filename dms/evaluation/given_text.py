@@ -1,0 +1,95 @@
+"""Text that users name: files, or folders of them."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+# A paragraph on one line is divided after its sentences; what has none, between words, or wherever it must be.
+_LONGEST_LINE = 240
+_SENTENCE = re.compile(r".+?(?:[.!?…][\"'”’)\]]*\s+|[。！？]+|$)", re.S)
+_STRETCH = re.compile(rf"\S.{{0,{_LONGEST_LINE - 2}}}(?=\s|$)\s*|.{{1,{_LONGEST_LINE}}}", re.S)
+
+
+class GivenText:
+    """Texts of files: one a file, or one a row of JSON lines.
+
+    paths: text files in UTF-8, .jsonl files, and folders, whose .txt, .md and .jsonl files are read. field: where a row's text
+    stands in .jsonl.
+
+    Raises:
+        ValueError: a path that is not there, nothing to read, no UTF-8, or rows without text under `field`.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], field: str = "text"):
+        files = [file for path in paths for file in _files(Path(path).expanduser())]
+        self._texts = [text for file in files for text in _texts(file, field) if text.strip()]
+        if not self._texts:
+            raise ValueError(f"there is no text in {', '.join(map(str, paths)) or 'an empty list of paths'}; name files with text")
+        self._lines = [split_lines(text) for text in self._texts]
+
+    def lines(self, rng: Random, num_chars: int) -> list[str]:
+        """Consecutive lines from a random place, then other texts' lines in random order, none twice: all there are, if these are fewer
+        than `num_chars` characters."""
+        (first,) = rng.choices(range(len(self._lines)), weights=[len(text) for text in self._texts])
+        start = rng.randrange(len(self._lines[first]))
+        others = [number for number in range(len(self._lines)) if number != first]
+        rng.shuffle(others)
+        taken: list[str] = []
+        chars = 0
+        for lines in (self._lines[first][start:], *(self._lines[number] for number in others), self._lines[first][:start]):
+            for line in lines:
+                taken.append(line)
+                chars += len(line)
+                if chars >= num_chars:
+                    return taken
+        return taken
+
+    def texts(self, rng: Random) -> Iterator[str]:
+        """Each text once, in random order."""
+        yield from rng.sample(self._texts, len(self._texts))
+
+
+def split_lines(text: str) -> list[str]:
+    """A text's lines, each with its line end; of long ones each sentence is a line, of long sentences each stretch."""
+    return [
+        stretch.rstrip() + "\n"
+        for line in text.splitlines()
+        for sentence in ([line] if len(line) <= _LONGEST_LINE else _SENTENCE.findall(line))
+        for stretch in ([sentence] if len(sentence) <= _LONGEST_LINE else _STRETCH.findall(sentence))
+    ]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(f"the folder {path} holds no {', '.join(SUFFIXES)} file; name files, or a folder with such")
+        return files
+    if not path.is_file():
+        raise ValueError(f"there is no file or folder {path}")
+    return [path]
+
+
+def _texts(file: Path, field: str) -> Iterator[str]:
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}); convert it") from error
+    if file.suffix.lower() != ".jsonl":
+        yield content
+        return
+    # Not splitlines: JSON strings may hold other line ends than "\n".
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is {line[:40]}"
+            raise ValueError(f"{file}, line {number} has no text under {field!r}; {has}; name the field that holds the text")
+        yield row[field]

@@ -1,0 +1,60 @@
+"""Suites: held-out documents made alike, whose questions stand at the end and are decoded."""
+
+from collections.abc import Callable
+
+from dms.config import nearest
+from dms.evaluation.corpus import StdlibText
+from dms.evaluation.document import Document, Text, plain_frame
+from dms.evaluation.suites import classification, passages, records, words
+from dms.evaluation.suites.chat import chat_frame
+from dms.evaluation.suites.running_text import running_text
+
+_MODULES = {"records": records, "passages": passages, "classification": classification, "words": words}
+
+SUITES: dict[str, Callable[..., list[Document]]] = {
+    "records": records.records,
+    "passages": passages.passages,
+    "classification": classification.classification,
+    "words": words.words,
+    "text": running_text,
+}
+
+# The accuracy of guessing, for each task; 0 where an answer cannot be guessed.
+CHANCE: dict[str, float] = {task: chance for module in _MODULES.values() for task, chance in module.CHANCE.items()}
+
+
+def make_suite(
+    name: str,
+    tokenizer,
+    *,
+    length: int,
+    num_documents: int,
+    seed: int = 7,
+    text: Text | None = None,
+    chat: bool = False,
+    **settings: int,
+) -> list[Document]:
+    """Documents of exactly `length` tokens each, a function of the arguments.
+
+    text: what they are made of; None: held-out files of the built-in text; words are made of none. chat: as the user's and the assistant's turn, through the
+    tokenizer's template. settings: `stride` of text, `num_items` of records.
+
+    Raises:
+        ValueError: an unknown suite, a setting that it has not, or documents that cannot be made as asked, with what to change.
+    """
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}{nearest(name, SUITES)}; the suites are {', '.join(SUITES)}")
+    for setting, value in {"length": length, "num_documents": num_documents, **settings}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{setting} is {value}; give at least 1")
+    known = {"text": ["stride"], "records": ["num_items"]}.get(name, [])
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"the suite {name!r} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
+    if name == "text":
+        if chat:
+            raise ValueError("the suite 'text' is running text and has no turns; evaluate it without chat")
+    else:
+        settings["frame"] = chat_frame(tokenizer, _MODULES[name].INSTRUCTION) if chat else plain_frame(tokenizer)
+    text = text or StdlibText(held_out=True)
+    return SUITES[name](tokenizer, length=length, num_documents=num_documents, seed=seed, text=text, **settings)

@@ -1,0 +1,42 @@
+"""Planted records, asked for at the end: the tasks of `dms/evaluation/tasks.py`."""
+
+from random import Random
+
+from dms.evaluation.document import Document, Frame, Text, Tokenizer
+from dms.evaluation.lexicon import VALUES
+from dms.evaluation.tasks import TASKS, make_document
+
+CHANCE = dict.fromkeys(TASKS, 0.0) | dict.fromkeys(("single", "multi_key", "multi_query"), 1 / len(VALUES)) | {"count": 1 / 6}
+INSTRUCTION = "Each line below begins with #? and repeats names of the records above, each followed by what the records say of it."
+_TOKENS_PER_ITEM = 2048 / 24
+
+
+def records(
+    tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame, num_items: int | None = None
+) -> list[Document]:
+    """Documents of mixed tasks; every eighth has a single record.
+
+    num_items: planted in each; None: 24 at 2048 tokens, and in proportion at other lengths, as far as names go and as they fit.
+
+    Raises:
+        ValueError: a length that holds no item, more items than fit, or too little text.
+    """
+    documents = []
+    for number in range(num_documents):
+        single = number % 8 == 7
+        document = make_document(
+            tokenizer,
+            text,
+            length=length,
+            rng=Random(f"evaluation:{seed}:{length}:{number}"),
+            num_items=1 if single else num_items or max(1, round(length / _TOKENS_PER_ITEM)),
+            mix={"single": 1.0} if single else None,
+            questions="end",
+            unseen_names=True,
+            strict=num_items is not None,
+            frame=frame,
+        )
+        if not document.answers:
+            raise ValueError(f"a length of {length} tokens holds no planted item; lengthen it")
+        documents.append(document)
+    return documents
