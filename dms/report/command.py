@@ -57,10 +57,12 @@ def run(folder: str, out: str | None, card: bool, model: str | None, console) ->
 
     if model is not None and not card:
         raise ValueError(f"--model is {model} and --card is not set: only the card goes into the model's folder; add --card")
+    # The card may be refused, and comes first: nothing is drawn then.
+    written = write_evaluation(read_evidence(folder), model) if card else None
     page, *pictures = write_evaluation_report(folder, out)
     size = page.stat().st_size
     console.print(f"wrote {page} ({size / 1e6:.2f} MB) and {len(pictures)} pictures in {page.parent / 'report'}", highlight=False)
     if size > MAX_BYTES:
         console.print(f"[yellow]{page} is larger than {MAX_BYTES / 1e6:g} MB: many rows make it so[/]", highlight=False)
-    if card:
-        console.print(f"wrote the figures into {write_evaluation(read_evidence(folder), model)}", highlight=False)
+    if written is not None:
+        console.print(f"wrote the figures into {written}", highlight=False)

@@ -51,7 +51,9 @@ def plot_charts(charts: Sequence[Chart], out_png: str | Path, title: str = "") -
     figure.legend(
         handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=8, frameon=False, fontsize=8.5, borderpad=0.1
     )
-    figure.tight_layout(rect=(0, 0, 1, top))
+    # Said in inches: finding a tight layout takes longer than drawing.
+    width = figure.get_figwidth()
+    figure.subplots_adjust(0.62 / width, 0.5 / height, 1 - 0.12 / width, top - 0.28 / height, wspace=0.75 / 3.8, hspace=0.85 / 2.3)
     return save(figure, out_png)
 
 

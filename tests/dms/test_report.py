@@ -309,7 +309,9 @@ def test_a_trace_of_a_large_model_is_cut_to_size():
     small = trace.fitted(60_000)
     assert len(small.tokens) == 2048 and small.first == 952 and small.tokens[-1] == " w2999" and small.prompt == 2900
     assert list(small.answers) == [(2038, 2043, False)]
-    assert small.num_heads * len(small.tokens) <= 60_000 and small.layer_indices == [4, 10, 15] and small.head_indices == [list(range(8))] * 3
+    assert (
+        small.num_heads * len(small.tokens) <= 60_000 and small.layer_indices == [4, 10, 15] and small.head_indices == [list(range(8))] * 3
+    )
     assert small.evict_prob_LHT[1][2] == probs[6][2][952:], "layer 10 is the seventh"
     assert small.left_out == "Shown: the last 2,048 of 3,000 tokens, and 24 of 96 KV heads, from 3 of 12 layers."
     one = trace.fitted(3)
@@ -330,7 +332,9 @@ def test_traces_that_are_no_traces_are_refused():
 
 def test_write_report(tmp_path):
     paths = write_report(tmp_path, make_metrics(6), [[0.2, 0.4], [0.6, 0.8]], make_trace(), ["layer 3", "layer 7"])
-    assert paths == [tmp_path / "report" / name for name in ("training.png", "eviction.png", "document.png", "document.html", "traces.json")]
+    assert paths == [
+        tmp_path / "report" / name for name in ("training.png", "eviction.png", "document.png", "document.html", "traces.json")
+    ]
     for path in paths[:3]:
         image(path)
     assert read_data(paths[3])["traces"] == json.loads(paths[4].read_text(encoding="utf-8"))["documents"]

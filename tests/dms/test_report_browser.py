@@ -136,7 +136,9 @@ def test_the_table_filters_sorts_and_tells(open_page, report_html):
     assert "▼" in cell.inner_text() and "–" in cell.inner_text()
     cell.hover()
     told = page.inner_text("#results .said")
-    assert told.startswith("sliding_window, recall, accuracy") and "95 % interval" in told and "worse than dense" in told and "budget" in told
+    assert (
+        told.startswith("sliding_window, recall, accuracy") and "95 % interval" in told and "worse than dense" in told and "budget" in told
+    )
 
     page.select_option("#results [name=table-suite]", "words")
     assert page.locator(rows).all_inner_texts() == ["common_words", "frequent_words"]
@@ -247,7 +249,10 @@ def test_dark_mode_is_dark_and_can_be_read(open_page, report_html):
         page.wait_for_selector("#pareto svg.chart text")
         paper = brightness(style_of(page, "body", "backgroundColor"))
         assert (paper > 200) == paper_is_bright and (paper < 60) != paper_is_bright
-        inks = [brightness(style_of(page, selector, name)) for selector, name in (("body", "color"), ("svg.chart text", "fill"), (".said", "color"))]
+        inks = [
+            brightness(style_of(page, selector, name))
+            for selector, name in (("body", "color"), ("svg.chart text", "fill"), (".said", "color"))
+        ]
         read = "all => all.map(e => getComputedStyle(e)[e.style.fill === 'none' ? 'stroke' : 'fill'])"
         markers = page.eval_on_selector_all("#pareto path.marker", read)
         assert len(markers) > 40
@@ -277,7 +282,16 @@ def test_a_phone_scrolls_down_only(open_page, report_html):
 def test_a_page_with_little_to_show(open_page, tmp_path):
     """Nulls in rows, no costs, one point, no trace: said, not broken."""
     rows = [
-        {"policy": policy, "task": "recall", "metric": "accuracy", "value": value, "length": 512, "ci_low": None, "ci_high": None, "bytes": None}
+        {
+            "policy": policy,
+            "task": "recall",
+            "metric": "accuracy",
+            "value": value,
+            "length": 512,
+            "ci_low": None,
+            "ci_high": None,
+            "bytes": None,
+        }
         for policy, value in (("dense", 1.0), ("dms", None), ("h2o", 0.5))
     ]
     folder = evaluated.write_evaluation(
