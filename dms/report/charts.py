@@ -147,7 +147,7 @@ def share_chart(profile: Mapping[str, Any], target_cr: float | None) -> Chart:
         "y": {"label": "share of tokens that the gates evict", "log": False, "unit": "share"},
         "xs": [{"key": "position", "name": "position", "label": "position in the document (tokens)", "log": False}],
         "series": series,
-        "references": [{"name": f"target {target:.3g}", "style": "dense", "y": target, "low": None, "high": None}] if target else [],
+        "references": [{"name": f"target {target_cr:g}", "style": "dense", "y": target, "low": None, "high": None}] if target else [],
     }
 
 

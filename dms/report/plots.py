@@ -27,7 +27,8 @@ _STYLES = {
     "line4": ("#6B3F1D", "", (0, (3, 1))),
 }
 _OTHER = ("#4B4B9A", "d", "-")
-_WIDTH, _HEIGHT = 4.6, 3.1
+# Inches of a panel, and of a legend's entry.
+_WIDTH, _HEIGHT, _ENTRY = 4.6, 3.1, 1.45
 
 
 def plot_charts(charts: Sequence[Chart], out_png: str | Path, title: str = "") -> Path:
@@ -45,14 +46,21 @@ def plot_charts(charts: Sequence[Chart], out_png: str | Path, title: str = "") -
             else:
                 axes.set_axis_off()
     # Inches from the top: title, legend, panels.
-    height = figure.get_figheight()
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    per_row = max(2, int(width / _ENTRY))
+    legend_top, top = 1 - 0.38 / height, 1 - (0.52 + 0.2 * -(-len(handles) // per_row)) / height
     figure.suptitle(title, fontsize=12.5, parse_math=False, y=1 - 0.1 / height, va="top")
-    legend_top, top = 1 - 0.38 / height, 1 - 0.72 / height
     figure.legend(
-        handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=8, frameon=False, fontsize=8.5, borderpad=0.1
+        handles.values(),
+        handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, legend_top),
+        ncols=per_row,
+        frameon=False,
+        fontsize=8.5,
+        borderpad=0.1,
     )
     # Said in inches: finding a tight layout takes longer than drawing.
-    width = figure.get_figwidth()
     figure.subplots_adjust(0.62 / width, 0.5 / height, 1 - 0.12 / width, top - 0.28 / height, wspace=0.75 / 3.8, hspace=0.85 / 2.3)
     return save(figure, out_png)
 
