@@ -105,7 +105,8 @@ def _evaluation(evidence: Evidence) -> str:
         if length:
             parts += [f"### Operating points and other policies, {at}", _points(rows)]
     if evidence.scaling:
-        parts += ["### More samples for the same cache", _scaling(evidence.scaling)]
+        told = "\n".join(f"- {line}" for line in evidence.scaling_words)
+        parts += ["### More samples for the same cache", *filter(None, [told]), _scaling(evidence.scaling)]
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,7 @@
 """report.html: everything that an evaluation or a run has to show, in words first."""
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[tuple[str, st
     """(key, title, explanation, HTML): those that have something to show, then what is missing."""
     found = []
 
-    def add(key: str, title: str, explained: str, there: Any) -> None:
+    def add(key: str, title: str, explained: str, there: Any, words: Sequence[str] = ()) -> None:
         if there:
-            found.append((key, title, explained, f'<div id="{key}"></div>'))
+            found.append((key, title, explained, _listed(words) + f'<div id="{key}"></div>'))
 
     interval = "Bars are 95 % bootstrap intervals over documents."
     add(
@@ -99,6 +99,7 @@ def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[tuple[str, st
         "Hyper-scaling: k sampled answers a problem, the entries that they read and hold together on the axis; k stands beside its points. "
         + interval,
         data["scaling"],
+        evidence.scaling_words,
     )
     add("training", "Training", "From the run's metrics.jsonl.", data["training"])
     bias = evidence.trace_bias
@@ -135,8 +136,12 @@ def _words(evidence: Evidence) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     heading = f"<p><strong>{html.escape(verdict.heading)}</strong></p>" if verdict.heading else ""
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in verdict.sentences)
-    return heading + (f'<ul class="verdict">{items}</ul>' if items else "")
+    return heading + _listed(verdict.sentences)
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in sentences)
+    return f'<ul class="verdict">{items}</ul>' if items else ""
 
 
 def _marks(evidence: Evidence) -> str:

@@ -18,7 +18,7 @@ _OWN_SUITE = "the run's own"
 class Evidence:
     """All that a report is made of; what is not there is None or empty, and `missing` says how to get it.
 
-    settings: settings.json, or what a run's result.json says of the same. words: sentences. traces: documents for the viewer,
+    settings: settings.json, or what a run's result.json says of the same. words, scaling_words: sentences. traces: documents for the viewer,
     at `trace_bias`. metrics: rows of metrics.jsonl. run: result.json.
     """
 
@@ -27,6 +27,7 @@ class Evidence:
     rows: list[Row] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     scaling: list[Row] = field(default_factory=list)
+    scaling_words: list[str] = field(default_factory=list)
     lm_eval: dict[str, Any] | None = None
     profile: dict[str, Any] | None = None
     traces: list[DocumentTrace] = field(default_factory=list)
@@ -92,6 +93,7 @@ def _evaluated(folder: Path, evaluation: Path) -> Evidence:
     scaling = _json(evaluation / "scaling.json")
     if scaling is not None:
         evidence.scaling = _checked(scaling.get("rows"), evaluation / "scaling.json")
+        evidence.scaling_words = list(scaling.get("words") or [])
     return evidence
 
 

@@ -65,6 +65,8 @@ def test_the_card_says_what_the_rows_say(model, tmp_path):
     assert h2o["recall"].startswith(f"{own['value']:.4f} [") and cells(text, points, "dense")[0]["memory"] == "–"
     assert "| dms | chains | pass@16 | 0.9300 [0.8900, 0.9700] | 21,176 | 706 |" in text
 
+    assert f"- {evaluated.SCALING_WORDS[0]}" in text
+
     losses = section(text, "Where it loses")
     assert evaluated.WORDS[4] in losses and evaluated.WORDS[0] not in losses and f"- {evaluated.WORDS[5]}" in losses
     assert "miss the budget by more than 3 %" in losses and "There are no figures" not in losses

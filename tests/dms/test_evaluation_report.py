@@ -54,6 +54,7 @@ def test_the_page_is_one_file_that_says_what_was_measured(folder):
         "16 tokens, no sinks",
         "not used",
         *evaluated.WORDS,
+        *evaluated.SCALING_WORDS,
     ):
         assert said in text, said
     assert text.index(evaluated.WORDS[4]) < text.index('class="marks"') < text.index('class="facts"')

@@ -37,6 +37,7 @@ WORDS = [
     )
 ]
 MARKS = ["beyond_context", "beyond_training", "budget_missed", "dense_at_chance", "few_samples"]
+SCALING_WORDS = ["In chains, dms with 16 samples reads what dense reads with 2, and passes 0.93 against 0.55."]
 SETTINGS = {
     "format_version": 1,
     "model": "runs/cr8/model",
@@ -237,7 +238,7 @@ def write_evaluation(folder: Path, **changes) -> Path:
     files = {
         "settings": SETTINGS,
         "rows": {"rows": make_rows(), "words": WORDS, "marks": MARKS},
-        "scaling": {"rows": make_scaling()},
+        "scaling": {"rows": make_scaling(), "words": SCALING_WORDS},
         "profile": make_profile(),
         "traces": {"format_version": 1, "evict_bias": 0.0, "documents": [make_trace(n).to_dict() for n in (1, 2, 3)]},
         "lm_eval": {"results": {"local": {"acc,none": 0.4}}},
