@@ -1,7 +1,7 @@
 """Model cards: README.md of an exported folder, filled with measured figures and nothing else. What is unknown is left out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _versions(versions: Mapping[str, str] | str | None) -> str | None:
+def shown_versions(versions: Mapping[str, str] | str | None) -> str | None:
     if isinstance(versions, Mapping):
         return ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None) or None
     return versions
@@ -49,12 +49,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *body)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def _bullets(pairs: Sequence[tuple[str, Any]]) -> str:
+def bullets(pairs: Sequence[tuple[str, Any]]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in pairs if value is not None)
 
 
@@ -121,10 +121,10 @@ def _results(found: Mapping) -> str:
             ratios = [f"{row[key]:.2f}" if row.get(key) is not None else "–" for key in ("cr_decided", "cr")]
             values = [_number(here[variant].get(name, (None,))[0]) for name in main]
             body.append([_label(variant, variants), *values, *ratios, memory or "–"])
-        parts.append(_table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "memory"], body))
+        parts.append(table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "memory"], body))
         if others:
             body = [[_label(v, variants), *(_number(here[v].get(name, (None,))[0]) for name in others)] for v in variants]
-            parts.append(_table(["policy", *others], body))
+            parts.append(table(["policy", *others], body))
         counts = {figures["recall"][1].get("num_samples") for figures in here.values() if "recall" in figures}
         if len(counts) == 1 and None not in counts:
             parts.append(f"Recall is over {counts.pop()} questions of held-out documents.")
@@ -188,7 +188,7 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return bounds[0] <= bounds[3] and bounds[2] <= bounds[1]
 
 
-def _training(run: Mapping[str, Any], config: Mapping[str, Any], data: str) -> str:
+def training(run: Mapping[str, Any], config: Mapping[str, Any], data: str) -> str:
     trainable = {"gates": "the gates alone; the base's weights are unchanged", "all": "all weights, gates included"}
     alignment = {"own": "a gate rules the token that it reads", "next": "a gate rules the token before the one that it reads"}
     beta = run.get("beta")
@@ -212,9 +212,9 @@ def _training(run: Mapping[str, Any], config: Mapping[str, Any], data: str) -> s
         ),
         ("alignment", None if aligned is None else f"`{aligned}`" + (f": {alignment[aligned]}" if aligned in alignment else "")),
         ("gates", fields or None),
-        ("versions", _versions(run.get("versions"))),
+        ("versions", shown_versions(run.get("versions"))),
     ]
-    return _bullets(pairs)
+    return bullets(pairs)
 
 
 def shown_name(base_name: str) -> str:
@@ -226,6 +226,36 @@ def shown_name(base_name: str) -> str:
 def hub_id(base_name: str) -> str | None:
     """The base as front matter may name it, or None for a folder or a built-in model."""
     return base_name if _HUB_ID.fullmatch(base_name) else None
+
+
+def introduction(base_name: str) -> str:
+    """Title and first sentence of a card that is begun without its run."""
+    name = shown_name(base_name) or "A model"
+    return (
+        f"# {name}, retrofitted with Dynamic Memory Sparsification\n\n"
+        f"`{name}` with gates that learned which entries of the KV cache to evict: Dynamic Memory Sparsification (DMS), {PAPER}.\n"
+    )
+
+
+def limits(lengths: Sequence[int], memory: Collection[str | None], trained_length: int | None = None, context: int | None = None) -> str:
+    """Intended use and limits, as a list. lengths: those that were measured. memory: how its rows were. trained_length, context: where known."""
+    lines = [
+        "It is meant for what its base is meant for, with a smaller KV cache; the base's own limits apply.",
+        "What is evicted cannot be recalled: a question about a detail that seemed unimportant may find it gone.",
+    ]
+    if lengths:
+        lines.append(f"It was measured at {', '.join(map(str, lengths))} tokens; nothing is known here about longer documents.")
+    if trained_length is not None:
+        beyond = [length for length in lengths if length > trained_length]
+        at = f"at {', '.join(map(str, beyond))} tokens it was measured beyond that" if beyond else "nothing was measured beyond that"
+        lines.append(f"Its gates were trained at {trained_length} tokens; {at}.")
+    if context is not None:
+        lines.append(f"The base's context is {context} tokens.")
+    if "masked" in memory:
+        lines.append('"masked": evicted entries are hidden from attention but not freed yet, so the ratio is not a saving of memory.')
+    if "compacted" in memory:
+        lines.append('"compacted": evicted entries are really freed.')
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def write_card(
@@ -259,17 +289,6 @@ def write_card(
     window, memory = dms_config.get("window"), {row.get("memory") for row in rows if row["policy"] != "dense"}
     delayed = f" An evicted entry stays visible for {window} more tokens, and then no longer." if window is not None else ""
     by = {"head": ", for each token and KV head", "layer": ", for each token and layer"}.get(dms_config.get("granularity"), "")
-    limits = [
-        "It is meant for what its base is meant for, with a smaller KV cache; the base's own limits apply.",
-        "What is evicted cannot be recalled: a question about a detail that seemed unimportant may find it gone.",
-    ]
-    lengths = sorted({row["length"] for row in rows if row.get("length") is not None})
-    if lengths:
-        limits.append(f"It was measured at {', '.join(map(str, lengths))} tokens; nothing is known here about longer documents.")
-    if "masked" in memory:
-        limits.append('"masked": evicted entries are hidden from attention but not freed yet, so the ratio is not a saving of memory.')
-    if "compacted" in memory:
-        limits.append('"compacted": evicted entries are really freed.')
     sections = [
         front,
         f"# {shown}, retrofitted with Dynamic Memory Sparsification",
@@ -279,14 +298,14 @@ def write_card(
         "## Where it loses",
         _losses(found),
         "## How it was trained",
-        _training(run, dms_config, data),
+        training(run, dms_config, data),
         "## How to load it",
         "```python\nimport dms\nfrom transformers import AutoTokenizer\n\n"
         'model = dms.load("FOLDER")  # this folder\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
         "It evicts from the start and works with `model.generate`. From a shell: `dms generate FOLDER --prompt ...`; "
         "`dms evaluate FOLDER` repeats the measurement.",
         "## Intended use and limits",
-        "\n".join(f"- {line}" for line in limits),
+        limits(sorted({row["length"] for row in rows if row.get("length") is not None}), memory),
     ]
     return _write(folder, sections)
 
@@ -317,7 +336,7 @@ def pretrain_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         ("final loss", f"{facts['loss']:.4f}" if facts.get("loss") is not None else None),
         ("hardware", facts.get("device")),
         ("time", _duration(facts["seconds"]) if facts.get("seconds") is not None else None),
-        ("versions", _versions(facts.get("versions"))),
+        ("versions", shown_versions(facts.get("versions"))),
     ]
     sections = [
         _front_matter(
@@ -327,7 +346,7 @@ def pretrain_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         "A small causal language model of Python source that answers questions about records planted in its context. It exists so that "
         "retrofits of the KV cache can be tried and tested in minutes, without downloads.",
         "## How it was made",
-        _bullets(made),
+        bullets(made),
         "## Data",
         f"Text: {sources}, read at run time and not distributed. Planted in it: records to recall, chains of links, pieces of code to copy, "
         "events to count, each asked for later in the document. Held out for the figures below: other files, other seeds, other names.",
@@ -359,4 +378,4 @@ def _pretrain_results(results: Mapping[str, Any], length: int | None) -> str:
     if not body:
         return "Nothing was measured."
     head = f"Dense, on held-out documents of {length} tokens:\n\n" if length is not None else "Dense, on held-out documents:\n\n"
-    return head + _table(["figure", "value"], body)
+    return head + table(["figure", "value"], body)

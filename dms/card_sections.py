@@ -36,6 +36,10 @@ def set_section(body: str, title: str, content: str, before: tuple[str, ...] = (
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def has_section(body: str, title: str) -> bool:
+    return any(match[1].strip() == title for match in _headings(body))
+
+
 def _headings(body: str):
     """Headings of the second level, outside fenced code, where a line may begin with ## as well."""
     fences = [match.span() for match in re.finditer(r"^(```|~~~).*?^\1", body, re.S | re.M)]

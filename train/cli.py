@@ -287,6 +287,24 @@ def analyze(
 
 
 @app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="What `dms evaluate --out` wrote, or a run's folder.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The page to write. Default: DIR/report.html; pictures go to report/ beside it.")
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write the figures, and what an audit needs, into the model's README.md.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
+) -> None:
+    """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
+    from dms.console import make_console
+    from dms.report.command import run
+
+    run(folder, out, card, model, make_console())
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
     from dms import doctor as checks

@@ -9,7 +9,7 @@ from dms.retrofitting import set_mode, state_of
 
 
 @torch.no_grad()
-def trace_document(model, tokenizer, document: Document) -> "report.DocumentTrace":
+def trace_document(model, tokenizer, document: Document, title: str = "") -> "report.DocumentTrace":
     """Run one document in evict mode and collect each gate's probability, aligned to the token that it rules."""
     set_mode(model, "evict")
     state, device = state_of(model), next(model.parameters()).device
@@ -25,4 +25,8 @@ def trace_document(model, tokenizer, document: Document) -> "report.DocumentTrac
         evict_prob_LHT=probabilities,
         answers=[(a.start, a.end, all(right[a.start - 1 : a.end - 1])) for a in document.answers],
         layer_indices=sorted(state.forward.logits),
+        title=title,
+        window=state.config.window,
+        sinks=state.config.sinks,
+        prompt=getattr(document, "prompt", None),
     )

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dms.card import PAPER, hub_id, shown_name
+from dms.card import hub_id, introduction, shown_name
 from dms.card_sections import join_card, set_section, split_card
 
 _LOADING = "How to load it"
@@ -62,7 +62,7 @@ def write(source: Path, folder: Path, metadata: Mapping[str, str], *, with_code:
         **fields,
         "tags": (["custom_code"] if with_code else []) + tags,
     }
-    body = body if body.strip() else _introduction(base)
+    body = body if body.strip() else introduction(base)
     loading = _WITH_CODE.format(needs=_requirements()) if with_code else _WITHOUT_CODE
     return _write(folder, fields, set_section(body, _LOADING, loading, before=("Intended use and limits",)))
 
@@ -71,21 +71,13 @@ def write_gates_card(folder: Path, metadata: Mapping[str, str]) -> Path:
     base = metadata.get("base_name") or ""
     fields = {"base_model": hub_id(base), "tags": ["kv-cache", "dms"]}
     loading = _GATES.format(base=shown_name(base), hash=metadata.get("base_hash"))
-    return _write(folder, fields, set_section(_introduction(base), _LOADING, loading))
+    return _write(folder, fields, set_section(introduction(base), _LOADING, loading))
 
 
 def _write(folder: Path, fields: Mapping, body: str) -> Path:
     path = folder / "README.md"
     path.write_text(join_card(fields, body), encoding="utf-8")
     return path
-
-
-def _introduction(base: str) -> str:
-    name = shown_name(base) or "A model"
-    return (
-        f"# {name}, retrofitted with Dynamic Memory Sparsification\n\n"
-        f"`{name}` with gates that learned which entries of the KV cache to evict: Dynamic Memory Sparsification (DMS), {PAPER}.\n"
-    )
 
 
 def _requirements() -> str:

@@ -1,5 +1,6 @@
-"""Pictures of one retrofit run, in RUN/report/: training curves, eviction rates, and one document with what the cache kept."""
+"""Pictures and pages: of one retrofit run in RUN/report/, and of an evaluation, `dms report`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 from dms.report.curves import Rates, plot_eviction, plot_training, read_metrics
 from dms.report.document import plot_document
 from dms.report.page import write_document_html
-from dms.report.trace import DocumentTrace
+from dms.report.trace import FORMAT_VERSION, DocumentTrace
 
 __all__ = ["DocumentTrace", "plot_document", "plot_eviction", "plot_training", "read_metrics", "write_document_html", "write_report"]
+
+# Of one document as a run leaves it; evaluations divide as much among several.
+_MAX_VALUES = 180_000
 
 
 def write_report(
@@ -21,11 +25,15 @@ def write_report(
     *,
     model_name: str | None = None,
 ) -> list[Path]:
-    """Write training.png, eviction.png, document.png and document.html to RUN/report/ and return their paths."""
+    """Write training.png, eviction.png, document.png, document.html and traces.json to RUN/report/ and return their paths."""
     folder = Path(run_dir) / "report"
-    return [
+    shown = trace.fitted(_MAX_VALUES)
+    pictures = [
         plot_training(metrics, folder / "training.png", model_name),
         plot_eviction(rate_LH, folder / "eviction.png", layer_names),
         plot_document(trace, folder / "document.png"),
-        write_document_html(trace, folder / "document.html"),
+        write_document_html(shown, folder / "document.html"),
     ]
+    saved = folder / "traces.json"
+    saved.write_text(json.dumps({"format_version": FORMAT_VERSION, "evict_bias": 0.0, "documents": [shown.to_dict()]}), encoding="utf-8")
+    return [*pictures, saved]

@@ -1,7 +1,13 @@
 """What the gates said about each token of one document. Letters: L layers that have gates, H KV heads, T tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+FORMAT_VERSION = 1
+# A longer text is more than one scrolls through; of it, the end is shown, where the questions stand.
+_MAX_TOKENS = 4096
+_TOKENS_OF_MANY_HEADS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +16,10 @@ class DocumentTrace:
 
     tokens: decoded text of each token [T]. evict_prob_LHT: sigmoid of the gate's logit as nested lists [L][H][T]; None where
     the token is undecided (kept, not counted). layer_indices: the model's index of each layer [L]. answers: (start, end,
-    answered right) spans of tokens `start..end-1`, in order. threshold: evicted iff the probability is above it.
+    answered right) spans of tokens `start..end-1`, in order. threshold: evicted iff the probability is above it. title: what the
+    document is. window, sinks: as in `DMSConfig` (window None: not known). prompt: tokens that were given, those after it were
+    decoded one by one (None: not known). first: the position of `tokens[0]` where a part is shown. head_indices: the heads that are
+    shown of each layer (None: all). left_out: what is not shown, in words.
     Raises ValueError where lengths disagree or a probability is outside 0..1.
     """
 
@@ -19,6 +28,13 @@ class DocumentTrace:
     layer_indices: list[int]
     answers: Sequence[tuple[int, int, bool]] = ()
     threshold: float = 0.5
+    title: str = ""
+    window: int | None = None
+    sinks: int = 0
+    prompt: int | None = None
+    first: int = 0
+    head_indices: list[list[int]] | None = None
+    left_out: str = ""
 
     def __post_init__(self):
         num_tokens, num_layers = len(self.tokens), len(self.layer_indices)
@@ -35,6 +51,8 @@ class DocumentTrace:
                     raise ValueError(f"layer {layer} head {head}: {bad} is not a probability")
         if not any(self.evict_prob_LHT):
             raise ValueError("a trace needs at least one head")
+        if self.head_indices is not None and [len(row) for row in self.head_indices] != [len(row) for row in self.evict_prob_LHT]:
+            raise ValueError(f"head_indices {self.head_indices} do not name the heads of evict_prob_LHT")
         at = 0
         for start, end, _ in self.answers:
             if not at <= start < end <= num_tokens:
@@ -79,3 +97,73 @@ class DocumentTrace:
         if self.answers:
             text += f"; {sum(right for *_, right in self.answers)} of {len(self.answers)} answers right"
         return text
+
+    def fitted(self, max_values: int) -> "DocumentTrace":
+        """The same with at most about `max_values` probabilities: the end of a long document, and of many heads some, evenly spaced."""
+        total, num_tokens = self.num_heads, min(len(self.tokens), _MAX_TOKENS)
+        if total * num_tokens > max_values:
+            num_tokens = min(num_tokens, max(1, max_values), _TOKENS_OF_MANY_HEADS)
+        skipped = len(self.tokens) - num_tokens
+        num_heads = max(1, max_values // num_tokens)
+        heads_of_layer = max(map(len, self.evict_prob_LHT))
+        layers = _spread(len(self.layer_indices), max(1, num_heads // heads_of_layer))
+        heads = [_spread(len(self.evict_prob_LHT[i]), num_heads) for i in layers]
+        names = self.head_indices or [list(range(len(row))) for row in self.evict_prob_LHT]
+        said = []
+        if skipped:
+            said.append(f"the last {num_tokens:,} of {len(self.tokens):,} tokens")
+        if sum(map(len, heads)) < total:
+            said.append(f"{sum(map(len, heads))} of {total} KV heads, from {len(layers)} of {len(self.layer_indices)} layers")
+        return replace(
+            self,
+            tokens=self.tokens[skipped:],
+            evict_prob_LHT=[[self.evict_prob_LHT[i][h][skipped:] for h in row] for i, row in zip(layers, heads, strict=True)],
+            layer_indices=[self.layer_indices[i] for i in layers],
+            head_indices=[[names[i][h] for h in row] for i, row in zip(layers, heads, strict=True)],
+            answers=[(start - skipped, end - skipped, right) for start, end, right in self.answers if start >= skipped],
+            first=self.first + skipped,
+            left_out=f"Shown: {', and '.join(said)}." if said else self.left_out,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As traces.json and pages have it; probabilities to four digits."""
+        return {
+            "title": self.title,
+            "tokens": self.tokens,
+            "layer_indices": list(self.layer_indices),
+            "head_indices": self.head_indices or [list(range(len(row))) for row in self.evict_prob_LHT],
+            "evict_prob": [[[_short(p, self.threshold) for p in head] for head in layer] for layer in self.evict_prob_LHT],
+            "threshold": self.threshold,
+            "answers": [list(answer) for answer in self.answers],
+            "window": self.window,
+            "sinks": self.sinks,
+            "prompt": self.prompt,
+            "first": self.first,
+            "left_out": self.left_out,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "DocumentTrace":
+        """Raises ValueError where a field is missing or unknown."""
+        given = dict(saved)
+        try:
+            probs, answers = given.pop("evict_prob"), given.pop("answers")
+            return cls(evict_prob_LHT=probs, answers=[tuple(answer) for answer in answers], **given)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a trace of this version ({error}); evaluate again to write it anew") from None
+
+
+def _spread(available: int, wanted: int) -> list[int]:
+    """`wanted` of `available` indices, evenly spaced, the first and the last among them."""
+    if wanted >= available:
+        return list(range(available))
+    return sorted({round(i * (available - 1) / max(1, wanted - 1)) for i in range(wanted)})
+
+
+def _short(prob: float | None, threshold: float) -> float | int | None:
+    """Four significant digits, in full where rounding would turn the decision; beyond 1e-4 of certainty, certain."""
+    if prob is None:
+        return None
+    short = float(f"{prob:.4g}")
+    short = int(short + 0.5) if min(short, 1 - short) < 1e-4 else short
+    return short if (short > threshold) == (prob > threshold) else prob

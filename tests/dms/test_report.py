@@ -2,10 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
-from html.parser import HTMLParser
 
 import pytest
 
@@ -256,113 +256,85 @@ def test_plot_document_sets_long_text_in_two_panels(tmp_path, drawn):
     assert len(places) == 120, "no two lines in one place"
 
 
-class Page(HTMLParser):
-    """Collects what a browser would see: token spans with text and attributes, the data, and every address asked for."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.spans, self.data, self.addresses, self.open, self.marks, self.options, self.style = [], "", [], [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.addresses += [value for name, value in attrs.items() if name in ("src", "href", "action")]
-        if tag in ("meta", "link"):
-            return
-        self.open.append((tag, attrs))
-        if tag == "span" and self.within("div", "doc"):
-            self.spans.append([attrs, "", self.marks[-1] if any(t == "mark" for t, _ in self.open) else None])
-        if tag == "mark":
-            self.marks.append(attrs["class"] if self.within("div", "doc") else None)
-        if tag == "option":
-            self.options.append(attrs["value"])
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def within(self, tag, identity):
-        return any(t == tag and a.get("id") == identity for t, a in self.open)
-
-    def handle_data(self, data):
-        if self.within("script", "trace"):
-            self.data += data
-        elif self.open and self.open[-1][0] == "style":
-            self.style += data
-        elif any(t == "span" for t, _ in self.open) and self.within("div", "doc"):
-            self.spans[-1][1] += data
-
-
-def read_page(path):
-    page = Page()
-    page.feed(path.read_bytes().decode("utf-8"))
-    page.close()
-    assert page.open == [], "every element is closed"
-    return page
+def read_data(path):
+    """The data that the page's scripts draw, as a browser reads it."""
+    text = path.read_bytes().decode("utf-8")
+    assert text.count("<script") == text.count("</script") == 2, "only the page's own scripts, whatever the tokens say"
+    embedded = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert not set("<>&") & set(embedded)
+    return json.loads(embedded)
 
 
 def test_html_round_trips_tokens_and_probabilities(tmp_path):
     trace = make_trace()
-    page = read_page(write_document_html(trace, tmp_path / "sub" / "d.html"))
-    assert [text for _, text, _ in page.spans] == NASTY
-    assert not set("<>&") & set(page.data)
-    data = json.loads(page.data)
-    assert data["tokens"] == NASTY and data["layer_indices"] == [3, 7] and data["threshold"] == 0.5
-    assert data["answers"] == [[1, 2, True], [3, 5, False]]
-    for given, read in zip(trace.evict_prob_LHT, data["evict_prob"], strict=True):
+    (read,) = read_data(write_document_html(trace, tmp_path / "sub" / "d.html"))["traces"]
+    assert read["tokens"] == NASTY and read["layer_indices"] == [3, 7] and read["threshold"] == 0.5
+    assert read["answers"] == [[1, 2, True], [3, 5, False]] and read["head_indices"] == [[0, 1], [0, 1]]
+    again = DocumentTrace.from_dict(read)
+    assert again.tokens == trace.tokens and list(again.answers) == list(trace.answers)
+    for given, read in zip(trace.evict_prob_LHT, again.evict_prob_LHT, strict=True):
         for a, b in zip(given, read, strict=True):
             assert [p is None for p in b] == [p is None for p in a]
-            assert [p or 0.0 for p in b] == pytest.approx([p or 0.0 for p in a], rel=1e-5)
+            assert [p or 0.0 for p in b] == pytest.approx([p or 0.0 for p in a], rel=1e-3)
             assert [p is not None and p > 0.5 for p in a] == [p is not None and p > 0.5 for p in b]
 
 
 def test_html_keeps_decisions_that_rounding_would_turn(tmp_path):
-    probs = [0.50000001, 0.5, 0.49999999, 0.123456789]
-    trace = DocumentTrace(tokens=list("abcd"), evict_prob_LHT=[[probs]], layer_indices=[0])
-    read = json.loads(read_page(write_document_html(trace, tmp_path / "d.html")).data)["evict_prob"][0][0]
-    assert read == [0.50000001, 0.5, 0.5, 0.123457]
-
-
-def test_html_shows_decisions_answers_and_choices(tmp_path):
-    page = read_page(write_document_html(make_trace(), tmp_path / "d.html"))
-    attrs = [a for a, _, _ in page.spans]
-    assert [a["style"] for a in attrs[:3]] == ["--e:1.000", "--e:0.000", "--e:0.250"]
-    assert [a["class"] for a in attrs[:3]] == ["t out", "t", "t"] and attrs[-1]["class"] == "t open"
-    assert attrs[0]["title"] == "position 0, evicted by 4 of 4 heads, mean eviction probability 0.8000"
-    assert attrs[2]["title"].startswith("position 2, evicted by 1 of 4 heads")
-    assert [mark for _, _, mark in page.spans][:6] == [None, "yes", None, "no", "no", None]
-    assert page.options == ["", "0:", "0:0", "0:1", "1:", "1:0", "1:1"]
+    probs = [0.50000001, 0.5, 0.49999999, 0.123456789, 0.00001, 0.99999, 0.00012344]
+    trace = DocumentTrace(tokens=list("abcdefg"), evict_prob_LHT=[[probs]], layer_indices=[0])
+    (read,) = read_data(write_document_html(trace, tmp_path / "d.html"))["traces"]
+    assert read["evict_prob"][0][0] == [0.50000001, 0.5, 0.5, 0.1235, 0, 1, 0.0001234]
 
 
 def test_html_needs_no_network_and_fits_phone_and_dark_mode(tmp_path):
-    path = write_document_html(make_trace(), tmp_path / "d.html")
-    page, text = read_page(path), path.read_text(encoding="utf-8")
-    assert page.addresses == [] and "http" not in text and "@import" not in page.style and "url(" not in page.style
-    assert "prefers-color-scheme: dark" in page.style and "width=device-width" in text
-    assert 'content: "\\21B5"' in page.style
-    # Only the page's own scripts, whatever the tokens say.
-    assert text.count("<script") == 2 and text.count("</script") == 2
-    assert "@SUMMARY@" not in text and "@BODY@" not in text
-
-
-def test_html_marks_line_ends_and_ends_with_an_answer(tmp_path):
-    trace = make_trace(["a", "\r\n", "b\nc", "d"], answers=[(2, 4, True)])
-    path = write_document_html(trace, tmp_path / "d.html")
-    page = read_page(path)
-    assert [text for _, text, _ in page.spans] == ["a", "\r\n", "b\nc", "d"]
-    assert path.read_bytes().count(b'<i class="n"></i>\n') == 2
-    assert [mark for _, _, mark in page.spans] == [None, None, "yes", "yes"]
+    text = write_document_html(make_trace(), tmp_path / "d.html").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a name of SVG, which nothing is fetched from"
+    assert not re.search(r"\b(src|href|action)=|@import|url\(", text)
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert not re.search(r"@[A-Z]+@", text.split('id="data"')[0])
 
 
 def test_html_writes_lone_surrogates_and_nul(tmp_path):
     trace = make_trace(["a\ud800", "\x00", "b", "c"], answers=())
-    page = read_page(write_document_html(trace, tmp_path / "d.html"))
-    assert json.loads(page.data)["tokens"] == ["a\ud800", "\x00", "b", "c"]
+    assert read_data(write_document_html(trace, tmp_path / "d.html"))["traces"][0]["tokens"] == ["a\ud800", "\x00", "b", "c"]
     image(plot_document(trace, tmp_path / "d.png"))
+
+
+def test_a_trace_of_a_large_model_is_cut_to_size():
+    """The end of the document, and some heads, evenly spaced; everything says what it is."""
+    probs = [[[((7 * t + 3 * h + 5 * i) % 100) / 100 for t in range(3000)] for h in range(8)] for i in range(12)]
+    tokens, answers = [f" w{t}" for t in range(3000)], [(10, 12, True), (2990, 2995, False)]
+    trace = DocumentTrace(tokens=tokens, evict_prob_LHT=probs, layer_indices=list(range(4, 16)), answers=answers, prompt=2900)
+    small = trace.fitted(60_000)
+    assert len(small.tokens) == 2048 and small.first == 952 and small.tokens[-1] == " w2999" and small.prompt == 2900
+    assert list(small.answers) == [(2038, 2043, False)]
+    assert (
+        small.num_heads * len(small.tokens) <= 60_000 and small.layer_indices == [4, 10, 15] and small.head_indices == [list(range(8))] * 3
+    )
+    assert small.evict_prob_LHT[1][2] == probs[6][2][952:], "layer 10 is the seventh"
+    assert small.left_out == "Shown: the last 2,048 of 3,000 tokens, and 24 of 96 KV heads, from 3 of 12 layers."
+    one = trace.fitted(3)
+    assert one.num_heads == 1 and len(one.tokens) == 3
+    assert trace.fitted(10**9).left_out == "" and trace.fitted(10**9).num_heads == 96
+    assert len(json.dumps(small.to_dict())) < 9 * 60_000
+
+
+def test_traces_that_are_no_traces_are_refused():
+    saved = make_trace().to_dict()
+    assert DocumentTrace.from_dict(saved).layer_indices == [3, 7]
+    for change in ({"colour": 1}, {"evict_prob": [[[2.0] * len(NASTY)] * 2] * 2}, {"head_indices": [[0], [0]]}):
+        with pytest.raises(ValueError, match=r"colour|2.0 is not|head_indices"):
+            DocumentTrace.from_dict({**saved, **change})
+    with pytest.raises(ValueError, match="answers"):
+        DocumentTrace.from_dict({key: value for key, value in saved.items() if key != "answers"})
 
 
 def test_write_report(tmp_path):
     paths = write_report(tmp_path, make_metrics(6), [[0.2, 0.4], [0.6, 0.8]], make_trace(), ["layer 3", "layer 7"])
-    assert paths == [tmp_path / "report" / name for name in ("training.png", "eviction.png", "document.png", "document.html")]
+    assert paths == [
+        tmp_path / "report" / name for name in ("training.png", "eviction.png", "document.png", "document.html", "traces.json")
+    ]
     for path in paths[:3]:
         image(path)
-    assert len(read_page(paths[3]).spans) == len(NASTY)
+    assert read_data(paths[3])["traces"] == json.loads(paths[4].read_text(encoding="utf-8"))["documents"]

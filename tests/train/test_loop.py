@@ -35,7 +35,7 @@ def test_what_comes_out(finished):
         "model/README.md",
     ):
         assert (folder / name).is_file(), name
-    assert {p.suffix for p in (folder / "report").iterdir()} == {".png", ".html"}
+    assert {p.suffix for p in (folder / "report").iterdir()} == {".png", ".html", ".json"}
     saved = json.loads((folder / "result.json").read_text())
     assert set(saved["policies"]) == {"dense", "dms", "sliding_window"}
     for policy, figures in saved["policies"].items():

@@ -1,0 +1,233 @@
+"""`dms report`: what it reads, what it refuses, and that charts and pictures show the rows and nothing else."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import evaluated
+import pytest
+from typer.testing import CliRunner
+
+from dms.report import charts
+from dms.report.command import MAX_BYTES
+from dms.report.evaluation_page import write_evaluation_page
+from dms.report.evidence import read_evidence
+from dms.report.plots import plot_charts
+from dms.report.words import MARKS, marked, verdicts
+
+
+def run(*arguments):
+    from dms.train.cli import app
+
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def read_data(page):
+    return json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return evaluated.write_evaluation(tmp_path_factory.mktemp("report") / "evaluation")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Of one suite and two lengths: pictures take their time."""
+    rows = [row for row in evaluated.make_rows() if row["suite"] == "words" and row["length"] != 4096]
+    return evaluated.write_evaluation(tmp_path / "small", rows={"rows": rows, "words": evaluated.WORDS}, lm_eval=None)
+
+
+def test_the_page_is_one_file_that_says_what_was_measured(folder):
+    page = write_evaluation_page(read_evidence(folder), folder / "report.html")
+    assert page.stat().st_size < MAX_BYTES
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\s\"'<>]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\b(src|action)=|@import|url\(|href=\"(?!#)", text), "nothing is fetched"
+    for said in (
+        "0f3c2a9b1d5e",
+        "7b1e9c44aa02",
+        "c0ffee0123456789",
+        "builtin:tiny",
+        "torch 2.13.0",
+        "16 tokens, no sinks",
+        "not used",
+        *evaluated.WORDS,
+        *evaluated.SCALING_WORDS,
+    ):
+        assert said in text, said
+    assert text.index(evaluated.WORDS[4]) < text.index('class="marks"') < text.index('class="facts"')
+
+
+def test_a_run_with_its_evaluation(tmp_path):
+    folder = evaluated.write_run(tmp_path / "run")
+    evidence = read_evidence(folder)
+    assert [row["suite"] for row in evidence.rows][:1] == ["the run's own"] and {row["evict_bias"] for row in evidence.rows} == {None, 0.0}
+    assert evidence.settings["target_cr"] == 8.0 and len(evidence.metrics) == 120 and "Only the run's own figures" in evidence.missing[0]
+    data = read_data(write_evaluation_page(evidence, tmp_path / "own.html"))
+    assert len(data["training"]) == 2 and data["profile"] is None and len(data["rows"]["values"]) == len(evidence.rows)
+
+    evaluated.write_evaluation(folder / "evaluation")
+    evidence = read_evidence(folder)
+    assert len(evidence.rows) == len(evaluated.make_rows()) and len(evidence.metrics) == 120 and evidence.missing == []
+    # Named by itself, the evaluation finds the run around it.
+    assert len(read_evidence(folder / "evaluation").metrics) == 120
+    evaluated.write_evaluation(folder / "second")
+    with pytest.raises(ValueError, match="several evaluations: evaluation, second"):
+        read_evidence(folder)
+    # Traces that a run left serve where the evaluation has none.
+    (folder / "report").mkdir()
+    (folder / "evaluation" / "traces.json").rename(folder / "report" / "traces.json")
+    assert [trace.title for trace in read_evidence(folder / "evaluation").traces] == [f"records, document {n}" for n in (1, 2, 3)]
+
+
+def test_what_is_missing_is_said(tmp_path):
+    folder = evaluated.write_evaluation(tmp_path / "e", scaling=None, profile=None, traces=None, lm_eval=None)
+    text = write_evaluation_page(read_evidence(folder), folder / "report.html").read_text(encoding="utf-8")
+    missing = text[text.index("What is not here") :]
+    for part in ("No hyper-scaling was run", "--scaling", "No profile", "No traces", "--lm-eval", "No training curves"):
+        assert part in missing, part
+    assert all(f'<div id="{name}">' not in text for name in ("scaling", "heatmap", "positions", "viewer", "training"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": None}, "the evaluation has not ended"),
+        ({"rows": None, "settings": None}, "neither rows.json"),
+        ({"rows": {"rows": [{"policy": "dms", "task": "recall"}]}}, r"row 0: no metric, value"),
+        ({"rows": {"words": []}}, "no list of rows"),
+        ({"settings": {**evaluated.SETTINGS, "format_version": 2}}, "format_version is 2"),
+        ({"profile": {"points": []}}, "format_version is None"),
+        ({"traces": {"format_version": 1, "documents": [{"tokens": []}]}}, "not a trace of this version"),
+        ({"lm_eval": [1]}, "holds a list"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, change, message):
+    folder = evaluated.write_evaluation(tmp_path / "e", **change)
+    with pytest.raises(ValueError, match=message):
+        read_evidence(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_command_writes_a_page_and_pictures(small, tmp_path):
+    out = tmp_path / "elsewhere" / "page.html"
+    done = run(small, "--out", out)
+    assert done.exit_code == 0 and out.is_file()
+    pictures = {path.name: path.stat().st_size for path in (out.parent / "report").iterdir()}
+    assert set(pictures) == {"pareto_1024.png", "pareto_2048.png", "scaling.png", "eviction.png", "positions.png", "document.png"}
+    assert min(pictures.values()) > 10_000
+    assert re.search(r"page\.html \(0\.\d\d MB\) and 6 pictures", done.output.replace("\n", ""))
+    assert not (small / "report.html").exists()
+
+
+def test_the_command_refuses_before_it_writes(small, tmp_path):
+    for arguments, message in (
+        ([tmp_path / "none"], "is not a folder"),
+        ([small, "--out", tmp_path], "a folder; name a file"),
+        ([small, "--model", tmp_path], "--card is not set"),
+        ([small, "--card", "--model", tmp_path], "config.json is missing"),
+    ):
+        done = run(*arguments)
+        assert isinstance(done.exception, ValueError) and message in str(done.exception), message
+    assert not (small / "report.html").exists()
+
+
+def test_pareto_charts_are_the_rows():
+    rows = evaluated.make_rows()
+    found = charts.pareto_charts(rows)
+    assert len(found) == len({(r["suite"], r["task"], r["metric"], r["length"]) for r in rows if r["suite"] != "lm_eval"})
+    for chart in found:
+        own = [r for r in rows if all(r[key] == value for key, value in chart["choices"].items())]
+        assert sum(len(series["points"]) for series in chart["series"]) == len(own)
+        for series in chart["series"]:
+            by_bytes = sorted((r for r in own if r["policy"] == series["name"]), key=lambda r: r["bytes"])
+            for point, row in zip(series["points"], by_bytes, strict=True):
+                assert (point["y"], point["low"], point["high"]) == pytest.approx((row["value"], row["ci_low"], row["ci_high"]), rel=1e-4)
+                assert [point[key] for key in ("bytes", "reads", "step_ms")] == pytest.approx(
+                    [row["bytes"], row["reads"], row["step_ms"]], rel=1e-4
+                )
+        assert chart["series"][0]["name"] == "dms" and [x["key"] for x in chart["xs"]] == ["bytes", "reads", "step_ms"]
+        dense = [r["value"] for r in own if r["policy"] == "dense"]
+        assert [line["y"] for line in chart["references"]] == pytest.approx(dense, rel=1e-4)
+    noted = [p["note"] for c in found for s in c["series"] for p in s["points"] if s["name"] == "random"]
+    assert any("budget missed" in note for note in noted)
+
+
+def test_charts_take_gaps():
+    shape = {"suite": "records", "task": "recall", "metric": "accuracy", "length": 64, "evict_bias": 0.0}
+    rows = [{**shape, "policy": "dms", "value": 0.5}, {**shape, "policy": "h2o", "value": None}]
+    assert charts.pareto_charts(rows) == [], "no cost was measured"
+    rows = [{**r, "reads": 12.0} for r in rows] + [{**shape, "policy": "tova", "value": math.nan, "reads": 3}]
+    (chart,) = charts.pareto_charts(rows)
+    assert [s["name"] for s in chart["series"]] == ["dms"] and [x["key"] for x in chart["xs"]] == ["reads"] and chart["references"] == []
+    assert charts.training_charts([{"step": 1}]) == [] and charts.scaling_charts([]) == []
+
+
+def test_scaling_charts_are_the_rows():
+    rows = evaluated.make_scaling()
+    found = charts.scaling_charts(rows)
+    assert [chart["choices"]["metric"] for chart in found] == ["pass", "majority"]
+    dense, dms = found[0]["series"]
+    assert (dense["name"], dms["name"]) == ("dense", "dms")
+    assert [p["note"] for p in dms["points"]] == [f"k = {k}" for k in (1, 2, 4, 8, 16)]
+    mine = [r for r in rows if r["policy"] == "dms" and r["metric"].startswith("pass")]
+    assert [p["entries_read"] for p in dms["points"]] == pytest.approx([r["entries_read"] for r in mine], rel=1e-4)
+    again = [{**r, "evict_bias": 1.0} for r in rows if r["policy"] == "dms"]
+    assert [s["name"] for s in charts.scaling_charts(rows + again)[0]["series"]] == ["dense", "dms, as trained", "dms, evict_bias +1"]
+
+
+def test_position_charts_have_the_target_beside_them():
+    profile = evaluated.make_profile()
+    share, ratio = charts.share_chart(profile, 8.0), charts.position_chart(profile, 8.0)
+    assert share["references"][0]["y"] == pytest.approx(7 / 8) and ratio["references"][0]["y"] == 8.0
+    assert [s["name"] for s in ratio["series"]] == ["evict_bias −2", "as trained", "evict_bias +2"]
+    assert [p["y"] for p in ratio["series"][1]["points"]] == profile["points"][1]["cr_at"]
+    assert share["series"][0]["points"][0]["position"] == 32
+    assert charts.position_chart(profile, None)["references"] == []
+
+
+def test_long_runs_are_thinned_and_keep_their_end():
+    metrics = [{**row, "kl": 0.02 + row["kl"]} for row in evaluated.make_metrics(5001)]
+    ratio, kl = charts.training_charts(metrics)
+    for series in (*ratio["series"], *kl["series"]):
+        assert len(series["points"]) <= 402 and series["points"][-1]["step"] == 5001
+    assert kl["y"]["log"] is False
+    metrics[0]["kl"] = 3.0
+    assert charts.training_charts(metrics)[1]["y"]["log"] is True
+
+
+def test_pictures_draw_the_charts(tmp_path, monkeypatch):
+    from dms.report import plots
+
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or Path(path))
+    found = charts.headline(charts.pareto_charts([r for r in evaluated.make_rows() if r["length"] == 2048]))
+    assert [c["choices"]["suite"] for c in found] == list(evaluated.SUITES)
+    plot_charts(found, tmp_path / "p.png", "my $model$")
+    (figure,) = figures
+    assert len(figure.axes) == 15 and figure.axes[0].get_xscale() == "log"
+    bars = figure.axes[0].containers
+    dms = next(c for c, s in zip(bars, found[0]["series"], strict=True) if s["name"] == "dms")
+    assert list(dms.lines[0].get_xdata()) == [p["bytes"] for p in found[0]["series"][0]["points"]]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(evaluated.POLICIES)
+    with pytest.raises(ValueError, match="no charts"):
+        plot_charts([], tmp_path / "none.png")
+
+
+def test_sentences_are_put_in_order():
+    found = verdicts(evaluated.WORDS)
+    assert len(found) == 9 and [v.as_trained for v in found[:3]] == [False, True, False] and all(len(v.sentences) == 3 for v in found)
+    # One point alone is not named, and is what was trained.
+    alone = verdicts(["At 2048 tokens, dms holds 1/6.90 of the entries.", "It loses to dense in count 0.1."])
+    assert len(alone) == 1 and alone[0].as_trained and alone[0].sentences == ["It loses to dense in count 0.1."]
+    assert [v.heading for v in verdicts(["Something else."])] == [""] and verdicts([]) == []
+
+
+def test_marks_are_said_the_severe_ones_first():
+    lines = marked(evaluated.make_rows())
+    assert [MARKS[mark] in line for mark, line in zip(("budget_missed", "dense_at_chance"), lines, strict=False)].count(True) == 2
+    assert any(line.startswith("chain_2, all policies") for line in lines) and any(line.startswith("4,096 tokens") for line in lines)
+    assert marked([{"policy": "dms", "task": "a", "marks": ["of_tomorrow"]}]) == ["a, dms (1 of 1 figures): of tomorrow."]
+    assert marked([{"policy": "dms", "task": "a"}, {"policy": "dms", "task": "a", "marks": None}]) == []

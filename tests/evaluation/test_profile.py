@@ -1,0 +1,130 @@
+"""The profile against plain counting, and against what a compacted cache holds."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+
+import dms
+from dms import models
+from dms.cache.report import make_report
+from dms.evaluation.corpus import StdlibText
+from dms.evaluation.profile import num_passes, write_profile
+from dms.evaluation.tasks import make_document
+from dms.report import DocumentTrace
+from dms.retrofitting import gate_parameters, set_mode, state_of
+
+LENGTHS = (96, 130)
+WINDOW, SINKS = 6, 2
+
+
+@pytest.fixture(scope="module", params=["own", "next"])
+def model(request):
+    model = models.load_base("builtin:tiny", "float32", "cpu")
+    dms.retrofit(model, dms.DMSConfig(window=WINDOW, sinks=SINKS, scale=1.0, offset=0.0, alignment=request.param))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in gate_parameters(model).values():
+            parameter.normal_(0, 0.3, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer("builtin:tiny")
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    text = StdlibText(held_out=True)
+    return [make_document(tokenizer, text, length=n, rng=Random(n), num_items=2, strict=False) for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def written(model, tokenizer, documents, tmp_path_factory):
+    out, calls = tmp_path_factory.mktemp("profile"), []
+    model.dms.evict_bias = 0.25
+    paths = write_profile(model, tokenizer, documents, out, points=[1.0, 0.0], progress=calls.append)
+    assert (model.dms.mode, model.dms.evict_bias) == ("dense", 0.25), "as it was"
+    model.dms.evict_bias = 0.0
+    assert len(calls) == num_passes(2, 2)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def decisions(model, document, bias):
+    """[L][T][H] of None (undecided), True or False, written out from the gates' logits."""
+    state = state_of(model)
+    set_mode(model, "evict")
+    state.evict_bias = bias
+    with torch.no_grad():
+        model(input_ids=torch.tensor([document.input_ids]), use_cache=False)
+    state.evict_bias = 0.0
+    found = []
+    for index in sorted(state.forward.logits):
+        hard = (state.forward.logits[index][0] > 0).tolist()
+        found.append([*hard[1:], [None] * len(hard[0])] if state.config.alignment == "next" else hard)
+    set_mode(model, "dense")
+    return found
+
+
+def alive_at(found, layer, head, query):
+    return sum(k < SINKS or query - k <= WINDOW or not found[layer][k][head] for k in range(query + 1))
+
+
+@pytest.mark.parametrize("point", [0, 1])
+def test_the_profile_is_what_one_counts(model, documents, written, point):
+    profile, _ = written
+    told = profile["points"][point]
+    assert told["evict_bias"] == (1.0, 0.0)[point] and profile["length"] == 130 and profile["num_documents"] == 2
+    all_found = [decisions(model, document, told["evict_bias"]) for document in documents]
+    num_layers, num_heads = len(all_found[0]), len(all_found[0][0][0])
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            said = [row[head] for found in all_found for row in found[layer] if row[head] is not None]
+            assert told["evicted_LH"][layer][head] == pytest.approx(sum(said) / len(said), rel=1e-4)
+            alive = sum(alive_at(found, layer, head, len(found[0]) - 1) for found in all_found)
+            assert told["cr_LH"][layer][head] == pytest.approx(sum(LENGTHS) / alive, rel=1e-4)
+    for position, cr in list(zip(told["positions"], told["cr_at"], strict=True))[::9]:
+        reached = [found for found in all_found if len(found[0]) > position]
+        alive = sum(alive_at(found, i, h, position) for found in reached for i in range(num_layers) for h in range(num_heads))
+        assert cr == pytest.approx((position + 1) * num_layers * num_heads * len(reached) / alive, rel=1e-4)
+    for part in told["bins"][::5]:
+        said = [x for found in all_found for layer in found for row in layer[part["start"] : part["end"]] for x in row if x is not None]
+        assert part["evicted"] == pytest.approx(sum(said) / len(said), abs=1e-4)
+    assert told["positions"][-1] == 129 and told["bins"][-1]["end"] == 130
+
+
+def test_the_profile_is_what_the_cache_holds(model, documents, written):
+    told = written[0]["points"][1]
+    cache = dms.DMSCache(model)
+    set_mode(model, "evict")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([documents[1].input_ids]), past_key_values=cache)
+    set_mode(model, "dense")
+    assert told["cr_at"][-1] == pytest.approx(make_report(cache, warn=False).cr, rel=1e-4), "the longer document alone reaches the end"
+
+
+def test_traces_are_of_the_point_nearest_to_the_training(model, documents, written):
+    _, traces = written
+    assert traces["evict_bias"] == 0.0 and len(traces["documents"]) == 2
+    read = [DocumentTrace.from_dict(document) for document in traces["documents"]]
+    for trace, document in zip(read, documents, strict=True):
+        found = decisions(model, document, 0.0)
+        assert len(trace.tokens) == len(document.input_ids) and (trace.window, trace.sinks) == (WINDOW, SINKS)
+        assert [(start, end) for start, end, _ in trace.answers] == [(a.start, a.end) for a in document.answers]
+        for layer, heads in enumerate(trace.evict_prob_LHT):
+            for head, probs in enumerate(heads):
+                assert [None if p is None else p > 0.5 for p in probs] == [row[head] for row in found[layer]]
+    assert read[0].title == "document 1"
+
+
+def test_a_profile_needs_something_to_profile(model, tokenizer, documents, tmp_path):
+    for chosen, points, titles, message in (
+        ([], [0.0], None, "0 documents"),
+        (documents, [], None, r"points \[\]"),
+        (documents, [0.0], ["a"], "1 titles for 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_profile(model, tokenizer, chosen, tmp_path, points=points, titles=titles)
+    assert not list(tmp_path.iterdir())
