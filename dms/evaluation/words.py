@@ -28,7 +28,7 @@ def _against(row: Mapping[str, Any], other: str, key: str) -> str:
 
 def in_words(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """A few sentences for each length and operating point of dms."""
-    rows = [row for row in rows if row["task"] not in _PARTS]
+    rows = [row for row in rows if row["task"] not in _PARTS and row["suite"] != "scaling"]
     several = len({row["evict_bias"] for row in rows if row["policy"] == "dms"}) > 1
     told = []
     for length, bias in dict.fromkeys((row["length"], row["evict_bias"]) for row in rows if row["policy"] == "dms"):
