@@ -60,7 +60,7 @@ _CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
 _PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
-QUICK = {"num_documents": 16, "suites": ("records", "passages", "text")}
+QUICK = {"num_documents": 16, "suites": ("records", "passages", "words", "text")}
 
 
 def make_settings(

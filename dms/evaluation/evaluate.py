@@ -88,7 +88,15 @@ def make_documents(tokenizer, *, num_documents: int, length: int, num_items: int
     """Held-out documents: other files than training's, other seeds, names that training never uses; one in eight has a single record."""
     text = StdlibText(held_out=True)
     return records(
-        tokenizer, length=length, num_documents=num_documents, num_items=num_items, seed=seed, text=text, frame=plain_frame(tokenizer)
+        tokenizer,
+        length=length,
+        num_documents=num_documents,
+        num_items=num_items,
+        seed=seed,
+        text=text,
+        frame=plain_frame(tokenizer),
+        mix=None,
+        single_every=8,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import DMSCache
-from dms.evaluation.document import Document
+from dms.evaluation.document import Answer, Document
 from dms.evaluation.given_text import GivenText
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.runner import Reading, read
@@ -127,7 +127,7 @@ def _result(unit: Unit, num_given: int, reading: Reading, dense: Reading | None,
     for row, document in enumerate(unit.documents):
         for answer in document.answers:
             correct = all(right[row][answer.start - num_given : answer.end - num_given])
-            for task in _tasks_of(answer, len(document.input_ids)):
+            for task in _tasks_of(answer, unit):
                 add(task, "accuracy", row, correct, 1)
         if unit.suite == "text":
             for metric, numerator, denominator in _text_metrics(document, num_given, row, reading, dense):
@@ -137,11 +137,11 @@ def _result(unit: Unit, num_given: int, reading: Reading, dense: Reading | None,
     return {"metrics": metrics, **numbers, **lists, "budget": budget, "batch_size": len(unit.documents)}
 
 
-def _tasks_of(answer, length: int) -> list[str]:
-    """Its own task; of retrieval also all of it together, and by the distance of what is asked for."""
-    if answer.task not in RECALL_TASKS:
+def _tasks_of(answer: Answer, unit: Unit) -> list[str]:
+    """Its own task; of planted records also retrieval as a whole, and by the distance of what is asked for."""
+    if unit.suite != "records" or answer.task not in RECALL_TASKS:
         return [answer.task]
-    quartile = min(NUM_QUARTILES - 1, (answer.start - answer.evidence) * NUM_QUARTILES // length)
+    quartile = min(NUM_QUARTILES - 1, (answer.start - answer.evidence) * NUM_QUARTILES // unit.length)
     return [answer.task, "recall", f"recall_q{quartile + 1}"]
 
 

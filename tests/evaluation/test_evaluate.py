@@ -16,7 +16,7 @@ from dms.evaluation.settings import POLICIES
 from dms.evaluation.suites import make_suite
 from dms.retrofitting import set_mode
 
-SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 24, "num_greedy": 4}
+SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
 
 
 def small(folder, **changes):
@@ -53,11 +53,12 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
             assert dms["cr"] > 1.3 and dms["memory"] == "compacted" and dms["budget"] is None
             for policy in TRAINING_FREE:
                 row = figure(rows, policy, task, metric, evict_bias=bias)
-                assert row["entries"] == pytest.approx(dms["entries"], abs=0.5) == pytest.approx(row["budget"], abs=1e-6)
+                # Rounded in each batch.
+                assert row["entries"] == pytest.approx(dms["entries"], abs=0.5) and row["entries"] == pytest.approx(row["budget"])
                 assert row["bytes"] < figure(rows, "dense", task, metric)["bytes"]
                 # What a prompt is read with: as many entries again as a part of it, or all of it.
                 whole = TRAINING_FREE[policy].reads_whole_prompt
-                assert row["peak_entries"] > 100 if whole else row["peak_entries"] <= row["budget"] + SMALL["prefill_chunk"] + 1
+                assert row["peak_entries"] > 150 if whole else row["peak_entries"] <= row["budget"] + SMALL["prefill_chunk"] + 1
     entries = [figure(rows, "dms", "recall", evict_bias=bias)["entries"] for bias in (0.0, 1.0)]
     assert entries[0] > entries[1]
     dense = figure(rows, "dense", "recall")
@@ -68,7 +69,7 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
 def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
     """Reading in parts and decoding step by step gives dense and dms what one pass over the whole document gives."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(gated_folder)
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
     set_mode(model, mode)
     policy = "dense" if mode == "dense" else "dms"
     where = {} if mode == "dense" else {"evict_bias": 0.0}
@@ -89,7 +90,7 @@ def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
 def test_agreement_with_dense(evaluated, gated_folder):
     """KL by the logits of two plain forwards; a policy that keeps everything agrees entirely."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(gated_folder)
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
     windows = make_suite("text", tokenizer, length=192, num_documents=3)
     ids, sums, agreed, count = torch.tensor([d.input_ids for d in windows]), 0.0, 0, 0
     logits = {}
@@ -110,12 +111,12 @@ def test_agreement_with_dense(evaluated, gated_folder):
 def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch):
     """A call that is broken off leaves what it had finished; the next reads only what is missing, and ends with the same figures."""
     _, whole = evaluated
-    settings, calls = small(gated_folder, evict_bias=[0.0, 1.0]), []
+    settings, calls = small(gated_folder, policies=("dense", "dms", "tova")), []
     read = units.read
 
     def counting(*args, **options):
         calls.append(1)
-        if len(calls) == 9:
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return read(*args, **options)
 
@@ -124,19 +125,20 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
         evaluate_folder(str(gated_folder), settings, out=tmp_path)
     before = len(calls)
     result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
-    # Four units of fifteen points; of the broken one dense is read again, to compare with.
-    assert len(calls) - before == 4 * 15 - 8 + 1
+    # Four units of three policies; of the broken one dense is read again, to compare with.
+    assert before == 6 and len(calls) - before == 4 * 3 - 5 + 1
 
     def figures(rows):
         return [{k: v for k, v in row.items() if k not in ("step_ms", "seconds")} for row in rows]
 
-    assert figures(result["rows"]) == figures(whole["rows"]) and result["words"] == whole["words"]
+    expected = [row for row in whole["rows"] if row["policy"] in ("dense", "dms", "tova") and row["evict_bias"] in (None, 0.0)]
+    assert figures(result["rows"]) == figures(expected)
     # More of the same may be asked for; something else may not.
     with pytest.raises(ValueError, match=r"holds another evaluation: seed was 7 and is 8; name another --out"):
         evaluate_folder(str(gated_folder), small(gated_folder, seed=8), out=tmp_path)
     evaluate_folder(str(gated_folder), small(gated_folder, policies=("dense", "dms"), lengths=(192, 96)), out=tmp_path)
     written = json.loads((tmp_path / "settings.json").read_text())
-    assert written["lengths"] == [192, 96] and len(written["policies"]) == 8
+    assert written["lengths"] == [192, 96] and written["policies"] == ["dense", "dms", "tova"]
 
 
 def test_a_planted_no_op(save_gated, tmp_path):
@@ -170,10 +172,13 @@ def test_few_samples_and_tasks_that_dense_cannot_do(evaluated):
     assert all("few_samples" in row["marks"] for row in rows if row["num_samples"] < 50)
     # Of 192 tokens, trained at 256.
     assert "beyond_training" not in result["marks"]
-    at_chance = {row["task"] for row in rows if row["policy"] == "dense" and row["metric"] == "accuracy" and row["value"] == 0.0}
-    assert all("dense_at_chance" in row["marks"] for row in rows if row["task"] in at_chance and row["metric"] == "accuracy")
-    assert "dense_at_chance" not in figure(rows, "dense", "recall")["marks"]
-    assert any("nothing is shown there" in sentence for sentence in result["words"]) == bool(at_chance)
+    dense = {row["task"]: row for row in rows if row["policy"] == "dense" and row["metric"] == "accuracy"}
+    unable = {task for task, row in dense.items() if "dense_at_chance" in row["marks"]}
+    assert unable >= {task for task, row in dense.items() if row["value"] == 0.0} and "recall" not in unable
+    assert unable == {row["task"] for row in rows if "dense_at_chance" in row["marks"]}
+    assert any("nothing is shown there" in sentence for sentence in result["words"]) == any(
+        not task.startswith("recall") for task in unable
+    )
 
 
 def test_lengths_beyond_training(gated_folder, tmp_path):

@@ -13,6 +13,7 @@ from dms.evaluation.evaluate import make_documents
 from dms.evaluation.given_text import GivenText
 from dms.evaluation.lexicon import is_unseen
 from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite, words
+from dms.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKING = [name for name in SUITES if name != "text"]
@@ -75,10 +76,17 @@ def test_names_are_unseen_and_text_is_held_out(embedded, suite):
         assert all(line.strip() in lines for line in embedded.decode(running).removeprefix("<|endoftext|>").splitlines())
 
 
-def test_records_are_those_of_the_runs_own_evaluation(embedded):
-    assert make_suite("records", embedded, length=512, num_documents=8) == make_documents(
-        embedded, num_documents=8, length=512, num_items=6
+def test_records(embedded):
+    """Every task of the suite about as often; needles alone; and the run's own evaluation, which asks for keys most of all."""
+    asked = Counter(
+        answer.task for document in make_suite("records", embedded, length=1024, num_documents=32) for answer in document.answers
     )
+    assert set(asked) == set(TASKS) - {"single"} and max(asked.values()) < 6 * min(asked.values())
+    needles = make_suite("needle", embedded, length=512, num_documents=8)
+    assert [[answer.task for answer in document.answers] for document in needles] == [["single"]] * 8
+    own = make_documents(embedded, num_documents=16, length=512, num_items=6)
+    assert own[7].answers == needles[7].answers and own[7].input_ids == needles[7].input_ids
+    assert Counter(answer.task for document in own for answer in document.answers).most_common(1)[0][0] == "multi_key"
     number = {length: len(make_suite("records", embedded, length=length, num_documents=1)[0].answers) for length in (256, 1024, 3072)}
     assert 1 <= number[256] < number[1024] < number[3072]
 

@@ -9,9 +9,10 @@ from dms.evaluation.suites import classification, passages, records, words
 from dms.evaluation.suites.chat import chat_frame
 from dms.evaluation.suites.running_text import running_text
 
-_MODULES = {"records": records, "passages": passages, "classification": classification, "words": words}
+_MODULES = {"needle": records, "records": records, "passages": passages, "classification": classification, "words": words}
 
 SUITES: dict[str, Callable[..., list[Document]]] = {
+    "needle": records.needle,
     "records": records.records,
     "passages": passages.passages,
     "classification": classification.classification,
