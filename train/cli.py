@@ -126,7 +126,7 @@ def generate_data(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
     policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
-    tasks: Annotated[str, typer.Option(help="Of records, passages, classification, words, text. Default: all.")] = "",
+    tasks: Annotated[str, typer.Option(help="Of needle, records, passages, classification, words, text; or none. Default: all.")] = "",
     lengths: Annotated[
         str, typer.Option(help="Tokens of a document. Default: half of the model's context and all of it, up to 8192.")
     ] = "",
@@ -140,6 +140,24 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
     chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,
     seed: Annotated[int, typer.Option()] = 7,
+    lm_eval: Annotated[str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag.")] = "",
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents of each.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")] = None,
+    include_path: Annotated[str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read.")
+    ] = False,
+    problems: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Problems to sample chains for: prompt or messages, and answer.")
+    ] = None,
+    num_problems: Annotated[int, typer.Option(min=1, help="Of --scaling.")] = 64,
+    max_k: Annotated[int, typer.Option(min=1, help="Chains sampled for each problem.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Of --scaling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of --scaling.")] = 1.0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a chain. Default: 1024; built-in problems: 24.")] = None,
+    answer_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression of a chain's answer. Default: a box, else the last number.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: fewer documents, at one length.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
@@ -148,12 +166,17 @@ def evaluate(
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     _prepare_environment("auto")
-    from dms.evaluation.command import evaluate_folder, failures, make_settings
+    from dms.evaluation.command import LmEval, Scaling, evaluate_folder, failures, make_settings
 
+    sampling = {"max_k": max_k, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "num_problems": num_problems}
+    if not scaling and (problems is not None or answer_pattern is not None):
+        raise ValueError("--problems and --answer-pattern are for hyper-scaling; add --scaling")
+    if not lm_eval and (lm_eval_limit is not None or num_fewshot is not None or include_path is not None):
+        raise ValueError("--lm-eval-limit, --num-fewshot and --include-path are for lm-evaluation-harness; add --lm-eval TASKS")
     settings = make_settings(
         model,
         policies=_words(policies),
-        suites=_words(tasks),
+        suites=[] if tasks == "none" else _words(tasks) or None,
         lengths=_numbers("--lengths", lengths),
         evict_bias=evict_bias or [0.0],
         num_documents=num_documents,
@@ -164,7 +187,16 @@ def evaluate(
         chat=chat_template,
         seed=seed,
     )
-    result = evaluate_folder(model, settings, out=out, card=card)
+    result = evaluate_folder(
+        model,
+        settings,
+        out=out,
+        scaling=Scaling(problems=problems, answer_pattern=answer_pattern, **sampling) if scaling else None,
+        lm_eval=LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
+        if lm_eval
+        else None,
+        card=card,
+    )
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
@@ -241,6 +273,49 @@ def bench_retrofit(context: typer.Context) -> None:
     from dms.train.bench import main as measure
 
     measure(context.args)
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RECIPE|CONFIG.json", help="A model folder, hub id or builtin:tiny; a recipe; or a config.json.")
+    ],
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
+    num: Annotated[int, typer.Option(min=1, help="GPUs that share the model by tensor parallelism.")] = 1,
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens; repeat it. Default: 4096 to 131072, up to the model's own context.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at once; repeat it. Default: 1, 8, 32 and 64.")] = None,
+    cr: Annotated[list[float] | None, typer.Option(help="Eviction ratio of decided tokens; repeat it. Default: 2, 4, 8 and 16.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Tokens that stay visible. Default: the recipe's or the model's, else 256.")
+    ] = None,
+    weight_bits: Annotated[int, typer.Option(help="16, or 8: matrices are read as bytes.")] = 16,
+    config: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model).")
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write every number to this file.")] = None,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw the roofline and the memory wall.")] = None,
+) -> None:
+    """Where inference of a model stands on a GPU's roofline, when KV reads overtake weight reads, and what eviction gives."""
+    _prepare_environment("auto")
+    from dms.console import make_console
+    from dms.train.analysis import run
+
+    run(
+        model,
+        gpu=gpu,
+        num_gpus=num,
+        contexts=context or [],
+        batches=batch or [],
+        ratios=cr or [],
+        window=window,
+        weight_bits=weight_bits,
+        config=config,
+        json_file=json_file,
+        plot=plot,
+        console=make_console(),
+    )
 
 
 @app.command()

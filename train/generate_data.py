@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dms import models
 from dms.console import make_console
+from dms.sampling import draw_tokens
 from dms.train.data.prompts import prompt_render
 from dms.train.data.reading import Cursor
 from dms.train.data.stream import open_reader
@@ -122,15 +123,8 @@ class _KeyedSampling(LogitsProcessor):
         self.draws = [Random(f"{recipe.seed}:{number}") for number in numbers]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # From the likeliest on: the tail, where sums are coarse, comes last.
-        share, order = torch.sort(torch.softmax(scores.float() / self.temperature, dim=-1), dim=-1, descending=True)
-        below = share.cumsum(dim=-1)
-        # The tokens that make up top_p: all before which less than that has been summed.
-        kept = (below - share < self.top_p).sum(dim=-1)
-        reached = below.gather(-1, kept[:, None] - 1)
-        drawn = torch.tensor([[draw.random()] for draw in self.draws], device=scores.device, dtype=below.dtype)
-        place = torch.minimum(torch.searchsorted(below, drawn * reached, right=True), kept[:, None] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, order.gather(-1, place), 0.0)
+        token_B = draw_tokens(scores, [draw.random() for draw in self.draws], temperature=self.temperature, top_p=self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B[:, None], 0.0)
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ def train_tokenizer(vocab_size: int, context: int):
         show_progress=False,
     )
     tokenizer.train_from_iterator((path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out=False)), trainer)
+    # Documents are made of lines that are tokenised each by itself: a text read as a whole must come out the same, its line ends apart
+    # from the next line's indentation. The vocabulary was learnt without that.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "merged_with_previous"), tokenizer.pre_tokenizer])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in planted])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -62,10 +62,10 @@ def interval(sample: Sample, draws_RD: np.ndarray, is_share: bool) -> tuple[floa
     return low, high
 
 
-def compare(one: Sample, other: Sample, draws_RD: np.ndarray, metric: str) -> Difference:
+def compare(one: Sample, other: Sample, draws_RD: np.ndarray, *, higher_is_better: bool) -> Difference:
     """`one` minus `other`, paired."""
     low, high = (float(x) for x in np.nanquantile(one.resampled(draws_RD) - other.resampled(draws_RD), _BOUNDS))
     verdict = "not different"
     if low > 0 or high < 0:
-        verdict = "better" if (low > 0) == HIGHER_IS_BETTER[metric] else "worse"
+        verdict = "better" if (low > 0) == higher_is_better else "worse"
     return Difference(one.value - other.value, low, high, verdict)

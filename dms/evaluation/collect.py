@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
+from dms.evaluation.bootstrap import HIGHER_IS_BETTER, Sample, compare, interval, make_draws
 from dms.evaluation.settings import Settings
 from dms.evaluation.suites import CHANCE
 from dms.evaluation.units import point_name
@@ -113,7 +113,7 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
     low, high = interval(sample, draws, is_share)
     count, dense, dms = sample.count(is_share), by_point["dense", None], by_point.get(("dms", bias))
     marks = list(found.marks)
-    if is_share and _is_at_chance(dense.metrics[name], draws, chance):
+    if is_share and is_at_chance(dense.metrics[name], draws, chance):
         marks.append(DENSE_AT_CHANCE)
     if count < MIN_SAMPLES:
         marks.append(FEW_SAMPLES)
@@ -121,7 +121,7 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
     def against(other: Collected | None) -> dict | None:
         if other is None or other is found or name not in other.metrics:
             return None
-        return compare(sample, other.metrics[name], draws, metric).to_dict()
+        return compare(sample, other.metrics[name], draws, higher_is_better=HIGHER_IS_BETTER[metric]).to_dict()
 
     kept = found.decided - found.evicted
     return {
@@ -155,6 +155,6 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
     }
 
 
-def _is_at_chance(dense: Sample, draws: np.ndarray, chance: float) -> bool:
+def is_at_chance(dense: Sample, draws: np.ndarray, chance: float) -> bool:
     """Whether the dense model does no better than guessing: then nothing can be lost, and nothing is shown."""
     return interval(dense, draws, True)[0] <= max(chance, _LEAST_ACCURACY)

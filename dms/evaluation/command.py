@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,49 @@ from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.collect import FATAL, make_rows
+from dms.evaluation.problems import make_chains, read_problems
+from dms.evaluation.profile import num_passes, write_profile
+from dms.evaluation.scaling import run_scaling
+from dms.evaluation.scaling_table import scaling_table
 from dms.evaluation.settings import POLICIES, Settings, open_folder
 from dms.evaluation.table import comparison_table
 from dms.evaluation.units import Unit, make_units, run_unit
 from dms.evaluation.words import in_words
+from dms.operating_points import write_evaluation
+from dms.report.evidence import read_evidence
 from dms.retrofitting import state_of
 from dms.weights import GATES_FILE
 
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Hyper-scaling. problems: a JSONL file, None: built-in chains of variables of so many hops, at the longest of the evaluation's lengths. The rest as
+    in `run_scaling` and `read_problems`."""
+
+    problems: str | None = None
+    num_problems: int = 64
+    max_k: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    answer_pattern: str | None = None
+    num_hops: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEval:
+    """Tasks of lm-evaluation-harness, as in `run_lm_eval`."""
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+
+
+# What a sampled chain may write where the user says nothing: of the built-in ones, and of others.
+_CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
+# Documents of each unit that the report's profile is made of.
+_PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
 QUICK = {"num_documents": 16, "suites": ("records", "passages", "text")}
@@ -30,13 +67,13 @@ def make_settings(
     folder: str,
     *,
     policies: Sequence[str] = (),
-    suites: Sequence[str] = (),
+    suites: Sequence[str] | None = None,
     lengths: Sequence[int] = (),
     num_documents: int | None = None,
     quick: bool = False,
     **others: Any,
 ) -> Settings:
-    """Settings with defaults for what is left out (empty); `others` as of Settings. quick: smaller defaults."""
+    """Settings with defaults for what is left out (empty; suites: None); `others` as of Settings. quick: smaller defaults."""
     from dms.evaluation.suites import SUITES
 
     if not lengths:
@@ -51,7 +88,7 @@ def make_settings(
         lengths = [context] if quick else [context // 2, context]
     return Settings.make(
         policies=policies or POLICIES,
-        suites=suites or (QUICK["suites"] if quick else SUITES),
+        suites=suites if suites is not None else QUICK["suites"] if quick else SUITES,
         lengths=lengths,
         num_documents=num_documents or (QUICK["num_documents"] if quick else 64),
         **others,
@@ -66,16 +103,25 @@ def default_out(folder: str | Path) -> Path:
 
 
 def evaluate_folder(
-    folder: str, settings: Settings, *, out: str | Path | None = None, card: bool = False, console: Console | None = None
+    folder: str,
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    scaling: Scaling | None = None,
+    lm_eval: LmEval | None = None,
+    card: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    out: None: `default_out`.
+    out: None: `default_out`. scaling, lm_eval: also those, their rows merged. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
     """
     console = console or make_console()
+    if not settings.suites and scaling is None and lm_eval is None:
+        raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # On a CPU half precision is emulated, and slower.
     model = checkpoint.load(folder, dtype="auto" if device == "cuda" else "float32")
@@ -101,10 +147,95 @@ def evaluate_folder(
         written = json.loads((out / "done" / unit.file_name).read_text(encoding="utf-8"))
         read.setdefault((unit.suite, unit.length), []).append(written["results"])
     rows = make_rows(read, settings, common=common, trained_length=about["trained_length"], context=about["context"])
-    result = {"rows": rows, "words": in_words(rows), "marks": sorted({mark for row in rows for mark in row["marks"]})}
+    shared = {"common": common, "out": out, "trained_length": about["trained_length"]}
+    if lm_eval is not None:
+        rows += _run_lm_eval(model, tokenizer, settings, lm_eval, shared, console)
+    words = in_words(rows)
+    if scaling is not None:
+        rows += _run_scaling(model, tokenizer, settings, scaling, shared, console)
+        words += json.loads((out / "scaling.json").read_text(encoding="utf-8"))["words"]
+    _write_profile(model, tokenizer, units, settings, out, console)
+    result = {"rows": rows, "words": words, "marks": sorted({mark for row in rows for mark in row["marks"]})}
     (out / "rows.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_result(result, settings, console)
+    if card:
+        console.print(f"wrote the figures into {write_evaluation(read_evidence(out), folder)}", highlight=False)
+    console.print(f"wrote {out}/; `dms report {out}` makes a page of it", highlight=False)
     return result
+
+
+def _run_lm_eval(model, tokenizer, settings: Settings, wanted: LmEval, shared: dict, console: Console) -> list[dict[str, Any]]:
+    from dms.evaluation.lm_eval import run_lm_eval
+
+    # The others have no place in a likelihood's single forward pass.
+    policies = tuple(policy for policy in settings.policies if policy in ("dense", "dms"))
+    total = len(wanted.tasks) * (1 + ("dms" in policies) * len(settings.evict_bias))
+    with _progress(console) as progress:
+        task = progress.add_task(f"lm-eval: {', '.join(wanted.tasks)}", total=total)
+        return run_lm_eval(
+            model,
+            tokenizer,
+            tasks=list(wanted.tasks),
+            policies=policies,
+            points=list(settings.evict_bias),
+            num_fewshot=wanted.num_fewshot,
+            limit=wanted.limit,
+            batch_size=settings.batch_size,
+            apply_chat_template=settings.chat,
+            include_path=wanted.include_path,
+            progress=lambda n: progress.advance(task, n),
+            **shared,
+        )
+
+
+def _run_scaling(model, tokenizer, settings: Settings, wanted: Scaling, shared: dict, console: Console) -> list[dict[str, Any]]:
+    own = wanted.problems is None
+    max_new_tokens = wanted.max_new_tokens or (_CHAIN_TOKENS if own else _ANSWER_TOKENS)
+    if own:
+        length = max(settings.lengths) - max_new_tokens
+        problems = make_chains(tokenizer, num_problems=wanted.num_problems, length=length, num_hops=wanted.num_hops, seed=settings.seed)
+    else:
+        chat = True if settings.chat else None
+        problems = read_problems(
+            wanted.problems, tokenizer, answer_pattern=wanted.answer_pattern, limit=wanted.num_problems, chat_template=chat
+        )
+    with _progress(console) as progress:
+        total = len(problems.problems) * (1 + len(settings.evict_bias))
+        task = progress.add_task(f"hyper-scaling: {problems.name}", total=total)
+        rows = run_scaling(
+            model,
+            tokenizer,
+            problems=problems,
+            max_k=wanted.max_k,
+            points=list(settings.evict_bias),
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            max_new_tokens=max_new_tokens,
+            seed=settings.seed,
+            progress=lambda n: progress.advance(task, n),
+            **shared,
+        )
+    console.print(scaling_table(rows, f"hyper-scaling: {problems.name}, {len(problems.problems)} problems"))
+    return rows
+
+
+def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, out: Path, console: Console) -> None:
+    """For the report: what the gates do where, on documents of the longest length."""
+    longest = max(settings.lengths)
+    chosen = [(unit, document) for unit in units if unit.length == longest for document in unit.documents[:_PROFILED]]
+    if not chosen or "dms" not in settings.policies:
+        return
+    with _progress(console) as progress:
+        task = progress.add_task("what is kept, token by token", total=num_passes(len(chosen), len(settings.evict_bias)))
+        write_profile(
+            model,
+            tokenizer,
+            [document for _, document in chosen],
+            out,
+            points=settings.evict_bias,
+            titles=[f"{unit.suite}, {unit.length} tokens" for unit, _ in chosen],
+            progress=lambda n: progress.advance(task, n),
+        )
 
 
 def describe(folder: str, model) -> dict[str, Any]:
@@ -131,8 +262,7 @@ def describe(folder: str, model) -> dict[str, Any]:
 
 
 def _run(model, units: Sequence[Unit], settings: Settings, out: Path, digest: str, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("", total=len(units) * len(settings.points()))
         for unit in units:
             place = f"{unit.suite}, {unit.length} tokens, batch {unit.number + 1}"
@@ -147,13 +277,23 @@ def _run(model, units: Sequence[Unit], settings: Settings, out: Path, digest: st
             )
 
 
+def _progress(console: Console) -> Progress:
+    """What is running, how far it is, and how long it will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+
 def print_result(result: dict[str, Any], settings: Settings, console: Console) -> None:
     rows = result["rows"]
-    for length in settings.lengths:
+    for length in settings.lengths if settings.suites else ():
         for bias in settings.evict_bias:
-            here = [row for row in rows if row["length"] == length and row["evict_bias"] in (None, bias)]
+            here = [
+                row for row in rows if row["length"] == length and row["evict_bias"] in (None, bias) and row["suite"] in settings.suites
+            ]
             point = f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
             console.print(comparison_table(here, f"{length} tokens{point}"))
+    if lm_eval := [row for row in rows if row["suite"] == "lm_eval"]:
+        console.print(comparison_table(lm_eval, "lm-evaluation-harness"))
     for sentence in result["words"]:
         console.print(sentence, highlight=False)
     if result["marks"]:

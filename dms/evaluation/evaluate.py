@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from random import Random
 
 import numpy as np
 import torch
@@ -18,8 +17,10 @@ from transformers.cache_utils import Cache
 
 from dms.cache.report import compacted_layers, make_report
 from dms.evaluation.corpus import StdlibText
+from dms.evaluation.document import Document, plain_frame
 from dms.evaluation.scoring import predict
-from dms.evaluation.tasks import RECALL_TASKS, Document, make_document
+from dms.evaluation.suites.records import records
+from dms.evaluation.tasks import RECALL_TASKS
 from dms.retrofitting import set_mode, state_of
 
 POLICIES = ("dense", "dms", "sliding_window")
@@ -86,22 +87,9 @@ class Scores:
 def make_documents(tokenizer, *, num_documents: int, length: int, num_items: int, seed: int = 7) -> list[Document]:
     """Held-out documents: other files than training's, other seeds, names that training never uses; one in eight has a single record."""
     text = StdlibText(held_out=True)
-    documents = []
-    for number in range(num_documents):
-        single = number % 8 == 7
-        documents.append(
-            make_document(
-                tokenizer,
-                text,
-                length=length,
-                rng=Random(f"evaluation:{seed}:{length}:{number}"),
-                num_items=1 if single else num_items,
-                mix={"single": 1.0} if single else None,
-                questions="end",
-                unseen_names=True,
-            )
-        )
-    return documents
+    return records(
+        tokenizer, length=length, num_documents=num_documents, num_items=num_items, seed=seed, text=text, frame=plain_frame(tokenizer)
+    )
 
 
 @contextmanager

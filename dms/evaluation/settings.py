@@ -43,7 +43,7 @@ class Settings:
             for word in given:
                 if word not in known:
                     raise ValueError(f"{name} names {word!r}{nearest(word, known)}; there are {', '.join(known)}")
-        for name in ("policies", "suites", "lengths", "evict_bias"):
+        for name in ("policies", "lengths", "evict_bias"):
             if not getattr(self, name):
                 raise ValueError(f"no {name} are left to evaluate; name at least one")
         if any(math.isnan(bias) for bias in self.evict_bias):

@@ -17,7 +17,7 @@ def encode_with_sizes(tokenizer, text: str) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: tokens that do not spell the text, and a tokenizer that does not say where they stand.
     """
-    ids = tokenizer([text], add_special_tokens=False)["input_ids"][0]
+    ids = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]
     data = text.encode()
     literal = {token: token.encode() for token in tokenizer.get_added_vocab()}
     tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -66,7 +66,9 @@ def _sizes_by_offsets(tokenizer, text: str) -> list[int]:
         raise ValueError(
             "bytes of tokens: this tokenizer's tokens do not spell the text and it has no fast version, which says where they stand"
         )
-    ends: Iterable[int] = (end for _, end in tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][0])
+    ends: Iterable[int] = (
+        end for _, end in tokenizer([text], add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"][0]
+    )
     until = [0, *itertools.accumulate(len(char.encode()) for char in text)]
     borders = [until[end] for end in itertools.accumulate(ends, max)]
     borders[-1:] = [until[-1]] if borders else []

@@ -28,7 +28,7 @@ def _against(row: Mapping[str, Any], other: str, key: str) -> str:
 
 def in_words(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """A few sentences for each length and operating point of dms."""
-    rows = [row for row in rows if row["task"] not in _PARTS]
+    rows = [row for row in rows if row["task"] not in _PARTS and row["suite"] != "scaling"]
     several = len({row["evict_bias"] for row in rows if row["policy"] == "dms"}) > 1
     told = []
     for length, bias in dict.fromkeys((row["length"], row["evict_bias"]) for row in rows if row["policy"] == "dms"):
@@ -38,13 +38,15 @@ def in_words(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return told
 
 
-def _heading(dms: list[Mapping[str, Any]], length: int, bias: float | None) -> str:
+def _heading(dms: list[Mapping[str, Any]], length: int | None, bias: float | None) -> str:
+    """length: None for rows of lm-evaluation-harness, whose texts have many."""
     first = dms[0]
+    place = "In lm-evaluation-harness" if length is None else f"At {length} tokens"
     point = f" at evict_bias {bias:+g}" if bias is not None else ""
     ratios = [row["cr"] for row in dms]
     spread = f"{min(ratios):.2f}" if max(ratios) - min(ratios) < 0.01 else f"{min(ratios):.2f} to {max(ratios):.2f}"
     beyond = ", beyond the length that its gates were trained at" if BEYOND_TRAINING in first["marks"] else ""
-    return f"At {length} tokens{point}, dms holds 1/{spread} of the entries{beyond}."
+    return f"{place}{point}, dms holds 1/{spread} of the entries{beyond}."
 
 
 def _beside_dense(dms: list[Mapping[str, Any]]) -> list[str]:

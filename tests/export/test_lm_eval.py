@@ -27,7 +27,7 @@ TASKS = {
         "doc_to_text": "{{text}}",
         "doc_to_target": "{{choices[label] | trim}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
-        "filter_list": [{"name": "number", "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}]}],
+        "filter_list": [{"name": "number", "filter": [{"function": "regex", "regex_pattern": r"(\d{3})"}, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
 }
@@ -117,7 +117,8 @@ def test_generations_are_those_of_the_evicting_model(results, documents):
         return tokenizer.decode(new, skip_special_tokens=True).split("\n")[0]
 
     def share(texts):
-        return sum(text.split()[:1] == document["choices"][0].split() for text, document in zip(texts, documents, strict=True)) / len(texts)
+        # The model was not taught what follows an answer: more digits may.
+        return sum(text.startswith(document["choices"][0]) for text, document in zip(texts, documents, strict=True)) / len(texts)
 
     samples = sorted(found["samples"]["recall_generation"], key=lambda sample: sample["doc_id"])
     generated = [sample["resps"][0][0] for sample in samples]

@@ -128,8 +128,9 @@ def attention_weights(
     scores = torch.einsum("bhgqd,bhsd->bhgqs", query.view(B, H, Hq // H, Q, D).float(), k_BHSD.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    q_position = torch.arange(end - Q, end, device=query.device)
-    scores = scores.masked_fill(position_BHS[:, :, None, None] > q_position[:, None], float("-inf"))
+    if Q > 1:
+        q_position = torch.arange(end - Q, end, device=query.device)
+        scores = scores.masked_fill(position_BHS[:, :, None, None] > q_position[:, None], float("-inf"))
     if sink_logits is None:
         return scores.softmax(-1)
     sink = sink_logits.float().view(1, H, -1, 1, 1).expand(B, -1, -1, Q, -1)

@@ -23,8 +23,8 @@ _NUM_QUESTIONS = 8
 _LEAST_EXAMPLES = 2
 _LINE_CHARS = (8, 60)
 _FIRST_WORD = re.compile(r"[^\W\d_]{2,}(?!\w)")
-# Characters of text that are read for each token of the document: most lines are of other classes.
-_CHARS_PER_TOKEN = 60
+# Characters of text that are read for each token of the document, and at least: most lines are of other classes.
+_CHARS_PER_TOKEN, _LEAST_CHARS = 60, 40_000
 
 
 def classification(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
@@ -68,7 +68,7 @@ def _recall_words(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, l
 
 def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]]:
     """Different lines in random order under their first words: those that most of them begin with."""
-    lines = list(dict.fromkeys(line.strip() for line in text.lines(rng, length * _CHARS_PER_TOKEN)))
+    lines = list(dict.fromkeys(line.strip() for line in text.lines(rng, max(_LEAST_CHARS, length * _CHARS_PER_TOKEN))))
     rng.shuffle(lines)
     classes: dict[str, list[str]] = {}
     for line in lines:
@@ -81,16 +81,16 @@ def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]
         found = ", ".join(f"{word!r} {len(classes[word])}" for word in largest) or "none"
         raise ValueError(
             f"classification needs {NUM_CLASSES} first words with at least {least} different lines of {_LINE_CHARS[0]} to {_LINE_CHARS[1]} "
-            f"characters each, and of the text as much as {length} tokens ask for has: {found}; give more text, or text in shorter lines"
+            f"characters each, and {len(lines)} lines of the text have: {found}; give more text, or text in shorter lines"
         )
     return {word: classes[word] for word in largest}
 
 
 def _in_turns(classes: dict[str, list[str]], rng: Random) -> Iterator[tuple[str, str]]:
-    """Lines of random classes, until those of one run out."""
+    """A line of each class in random order, and again, until those of one run out."""
     while all(classes.values()):
-        word = rng.choice(list(classes))
-        yield word, classes[word].pop()
+        for word in rng.sample(list(classes), len(classes)):
+            yield word, classes[word].pop()
 
 
 def _finish(

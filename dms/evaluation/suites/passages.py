@@ -7,8 +7,8 @@ The answers hold words that stand nowhere else in the document, so that neither 
 are chosen by their tokens: a quote is token for token what stood in the line.
 """
 
+import itertools
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -27,9 +27,9 @@ _ANSWER = (4, 6)
 # Letters of words that stand nowhere else in the document, in each answer.
 _RARE_LETTERS = 6
 _WORD = re.compile(r"[^\W\d_]{3,}")
-# What a question takes of the document, generously, the name in its line included.
-_QUESTION_TOKENS = 32
-_TRIALS = 8
+# About what a question takes of the document, the name in its line included.
+_QUESTION_TOKENS = 20
+_TRIALS = 16
 
 
 def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
@@ -39,7 +39,7 @@ def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int
         ValueError: too short a length, too little text, or too few lines that can be told apart.
     """
     num_questions = 2 * max(1, min(4, length // 256))
-    least = len(frame.head) + len(frame.middle) + num_questions * 3 * _QUESTION_TOKENS
+    least = len(frame.head) + len(frame.middle) + num_questions * 4 * _QUESTION_TOKENS
     if length < least:
         raise ValueError(f"passages need at least {least} tokens with this tokenizer, and the length is {length}; lengthen it")
     documents = []
@@ -59,14 +59,13 @@ def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int
 @dataclass
 class _Lines:
     """Lines that could stand in a document. bodies: their tokens without what the line end takes part in; stripped: those of the text
-    alone, after a space; whole: all lines as their tokens spell them. marked: the numbers of those that carry a name."""
+    alone, after a space; whole: what all the tokens spell. marked: the numbers of those that carry a name."""
 
     texts: list[str]
     tokens: list[list[int]]
     bodies: list[list[int]]
     stripped: list[list[int]]
     whole: str
-    words: Counter[str]
     marked: set[int]
 
 
@@ -113,9 +112,8 @@ def _draw(tokenizer: Tokenizer, text: Text, rng: Random, length: int) -> _Lines:
     bodies = [body[: _common(body, whole)] for body, whole in zip(alone, tokens, strict=True)]
     stripped = encode(tokenizer, [f" {line.strip()}" for line in texts])
     # As decoded, so that tokenizers that change text are compared with themselves.
-    spelled = [tokenizer.decode(ids) for ids in tokens]
-    words = Counter(word for line in spelled for word in _WORD.findall(line))
-    return _Lines(texts, tokens, bodies, stripped, "\n".join(spelled), words, set())
+    whole = tokenizer.decode([token for ids in tokens for token in ids])
+    return _Lines(texts, tokens, bodies, stripped, whole, set())
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -125,7 +123,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 def _choose(tokenizer: Tokenizer, lines: _Lines, rng: Random, num_tokens: int, count: int) -> list[tuple[int, int]] | None:
     """A line of each `count`-th of the last `num_tokens` tokens and how many tokens of it to quote, in random order; those at odd places
-    will be marked. None: there is none in one of them."""
+    will be marked. None: there are too few."""
     shares: list[list[int]] = [[] for _ in range(count)]
     behind = 0
     for number in range(len(lines.tokens) - 1, -1, -1):
@@ -133,12 +131,18 @@ def _choose(tokenizer: Tokenizer, lines: _Lines, rng: Random, num_tokens: int, c
         if behind <= num_tokens:
             shares[(behind - 1) * count // num_tokens].append(number)
     rng.shuffle(shares)
-    chosen = []
+    chosen: list[tuple[int, int]] = []
     for place, share in enumerate(shares):
         rng.shuffle(share)
-        ends = ((number, _quote_end(tokenizer, lines, number, place % 2 == 1)) for number in share)
-        chosen.append(next(((number, end) for number, end in ends if end is not None), None))
-    return None if None in chosen else chosen
+        # What a share lacks, another may have.
+        elsewhere = (number for other in shares if other is not share for number in other)
+        taken = {number for number, _ in chosen}
+        ends = ((n, _quote_end(tokenizer, lines, n, place % 2 == 1)) for n in itertools.chain(share, elsewhere) if n not in taken)
+        found = next(((number, end) for number, end in ends if end is not None), None)
+        if found is None:
+            return None
+        chosen.append(found)
+    return chosen
 
 
 def _quote_end(tokenizer: Tokenizer, lines: _Lines, number: int, marked: bool) -> int | None:
@@ -161,7 +165,7 @@ def _is_telling(tokenizer: Tokenizer, lines: _Lines, body: list[int], end: int) 
     if len(body) < end + _ANSWER[0]:
         return False
     found = _WORD.findall(tokenizer.decode(_answer(body, end)))
-    return sum(len(word) for word in found if lines.words[word] == 1) >= _RARE_LETTERS
+    return sum(len(word) for word in found if lines.whole.count(word) == 1) >= _RARE_LETTERS
 
 
 def _answer(body: list[int], start: int) -> list[int]:

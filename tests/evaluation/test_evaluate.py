@@ -1,0 +1,218 @@
+"""`dms evaluate`: the same budgets, figures that are those of plain forwards, resuming, and what it refuses to pass over."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dms import checkpoint, models
+from dms.evaluation import command, units
+from dms.evaluation.command import evaluate_folder, failures, make_settings
+from dms.evaluation.policies import TRAINING_FREE
+from dms.evaluation.policies.h2o import H2O
+from dms.evaluation.scoring import predict
+from dms.evaluation.settings import POLICIES
+from dms.evaluation.suites import make_suite
+from dms.retrofitting import set_mode
+
+SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 24, "num_greedy": 4}
+
+
+def small(folder, **changes):
+    return make_settings(str(folder), **(SMALL | {"evict_bias": [0.0]} | changes))
+
+
+def figure(rows, policy, task, metric="accuracy", **where):
+    (row,) = [
+        row
+        for row in rows
+        if (row["policy"], row["task"], row["metric"]) == (policy, task, metric)
+        and all(row[name] == value for name, value in where.items())
+    ]
+    return row
+
+
+@pytest.fixture(scope="module")
+def evaluated(gated_folder, tmp_path_factory):
+    """(OUT, result) of every policy at two operating points."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    return out, evaluate_folder(str(gated_folder), small(gated_folder, evict_bias=[0.0, 1.0]), out=out)
+
+
+def test_every_policy_has_the_budget_of_dms(evaluated):
+    out, result = evaluated
+    rows = json.loads((out / "rows.json").read_text())["rows"]
+    assert rows == result["rows"]
+    assert {(row["policy"], row["evict_bias"]) for row in rows} == {("dense", None)} | {
+        (policy, bias) for policy in POLICIES[1:] for bias in (0.0, 1.0)
+    }
+    for bias in (0.0, 1.0):
+        for task, metric in (("recall", "accuracy"), ("text", "bits_per_byte")):
+            dms = figure(rows, "dms", task, metric, evict_bias=bias)
+            assert dms["cr"] > 1.3 and dms["memory"] == "compacted" and dms["budget"] is None
+            for policy in TRAINING_FREE:
+                row = figure(rows, policy, task, metric, evict_bias=bias)
+                assert row["entries"] == pytest.approx(dms["entries"], abs=0.5) == pytest.approx(row["budget"], abs=1e-6)
+                assert row["bytes"] < figure(rows, "dense", task, metric)["bytes"]
+                # What a prompt is read with: as many entries again as a part of it, or all of it.
+                whole = TRAINING_FREE[policy].reads_whole_prompt
+                assert row["peak_entries"] > 100 if whole else row["peak_entries"] <= row["budget"] + SMALL["prefill_chunk"] + 1
+    entries = [figure(rows, "dms", "recall", evict_bias=bias)["entries"] for bias in (0.0, 1.0)]
+    assert entries[0] > entries[1]
+    dense = figure(rows, "dense", "recall")
+    assert dense["entries"] == 191 and dense["cr"] == 1.0 and dense["memory"] is None and dense["vs_dense"] is None
+
+
+@pytest.mark.parametrize("mode", ["dense", "evict"])
+def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
+    """Reading in parts and decoding step by step gives dense and dms what one pass over the whole document gives."""
+    _, result = evaluated
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(gated_folder)
+    set_mode(model, mode)
+    policy = "dense" if mode == "dense" else "dms"
+    where = {} if mode == "dense" else {"evict_bias": 0.0}
+
+    documents = make_suite("records", tokenizer, length=192, num_documents=3)
+    right = predict(model, torch.tensor([d.input_ids for d in documents]), use_cache=mode == "evict").right_BT.tolist()
+    correct = [all(right[i][a.start - 1 : a.end - 1]) for i, d in enumerate(documents) for a in d.answers if a.task == "multi_key"]
+    row = figure(result["rows"], policy, "multi_key", **where)
+    assert row["value"] == sum(correct) / len(correct) and row["num_samples"] == len(correct)
+
+    windows = make_suite("text", tokenizer, length=192, num_documents=3)
+    nll = predict(model, torch.tensor([d.input_ids for d in windows]), use_cache=mode == "evict").nll_BT
+    bits = sum(float(nll[i, d.prompt - 1 :].sum()) for i, d in enumerate(windows)) / math.log(2)
+    row = figure(result["rows"], policy, "text", "bits_per_byte", **where)
+    assert row["value"] == pytest.approx(bits / sum(d.num_bytes for d in windows), rel=1e-4)
+
+
+def test_agreement_with_dense(evaluated, gated_folder):
+    """KL by the logits of two plain forwards; a policy that keeps everything agrees entirely."""
+    _, result = evaluated
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(gated_folder)
+    windows = make_suite("text", tokenizer, length=192, num_documents=3)
+    ids, sums, agreed, count = torch.tensor([d.input_ids for d in windows]), 0.0, 0, 0
+    logits = {}
+    for mode in ("dense", "evict"):
+        set_mode(model, mode)
+        with torch.no_grad():
+            logits[mode] = model(ids, use_cache=mode == "evict").logits.double()
+    for i, window in enumerate(windows):
+        dense, dms = (logits[mode][i, window.prompt - 1 : -1].log_softmax(-1) for mode in ("dense", "evict"))
+        sums += float((dense.exp() * (dense - dms)).sum())
+        agreed += int((dense.argmax(-1) == dms.argmax(-1)).sum())
+        count += len(dense)
+    assert figure(result["rows"], "dms", "text", "kl", evict_bias=0.0)["value"] == pytest.approx(sums / count, rel=1e-3)
+    assert figure(result["rows"], "dms", "text", "top1_agreement", evict_bias=0.0)["value"] == pytest.approx(agreed / count)
+    assert 0 <= figure(result["rows"], "random", "text", "divergence_length", evict_bias=0.0)["value"] <= SMALL["num_greedy"]
+
+
+def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch):
+    """A call that is broken off leaves what it had finished; the next reads only what is missing, and ends with the same figures."""
+    _, whole = evaluated
+    settings, calls = small(gated_folder, evict_bias=[0.0, 1.0]), []
+    read = units.read
+
+    def counting(*args, **options):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return read(*args, **options)
+
+    monkeypatch.setattr(units, "read", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folder(str(gated_folder), settings, out=tmp_path)
+    before = len(calls)
+    result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
+    # Four units of fifteen points; of the broken one dense is read again, to compare with.
+    assert len(calls) - before == 4 * 15 - 8 + 1
+
+    def figures(rows):
+        return [{k: v for k, v in row.items() if k not in ("step_ms", "seconds")} for row in rows]
+
+    assert figures(result["rows"]) == figures(whole["rows"]) and result["words"] == whole["words"]
+    # More of the same may be asked for; something else may not.
+    with pytest.raises(ValueError, match=r"holds another evaluation: seed was 7 and is 8; name another --out"):
+        evaluate_folder(str(gated_folder), small(gated_folder, seed=8), out=tmp_path)
+    evaluate_folder(str(gated_folder), small(gated_folder, policies=("dense", "dms"), lengths=(192, 96)), out=tmp_path)
+    written = json.loads((tmp_path / "settings.json").read_text())
+    assert written["lengths"] == [192, 96] and len(written["policies"]) == 8
+
+
+def test_a_planted_no_op(save_gated, tmp_path):
+    """Gates that never evict: the figures are dense's, and it is said."""
+    folder = save_gated(std=0.0, offset=50.0)
+    result = evaluate_folder(str(folder), small(folder, policies=("dense", "dms", "tova"), suites=("text",)), out=tmp_path)
+    assert figure(result["rows"], "dms", "text", "kl")["value"] < 1e-6
+    assert figure(result["rows"], "dms", "text", "kl")["marks"][0] == "evicted_nothing"
+    assert any(line.startswith("evicted_nothing: dms: text at 192") for line in failures(result))
+
+
+def test_a_planted_leak(gated_folder, tmp_path, monkeypatch):
+    """A policy that keeps a fifth more than it was given is found out by what its cache holds."""
+
+    class Leaky(H2O):
+        def __init__(self, budget, seed=0):
+            super().__init__(round(1.2 * budget), seed)
+
+    monkeypatch.setitem(TRAINING_FREE, "h2o", Leaky)
+    result = evaluate_folder(
+        str(gated_folder), small(gated_folder, policies=("dense", "dms", "h2o", "tova"), suites=("text",)), out=tmp_path
+    )
+    row = figure(result["rows"], "h2o", "text", "kl")
+    assert row["entries"] == pytest.approx(1.2 * row["budget"], rel=0.01) and "budget_missed" in row["marks"]
+    assert [line for line in failures(result) if line.startswith("budget_missed")] == ["budget_missed: h2o: text at 192"]
+
+
+def test_few_samples_and_tasks_that_dense_cannot_do(evaluated):
+    _, result = evaluated
+    rows = result["rows"]
+    assert all("few_samples" in row["marks"] for row in rows if row["num_samples"] < 50)
+    # Of 192 tokens, trained at 256.
+    assert "beyond_training" not in result["marks"]
+    at_chance = {row["task"] for row in rows if row["policy"] == "dense" and row["metric"] == "accuracy" and row["value"] == 0.0}
+    assert all("dense_at_chance" in row["marks"] for row in rows if row["task"] in at_chance and row["metric"] == "accuracy")
+    assert "dense_at_chance" not in figure(rows, "dense", "recall")["marks"]
+    assert any("nothing is shown there" in sentence for sentence in result["words"]) == bool(at_chance)
+
+
+def test_lengths_beyond_training(gated_folder, tmp_path):
+    settings = small(gated_folder, policies=("dense", "dms"), suites=("text",), lengths=(320,), num_documents=2)
+    result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
+    assert all("beyond_training" in row["marks"] for row in result["rows"])
+    assert "beyond the length that its gates were trained at" in result["words"][0]
+
+
+def test_words_say_what_rows_say(evaluated):
+    _, result = evaluated
+    sentences = " ".join(result["words"])
+    for row in result["rows"]:
+        if row["policy"] == "dms" and row["vs_dense"] and row["vs_dense"]["verdict"] == "worse" and "dense_at_chance" not in row["marks"]:
+            assert f"{row['value']:.3f}" in sentences and "It loses to dense in" in sentences
+
+
+def test_what_settings_refuse(gated_folder, tmp_path):
+    for changes, message in (
+        ({"policies": ("dense", "dms", "h20")}, r"--policies names 'h20' \(did you mean 'h2o'\?\); there are dense, dms, sliding_window"),
+        ({"policies": ("dense", "h2o")}, "get the budget that dms is measured to use; add dms to --policies"),
+        ({"policies": ("dms",)}, "lacks dense"),
+        ({"suites": ("record",)}, r"--tasks names 'record' \(did you mean 'records'\?\)"),
+        ({"evict_bias": [math.nan]}, "--evict-bias is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(gated_folder, **changes)
+    with pytest.raises(ValueError, match=r"--lengths has \[4096\] and the model's context is 2048 tokens"):
+        evaluate_folder(str(gated_folder), small(gated_folder, lengths=(4096,)), out=tmp_path / "out")
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
+        evaluate_folder(str(gated_folder), small(gated_folder), out=tmp_path)
+
+
+def test_defaults(gated_folder, tmp_path):
+    settings = make_settings(str(gated_folder), evict_bias=[0.0])
+    assert settings.lengths == (1024, 2048) and settings.policies == POLICIES and settings.num_documents == 64
+    assert make_settings(str(gated_folder), evict_bias=[0.0], quick=True).lengths == (2048,)
+    (tmp_path / "model").mkdir()
+    assert command.default_out(tmp_path / "model") == tmp_path / "model-evaluation"
+    (tmp_path / "result.json").write_text("{}")
+    assert command.default_out(tmp_path / "model") == tmp_path / "evaluation"

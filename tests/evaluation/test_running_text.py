@@ -1,0 +1,176 @@
+"""Strided windows: no token scored twice, none left out, and bytes that are exact with any kind of tokenizer."""
+
+import itertools
+import json
+import unicodedata
+from pathlib import Path
+from random import Random
+
+import pytest
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as kinds
+from transformers import PreTrainedTokenizerFast
+
+from dms import models
+from dms.evaluation.given_text import GivenText, split_lines
+from dms.evaluation.suites import make_suite
+from dms.evaluation.token_bytes import encode_with_sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+PROSE = (ROOT / "LICENSE").read_text(encoding="utf-8")
+ODD = "naïve 日本語のテキスト。 🙂👩‍🚀 Łańcucki – 12 €\n\n\tend \u2028 of  it\u00a0\n"
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(kinds.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([PROSE], trainer)
+    tokenizer.add_tokens([" $amber", "naïve"])
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama-2's: words begin with a mark, characters that are no tokens fall back to bytes."""
+    tokenizer = Tokenizer(kinds.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    alphabet = [chr(byte) for byte in range(33, 127)]
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, limit_alphabet=95, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(PROSE.split())], trainer)
+    spec = json.loads(tokenizer.to_str())
+    # Trained as special tokens they would be cut out of texts that spell them.
+    spec["added_tokens"] = spec["added_tokens"][:1]
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(kinds.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator([PROSE], trainers.WordPieceTrainer(vocab_size=500, special_tokens=["[UNK]"], show_progress=False))
+    return tokenizer
+
+
+def composing() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, composing])
+def test_the_bytes_of_all_tokens_are_those_of_the_text(make):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    for text in (PROSE, ODD, " " + ODD, ODD.strip(), unicodedata.normalize("NFD", ODD), "a $amber b"):
+        ids, sizes = encode_with_sizes(tokenizer, text)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"] and len(ids) == len(sizes)
+        assert sum(sizes) == len(text.encode()) and min(sizes) >= 0
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_parts_of_characters_have_their_own_bytes(make):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), clean_up_tokenization_spaces=False)
+    text = "at 日本🙂 end"
+    ids, sizes = encode_with_sizes(tokenizer, text)
+    inside = 0
+    for first in range(len(ids)):
+        for last in range(first + 1, len(ids) + 1):
+            part = tokenizer.decode(ids[first:last])
+            if "\ufffd" in part:
+                inside += 1
+            elif first:
+                # The decoder strips the first space of all.
+                assert sum(sizes[first:last]) == len(part.encode()) + (make is sentencepiece and text.encode()[sum(sizes[:first])] == 32)
+    assert inside > 20 and max(sizes[3:8]) <= 3
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return models.load_tokenizer("builtin:tiny")
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7])
+def test_windows_move_by_what_they_score(embedded, stride):
+    documents = make_suite("text", embedded, length=200, num_documents=6, **({} if stride is None else {"stride": stride}))
+    step = stride or 25
+    for one, two in itertools.pairwise(documents):
+        assert two.input_ids[1:-step] == one.input_ids[1 + step :]
+    for document in documents:
+        assert document.input_ids[0] == embedded.bos_token_id and document.prompt == 200 - step
+        assert document.role == [1] * (200 - step) + [0] * step
+        scored = embedded.decode(document.input_ids[document.prompt :])
+        assert "\ufffd" in scored or document.num_bytes == len(scored.encode())
+
+
+def test_windows_that_divide_characters_lose_no_byte(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    (tmp_path / "odd.txt").write_text("日本🙂€é " * 400, encoding="utf-8")
+    divided = whole = 0
+    for seed in range(12):
+        documents = make_suite("text", tokenizer, length=20, num_documents=16, stride=3, seed=seed, text=GivenText([tmp_path]))
+        divided += sum("\ufffd" in tokenizer.decode(document.input_ids[-3:]) for document in documents)
+        scored = tokenizer.decode([token for document in documents for token in document.input_ids[-3:]])
+        if "\ufffd" not in scored:
+            whole += 1
+            assert sum(document.num_bytes for document in documents) == len(scored.encode())
+        assert all(3 <= document.num_bytes <= 4 for document in documents)
+    assert divided > 20 and whole > 0
+
+
+def test_the_embedded_tokenizer_reads_a_text_as_its_lines(embedded):
+    """The embedded model was trained on lines that were tokenised each by itself."""
+    lines = Path(pytest.__file__).read_text().splitlines(keepends=True)
+    alone = [token for line in lines for token in embedded(line, add_special_tokens=False)["input_ids"]]
+    assert embedded("".join(lines), add_special_tokens=False)["input_ids"] == alone
+
+
+def test_given_text_reads_files_folders_and_rows(tmp_path):
+    (tmp_path / "one.txt").write_text("first text\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "two.md").write_text("# second\n\ntext\n")
+    (tmp_path / "three.jsonl").write_text('{"body": "third\\u2028text"}\n\n{"body": "fourth"}\n')
+    (tmp_path / "other.bin").write_bytes(b"\xff\xfe")
+    texts = GivenText([tmp_path], field="body")
+    assert sorted(texts.texts(Random(0))) == ["# second\n\ntext\n", "first text\n", "fourth", "third\u2028text"]
+    lines = texts.lines(Random(1), 10_000)
+    assert sorted(lines) == sorted(["# second\n", "\n", "text\n", "first text\n", "fourth\n", "third\n", "text\n"])
+    assert len(texts.lines(Random(1), 3)) < len(lines)
+    assert list(GivenText([tmp_path / "one.txt"]).texts(Random(0))) == ["first text\n"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("no.jsonl", '{"body": "x"}\n', "line 1 has no text under 'text'; it has body; name the field"),
+        ("no.jsonl", '{"text": "x"}\n[1\n', "line 2 is no JSON"),
+        ("no.txt", "   \n", "there is no text in"),
+        ("no.bin", None, "is no text in UTF-8"),
+        ("missing.txt", None, "there is no file or folder"),
+        ("folder", None, "holds no .txt, .md, .jsonl file"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    elif name == "no.bin":
+        path.write_bytes(b"\xff\xfe\xfd")
+    elif name == "folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match=message):
+        GivenText([path])
+
+
+def test_long_paragraphs_become_lines_of_their_sentences():
+    paragraph = " ".join(f"Sentence {n} has some words, and “these”!" for n in range(20)) + " " + "word " * 100 + "字" * 600
+    lines = split_lines(f"short\n\n{paragraph}\nend")
+    assert lines[:2] == ["short\n", "\n"] and lines[-1] == "end\n" and lines[2] == "Sentence 0 has some words, and “these”!\n"
+    assert max(map(len, lines)) <= 241 and "".join("".join(lines[2:-1]).split()) == "".join(paragraph.split())
+
+
+def test_a_stretch_of_a_long_text_begins_at_a_line(embedded, tmp_path):
+    (tmp_path / "long.txt").write_text("".join(f"{n} bottles of beer\n" for n in range(20_000)))
+    text = GivenText([tmp_path])
+    begins = {tuple(make_suite("text", embedded, length=64, num_documents=2, seed=seed, text=text)[0].input_ids) for seed in range(6)}
+    assert len(begins) == 6
