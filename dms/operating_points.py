@@ -138,12 +138,7 @@ def _points(rows: Sequence[Row]) -> str:
     """A line for each point of dms, and for the other policies beside the point as trained: what it costs, and one figure of each suite."""
     biases = [row["evict_bias"] for row in rows if row["policy"] == "dms" and row.get("evict_bias") is not None]
     usual = min(biases, key=abs, default=None)
-    heads = {}
-    for row in rows:
-        chosen = heads.get(row["suite"])
-        if chosen is None or (row["metric"] == "accuracy") > (chosen[1] == "accuracy"):
-            heads[row["suite"]] = (row["task"], row["metric"])
-    columns = list(dict.fromkeys(head for suite, head in heads.items() if suite != "lm_eval"))
+    columns = list(dict.fromkeys(head for suite, head in charts.headlines(rows).items() if suite != "lm_eval"))
     body = []
     for policy, bias in dict.fromkeys((row["policy"], row.get("evict_bias")) for row in rows):
         if policy not in ("dense", "dms") and bias != usual:

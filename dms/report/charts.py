@@ -53,8 +53,9 @@ def pareto_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     for (suite, task, metric, length), group in groups.items():
         series = []
         for policy in _policies(group):
-            points = [_point(row) for row in group if row["policy"] == policy]
-            points.sort(key=lambda point: (point["bytes"] is None, point["bytes"] or 0, point["reads"] or 0))
+            # From point to point, whatever each was measured to cost.
+            own = sorted((row for row in group if row["policy"] == policy), key=lambda row: row.get("evict_bias") or 0.0)
+            points = [_point(row) for row in own]
             series.append({"name": policy, "style": policy, "markers": True, "points": points})
         dense = [row for row in group if row["policy"] == "dense"]
         series += [_dense_series(row) for row in dense[:1]]
@@ -186,14 +187,21 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return [c for c in charts if c["series"]]
 
 
-def headline(charts: Iterable[Chart]) -> list[Chart]:
-    """One chart a suite and length: its first accuracy, or its first metric."""
-    best: dict[tuple, Chart] = {}
-    for chart in charts:
-        key = (chart["choices"]["suite"], chart["choices"]["length"])
-        if key not in best or (chart["choices"]["metric"] == "accuracy") > (best[key]["choices"]["metric"] == "accuracy"):
-            best[key] = chart
-    return list(best.values())
+def headline(charts: Sequence[Chart], rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """One chart a suite and length: that of the suite's headline."""
+    chosen = headlines(rows)
+    return [chart for chart in charts if chosen[chart["choices"]["suite"]] == (chart["choices"]["task"], chart["choices"]["metric"])]
+
+
+def headlines(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The (task, metric) that stands for each suite: the accuracy with the most samples, which pools the others, or the first metric."""
+    best: dict[str, tuple[tuple[bool, int], tuple[str, str]]] = {}
+    for row in rows:
+        is_accuracy = row["metric"] == "accuracy"
+        rank = (is_accuracy, (row.get("num_samples") or 0) if is_accuracy else 0)
+        if row["suite"] not in best or rank > best[row["suite"]][0]:
+            best[row["suite"]] = (rank, (row["task"], row["metric"]))
+    return {suite: chosen for suite, (_, chosen) in best.items()}
 
 
 def _policies(rows: Iterable[Mapping[str, Any]]) -> list[str]:

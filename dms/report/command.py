@@ -30,7 +30,7 @@ def _pictures(evidence: Evidence, folder: Path) -> list[Path]:
     settings = evidence.settings
     name, target = str(settings.get("model") or ""), settings.get("target_cr")
     made = []
-    pareto = charts.headline(charts.pareto_charts(evidence.rows))
+    pareto = charts.headline(charts.pareto_charts(evidence.rows), evidence.rows)
     for length in dict.fromkeys(chart["choices"]["length"] for chart in pareto):
         chosen = [chart for chart in pareto if chart["choices"]["length"] == length]
         suffix = f"_{length}" if length is not None else ""

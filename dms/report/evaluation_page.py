@@ -186,7 +186,10 @@ def _facts(settings: Mapping[str, Any], evidence: Evidence) -> str:
             _joined(f"{bias:+g}".replace("-", "−") if bias else "0" for bias in settings.get("evict_bias") or []),
         ),
         ("chat template", None if chat is None else "used" if chat else "not used"),
-        ("samples, seed", _joined(str(v) for v in (settings.get("num_samples"), settings.get("seed")) if v is not None)),
+        (
+            "documents of each suite and length; seed",
+            _joined(str(v) for v in (settings.get("num_samples"), settings.get("seed")) if v is not None),
+        ),
         ("device", _joined([settings.get("device"), settings.get("dtype")])),
         ("versions", _joined(f"{name} {version}" for name, version in versions.items() if version)),
     ]

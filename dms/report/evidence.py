@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dms.report import charts
 from dms.report.curves import read_metrics
 from dms.report.trace import FORMAT_VERSION, DocumentTrace
 
@@ -51,7 +52,7 @@ def read_evidence(folder: str | Path) -> Evidence:
     run = _run_result(run_dir)
     if evaluation is None:
         evidence = Evidence(folder=folder, settings=_settings_of_run(run_dir, run), run=run)
-        evidence.rows = [_own_row(row) for row in (run or {}).get("rows", [])]
+        evidence.rows = _in_order([_own_row(row) for row in (run or {}).get("rows", [])])
     else:
         evidence = _evaluated(folder, evaluation)
         run_dir = run_dir or _named_run(evaluation, evidence.settings)
@@ -126,7 +127,14 @@ def _checked(rows: Any, path: Path) -> list[Row]:
         lacks = [key for key in _NEEDED if not isinstance(row, dict) or key not in row]
         if lacks:
             raise ValueError(f"{path}, row {number}: no {', '.join(lacks)}; evaluate again to write it anew")
-    return [{**row, "suite": row.get("suite") or row["task"]} for row in rows]
+    return _in_order([{**row, "suite": row.get("suite") or row["task"]} for row in rows])
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Suites as they come, in each its headline first, then tasks by name; what a task's rows are among themselves stays."""
+    chosen = charts.headlines(rows)
+    suites = list(chosen)
+    return sorted(rows, key=lambda row: (suites.index(row["suite"]), (row["task"], row["metric"]) != chosen[row["suite"]], row["task"]))
 
 
 def _traces(path: Path) -> tuple[list[DocumentTrace], float | None]:

@@ -142,8 +142,8 @@ def test_pareto_charts_are_the_rows():
         own = [r for r in rows if all(r[key] == value for key, value in chart["choices"].items())]
         assert sum(len(series["points"]) for series in chart["series"]) == len(own)
         for series in chart["series"]:
-            by_bytes = sorted((r for r in own if r["policy"] == series["name"]), key=lambda r: r["bytes"])
-            for point, row in zip(series["points"], by_bytes, strict=True):
+            by_point = sorted((r for r in own if r["policy"] == series["name"]), key=lambda r: r["evict_bias"] or 0.0)
+            for point, row in zip(series["points"], by_point, strict=True):
                 assert (point["y"], point["low"], point["high"]) == pytest.approx((row["value"], row["ci_low"], row["ci_high"]), rel=1e-4)
                 assert [point[key] for key in ("bytes", "reads", "step_ms")] == pytest.approx(
                     [row["bytes"], row["reads"], row["step_ms"]], rel=1e-4
@@ -203,7 +203,8 @@ def test_pictures_draw_the_charts(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or Path(path))
-    found = charts.headline(charts.pareto_charts([r for r in evaluated.make_rows() if r["length"] == 2048]))
+    rows = [r for r in evaluated.make_rows() if r["length"] == 2048]
+    found = charts.headline(charts.pareto_charts(rows), rows)
     assert [c["choices"]["suite"] for c in found] == list(evaluated.SUITES)
     plot_charts(found, tmp_path / "p.png", "my $model$")
     (figure,) = figures
@@ -231,3 +232,16 @@ def test_marks_are_said_the_severe_ones_first():
     assert any(line.startswith("chain_2, all policies") for line in lines) and any(line.startswith("4,096 tokens") for line in lines)
     assert marked([{"policy": "dms", "task": "a", "marks": ["of_tomorrow"]}]) == ["a, dms (1 of 1 figures): of tomorrow."]
     assert marked([{"policy": "dms", "task": "a"}, {"policy": "dms", "task": "a", "marks": None}]) == []
+
+
+def test_a_suite_is_known_by_its_largest_accuracy(tmp_path):
+    shape = {"policy": "dms", "metric": "accuracy", "value": 0.5, "length": 64}
+    rows = [
+        {**shape, "suite": "records", "task": task, "num_samples": count}
+        for task, count in (("recall_q2", 30), ("recall", 131), ("copy", 7), ("multi_key", None))
+    ]
+    rows += [{**shape, "suite": "text", "task": "text", "metric": metric, "num_samples": 99} for metric in ("bits_per_byte", "kl")]
+    assert charts.headlines(rows) == {"records": ("recall", "accuracy"), "text": ("text", "bits_per_byte")}
+    folder = evaluated.write_evaluation(tmp_path / "e", rows={"rows": rows})
+    tasks = [(row["task"], row["metric"]) for row in read_evidence(folder).rows]
+    assert [task for task, _ in tasks] == ["recall", "copy", "multi_key", "recall_q2", "text", "text"] and tasks[-1] == ("text", "kl")
