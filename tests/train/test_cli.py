@@ -109,12 +109,32 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     assert code == 0, err
     for word in ("dense", "dms", "sliding_window", "compacted", "step 20/20"):
         assert word in out
-    code, out, err = run(
-        "evaluate", tmp_path / "run" / "model", "--length", 192, "--num-documents", 4, "--num-items", 3, "--out", tmp_path / "rows.json"
-    )
-    assert code == 0 and "sliding_window" in out, err
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    small = [
+        "--policies",
+        "dense,dms,sliding_window",
+        "--tasks",
+        "records,text",
+        "--lengths",
+        192,
+        "--num-documents",
+        2,
+        "--prefill-chunk",
+        48,
+    ]
+    code, out, err = run("evaluate", tmp_path / "run" / "model", *small, "--card")
+    assert code == 0 and "sliding" in out and "1/" in out, err
+    rows = json.loads((tmp_path / "run" / "evaluation" / "rows.json").read_text())["rows"]
     assert {"policy", "task", "metric", "value", "ci_low", "ci_high", "num_samples", "cr", "memory", "model_hash"} <= set(rows[0])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert rows[0]["model_hash"] in card and "192" in card
+    # Again it reads nothing anew; of so few documents nothing is shown, which --strict does not let pass.
+    code, out, err = run("evaluate", tmp_path / "run" / "model", *small, "--strict")
+    assert code == 1 and "few_samples: dms: " in err
+    assert_refused(run("evaluate", tmp_path / "run" / "model", "--tasks", "none"), "nothing to measure", "--lm-eval")
+    assert_refused(run("evaluate", tmp_path / "run" / "model", "--problems", "p.jsonl"), "add --scaling")
+    assert_refused(run("evaluate", tmp_path / "run" / "model", "--lengths", "1k"), "--lengths is '1k'", "1024,2048")
+    code, out, err = run("report", tmp_path / "run")
+    assert code == 0 and (tmp_path / "run" / "report.html").stat().st_size > 10_000, err
     code, out, err = run("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
     assert code == 0 and "import os" in out and "compacted" in err
     for source, options in ((tmp_path / "run", []), (tmp_path / "run" / "model", ["--format", "merged", "--max-shard-size", "100KB"])):
@@ -129,5 +149,5 @@ def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
     code = "import sys; sys.argv=['dms','--help']\nfrom dms.train import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('HEAVY', [m for m in ('torch','transformers','datasets','wandb','matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in out
-    for command in ("retrofit", "pretrain", "generate-data", "evaluate", "generate", "export", "doctor"):
+    for command in ("retrofit", "pretrain", "generate-data", "evaluate", "report", "analyze", "generate", "export", "doctor"):
         assert command in out

@@ -59,13 +59,15 @@ def test_gates_learn_to_evict(finished):
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished):
-    from dms.evaluation.command import evaluate_folder
+    from dms.evaluation.evaluate import evaluate, make_documents, summary
 
     folder, result = finished
-    again = evaluate_folder(str(folder / "model"), length=192, num_documents=8, num_items=3, evict_bias=[0.0], out=None)
-    for policy in ("dense", "dms"):
+    model, tokenizer = dms.load(folder / "model", dtype="float32"), dms.models.load_tokenizer(str(folder / "model"))
+    assert model.dms.trained_length == 192
+    again = evaluate(model, make_documents(tokenizer, num_documents=8, length=192, num_items=3), policies=("dense", "dms"))
+    for policy, scores in again.items():
         for metric in ("bits_per_byte", "recall", "cr"):
-            assert again["policies"][policy][metric] == pytest.approx(result["policies"][policy][metric], rel=1e-4)
+            assert summary(scores)[metric] == pytest.approx(result["policies"][policy][metric], rel=1e-4)
 
 
 def test_the_saved_model_generates(finished):
