@@ -21,7 +21,7 @@ from dms.evaluation.scaling import run_scaling
 from dms.evaluation.scaling_table import scaling_table
 from dms.evaluation.settings import POLICIES, Settings, open_folder
 from dms.evaluation.table import comparison_table
-from dms.evaluation.units import Unit, make_units, run_unit
+from dms.evaluation.units import Unit, finished, make_units, run_unit
 from dms.evaluation.words import in_words
 from dms.operating_points import write_evaluation
 from dms.report.evidence import read_evidence
@@ -144,8 +144,7 @@ def evaluate_folder(
     }
     read: dict[tuple[str, int], list] = {}
     for unit in units:
-        written = json.loads((out / "done" / unit.file_name).read_text(encoding="utf-8"))
-        read.setdefault((unit.suite, unit.length), []).append(written["results"])
+        read.setdefault((unit.suite, unit.length), []).append(finished(out / "done" / unit.file_name, unit.key(digest)))
     rows = make_rows(read, settings, common=common, trained_length=about["trained_length"], context=about["context"])
     shared = {"common": common, "out": out, "trained_length": about["trained_length"]}
     if lm_eval is not None:

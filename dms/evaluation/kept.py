@@ -40,6 +40,21 @@ def _add(digest, name: str, values: torch.Tensor) -> None:
     digest.update(values.float().cpu().contiguous().numpy().tobytes())
 
 
+def read_json(path: Path) -> Any | None:
+    """None where there is no such file, or a torn one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)
+
+
 class Kept:
     """Files `{kind}-{hash}.json` in a folder; None: nothing is kept. A file that is torn, or of other settings, counts as none."""
 
@@ -55,17 +70,10 @@ class Kept:
     def read(self, settings: dict) -> Any | None:
         if self.folder is None:
             return None
-        try:
-            found = json.loads(self._path(settings).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            return None
+        found = read_json(self._path(settings))
         same = isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings))
         return found["result"] if same else None
 
     def write(self, settings: dict, result: Any) -> None:
-        if self.folder is None:
-            return
-        path = self._path(settings)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": settings, "result": result}), encoding="utf-8")
-        os.replace(partial, path)
+        if self.folder is not None:
+            write_json(self._path(settings), {"settings": settings, "result": result})

@@ -72,7 +72,7 @@ class Settings:
 def identity(settings: Settings, model: dict[str, Any]) -> dict[str, Any]:
     """What two calls must share for one to go on where the other stopped: all that is measured, less how much of it."""
     shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _EXTENSIBLE}
-    return {**shared, **{name: model[name] for name in ("model_hash", "gates_hash", "dtype")}, "format_version": FORMAT_VERSION}
+    return {**shared, **{name: model[name] for name in ("model_hash", "gates_hash", "dtype", "versions")}, "format_version": FORMAT_VERSION}
 
 
 def open_folder(out: Path, settings: Settings, model: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def open_folder(out: Path, settings: Settings, model: dict[str, Any]) -> str:
             raise ValueError(f"{out} holds another evaluation: {'; '.join(differing)}; name another --out, or remove that folder")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no evaluation (no settings.json); name another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "done").mkdir(parents=True, exist_ok=True)
     merged = {name: _union(before.get(name, []), getattr(settings, name)) for name in _EXTENSIBLE}
     written = {**model, **asdict(settings), **own, **merged, "num_samples": settings.num_documents, "chat_template": settings.chat}
     path.write_text(json.dumps(written, indent=1), encoding="utf-8")

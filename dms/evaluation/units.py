@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from dms.cache import DMSCache
 from dms.evaluation.document import Answer, Document
 from dms.evaluation.given_text import GivenText
+from dms.evaluation.kept import read_json, write_json
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.runner import Reading, read
 from dms.evaluation.settings import Settings
@@ -72,7 +73,7 @@ def run_unit(
 ) -> None:
     """Read a unit under every policy that is still missing. step: told what is running; done: called after each policy."""
     path, key = folder / unit.file_name, unit.key(identity)
-    found = _finished(path, key)
+    found = finished(path, key)
     points = settings.points()
     missing = [point for point in points if point_name(*point) not in found]
     for _ in range(len(points) - len(missing)):
@@ -89,7 +90,7 @@ def run_unit(
     dense = read(model, cache=DynamicCache(config=model.config), chunk=settings.prefill_chunk, **options)
     if point_name("dense", None) not in found:
         found["dense"] = _result(unit, num_given, dense, None, None)
-        _write(path, key, found)
+        write_json(path, {"key": key, "results": found})
         done()
     for policy, bias in missing:
         if policy == "dense":
@@ -101,7 +102,7 @@ def run_unit(
         whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
         reading = read(model, cache=cache, chunk=None if whole else settings.prefill_chunk, dense=dense, **options)
         found[point_name(policy, bias)] = _result(unit, num_given, reading, dense, budget)
-        _write(path, key, found)
+        write_json(path, {"key": key, "results": found})
         done()
 
 
@@ -161,19 +162,7 @@ def _text_metrics(document: Document, num_given: int, row: int, reading: Reading
     return found
 
 
-def _finished(path: Path, key: str) -> dict[str, Any]:
-    """What an earlier call left; nothing where it was broken off while writing, or measured something else."""
-    if not path.is_file():
-        return {}
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return {}
-    return written["results"] if written.get("key") == key else {}
-
-
-def _write(path: Path, key: str, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"key": key, "results": results}), encoding="utf-8")
-    unfinished.replace(path)
+def finished(path: Path, key: str) -> dict[str, Any]:
+    """What was written of a unit, by point; nothing where it was made of something else."""
+    written = read_json(path)
+    return written["results"] if isinstance(written, dict) and written.get("key") == key else {}
