@@ -93,9 +93,15 @@ def make_rows(
         marks = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length) + [BEYOND_CONTEXT] * (length > context)
         for point, found in by_point.items():
             found.marks = [*_marks(point[0], found), *marks]
-            for name in found.metrics:
+            for name in sorted(found.metrics, key=_place):
                 rows.append(_row(suite, length, point, name, by_point, draws, common))
     return rows
+
+
+def _place(name: tuple[str, str]) -> int:
+    """Of a figure in tables: retrieval as a whole, then task by task; running text comes last."""
+    task, _ = name
+    return -1 if task.startswith("recall") else list(CHANCE).index(task) if task in CHANCE else len(CHANCE)
 
 
 def _marks(policy: str, found: Collected) -> list[str]:
@@ -156,5 +162,7 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
 
 
 def is_at_chance(dense: Sample, draws: np.ndarray, chance: float) -> bool:
-    """Whether the dense model does no better than guessing: then nothing can be lost, and nothing is shown."""
-    return interval(dense, draws, True)[0] <= max(chance, _LEAST_ACCURACY)
+    """Whether the dense model does no better than guessing: then nothing can be lost, and nothing is shown. Of few samples only
+    where it is so by their own count: their interval says no more than that they are few."""
+    floor = max(chance, _LEAST_ACCURACY)
+    return dense.value <= floor or (dense.count(True) >= MIN_SAMPLES and interval(dense, draws, True)[0] <= floor)

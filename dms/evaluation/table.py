@@ -74,4 +74,6 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     versus = row["vs_dense"] if row["policy"] == "dms" else row["vs_dms"]
     digits = 1 if row["value"] >= 10 else 3
     signs = (_VERDICTS[versus["verdict"]] if versus else "") + "".join(sign for mark, (sign, _) in _SIGNS.items() if mark in row["marks"])
-    return f"{signs}{row['value']:.{digits}f}\n[dim]{row['ci_low']:.{min(2, digits)}f}–{row['ci_high']:.{min(2, digits)}f}[/]"
+    low, high = (f"{row[bound]:.{min(2, digits)}f}" for bound in ("ci_low", "ci_high"))
+    # Short, for eight policies stand side by side.
+    return f"{signs}{row['value']:.{digits}f}\n[dim]{low.removeprefix('0')}–{high.removeprefix('0')}[/]"
