@@ -134,7 +134,7 @@ def evaluate(
         list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
-    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 16).")] = None,
+    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 50).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents read at once.")] = 16,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
@@ -150,10 +150,12 @@ def evaluate(
     problems: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Problems to sample chains for: prompt or messages, and answer.")
     ] = None,
-    num_problems: Annotated[int, typer.Option(min=1, help="Of --scaling.")] = 64,
-    max_k: Annotated[int, typer.Option(min=1, help="Chains sampled for each problem.")] = 16,
-    temperature: Annotated[float, typer.Option(help="Of --scaling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of --scaling.")] = 1.0,
+    num_problems: Annotated[int | None, typer.Option(min=1, help="Of --scaling. Default: 64.")] = None,
+    max_k: Annotated[int | None, typer.Option(min=1, help="Chains sampled for each problem. Default: 16.")] = None,
+    chains_at_once: Annotated[int | None, typer.Option(min=1, help="Decoded as one batch. Default: all of a problem's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a chain; repeat it.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a chain. Default: 1024; built-in problems: 24.")] = None,
     answer_pattern: Annotated[
         str | None, typer.Option(help="Regular expression of a chain's answer. Default: a box, else the last number.")
@@ -168,9 +170,22 @@ def evaluate(
     _prepare_environment("auto")
     from dms.evaluation.command import LmEval, Scaling, evaluate_folder, failures, make_settings
 
-    sampling = {"max_k": max_k, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "num_problems": num_problems}
-    if not scaling and (problems is not None or answer_pattern is not None):
-        raise ValueError("--problems and --answer-pattern are for hyper-scaling; add --scaling")
+    sampling = {
+        "problems": problems,
+        "num_problems": num_problems,
+        "max_k": max_k,
+        "chains_at_once": chains_at_once,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "answer_pattern": answer_pattern,
+        "stop": tuple(stop) if stop else None,
+    }
+    given = {name: value for name, value in sampling.items() if value is not None}
+    if given and not scaling:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for hyper-scaling; add --scaling")
+    if problems is None and (answer_pattern is not None or stop):
+        raise ValueError("--answer-pattern and --stop are for problems of your own; name them with --problems FILE.jsonl")
     if not lm_eval and (lm_eval_limit is not None or num_fewshot is not None or include_path is not None):
         raise ValueError("--lm-eval-limit, --num-fewshot and --include-path are for lm-evaluation-harness; add --lm-eval TASKS")
     settings = make_settings(
@@ -191,7 +206,7 @@ def evaluate(
         model,
         settings,
         out=out,
-        scaling=Scaling(problems=problems, answer_pattern=answer_pattern, **sampling) if scaling else None,
+        scaling=Scaling(**given) if scaling else None,
         lm_eval=LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
         if lm_eval
         else None,

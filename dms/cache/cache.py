@@ -142,13 +142,15 @@ class DMSCache(Cache):
 
         Raises:
             ValueError: a layer that does not evict, or another shape or dtype.
+            CacheFull: pages that forks share have to be written anew, and the bound leaves no room for that.
         """
         layers = self.compacted_layers()
         if layer not in layers:
             raise ValueError(f"layer {layer} of this cache holds nothing that can be dropped; those that do are {sorted(layers)}")
+        with self._all_or_nothing():
+            layers[layer].drop(dropped_BHS)
         # What was dropped cannot be brought back by undoing the forward before.
         self._undo = None
-        layers[layer].drop(dropped_BHS)
 
     # Taking back.
 

@@ -1,6 +1,7 @@
 """Intervals by resampling documents; policies are compared on the same documents, drawn together.
 
-Every metric is a ratio of sums over documents: right answers over questions, bits over bytes. Shapes: D documents, R resamples.
+Every metric is a ratio of sums over documents: right answers over questions, bits over bytes. Documents are what is independent, not the
+questions in them. Shapes: D documents, R resamples.
 """
 
 import zlib
@@ -11,6 +12,11 @@ import numpy as np
 NUM_RESAMPLES = 2000
 _BOUNDS = (0.025, 0.975)
 HIGHER_IS_BETTER = {"accuracy": True, "top1_agreement": True, "divergence_length": True, "bits_per_byte": False, "kl": False}
+# Student's t at 97.5 % for 1 to 10 degrees of freedom, and the normal distribution's.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_Z = 1.95996
+# Where n documents say all the same, the truth may still differ by so much over n: 1 - 0.025^(1/n), about ln(40) / n.
+_RULE = 3.7
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,14 @@ class Sample:
     def value(self) -> float:
         return float(self.num_D.sum() / self.den_D.sum())
 
+    @property
+    def num_documents(self) -> int:
+        """Those that ask for it."""
+        return int((self.den_D > 0).sum())
+
     def count(self, is_share: bool) -> int:
         """Questions asked; of what is no share of right answers, documents that were scored."""
-        return int(self.den_D.sum() if is_share else (self.den_D > 0).sum())
+        return int(self.den_D.sum()) if is_share else self.num_documents
 
     def resampled(self, draws_RD: np.ndarray) -> np.ndarray:
         """[R]; NaN where a draw holds no such question."""
@@ -54,18 +65,35 @@ def make_draws(num_documents: int, *names: object) -> np.ndarray:
 
 def interval(sample: Sample, draws_RD: np.ndarray, is_share: bool) -> tuple[float, float]:
     """95 % interval. is_share: of right answers; where all or none are right, resampling would say that this is certain, and the
-    rule of three stands in: 3 / n."""
-    low, high = (float(x) for x in np.nanquantile(sample.resampled(draws_RD), _BOUNDS))
-    if is_share and sample.value in (0.0, 1.0):
-        doubt = min(1.0, 3.0 / sample.den_D.sum())
+    rule of three (of 3.7, for two sides) stands in."""
+    low, high = _widened(sample.value, sample.resampled(draws_RD), sample.num_documents)
+    if not is_share:
+        return low, high
+    if sample.value in (0.0, 1.0):
+        doubt = min(1.0, _RULE / sample.num_documents)
         return (0.0, doubt) if sample.value == 0.0 else (1.0 - doubt, 1.0)
-    return low, high
+    return max(0.0, low), min(1.0, high)
 
 
 def compare(one: Sample, other: Sample, draws_RD: np.ndarray, *, higher_is_better: bool) -> Difference:
     """`one` minus `other`, paired."""
-    low, high = (float(x) for x in np.nanquantile(one.resampled(draws_RD) - other.resampled(draws_RD), _BOUNDS))
+    difference, num_documents = one.value - other.value, one.num_documents
+    low, high = _widened(difference, one.resampled(draws_RD) - other.resampled(draws_RD), num_documents)
+    if low == high:
+        # All documents say the same: as sure as their number makes it.
+        doubt = _RULE / num_documents
+        low, high = difference - doubt, difference + doubt
     verdict = "not different"
-    if low > 0 or high < 0:
+    if (low > 0 or high < 0) and num_documents > 1:
         verdict = "better" if (low > 0) == higher_is_better else "worse"
-    return Difference(one.value - other.value, low, high, verdict)
+    return Difference(difference, low, high, verdict)
+
+
+def _widened(value: float, resampled_R: np.ndarray, num_documents: int) -> tuple[float, float]:
+    """Quantiles of the resamples, moved away from the value as few documents demand: resampling n of n gives a spread that is too
+    small by sqrt((n - 1) / n), and Student's t takes the normal distribution's place."""
+    low, high = (float(x) for x in np.nanquantile(resampled_R, _BOUNDS))
+    freedom = max(1, num_documents - 1)
+    t = _T[freedom - 1] if freedom <= len(_T) else _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+    factor = t / _Z * np.sqrt((freedom + 1) / freedom)
+    return float(value - factor * (value - low)), float(value + factor * (high - value))

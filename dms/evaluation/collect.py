@@ -13,13 +13,14 @@ from dms.evaluation.units import point_name
 
 # A measured budget may be off by so much before it is marked.
 BUDGET_TOLERANCE = 0.03
-MIN_SAMPLES = 50
+# Questions, or windows of text; and documents that ask, for questions of one document are not independent.
+MIN_SAMPLES, MIN_DOCUMENTS = 50, 25
 # Where an answer cannot be guessed, a model that finds less than this does not do the task.
 _LEAST_ACCURACY = 0.05
 
 EVICTED_NOTHING, BUDGET_MISSED, DENSE_AT_CHANCE, FEW_SAMPLES = "evicted_nothing", "budget_missed", "dense_at_chance", "few_samples"
-BEYOND_TRAINING, BEYOND_CONTEXT = "beyond_training", "beyond_context"
-# What `--strict` does not let pass; the others are for information.
+BEYOND_TRAINING = "beyond_training"
+# What `--strict` does not let pass; the other is for information.
 FATAL = (EVICTED_NOTHING, BUDGET_MISSED, DENSE_AT_CHANCE, FEW_SAMPLES)
 
 
@@ -83,18 +84,22 @@ def make_rows(
     *,
     common: Mapping[str, Any],
     trained_length: int | None,
-    context: int,
 ) -> list[dict[str, Any]]:
-    """units: (suite, length) -> what its units' files hold. common: the fields that all rows share."""
+    """units: (suite, length) -> what its units' files hold; points that are missing from one of them are left out. common: the fields that
+    all rows share."""
     rows = []
     for (suite, length), results in units.items():
-        by_point = {point: collect(result[point_name(*point)] for result in results) for point in settings.points()}
+        points = [point for point in settings.points() if all(point_name(*point) in result for result in results)]
+        by_point = {point: collect(result[point_name(*point)] for result in results) for point in points}
+        if ("dense", None) not in by_point:
+            continue
         draws = make_draws(len(by_point["dense", None].entries_D), suite, length, settings.seed)
-        marks = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length) + [BEYOND_CONTEXT] * (length > context)
+        marks = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length)
         for point, found in by_point.items():
             found.marks = [*_marks(point[0], found), *marks]
             for name in sorted(found.metrics, key=_place):
-                rows.append(_row(suite, length, point, name, by_point, draws, common))
+                limit = {"limit": settings.num_greedy} if name[1] == "divergence_length" else {}
+                rows.append(_row(suite, length, point, name, by_point, draws, common) | limit)
     return rows
 
 
@@ -121,7 +126,7 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
     marks = list(found.marks)
     if is_share and is_at_chance(dense.metrics[name], draws, chance):
         marks.append(DENSE_AT_CHANCE)
-    if count < MIN_SAMPLES:
+    if count < MIN_SAMPLES or sample.num_documents < MIN_DOCUMENTS:
         marks.append(FEW_SAMPLES)
 
     def against(other: Collected | None) -> dict | None:
@@ -142,7 +147,7 @@ def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mappin
         "ci_low": low,
         "ci_high": high,
         "num_samples": count,
-        "num_documents": len(found.entries_D),
+        "num_documents": sample.num_documents,
         "cr_decided": 1.0 if policy == "dense" else found.decided / kept if policy == "dms" and kept else None,
         "cr": found.cr,
         "bytes": found.bytes,

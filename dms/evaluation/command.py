@@ -15,6 +15,7 @@ from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.collect import FATAL, make_rows
+from dms.evaluation.kept import read_json
 from dms.evaluation.problems import make_chains, read_problems
 from dms.evaluation.profile import num_passes, write_profile
 from dms.evaluation.scaling import run_scaling
@@ -39,6 +40,8 @@ class Scaling:
     max_k: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
+    chains_at_once: int | None = None
+    stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     answer_pattern: str | None = None
     num_hops: int = 6
@@ -60,7 +63,7 @@ _CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
 _PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
-QUICK = {"num_documents": 16, "suites": ("records", "passages", "words", "text")}
+QUICK = {"num_documents": 50, "suites": ("needle", "records", "text")}
 
 
 def make_settings(
@@ -85,7 +88,7 @@ def make_settings(
         from transformers import AutoConfig
 
         context = min(AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings, MAX_DEFAULT_LENGTH)
-        lengths = [context] if quick else [context // 2, context]
+        lengths = [context // 2] if quick else [context // 2, context]
     return Settings.make(
         policies=policies or POLICIES,
         suites=suites if suites is not None else QUICK["suites"] if quick else SUITES,
@@ -132,9 +135,10 @@ def evaluate_folder(
         raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
     out = Path(out) if out is not None else default_out(folder)
     tokenizer = models.load_tokenizer(folder)
-    digest = open_folder(out, settings, about)
-    console.print(f"evaluating {folder} into {out}/; chat template: {'on' if settings.chat else 'off'}", highlight=False)
+    # Before the folder is touched: documents that cannot be made are said here.
     units = list(make_units(tokenizer, settings))
+    digest = open_folder(out, settings, about)
+    _announce(folder, out, settings, about, console)
     _run(model, units, settings, out, digest, console)
 
     common = {
@@ -145,14 +149,14 @@ def evaluate_folder(
     read: dict[tuple[str, int], list] = {}
     for unit in units:
         read.setdefault((unit.suite, unit.length), []).append(finished(out / "done" / unit.file_name, unit.key(digest)))
-    rows = make_rows(read, settings, common=common, trained_length=about["trained_length"], context=about["context"])
+    rows = make_rows(read, settings, common=common, trained_length=about["trained_length"])
     shared = {"common": common, "out": out, "trained_length": about["trained_length"]}
     if lm_eval is not None:
         rows += _run_lm_eval(model, tokenizer, settings, lm_eval, shared, console)
-    words = in_words(rows)
     if scaling is not None:
         rows += _run_scaling(model, tokenizer, settings, scaling, shared, console)
-        words += json.loads((out / "scaling.json").read_text(encoding="utf-8"))["words"]
+    rows = _with_earlier(rows, out)
+    words = in_words(rows) + (read_json(out / "scaling.json") or {"words": []})["words"]
     _write_profile(model, tokenizer, units, settings, out, console)
     result = {"rows": rows, "words": words, "marks": sorted({mark for row in rows for mark in row["marks"]})}
     (out / "rows.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -161,6 +165,17 @@ def evaluate_folder(
         console.print(f"wrote the figures into {write_evaluation(read_evidence(out), folder)}", highlight=False)
     console.print(f"wrote {out}/; `dms report {out}` makes a page of it", highlight=False)
     return result
+
+
+def _with_earlier(rows: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Beside what was asked for now, what earlier calls on the folder have measured."""
+    earlier = (read_json(out / "rows.json") or {"rows": []})["rows"]
+
+    def figure(row: dict[str, Any]) -> tuple:
+        return tuple(row[name] for name in ("suite", "length", "task", "metric", "policy", "evict_bias"))
+
+    known = set(map(figure, rows))
+    return [row for row in earlier if figure(row) not in known] + rows
 
 
 def _run_lm_eval(model, tokenizer, settings: Settings, wanted: LmEval, shared: dict, console: Console) -> list[dict[str, Any]]:
@@ -237,6 +252,20 @@ def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, 
         )
 
 
+def _announce(folder: str, out: Path, settings: Settings, about: dict[str, Any], console: Console) -> None:
+    """What a reader of the figures must know beforehand."""
+    said = [f"evaluating {folder} into {out}/; chat template: {'on' if settings.chat else 'off'}"]
+    if settings.suites and settings.text is None and not str(about["base_name"]).startswith(models.BUILTIN):
+        said.append(
+            "text: Python's standard library, which the base has surely been trained on: what is evicted may be known by heart. "
+            "--text names text of your own"
+        )
+    if about["trained_length"] is None:
+        said.append("at which length the gates were trained is not recorded: lengths beyond it cannot be marked")
+    for line in said:
+        console.print(line, highlight=False)
+
+
 def describe(folder: str, model) -> dict[str, Any]:
     """What settings.json says of the model and of where it runs."""
     _, metadata = checkpoint.read_gates(folder)
@@ -254,6 +283,7 @@ def describe(folder: str, model) -> dict[str, Any]:
         "trained_length": int(metadata["trained_length"]) if metadata.get("trained_length") else None,
         **{name: getattr(state.config, name) for name in ("window", "sinks", "granularity", "alignment")},
         "context": model.config.get_text_config().max_position_embeddings,
+        "device_type": next(model.parameters()).device.type,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": evaluation.versions(),
         "device": evaluation.describe_device(),
@@ -291,8 +321,11 @@ def print_result(result: dict[str, Any], settings: Settings, console: Console) -
             ]
             point = f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
             console.print(comparison_table(here, f"{length} tokens{point}"))
-    if lm_eval := [row for row in rows if row["suite"] == "lm_eval"]:
-        console.print(comparison_table(lm_eval, "lm-evaluation-harness"))
+    for bias in settings.evict_bias:
+        here = [row for row in rows if row["suite"] == "lm_eval" and row["evict_bias"] in (None, bias)]
+        if here:
+            point = f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
+            console.print(comparison_table(here, f"lm-evaluation-harness{point}"))
     for sentence in result["words"]:
         console.print(sentence, highlight=False)
     if result["marks"]:

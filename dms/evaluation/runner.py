@@ -22,10 +22,12 @@ class Reading:
     """What a model made of B documents of which P tokens were given.
 
     nll_BN float32 (nats) and right_BN: of the decoded tokens. kl_BN, agrees_BN: KL(dense || this) and whether the first choices
-    are the same, None for dense itself. logits_BNV: kept of dense alone. greedy_Bn: what greedy decoding writes after the prompt, None where it
+    are the same, None without dense's logits. logits_BNV: dense's, where they were asked for. greedy_Bn: what greedy decoding writes after the prompt, None where it
     was not asked for. Entries are means over layers with gates and KV heads: entries_B alive at the end, reads_B per decoded token,
     peak_B the most at any time, a forward's own tokens included. num_seen: tokens of a document that were read. bytes: of all
-    that the cache holds at the end, per document. evicted, decided: what the gates said, all heads together.
+    that the cache holds at the end, per document, when its pools have given back what lies free. evicted, decided: what the gates said, all
+    heads together. step_ms: median of the decoding steps of the batch; what a training-free policy takes to choose is not in it, for
+    that is plain code here.
     """
 
     nll_BN: torch.Tensor
@@ -55,13 +57,13 @@ class _Reader:
         self.entries_B, self.peak_B, self.reads_B = (torch.zeros(batch, device=device) for _ in range(3))
 
     def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] float32 after the last of the new tokens."""
+        """Logits [B, V] after the last of the new tokens."""
         held_B = self.entries_B + ids_Bn.shape[1]
         out = self.model(input_ids=ids_Bn, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.reads_B = self.reads_B + held_B
         self.peak_B = torch.maximum(self.peak_B, held_B)
         self.entries_B = torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
-        return out.logits[:, -1].float()
+        return out.logits[:, -1]
 
     def _alive(self, layer) -> torch.Tensor:
         if isinstance(layer, CompactedLayer):
@@ -79,11 +81,12 @@ def read(
     chunk: int | None,
     dense: Reading | None = None,
     num_greedy: int = 0,
+    keep_logits: bool = False,
 ) -> Reading:
     """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others.
 
     cache: an empty one, which says what is evicted: a DMSCache, a PolicyCache, or a DynamicCache for the dense model. dense: what the
-    dense model made of the same documents, to compare with. num_greedy: also write so many tokens after the prompt.
+    dense model made of the same documents, its logits included, to compare with. num_greedy: also write so many tokens after the prompt.
     """
     set_mode(model, "dense" if isinstance(cache, DynamicCache) else "evict")
     start = time.perf_counter()
@@ -94,32 +97,35 @@ def read(
     greedy_Bn = _write(model, reader, logits_BV, num_greedy) if num_greedy else None
     reader.reads_B = torch.zeros_like(reader.reads_B)
 
-    nll, right, kl, agrees, kept, milliseconds = [], [], [], [], [], []
+    nll, right, kl, agrees, milliseconds = [], [], [], [], []
+    kept_BNV = logits_BV.new_empty(batch, length - num_given, logits_BV.shape[1]) if keep_logits else None
     for place in range(num_given, length):
         target_B = ids_BT[:, place]
-        log_prob_BV = logits_BV.log_softmax(-1)
+        log_prob_BV = logits_BV.float().log_softmax(-1)
         nll.append(-log_prob_BV.gather(1, target_B[:, None])[:, 0])
         choice_B = logits_BV.argmax(-1)
         right.append(choice_B == target_B)
-        if dense is None:
-            kept.append(logits_BV)
-        else:
-            dense_BV = dense.logits_BNV[:, place - num_given]
+        if kept_BNV is not None:
+            kept_BNV[:, place - num_given] = logits_BV
+        if dense is not None:
+            dense_BV = dense.logits_BNV[:, place - num_given].float()
             kl.append(torch.nn.functional.kl_div(log_prob_BV, dense_BV.log_softmax(-1), reduction="none", log_target=True).sum(-1))
             agrees.append(choice_B == dense_BV.argmax(-1))
         if place + 1 < length:
             _wait(ids_BT.device)
-            before = time.perf_counter()
+            before, choosing = time.perf_counter(), _choosing(cache)
             logits_BV = reader.forward(ids_BT[:, place : place + 1])
             _wait(ids_BT.device)
-            milliseconds.append(1000 * (time.perf_counter() - before))
+            milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
     stores = [layer.store for layer in cache.layers if isinstance(layer, CompactedLayer)]
+    for store in stores:
+        store.pool.trim(all_of_it=True)
     return Reading(
         nll_BN=torch.stack(nll, 1),
         right_BN=torch.stack(right, 1),
         kl_BN=torch.stack(kl, 1).clamp(min=0) if kl else None,
         agrees_BN=torch.stack(agrees, 1) if agrees else None,
-        logits_BNV=torch.stack(kept, 1) if kept else None,
+        logits_BNV=kept_BNV,
         greedy_Bn=greedy_Bn,
         entries_B=reader.entries_B,
         reads_B=reader.reads_B / max(1, len(milliseconds)),
@@ -140,6 +146,11 @@ def _write(model, reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> 
         written.append(logits_BV.argmax(-1))
         logits_BV = model(input_ids=written[-1][:, None], past_key_values=fork, use_cache=True, logits_to_keep=1).logits[:, -1]
     return torch.stack(written, 1)
+
+
+def _choosing(cache: Cache) -> float:
+    """Seconds that policies took so far."""
+    return sum(getattr(layer, "choosing", 0.0) for layer in cache.layers)
 
 
 def _wait(device: torch.device) -> None:

@@ -15,6 +15,8 @@ POLICIES = ("dense", "dms", *TRAINING_FREE)
 FORMAT_VERSION = 1
 # What may differ between two calls on one folder: the rest decides what was measured.
 _EXTENSIBLE = ("policies", "suites", "lengths", "evict_bias")
+# Changes what it takes, not what comes out.
+_FREE = ("batch_size",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,12 @@ class Settings:
 
 def identity(settings: Settings, model: dict[str, Any]) -> dict[str, Any]:
     """What two calls must share for one to go on where the other stopped: all that is measured, less how much of it."""
-    shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _EXTENSIBLE}
-    return {**shared, **{name: model[name] for name in ("model_hash", "gates_hash", "dtype", "versions")}, "format_version": FORMAT_VERSION}
+    shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in (*_EXTENSIBLE, *_FREE)}
+    return {
+        **shared,
+        **{name: model[name] for name in ("model_hash", "gates_hash", "dtype", "device_type", "versions")},
+        "format_version": FORMAT_VERSION,
+    }
 
 
 def open_folder(out: Path, settings: Settings, model: dict[str, Any]) -> str:

@@ -35,8 +35,14 @@ _SIGNS = {
     "evicted_nothing": ("∅", "evicted nothing: its figures are those of the dense model"),
     "budget_missed": ("≠", "holds more than 3 % more or less than its budget"),
     "dense_at_chance": ("?", "dense does no better than guessing: nothing is shown"),
-    "few_samples": ("#", "fewer than 50 samples"),
+    "few_samples": ("#", "fewer than 50 samples, or than 25 documents"),
 }
+_LEGEND = (
+    "▲ better, ▼ worse, = not told apart, at 95 %: from dense (dms), from dms (the others). What is asked comes after the prompt was read "
+    "and evicted from: methods that look at the question first (snapkv) are at a disadvantage. step ms: without what the others take to choose, "
+    "which is plain code here."
+)
+_COSTS = {"entries": ",.0f", "cr": ".2f", "peak_entries": ",.0f", "reads": ",.0f", "step_ms": ".1f", "bytes": ",.0fk"}
 _VERDICTS = {"better": "▲", "worse": "▼", "not different": "="}
 # By distance: in rows.json and in the report.
 _NOT_SHOWN = ("recall_q1", "recall_q2", "recall_q3", "recall_q4")
@@ -46,10 +52,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Rows of one length and operating point (and dense): figures down, policies across, each with its 95 % interval."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     signs = [sign for mark, sign in _SIGNS.items() if any(mark in row["marks"] for row in rows)]
-    legend = "▲ better, ▼ worse, = not different: from dense (dms), from dms (the others). " + " ".join(
-        f"{s}: {text}." for s, text in signs
-    )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption=legend, caption_justify="left", padding=(0, 0, 0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption_justify="left", padding=(0, 0, 0, 1))
+    table.caption = " ".join([_LEGEND, *(f"{sign}: {text}." for sign, text in signs)])
     table.add_column("", no_wrap=True)
     for policy in policies:
         table.add_column("sliding" if policy == "sliding_window" else policy, justify="right", no_wrap=True)
@@ -61,11 +65,19 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         name = task if metric == "accuracy" else f"{task}: {metric.replace('_', ' ')}"
         table.add_row(name, *(_cell(found.get(policy)) for policy in policies))
     table.add_section()
-    first = {policy: next(row for row in rows if row["policy"] == policy) for policy in policies}
-    for name, form in (("entries", ",.0f"), ("cr", ".2f"), ("peak_entries", ",.0f"), ("reads", ",.0f"), ("step_ms", ".1f")):
-        table.add_row(name.replace("_", " "), *(format(first[policy][name], form) for policy in policies))
-    table.add_row("KB held", *(f"{first[policy]['bytes'] / 1000:,.0f}" for policy in policies))
+    for name, form in _COSTS.items():
+        values = {policy: [row[name] for row in rows if row["policy"] == policy and row[name] is not None] for policy in policies}
+        if any(values.values()):
+            table.add_row("KB held" if name == "bytes" else name.replace("_", " "), *(_span(values[policy], form) for policy in policies))
     return table
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """From the least to the most over suites, which have budgets of their own."""
+    if not values:
+        return "-"
+    low, high = (format(bound / 1000 if form.endswith("k") else bound, form.removesuffix("k")) for bound in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -74,6 +86,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     versus = row["vs_dense"] if row["policy"] == "dms" else row["vs_dms"]
     digits = 1 if row["value"] >= 10 else 3
     signs = (_VERDICTS[versus["verdict"]] if versus else "") + "".join(sign for mark, (sign, _) in _SIGNS.items() if mark in row["marks"])
-    low, high = (f"{row[bound]:.{min(2, digits)}f}" for bound in ("ci_low", "ci_high"))
+    value = f"{signs}{row['value']:.{digits}f}"
+    if row["ci_low"] is None:
+        return value
     # Short, for eight policies stand side by side.
-    return f"{signs}{row['value']:.{digits}f}\n[dim]{low.removeprefix('0')}–{high.removeprefix('0')}[/]"
+    bounds = (f"{row[bound]:.{1 if digits == 1 else 3 if row['value'] < 0.1 else 2}f}".removeprefix("0") for bound in ("ci_low", "ci_high"))
+    return f"{value}\n[dim]{'–'.join(bounds)}[/]"

@@ -23,6 +23,7 @@ from dms.evaluation.tasks import RECALL_TASKS
 from dms.retrofitting import state_of
 
 NUM_QUARTILES = 4
+_LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ def make_units(tokenizer, settings: Settings) -> Iterator[Unit]:
                 chat=settings.chat and suite != "text",
             )
             documents.sort(key=lambda document: document.prompt)
-            for number, first in enumerate(range(0, len(documents), settings.batch_size)):
-                yield Unit(suite, length, number, documents[first : first + settings.batch_size])
+            size = settings.batch_size
+            if suite == "text":
+                # Dense's logits of all decoded tokens are kept, to compare with.
+                decoded = max(len(document.input_ids) - document.prompt for document in documents)
+                size = min(size, max(1, _LOGITS_BYTES // (_BYTES_PER_LOGIT * decoded * len(tokenizer))))
+            for number, first in enumerate(range(0, len(documents), size)):
+                yield Unit(suite, length, number, documents[first : first + size])
 
 
 def run_unit(
@@ -83,12 +89,14 @@ def run_unit(
     device = next(model.parameters()).device
     ids_BT = torch.tensor([document.input_ids for document in unit.documents], device=device)
     num_given = min(document.prompt for document in unit.documents)
-    num_greedy = settings.num_greedy if unit.suite == "text" else 0
+    compares = unit.suite == "text"
+    num_greedy = settings.num_greedy if compares else 0
     options = {"ids_BT": ids_BT, "num_given": num_given, "num_greedy": num_greedy}
-    # Always: the others are compared with what it says now.
-    step("dense")
-    dense = read(model, cache=DynamicCache(config=model.config), chunk=settings.prefill_chunk, **options)
-    if point_name("dense", None) not in found:
+    dense = None
+    if compares or "dense" not in found:
+        step("dense")
+        dense = read(model, cache=DynamicCache(config=model.config), chunk=settings.prefill_chunk, keep_logits=compares, **options)
+    if "dense" not in found:
         found["dense"] = _result(unit, num_given, dense, None, None)
         write_json(path, {"key": key, "results": found})
         done()
@@ -100,7 +108,7 @@ def run_unit(
         state_of(model).evict_bias = bias
         cache = _make_cache(model, policy, budget, settings.seed + unit.number)
         whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
-        reading = read(model, cache=cache, chunk=None if whole else settings.prefill_chunk, dense=dense, **options)
+        reading = read(model, cache=cache, chunk=None if whole else settings.prefill_chunk, dense=dense if compares else None, **options)
         found[point_name(policy, bias)] = _result(unit, num_given, reading, dense, budget)
         write_json(path, {"key": key, "results": found})
         done()

@@ -10,9 +10,8 @@ MARKS = {
     "evicted_nothing": "nothing was evicted: these are the dense model's figures, and no saving",
     "budget_missed": "the entries alive miss the budget by more than 3 %: not a comparison at equal memory",
     "dense_at_chance": "the dense model does no better than guessing: the task tells nothing about eviction",
-    "few_samples": "fewer than 50 samples: the interval is wide and may be too narrow still",
+    "few_samples": "fewer than 50 samples, or than 25 documents: the interval is wide and may be too narrow still",
     "beyond_training": "longer than what the gates were trained on",
-    "beyond_context": "longer than the model's own context",
 }
 # These say that a figure is not what it seems; the others say how far it carries.
 SEVERE = ("evicted_nothing", "budget_missed", "dense_at_chance")
@@ -32,10 +31,10 @@ class Verdict:
 
 
 def verdicts(words: Iterable[str]) -> list[Verdict]:
-    """Sentences by length and operating point: those that begin with "At 2048 tokens" (whatever the number) open a group."""
+    """Sentences by length and operating point: those that begin with "At 2048 tokens" (whatever the number), or with the harness, open a group."""
     found: list[Verdict] = []
     for sentence in words:
-        if re.match(r"At [\d,]+ tokens", sentence):
+        if re.match(r"(At [\d,]+ tokens|In lm-evaluation-harness)", sentence):
             found.append(Verdict(sentence))
         else:
             found = found or [Verdict("")]

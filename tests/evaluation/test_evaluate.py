@@ -14,6 +14,7 @@ from dms.evaluation.policies.h2o import H2O
 from dms.evaluation.scoring import predict
 from dms.evaluation.settings import POLICIES
 from dms.evaluation.suites import make_suite
+from dms.evaluation.words import in_words
 from dms.retrofitting import set_mode
 
 SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
@@ -116,7 +117,7 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
 
     def counting(*args, **options):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         return read(*args, **options)
 
@@ -125,8 +126,8 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
         evaluate_folder(str(gated_folder), settings, out=tmp_path)
     before = len(calls)
     result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
-    # Four units of three policies; of the broken one dense is read again, to compare with.
-    assert before == 6 and len(calls) - before == 4 * 3 - 5 + 1
+    # Four units of three policies; of the broken one, which is of text, dense is read again, to compare with.
+    assert before == 8 and len(calls) - before == 4 * 3 - 7 + 1
 
     def figures(rows):
         return [{k: v for k, v in row.items() if k not in ("step_ms", "seconds")} for row in rows]
@@ -136,9 +137,16 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
     # More of the same may be asked for; something else may not.
     with pytest.raises(ValueError, match=r"holds another evaluation: seed was 7 and is 8; name another --out"):
         evaluate_folder(str(gated_folder), small(gated_folder, seed=8), out=tmp_path)
-    evaluate_folder(str(gated_folder), small(gated_folder, policies=("dense", "dms"), lengths=(192, 96)), out=tmp_path)
+    more = small(gated_folder, policies=("dense", "dms"), suites=("text",), lengths=(96,), batch_size=3)
+    both = evaluate_folder(str(gated_folder), more, out=tmp_path)["rows"]
+    assert figures(both[: len(result["rows"])]) == figures(result["rows"])
+    assert {(row["policy"], row["suite"]) for row in both if row["length"] == 96} == {("dense", "text"), ("dms", "text")}
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written["lengths"] == [192, 96] and written["policies"] == ["dense", "dms", "tova"]
+    # What cannot be measured leaves the folder as it was.
+    with pytest.raises(ValueError, match=r"nowhere\.txt"):
+        evaluate_folder(str(gated_folder), small(gated_folder, text="nowhere.txt"), out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_planted_no_op(save_gated, tmp_path):
@@ -188,12 +196,42 @@ def test_lengths_beyond_training(gated_folder, tmp_path):
     assert "beyond the length that its gates were trained at" in result["words"][0]
 
 
-def test_words_say_what_rows_say(evaluated):
-    _, result = evaluated
-    sentences = " ".join(result["words"])
-    for row in result["rows"]:
-        if row["policy"] == "dms" and row["vs_dense"] and row["vs_dense"]["verdict"] == "worse" and "dense_at_chance" not in row["marks"]:
-            assert f"{row['value']:.3f}" in sentences and "It loses to dense in" in sentences
+def test_words_say_what_rows_say():
+    def row(policy, task, value, *, vs_dense=None, vs_dms=None, marks=(), metric="accuracy"):
+        def difference(found):
+            return (
+                None
+                if found is None
+                else {"difference": found[0], "ci_low": found[0] - 0.1, "ci_high": found[0] + 0.1, "verdict": found[1]}
+            )
+
+        versus = {"vs_dense": difference(vs_dense), "vs_dms": difference(vs_dms)}
+        about = {"policy": policy, "task": task, "metric": metric, "value": value, "marks": list(marks), "suite": "records", "cr": 6.5}
+        return {**about, "length": 2048, "evict_bias": None if policy == "dense" else 0.0, **versus}
+
+    rows = [
+        row("dms", "count", 0.3, vs_dense=(-0.2, "worse")),
+        row("dms", "copy", 0.9, vs_dense=(0.0, "not different")),
+        row("dms", "kl", 0.02, metric="kl"),
+        row("dms", "single", 1.0, vs_dense=(0.0, "not different"), marks=["few_samples"]),
+        row("dms", "passage", 0.0, vs_dense=(0.0, "not different"), marks=["dense_at_chance"]),
+        row("tova", "count", 0.5, vs_dms=(0.2, "better")),
+        row("h2o", "count", 0.9, vs_dms=(0.6, "better"), marks=["budget_missed"]),
+        row("tova", "copy", 0.1, vs_dms=(-0.8, "worse")),
+        row("tova", "single", 0.0, vs_dms=(-1.0, "worse"), marks=["few_samples"]),
+    ]
+    assert in_words(rows) == [
+        "At 2048 tokens, dms holds 1/6.50 of the entries.",
+        "It loses to dense in count 0.300 (dense 0.500, -0.200 [-0.300, -0.100]).",
+        "It is not told apart from dense in copy 0.900 (dense 0.900, +0.000 [-0.100, +0.100]).",
+        "Its distance from dense: kl of kl 0.020.",
+        "h2o missed the budget, and no comparison with that is told.",
+        "At the same budget it loses in count 0.300 to tova 0.500.",
+        "At the same budget it is better than every other policy in copy.",
+        "Too few samples to say: single.",
+        "Dense itself is at chance in passage: nothing is shown there.",
+    ]
+    assert in_words([r | {"marks": ["evicted_nothing"]} for r in rows])[1].startswith("It evicted nothing")
 
 
 def test_what_settings_refuse(gated_folder, tmp_path):
@@ -216,7 +254,7 @@ def test_what_settings_refuse(gated_folder, tmp_path):
 def test_defaults(gated_folder, tmp_path):
     settings = make_settings(str(gated_folder), evict_bias=[0.0])
     assert settings.lengths == (1024, 2048) and settings.policies == POLICIES and settings.num_documents == 64
-    assert make_settings(str(gated_folder), evict_bias=[0.0], quick=True).lengths == (2048,)
+    assert make_settings(str(gated_folder), evict_bias=[0.0], quick=True).lengths == (1024,)
     (tmp_path / "model").mkdir()
     assert command.default_out(tmp_path / "model") == tmp_path / "model-evaluation"
     (tmp_path / "result.json").write_text("{}")

@@ -36,7 +36,7 @@ WORDS = [
         "At the same budget it is better than every other policy in recall, single, passages: 3 of 9 figures.",
     )
 ]
-MARKS = ["beyond_context", "beyond_training", "budget_missed", "dense_at_chance", "few_samples"]
+MARKS = ["beyond_training", "budget_missed", "dense_at_chance", "few_samples"]
 SCALING_WORDS = ["In chains, dms with 16 samples reads what dense reads with 2, and passes 0.93 against 0.55."]
 SETTINGS = {
     "format_version": 1,
@@ -107,7 +107,7 @@ def _row(rng: Random, policy: str, bias: float | None, length: int | None, suite
     value, low, high = _value(rng, metric, loss)
     marks = []
     if length is not None and length > TRAINED:
-        marks += ["beyond_training", "beyond_context"]
+        marks += ["beyond_training"]
     if policy == "random" and bias == 2.0 and length == 2048:
         marks.append("budget_missed")
     if task == "count" and length == 4096:

@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ class PolicyLayer(CompactedLayer):
         self.policy = policy
         self.position_BHS: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
+        # Seconds spent on choosing and dropping, which is plain code here.
+        self.choosing = 0.0
 
     def runs_gate(self, num_tokens: int) -> bool:
         return False
@@ -45,7 +48,9 @@ class PolicyLayer(CompactedLayer):
         B, H = self.store.num_kept.shape
         position_BHN = torch.arange(first, first + num_new, device=query.device).expand(B, H, -1)
         self.position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
+        start = _now(query.device)
         self._drop_surplus(query, num_new, scale, softcap, sink_logits)
+        self.choosing += _now(query.device) - start
         return out
 
     def _drop_surplus(self, query: torch.Tensor, num_new: int, *scaling) -> None:
@@ -108,6 +113,12 @@ class PolicyCache(DMSCache):
 
     def _make_layer(self, state, page_size, kv_dtype) -> PolicyLayer:
         return PolicyLayer(self._make_policy(next(self._indices)), state.config, state.page_size)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def attention_weights(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dms.cache import DMSCache
+from dms.cache import CacheFull, DMSCache
+from dms.cache.budget import held_bytes
 from dms.retrofitting import set_mode
 
 
@@ -37,6 +38,32 @@ def test_drop_leaves_the_others_in_order(kv_dtype, build_gated, make_batch):
         for one in caches:
             model(make_batch(2, 1 + 9 * (turn % 2), seed=turn)["input_ids"], past_key_values=one)
             assert not [w for w in one.report(warn=False).warnings if "leak" in w]
+
+
+@torch.no_grad()
+def test_a_bound_is_kept_and_a_refusal_changes_nothing(build_gated, make_batch):
+    """Pages that a fork shares have to be written anew: where there is no room for that, all stays as it was."""
+    model = build_gated("llama", window=3)
+    set_mode(model, "evict")
+    cache = DMSCache(model, page_size=16, max_cache_bytes=10**9)
+    model(make_batch(1, 400)["input_ids"], past_key_values=cache)
+    fork = cache.fork()
+    refused = 0
+    for slack in range(0, 200_000, 5_000):
+        cache.budget.max_bytes = held_bytes(cache, fork) + slack
+        before = [_entries(layer) for layer in cache.compacted_layers().values()]
+        layer = cache.compacted_layers()[0]
+        mask = torch.zeros(*layer.store.num_kept.shape, int(layer.store.num_kept.max()), dtype=torch.bool)
+        mask[..., :2] = True
+        try:
+            cache.drop(0, mask)
+        except CacheFull:
+            refused += 1
+            assert [_entries(layer) for layer in cache.compacted_layers().values()] == before
+            assert not [w for w in cache.report(warn=False).warnings if "leak" in w]
+        else:
+            break
+    assert refused > 0 and len(_entries(layer)[0]) == len(before[0][0]) - 2
 
 
 def _entries(layer) -> list[list[list[float]]]:
