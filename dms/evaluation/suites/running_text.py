@@ -56,12 +56,12 @@ def _in_turns(text: Text, rng: Random, count: int, num_chars: int) -> Iterator[s
 def _parts(whole: str, rng: Random, count: int, num_chars: int) -> list[str]:
     if len(whole) <= count * num_chars:
         return [whole]
-    starts = [rng.randint(place * len(whole) // count, (place + 1) * len(whole) // count - num_chars) for place in range(count)]
     parts = []
-    for start in starts:
-        # After a line end, so that no other part is reached.
-        line = whole.find("\n", start, start + num_chars // 2) + 1 or start
-        parts.append(whole[line : start + num_chars])
+    for place in range(count):
+        start = rng.randint(place * len(whole) // count, (place + 1) * len(whole) // count - num_chars)
+        end, half = start + num_chars, start + num_chars // 2
+        # From line to line where there are such, and never into the next part.
+        parts.append(whole[whole.find("\n", start, half) + 1 or start : whole.rfind("\n", half, end) + 1 or end])
     rng.shuffle(parts)
     return parts
 
