@@ -1,5 +1,6 @@
 """Text that users name: files, or folders of them."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ class GivenText:
     """Texts of files: one a file, or one a row of JSON lines.
 
     paths: text files in UTF-8, .jsonl files, and folders, whose .txt, .md and .jsonl files are read. field: where a row's text
-    stands in .jsonl.
+    stands in .jsonl. `num_chars`: characters of all lines.
 
     Raises:
         ValueError: a path that is not there, nothing to read, no UTF-8, or rows without text under `field`.
@@ -29,27 +30,54 @@ class GivenText:
         if not self._texts:
             raise ValueError(f"there is no text in {', '.join(map(str, paths)) or 'an empty list of paths'}; name files with text")
         self._lines = [split_lines(text) for text in self._texts]
+        self.num_chars = sum(len(line) for lines in self._lines for line in lines)
 
     def lines(self, rng: Random, num_chars: int) -> list[str]:
         """Consecutive lines from a random place, then other texts' lines in random order, none twice: all there are, if these are fewer
         than `num_chars` characters."""
+        return self.once(rng).lines(rng, num_chars)
+
+    def once(self, rng: Random) -> "OnceText":
+        """This text from a random place on, whose lines are read once."""
         (first,) = rng.choices(range(len(self._lines)), weights=[len(text) for text in self._texts])
         start = rng.randrange(len(self._lines[first]))
-        others = [number for number in range(len(self._lines)) if number != first]
-        rng.shuffle(others)
-        taken: list[str] = []
-        chars = 0
-        for lines in (self._lines[first][start:], *(self._lines[number] for number in others), self._lines[first][:start]):
-            for line in lines:
-                taken.append(line)
-                chars += len(line)
-                if chars >= num_chars:
-                    return taken
-        return taken
+        others = rng.sample([number for number in range(len(self._lines)) if number != first], len(self._lines) - 1)
+        parts = (self._lines[first][start:], *(self._lines[number] for number in others), self._lines[first][:start])
+        return OnceText(self, itertools.chain.from_iterable(parts))
 
     def texts(self, rng: Random) -> Iterator[str]:
         """Each text once, in random order."""
         yield from rng.sample(self._texts, len(self._texts))
+
+
+class OnceText:
+    """A text whose every line is given once, in order, so that documents made of it one after the other share none."""
+
+    def __init__(self, whole: GivenText, lines: Iterator[str]):
+        self._whole, self._rest = whole, lines
+        self._asked = self._given = self._num_stretches = 0
+
+    def lines(self, rng: Random, num_chars: int) -> list[str]:
+        """The next lines: about `num_chars` characters, so that all that are asked for add up; of the first all there are.
+
+        Raises:
+            ValueError: fewer are left.
+        """
+        if self._num_stretches and self._asked + num_chars > self._whole.num_chars:
+            raise ValueError(
+                f"the text has {self._whole.num_chars} characters, and {self._num_stretches} stretches that share no line have been "
+                f"read, so that fewer than {num_chars} are left; take fewer documents, a shorter length, or more text"
+            )
+        self._num_stretches += 1
+        self._asked += num_chars
+        taken: list[str] = []
+        while self._given < self._asked and (line := next(self._rest, None)) is not None:
+            taken.append(line)
+            self._given += len(line)
+        return taken
+
+    def texts(self, rng: Random) -> Iterator[str]:
+        yield from self._whole.texts(rng)
 
 
 def split_lines(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 from dms import models
+from dms.evaluation.corpus import stdlib_files
 from dms.evaluation.given_text import GivenText, split_lines
 from dms.evaluation.suites import make_suite
 from dms.evaluation.token_bytes import encode_with_sizes
@@ -90,32 +92,116 @@ def embedded():
     return models.load_tokenizer("builtin:tiny")
 
 
+@pytest.fixture(scope="module")
+def numbered():
+    """Tokens that say where they stand: of one text, and of many."""
+    words = [f"w{number}" for number in range(4000)]
+    tokenizer = Tokenizer(kinds.WordLevel({"[UNK]": 0} | {word: number for number, word in enumerate(words, 1)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), words
+
+
 @pytest.mark.parametrize("stride", [None, 1, 7])
-def test_windows_move_by_what_they_score(embedded, stride):
-    documents = make_suite("text", embedded, length=200, num_documents=6, **({} if stride is None else {"stride": stride}))
+def test_a_text_that_is_just_enough_gives_all_its_windows_in_order(numbered, tmp_path, stride):
+    tokenizer, words = numbered
     step = stride or 25
-    for one, two in itertools.pairwise(documents):
-        assert two.input_ids[1:-step] == one.input_ids[1 + step :]
-    for document in documents:
-        assert document.input_ids[0] == embedded.bos_token_id and document.prompt == 200 - step
+    (tmp_path / "one.txt").write_text(" ".join(words[: 200 + 5 * step]))
+    settings = {"length": 200, "text": GivenText([tmp_path]), **({} if stride is None else {"stride": stride})}
+    documents = make_suite("text", tokenizer, num_documents=6, **settings)
+    for number, document in enumerate(documents):
+        assert document.input_ids == list(range(1 + number * step, 201 + number * step)) and document.prompt == 200 - step
         assert document.role == [1] * (200 - step) + [0] * step
-        scored = embedded.decode(document.input_ids[document.prompt :])
-        assert "\ufffd" in scored or document.num_bytes == len(scored.encode())
+        assert document.num_bytes == sum(len(f" {words[token - 1]}") for token in document.input_ids[-step:])
+    with pytest.raises(ValueError, match=r"7 windows of 200 .* take at most 6 documents, a smaller stride"):
+        make_suite("text", tokenizer, num_documents=7, **settings)
+
+
+def scored_places(documents):
+    return [place for document in documents for place in document.input_ids[document.prompt :]]
+
+
+def test_windows_are_spread_over_the_whole_text_and_score_no_token_twice(numbered, tmp_path):
+    tokenizer, words = numbered
+    (tmp_path / "one.txt").write_text(" ".join(words))
+    seen = set()
+    for seed in range(6):
+        documents = make_suite("text", tokenizer, length=80, num_documents=40, seed=seed, text=GivenText([tmp_path]))
+        places = scored_places(documents)
+        assert len(set(places)) == len(places) == 400
+        assert all(one == two - 1 for document in documents for one, two in itertools.pairwise(document.input_ids))
+        assert [sum(place // 1000 == quarter for place in places) for quarter in range(4)] == pytest.approx([100] * 4, abs=20)
+        seen.update(places)
+    assert len(seen) > 1200
+
+
+def test_windows_come_from_as_many_texts_and_places_as_there_are(numbered, tmp_path):
+    """Eight texts of a few windows, then also one that is much longer than what is read of it."""
+    tokenizer, words = numbered
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(" ".join(words[number * 100 : (number + 1) * 100]))
+    for count, expected in ((5, [1] * 5), (8, [1] * 8), (19, [2] * 5 + [3] * 3)):
+        assert sorted(windows_of_each_text(tokenizer, tmp_path, count).values()) == expected
+    (tmp_path / "long.txt").write_text("\n".join(words[800:]))
+    assert windows_of_each_text(tokenizer, tmp_path, 27) == dict.fromkeys(range(8), 1) | {8: 19}
+
+
+def windows_of_each_text(tokenizer, folder, count) -> Counter:
+    documents = make_suite("text", tokenizer, length=40, num_documents=count, text=GivenText([folder]))
+    begins, ends = ([min(document.input_ids[place] - 1, 800) // 100 for document in documents] for place in (0, -1))
+    assert begins == ends and len(documents) == count
+    assert len(set(scored_places(documents))) == len(scored_places(documents))
+    return Counter(begins)
+
+
+def test_a_text_much_longer_than_its_windows_is_read_in_places(numbered, tmp_path):
+    tokenizer, words = numbered
+    (tmp_path / "long.txt").write_text("\n".join(words))
+    documents = make_suite("text", tokenizer, length=16, num_documents=8, text=GivenText([tmp_path]))
+    starts = sorted(document.input_ids[0] for document in documents)
+    assert all(number * 500 - 60 < start <= (number + 1) * 500 + 60 for number, start in enumerate(starts)), starts
+
+
+def test_texts_shorter_than_a_window_are_joined(numbered, tmp_path):
+    tokenizer, words = numbered
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(" ".join(words[number * 10 : (number + 1) * 10]))
+    documents = make_suite("text", tokenizer, length=25, num_documents=10, stride=5, text=GivenText([tmp_path]))
+    tokens = [token for document in documents for token in document.input_ids]
+    assert len(set(tokens)) == len(tokens) == 250
+
+
+def test_built_in_windows_are_of_different_files(embedded):
+    documents = make_suite("text", embedded, length=200, num_documents=24)
+    files = [path.read_text(errors="replace") for path in stdlib_files(held_out=True)]
+    found = []
+    for document in documents:
+        assert document.input_ids[0] == embedded.bos_token_id and document.num_bytes == len(scored(embedded, document).encode())
+        (first, last) = (embedded.decode(part).strip() for part in (document.input_ids[8:40], document.input_ids[-32:]))
+        found.append({number for number, text in enumerate(files) if first in text and last in text})
+    assert all(found) and len(set.union(*(texts for texts in found if len(texts) == 1))) >= 20
+
+
+def scored(tokenizer, document) -> str:
+    return tokenizer.decode(document.input_ids[document.prompt :])
 
 
 def test_windows_that_divide_characters_lose_no_byte(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
-    (tmp_path / "odd.txt").write_text("日本🙂€é " * 400, encoding="utf-8")
-    divided = whole = 0
-    for seed in range(12):
-        documents = make_suite("text", tokenizer, length=20, num_documents=16, stride=3, seed=seed, text=GivenText([tmp_path]))
-        divided += sum("\ufffd" in tokenizer.decode(document.input_ids[-3:]) for document in documents)
-        scored = tokenizer.decode([token for document in documents for token in document.input_ids[-3:]])
-        if "\ufffd" not in scored:
-            whole += 1
-            assert sum(document.num_bytes for document in documents) == len(scored.encode())
-        assert all(3 <= document.num_bytes <= 4 for document in documents)
-    assert divided > 20 and whole > 0
+    (tmp_path / "odd.txt").write_text("日本🙂€é " * 40, encoding="utf-8")
+    text = GivenText([tmp_path])
+    divided = 0
+    for count in range(1, 16):
+        documents = make_suite("text", tokenizer, length=20, num_documents=count, stride=3, text=text)
+        divided += sum("\ufffd" in scored(tokenizer, document) for document in documents)
+        for document in documents:
+            assert "\ufffd" in scored(tokenizer, document) or document.num_bytes == len(scored(tokenizer, document).encode())
+            assert 3 <= document.num_bytes <= 4
+    assert divided > 20
+    # All windows of a text: together they score all that stands behind the first window's context, to the byte.
+    ids, sizes = encode_with_sizes(tokenizer, "日本🙂€é " * 40)
+    most = (len(ids) - 20) // 3 + 1
+    documents = make_suite("text", tokenizer, length=20, num_documents=most, stride=3, text=text)
+    assert sum(document.num_bytes for document in documents) == sum(sizes[17 : 17 + 3 * most])
 
 
 def test_the_embedded_tokenizer_reads_a_text_as_its_lines(embedded):
@@ -174,3 +260,18 @@ def test_a_stretch_of_a_long_text_begins_at_a_line(embedded, tmp_path):
     text = GivenText([tmp_path])
     begins = {tuple(make_suite("text", embedded, length=64, num_documents=2, seed=seed, text=text)[0].input_ids) for seed in range(6)}
     assert len(begins) == 6
+
+
+def test_lines_are_read_once_and_in_order(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("".join(f"text {number} line {line:03}\n" for line in range(100)))
+    text = GivenText([tmp_path])
+    assert text.num_chars == 3 * 100 * 16
+    once = text.once(Random(0))
+    taken = [once.lines(Random(1), 500) for _ in range(9)]
+    lines = [line for stretch in taken for line in stretch]
+    assert len(set(lines)) == len(lines) and all(480 <= sum(map(len, stretch)) <= 520 for stretch in taken)
+    assert lines != [line for _ in range(9) for line in text.once(Random(2)).lines(Random(1), 500)]
+    with pytest.raises(ValueError, match=r"has 4800 characters, and 9 stretches .* fewer than 500 are left; take fewer documents"):
+        once.lines(Random(1), 500)
+    assert len(text.once(Random(0)).lines(Random(1), 10_000)) == 300

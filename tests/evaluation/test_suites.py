@@ -1,9 +1,11 @@
 """Suites: exact lengths, answers that follow from the prompt and from nowhere else, guesses at the level that CHANCE says."""
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
 from random import Random
+from string import ascii_lowercase
 
 import pytest
 
@@ -16,6 +18,7 @@ from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite, wo
 from dms.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGINS = ("return", "raise", "class", "import", "assert")
 ASKING = [name for name in SUITES if name != "text"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
 
@@ -150,7 +153,43 @@ def test_classes_and_labels_follow_from_the_prompt(embedded):
                 assert re.match(rf"{given}\b", labels[question.removeprefix("#? ")])
             asked[answer.task] += 1
             start = answer.end + 1
-    assert asked == {"classification": 32, "label_word": 16}
+    assert asked == {"classification": 16, "label_word": 16}
+
+
+def classes_in_order(tokenizer, document) -> list[str]:
+    """Of each labelled line its label."""
+    prompt = tokenizer.decode(document.input_ids[: document.prompt])
+    return re.findall(r"^\w.* => (\w+)$" if document.answers[0].task == "classification" else r"^#: (\S+) .*$", prompt, re.M)
+
+
+@pytest.mark.parametrize("length", [512, 1500])
+def test_examples_of_a_class_stand_together_and_no_class_is_asked_for_twice(embedded, length):
+    places, orders = [], []
+    for document in make_suite("classification", embedded, length=length, num_documents=12):
+        labels = classes_in_order(embedded, document)
+        groups = [label for label, _ in itertools.groupby(labels)]
+        assert len(groups) == len(set(groups)) == classification.NUM_CLASSES == len(document.answers)
+        assert max(Counter(labels).values()) < 3 * min(Counter(labels).values())
+        answers = {tuple(document.input_ids[a.start : a.end]) for a in document.answers}
+        assert len(answers) == len(document.answers)
+        evidence = sorted(a.evidence for a in document.answers)
+        # The last example of each class: after it another class begins, or the questions.
+        text = [embedded.decode(document.input_ids[place : document.prompt]) for place in evidence]
+        rest = [re.findall(r"=> (\w+)$" if document.answers[0].task == "classification" else r"^#: (\S+)", part, re.M) for part in text]
+        assert [part[0] for part in rest] == groups and [len(set(part)) for part in rest] == [4, 3, 2, 1]
+        assert all(part.count(part[0]) == 1 for part in rest)
+        places += [place / length for place in evidence]
+        orders.append([groups.index(answer_label(embedded, document, a)) for a in document.answers])
+    # Evenly over the document, asked in an order that does not follow theirs.
+    shares = [sum(low <= place < low + 0.25 for place in places) for low in (0.1, 0.35, 0.6, 0.75)]
+    assert min(shares) >= 8, shares
+    assert len(set(map(tuple, orders))) > 6
+
+
+def answer_label(tokenizer, document, answer) -> str:
+    if answer.task == "classification":
+        return tokenizer.decode(document.input_ids[answer.start : answer.end]).strip()
+    return tokenizer.decode(document.input_ids[: answer.start]).rsplit("#? ", 1)[1]
 
 
 def test_the_words_are_those_that_stand_most_often(embedded):
@@ -179,7 +218,7 @@ def test_guesses_are_right_as_often_as_chance_says(embedded):
         ("words", "common_words", r"^#: NAME (\d+)$"),
     ]:
         right = asked = 0
-        for document in make_suite(suite, embedded, length=400, num_documents=60):
+        for document in make_suite(suite, embedded, length=400, num_documents=80):
             prompt, start = embedded.decode(document.input_ids[: document.prompt]), document.prompt
             for answer in document.answers:
                 question = embedded.decode(document.input_ids[start : answer.start])
@@ -253,13 +292,38 @@ def test_what_cannot_be_made_is_refused(embedded, suite, given, message):
         ("records", "the text has 300 lines, which leave .* give more text"),
         ("passages", "each document takes 4096; give more text"),
         ("classification", "needs 4 first words .* give more text"),
-        ("text", "need 4607 tokens and the text has .* give|take at most|shorten"),
+        ("text", "2 windows of 4095 tokens that move by 512 are more than the text holds; shorten"),
     ],
 )
 def test_too_little_text_is_refused(embedded, tmp_path, suite, message):
     (tmp_path / "short.txt").write_text("".join(f"A line, number {n}.\n" for n in range(300)))
     with pytest.raises(ValueError, match=message):
-        make_suite(suite, embedded, length=4096, num_documents=2, text=GivenText([tmp_path]))
+        make_suite(suite, embedded, length=4096, num_documents=2 if suite == "text" else 1, text=GivenText([tmp_path]))
+
+
+@pytest.mark.parametrize("suite", ["needle", "records", "passages", "classification"])
+def test_documents_of_a_given_text_share_no_line(embedded, tmp_path, suite):
+    """`enough for` is exact: so many can be made, of different lines, and not one more."""
+    rng = Random(0)
+    odd = ["".join(rng.choices(ascii_lowercase, k=9)) for _ in range(9000)]
+    (tmp_path / "a.txt").write_text("".join(f"{rng.choice(BEGINS)} {word} {word[::-1]} w{n:06}\n" for n, word in enumerate(odd)))
+    text = GivenText([tmp_path])
+    with pytest.raises(
+        ValueError, match=rf"90 documents of the suite '{suite}' that share no line take .* enough for \d+; take at most"
+    ) as found:
+        make_suite(suite, embedded, length=512, num_documents=90, text=text)
+    most = int(re.search(r"enough for (\d+)", str(found.value))[1])
+    documents = make_suite(suite, embedded, length=512, num_documents=most, text=text)
+    lines = [set(re.findall(r"w\d{6}", embedded.decode(document.input_ids))) for document in documents]
+    assert most > 5 and min(map(len, lines)) > 5 and len(set.union(*lines)) == sum(map(len, lines))
+    with pytest.raises(ValueError, match=f"enough for {most}; take at most {most} documents"):
+        make_suite(suite, embedded, length=512, num_documents=most + 1, text=text)
+
+
+def test_passages_that_find_no_other_stretch_say_so(embedded, tmp_path):
+    (tmp_path / "same.txt").write_text("A line that is like the others, the whole text long.\n" * 200)
+    with pytest.raises(ValueError, match=r"2 stretches that share no line have been read.* take fewer documents"):
+        make_suite("passages", embedded, length=512, num_documents=2, text=GivenText([tmp_path]))
 
 
 def test_text_without_lines_that_stand_once_is_refused(embedded, tmp_path):

@@ -1,10 +1,12 @@
 """Suites: held-out documents made alike, whose questions stand at the end and are decoded."""
 
 from collections.abc import Callable
+from random import Random
 
 from dms.config import nearest
 from dms.evaluation.corpus import StdlibText
 from dms.evaluation.document import Document, Text, plain_frame
+from dms.evaluation.given_text import GivenText, OnceText
 from dms.evaluation.suites import classification, passages, records, words
 from dms.evaluation.suites.chat import chat_frame
 from dms.evaluation.suites.running_text import running_text
@@ -19,6 +21,9 @@ SUITES: dict[str, Callable[..., list[Document]]] = {
     "words": words.words,
     "text": running_text,
 }
+
+# Characters that each document of so many tokens is made from; words read no text, and running text takes its own care.
+_NUM_CHARS = {name: module.num_chars for name, module in _MODULES.items() if module is not words}
 
 # The accuracy of guessing, for each task; 0 where an answer cannot be guessed.
 CHANCE: dict[str, float] = {task: chance for module in _MODULES.values() for task, chance in module.CHANCE.items()}
@@ -37,7 +42,7 @@ def make_suite(
 ) -> list[Document]:
     """Documents of exactly `length` tokens each, a function of the arguments.
 
-    text: what they are made of; None: held-out files of the built-in text; words are made of none. chat: as the user's and the assistant's turn, through the
+    text: what they are made of; None: held-out files of the built-in text; words are made of none. Documents of a GivenText share no line. chat: as the user's and the assistant's turn, through the
     tokenizer's template. settings: `stride` of text, `num_items` of records.
 
     Raises:
@@ -58,4 +63,18 @@ def make_suite(
     else:
         settings["frame"] = chat_frame(tokenizer, _MODULES[name].INSTRUCTION) if chat else plain_frame(tokenizer)
     text = text or StdlibText(held_out=True)
+    if isinstance(text, GivenText) and name in _NUM_CHARS:
+        text = _without_sharing(text, name, _NUM_CHARS[name](length), num_documents, Random(f"{name}:{seed}:{length}"))
     return SUITES[name](tokenizer, length=length, num_documents=num_documents, seed=seed, text=text, **settings)
+
+
+def _without_sharing(text: GivenText, name: str, num_chars: int, num_documents: int, rng: Random) -> OnceText:
+    """Intervals are of documents drawn independently: those that share lines would claim more than they know."""
+    enough_for = max(1, text.num_chars // num_chars)
+    if num_documents > enough_for:
+        raise ValueError(
+            f"{num_documents} documents of the suite {name!r} that share no line take {num_chars} characters each, and the text has "
+            f"{text.num_chars}, enough for {enough_for}; take at most {enough_for} documents, a shorter length, or "
+            f"{num_documents * num_chars} characters of text"
+        )
+    return text.once(rng)

@@ -3,11 +3,14 @@
     classification    return x.name => cedar       which label has a new line?
     label_word        #: $amber-fox return x.name  which first word have the lines of a label? The line of the question: #? $amber-fox return
 
-Labels are drawn for each document, so that they can only be read from it. Documents of both kinds take turns.
+Labels are drawn for each document, so that they can only be read from it. The examples of a class stand together, after the grouped order
+of LongICLBench (arXiv 2404.02060), so that what the questions need is spread over the whole document; each class is asked for once, so that
+no question says another's answer. Documents of both kinds take turns.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from dms.evaluation.document import Document, Frame, Text, Tokenizer, encode
@@ -18,13 +21,17 @@ from dms.evaluation.tasks import QUESTION, RECORD
 NUM_CLASSES = 4
 CHANCE = {"classification": 1 / NUM_CLASSES, "label_word": 1 / NUM_CLASSES}
 INSTRUCTION = "Each line above has a label, which depends on its first word. The lines below are labelled in the same way, or give a label's first word."
-_NUM_QUESTIONS = 8
 # Lines of each class that a document must at least show.
 _LEAST_EXAMPLES = 2
 _LINE_CHARS = (8, 60)
 _FIRST_WORD = re.compile(r"[^\W\d_]{2,}(?!\w)")
 # Characters of text that are read for each token of the document, and at least: most lines are of other classes.
 _CHARS_PER_TOKEN, _LEAST_CHARS = 60, 40_000
+
+
+def num_chars(length: int) -> int:
+    """Characters of text that a document of `length` tokens is chosen from."""
+    return max(_LEAST_CHARS, length * _CHARS_PER_TOKEN)
 
 
 def classification(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
@@ -44,31 +51,33 @@ def _classify(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, lengt
     classes = _lines_by_class(text, rng, length)
     labels = dict(zip(classes, (name.split("-")[0] for name in draw_names(rng, unseen=True)), strict=False))
     (line_end,) = encode(tokenizer, ["\n"])
-    questions = []
-    asked = [rng.choice(list(classes)) for _ in range(_NUM_QUESTIONS)]
-    for word in asked:
+    questions = {}
+    for word in _shuffled(classes, rng):
         line, answer = encode(tokenizer, [f"{classes[word].pop()} =>", f" {labels[word]}"])
-        questions.append(Question("classification", line, answer, line_end, 0))
-    examples = ((word, [f"{line} =>", f" {labels[word]}", "\n"]) for word, line in _in_turns(classes, rng))
-    return _finish(tokenizer, frame, examples, questions, asked, length)
+        questions[word] = Question("classification", line, answer, line_end, 0)
+    examples = {word: classes[word] for word in _shuffled(classes, rng)}
+    return _finish(tokenizer, frame, examples, lambda word, line: [f"{line} =>", f" {labels[word]}", "\n"], questions, length)
 
 
 def _recall_words(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> Document:
     classes = _lines_by_class(text, rng, length)
     labels = dict(zip(classes, draw_names(rng, unseen=True), strict=False))
     (line_end,) = encode(tokenizer, ["\n"])
-    asked = rng.sample(list(classes), NUM_CLASSES)
-    questions = []
-    for word in asked:
+    questions = {}
+    for word in _shuffled(classes, rng):
         asks, label, answer = encode(tokenizer, [QUESTION, f" ${labels[word]}", f" {word}"])
-        questions.append(Question("label_word", asks + label, answer, line_end, 0))
-    examples = ((word, [RECORD, f" ${labels[word]}", f" {line}", "\n"]) for word, line in _in_turns(classes, rng))
-    return _finish(tokenizer, frame, examples, questions, asked, length)
+        questions[word] = Question("label_word", asks + label, answer, line_end, 0)
+    examples = {word: classes[word] for word in _shuffled(classes, rng)}
+    return _finish(tokenizer, frame, examples, lambda word, line: [RECORD, f" ${labels[word]}", f" {line}", "\n"], questions, length)
+
+
+def _shuffled(classes: dict[str, list[str]], rng: Random) -> list[str]:
+    return rng.sample(list(classes), len(classes))
 
 
 def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]]:
     """Different lines in random order under their first words: those that most of them begin with."""
-    lines = list(dict.fromkeys(line.strip() for line in text.lines(rng, max(_LEAST_CHARS, length * _CHARS_PER_TOKEN))))
+    lines = list(dict.fromkeys(line.strip() for line in text.lines(rng, num_chars(length))))
     rng.shuffle(lines)
     classes: dict[str, list[str]] = {}
     for line in lines:
@@ -76,7 +85,8 @@ def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]
         if word and _LINE_CHARS[0] <= len(line) <= _LINE_CHARS[1]:
             classes.setdefault(word[0], []).append(line)
     largest = sorted(classes, key=lambda word: (-len(classes[word]), word))[:NUM_CLASSES]
-    least = _NUM_QUESTIONS + _LEAST_EXAMPLES
+    # One to ask for.
+    least = 1 + _LEAST_EXAMPLES
     if len(largest) < NUM_CLASSES or len(classes[largest[-1]]) < least:
         found = ", ".join(f"{word!r} {len(classes[word])}" for word in largest) or "none"
         raise ValueError(
@@ -86,40 +96,36 @@ def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]
     return {word: classes[word] for word in largest}
 
 
-def _in_turns(classes: dict[str, list[str]], rng: Random) -> Iterator[tuple[str, str]]:
-    """A line of each class in random order, and again, until those of one run out."""
-    while all(classes.values()):
-        for word in rng.sample(list(classes), len(classes)):
-            yield word, classes[word].pop()
-
-
 def _finish(
     tokenizer: Tokenizer,
     frame: Frame,
-    examples: Iterator[tuple[str, list[str]]],
-    questions: list[Question],
-    asked: list[str],
+    examples: dict[str, list[str]],
+    spell: Callable[[str, str], list[str]],
+    questions: dict[str, Question],
     length: int,
 ) -> Document:
-    """Examples until the next does not fit; each question needs the nearest of its class."""
-    room = room_for_parts(frame, questions, length)
+    """A class after the other, each with as many tokens as fit into its share; a question needs the nearest example of its class.
+
+    examples: the lines of each class. spell: the pieces of a class's line.
+    """
+    room = room_for_parts(frame, list(questions.values()), length)
     parts: list[Part] = []
-    shown: dict[str, list[int]] = {}
-    for word, pieces in examples:
-        tokens = [token for piece in encode(tokenizer, pieces) for token in piece]
-        if len(tokens) > room:
-            break
-        shown.setdefault(word, []).append(len(parts))
-        parts.append(Part(tokens))
-        room -= len(tokens)
-    else:
-        raise ValueError(
-            f"the text has {len(parts)} lines to label, and {room} of {length} tokens stay empty; give more text or a shorter length"
-        )
-    if min(len(shown.get(word, [])) for word in asked) < _LEAST_EXAMPLES:
-        raise ValueError(f"{length} tokens hold fewer than {_LEAST_EXAMPLES} labelled lines of each class; lengthen the documents")
-    questions = [
-        Question(question.task, question.asked, question.answer, question.after, shown[word][-1])
-        for question, word in zip(questions, asked, strict=True)
-    ]
-    return lay_out(tokenizer, frame, parts, questions, length=length)
+    asked = dict(questions)
+    for number, (word, lines) in enumerate(examples.items()):
+        share, first = room // (len(examples) - number), len(parts)
+        for line in lines:
+            tokens = [token for piece in encode(tokenizer, spell(word, line)) for token in piece]
+            if len(tokens) > share:
+                break
+            parts.append(Part(tokens))
+            share -= len(tokens)
+            room -= len(tokens)
+        else:
+            raise ValueError(
+                f"the text has {len(lines)} lines to label that begin with {word!r}, and {share} tokens of their part stay empty; "
+                "give more text or a shorter length"
+            )
+        if len(parts) - first < _LEAST_EXAMPLES:
+            raise ValueError(f"{length} tokens hold fewer than {_LEAST_EXAMPLES} labelled lines of each class; lengthen the documents")
+        asked[word] = replace(questions[word], evidence=len(parts) - 1)
+    return lay_out(tokenizer, frame, parts, list(asked.values()), length=length)

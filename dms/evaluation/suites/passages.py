@@ -32,6 +32,11 @@ _QUESTION_TOKENS = 20
 _TRIALS = 16
 
 
+def num_chars(length: int) -> int:
+    """Characters of text that a document of `length` tokens is chosen from."""
+    return 8 * length
+
+
 def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
     """Documents of running text with 2 to 8 questions each, both kinds alike, spread over the whole document.
 
@@ -99,7 +104,7 @@ def _try(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: in
 
 def _draw(tokenizer: Tokenizer, text: Text, rng: Random, length: int) -> _Lines:
     """The last lines of a stretch, a little more than `length` tokens."""
-    texts = text.lines(rng, length * 8)
+    texts = text.lines(rng, num_chars(length))
     tokens = encode(tokenizer, texts)
     total, first = 0, len(texts)
     while first and total < length:

@@ -22,6 +22,11 @@ EVEN_MIX = {
 }
 
 
+def num_chars(length: int) -> int:
+    """Characters of text that `make_document` reads for `length` tokens."""
+    return 8 * length
+
+
 def records(
     tokenizer: Tokenizer,
     *,
