@@ -1,6 +1,7 @@
 """`dms analyze`: a model, a recipe or a configuration as what dms.analysis reckons with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def run(
     from dms.analysis.shapes import context_of, measure
 
     check(context_of(values), contexts, ratios)
-    dms = dms if window is None else DMSConfig(window=window)
+    dms = dms if window is None else replace(dms, window=window)
     found = analyze(
         measure(values, dms),
         gpu,

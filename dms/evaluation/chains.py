@@ -1,7 +1,8 @@
 """Sample chains for a prompt and count, from the cache itself, what they read and what they hold.
 
-The prompt is read once. Its cache is then copied for every chain (a DMSCache shares the prompt's full pages), and a chain that has
-ended leaves the batch, and its entries the cache. Shapes: B chains, H KV heads, L layers with gates.
+The prompt is read once. Its cache is then copied for every chain, and a chain that has ended leaves the batch, and its entries the cache.
+What chains could share is counted at the fork, whether the cache at hand shares it or not: a DMSCache shares the prompt's full pages,
+transformers' dense cache copies the prompt. Shapes: B chains, H KV heads, L layers with gates.
 """
 
 import copy
@@ -17,7 +18,6 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer, DMSCache
-from dms.cache.budget import held_bytes
 from dms.evaluation.problems import STOP_TOKENS
 from dms.sampling import draw_tokens
 from dms.state import state_of
@@ -57,12 +57,13 @@ class Chain:
 
 @dataclass
 class Sampled:
-    """A problem's chains. num_heads: over which their counts are summed. bytes: the most that the cache held at once, the prompt's shared
-    pages counted once; None: they were not all in one batch. step_ms: median of a decoding step of the whole batch."""
+    """A problem's chains. num_heads: over which their counts are summed. shared: of the entries that are alive after the prompt, those that
+    all chains can share for as long as they go on: dense all of them, dms those that have left the ring, of which each chain has its own.
+    step_ms: median of a decoding step of the whole batch."""
 
     chains: list[Chain]
     num_heads: int
-    bytes: int | None
+    shared: int
     step_ms: float | None
     seconds: float
 
@@ -81,7 +82,7 @@ def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number
     state = state_of(model)
     cache = DynamicCache(config=model.config) if state.mode == "dense" else DMSCache(model)
     logits_1V = _read_prompt(model, input_ids, cache, state.prefill_chunk)
-    num_heads = sum(layer.num_heads for layer in state.layers)
+    num_heads, shared = sum(layer.num_heads for layer in state.layers), count_shared(model, cache)
     batches: list[_Batch] = []
     for first in range(0, sampling.max_k, sampling.chains_at_once):
         numbers = range(first, min(sampling.max_k, first + sampling.chains_at_once))
@@ -94,7 +95,7 @@ def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number
     return Sampled(
         [chain for batch in batches for chain in batch.chains],
         num_heads,
-        batches[0].most_bytes if len(batches) == 1 else None,
+        shared,
         statistics.median(step_ms) if step_ms else None,
         time.perf_counter() - start,
     )
@@ -125,6 +126,16 @@ def count_entries(model: Any, cache: Cache) -> torch.Tensor:
     return total_4B
 
 
+def count_shared(model: Any, cache: Cache) -> int:
+    """Entries of a cache of one sequence that its forks share for good, over the heads of the layers with gates: those in pages are never
+    evicted again, and those of a dense cache never were. To the entry, where pages round up."""
+    total = 0
+    for layer in state_of(model).layers:
+        held = cache.layers[layer.index]
+        total += int(held.store.num_kept.sum()) if isinstance(held, CompactedLayer) else held.keys.shape[1:3].numel()
+    return total
+
+
 class _Batch:
     """Chains that are decoded together from one prompt's cache."""
 
@@ -137,7 +148,6 @@ class _Batch:
         eos = [eos] if isinstance(eos, int) else eos or [tokenizer.eos_token_id]
         self.eos = {token for token in eos if token is not None}
         self.stop = re.compile(sampling.stop) if sampling.stop else None
-        self.most_bytes = 0
         self.step_ms: list[float] = []
 
     def run(self, logits_1V: torch.Tensor) -> None:
@@ -192,4 +202,3 @@ class _Batch:
         alive = count_entries(self.model, self.cache)[0].tolist()
         for row, entries in zip(self.rows, alive, strict=True):
             self.chains[row].held.append(entries)
-        self.most_bytes = max(self.most_bytes, held_bytes(self.cache))

@@ -17,7 +17,7 @@ def equal_budgets(dense: "Curve", others: list["Curve"], ks: list[int], draws_RN
     """For each k of dense, metric and budget: the largest number of dms chains that takes no more, and the paired difference, resampled
     by `draws_RN` (`bootstrap.make_draws` of the N problems).
 
-    `capped`: all chains that were sampled take no more, so that the budget is not used up. dms_k is None where a single chain takes more.
+    `capped`: all chains that were sampled take so much less that one more would not take more. dms_k is None where a single chain takes more.
     """
     found = []
     for curve in others:
@@ -30,6 +30,8 @@ def equal_budgets(dense: "Curve", others: list["Curve"], ks: list[int], draws_RN
 def _at_budget(dense: "Curve", curve: "Curve", metric: str, budget: str, k: int, draws_RN: np.ndarray) -> dict[str, Any]:
     dense_cost_K, cost_K = ((c.reads_NK if budget == "entries_read" else c.peak_NK).mean(0) for c in (dense, curve))
     dense_cost = float(dense_cost_K[k - 1])
+    # Of the first chain the prompt is a part, which others may share.
+    one_more = cost_K[-1] - cost_K[-2] if len(cost_K) > 1 else cost_K[0]
     # Costs grow with k.
     most = int(np.searchsorted(cost_K, dense_cost, side="right"))
     dense_sample = dense.sample(metric, k)
@@ -43,7 +45,7 @@ def _at_budget(dense: "Curve", curve: "Curve", metric: str, budget: str, k: int,
         "dms_k": most or None,
         "dms_value": None,
         "dms_cost": None,
-        "capped": most == len(cost_K),
+        "capped": bool(cost_K[-1] < dense_cost and cost_K[-1] + one_more <= dense_cost),
         "vs_dense": None,
     }
     if most:
@@ -62,7 +64,7 @@ def sentences(equal: list[dict[str, Any]], task: str) -> list[str]:
     for (bias, metric), budgets in groups.items():
         said: dict[str, list[str]] = {}
         for budget, rows in budgets.items():
-            said.setdefault(_in_words(rows), []).append(_BUDGETS[budget])
+            said.setdefault("; ".join(map(_comparison, rows)), []).append(_BUDGETS[budget])
         found += [
             f"{task}, {metric}@k with no more {' and '.join(names)} than dense, at evict_bias {bias:g}: {words}."
             for words, names in said.items()
@@ -70,22 +72,14 @@ def sentences(equal: list[dict[str, Any]], task: str) -> list[str]:
     return found
 
 
-def _in_words(rows: list[dict[str, Any]]) -> str:
-    parts = [_comparison(row) for row in rows if not row["capped"]]
-    capped = [row["dense_k"] for row in rows if row["capped"]]
-    if capped:
-        num_chains = next(row["dms_k"] for row in rows if row["capped"])
-        parts.append(f"from {_chains(capped[0])} of dense on, all {num_chains} of dms take less, and more would have to be sampled")
-    return "; ".join(parts)
-
-
 def _comparison(row: dict[str, Any]) -> str:
     dense = f"dense with {_chains(row['dense_k'])} {row['dense_value']:.3f}"
     if row["dms_k"] is None:
         return f"{dense}, and a single chain of dms takes more"
     versus = row["vs_dense"]
+    chains = f"all {row['dms_k']}, which take less," if row["capped"] else row["dms_k"]
     return (
-        f"{dense}, dms with {row['dms_k']} {row['dms_value']:.3f}, {versus['verdict']} "
+        f"{dense}, dms with {chains} {row['dms_value']:.3f}, {versus['verdict']} "
         f"({versus['difference']:+.3f}, {versus['ci_low']:+.3f} to {versus['ci_high']:+.3f})"
     )
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,58 @@ _BOOTSTRAPS = 1000
 _HASHED_BYTES = 2**26
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Runs of the harness of which everything is checked and nothing is measured. units: what each run depends on."""
+
+    harness: Any
+    simple_evaluate: Callable
+    units: list[dict]
+    kept: Kept
+    options: dict
+    include_path: str | None
+
+    def run(
+        self, *, common: dict, out: Path | None, trained_length: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> list[dict]:
+        """As `run_lm_eval`."""
+        runs = []
+        with as_before(self.harness.model), _quiet():
+            for unit in self.units:
+                found = self.kept.read(unit)
+                if found is None:
+                    found = _measure(self.harness, self.simple_evaluate, unit)
+                    self.kept.write(unit, found)
+                runs.append({name: unit[name] for name in ("task", "policy", "evict_bias")} | found)
+                if progress:
+                    progress(1)
+        if out is not None:
+            content = {"settings": {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}, "runs": runs}
+            (out / "lm_eval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return make_rows(runs, {**common, "batch_size": self.options["batch_size"]}, trained_length)
+
+
 def run_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    *,
+    common: dict,
+    out: Path | None,
+    trained_length: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> list[dict]:
+    """Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy; dms at each of `points`.
+
+    common: fields that all rows share. out: where finished runs are kept (`done/lm_eval-*.json`), from which a second call goes on, and
+    `lm_eval.json` with what the harness returned; None: nowhere. progress: called with 1 for each task, policy and point. settings: as of
+    `prepare_lm_eval`, and what it raises is raised before any task runs.
+    """
+    prepared = prepare_lm_eval(model, tokenizer, versions=common.get("versions"), out=out, **settings)
+    return prepared.run(common=common, out=out, trained_length=trained_length, progress=progress)
+
+
+def prepare_lm_eval(
     model: Any,
     tokenizer: Any,
     *,
@@ -40,20 +92,17 @@ def run_lm_eval(
     batch_size: int = 8,
     apply_chat_template: bool = False,
     include_path: str | None = None,
-    common: dict,
-    out: Path | None,
-    trained_length: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[dict]:
-    """Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy; dms at each of `points`.
+    versions: dict | None = None,
+    out: Path | None = None,
+) -> Prepared:
+    """Load the harness, and build and measure the requests of all tasks that are not finished in `out`, without a forward pass.
 
-    num_fewshot, limit (the first so many documents), apply_chat_template, include_path (a folder of own tasks): as the harness has them; None: as the
-    task says, all documents, none. common: fields that all rows share. out: where finished runs are kept (`done/lm_eval-*.json`), from which a
-    second call goes on, and `lm_eval.json` with what the harness returned; None: nowhere. progress: called with 1 for each task, policy and point.
+    num_fewshot, limit (the first so many documents), apply_chat_template, include_path (a folder of own tasks): as the harness has them;
+    None: as the task says, all documents, none. versions: of the rows.
 
     Raises:
         RuntimeError: the harness is not installed.
-        ValueError: an unknown task, another policy, or a request longer than the model's context, before any task runs.
+        ValueError: an unknown task, another policy, a task that sets another num_fewshot, or a request longer than the model's context.
     """
     _check(policies, points, limit, num_fewshot, batch_size)
     if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
@@ -64,26 +113,14 @@ def run_lm_eval(
     options = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template, "batch_size": batch_size}
     operated = [("dense", None)] * ("dense" in policies) + [("dms", float(p)) for p in dict.fromkeys(points)] * ("dms" in policies)
     kept = Kept(None if out is None else out / "done", "lm_eval")
-    runs = []
-    with as_before(model), _quiet():
-        settings = {"model": describe_model(model), "versions": {**common.get("versions", {}), "lm_eval": version("lm_eval")}}
-        settings |= {"task_files": None if include_path is None else _hash_folder(Path(include_path)), **options}
-        units = [{**settings, "task": task, "policy": policy, "evict_bias": p} for task in dict.fromkeys(tasks) for policy, p in operated]
+    settings = {"model": describe_model(model), "versions": {**(versions or {}), "lm_eval": version("lm_eval")}}
+    settings |= {"task_files": None if include_path is None else _hash_folder(Path(include_path)), **options}
+    units = [{**settings, "task": task, "policy": policy, "evict_bias": p} for task in dict.fromkeys(tasks) for policy, p in operated]
+    with _quiet():
         harness = Harness(model, tokenizer, batch_size)
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
-        _build(harness, run, dict.fromkeys(unit["task"] for unit in units if kept.read(unit) is None))
-        for unit in units:
-            found = kept.read(unit)
-            if found is None:
-                found = _measure(harness, run, unit)
-                kept.write(unit, found)
-            runs.append({name: unit[name] for name in ("task", "policy", "evict_bias")} | found)
-            if progress:
-                progress(1)
-    if out is not None:
-        content = {"settings": {**options, "include_path": include_path, "lm_eval": version("lm_eval")}, "runs": runs}
-        (out / "lm_eval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return make_rows(runs, {**common, "batch_size": batch_size}, trained_length)
+        _build(harness, run, dict.fromkeys(unit["task"] for unit in units if kept.read(unit) is None), num_fewshot)
+    return Prepared(harness, run, units, kept, options, include_path)
 
 
 def _check(policies: tuple[str, ...], points: list[float], limit: int | None, num_fewshot: int | None, batch_size: int) -> None:
@@ -122,22 +159,28 @@ def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable,
     return simple_evaluate, manager
 
 
-def _build(harness: Any, run: Callable, tasks: Iterable[str]) -> None:
+def _build(harness: Any, run: Callable, tasks: Iterable[str], num_fewshot: int | None) -> None:
     """Load the documents of all tasks and measure their requests, before any runs.
 
     Raises:
-        ValueError: documents that are not there, or a request that is too long.
+        ValueError: documents that are not there, a request that is too long, or a task that is not given `num_fewshot` examples.
     """
     harness.only_checks = True
     for task in tasks:
         try:
-            run(tasks=[task], predict_only=True, bootstrap_iters=0)
+            found = run(tasks=[task], predict_only=True, bootstrap_iters=0)
         except ValueError:
             raise
         except Exception as error:
             # Hub, network, datasets and task code have no common base class.
             said = str(error).strip().splitlines() or ["no message"]
             raise ValueError(f"lm-eval task {task!r} cannot be built: {type(error).__name__}: {said[0]}") from error
+        for part, given in found["n-shot"].items():
+            if num_fewshot is not None and given != num_fewshot:
+                raise ValueError(
+                    f"lm-eval task {part!r} sets num_fewshot to {given} itself, and the harness would ignore the {num_fewshot} that were asked for; "
+                    "leave num_fewshot out, or the task"
+                )
     harness.only_checks = False
 
 

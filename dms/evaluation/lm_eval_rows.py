@@ -1,15 +1,18 @@
 """Results of lm-evaluation-harness as rows like all others, dms beside dense on the same documents."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 
 from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
-from dms.evaluation.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES
+from dms.evaluation.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES, is_at_chance
 
 # Standard errors to either side: 95 %.
 _STDERRS = 1.96
+# Metrics that are shares of right answers, without their filter: acc_norm, prompt_level_strict_acc, exact_match, pass@1.
+_ACCURACY = re.compile(r"(.*_)?(acc|accuracy|exact_match|em)(_.*)?|pass@\d+")
 _KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
@@ -51,7 +54,7 @@ def _row(run: dict, dense: dict | None, task: str, name: str, trained_length: in
     # Of a group, by metric.
     num_samples = run["n-samples"].get(task, {}).get("effective") or run["results"][task].get("sample_count", {}).get(name)
     kept = counted["decided"] - counted["evicted"]
-    chance = run["chance"].get(task, 0.0) if name.startswith(("acc,", "acc_norm,")) else 0.0
+    chance = _chance(run, task, name) if _is_accuracy(name) else 0.0
     return {
         "suite": "lm_eval",
         "policy": run["policy"],
@@ -64,6 +67,8 @@ def _row(run: dict, dense: dict | None, task: str, name: str, trained_length: in
         "ci_high": high,
         "num_samples": num_samples,
         "num_documents": num_samples,
+        # None: of a group whose parts differ in it.
+        "num_fewshot": run["n-shot"].get(task),
         "chance": chance,
         "cr": counted["seen"] / counted["alive"],
         "cr_decided": counted["decided"] / kept if kept else None,
@@ -100,14 +105,36 @@ def _values(run: dict, task: str, name: str) -> np.ndarray | None:
     return value_N if len(value_N) and np.isclose(value_N.mean(), run["results"][task][name]) else None
 
 
+def _is_accuracy(name: str) -> bool:
+    return _ACCURACY.fullmatch(name.partition(",")[0]) is not None
+
+
+def _parts(run: dict, task: str) -> list[str]:
+    """Of a group the tasks that it comes down to; else the task."""
+    return [part for child in run["group_subtasks"].get(task, []) for part in _parts(run, child)] or [task]
+
+
+def _chance(run: dict, task: str, name: str) -> float:
+    """Of a group the mean over the documents of its parts."""
+    parts = [part for part in _parts(run, task) if name in run["results"].get(part, {})]
+    sizes = [run["n-samples"][part]["effective"] for part in parts]
+    return float(np.average([run["chance"].get(part, 0.0) for part in parts], weights=sizes)) if parts else 0.0
+
+
+def _at_chance(dense: dict, task: str, name: str, chance: float) -> bool:
+    """Of a group by the documents of its parts; without any, by the figure alone."""
+    by_part = [found for part in _parts(dense, task) if (found := dense["values"].get(part, {}).get(name))]
+    value_N = np.array([value for values in by_part for value in values.values()] or [dense["results"][task][name]])
+    return is_at_chance(Sample(value_N, np.ones_like(value_N)), make_draws(len(value_N), task), chance)
+
+
 def _marks(
     run: dict, dense: dict | None, task: str, name: str, num_samples: int | None, chance: float, trained_length: int | None
 ) -> list[str]:
     counted, evicts = run["counted"], run["policy"] != "dense"
-    dense_low = _interval(dense, task, name)[0] if dense else None
     holds = {
         EVICTED_NOTHING: evicts and counted["alive"] == counted["seen"],
-        DENSE_AT_CHANCE: chance > 0 and dense_low is not None and dense_low <= chance,
+        DENSE_AT_CHANCE: dense is not None and _is_accuracy(name) and _at_chance(dense, task, name, chance),
         FEW_SAMPLES: num_samples is not None and num_samples < MIN_SAMPLES,
         BEYOND_TRAINING: evicts and trained_length is not None and counted["longest"] > trained_length,
     }

@@ -7,10 +7,10 @@ The built-in problem is a chain of names of which each stands in its own record,
 The model answers by spelling the hops (`$dune-lark $iris-pond 317`); each is a draw that can go wrong, and leads elsewhere if it does.
 """
 
-import hashlib
 import itertools
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from dms.evaluation.lexicon import VALUES, draw_names
 
 # Of the text that a chain has said, what a stop pattern is looked for in, in tokens.
 STOP_TOKENS = 64
-# A record that ends in a number stands in every so many tokens, beside the chains': a guess among all numbers is rarely right.
+# A record that ends in a number stands in every so many tokens, as long as there are names, beside the chains': a guess among all
+# numbers is rarely right.
 _TOKENS_PER_RECORD = 64
 
 
@@ -49,10 +50,6 @@ class Problems:
     chance: float = 0.0
     chat_template: bool = False
 
-    def fingerprint(self) -> str:
-        content = [self.name, self.rule.pattern, self.rule.first, self.stop, [(p.input_ids, p.answer) for p in self.problems]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
 
 def make_chains(tokenizer: Any, *, num_problems: int, length: int, num_hops: int = 6, num_chains: int = 4, seed: int = 7) -> Problems:
     """`num_problems` prompts of exactly `length` tokens, with `num_chains` chains of which one is asked for. Names are those that training
@@ -66,31 +63,32 @@ def make_chains(tokenizer: Any, *, num_problems: int, length: int, num_hops: int
         if count < 1:
             raise ValueError(f"{name} is {count}; it is at least 1")
     text = StdlibText(held_out=True)
-    num_records = length // _TOKENS_PER_RECORD
-    problems = [
-        _make_chain(tokenizer, text, Random(f"scaling:{seed}:{length}:{number}"), length, num_hops, num_chains, num_records)
+    made = [
+        _make_chain(tokenizer, text, Random(f"scaling:{seed}:{length}:{number}"), length, num_hops, num_chains)
         for number in range(num_problems)
     ]
     # Hops are names, so the first number is the answer.
     return Problems(
         f"chain_{num_hops}",
-        problems,
+        [problem for problem, _ in made],
         AnswerRule(r"\d+", first=True),
         stop=r"(?<=\d)\D",
         length=length,
-        chance=1.0 / (num_chains + num_records),
+        chance=statistics.fmean(1.0 / num_numbers for _, num_numbers in made),
     )
 
 
-def _make_chain(tokenizer: Any, text: StdlibText, rng: Random, length: int, num_hops: int, num_chains: int, num_records: int) -> Problem:
+def _make_chain(tokenizer: Any, text: StdlibText, rng: Random, length: int, num_hops: int, num_chains: int) -> tuple[Problem, int]:
+    """And how many numbers its records end in."""
     lines = text.lines(rng, length * 8)
     whole = "".join(lines)
     names = [name for name in draw_names(rng, unseen=True) if f"${name}" not in whole]
-    needed = num_chains * (num_hops + 1) + num_records
+    needed = num_chains * (num_hops + 1)
     if needed > len(names):
         raise ValueError(
-            f"{num_chains} chains of {num_hops} hops in {length} tokens need {needed} names, and there are {len(names)}; plant fewer or shorter ones"
+            f"{num_chains} chains of {num_hops} hops need {needed} names, and there are {len(names)}; plant fewer or shorter ones"
         )
+    num_records = min(length // _TOKENS_PER_RECORD, len(names) - needed)
     values = iter(rng.sample(VALUES, num_chains + num_records))
     chains = [[f"${names.pop()}" for _ in range(num_hops + 1)] + [str(next(values))] for _ in range(num_chains)]
     chains += [[f"${names.pop()}", str(next(values))] for _ in range(num_records)]
@@ -110,7 +108,8 @@ def _make_chain(tokenizer: Any, text: StdlibText, rng: Random, length: int, num_
     pieces = planted + [((i + 0.5) / len(taken), tokens) for i, (tokens, _) in enumerate(taken)]
     body = [token for _, tokens in sorted(pieces, key=lambda piece: piece[0]) for token in tokens]
     # Whole lines leave a gap; line ends fill it.
-    return Problem((*bos, *(newline * gap)[:gap], *body, *question), canonical(chains[0][-1]))
+    problem = Problem((*bos, *(newline * gap)[:gap], *body, *question), canonical(chains[0][-1]))
+    return problem, num_chains + num_records
 
 
 def _running_total(pieces: list[list[int]]) -> list[tuple[list[int], int]]:
@@ -143,8 +142,10 @@ def read_problems(
         raise ValueError(f"problems: {path} is no file; name a JSONL file with prompt (or messages) and answer in each line")
     if limit is not None and limit < 1:
         raise ValueError(f"the number of problems is {limit}; it is at least 1")
-    if any(not text or len(text) > STOP_TOKENS // 2 for text in stop):
-        raise ValueError(f"stop strings are {list(stop)}; each has 1 to {STOP_TOKENS // 2} characters")
+    if isinstance(stop, str):
+        raise ValueError(f"stop is the text {stop!r}; give a list of such texts")
+    if any(not 1 <= len(text.encode()) <= STOP_TOKENS // 2 for text in stop):
+        raise ValueError(f"stop strings are {list(stop)}; each has 1 to {STOP_TOKENS // 2} bytes of UTF-8")
     rule = AnswerRule(answer_pattern)
     problems = []
     with path.open(encoding="utf-8") as file:

@@ -24,6 +24,8 @@ from dms.evaluation.problems import Problems
 from dms.evaluation.votes import MAX_CHAINS, majority_at_k, pass_at_k
 
 METRICS = ("pass", "majority")
+# Of what is kept of a problem; what an earlier version kept is not read.
+_FORMAT = 2
 # Orders of a problem's chains from which the expected peak of k of them is taken.
 _NUM_ORDERS = 64
 
@@ -35,8 +37,8 @@ class Curve:
     accuracy_NK: by metric. reads_NK: KV entries that are read per KV head, summed over the decoding steps of k chains: each step of each
     chain reads all that is alive for it, the prompt's entries too, however many chains share them. The prompt is read once for all
     chains and in every policy, which is not counted. peak_NK: the most entries alive at one step, per KV head, of k chains that are decoded side by
-    side; what is alive in the prompt counts for each chain. Both are means over the heads of layers with gates, as counted in the cache at every
-    step, and expectations over which k chains they are.
+    side; what chains can share of the prompt counts once in every policy, as an engine that serves them shares it (`Sampled.shared`). Both are
+    means over the heads of layers with gates, as counted in the cache at every step, and expectations over which k chains they are.
     """
 
     policy: str
@@ -70,16 +72,25 @@ def run_scaling(
 ) -> list[dict]:
     """Rows of the suite "scaling": pass@k and majority@k for k = 1, 2, 4 ... max_k, of dense, and of dms at each of `points`.
 
-    common: fields that all rows share. out: where finished problems are kept (`done/scaling-*.json`), from which a second call goes on, and
-    `scaling.json` with rows, comparisons at equal budget, and these in words; None: nowhere. chains_at_once: how many of a problem's chains
-    are one batch (None: all). trained_length: of the gates; rows of longer chains are marked. progress: called with 1 for each problem and policy.
+    max_k to max_new_tokens, chains_at_once: as in `check_scaling`. common: fields that all rows share. out: where finished problems are kept (`done/scaling-*.json`), from which a second call goes on, and
+    `scaling.json` with rows, comparisons at equal budget, and these in words; None: nowhere. trained_length: of the gates; rows of longer chains
+    are marked. progress: called with 1 for each problem and policy.
 
     Raises:
-        ValueError: settings out of range, or a prompt that leaves no room for its chains, before anything is sampled.
+        ValueError: as `check_scaling`, before anything is sampled.
     """
+    sampling = check_scaling(
+        model,
+        problems,
+        max_k=max_k,
+        points=points,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        chains_at_once=chains_at_once,
+    )
     points = list(dict.fromkeys(float(point) for point in points))
-    sampling = Sampling(max_k, temperature, top_p, max_new_tokens, seed, chains_at_once or max_k, problems.stop)
-    _check(model, problems, sampling, points)
     kept = Kept(None if out is None else out / "done", "scaling")
     curves = []
     with as_before(model):
@@ -87,7 +98,13 @@ def run_scaling(
         for policy, point in [("dense", None), *(("dms", point) for point in points)]:
             sampled = []
             for number, problem in enumerate(problems.problems):
-                settings = {"model": described, "versions": common.get("versions"), "policy": policy, "evict_bias": point}
+                settings = {
+                    "format": _FORMAT,
+                    "model": described,
+                    "versions": common.get("versions"),
+                    "policy": policy,
+                    "evict_bias": point,
+                }
                 settings |= {"problem": number, "input_ids": list(problem.input_ids), **vars(sampling)}
                 found = kept.read(settings)
                 if found is None:
@@ -101,7 +118,25 @@ def run_scaling(
     return _write(curves, problems, sampling, common, trained_length, out)
 
 
-def _check(model: Any, problems: Problems, sampling: Sampling, points: list[float]) -> None:
+def check_scaling(
+    model: Any,
+    problems: Problems,
+    *,
+    max_k: int,
+    points: list[float],
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+    chains_at_once: int | None = None,
+) -> Sampling:
+    """Whether chains can be sampled so, without sampling any. max_k: chains of each problem. points: evict_bias of dms. temperature,
+    top_p, max_new_tokens, seed: of a chain. chains_at_once: how many of a problem's chains are decoded as one batch (None: all).
+
+    Raises:
+        ValueError: settings out of range, or a prompt that leaves no room for its chains.
+    """
+    sampling = Sampling(max_k, temperature, top_p, max_new_tokens, seed, max_k if chains_at_once is None else chains_at_once, problems.stop)
     allowed = [
         ("max_k", sampling.max_k, 1 <= sampling.max_k <= MAX_CHAINS, f"1 to {MAX_CHAINS} chains"),
         ("temperature", sampling.temperature, 0 < sampling.temperature < math.inf, "a number above 0: at 0 all chains would be the same"),
@@ -124,6 +159,7 @@ def _check(model: Any, problems: Problems, sampling: Sampling, points: list[floa
                 f"scaling: the prompt of problem {number} has {length} tokens and max_new_tokens is {sampling.max_new_tokens}, together more than the "
                 f"model's context of {context}; nothing is truncated: shorten one of them"
             )
+    return sampling
 
 
 def _make_curve(tokenizer: Any, problems: Problems, policy: str, evict_bias: float | None, sampled: list[Sampled]) -> Curve:
@@ -149,14 +185,16 @@ def _said(tokenizer: Any, problems: Problems, chain: Any) -> str:
 
 
 def _expected_peaks(found: Sampled) -> np.ndarray:
-    """[K]: of k chains the most entries alive at one step, per head, in the mean over orders of the chains; of 1 and of all it is exact."""
+    """[K]: of k chains the most entries alive at one step, per head, what they share once, in the mean over orders of the chains; of 1 and of
+    all it is exact."""
     steps = max(len(chain.held) for chain in found.chains)
-    # A chain that has ended holds nothing.
-    held_KS = np.array([chain.held + [0] * (steps - len(chain.held)) for chain in found.chains], dtype=float) / found.num_heads
+    # A chain that has ended holds nothing of its own; the first step has all chains, and shares as much as any other.
+    own = [[held - found.shared for held in chain.held] + [0] * (steps - len(chain.held)) for chain in found.chains]
+    own_KS = np.array(own, dtype=float)
     rng = np.random.default_rng(0)
-    peaks_K = np.mean([rng.permutation(held_KS).cumsum(0).max(1) for _ in range(_NUM_ORDERS)], 0)
-    peaks_K[0] = held_KS.max(1).mean()
-    return peaks_K
+    peaks_K = np.mean([rng.permutation(own_KS).cumsum(0).max(1) for _ in range(_NUM_ORDERS)], 0)
+    peaks_K[0] = own_KS.max(1).mean()
+    return (found.shared + peaks_K) / found.num_heads
 
 
 def _write(
@@ -167,17 +205,18 @@ def _write(
     draws_RN = make_draws(len(problems.problems), "scaling", problems.name, sampling.seed)
     rows = []
     for curve in curves:
-        shared = {**common, **_measure(curve), **_describe(curve, problems)}
+        shared = {**common, **_measure(curve), **_describe(curve, problems, sampling)}
         marks = _marks(curve, problems, trained_length)
         rows += [{**shared, **_row(curve, dense, metric, k, problems.chance, draws_RN, marks)} for metric in METRICS for k in ks]
     equal = equal_budgets(dense, curves[1:], ks, draws_RN)
     if out is not None:
-        content = {"rows": rows, "settings": vars(sampling), "equal_budget": equal, "words": sentences(equal, problems.name)}
+        settings = {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)}
+        content = {"rows": rows, "settings": settings, "equal_budget": equal, "words": sentences(equal, problems.name)}
         (out / "scaling.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return rows
 
 
-def _describe(curve: Curve, problems: Problems) -> dict:
+def _describe(curve: Curve, problems: Problems, sampling: Sampling) -> dict:
     return {
         "suite": "scaling",
         "policy": curve.policy,
@@ -187,8 +226,10 @@ def _describe(curve: Curve, problems: Problems) -> dict:
         "num_samples": len(problems.problems),
         "num_documents": len(problems.problems),
         "num_chains": len(curve.sampled[0].chains),
-        "batch_size": len(curve.sampled[0].chains),
+        "batch_size": sampling.chains_at_once,
         "memory": None if curve.policy == "dense" else "compacted",
+        # Transformers' dense cache copies the prompt for each chain: bytes of the two caches say nothing of chains.
+        "bytes": None,
         "budget": None,
         "vs_dms": None,
     }
@@ -210,8 +251,6 @@ def _row(curve: Curve, dense: Curve, metric: str, k: int, chance: float, draws_R
     sample, dense_sample = curve.sample(metric, k), dense.sample(metric, k)
     low, high = interval(sample, draws_RN, True)
     chance = 1.0 - (1.0 - chance) ** k if metric == "pass" else chance
-    bytes_ = [sampled.bytes for sampled in curve.sampled]
-    is_all = k == len(curve.sampled[0].chains)
     return {
         "metric": f"{metric}@{k}",
         "k": k,
@@ -221,8 +260,6 @@ def _row(curve: Curve, dense: Curve, metric: str, k: int, chance: float, draws_R
         "chance": chance,
         "entries_read": float(curve.reads_NK[:, k - 1].mean()),
         "peak_entries": float(curve.peak_NK[:, k - 1].mean()),
-        # Of fewer chains than were decoded, the cache was not seen.
-        "bytes": round(float(np.mean(bytes_))) if is_all and None not in bytes_ else None,
         "marks": [*marks, DENSE_AT_CHANCE] if is_at_chance(dense_sample, draws_RN, chance) else marks,
         "vs_dense": None if curve is dense else compare(sample, dense_sample, draws_RN, higher_is_better=True).to_dict(),
     }

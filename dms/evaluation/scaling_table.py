@@ -6,9 +6,8 @@ from rich.table import Table
 
 def scaling_table(rows: list[dict], title: str) -> Table:
     """rows: of `run_scaling`. A line for each policy, operating point and number of chains."""
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE, caption="entries: per KV head, of all k chains together, mean over problems"
-    )
+    caption = "entries: per KV head, of all k chains together, mean over problems; at the peak a shared prompt counts once"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption=caption)
     table.add_column("policy", no_wrap=True)
     metrics = list(dict.fromkeys(row["metric"].partition("@")[0] for row in rows))
     for name in ("k", *(f"{metric}@k" for metric in metrics), "entries read", "at the peak", "cr", "marks"):

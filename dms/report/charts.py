@@ -18,7 +18,7 @@ COSTS = (
 )
 SCALING_COSTS = (
     ("entries_read", "reads", "entries read per problem and KV head, all samples together"),
-    ("peak_entries", "memory", "most entries alive at once per KV head, all samples together"),
+    ("peak_entries", "memory", "most entries alive at once per KV head, all samples together, their prompt once"),
 )
 METRICS = {
     "accuracy": "accuracy",

@@ -208,6 +208,17 @@ def test_a_retrofitted_model_brings_its_window(tmp_path):
     assert {one["window"] for one in json.loads((tmp_path / "out.json").read_text())["limits"]} == {77}
 
 
+def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
+    saved = DMSConfig(window=77, granularity="layer", alignment="next", sinks=4)
+    config = read("Qwen3-0.6B", 2).to_dict() | {"dms": saved.to_saved()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    measured = []
+    monkeypatch.setattr("dms.analysis.shapes.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
+    result = run(tmp_path, "--batch", 1, "--context", 4096, "--window", 99)
+    assert result.exit_code == 0, result.output
+    assert measured == [replace(saved, window=99)]
+
+
 def test_an_encoder(tmp_path):
     AutoConfig.for_model("bert").to_json_file(str(tmp_path / "bert.json"), use_diff=False)
     result = run(tmp_path / "bert.json", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")

@@ -10,7 +10,7 @@ import yaml
 from evicting import embedded
 
 import dms
-from dms.evaluation.lm_eval import run_lm_eval
+from dms.evaluation.lm_eval import prepare_lm_eval, run_lm_eval
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[lmeval]'")
 
@@ -37,6 +37,14 @@ TASKS = {
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "toy_fixed": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", **MEAN}],
     },
     "toy_long": {
         "output_type": "generate_until",
@@ -69,7 +77,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Tasks about records in the embedded model's own form, of which the first is asked for: dense, it knows every answer."""
+    """Tasks about records in the embedded model's own form, of which the first is asked for: dense, it knows most answers."""
     root = tmp_path_factory.mktemp("tasks")
     rng = random.Random(0)
     documents = []
@@ -142,7 +150,7 @@ def test_figures_are_those_of_the_harness_run_by_hand(tiny, folder, merged):
     # Eviction acts in every kind of task, and gates that keep everything change nothing.
     for dense, evicting, keeping in values.values():
         assert evicting != dense and keeping == pytest.approx(dense, rel=1e-5)
-    assert values["toy_choice"][0] == values["toy_generation"][0] == 1.0
+    assert values["toy_choice"][0] == 1.0 and values["toy_generation"][0] > 0.5
 
 
 def test_what_was_evicted_is_measured(tiny, folder, merged):
@@ -222,6 +230,22 @@ def test_groups_have_rows(tiny, folder, tmp_path):
     assert width == pytest.approx(2 * 1.96 * figures["acc_stderr,none"]) and figures["acc,none"] == group["dms"]["value"]
     assert {row["task"] for row in rows} >= {"lm_eval:toy_choice", "lm_eval:toy_generation"}
     assert all(row["num_samples"] == 2 for row in rows if row["task"] == "lm_eval:toy_choice")
+    # Of its parts one has this metric, with four choices.
+    assert group["dense"]["chance"] == 0.25 and group["dense"]["num_fewshot"] == 0
+
+
+def test_examples_are_as_many_as_asked_for(tiny, folder):
+    (row,) = run(tiny, folder, tasks=["toy_choice"], policies=("dense",), num_fewshot=1, limit=2)
+    assert row["num_fewshot"] == 1
+
+
+def test_what_is_prepared_runs_without_being_checked_again(tiny, folder, tmp_path, monkeypatch):
+    settings = {"tasks": ["toy_choice"], "points": [], "policies": ("dense",), "limit": 2, "include_path": str(folder)}
+    prepared = prepare_lm_eval(*tiny, out=tmp_path, **settings)
+    assert not list((tmp_path / "done").iterdir())
+    monkeypatch.setattr("dms.evaluation.lm_eval._build", None)
+    (row,) = prepared.run(common={"model": "tiny"}, out=tmp_path)
+    assert row["num_samples"] == 2 and (tmp_path / "lm_eval.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -232,6 +256,7 @@ def test_groups_have_rows(tiny, folder, tmp_path):
         ({"policies": ("dense", "h2o")}, "not h2o: a likelihood task is one forward pass"),
         ({"points": []}, "at least one number"),
         ({"limit": 0}, "limit is 0"),
+        ({"tasks": ["toy_fixed"], "num_fewshot": 1}, "toy_fixed' sets num_fewshot to 0 itself"),
         ({"tasks": []}, "no tasks"),
         ({"apply_chat_template": True}, "no chat template"),
     ],

@@ -91,6 +91,18 @@ def test_chains_that_do_not_fit_are_refused(tokenizer, given, said):
         make_chains(tokenizer, **{"num_problems": 1, "length": 512} | given)
 
 
+def test_long_prompts_have_as_many_records_as_there_are_names(tokenizer):
+    """One in 64 tokens would be more names than there are."""
+    made = make_chains(tokenizer, num_problems=2, length=8168)
+    numbers = []
+    for problem in made.problems:
+        assert len(problem.input_ids) == 8168
+        records = re.findall(r"^#: \$(\S+) \$?(\S+)$", tokenizer.decode(problem.input_ids[1:]), re.M)
+        assert len(dict(records)) == len(records) > 60
+        numbers.append(sum(value.isdigit() for _, value in records))
+    assert made.chance == pytest.approx(sum(1 / number for number in numbers) / 2) and max(numbers) < 8168 // 64
+
+
 def write(tmp_path, *lines):
     path = tmp_path / "sums.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
@@ -152,3 +164,5 @@ def test_a_file_without_problems_is_refused(tmp_path, tokenizer):
         read_problems(write(tmp_path, ""), tokenizer)
     with pytest.raises(ValueError, match="stop strings"):
         read_problems(write(tmp_path, ""), tokenizer, stop=[""])
+    with pytest.raises(ValueError, match="give a list"):
+        read_problems(write(tmp_path, ""), tokenizer, stop="\n\n")

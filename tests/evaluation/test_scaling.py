@@ -15,15 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dms
 from dms.evaluation import scaling
 from dms.evaluation.bootstrap import make_draws
-from dms.evaluation.chains import Sampling, sample_chains
+from dms.evaluation.chains import Chain, Sampled, Sampling, sample_chains
 from dms.evaluation.equal_budget import equal_budgets, sentences
 from dms.evaluation.operating import operate
 from dms.evaluation.problems import Problems, make_chains, read_problems
-from dms.evaluation.scaling import Curve, run_scaling
+from dms.evaluation.scaling import Curve, check_scaling, run_scaling
 from dms.evaluation.scaling_table import scaling_table
 from dms.retrofitting import gate_parameters
 
 SETTINGS = {"max_k": 4, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 3}
+HOT = {"temperature": 2.0}
 TIMES = {"seconds", "step_ms"}
 
 
@@ -60,6 +61,17 @@ def held_by_hand(model, input_ids, chain, policy) -> list[int]:
     return counts
 
 
+@torch.no_grad()
+def shared_by_hand(model, input_ids, policy) -> int:
+    """Of the prompt what every later query sees, and no chain can evict: dense all of it, dms what is farther back than the window."""
+    if policy == "dense":
+        return len(input_ids) * sum(layer.num_heads for layer in model.dms.layers)
+    dms.set_mode(model, "evict")
+    model(input_ids=torch.tensor([input_ids]), use_cache=False)
+    far = len(input_ids) - model.dms.config.window - 1
+    return sum(int((~evicted[0, :far]).sum()) for evicted in model.dms.forward.evicted.values())
+
+
 @pytest.mark.parametrize("policy", ["dense", "dms"])
 @pytest.mark.parametrize("eos", [False, True])
 def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
@@ -79,6 +91,7 @@ def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
         model.generation_config.eos_token_id = before
     assert len({len(chain.tokens) for chain in found.chains}) > 1
     assert {chain.ended for chain in found.chains} & ({"eos"} if eos else {"stop", "length"})
+    assert 0 < found.shared == shared_by_hand(model, ids, policy)
     for chain in found.chains:
         assert chain.held == held_by_hand(model, ids, chain, policy)
         assert chain.seen == found.num_heads * (len(ids) + len(chain.held) - 1)
@@ -101,6 +114,7 @@ def test_layers_without_gates_are_not_counted(tiny, policy):
     ids = tuple(torch.randint(3, 97, (50,)).tolist())
     settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "stop": None}
     found = sample_chains(model, tiny[1], ids, 0, Sampling(max_k=3, chains_at_once=2, **settings))
+    assert found.shared == shared_by_hand(model, ids, policy) <= 2 * len(ids)
     assert found.num_heads == 2 and len({tuple(chain.tokens) for chain in found.chains}) == 3
     for chain in found.chains:
         assert chain.held == held_by_hand(model, ids, chain, policy)
@@ -115,7 +129,7 @@ def test_a_chain_is_the_same_in_any_batch(tiny, problems, policy):
     together = sample_chains(model, tokenizer, ids, 1, sampling(problems))
     apart = sample_chains(model, tokenizer, ids, 1, sampling(problems, chains_at_once=3))
     assert [vars(chain) for chain in together.chains] == [vars(chain) for chain in apart.chains]
-    assert apart.bytes is None and together.bytes > 0
+    assert apart.shared == together.shared
     assert len({tuple(chain.tokens) for chain in together.chains}) > 1
     other = sample_chains(model, tokenizer, ids, 2, sampling(problems))
     assert [chain.tokens for chain in other.chains] != [chain.tokens for chain in together.chains]
@@ -167,14 +181,26 @@ def test_rows_follow_from_what_was_sampled(tiny, problems, run):
         reads = [sum(sum(chain.held[1:]) for chain in sampled.chains) / sampled.num_heads for sampled in found]
         assert ours["pass@4"]["entries_read"] == pytest.approx(np.mean(reads))
         assert ours["pass@1"]["entries_read"] == pytest.approx(np.mean(reads) / 4)
-        steps = [[sum(c.held[t] for c in s.chains if t < len(c.held)) for t in range(max(len(c.held) for c in s.chains))] for s in found]
+        steps = [
+            [s.shared + sum(c.held[t] - s.shared for c in s.chains if t < len(c.held)) for t in range(max(len(c.held) for c in s.chains))]
+            for s in found
+        ]
         assert ours["pass@4"]["peak_entries"] == pytest.approx(np.mean([max(one) for one in steps]) / found[0].num_heads)
         assert ours["pass@1"]["peak_entries"] < ours["pass@2"]["peak_entries"] < ours["pass@4"]["peak_entries"]
-        assert ours["pass@4"]["bytes"] == round(np.mean([s.bytes for s in found])) and ours["pass@2"]["bytes"] is None
+        assert ours["pass@4"]["bytes"] is None and ours["pass@4"]["batch_size"] == 4
     dense = next(row for row in rows if row["policy"] == "dense")
     assert dense["cr"] == 1.0 and dense["vs_dense"] is None and dense["memory"] is None
     saved = json.loads((out / "scaling.json").read_text())
+    assert saved["settings"]["chat_template"] is False and saved["settings"]["problems"] == "chain_3"
     assert saved["rows"] == rows and saved["words"] and all("evict_bias" in sentence for sentence in saved["words"])
+
+
+def test_a_shared_prompt_is_held_once():
+    """Two chains of two heads that share 8 entries; one ends a step before the other."""
+    chains = [Chain([1] * (len(held) - 1), "eos", held, seen=20, evicted=0, decided=20) for held in ([10, 12], [10, 12, 14])]
+    peaks = scaling._expected_peaks(Sampled(chains, num_heads=2, shared=8, step_ms=None, seconds=0.0))
+    # Alone 12 or 14; together 8 + 4 + 4 at the second step.
+    assert peaks.tolist() == [(12 + 14) / 2 / 2, 16 / 2]
 
 
 def test_a_file_of_problems_is_scored(tiny, problems, tmp_path):
@@ -183,11 +209,12 @@ def test_a_file_of_problems_is_scored(tiny, problems, tmp_path):
     lines = [{"prompt": text, "answer": float(p.answer)} for text, p in zip(texts, problems.problems, strict=True)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ours = read_problems(tmp_path / "mine.jsonl", tokenizer, answer_pattern=r"^\D*(\d+)", stop=["\n"])
-    rows = run_scaling(model, tokenizer, problems=ours, points=[], common={}, out=None, **SETTINGS)
+    # The model knows these too well.
+    rows = run_scaling(model, tokenizer, problems=ours, points=[], common={}, out=None, **SETTINGS | HOT)
     operate(model, "dense", None)
     right = []
     for number, problem in enumerate(ours.problems):
-        for chain in sample_chains(model, tokenizer, problem.input_ids, number, sampling(ours)).chains:
+        for chain in sample_chains(model, tokenizer, problem.input_ids, number, sampling(ours, **HOT)).chains:
             said = re.findall(r"\d+", tokenizer.decode(chain.tokens).split("\n")[0])
             right.append(said[:1] == [problems.problems[number].answer])
     assert 0 < sum(right) < len(right) and rows[0]["value"] == pytest.approx(np.mean(right))
@@ -234,12 +261,17 @@ def test_a_run_goes_on_where_it_was(tiny, problems, run, tmp_path, monkeypatch):
     # What another setting or other gates would have said is not taken from there.
     run_scaling(*tiny, out=out, **again | {"temperature": 0.5})
     assert len(sampled) == 2 + 9
+    # Nor what a version that counted otherwise has kept.
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "_FORMAT", 1)
+        run_scaling(*tiny, out=out, **again | {"points": []})
+    assert len(sampled) == 2 + 9 + 3
     gate = tiny[0].dms.layers[0].module.dms_gate
     with torch.no_grad():
         gate.bias.add_(1e-3)
         run_scaling(*tiny, out=out, **again | {"points": []})
         gate.bias.sub_(1e-3)
-    assert len(sampled) == 2 + 9 + 3
+    assert len(sampled) == 2 + 9 + 3 + 3
 
 
 def test_mode_and_bias_are_left_as_they_were(tiny, problems):
@@ -263,12 +295,16 @@ def test_mode_and_bias_are_left_as_they_were(tiny, problems):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"points": [math.nan]}, "evict_bias"),
         ({"chains_at_once": 5}, "chains_at_once is 5"),
+        ({"chains_at_once": 0}, "chains_at_once is 0"),
         ({"max_new_tokens": 1800}, "more than the model's context of 2048"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(tiny, problems, given, said):
+    settings = {"points": [0.0], **SETTINGS, **given}
     with pytest.raises(ValueError, match=said):
-        run_scaling(*tiny, problems=problems, common={}, out=None, **{"points": [0.0], **SETTINGS, **given})
+        check_scaling(tiny[0], problems, **settings)
+    with pytest.raises(ValueError, match=said):
+        run_scaling(*tiny, problems=problems, common={}, out=None, **settings)
 
 
 def curve(policy, values, cost) -> Curve:
@@ -288,9 +324,22 @@ def test_dms_gets_as_many_chains_as_the_budget_allows():
     assert (two["dms_k"], two["capped"]) == (4, True)
     assert found[1, "peak_entries"]["dms_k"] == 2
     (sentence,) = sentences(list(found.values()), "sums")
-    assert "dense with 1 chain 0.200, dms with 2 0.600, better (+0.400" in sentence and "from 2 chains of dense on, all 4" in sentence
+    assert (
+        "dense with 1 chain 0.200, dms with 2 0.600, better (+0.400" in sentence
+        and "dense with 2 chains 0.300, dms with all 4, which take less, 0.800, better (" in sentence
+    )
     dear = equal_budgets(dense, [curve("dms", [[0.5] * 4] * 2, 11.0)], [1], make_draws(2, "test"))
     assert dear[0]["dms_k"] is None and "a single chain of dms takes more" in sentences(dear, "sums")[0]
+
+
+@pytest.mark.parametrize(("cost", "capped"), [(10.0, False), (9.0, False), (8.0, True), (4.0, True)])
+def test_a_budget_is_left_over_where_one_more_chain_fits(cost, capped):
+    """Four chains of dense take 40; five of dms 5 * cost."""
+    dense, ours = (curve(policy, [[0.5] * 4] * 2, each) for policy, each in (("dense", 10.0), ("dms", cost)))
+    rows = equal_budgets(dense, [ours], [4], make_draws(2, "test"))
+    assert {(row["dms_k"], row["capped"]) for row in rows} == {(4, capped)}
+    (sentence,) = sentences(rows, "sums")
+    assert ("take less" in sentence) == capped and "dense with 4 chains 0.500" in sentence and "not different" in sentence
 
 
 def compare_by_hand(difference) -> dict:
