@@ -168,7 +168,8 @@ def evaluate(
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     _prepare_environment("auto")
-    from dms.evaluation.command import LmEval, Scaling, evaluate_folder, failures, make_settings
+    from dms.evaluation.command import evaluate_folder, failures, make_settings
+    from dms.evaluation.extras import LmEval, Scaling
 
     sampling = {
         "problems": problems,

@@ -3,23 +3,19 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dms import checkpoint, models
-from dms.console import make_console
+from dms.console import make_console, make_progress
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.collect import FATAL, make_rows
+from dms.evaluation.extras import LmEval, Scaling, prepare_harness, prepare_scaling
 from dms.evaluation.kept import read_json
-from dms.evaluation.problems import make_chains, read_problems
 from dms.evaluation.profile import num_passes, write_profile
-from dms.evaluation.scaling import run_scaling
-from dms.evaluation.scaling_table import scaling_table
 from dms.evaluation.settings import POLICIES, Settings, open_folder
 from dms.evaluation.table import comparison_table
 from dms.evaluation.units import Unit, finished, make_units, run_unit
@@ -29,36 +25,6 @@ from dms.report.evidence import read_evidence
 from dms.retrofitting import state_of
 from dms.weights import GATES_FILE
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """Hyper-scaling. problems: a JSONL file, None: built-in chains of variables of so many hops, at the longest of the evaluation's lengths. The rest as
-    in `run_scaling` and `read_problems`."""
-
-    problems: str | None = None
-    num_problems: int = 64
-    max_k: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    chains_at_once: int | None = None
-    stop: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    answer_pattern: str | None = None
-    num_hops: int = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class LmEval:
-    """Tasks of lm-evaluation-harness, as in `run_lm_eval`."""
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: str | None = None
-
-
-# What a sampled chain may write where the user says nothing: of the built-in ones, and of others.
-_CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
 # Documents of each unit that the report's profile is made of.
 _PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
@@ -135,9 +101,11 @@ def evaluate_folder(
         raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
     out = Path(out) if out is not None else default_out(folder)
     tokenizer = models.load_tokenizer(folder)
-    # Before the folder is touched: documents that cannot be made are said here.
+    # Before the folder is touched: what cannot be measured is said here.
     units = list(make_units(tokenizer, settings))
+    chains = None if scaling is None else prepare_scaling(model, tokenizer, settings, scaling)
     digest = open_folder(out, settings, about)
+    harness = None if lm_eval is None else prepare_harness(model, tokenizer, settings, lm_eval, about["versions"], out)
     _announce(folder, out, settings, about, console)
     _run(model, units, settings, out, digest, console)
 
@@ -151,10 +119,10 @@ def evaluate_folder(
         read.setdefault((unit.suite, unit.length), []).append(finished(out / "done" / unit.file_name, unit.key(digest)))
     rows = make_rows(read, settings, common=common, trained_length=about["trained_length"])
     shared = {"common": common, "out": out, "trained_length": about["trained_length"]}
-    if lm_eval is not None:
-        rows += _run_lm_eval(model, tokenizer, settings, lm_eval, shared, console)
-    if scaling is not None:
-        rows += _run_scaling(model, tokenizer, settings, scaling, shared, console)
+    if harness is not None:
+        rows += harness.run(shared, console)
+    if chains is not None:
+        rows += chains.run(shared, console)
     rows = _with_earlier(rows, out)
     words = in_words(rows) + (read_json(out / "scaling.json") or {"words": []})["words"]
     _write_profile(model, tokenizer, units, settings, out, console)
@@ -178,68 +146,13 @@ def _with_earlier(rows: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]
     return [row for row in earlier if figure(row) not in known] + rows
 
 
-def _run_lm_eval(model, tokenizer, settings: Settings, wanted: LmEval, shared: dict, console: Console) -> list[dict[str, Any]]:
-    from dms.evaluation.lm_eval import run_lm_eval
-
-    # The others have no place in a likelihood's single forward pass.
-    policies = tuple(policy for policy in settings.policies if policy in ("dense", "dms"))
-    total = len(wanted.tasks) * (1 + ("dms" in policies) * len(settings.evict_bias))
-    with _progress(console) as progress:
-        task = progress.add_task(f"lm-eval: {', '.join(wanted.tasks)}", total=total)
-        return run_lm_eval(
-            model,
-            tokenizer,
-            tasks=list(wanted.tasks),
-            policies=policies,
-            points=list(settings.evict_bias),
-            num_fewshot=wanted.num_fewshot,
-            limit=wanted.limit,
-            batch_size=settings.batch_size,
-            apply_chat_template=settings.chat,
-            include_path=wanted.include_path,
-            progress=lambda n: progress.advance(task, n),
-            **shared,
-        )
-
-
-def _run_scaling(model, tokenizer, settings: Settings, wanted: Scaling, shared: dict, console: Console) -> list[dict[str, Any]]:
-    own = wanted.problems is None
-    max_new_tokens = wanted.max_new_tokens or (_CHAIN_TOKENS if own else _ANSWER_TOKENS)
-    if own:
-        length = max(settings.lengths) - max_new_tokens
-        problems = make_chains(tokenizer, num_problems=wanted.num_problems, length=length, num_hops=wanted.num_hops, seed=settings.seed)
-    else:
-        chat = True if settings.chat else None
-        problems = read_problems(
-            wanted.problems, tokenizer, answer_pattern=wanted.answer_pattern, limit=wanted.num_problems, chat_template=chat
-        )
-    with _progress(console) as progress:
-        total = len(problems.problems) * (1 + len(settings.evict_bias))
-        task = progress.add_task(f"hyper-scaling: {problems.name}", total=total)
-        rows = run_scaling(
-            model,
-            tokenizer,
-            problems=problems,
-            max_k=wanted.max_k,
-            points=list(settings.evict_bias),
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            max_new_tokens=max_new_tokens,
-            seed=settings.seed,
-            progress=lambda n: progress.advance(task, n),
-            **shared,
-        )
-    console.print(scaling_table(rows, f"hyper-scaling: {problems.name}, {len(problems.problems)} problems"))
-    return rows
-
-
 def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, out: Path, console: Console) -> None:
     """For the report: what the gates do where, on documents of the longest length."""
     longest = max(settings.lengths)
     chosen = [(unit, document) for unit in units if unit.length == longest for document in unit.documents[:_PROFILED]]
     if not chosen or "dms" not in settings.policies:
         return
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("what is kept, token by token", total=num_passes(len(chosen), len(settings.evict_bias)))
         write_profile(
             model,
@@ -291,7 +204,7 @@ def describe(folder: str, model) -> dict[str, Any]:
 
 
 def _run(model, units: Sequence[Unit], settings: Settings, out: Path, digest: str, console: Console) -> None:
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("", total=len(units) * len(settings.points()))
         for unit in units:
             place = f"{unit.suite}, {unit.length} tokens, batch {unit.number + 1}"
@@ -304,12 +217,6 @@ def _run(model, units: Sequence[Unit], settings: Settings, out: Path, digest: st
                 step=lambda what, place=place: progress.update(task, description=f"{what}: {place}"),
                 done=lambda: progress.advance(task),
             )
-
-
-def _progress(console: Console) -> Progress:
-    """What is running, how far it is, and how long it will take."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
 def print_result(result: dict[str, Any], settings: Settings, console: Console) -> None:
