@@ -201,7 +201,7 @@ def test_dms_and_dense_are_compared_on_the_same_documents(merged):
         assert row["vs_dense"]["difference"] == pytest.approx(row["value"] - dense["value"])
         assert row["vs_dense"]["ci_low"] <= row["vs_dense"]["difference"] <= row["vs_dense"]["ci_high"]
         if row["evict_bias"] == -100.0:
-            assert row["vs_dense"] == {"difference": 0.0, "ci_low": 0.0, "ci_high": 0.0, "verdict": "not different"}
+            assert row["vs_dense"]["difference"] == 0.0 and row["vs_dense"]["verdict"] == "not different"
 
 
 def test_a_run_goes_on_where_it_was(tiny, folder, merged, monkeypatch):
@@ -285,3 +285,35 @@ def test_without_the_harness_it_is_said_what_to_install(tiny, folder, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(RuntimeError, match="pip install 'dms-retrofit\\[lmeval\\]'"):
         run(tiny, folder)
+
+
+def test_the_command_merges_suites_harness_and_chains(save_gated, folder, tmp_path):
+    """One call: rows of all three, tables that bear with what the harness does not measure, and a later call that keeps them."""
+    from rich.console import Console
+
+    from dms.evaluation.command import evaluate_folder, make_settings
+    from dms.evaluation.extras import LmEval, Scaling
+
+    model = str(save_gated())
+    settings = make_settings(
+        model, policies=("dense", "dms", "tova"), suites=("needle",), lengths=(128,), num_documents=2, evict_bias=[0.0, 1.0]
+    )
+    console, out = Console(width=140, record=True, quiet=True), tmp_path / "out"
+    tasks = LmEval(tasks=("toy_choice", "toy_group"), include_path=str(folder))
+    chains = Scaling(num_problems=2, max_k=2, num_hops=1)
+    result = evaluate_folder(model, settings, out=out, lm_eval=tasks, scaling=chains, console=console)
+    assert {(row["suite"], row["policy"], row["evict_bias"]) for row in result["rows"]} == {
+        *(("needle", policy, bias) for policy, bias in settings.points()),
+        *((suite, policy, bias) for suite in ("lm_eval", "scaling") for policy, bias in settings.points() if policy != "tova"),
+    }
+    assert any(sentence.startswith("In lm-evaluation-harness at evict_bias +1, dms holds 1/") for sentence in result["words"])
+    assert json.loads((out / "rows.json").read_text()) == result
+    later = make_settings(model, policies=("dense", "dms"), suites=("needle",), lengths=(96,), num_documents=2, evict_bias=[0.0])
+    both = evaluate_folder(model, later, out=out, console=console)["rows"]
+    assert both[: len(result["rows"])] == result["rows"] and {row["length"] for row in both} >= {128, 96}
+    # What the harness would refuse is refused before a document is read.
+    with pytest.raises(ValueError, match="toy_chioce"):
+        evaluate_folder(
+            model, settings, out=tmp_path / "new", lm_eval=LmEval(tasks=("toy_chioce",), include_path=str(folder)), console=console
+        )
+    assert not list((tmp_path / "new").glob("rows.json"))
