@@ -1,10 +1,14 @@
 """`DMSCache.drop`: entries of one's own choice go, the others stay in order, and what forks share stays theirs."""
 
+import os
+
 import pytest
 import torch
 
 from dms.cache import CacheFull, DMSCache
 from dms.cache.budget import held_bytes
+from dms.cache.fused import FusedStore
+from dms.cache.store import Store
 from dms.retrofitting import set_mode
 
 
@@ -38,6 +42,27 @@ def test_drop_leaves_the_others_in_order(kv_dtype, build_gated, make_batch):
         for one in caches:
             model(make_batch(2, 1 + 9 * (turn % 2), seed=turn)["input_ids"], past_key_values=one)
             assert not [w for w in one.report(warn=False).warnings if "leak" in w]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="without the interpreter kernels need a GPU")
+@torch.no_grad()
+def test_drop_where_kernels_run(build_gated, make_batch, monkeypatch):
+    """The kernels' store reads and goes on after a drop as the plain one does."""
+    model = build_gated("llama", window=3)
+    set_mode(model, "evict")
+    ids, logits = make_batch(2, 44)["input_ids"], {}
+    for kernels, kind in (("reference", Store), ("triton", FusedStore)):
+        monkeypatch.setenv("DMS_KERNELS", kernels)
+        cache, generator = DMSCache(model, page_size=16), torch.Generator().manual_seed(5)
+        outputs = [model(ids[:, :40], past_key_values=cache).logits]
+        for place in range(40, 44):
+            for index, layer in cache.compacted_layers().items():
+                assert type(layer.store) is kind
+                counts = layer.store.num_kept
+                cache.drop(index, torch.rand(*counts.shape, int(counts.max()), generator=generator) < 0.3)
+            outputs.append(model(ids[:, place : place + 1], past_key_values=cache).logits)
+        logits[kernels] = torch.cat(outputs, 1)
+    torch.testing.assert_close(logits["triton"], logits["reference"], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
