@@ -306,6 +306,8 @@ def test_the_command_merges_suites_harness_and_chains(save_gated, folder, tmp_pa
         *(("needle", policy, bias) for policy, bias in settings.points()),
         *((suite, policy, bias) for suite in ("lm_eval", "scaling") for policy, bias in settings.points() if policy != "tova"),
     }
+    entries = [row["entries"] for row in result["rows"] if row["suite"] == "needle" and row["policy"] == "dms"]
+    assert entries[0] > entries[1]
     assert any(sentence.startswith("In lm-evaluation-harness at evict_bias +1, dms holds 1/") for sentence in result["words"])
     assert json.loads((out / "rows.json").read_text()) == result
     later = make_settings(model, policies=("dense", "dms"), suites=("needle",), lengths=(96,), num_documents=2, evict_bias=[0.0])
