@@ -135,7 +135,7 @@ def evaluate(
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
     num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 50).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents read at once.")] = 16,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents read at once. Default: 16 (--quick: 25).")] = None,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
     chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,

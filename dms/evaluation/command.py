@@ -29,7 +29,7 @@ from dms.weights import GATES_FILE
 _PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
-QUICK = {"num_documents": 50, "suites": ("needle", "records", "text")}
+QUICK = {"num_documents": 50, "batch_size": 25, "suites": ("needle", "records", "text")}
 
 
 def make_settings(
@@ -39,6 +39,7 @@ def make_settings(
     suites: Sequence[str] | None = None,
     lengths: Sequence[int] = (),
     num_documents: int | None = None,
+    batch_size: int | None = None,
     quick: bool = False,
     **others: Any,
 ) -> Settings:
@@ -60,6 +61,7 @@ def make_settings(
         suites=suites if suites is not None else QUICK["suites"] if quick else SUITES,
         lengths=lengths,
         num_documents=num_documents or (QUICK["num_documents"] if quick else 64),
+        batch_size=batch_size or (QUICK["batch_size"] if quick else 16),
         **others,
     )
 
