@@ -25,7 +25,7 @@ from dms.report.evidence import read_evidence
 from dms.retrofitting import state_of
 from dms.weights import GATES_FILE
 
-# Documents of each unit that the report's profile is made of.
+# Documents of each suite that the report's profile is made of.
 _PROFILED = 4
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
@@ -151,7 +151,8 @@ def _with_earlier(rows: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]
 def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, out: Path, console: Console) -> None:
     """For the report: what the gates do where, on documents of the longest length."""
     longest = max(settings.lengths)
-    chosen = [(unit, document) for unit in units if unit.length == longest for document in unit.documents[:_PROFILED]]
+    first = [unit for unit in units if unit.length == longest and unit.number == 0]
+    chosen = [(unit, document) for unit in first for document in unit.documents[:_PROFILED]]
     if not chosen or "dms" not in settings.policies:
         return
     with make_progress(console) as progress:
