@@ -7,6 +7,7 @@ from dms.evaluation.collect import BEYOND_TRAINING, BUDGET_MISSED, DENSE_AT_CHAN
 
 # By distance: parts of what is told already.
 _PARTS = tuple(f"recall_q{number}" for number in (1, 2, 3, 4))
+_DISTANCES = ("kl", "top1_agreement", "divergence_length")
 _Row = Mapping[str, Any]
 
 
@@ -54,9 +55,13 @@ def _beside_dense(dms: list[_Row]) -> list[str]:
         found = [_against_dense(row) for row in compared if row["vs_dense"]["verdict"] == verdict]
         if found:
             told.append(f"{words} {'; '.join(found)}.")
-    distances = [f"{_name(row)} {_number(row['value'])}" for row in dms if row["vs_dense"] is None]
-    if distances:
-        told.append(f"Its distance from dense: {', '.join(distances)}.")
+    alone = [row for row in dms if row["vs_dense"] is None]
+    for words, chosen in (
+        ("Its distance from dense", [row for row in alone if row["metric"] in _DISTANCES]),
+        ("Not compared document by document", [row for row in alone if row["metric"] not in _DISTANCES]),
+    ):
+        if chosen:
+            told.append(f"{words}: {', '.join(_told(row) for row in chosen)}.")
     return told
 
 
@@ -92,6 +97,10 @@ def _name(row: _Row) -> str:
         return row["task"]
     limit = f", at most {row['limit']}," if row.get("limit") else ""
     return f"{row['metric'].replace('_', ' ')}{limit} of {row['task']}"
+
+
+def _told(row: _Row) -> str:
+    return f"{_name(row)} {_number(row['value'])}"
 
 
 def _names(rows: list[_Row]) -> str:
