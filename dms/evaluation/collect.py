@@ -94,9 +94,10 @@ def make_rows(
         if ("dense", None) not in by_point:
             continue
         draws = make_draws(len(by_point["dense", None].entries_D), suite, length, settings.seed)
-        marks = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length)
+        # The other policies were not trained.
+        beyond = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length)
         for point, found in by_point.items():
-            found.marks = [*_marks(point[0], found), *marks]
+            found.marks = [*_marks(point[0], found), *(beyond if point[0] == "dms" else [])]
             for name in sorted(found.metrics, key=_place):
                 limit = {"limit": settings.num_greedy} if name[1] == "divergence_length" else {}
                 rows.append(_row(suite, length, point, name, by_point, draws, common) | limit)
