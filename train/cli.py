@@ -1,15 +1,15 @@
 """The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
 
-import json
 import os
 import sys
 import tempfile
-import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dms.train.environment import is_bfloat16, prepare
 
 app = typer.Typer(
     help="Retrofit a pretrained LLM with learned KV-cache eviction (Dynamic Memory Sparsification).",
@@ -39,7 +39,7 @@ def retrofit(
     from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
-    _prepare_environment(loaded.precision)
+    prepare(loaded.precision)
     from dms.train.loop import run
     from dms.train.stopping import STOPPED_CODE, Stopped
 
@@ -64,7 +64,7 @@ def cache_teacher(
     index, slash, number = part.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
         raise ValueError(f"--part is {part!r}; write I/N with I from 0 to N - 1, such as 0/8")
-    _prepare_environment(loaded.precision)
+    prepare(loaded.precision)
     from dms.train.cache_teacher import write
 
     write(loaded, part=int(index), num_parts=int(number))
@@ -85,7 +85,7 @@ def plan(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")] = None,
 ) -> None:
     """Say before a run what it takes: FLOPs, bytes by kind, seconds and GPU hours of every choice, and which one to take."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.console import make_console
     from dms.train.planning import run
 
@@ -101,7 +101,7 @@ def pretrain(
     from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], PretrainRecipe)
-    _prepare_environment(loaded.precision)
+    prepare(loaded.precision)
     from dms.train.pretrain import run
 
     run(loaded)
@@ -116,7 +116,7 @@ def generate_data(
     from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], GenerateRecipe)
-    _prepare_environment(loaded.precision)
+    prepare(loaded.precision)
     from dms.train.generate_data import run
 
     run(loaded)
@@ -167,7 +167,7 @@ def evaluate(
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.evaluation.command import evaluate_folder, failures, make_settings
     from dms.evaluation.extras import LmEval, Scaling
 
@@ -228,7 +228,7 @@ def generate(
     kv_dtype: Annotated[str | None, typer.Option(help="int8 keeps what leaves the window in a byte a number.")] = None,
 ) -> None:
     """Stream a continuation and say how many KV entries were kept."""
-    _prepare_environment("bf16" if _is_bfloat16(model) else "auto")
+    prepare("bf16" if is_bfloat16(model) else "auto")
     from dms.generation import stream
 
     stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
@@ -252,7 +252,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.export.folder import export as write
 
     with tempfile.TemporaryDirectory() as staged:
@@ -276,7 +276,7 @@ def bench_cache(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result rows to this file.")] = None,
 ) -> None:
     """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.bench.cache import plan_for, run
 
     run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
@@ -285,7 +285,7 @@ def bench_cache(
 @bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench_retrofit(context: typer.Context) -> None:
     """Time and memory of one retrofit step of a random Qwen3-8B, beside FlexAttention and a loss over whole logits."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.train.bench import main as measure
 
     measure(context.args)
@@ -314,7 +314,7 @@ def analyze(
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw the roofline and the memory wall.")] = None,
 ) -> None:
     """Where inference of a model stands on a GPU's roofline, when KV reads overtake weight reads, and what eviction gives."""
-    _prepare_environment("auto")
+    prepare("auto")
     from dms.console import make_console
     from dms.train.analysis import run
 
@@ -370,40 +370,6 @@ def _numbers(option: str, given: str) -> list[int]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(f"{option} is {given!r}; give numbers above 0 with commas between, such as 1024,2048")
     return [int(word) for word in words]
-
-
-def _prepare_environment(precision: str) -> None:
-    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    if _has_no_gpu():
-        # transformers imports DeepSpeed where it is installed, and DeepSpeed then warns that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if precision == "bf16" and _has_no_gpu() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        from dms.doctor import AMX_CURE, bfloat16_works
-
-        if not bfloat16_works():
-            if not bfloat16_works(AMX_CURE):
-                raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
-            os.environ.update(AMX_CURE)
-
-
-def _is_bfloat16(folder: str) -> bool:
-    """Whether a model folder says so; anything that is wrong with it is said when it is loaded."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _has_no_gpu() -> bool:
-    return not os.path.exists("/proc/driver/nvidia/version")
 
 
 def _dump_stacks_on_request() -> None:

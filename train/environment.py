@@ -1,0 +1,41 @@
+"""What must stand in the environment before torch is imported: so this file imports nothing heavy."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def prepare(precision: str) -> None:
+    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if _has_no_gpu():
+        # transformers imports DeepSpeed where it is installed, and DeepSpeed then warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if precision == "bf16" and _has_no_gpu() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        from dms.doctor import AMX_CURE, bfloat16_works
+
+        if not bfloat16_works():
+            if not bfloat16_works(AMX_CURE):
+                raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
+            os.environ.update(AMX_CURE)
+
+
+def is_bfloat16(folder: str) -> bool:
+    """Whether a model folder says so; anything that is wrong with it is said when it is loaded."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _has_no_gpu() -> bool:
+    return not os.path.exists("/proc/driver/nvidia/version")
