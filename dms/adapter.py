@@ -1,10 +1,11 @@
 """Find what gates attach to in any Hugging Face decoder: its full-attention layers, without a modelling file per family."""
 
-import inspect
 import re
 from dataclasses import dataclass
 
 from torch import nn
+
+from dms import hf_compat
 
 # Norms that stand before attention are named input_layernorm, ln_1, self_attn_layer_norm, operator_norm ...; these are not.
 _NOT_BEFORE_ATTENTION = re.compile(r"post|ffn|feedforward|feed_forward|mlp|final|ln_2|norm2|q_norm|k_norm")
@@ -60,7 +61,7 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         if reason:
             skipped[path] = reason
             continue
-        if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(module).forward):
+        if not hf_compat.calls_attention_interface(module):
             raise refuse(f"{path} ({type(module).__name__}) computes attention by itself")
         key_dim, value_dim = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
         if key_dim is not None and value_dim is not None and key_dim != value_dim:

@@ -6,11 +6,8 @@ Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H,
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dms import masks
+from dms import hf_compat, masks
 from dms.cache import DMSCache
 from dms.masks import Tokens
 from dms_kernels import gated_attention
@@ -29,23 +26,14 @@ def register(original: str, all_gated: bool) -> str:
     def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
         pending = getattr(module, "dms_pending", None)
         if pending is None:
-            return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
+            # Eager attention is a function of each modelling file, not an entry of the table.
+            function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
+            return function(module, query, key, value, attention_mask, **kwargs)
         module.dms_pending = None
         return pending(query, key, value, **kwargs), None
 
-    def no_mask(*args, **kwargs):
-        return None
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, no_mask if all_gated else ALL_MASK_ATTENTION_FUNCTIONS[original])
+    hf_compat.register_attention(name, attention, mask=None if all_gated else original)
     return name
-
-
-def _original_function(module: nn.Module, original: str):
-    if original == "eager":
-        # Eager attention is a function of each modelling file, not an entry of the table.
-        return type(module).forward.__globals__["eager_attention_forward"]
-    return ALL_ATTENTION_FUNCTIONS[original]
 
 
 def train_attention(

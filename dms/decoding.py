@@ -6,6 +6,7 @@ import warnings
 import torch
 from transformers.utils import ModelOutput
 
+from dms import hf_compat
 from dms.cache import DMSCache, compact_layers
 from dms.state import state_of
 
@@ -13,6 +14,8 @@ from dms.state import state_of
 @functools.cache
 def with_decoding(own: type) -> type:
     """The class of a retrofitted model: the given one, with `Decoding` before it, under the same name."""
+    for name in ("_prepare_cache_for_generation", "_prefill"):
+        hf_compat.generation_method(own, name)
     return type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__, "_own_class": own})
 
 
@@ -29,8 +32,15 @@ class Decoding:
         return _make, (self._own_class,), self.__dict__
 
     def generate(self, *args, evict_bias: float | None = None, **kwargs):
-        """As transformers'. evict_bias: added to every gate's logit in this call (None: `model.dms.evict_bias`); above 0 evicts more."""
+        """As transformers', and a cache may be given as `cache` or as `past_key_values`, whatever the release calls it.
+
+        evict_bias: added to every gate's logit in this call (None: `model.dms.evict_bias`); above 0 evicts more.
+        """
         state = state_of(self)
+        for name in hf_compat.CACHE_NAMES:
+            if kwargs.get(name) is not None:
+                kwargs[hf_compat.generation_cache_name()] = kwargs.pop(name)
+                break
         if evict_bias is None:
             return super().generate(*args, **kwargs)
         if state.mode != "evict":
@@ -43,7 +53,7 @@ class Decoding:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         state = state_of(self)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(hf_compat.generation_cache_name())
         if state.mode != "evict" or not state.takes_cache:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if generation_config.use_cache is False:
@@ -59,7 +69,7 @@ class Decoding:
             )
         generation_config.cache_implementation = None
         if cache is None:
-            cache = model_kwargs["past_key_values"] = DMSCache(self)
+            cache = model_kwargs[hf_compat.generation_cache_name()] = DMSCache(self)
         if isinstance(cache, DMSCache):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
@@ -73,7 +83,7 @@ class Decoding:
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """`generate` has repeated each prompt for its samples or beams; here it is read once, and its pages are shared."""
         state = state_of(self)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(hf_compat.generation_cache_name())
         if not isinstance(cache, DMSCache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if generation_config.prefill_chunk_size is None and state.prefill_chunk is not None:

@@ -76,6 +76,8 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
+    from dms import hf_compat
+
     path = resolve_model(name)
     try:
         options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(AutoConfig.from_pretrained(path)) else {}
@@ -85,7 +87,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None):
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if options:
         # Else save_pretrained would write what was unpacked under the names of packed weights.
-        model._weight_conversions = None
+        hf_compat.forget_weight_conversions(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from dms import attention, gates, masks
+from dms import attention, gates, hf_compat, masks
 from dms.adapter import AttentionLayer, find_layers
 from dms.cache import CompactedLayer, DMSCache, compact_layers
 from dms.cache.incoming import PendingGate
@@ -40,12 +40,12 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
         raise ValueError(
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
         )
-    original = text._attn_implementation
+    original = hf_compat.attention_name(text)
     name = attention.register(original, all_gated=not found.skipped)
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
     state = DMSState(config, found.gated, found.skipped, found.decoder, list(configs.values()), original, name)
     state.decoder_is_inside = bool(_around(model, found.decoder))
-    state.takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    state.takes_cache = hf_compat.makes_default_cache(model)
     for layer in found.gated:
         gate = gates.Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
@@ -57,7 +57,7 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
     model.dms = state
     if hasattr(model, "generate"):
-        model.__class__ = with_decoding(type(model))
+        hf_compat.change_class(model, with_decoding(type(model)))
     return model
 
 
@@ -125,14 +125,11 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     if isinstance(mask, dict) and state.decoder_is_inside:
         mask, state.given_mask = state.given_mask, None
     source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    cache = given.get("past_key_values")
+    cache = next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None)
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
         cache = DMSCache(decoder, state=state)
-        place = list(signature.parameters).index("past_key_values")
-        if place < len(args):
-            args = (*args[:place], cache, *args[place + 1 :])
-        else:
-            kwargs["past_key_values"] = cache
+    if cache is not None:
+        args, kwargs = _with_cache(decoder, signature, cache, args, kwargs)
     for layer in state.layers:
         # A pass that failed half-way may have left its decision, and with it its cache.
         layer.module.dms_pending = None
@@ -150,6 +147,16 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
     offloads = state.mode == "train" and state.offload_activations and torch.is_grad_enabled()
     state.forward = Forward(state.mode, tokens, state.noise, state.rows, store=HostStore() if offloads else None)
     return args, kwargs
+
+
+def _with_cache(decoder: nn.Module, signature: inspect.Signature, cache: Cache, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A decoder's arguments with this cache under the name that its release takes, whatever name it was given by."""
+    name = hf_compat.cache_name(decoder)
+    place = list(signature.parameters).index(name)
+    kwargs = {key: value for key, value in kwargs.items() if key not in hf_compat.CACHE_NAMES}
+    if place < len(args):
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: cache}
 
 
 def _told(state: DMSState, source: torch.Tensor) -> masks.Tokens:
@@ -195,19 +202,19 @@ def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | No
 def _require_recomputation(state: DMSState, decoder: nn.Module) -> None:
     """Give activation checkpointing the state of its own forward; refuse the reentrant kind, which cuts the count's gradient."""
     for module in decoder.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is None or not getattr(module, "gradient_checkpointing", False):
-            continue
-        keywords = getattr(function, "keywords", {})
-        if keywords.get("use_reentrant", True):
-            raise ValueError(
-                "activation checkpointing is of the reentrant kind, which cuts the gradient of the compression count; "
-                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        if keywords.get("context_fn") is None:
-            module._gradient_checkpointing_func = functools.partial(
-                _checkpoint, state, function, use_reentrant=False, context_fn=state.checkpoint_contexts
-            )
+        hf_compat.wrap_checkpointing(module, functools.partial(_recomputing, state))
+
+
+def _recomputing(state: DMSState, checkpoint):
+    keywords = getattr(checkpoint, "keywords", {})
+    if keywords.get("use_reentrant", True):
+        raise ValueError(
+            "activation checkpointing is of the reentrant kind, which cuts the gradient of the compression count; "
+            "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    if keywords.get("context_fn") is not None:
+        return checkpoint
+    return functools.partial(_checkpoint, state, checkpoint, use_reentrant=False, context_fn=state.checkpoint_contexts)
 
 
 def _checkpoint(state: DMSState, checkpoint, *args, **kwargs):
@@ -273,8 +280,7 @@ def _decide_hard(state: DMSState, layer: AttentionLayer, forward: Forward, gate:
         compact_layers(cache, state)
         held = cache.layers[layer.index]
     # Hooks see the gate's call, and ZeRO-3's bring its weights.
-    is_hooked = gate._forward_hooks or gate._forward_pre_hooks
-    if isinstance(held, CompactedLayer) and not is_hooked and held.runs_gate(hidden.shape[1]):
+    if isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden.shape[1]):
         held.decide(PendingGate(gate, hidden, state.evict_bias), tokens)
     else:
         held.decide(_logits(gate, hidden, state.evict_bias) > 0, tokens)

@@ -18,9 +18,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from dms import masks
+from dms import hf_compat, masks
 from dms.masks import Tokens
 from dms_kernels import gated_attention
 
@@ -42,8 +41,7 @@ class Rows:
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.tokens: Tokens | None = None
         self.attention_name = f"dms_rows_{next(_numbers)}"
-        AttentionInterface.register(self.attention_name, self._attention)
-        AttentionMaskInterface.register(self.attention_name, lambda *_, **__: None)
+        hf_compat.register_attention(self.attention_name, self._attention)
 
     def part(self, num_tokens: int) -> slice:
         """Which of a row's tokens lie here."""
@@ -70,11 +68,11 @@ class Rows:
     def serving(self, model: nn.Module) -> Iterator[None]:
         """Within it a model without gates, such as a teacher's copy, attends over whole rows."""
         config = model.config.get_text_config()
-        before, config._attn_implementation_internal = config._attn_implementation_internal, self.attention_name
+        before = hf_compat.set_attention(config, self.attention_name)
         try:
             yield
         finally:
-            config._attn_implementation_internal = before
+            hf_compat.set_attention(config, before)
 
     def train_attention(self, query, key, value, *, log_keep_BSH, tokens: Tokens, window: int, sinks: int, alignment: str, **kwargs):
         """Noisy soft masking over whole rows. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].

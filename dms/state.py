@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dms import hf_compat
 from dms.adapter import AttentionLayer
 from dms.config import DMSConfig
 from dms.masks import Tokens
@@ -116,7 +117,7 @@ class DMSState:
         self.mode = mode
         name = self.original_attention if mode == "dense" else self.attention_name
         for config in self.model_configs:
-            config._attn_implementation_internal = name if self.rows is None else self.rows.attention_name
+            hf_compat.set_attention(config, name if self.rows is None else self.rows.attention_name)
 
     def checkpoint_contexts(self):
         """`context_fn` for torch.utils.checkpoint: the pass as a layer's first one, and later the same again, recomputed."""
@@ -154,10 +155,8 @@ def enable_checkpointing(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if getattr(model, "_require_grads_hook", None) is not None:
-        # transformers asks for the embeddings' gradients, which only the reentrant kind needs: whatever stands before the first
-        # gate would be differentiated for nothing.
-        model.disable_input_require_grads()
+    # Whatever stands before the first gate would be differentiated for nothing.
+    hf_compat.needs_no_input_gradients(model)
 
 
 def state_of(model: nn.Module) -> DMSState:

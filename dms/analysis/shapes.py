@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dms.analysis.counting import Counting, Weight
 from dms.config import DMSConfig
+from dms.hf_compat import cache_argument, output_cache
 from dms.retrofitting import retrofit
 
 _NOTING = "dms_analysis"
@@ -184,7 +185,7 @@ def _run(model: nn.Module, num_tokens: int, cache=None) -> _Run:
     AttentionMaskInterface.register(_NOTING, lambda *args, **kwargs: None)
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if cache is not None:
-        options["past_key_values"] = cache
+        options |= cache_argument(model, cache)
     counted = Counting(model)
     try:
         model.set_attn_implementation(_NOTING)
@@ -195,7 +196,7 @@ def _run(model: nn.Module, num_tokens: int, cache=None) -> _Run:
         raise ValueError(
             f"{type(model).__name__} does not run on tensors without storage ({type(error).__name__}: {error}), which is how shapes are measured"
         ) from error
-    return _Run(counted, calls, getattr(out, "past_key_values", None))
+    return _Run(counted, calls, output_cache(out))
 
 
 def _attention(call: _Call, cache, gated: set[int]) -> Attention:

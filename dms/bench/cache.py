@@ -21,6 +21,7 @@ from dms.bench.table import FIGURES, cache_table
 from dms.cache import held_bytes
 from dms.console import make_console
 from dms.evaluation.evaluate import describe_device, versions
+from dms.hf_compat import cache_argument
 
 # Above so many tokens a prefill is measured once.
 _LONG_PREFILL = 4096
@@ -172,7 +173,7 @@ def _ids(plan: Plan, batch: int, count: int, generator: torch.Generator) -> torc
 
 def _decode(one: Competitor, ids: torch.Tensor) -> None:
     for n in range(ids.shape[1]):
-        one.model(input_ids=ids[:, n : n + 1], past_key_values=one.cache, use_cache=True)
+        one.model(input_ids=ids[:, n : n + 1], use_cache=True, **cache_argument(one.model, one.cache))
 
 
 def _prefill(plan: Plan, found: list[Competitor], batch: int, context: int, generator: torch.Generator) -> list[Sample]:
@@ -183,7 +184,7 @@ def _prefill(plan: Plan, found: list[Competitor], batch: int, context: int, gene
         ids = _ids(plan, batch, context, generator)
         for i, one in enumerate(found):
             cache = one.empty_cache(context)
-            given = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            given = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1, **cache_argument(one.model, cache)}
             seconds[i].append(_time(lambda one=one, given=given: one.model(**given), generator.device))
             cr[i] = _cr(one, cache)
     return [Sample(batch * context / median(s), len(s), sum(s), c) for s, c in zip(seconds, cr, strict=True)]

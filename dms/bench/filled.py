@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dms import hf_compat
 from dms.bench.gating import keep_shares
 from dms.bench.model import Shape, share_weights, with_gates
 from dms.cache import DMSCache
@@ -60,8 +58,7 @@ def packed_attention(module: nn.Module, query, key, value, attention_mask, scali
     return out.reshape(B, 1, Hq, D), None
 
 
-AttentionInterface.register(_PACKED, packed_attention)
-AttentionMaskInterface.register(_PACKED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+hf_compat.register_attention(_PACKED, packed_attention, mask="sdpa")
 
 
 @dataclass
@@ -106,7 +103,7 @@ class Competitor:
         held, scale = self.cache.layers[layer], new.q.shape[-1] ** -0.5
         if self.keep_LH is None:
             keys, values = held.update(new.k, new.v)
-            function = ALL_ATTENTION_FUNCTIONS[self.model.config._attn_implementation]
+            function = hf_compat.attention_function(hf_compat.attention_name(self.model.config))
             return function(self.model.model.layers[layer].self_attn, new.q, keys, values, None, scaling=scale)[0]
         held.decide(decision, new.tokens)
         held.update(new.k, new.v)
@@ -116,7 +113,7 @@ class Competitor:
 def competitors(model: nn.Module, shape: Shape, evicted: tuple[float, ...], seed: int) -> list[Competitor]:
     """Two dense ones, and one for each share; all over the same weights."""
     packed = share_weights(model)
-    packed.config._attn_implementation = _PACKED
+    hf_compat.set_attention(packed.config, _PACKED)
     found = [Competitor("dynamic", model), Competitor("preallocated", packed)]
     for share in evicted:
         keep_LH = keep_shares(shape.layers, shape.kv_heads, share, seed)

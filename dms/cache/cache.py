@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from dms import hf_compat
 from dms.cache.budget import Budget, CacheFull, held_bytes
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer
 from dms.cache.pool import PagePool
@@ -266,7 +267,7 @@ def _is_filled(layer) -> bool:
     if isinstance(layer, CompactedLayer):
         return layer.store is not None
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        return any(layer.is_conv_states_initialized.values())
+        return hf_compat.linear_state_is_filled(layer)
     return getattr(layer, "is_initialized", True)
 
 

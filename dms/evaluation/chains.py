@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer, DMSCache
 from dms.evaluation.problems import STOP_TOKENS
+from dms.hf_compat import cache_argument
 from dms.sampling import draw_tokens
 from dms.state import state_of
 
@@ -106,7 +107,7 @@ def _read_prompt(model: Any, input_ids: tuple[int, ...], cache: Cache, chunk: in
     ids_1T = torch.tensor([input_ids], device=model.device)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for part in ids_1T.split(chunk or len(input_ids), dim=1):
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True, **last_only).logits
+        logits = model(input_ids=part, use_cache=True, **cache_argument(model, cache), **last_only).logits
     return logits[:, -1]
 
 
@@ -159,7 +160,7 @@ class _Batch:
             if not self.rows:
                 return
             start = time.perf_counter()
-            logits_BV = self.model(input_ids=token_B[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+            logits_BV = self.model(input_ids=token_B[:, None], use_cache=True, **cache_argument(self.model, self.cache)).logits[:, -1]
             if logits_BV.is_cuda:
                 torch.cuda.synchronize()
             self.step_ms.append(1000 * (time.perf_counter() - start))

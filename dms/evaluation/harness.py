@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from dms.evaluation.chains import count_entries
+from dms.hf_compat import output_cache
 from dms.state import state_of
 
 
@@ -99,7 +100,7 @@ class Harness(HFLM):
         evicts = state.mode == "evict"
         output = self.model(inps, use_cache=evicts and state.takes_cache)
         if evicts and state.takes_cache:
-            self.counted.add(count_entries(self.model, output.past_key_values), inps.shape[1], "compacted")
+            self.counted.add(count_entries(self.model, output_cache(output)), inps.shape[1], "compacted")
         else:
             self.counted.add(_without_cache(state, *inps.shape), inps.shape[1], "masked")
         return output.logits
@@ -128,7 +129,7 @@ class Harness(HFLM):
         output = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **settings)
         state, length = state_of(self.model), output.sequences.shape[1]
         if state.mode == "evict":
-            self.counted.add(count_entries(self.model, output.past_key_values), length, "compacted")
+            self.counted.add(count_entries(self.model, output_cache(output)), length, "compacted")
         else:
             # The last token was not read any more.
             seen_B = settings["attention_mask"].sum(1).cpu() + length - context.shape[1] - 1

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer
 from dms.cache.budget import held_bytes
+from dms.hf_compat import cache_argument
 from dms.retrofitting import set_mode, state_of
 
 
@@ -59,7 +60,7 @@ class _Reader:
     def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after the last of the new tokens."""
         held_B = self.entries_B + ids_Bn.shape[1]
-        out = self.model(input_ids=ids_Bn, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=1, **cache_argument(self.model, self.cache))
         self.reads_B = self.reads_B + held_B
         self.peak_B = torch.maximum(self.peak_B, held_B)
         self.entries_B = torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
@@ -144,7 +145,7 @@ def _write(model, reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> 
     fork, written = copy.deepcopy(reader.cache), []
     for _ in range(num_tokens):
         written.append(logits_BV.argmax(-1))
-        logits_BV = model(input_ids=written[-1][:, None], past_key_values=fork, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits_BV = model(input_ids=written[-1][:, None], use_cache=True, logits_to_keep=1, **cache_argument(model, fork)).logits[:, -1]
     return torch.stack(written, 1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dms.heads import difference_of_head, make_logits
+from dms.hf_compat import output_cache
 
 # Float32 logits that are alive at once; what is made of them is as large again.
 CHUNK_BYTES = 2**28
@@ -43,7 +44,7 @@ def predict(model: nn.Module, ids_BT: torch.Tensor, *, use_cache: bool) -> Predi
         ]
     nll_N, right_N = (torch.cat(parts) for parts in zip(*score, strict=True))
     shape = (ids_BT.shape[0], ids_BT.shape[1] - 1)
-    return Predictions(nll_N.view(shape), right_N.view(shape), outputs.past_key_values if use_cache else None)
+    return Predictions(nll_N.view(shape), right_N.view(shape), output_cache(outputs) if use_cache else None)
 
 
 def _score(logits_nV: torch.Tensor, target_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,11 +6,9 @@
 import hashlib
 from pathlib import Path
 
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
+from dms import hf_compat
 from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, write_gates
 from dms.retrofitting import set_mode
 from dms.weights import GATES_FILE, base_hash
@@ -96,8 +94,7 @@ class GatedPretrained:
 def _name_attention(state) -> None:
     """A name for this folder's attention function: other folders may bring other versions of it into the same process."""
     name = f"{state.attention_name}_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
-    AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS[state.attention_name])
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[state.attention_name])
+    hf_compat.register_attention(name, hf_compat.attention_function(state.attention_name), mask=state.attention_name)
     state.attention_name = name
 
 
@@ -105,7 +102,6 @@ def _follow_offloading(model) -> None:
     """Where accelerate keeps a layer's weights elsewhere between uses, its gate stays where the layer computes."""
     for layer in model.dms.layers:
         if all(p.device.type == "meta" for name, p in layer.module.named_parameters() if not name.startswith("dms_gate.")):
-            hooks = (getattr(module, "_hf_hook", None) for module in layer.module.modules())
-            device = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+            device = hf_compat.execution_device(layer.module)
             if device is not None:
                 layer.module.dms_gate.to(device)

@@ -1,0 +1,278 @@
+"""Every touch of what transformers, accelerate and torch do not promise, as far as `dms` and exported folders have any.
+
+One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
+touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds each against the installed versions.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from dms.upstream import changed
+
+# From transformers 5.24 on, and before; 5.24 to 5.39 translate the older name with a warning.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(module: nn.Module) -> str:
+    """The name by which a model's or a decoder's forward takes its cache.
+
+    Assumes: its class's forward has a parameter named "cache" or "past_key_values".
+    """
+    return _named("cache_name", type(module).forward)
+
+
+def cache_argument(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """A cache as a keyword argument of a model's or a decoder's forward.
+
+    Assumes: as `cache_name`.
+    """
+    return {cache_name(module): cache}
+
+
+def output_cache(output) -> Cache | None:
+    """The cache in what a model's forward or `generate` returned, None where there is none.
+
+    Assumes: outputs have a field "cache" or "past_key_values".
+    """
+    for name in CACHE_NAMES:
+        if name in output:
+            return output[name]
+    if not any(name in getattr(type(output), "__dataclass_fields__", {}) for name in CACHE_NAMES):
+        raise changed("hf_compat.output_cache", "transformers", f"a field 'cache' or 'past_key_values' of {type(output).__name__}")
+    return None
+
+
+def generation_cache_name() -> str:
+    """The name by which `generate` hands a cache from step to step.
+
+    Assumes: GenerationMixin.prepare_inputs_for_generation has it as a parameter.
+    """
+    from transformers import GenerationMixin
+
+    return _named("generation_cache_name", getattr(GenerationMixin, "prepare_inputs_for_generation", None))
+
+
+def generation_method(own: type, name: str) -> Callable:
+    """A method of GenerationMixin that a retrofitted model's class overrides and calls: `_prepare_cache_for_generation` or `_prefill`.
+
+    Assumes: the class has it, `generate` calls it, and its first parameters are those of _GENERATION_METHODS.
+    """
+    method = getattr(own, name, None)
+    expected = _GENERATION_METHODS[name]
+    if method is None or tuple(inspect.signature(method).parameters)[1 : 1 + len(expected)] != expected:
+        raise changed("hf_compat.generation_method", "transformers", f"GenerationMixin.{name}({', '.join(expected)}, ...)")
+    return method
+
+
+_GENERATION_METHODS = {
+    "_prepare_cache_for_generation": ("generation_config", "model_kwargs", "generation_mode"),
+    "_prefill": ("input_ids", "generation_config", "model_kwargs"),
+}
+
+
+def change_class(model: nn.Module, cls: type) -> None:
+    """Put methods of ours before those of a model's own class.
+
+    Assumes: a model's layout has no slots, so that `__class__` can be assigned, and transformers looks methods up on the type.
+    """
+    try:
+        model.__class__ = cls
+    except TypeError as error:
+        raise changed("hf_compat.change_class", "transformers", f"{type(model).__name__}.__class__ that can be assigned") from error
+
+
+def attention_name(config) -> str:
+    """The name of the attention function that a configuration asks for.
+
+    Assumes: PreTrainedConfig._attn_implementation.
+    """
+    name = getattr(config, "_attn_implementation", None)
+    if name is None:
+        raise changed("hf_compat.attention_name", "transformers", "PreTrainedConfig._attn_implementation")
+    return name
+
+
+def set_attention(config, name: str) -> str:
+    """Make one configuration ask for another attention function, and return the one before.
+
+    Assumes: PreTrainedConfig._attn_implementation reads `_attn_implementation_internal`. The public setter would hand the name on to
+    the configurations of vision towers, and refuse names of ours where a model does not support SDPA.
+    """
+    before = getattr(config, "_attn_implementation_internal", None)
+    config._attn_implementation_internal = name
+    if getattr(config, "_attn_implementation", None) != name:
+        raise changed(
+            "hf_compat.set_attention", "transformers", "PreTrainedConfig._attn_implementation_internal behind _attn_implementation"
+        )
+    return before
+
+
+def register_attention(name: str, function: Callable, mask: Callable | str | None = None) -> None:
+    """Register an attention function, with a mask function: of one's own, another one's by name, or none (no mask is made).
+
+    Assumes: a mask function that returns None leaves the mask out; without an entry of its own a name has no mask at all.
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask if callable(mask) else _no_mask if mask is None else mask_function(mask))
+
+
+def _no_mask(*args, **kwargs) -> None:
+    return None
+
+
+def attention_function(name: str) -> Callable:
+    """A registered attention function.
+
+    Assumes: transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS finds it by name.
+    """
+    try:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS[name]
+    except (ImportError, KeyError) as error:
+        raise changed("hf_compat.attention_function", "transformers", f"modeling_utils.ALL_ATTENTION_FUNCTIONS[{name!r}]") from error
+
+
+def mask_function(name: str) -> Callable:
+    """A registered mask function.
+
+    Assumes: transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS finds it by name.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        return ALL_MASK_ATTENTION_FUNCTIONS[name]
+    except (ImportError, KeyError) as error:
+        raise changed("hf_compat.mask_function", "transformers", f"masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[{name!r}]") from error
+
+
+def eager_attention(module: nn.Module) -> Callable:
+    """The eager attention function of the modelling file that an attention layer is from.
+
+    Assumes: it is no entry of the table but a global of that file, named eager_attention_forward; decorators keep __wrapped__.
+    """
+    for cls in type(module).__mro__:
+        if "forward" in vars(cls):
+            found = getattr(inspect.unwrap(cls.forward), "__globals__", {}).get("eager_attention_forward")
+            if found is not None:
+                return found
+    raise changed("hf_compat.eager_attention", "transformers", f"eager_attention_forward beside {type(module).__name__}")
+
+
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether an attention layer's forward calls transformers' attention interface, by its source.
+
+    Assumes: modelling files name the table ALL_ATTENTION_FUNCTIONS in the forward.
+    """
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):
+        # No source at hand says nothing; the layer's first pass will.
+        return True
+
+
+def makes_default_cache(model: nn.Module) -> bool:
+    """Whether a model works with a DynamicCache that it did not make (minimax does not).
+
+    Assumes: GenerationMixin._supports_default_dynamic_cache says so. Models that cannot generate have no such method.
+    """
+    if not hasattr(model, "generate"):
+        return True
+    method = getattr(model, "_supports_default_dynamic_cache", None)
+    if method is None:
+        raise changed("hf_compat.makes_default_cache", "transformers", "GenerationMixin._supports_default_dynamic_cache")
+    return bool(method())
+
+
+def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Replace the function by which a checkpointed layer runs itself under activation checkpointing; nothing on other modules.
+
+    wrap: the function -> what to call instead.
+
+    Assumes: a layer with `gradient_checkpointing` True calls `_gradient_checkpointing_func(forward, *args)`, a functools.partial of
+    torch.utils.checkpoint.checkpoint.
+    """
+    if not getattr(module, "gradient_checkpointing", False):
+        return
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if function is None:
+        if any(getattr(child, "gradient_checkpointing", False) for child in module.modules() if child is not module):
+            # A model hands it to its layers.
+            return
+        raise changed("hf_compat.wrap_checkpointing", "transformers", f"{type(module).__name__}._gradient_checkpointing_func")
+    module._gradient_checkpointing_func = wrap(function)
+
+
+def needs_no_input_gradients(model: nn.Module) -> None:
+    """Take back that embeddings ask for gradients, which only checkpointing of the reentrant kind needs.
+
+    Assumes: PreTrainedModel.enable_input_require_grads leaves `_require_grads_hook`, and disable_input_require_grads takes it away.
+    """
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()
+
+
+def forget_weight_conversions(model: nn.Module) -> None:
+    """Let `save_pretrained` write weights under the names that they have in memory, not under those of the packed file they came from.
+
+    Assumes: PreTrainedModel._weight_conversions holds how names and values are turned back on saving.
+    """
+    if not hasattr(model, "_weight_conversions"):
+        raise changed("hf_compat.forget_weight_conversions", "transformers", "PreTrainedModel._weight_conversions")
+    model._weight_conversions = None
+
+
+def linear_state_is_filled(layer) -> bool:
+    """Whether a cache layer of linear attention has made the tensors that it writes to.
+
+    Assumes: LinearAttentionCacheLayerMixin.is_conv_states_initialized is a dictionary of them.
+    """
+    filled = getattr(layer, "is_conv_states_initialized", None)
+    if not isinstance(filled, dict):
+        raise changed("hf_compat.linear_state_is_filled", "transformers", "LinearAttentionCacheLayerMixin.is_conv_states_initialized")
+    return any(filled.values())
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether someone watches a module's calls: under ZeRO-3 hooks bring its weights.
+
+    Assumes: torch.nn.Module keeps hooks in _forward_hooks and _forward_pre_hooks.
+    """
+    try:
+        return bool(module._forward_hooks or module._forward_pre_hooks)
+    except AttributeError as error:
+        raise changed("hf_compat.has_forward_hooks", "torch", "Module._forward_hooks and _forward_pre_hooks") from error
+
+
+def execution_device(module: nn.Module) -> torch.device | int | str | None:
+    """Where accelerate computes a module whose weights rest elsewhere between uses; None where it does not move any.
+
+    Assumes: accelerate's hooks stand in `_hf_hook` of the modules, with an attribute execution_device.
+    """
+    hooks = [hook for hook in (getattr(m, "_hf_hook", None) for m in module.modules()) if hook is not None]
+    # A SequentialHook holds several.
+    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", [hook])]
+    if hooks and not any(hasattr(hook, "execution_device") for hook in hooks):
+        raise changed("hf_compat.execution_device", "accelerate", "execution_device of a module's _hf_hook")
+    return next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+
+
+def _named(touch: str, function: Callable | None) -> str:
+    if function is not None:
+        found = _parameters(function)
+        for name in CACHE_NAMES:
+            if name in found:
+                return name
+    where = getattr(function, "__qualname__", "GenerationMixin.prepare_inputs_for_generation")
+    raise changed(f"hf_compat.{touch}", "transformers", f"a parameter 'cache' or 'past_key_values' of {where}")
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
