@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dms import hf_compat
+from dms.probe import LayerCalls, probe
 
 # Norms that stand before attention are named input_layernorm, ln_1, self_attn_layer_norm, operator_norm ...; these are not.
 _NOT_BEFORE_ATTENTION = re.compile(r"post|ffn|feedforward|feed_forward|mlp|final|ln_2|norm2|q_norm|k_norm")
@@ -55,24 +56,19 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     if not found:
         raise refuse("no attention layer with a layer_idx was found in its decoder")
     modules = dict(model.named_modules())
+    probed = probe(model)
     gated, skipped = [], {}
     for path, module in found:
         reason = _bounded_cache(module, text)
         if reason:
             skipped[path] = reason
             continue
-        if not hf_compat.calls_attention_interface(module):
-            raise refuse(f"{path} ({type(module).__name__}) computes attention by itself")
-        key_dim, value_dim = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
-        if key_dim is not None and value_dim is not None and key_dim != value_dim:
-            raise refuse(
-                f"{path} has keys of {key_dim} numbers and values of {value_dim} (latent attention), and its cache is compressed already"
-            )
-        heads = int(text.num_attention_heads)
-        # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
-        kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
+        calls = _from_attributes(module, text) if probed is None else probed.get(path)
+        if reason := _why_no_gate(path, module, calls):
+            raise refuse(reason)
         block = modules[path.rsplit(".", 1)[0]]
-        gated.append(AttentionLayer(int(module.layer_idx), path, module, kv_heads, heads, _normalizes_input(block)))
+        layer = AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, _normalizes_input(block))
+        gated.append(layer)
     num_other = int(text.num_hidden_layers) - len(found)
     if num_other > 0:
         skipped[f"{num_other} other layers"] = "no softmax attention (linear attention, state space or convolution)"
@@ -89,6 +85,38 @@ def _is_decoder_attention(module: nn.Module, text) -> bool:
     own = getattr(module, "config", text)
     # Vision and audio towers of multi-modal models have attention layers of their own.
     return own is text or type(own) is type(text)
+
+
+def _from_attributes(module: nn.Module, text) -> LayerCalls | None:
+    """What `probe` would have found, by what modelling files call things; None where the layer computes attention by itself."""
+    if not hf_compat.calls_attention_interface(module):
+        return None
+    heads = int(text.num_attention_heads)
+    # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
+    kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
+    head_dim = int(getattr(module, "head_dim", 0) or text.hidden_size // heads)
+    key_dim = int(getattr(module, "qk_head_dim", head_dim))
+    return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), kv_heads)
+
+
+def _why_no_gate(path: str, module: nn.Module, calls: LayerCalls | None) -> str | None:
+    """Why a full-attention layer cannot have a gate, or None."""
+    named = f"{path} ({type(module).__name__})"
+    if calls is None:
+        return f"{named} computes attention by itself"
+    if calls.num_calls != 1:
+        return f"{named} calls attention {calls.num_calls} times in a pass, and its gate decides once"
+    if calls.cached_heads is None:
+        return f"{named} has no keys and values of its own in the cache: it reads another layer's, which that layer's gate would evict"
+    if calls.key_dim != calls.value_dim:
+        return (
+            f"{named} has keys of {calls.key_dim} numbers and values of {calls.value_dim}, and a page of the cache holds both at one width"
+        )
+    if calls.cached_heads != calls.num_heads:
+        return f"{named} caches {calls.cached_heads} KV heads and attends to {calls.num_heads}"
+    if calls.num_query_heads % calls.num_heads:
+        return f"{named} has {calls.num_query_heads} query heads, which {calls.num_heads} KV heads do not divide"
+    return None
 
 
 def _bounded_cache(module: nn.Module, text) -> str | None:

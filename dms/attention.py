@@ -24,16 +24,42 @@ def register(original: str, all_gated: bool) -> str:
     name = f"dms_over_{original}" + ("" if all_gated else "_mixed")
 
     def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-        pending = getattr(module, "dms_pending", None)
+        pending = take_decision(module)
         if pending is None:
             # Eager attention is a function of each modelling file, not an entry of the table.
             function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
             return function(module, query, key, value, attention_mask, **kwargs)
-        module.dms_pending = None
         return pending(query, key, value, **kwargs), None
 
     hf_compat.register_attention(name, attention, mask=None if all_gated else original)
     return name
+
+
+# What stands in the place of a decision that attention has taken.
+_TAKEN = object()
+
+
+def take_decision(module: nn.Module):
+    """What the gate of an attention layer left for its attention function, once; None where it has no gate, or gates are off.
+
+    Raises:
+        RuntimeError: the layer's attention was called twice for one decision.
+    """
+    pending = getattr(module, "dms_pending", None)
+    if pending is _TAKEN:
+        raise RuntimeError(
+            f"{type(module).__name__} (layer {module.layer_idx}) called attention more than once in a pass, and its gate decided once: the other "
+            "calls would not evict; such a model cannot be retrofitted"
+        )
+    if pending is not None:
+        module.dms_pending = _TAKEN
+    return pending
+
+
+def release_decision(module: nn.Module) -> bool:
+    """After a layer's pass: whether attention has taken its decision, or there was none."""
+    pending, module.dms_pending = getattr(module, "dms_pending", None), None
+    return pending is None or pending is _TAKEN
 
 
 def train_attention(
@@ -87,6 +113,8 @@ def compacted_attention(query, key, value, *, held, cache, masked, scaling=None,
     """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now."""
     try:
         with torch.no_grad():
+            if held.incoming is None or held.incoming.k is None:
+                raise RuntimeError(f"a layer of {type(held).__name__} was to attend, and no keys and values of the pass were put into it")
             if query.shape[2] > 1 and held.incoming.is_packed():
                 # Of several documents in a row the last one goes on; the others are read here and then gone.
                 new = held.incoming

@@ -145,7 +145,8 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
     offloads = state.mode == "train" and state.offload_activations and torch.is_grad_enabled()
-    state.forward = Forward(state.mode, tokens, state.noise, state.rows, store=HostStore() if offloads else None)
+    store = HostStore() if offloads else None
+    state.forward = Forward(state.mode, tokens, state.noise, state.rows, has_cache=cache is not None, store=store)
     return args, kwargs
 
 
@@ -233,11 +234,22 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
     if forward is None:
         module.dms_pending = None
         return
+    if layer.index in forward.entered:
+        raise RuntimeError(
+            f"{layer.name} ({type(module).__name__}) was called more than once in a pass, and its gate decides once for each token; such a model "
+            "cannot be retrofitted"
+        )
+    forward.entered.add(layer.index)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if forward.mode == "train":
         module.dms_pending = _decide_softly(state, layer, forward, module.dms_gate(hidden))
     else:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is None and forward.has_cache:
+            raise RuntimeError(
+                f"{layer.name} ({type(module).__name__}) was called without the cache that the model was given: what its gate evicts would be kept "
+                "there or lost; such a model cannot be retrofitted"
+            )
         module.dms_pending = _decide_hard(state, layer, forward, module.dms_gate, hidden, cache)
 
 
@@ -296,6 +308,5 @@ def _logits(gate: nn.Module, hidden: torch.Tensor, bias: float) -> torch.Tensor:
 
 
 def _after_attention(layer: AttentionLayer, module: nn.Module, args, output) -> None:
-    if getattr(module, "dms_pending", None) is not None:
-        module.dms_pending = None
+    if not attention.release_decision(module):
         raise RuntimeError(f"{layer.name} ({type(module).__name__}) did not call transformers' attention interface: its gate had no effect")

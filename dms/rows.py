@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dms import hf_compat, masks
+from dms.attention import take_decision
 from dms.masks import Tokens
 from dms_kernels import gated_attention
 
@@ -83,9 +84,8 @@ class Rows:
 
     def _attention(self, module: nn.Module, query, key, value, attention_mask, sliding_window=None, scaling=None, **kwargs):
         """What transformers calls while rows are divided: with a decision waiting, train mode; else dense, or a sliding window."""
-        pending = getattr(module, "dms_pending", None)
+        pending = take_decision(module)
         if pending is not None:
-            module.dms_pending = None
             return pending(query, key, value, scaling=scaling, **kwargs), None
         if sliding_window is None and _kind(module) == "sliding_attention":
             raise RuntimeError(

@@ -33,7 +33,7 @@ class Forward:
 
     evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
     head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
-    first_passes: what attention made in checkpointed layers, for their recomputation. keeps: this is such a layer's first pass.
+    has_cache: the pass was given a cache, or made one. entered: layers whose attention was called. first_passes: what attention made in checkpointed layers, for their recomputation. keeps: this is such a layer's first pass.
     store: where activations rest until the backward; None: where they are.
     """
 
@@ -41,6 +41,8 @@ class Forward:
     tokens: Tokens
     noise: Noise | None = None
     rows: Any = None
+    has_cache: bool = False
+    entered: set[int] = field(default_factory=set)
     evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class CurrentPass:
     def __enter__(self) -> None:
         state, forward = self.state, self.forward
         self.before = state.mode, state.forward, state.rows
+        forward.entered.clear()
         state.forward, state.rows = forward, forward.rows
         if state.rows is not None:
             state.rows.tokens = forward.tokens
