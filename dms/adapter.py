@@ -58,6 +58,8 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     modules = dict(model.named_modules())
     probed = probe(model)
     gated, skipped = [], {}
+    if probed and all(calls.cached_heads is None for calls in probed.values()):
+        raise refuse("it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set)")
     for path, module in found:
         reason = _bounded_cache(module, text)
         if reason:
@@ -73,7 +75,10 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     if num_other > 0:
         skipped[f"{num_other} other layers"] = "no softmax attention (linear attention, state space or convolution)"
     if not gated:
-        raise refuse("every layer keeps a bounded cache already (" + "; ".join(sorted(set(skipped.values()))) + ")")
+        raise refuse("no layer has full attention, and a cache that grows without bound (" + "; ".join(sorted(set(skipped.values()))) + ")")
+    indices = [layer.index for layer in gated]
+    if twice := next((layer for layer in gated if indices.count(layer.index) > 1), None):
+        raise refuse(f"{sum(i == twice.index for i in indices)} attention modules have layer_idx {twice.index}, such as {twice.name}")
     layers_path = re.sub(r"\.\d+\..*$", "", gated[0].name)
     decoder = modules[layers_path.rsplit(".", 1)[0]] if "." in layers_path else model
     return DecoderLayers(decoder, gated, skipped)

@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 
 from dms import hf_compat
 from dms.cache import DMSCache, compact_layers
+from dms.rotary import reading
 from dms.state import state_of
 
 
@@ -88,6 +89,12 @@ class Decoding:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if generation_config.prefill_chunk_size is None and state.prefill_chunk is not None:
             generation_config.prefill_chunk_size = state.prefill_chunk
+        if state.rotary.changes:
+            with reading(self, _text_length(input_ids, model_kwargs)):
+                return self._prefill_once(input_ids, generation_config, model_kwargs, cache, *args, **kwargs)
+        return self._prefill_once(input_ids, generation_config, model_kwargs, cache, *args, **kwargs)
+
+    def _prefill_once(self, input_ids, generation_config, model_kwargs, cache, *args, **kwargs):
         copies, batch = max(generation_config.num_beams, generation_config.num_return_sequences), input_ids.shape[0]
         held = cache.batch_size
         if held not in (-1, batch, batch // copies):
@@ -101,6 +108,12 @@ class Decoding:
         outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
         cache.batch_repeat_interleave(copies)
         return _repeat(outputs, copies)
+
+
+def _text_length(input_ids: torch.Tensor, model_kwargs: dict) -> int:
+    """Tokens of the longest row, those in the cache included and padding not."""
+    mask = model_kwargs.get("attention_mask")
+    return input_ids.shape[1] if mask is None or mask.dim() != 2 else int(mask.sum(-1).max())
 
 
 def _repeat(value, copies: int):

@@ -177,6 +177,54 @@ def calls_attention_interface(module: nn.Module) -> bool:
         return True
 
 
+def rotary_changes(decoder: nn.Module) -> dict[nn.Module, list[tuple[str, int]]]:
+    """Modules whose rotary frequencies depend on the largest position of a pass, with how and from which length on, for each of their
+    sets: ("switch", n), to others beyond n tokens, or ("grow", n), other ones for each length beyond n.
+
+    Assumes: rotary modules have rope_type, a name or one for each type of layer, of which "longrope" switches at
+    rope_parameters["original_max_position_embeddings"] and "dynamic" grows from original_max_seq_len on; they take position_ids second
+    and return cosines and sines [..., T, D].
+    """
+    found = {}
+    for module in decoder.modules():
+        types = getattr(module, "rope_type", None)
+        config = getattr(module, "config", None)
+        if types is None or config is None:
+            continue
+        types = types if isinstance(types, dict) else {None: types}
+        kinds = []
+        for layer_type, rope_type in types.items():
+            if rope_type == "longrope":
+                parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+                limit = parameters.get("original_max_position_embeddings")
+                kinds.append(("switch", _known("rotary_changes", "rope_parameters['original_max_position_embeddings']", limit)))
+            elif "dynamic" in rope_type:
+                limit = getattr(module, "original_max_seq_len", None)
+                kinds.append(("grow", _known("rotary_changes", "original_max_seq_len of rotary modules", limit)))
+        if kinds:
+            found[module] = kinds
+    return found
+
+
+def _known(touch: str, what: str, value) -> int:
+    if value is None:
+        raise changed(f"hf_compat.{touch}", "transformers", what)
+    return int(value)
+
+
+def forget_rotary_length(module: nn.Module) -> None:
+    """Let a rotary module choose frequencies by this pass alone: those of a longer text before would stay otherwise.
+
+    Assumes: frequencies that grow are made anew where a pass is longer than max_seq_len_cached, one for each type of layer where there
+    are several.
+    """
+    names = [name for name in vars(module) if name.endswith("max_seq_len_cached")]
+    if not names:
+        raise changed("hf_compat.forget_rotary_length", "transformers", "max_seq_len_cached of rotary modules")
+    for name in names:
+        setattr(module, name, module.original_max_seq_len)
+
+
 def makes_default_cache(model: nn.Module) -> bool:
     """Whether a model works with a DynamicCache that it did not make (minimax does not).
 

@@ -52,7 +52,8 @@ def probe(model: nn.Module) -> dict[str, LayerCalls] | None:
             twin = type(model)(copy.deepcopy(model.config)).eval()
             twin.set_attn_implementation(_PROBE)
             # Some models look for padding in what they read, and there is nothing to read.
-            twin.config.get_text_config().pad_token_id = None
+            for module in twin.modules():
+                module.warn_if_padding_and_no_attention_mask = lambda *_: None
             cache = hf_compat.output_cache(twin(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True))
     except Exception:  # noqa: BLE001 - modelling files fail in their own ways where they ask tensors for values
         return None

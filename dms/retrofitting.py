@@ -20,6 +20,7 @@ from dms.config import DMSConfig
 from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
 from dms.offload import HostStore
+from dms.rotary import RotaryLengths
 from dms.state import DMSState, Forward, Mode, Noise, state_of
 
 
@@ -46,6 +47,7 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     state = DMSState(config, found.gated, found.skipped, found.decoder, list(configs.values()), original, name)
     state.decoder_is_inside = bool(_around(model, found.decoder))
     state.takes_cache = hf_compat.makes_default_cache(model)
+    state.rotary = RotaryLengths(found.decoder)
     for layer in found.gated:
         gate = gates.Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
@@ -141,6 +143,8 @@ def _before_decoder(state: DMSState, decoder: nn.Module, args: tuple, kwargs: di
         tokens = _told(state, source)
     else:
         tokens = masks.locate_tokens(source.shape[0], source.shape[1], source.device, mask, given.get("position_ids"), past)
+    if state.mode == "evict" and cache is not None and state.rotary.changes:
+        _follow_length(state, decoder, cache, past, tokens)
     if state.mode == "train":
         _require_recomputation(state, decoder)
         masks.require_unbroken(tokens)
@@ -158,6 +162,20 @@ def _with_cache(decoder: nn.Module, signature: inspect.Signature, cache: Cache, 
     if place < len(args):
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, name: cache}
+
+
+def _follow_length(state: DMSState, decoder: nn.Module, cache: Cache, past: masks.Tokens | None, tokens: masks.Tokens) -> None:
+    """Note with the cache which length its keys' rotary frequencies are for.
+
+    Raises:
+        ValueError: the new keys would have others than those that it holds.
+    """
+    length = max(state.rotary.length or 0, int(tokens.position_BT.max()) + 1)
+    if past is not None and bool((past.segment_BT > 0).any()):
+        held = getattr(cache, "rotary_length", None) or int(past.position_BT.max()) + 1
+        on_trial = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        state.rotary.check(type(decoder).__name__, held, length, decodes=on_trial or tokens.position_BT.shape[1] == 1)
+    cache.rotary_length = length
 
 
 def _told(state: DMSState, source: torch.Tensor) -> masks.Tokens:

@@ -14,6 +14,7 @@ from dms.adapter import AttentionLayer
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms.offload import HostStore
+from dms.rotary import RotaryLengths
 from dms_kernels.gated_attention import FirstPass
 
 Mode = Literal["dense", "train", "evict"]
@@ -80,6 +81,7 @@ class DMSState:
     and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
     offload_activations: in training, inputs and attention outputs of checkpointed layers rest in host memory until the backward.
     trained_length: tokens of the rows that the gates were trained on, None: not known.
+    rotary: of decoders whose rotary frequencies depend on the length read so far.
     decoder_is_inside: it is part of a model of more than text, which turns the attention mask that it is given into others; given_mask: that mask.
     """
 
@@ -104,6 +106,7 @@ class DMSState:
     trained_length: int | None = None
     decoder_is_inside: bool = False
     given_mask: torch.Tensor | None = None
+    rotary: RotaryLengths | None = None
     forward: Forward | None = None
 
     @cached_property

@@ -53,6 +53,8 @@ class DMSCache(Cache):
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
         self._undo: list[dict] | None = None
+        # Of models whose rotary frequencies depend on it: the length that the keys were rotated for.
+        self.rotary_length: int | None = None
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
         budget = None if self.budget.max_bytes is None else self.budget

@@ -100,13 +100,14 @@ def load(path: str | Path, model, **options) -> DMSCache:
                 layer.keys, layer.values = own["keys"], own["values"]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = columns
+    cache.rotary_length = saved.get("rotary_length")
     cache.budget.check()
     return cache
 
 
 def _settings(cache: DMSCache) -> dict:
     layer = next(iter(cache.compacted_layers().values()))
-    return asdict(layer.dms) | {"page_size": layer.page_size, "kv_dtype": layer.kv_dtype}
+    return asdict(layer.dms) | {"page_size": layer.page_size, "kv_dtype": layer.kv_dtype, "rotary_length": cache.rotary_length}
 
 
 def _pack(store: Store) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from dms.cache import CompactedLayer, DMSCache
 from dms.evaluation.problems import STOP_TOKENS
 from dms.hf_compat import cache_argument
+from dms.rotary import reading
 from dms.sampling import draw_tokens
 from dms.state import state_of
 
@@ -82,7 +83,9 @@ def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number
     start = time.perf_counter()
     state = state_of(model)
     cache = DynamicCache(config=model.config) if state.mode == "dense" else DMSCache(model)
-    logits_1V = _read_prompt(model, input_ids, cache, state.prefill_chunk)
+    # The prompt is rotated as the longest chain will be.
+    with reading(model, len(input_ids) + sampling.max_new_tokens):
+        logits_1V = _read_prompt(model, input_ids, cache, state.prefill_chunk)
     num_heads, shared = sum(layer.num_heads for layer in state.layers), count_shared(model, cache)
     batches: list[_Batch] = []
     for first in range(0, sampling.max_k, sampling.chains_at_once):
@@ -90,7 +93,8 @@ def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number
         # The last batch may have the cache itself.
         own = cache if numbers.stop == sampling.max_k else copy.deepcopy(cache)
         batch = _Batch(model, tokenizer, own, [Random(f"{sampling.seed}:{number}:{chain}") for chain in numbers], sampling)
-        batch.run(logits_1V)
+        with reading(model, len(input_ids) + sampling.max_new_tokens):
+            batch.run(logits_1V)
         batches.append(batch)
     step_ms = [ms for batch in batches for ms in batch.step_ms]
     return Sampled(

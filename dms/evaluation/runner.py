@@ -16,6 +16,7 @@ from dms.cache import CompactedLayer
 from dms.cache.budget import held_bytes
 from dms.hf_compat import cache_argument
 from dms.retrofitting import set_mode, state_of
+from dms.rotary import reading
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Reading:
 
 
 class _Reader:
-    """One conversation, with the count of what its cache holds."""
+    """One conversation of `length` tokens in all, with the count of what its cache holds."""
 
-    def __init__(self, model, cache: Cache, batch: int):
-        self.model, self.cache = model, cache
+    def __init__(self, model, cache: Cache, batch: int, length: int):
+        self.model, self.cache, self.length = model, cache, length
         self.layers = [layer.index for layer in state_of(model).layers]
         device = next(model.parameters()).device
         self.entries_B, self.peak_B, self.reads_B = (torch.zeros(batch, device=device) for _ in range(3))
@@ -60,10 +61,16 @@ class _Reader:
     def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after the last of the new tokens."""
         held_B = self.entries_B + ids_Bn.shape[1]
-        out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=1, **cache_argument(self.model, self.cache))
+        logits_BV = self.logits(ids_Bn, self.cache)
         self.reads_B = self.reads_B + held_B
         self.peak_B = torch.maximum(self.peak_B, held_B)
         self.entries_B = torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
+        return logits_BV
+
+    def logits(self, ids_Bn: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """The same over any cache, uncounted. Parts of a text are rotated as the whole is."""
+        with reading(self.model, self.length):
+            out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=1, **cache_argument(self.model, cache))
         return out.logits[:, -1]
 
     def _alive(self, layer) -> torch.Tensor:
@@ -92,10 +99,10 @@ def read(
     set_mode(model, "dense" if isinstance(cache, DynamicCache) else "evict")
     start = time.perf_counter()
     batch, length = ids_BT.shape
-    reader = _Reader(model, cache, batch)
+    reader = _Reader(model, cache, batch, length)
     for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
         logits_BV = reader.forward(part)
-    greedy_Bn = _write(model, reader, logits_BV, num_greedy) if num_greedy else None
+    greedy_Bn = _write(reader, logits_BV, num_greedy) if num_greedy else None
     reader.reads_B = torch.zeros_like(reader.reads_B)
 
     nll, right, kl, agrees, milliseconds = [], [], [], [], []
@@ -140,12 +147,12 @@ def read(
     )
 
 
-def _write(model, reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def _write(reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Greedy decoding on a fork of the cache, [B, num_tokens]."""
     fork, written = copy.deepcopy(reader.cache), []
     for _ in range(num_tokens):
         written.append(logits_BV.argmax(-1))
-        logits_BV = model(input_ids=written[-1][:, None], use_cache=True, logits_to_keep=1, **cache_argument(model, fork)).logits[:, -1]
+        logits_BV = reader.logits(written[-1][:, None], fork)
     return torch.stack(written, 1)
 
 
