@@ -42,6 +42,11 @@ class Decoding:
             if kwargs.get(name) is not None:
                 kwargs[hf_compat.generation_cache_name()] = kwargs.pop(name)
                 break
+        if state.mode == "evict" and (method := hf_compat.prefix_method(self)):
+            raise ValueError(
+                f"{method} puts keys and values before a prompt that no token made, and gates decide by tokens; call "
+                'dms.set_mode(model, "dense"), or use an adapter that changes weights, such as LoRA'
+            )
         if evict_bias is None:
             return super().generate(*args, **kwargs)
         if state.mode != "evict":

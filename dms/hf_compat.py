@@ -76,6 +76,21 @@ _GENERATION_METHODS = {
 }
 
 
+def prefix_method(model: nn.Module) -> str | None:
+    """The PEFT method that puts keys and values of its own before every prompt in this `generate`, such as "PREFIX_TUNING"; None: none does.
+
+    Assumes: PeftModel.generate lays its own prepare_inputs_for_generation over the model's, and active_peft_config.peft_type names the
+    method.
+    """
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if owner is None or owner is model:
+        return None
+    method = getattr(getattr(owner, "active_peft_config", None), "peft_type", None)
+    if method is None:
+        raise changed("hf_compat.prefix_method", "peft", f"active_peft_config.peft_type of {type(owner).__name__}")
+    return str(getattr(method, "value", method)) if method in ("PREFIX_TUNING", "CARTRIDGE") else None
+
+
 def change_class(model: nn.Module, cls: type) -> None:
     """Put methods of ours before those of a model's own class.
 

@@ -252,12 +252,9 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: nn.Module,
     if forward is None:
         module.dms_pending = None
         return
-    if layer.index in forward.entered:
-        raise RuntimeError(
-            f"{layer.name} ({type(module).__name__}) was called more than once in a pass, and its gate decides once for each token; such a model "
-            "cannot be retrofitted"
-        )
-    forward.entered.add(layer.index)
+    # A compiled graph would be guarded by each layer's number, and made again for each.
+    if not torch.compiler.is_compiling():
+        forward.enter(layer)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if forward.mode == "train":
         module.dms_pending = _decide_softly(state, layer, forward, module.dms_gate(hidden))

@@ -61,6 +61,15 @@ class Forward:
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
         return Forward(self.mode, self.tokens, self.noise, self.rows, first_passes=self.first_passes)
 
+    def enter(self, layer: AttentionLayer) -> None:
+        """Note that a layer's attention is called; raises RuntimeError where it was called in this pass before."""
+        if layer.index in self.entered:
+            raise RuntimeError(
+                f"{layer.name} ({type(layer.module).__name__}) was called more than once in a pass, and its gate decides once for each token; "
+                "such a model cannot be retrofitted"
+            )
+        self.entered.add(layer.index)
+
     def first_pass(self, layer: int) -> FirstPass | None:
         """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it."""
         if not self.keeps:

@@ -49,7 +49,9 @@ class DMSCache(Cache):
         self.budget.caches.add(self)
         layers = DynamicCache(config=model.config).layers
         for index in (layer.index for layer in state.layers):
-            layers[index] = self._make_layer(state, page_size, kv_dtype)
+            # Assisted by its own first layers (assistant_early_exit), a model says that it has no others.
+            if index < len(layers):
+                layers[index] = self._make_layer(state, page_size, kv_dtype)
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
         self._undo: list[dict] | None = None

@@ -80,11 +80,13 @@ def use_triton(operation: str, tensor: torch.Tensor, problem: str | None = None)
 
 
 def count(operation: str, implementation: str) -> None:
-    _calls[operation, implementation] += 1
+    # A compiled graph would be guarded by each number, and made again at each call.
+    if not torch.compiler.is_compiling():
+        _calls[operation, implementation] += 1
 
 
 def calls() -> dict[str, dict[str, int]]:
-    """How often each operation ran on each implementation, since `reset_calls`."""
+    """How often each operation ran on each implementation, since `reset_calls`; what torch.compile has compiled is not counted."""
     found: dict[str, dict[str, int]] = {}
     for (operation, implementation), number in sorted(_calls.items()):
         found.setdefault(operation, {})[implementation] = number

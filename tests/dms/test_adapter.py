@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
 
 import dms
+from dms import adapter
 from dms.adapter import find_layers
+from dms.hf_compat import CACHE_NAMES, cache_argument
 from dms.retrofitting import gate_parameters, set_mode
 
 
@@ -143,7 +146,7 @@ def test_refuses_what_is_not_a_transformers_model():
 )
 def test_refuses_a_model_whose_caches_are_all_bounded(family, options, reason, build_model):
     message = _refusal(build_model(family, **options))
-    assert "bounded cache already" in message and reason in message
+    assert "no layer has full attention" in message and reason in message
 
 
 @pytest.mark.parametrize(("family", "reason"), [("bloom", "BloomAttention.* by itself"), ("mamba", "no attention layer")])
@@ -223,3 +226,133 @@ def test_latent_attention_is_refused_by_name():
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="has keys of 24 numbers and values of 16"):
         dms.retrofit(model, dms.DMSConfig(window=4))
+
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+_GEMMA4 = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "pad_token_id": 0}
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def _small(family: str, **options):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SMALL | options))).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("diffllama", {}, r"layers.0.self_attn \(DiffLlamaAttention\) calls attention 2 times in a pass, and its gate decides once"),
+        ("hrm_text", {}, r"HrmTextAttention\) calls attention \d+ times in a pass"),
+        ("gemma4_text", _GEMMA4 | _ALTERNATING | {"num_kv_shared_layers": 2}, r"layers.3.self_attn .* reads another layer's"),
+        (
+            "gemma4_text",
+            _GEMMA4 | {"layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2},
+            r"layers.2.self_attn .* reads another layer's",
+        ),
+        ("bert", {}, "keeps no keys and values from one pass to the next"),
+        ("bart", {"d_model": 64}, "2 attention modules have layer_idx 0"),
+    ],
+)
+def test_layers_that_a_gate_does_not_fit_are_refused_with_the_reason(family, options, reason):
+    model = _small(family, **options)
+    with pytest.raises(ValueError, match=reason):
+        dms.retrofit(model, dms.DMSConfig(window=8))
+    assert getattr(model, "dms", None) is None
+
+
+def test_heads_are_counted_in_the_layer(open_gates, make_batch):
+    """Full-attention layers with fewer KV heads than the configuration's quotient says, and of another width."""
+    options = _GEMMA4 | _ALTERNATING | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 32}
+    model = open_gates(dms.retrofit(_small("gemma4_text", **options), dms.DMSConfig(window=4, scale=1.0, offset=0.0)))
+    assert [(layer.index, layer.num_heads, layer.num_query_heads) for layer in model.dms.layers] == [(1, 1, 4), (3, 1, 4)]
+    set_mode(model, "evict")
+    ids = make_batch(2, 30)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = dms.DMSCache(model)
+        parts = [model(input_ids=part, use_cache=True, **cache_argument(model, cache)).logits for part in ids.split(11, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    assert cache.report(warn=False).cr > 1
+
+
+def test_what_is_not_seen_without_storage_is_read_from_attributes(build_model, monkeypatch):
+    """A family that does not run on tensors without storage gets its gates all the same."""
+    expected = find_layers(build_model("qwen3"))
+    monkeypatch.setattr(adapter, "probe", lambda model: None)
+    found = find_layers(build_model("qwen3"))
+    assert [(a.index, a.name, a.num_heads, a.num_query_heads) for a in found.gated] == [
+        (a.index, a.name, a.num_heads, a.num_query_heads) for a in expected.gated
+    ]
+
+
+@pytest.mark.parametrize("mode", ["train", "evict"])
+@pytest.mark.parametrize("fault", ["attention", "module"])
+def test_attention_that_is_called_twice_is_noticed(fault, mode, build_gated, make_batch, monkeypatch):
+    model = build_gated()
+    layer, batch = model.model.layers[1], make_batch(2, 16)
+    forward = layer.self_attn.forward
+
+    def twice(*args, **kwargs):
+        forward(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    if fault == "attention":
+        layer.self_attn.forward = twice
+    else:
+        model.model.layers[0].self_attn = layer.self_attn
+    set_mode(model, mode)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"more than once in a pass.*cannot be retrofitted"):
+        model(**batch, use_cache=False)
+
+
+def test_a_layer_without_the_passes_cache_is_noticed(build_gated, make_batch):
+    model = build_gated()
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {name: None if name in CACHE_NAMES else value for name, value in kwargs.items()}),
+        with_kwargs=True,
+        prepend=True,
+    )
+    set_mode(model, "evict")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"layers.1.self_attn .* was called without the cache"):
+        model(**make_batch(2, 16), use_cache=True)
+
+
+def test_a_layer_that_does_not_fill_its_cache_is_noticed(build_gated, make_batch, monkeypatch):
+    model = build_gated()
+    update = dms.DMSCache.update
+
+    def skipping(cache, key, value, layer_idx, *args, **kwargs):
+        return (key, value) if layer_idx == 1 else update(cache, key, value, layer_idx, *args, **kwargs)
+
+    monkeypatch.setattr(dms.DMSCache, "update", skipping)
+    set_mode(model, "evict")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no keys and values of the pass were put into it"):
+        model(**make_batch(2, 16), use_cache=True)
+
+
+def test_compiled_decoders_are_not_compiled_for_each_call(build_gated, make_batch):
+    """What counts calls changes from call to call, and must not be part of what a graph was made for."""
+    torch._dynamo.reset()
+    model = build_gated(num_hidden_layers=3)
+    batch = make_batch(2, 16)
+    with torch.no_grad():
+        set_mode(model, "train")
+        expected = model(**batch, use_cache=False).logits
+        model.model.compile(backend="eager")
+        for _ in range(2):
+            model(**batch, use_cache=False)
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        for _ in range(12):
+            torch.testing.assert_close(model(**batch, use_cache=False).logits, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    torch._dynamo.reset()

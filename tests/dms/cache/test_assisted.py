@@ -102,3 +102,14 @@ def test_a_cache_reset_after_an_assisted_call(family, evicting, prompt):
     expected = _greedy(model, prompt, past_key_values=given, prompt_lookup_num_tokens=5)
     given.reset()
     assert torch.equal(_greedy(model, prompt, past_key_values=given), expected)
+
+
+@pytest.mark.parametrize("mode", ["dense", "evict"])
+def test_assisted_by_its_own_first_layers(mode, build_gated, make_batch):
+    model = build_gated(num_hidden_layers=4, max_position_embeddings=4096)
+    set_mode(model, mode)
+    ids = make_batch(1, 30)["input_ids"]
+    expected = _greedy(model, ids)
+    assert torch.equal(_greedy(model, ids, assistant_early_exit=2), expected)
+    # The layers that it left out are there again.
+    assert torch.equal(_greedy(model, ids), expected)

@@ -1,5 +1,6 @@
 """What a compacted cache refuses, in what words, and that it is as before afterwards."""
 
+import peft
 import pytest
 import torch
 from transformers import StaticCache
@@ -190,3 +191,17 @@ def test_a_bound_for_the_caches_that_generate_makes(evicting):
             model.generate(torch.full((1, 3), 5), max_new_tokens=1000)
     finally:
         model.dms.max_cache_bytes = None
+
+
+def test_prefix_tuning_is_refused_by_name(build_gated, make_batch):
+    """Its keys and values come from no token; adapters of other kinds generate as before."""
+    model = build_gated()
+    ids = make_batch(1, 20)["input_ids"]
+    set_mode(model, "evict")
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    prefixed = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING puts keys and values before a prompt.*LoRA"):
+        prefixed.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    set_mode(model, "evict")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    assert torch.equal(adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
