@@ -1,4 +1,4 @@
-"""By touch of `dms.train.compat`: break what it stands on, and touch it.
+"""By touch of `dms.train.compat` and `dms.sharding`: break what it stands on, and touch it.
 
 `break_TOUCH` (or `break_TOUCH_...`, where there are several ways) takes a monkeypatch and `get`, which gives the fixtures of
 tests/train/test_compat.py by name.
@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from dms.sharding import is_sharded
 from dms.train import compat
 
 TIMEOUT = timedelta(minutes=3)
@@ -130,6 +131,12 @@ def break_sharded_models_afterwards(patch, get):
             pass
     finally:
         alive.clear()
+
+
+def break_is_sharded(patch, get):
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.ds_id = parameter.ds_tensor = 0
+    is_sharded(parameter)
 
 
 def break_switch_off_dropout(patch, get):

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 from training_breaks import BREAKS, TIMEOUT, make_small, zero_config
 
+from dms.sharding import gathered, is_sharded, num_elements, resident_bytes
 from dms.train import compat
 from dms.upstream import UpstreamChanged
 
@@ -67,8 +68,6 @@ def take_step(engine: nn.Module, seed: int) -> None:
 
 
 def weights_of(engine: nn.Module) -> torch.Tensor:
-    from dms.sharding import gathered
-
     with gathered(engine.module.parameters()):
         return torch.cat([parameter.detach().flatten().clone() for parameter in engine.module.parameters()])
 
@@ -234,6 +233,15 @@ def test_sharded_models(group, tiny_folder):
     assert all(parameter.numel() > 0 for parameter in whole.parameters())
 
 
+def test_is_sharded(make_engine):
+    for stage, divided in ((2, False), (3, True)):
+        module = make_engine(stage)[1].module
+        assert all(is_sharded(parameter) == divided for parameter in module.parameters())
+        assert sum(map(num_elements, module.parameters())) == 8 * 16 + 16 + 16 * 4 + 4
+        # Of one process, what lies here is all of it.
+        assert resident_bytes(module) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
+
+
 DROPPING = {
     "llama": {"attention_dropout": 0.3},
     "starcoder2": {"attention_dropout": 0.0, "residual_dropout": 0.3, "embedding_dropout": 0.3},
@@ -367,7 +375,7 @@ def test_replace_scalars():
     assert yaml.safe_load(text) == before
 
 
-TOUCHES = [name for name in compat.__all__ if name != "UpstreamChanged"]
+TOUCHES = ["is_sharded", *(name for name in compat.__all__ if name != "UpstreamChanged")]
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -376,13 +384,16 @@ def test_a_broken_touch_is_named(name, monkeypatch, request):
     with contextlib.closing(SimpleNamespace(close=monkeypatch.undo)), pytest.raises(UpstreamChanged) as error:
         BREAKS[name](monkeypatch, request.getfixturevalue)
     packages = re.search(rf"^\| `{touch}` \| (.+?) \|", UPSTREAM.read_text(), re.MULTILINE)[1].replace(", ", "|")
-    assert re.match(rf"({packages}) \S+: compat\.{touch} needs .+, which is not there any more; .*see docs/upstream\.md$", str(error.value))
+    assert re.match(
+        rf"({packages}) \S+: (compat|sharding)\.{touch} needs .+, which is not there any more; .*see docs/upstream\.md$", str(error.value)
+    )
 
 
 def test_every_touch_is_held_broken_and_listed():
-    listed = re.findall(r"^\| `(\w+)` \|", UPSTREAM.read_text().partition("`train/compat.py`")[2].partition("\n## ")[0], re.MULTILINE)
-    assert listed == TOUCHES
+    sections = re.split(r"^## ", UPSTREAM.read_text(), flags=re.MULTILINE)
+    ours = [section for section in sections if section.startswith(("`dms/sharding.py`", "`train/compat.py`"))]
+    assert re.findall(r"^\| `(\w+)` \|", "".join(ours), re.MULTILINE) == TOUCHES
     for touch in TOUCHES:
         assert f"test_{touch}" in globals() and touch in BREAKS
-        said = getattr(compat, touch).__doc__
+        said = (is_sharded if touch == "is_sharded" else getattr(compat, touch)).__doc__
         assert re.search(r"\n\n    Assumes: ", said), touch
