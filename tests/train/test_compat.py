@@ -30,6 +30,8 @@ def group():
     deepspeed = pytest.importorskip("deepspeed")
     from accelerate.state import AcceleratorState
 
+    # What an earlier test left would be taken for this group's.
+    AcceleratorState._reset_state(reset_partial_state=True)
     before = dict(os.environ)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
@@ -295,8 +297,7 @@ def test_lora_layers(adapted):
 
 def test_switch_lora(adapted):
     ids = torch.arange(12)[None]
-    layers = [layer for _, layer in compat.lora_layers(adapted)]
-    trains = [p.requires_grad for p in adapted.parameters()]
+    layers, trains = [layer for _, layer in compat.lora_layers(adapted)], [p.requires_grad for p in adapted.parameters()]
     for layer in layers:
         compat.switch_lora(layer, False)
     off = adapted(ids).logits
