@@ -278,6 +278,8 @@ def needs_no_input_gradients(model: nn.Module) -> None:
     Assumes: PreTrainedModel.enable_input_require_grads leaves `_require_grads_hook`, and disable_input_require_grads takes it away.
     """
     if getattr(model, "_require_grads_hook", None) is not None:
+        if not hasattr(model, "disable_input_require_grads"):
+            raise changed("hf_compat.needs_no_input_gradients", "transformers", "PreTrainedModel.disable_input_require_grads")
         model.disable_input_require_grads()
 
 

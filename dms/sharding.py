@@ -6,9 +6,23 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from dms.upstream import changed
+
+# What DeepSpeed gives a divided parameter: a number, its elements, and the part that lies here.
+_MARKS = ("ds_id", "ds_numel", "ds_tensor")
+
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    return hasattr(parameter, "ds_id")
+    """Whether a parameter is divided among processes.
+
+    Assumes: DeepSpeed marks it with all of _MARKS, and others with none.
+    """
+    marked = [name for name in _MARKS if hasattr(parameter, name)]
+    if marked and len(marked) < len(_MARKS):
+        raise changed(
+            "sharding.is_sharded", "deepspeed", f"{' and '.join(_MARKS)} of a divided parameter, which has {' and '.join(marked)}"
+        )
+    return bool(marked)
 
 
 def num_elements(parameter: torch.Tensor) -> int:
@@ -33,8 +47,7 @@ def resident_bytes(model: nn.Module) -> int:
     """Bytes of parameters that this process holds: its shards and whatever is gathered now."""
     total = 0
     for parameter in model.parameters():
-        shard = getattr(parameter, "ds_tensor", None)
         total += parameter.numel() * parameter.element_size()
-        if shard is not None:
-            total += shard.numel() * shard.element_size()
+        if is_sharded(parameter):
+            total += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
     return total

@@ -1,6 +1,5 @@
 """Low-rank adapters (`trainable: gates+lora`): put in by peft, off in the teacher's pass, merged into the weights at the end."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from dms.sharding import gathered
+from dms.train import compat
 
 if TYPE_CHECKING:
     from dms.train.recipe import RetrofitRecipe
@@ -31,7 +31,7 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     Raises:
         ValueError: target modules that the model does not have.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     from dms.train.recipe import Lora
 
@@ -41,37 +41,30 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     torch.manual_seed(recipe.seed)
     try:
         # Of a multimodal model, not what reads images.
-        inject_adapter_in_model(config, student.dms.decoder)
+        compat.add_lora(student.dms.decoder, config)
     except ValueError as error:
         raise ValueError(f"lora.target_modules {lora.target_modules}: {error}") from None
-    for _, module in adapters(student):
+    for _, module in compat.lora_layers(student):
         for part in (module.lora_A, module.lora_B):
             part.float()
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that hold adapters, with their names."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            yield name, module
-
-
 @contextmanager
 def without_adapters(model: nn.Module):
-    """The base as it was, for the teacher's pass. peft's own switch would also stop the adapters' gradients."""
-    found = [module for _, module in adapters(model)]
+    """The base as it was, for the teacher's pass."""
+    found = [module for _, module in compat.lora_layers(model)]
     for module in found:
-        module._disable_adapters = True
+        compat.switch_lora(module, False)
     try:
         yield
     finally:
         for module in found:
-            module._disable_adapters = False
+            compat.switch_lora(module, True)
 
 
 def merge_adapters(model: nn.Module) -> None:
     """Add the adapters' products to the weights that they adapt, in place, and take the adapters out."""
-    for name, module in list(adapters(model)):
+    for name, module in list(compat.lora_layers(model)):
         with gathered(module.parameters(), modify=True):
             module.merge()
         parent = model.get_submodule(name.rpartition(".")[0])

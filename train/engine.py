@@ -4,23 +4,23 @@ Weights are held in the dtype that they were loaded in, and autocast is the mode
 """
 
 import json
-import logging
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
 from dms.retrofitting import state_of
 from dms.rows import Rows, check_sharing, local_rows
+from dms.train import compat
 from dms.train.recipe import RetrofitRecipe
 from dms.train.stopping import is_launched
 
@@ -77,30 +77,26 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
         raise ValueError(
             f"zero.stage {recipe.zero.stage} needs DeepSpeed, which is not installed; run scripts/setup_env.sh deepspeed, or choose zero.stage=0"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    compat.quiet_deepspeed()
     _check_nvme(recipe)
     if "RANK" not in os.environ:
         # No launcher: a group of one.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
     num_processes = torch.distributed.get_world_size()
-    # DeepSpeed's own group of all would wait for torch's default time instead of the recipe's.
-    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(list(range(num_processes)), timeout=timeout)
+    compat.set_world_group(timeout)
     check_batch(recipe, num_processes)
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe, num_processes), zero3_init_flag=False)
-    return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    return compat.deepspeed_accelerator(deepspeed_config(recipe, num_processes), backend)
 
 
 def _check_nvme(recipe: RetrofitRecipe) -> None:
     """Raises ValueError where weights or optimizer state could not be offloaded to `nvme_path`."""
     if not recipe.zero.offloads_to_nvme:
         return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     path = Path(recipe.zero.nvme_path).expanduser()
     if not path.is_dir() or not os.access(path, os.W_OK):
         raise ValueError(f"zero.nvme_path '{path}' is not a folder that can be written to; make it, or choose another")
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not compat.op_builder("AsyncIO").is_compatible(verbose=False):
         raise ValueError("offloading to nvme needs libaio's headers (sudo apt-get install libaio-dev), g++ and ninja; or offload to cpu")
 
 
@@ -140,22 +136,12 @@ def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Modu
     return Rows(groups[accelerator.process_index // size])
 
 
-@contextmanager
-def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str):
+def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str) -> AbstractContextManager:
     """Within it transformers builds and loads models straight into ZeRO-3's rows. Nothing under other stages."""
     if recipe.zero.stage != 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-
+        return nullcontext()
     # The dtype that shards are made in; the engine itself never sees this switch.
-    config = {**deepspeed_config(recipe, num_processes), "bf16": {"enabled": dtype == "bfloat16"}}
-    # transformers looks for it as long as it lives.
-    alive = HfDeepSpeedConfig(config)
-    try:
-        yield
-    finally:
-        del alive
+    return compat.sharded_models({**deepspeed_config(recipe, num_processes), "bf16": {"enabled": dtype == "bfloat16"}})
 
 
 def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console | None) -> torch.optim.Optimizer:
@@ -183,34 +169,17 @@ def _why_no_compiled_adam(console: Console | None) -> str | None:
         torch.distributed.all_gather_object(everywhere, missing)
     if missing := next((names for names in everywhere if names), None):
         return f"{' and '.join(missing)} not on PATH"
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in [*root.glob("*/cpu_adam/lock"), *root.glob("cpu_adam/lock")]:
+    builder = compat.op_builder("CPUAdam")
+    for lock in compat.build_locks(builder):
         if console is not None:
-            # A process that was killed at it leaves the file, and PyTorch waits for its end without a word.
             console.print(
                 f"waiting for another process that builds DeepSpeed's Adam; if none does, delete {lock}", highlight=False, markup=False
             )
     try:
-        CPUAdamBuilder().load(verbose=False)
+        builder.load(verbose=False)
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the run does not need this one
         return f"it does not build ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return None
-
-
-def replay_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Bring DeepSpeedCPUAdam's bias correction to where `steps` steps leave it.
-
-    It multiplies powers of beta up step by step, outside of its state; a new one would take them from pow, whose last bit differs.
-    """
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    group = optimizer.param_groups[0]
-    for step in range(1, steps + 1):
-        scratch = [torch.zeros(1) for _ in range(4)]
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *scratch)
 
 
 class Engine:
@@ -224,8 +193,10 @@ class Engine:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.is_deepspeed = recipe.zero.stage > 0
         optimizer = make_optimizer(groups, recipe, console)
-        self.module, _ = accelerator.prepare(module, optimizer)
-        self.optimizer = self.module.optimizer if self.is_deepspeed else optimizer
+        if self.is_deepspeed:
+            self.module, self.optimizer = compat.prepare_engine(accelerator, module, optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(module, optimizer)[0], optimizer
 
     def leave_group(self) -> None:
         """Part from the other processes together, so that none takes another's end for a failure. No steps after it."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from dms.config import nearest
 from dms.strict import explain
+from dms.train.compat import replace_scalars
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
@@ -22,18 +23,16 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML without its traps: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
 
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-_StrictLoader.yaml_implicit_resolvers = {
-    key: [resolver for resolver in resolvers if resolver[0] not in _REPLACED]
-    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$"), list("-+0123456789.")
+replace_scalars(
+    _StrictLoader,
+    {
+        "tag:yaml.org,2002:bool": (re.compile(r"^(?:true|false)$"), "tf"),
+        "tag:yaml.org,2002:float": (
+            re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$"),
+            "-+0123456789.",
+        ),
+    },
 )
-# Whole numbers stay integers: the resolver that was added last would win otherwise.
-for _key, _resolvers in _StrictLoader.yaml_implicit_resolvers.items():
-    _resolvers.sort(key=lambda r: r[0] == "tag:yaml.org,2002:float")
 
 
 def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict:

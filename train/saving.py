@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from dms import checkpoint
 from dms.sharding import gathered
-from dms.train.engine import Engine, replay_steps
+from dms.train import compat
+from dms.train.engine import Engine
 from dms.train.recipe import RetrofitRecipe
 from dms.train.students import Models
 
@@ -31,11 +32,6 @@ FOLDER = "checkpoints"
 FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-# The parts of DeepSpeed's optimizer state that change as a run goes on, by stage.
-_ZERO_STATE = {
-    2: ("base_optimizer_state", "single_partition_of_fp32_groups"),
-    3: ("optimizer_state_dict", "fp32_flat_groups"),
-}
 
 
 @dataclass(frozen=True)
@@ -167,8 +163,7 @@ def _write_state(
     """This process's files, on disk."""
     stage, paths = recipe.zero.stage, []
     if stage > 0:
-        state = engine.optimizer.state_dict()
-        paths += _write_tree(folder / f"zero_rank{rank}", {key: state[key] for key in _ZERO_STATE[stage]})
+        paths += _write_tree(folder / f"zero_rank{rank}", compat.zero_state(engine.optimizer, stage))
     if rank == 0:
         paths.append(
             checkpoint.save_gates(
@@ -199,11 +194,8 @@ def restore(saved: Saved, engine: Engine, parts: Models, recipe: RetrofitRecipe,
     if stage == 0:
         engine.optimizer.load_state_dict(_read_tree(saved.folder / "optimizer"))
         return
-    # What does not change with the run is taken from the engine as it stands.
-    state = engine.optimizer.state_dict() | _read_tree(saved.folder / f"zero_rank{rank}")
-    states = [state] * torch.distributed.get_world_size()
-    engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=True)
-    replay_steps(engine.optimizer.optimizer, saved.position.step)
+    compat.load_zero_state(engine.optimizer, stage, _read_tree(saved.folder / f"zero_rank{rank}"))
+    compat.replay_adam(engine.optimizer, saved.position.step)
 
 
 def _whole(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

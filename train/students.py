@@ -8,6 +8,7 @@ from torch import nn
 from dms import models
 from dms.retrofitting import gate_parameters, retrofit
 from dms.state import enable_checkpointing
+from dms.train import compat
 from dms.train.adapters import add_adapters
 from dms.train.recipe import RetrofitRecipe
 
@@ -62,11 +63,7 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
         add_adapters(student, recipe)
     # train() switches activation checkpointing on; distillation wants no dropout.
     student.train()
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
+    compat.switch_off_dropout(student)
     if recipe.activation_checkpointing:
         enable_checkpointing(student)
         student.dms.offload_activations = recipe.offload_activations

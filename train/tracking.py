@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from dms.doctor import has_wandb_key
 from dms.evaluation import evaluate as evaluation
 from dms.report.figure import new_figure
+from dms.train import compat
 from dms.train.recipe import RetrofitRecipe
 from dms.train.recipe_file import dump_recipe
 
@@ -53,8 +53,7 @@ class WandbTracker:
             name=tracking.name or folder.name,
             **tracking.model_dump(include={"project", "entity", "group", "tags"}),
             config={**recipe.model_dump(), "versions": evaluation.versions(), "device": evaluation.describe_device()},
-            # What is not flushed to the file when the process is killed is lost.
-            settings={"silent": True, "console": "off", "x_transaction_log_flush_interval": 1.0, **patience},
+            settings={"silent": True, "console": "off", **compat.prompt_flush(), **patience},
         )
         try:
             self.run = start(mode=mode)
@@ -67,8 +66,7 @@ class WandbTracker:
         self.run.define_metric("train/step", hidden=True)
         self.run.define_metric("*", step_metric="train/step")
         # Online, the server says what it has of the parts that were online.
-        parts = folder.glob(f"wandb/{'*run' if self.run.offline else 'offline-run'}-*-{run_id}*/*.wandb")
-        self.last_step = max([self.run.starting_step - 1, *(_mend(p) for p in parts if p.parent != Path(self.run.dir).parent)])
+        self.last_step = max([self.run.starting_step - 1, *map(_mend, compat.earlier_parts(self.run, folder))])
         if self.run.offline:
             say(f"wandb is offline; to upload the run, in however many parts: wandb sync {folder}/wandb/offline-run-*")
         elif not self.run.disabled:
@@ -180,18 +178,7 @@ def open_tracker(recipe: RetrofitRecipe, folder: Path, console: Console, *, run_
 
 def _mend(path: Path) -> int:
     """The last step in the .wandb file of an earlier process, 0 if none; if offline, it is left such that wandb sync reads it."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    # LevelDB's log: pieces with headers of 7 bytes, which blocks of 32 KiB do not divide. Piece 1 is a whole record, 4 ends one.
-    data, at, whole, record, begun, last = path.read_bytes(), 7, 0, b"", False, 0
-    while (start := at + (-at % 32768 if -at % 32768 < 7 else 0) + 7) <= len(data):
-        length, piece = struct.unpack_from("<HB", data, start - 3)
-        if piece not in (1, 2, 3, 4) or start + length > len(data):
-            break
-        at, record = start + length, record + data[start : start + length]
-        if piece in (1, 4):
-            entry, record, whole = Record.FromString(record), b"", at
-            begun, last = begun or entry.HasField("run"), max(last, entry.history.step.num)
+    last, whole, begun = compat.read_part(path)
     # At a part that was killed before it began, or in mid-record, wandb sync stops and leaves the later parts behind.
     if path.parent.name.startswith("offline-"):
         os.truncate(path, whole) if begun else path.rename(path.with_suffix(".void"))

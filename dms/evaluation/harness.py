@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 
 from dms.evaluation.chains import count_entries
+from dms.evaluation.lm_eval_compat import STEPS, harness_step, max_new_tokens
 from dms.hf_compat import output_cache
 from dms.state import state_of
 
@@ -51,6 +51,9 @@ class Harness(HFLM):
     """only_checks: requests are built and measured, and answered with zeros and nothing. counted: since `restart`."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int):
+        for name in STEPS:
+            # Some of them are called by the harness alone.
+            harness_step(name)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # It chooses the tokenizer's padding.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=context)
@@ -89,7 +92,7 @@ class Harness(HFLM):
         # The longest first: if memory is short, it shows at once.
         for length in sorted(places, reverse=True):
             alike = [requests[place] for place in places[length]]
-            scores = super()._loglikelihood_tokens(alike, disable_tqdm=True, override_bs=override_bs)
+            scores = harness_step("_loglikelihood_tokens")(self, alike, disable_tqdm=True, override_bs=override_bs)
             for place, score in zip(places[length], scores, strict=True):
                 found[place] = score
         return found
@@ -110,8 +113,8 @@ class Harness(HFLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             context, settings = request.args
-            length = super().tok_batch_encode([context])[0].shape[1]
-            new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            length = harness_step("tok_batch_encode")(self, [context])[0].shape[1]
+            new = max_new_tokens(settings, self.max_gen_toks)
             if length + new > self.max_length:
                 raise ValueError(
                     f"lm-eval task {request.task_name!r}: a request has {length} tokens of context and asks for up to {new} new ones, and the model's "
@@ -121,12 +124,12 @@ class Harness(HFLM):
         return [""] * len(requests) if self.only_checks else super().generate_until(requests, disable_tqdm=True)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        ids, mask = harness_step("tok_batch_encode")(self, strings, padding_side, None, truncation)
         assert left_truncate_len is None or ids.shape[1] <= left_truncate_len, "generate_until has checked every request"
         return ids, mask
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings) -> torch.Tensor:
-        output = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **settings)
+        output = harness_step("_model_generate")(self, context, max_length, stop, return_dict_in_generate=True, **settings)
         state, length = state_of(self.model), output.sequences.shape[1]
         if state.mode == "evict":
             self.counted.add(count_entries(self.model, output_cache(output)), length, "compacted")

@@ -7,11 +7,9 @@ continuation do not see what was evicted of the prompt.
 import functools
 import hashlib
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +17,11 @@ from typing import Any
 
 from dms.config import nearest
 from dms.evaluation.kept import Kept, describe_model
+from dms.evaluation.lm_eval_compat import num_fewshot as fewshot_of
+from dms.evaluation.lm_eval_compat import quiet
 from dms.evaluation.lm_eval_rows import make_rows, summarize
 from dms.evaluation.operating import as_before, operate
+from dms.upstream import UpstreamChanged
 
 POLICIES = ("dense", "dms")
 # For the standard errors of what is no mean.
@@ -45,7 +46,7 @@ class Prepared:
     ) -> list[dict]:
         """As `run_lm_eval`."""
         runs = []
-        with as_before(self.harness.model), _quiet():
+        with as_before(self.harness.model), quiet():
             for unit in self.units:
                 found = self.kept.read(unit)
                 if found is None:
@@ -116,7 +117,7 @@ def prepare_lm_eval(
     settings = {"model": describe_model(model), "versions": {**(versions or {}), "lm_eval": version("lm_eval")}}
     settings |= {"task_files": None if include_path is None else _hash_folder(Path(include_path)), **options}
     units = [{**settings, "task": task, "policy": policy, "evict_bias": p} for task in dict.fromkeys(tasks) for policy, p in operated]
-    with _quiet():
+    with quiet():
         harness = Harness(model, tokenizer, batch_size)
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
         _build(harness, run, dict.fromkeys(unit["task"] for unit in units if kept.read(unit) is None), num_fewshot)
@@ -169,13 +170,13 @@ def _build(harness: Any, run: Callable, tasks: Iterable[str], num_fewshot: int |
     for task in tasks:
         try:
             found = run(tasks=[task], predict_only=True, bootstrap_iters=0)
-        except ValueError:
+        except (ValueError, UpstreamChanged):
             raise
         except Exception as error:
             # Hub, network, datasets and task code have no common base class.
             said = str(error).strip().splitlines() or ["no message"]
             raise ValueError(f"lm-eval task {task!r} cannot be built: {type(error).__name__}: {said[0]}") from error
-        for part, given in found["n-shot"].items():
+        for part, given in fewshot_of(found).items():
             if num_fewshot is not None and given != num_fewshot:
                 raise ValueError(
                     f"lm-eval task {part!r} sets num_fewshot to {given} itself, and the harness would ignore the {num_fewshot} that were asked for; "
@@ -191,18 +192,6 @@ def _measure(harness: Any, run: Callable, unit: dict) -> dict:
     start = time.perf_counter()
     found = summarize(run(tasks=[unit["task"]], log_samples=True, bootstrap_iters=_BOOTSTRAPS))
     return {**found, "counted": harness.counted.to_dict(), "seconds": time.perf_counter() - start}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What the harness would warn of is refused here, or said in rows."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _hash_folder(folder: Path) -> str:

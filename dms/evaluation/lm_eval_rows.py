@@ -8,12 +8,12 @@ import numpy as np
 
 from dms.evaluation.bootstrap import Sample, compare, interval, make_draws
 from dms.evaluation.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES, is_at_chance
+from dms.evaluation.lm_eval_compat import read_results, read_samples
 
 # Standard errors to either side: 95 %.
 _STDERRS = 1.96
 # Metrics that are shares of right answers, without their filter: acc_norm, prompt_level_strict_acc, exact_match, pass@1.
 _ACCURACY = re.compile(r"(.*_)?(acc|accuracy|exact_match|em)(_.*)?|pass@\d+")
-_KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 def summarize(found: dict) -> dict:
@@ -21,16 +21,14 @@ def summarize(found: dict) -> dict:
     whose answers are chosen, how often a guess is right."""
     values: dict[str, dict[str, dict[str, float]]] = {}
     guesses: dict[str, list[float]] = {}
-    for task, samples in found["samples"].items():
-        is_choice = found["configs"][task].get("output_type") == "multiple_choice"
-        for sample in samples:
-            if is_choice:
-                guesses.setdefault(task, []).append(1.0 / len(sample["filtered_resps"]))
-            for metric in sample["metrics"]:
-                if isinstance(sample[metric], int | float):
-                    by_document = values.setdefault(task, {}).setdefault(f"{metric},{sample['filter']}", {})
-                    by_document[str(sample["doc_id"])] = float(sample[metric])
-    summary: dict[str, Any] = {name: found[name] for name in _KEPT if name in found}
+    for answered in read_samples(found):
+        if answered.num_answers is not None:
+            guesses.setdefault(answered.task, []).append(1.0 / answered.num_answers)
+        for metric, value in answered.metrics.items():
+            if isinstance(value, int | float):
+                by_document = values.setdefault(answered.task, {}).setdefault(f"{metric},{answered.filter}", {})
+                by_document[answered.document] = float(value)
+    summary: dict[str, Any] = read_results(found)
     summary |= {"values": values, "chance": {task: float(np.mean(shares)) for task, shares in guesses.items()}}
     # Configurations may hold functions and paths.
     return json.loads(json.dumps(summary, default=str))

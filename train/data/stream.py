@@ -80,12 +80,10 @@ def open_mixture(
     tokenizer: Any, data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost, say: Callable[[str], None] = print
 ) -> Mixture:
     """The run's rows, step by step, as functions of recipe and files alone. Raises ValueError as `open_reader`."""
-    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-
     # Of its own: tokenizers may not be used by several threads while one changes its settings.
     tokenizer = copy.deepcopy(tokenizer)
     # What is longer than the model's context is split here, and nothing to warn of.
-    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    tokenizer.model_max_length = int(1e30)
     readers = [open_reader(tokenizer, origin, number, data, seed, say) for number, origin in enumerate(data.all_sources)]
     if data.workers > 1:
         executor = ThreadPoolExecutor(data.workers, thread_name_prefix="data")

@@ -1,0 +1,383 @@
+"""Every touch of upstream's private parts in `dms.hf_compat`: held against what is installed, and named where it is broken on purpose."""
+
+import functools
+import inspect
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.utils import ModelOutput
+
+import dms
+from dms import hf_compat
+from dms.retrofitting import set_mode
+from dms.state import enable_checkpointing
+from dms.upstream import UpstreamChanged
+
+TOUCHES = [
+    name
+    for name, value in vars(hf_compat).items()
+    if inspect.isfunction(value) and value.__module__ == hf_compat.__name__ and name[0] != "_"
+]
+UPSTREAM = Path(__file__).parents[2] / "docs" / "upstream.md"
+IDS = torch.full((1, 6), 5)
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
+}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 64}
+
+
+@pytest.fixture
+def model(build_model):
+    return build_model("llama")
+
+
+# What is assumed, held against the installed versions.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "lfm2"])
+def test_cache_name(family, build_model):
+    model = build_model(family)
+    for module in (model, model.get_decoder()):
+        assert hf_compat.cache_name(module) in hf_compat.CACHE_NAMES
+    assert (hf_compat.cache_name(model) == "cache") == (transformers.__version__ >= "5.24")
+
+
+def test_cache_argument(model, recwarn):
+    cache = DynamicCache(config=model.config)
+    model(input_ids=IDS, **hf_compat.cache_argument(model, cache))
+    assert cache.get_seq_length() == 6
+    assert not [str(w.message) for w in recwarn if "deprecated" in str(w.message)]
+
+
+def test_output_cache(model):
+    cache = DynamicCache(config=model.config)
+    assert hf_compat.output_cache(model(input_ids=IDS, use_cache=True, **hf_compat.cache_argument(model, cache))) is cache
+    assert hf_compat.output_cache(model(input_ids=IDS, use_cache=False)) is None
+    out = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True)
+    assert hf_compat.output_cache(out).get_seq_length() == 7
+
+
+def test_generation_cache_name(model, monkeypatch):
+    seen = []
+    own = GenerationMixin._prepare_cache_for_generation
+    monkeypatch.setattr(
+        GenerationMixin,
+        "_prepare_cache_for_generation",
+        lambda self, config, kwargs, *args: (own(self, config, kwargs, *args), seen.append(set(kwargs)))[0],
+    )
+    model.generate(IDS, max_new_tokens=2)
+    assert hf_compat.generation_cache_name() in seen[0]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_takes_a_cache_by_either_name(name, build_gated, recwarn, caplog):
+    """And holds one cache, without a word."""
+    model = build_gated()
+    set_mode(model, "evict")
+    cache = dms.DMSCache(model)
+    out = model.generate(IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **{name: cache})
+    assert hf_compat.output_cache(out) is cache and cache.get_seq_length() == 8
+    assert torch.equal(out.sequences, model.generate(IDS, max_new_tokens=3, do_sample=False))
+    with torch.no_grad():
+        again = dms.DMSCache(model)
+        model.get_decoder()(input_ids=IDS, use_cache=True, **hf_compat.cache_argument(model, again))
+    said = [str(w.message) for w in recwarn if "cache" in str(w.message) or "past_key_values" in str(w.message)]
+    assert again.get_seq_length() == 6 and not said and not caplog.records
+
+
+def test_generation_method(model, monkeypatch):
+    called = []
+    for name in ("_prepare_cache_for_generation", "_prefill"):
+        method = hf_compat.generation_method(type(model), name)
+        spy = functools.wraps(method)(
+            lambda self, *args, name=name, method=method, **kw: (called.append(name), method(self, *args, **kw))[1]
+        )
+        monkeypatch.setattr(type(model), name, spy)
+    model.generate(IDS, max_new_tokens=2)
+    assert called == ["_prepare_cache_for_generation", "_prefill"]
+
+
+def test_prefix_method(model, monkeypatch):
+    seen = []
+    own = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda self, *args, **kw: seen.append(hf_compat.prefix_method(self)))
+    for config in (
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+    ):
+        peft.get_peft_model(model, config).generate(input_ids=IDS)
+    assert seen == ["PREFIX_TUNING", None, None] and hf_compat.prefix_method(model) is None and own is not None
+
+
+def test_change_class(model):
+    class Other(type(model)):
+        def get_decoder(self):
+            return "ours"
+
+    hf_compat.change_class(model, Other)
+    assert model.get_decoder() == "ours"
+
+
+def test_attention_name(model):
+    assert hf_compat.attention_name(model.config) == "sdpa"
+
+
+def test_set_attention(build_model):
+    model = build_model("llama")
+    calls = []
+    hf_compat.register_attention("dms_test", lambda module, q, k, v, mask, **kw: (calls.append(mask), (q.transpose(1, 2), None))[1])
+    assert hf_compat.set_attention(model.config, "dms_test") == "sdpa"
+    model(input_ids=IDS)
+    assert len(calls) == 2
+    hf_compat.set_attention(model.config, "sdpa")
+    model(input_ids=IDS)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mask", [None, "eager"])
+def test_register_attention(mask, build_model):
+    """Without a mask function none is made, padding or not; with another's it is that one's."""
+    seen = []
+    name = f"dms_test_{mask}"
+    hf_compat.register_attention(name, lambda module, q, k, v, given, **kw: (seen.append(given), (q.transpose(1, 2), None))[1], mask=mask)
+    model = build_model("llama")
+    hf_compat.set_attention(model.config, name)
+    model(input_ids=IDS, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]))
+    assert all((given is None) == (mask is None) for given in seen) and len(seen) == 2
+
+
+def test_attention_function():
+    assert callable(hf_compat.attention_function("sdpa"))
+
+
+def test_mask_function():
+    assert callable(hf_compat.mask_function("sdpa"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "phi3"])
+def test_eager_attention(family, build_model):
+    module = next(m for m in build_model(family).modules() if type(m).__name__.endswith("Attention"))
+    function = hf_compat.eager_attention(module)
+    assert function.__module__ == type(module).__module__ and function.__name__ == "eager_attention_forward"
+
+
+def test_calls_attention_interface(model):
+    assert hf_compat.calls_attention_interface(model.model.layers[0].self_attn)
+    assert not hf_compat.calls_attention_interface(model.model.layers[0].mlp)
+
+
+def test_rotary_changes(build_model):
+    for options, expected in ((LONGROPE, ("switch", 64)), (DYNAMIC, ("grow", 64))):
+        model = build_model("llama", **options)
+        assert list(hf_compat.rotary_changes(model.model).values()) == [[expected]]
+        x = torch.zeros(1, 80, 64)
+        rotary = model.model.rotary_emb
+        short, long = (rotary(x[:, :n], torch.arange(n)[None])[0] for n in (60, 80))
+        assert not torch.allclose(short, long[:, :60])
+    assert hf_compat.rotary_changes(build_model("llama").model) == {}
+
+
+def test_forget_rotary_length(build_model):
+    rotary = build_model("llama", **DYNAMIC).model.rotary_emb
+    x = torch.zeros(1, 200, 64)
+    expected = rotary(x[:, :80], torch.arange(80)[None])[0]
+    rotary(x, torch.arange(200)[None])
+    assert not torch.equal(rotary(x[:, :80], torch.arange(80)[None])[0], expected)
+    hf_compat.forget_rotary_length(rotary)
+    assert torch.equal(rotary(x[:, :80], torch.arange(80)[None])[0], expected)
+
+
+def test_makes_default_cache(build_model):
+    assert hf_compat.makes_default_cache(build_model("llama")) and not hf_compat.makes_default_cache(build_model("minimax"))
+
+
+def test_wrap_checkpointing(build_model):
+    model = build_model("llama").train()
+    enable_checkpointing(model)
+    ran = []
+
+    def wrap(function):
+        assert function.keywords["use_reentrant"] is False
+        return lambda *args, **kwargs: (ran.append(1), function(*args, **kwargs))[1]
+
+    for module in model.modules():
+        hf_compat.wrap_checkpointing(module, wrap)
+    model(input_ids=IDS, use_cache=False).logits.sum().backward()
+    assert len(ran) == 2
+
+
+def test_needs_no_input_gradients(build_model):
+    model = build_model("llama")
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert model.get_input_embeddings()(IDS).requires_grad
+    hf_compat.needs_no_input_gradients(model)
+    assert not model.get_input_embeddings()(IDS).requires_grad
+    hf_compat.needs_no_input_gradients(model)
+
+
+def test_forget_weight_conversions(build_model, tmp_path):
+    build_model("llama").save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    hf_compat.forget_weight_conversions(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_linear_state_is_filled(build_model):
+    model = build_model("lfm2")
+    cache = DynamicCache(config=model.config)
+    layer = next(layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer))
+    assert not hf_compat.linear_state_is_filled(layer)
+    model(input_ids=IDS, use_cache=True, **hf_compat.cache_argument(model, cache))
+    assert hf_compat.linear_state_is_filled(layer)
+
+
+def test_has_forward_hooks():
+    module = nn.Linear(2, 2)
+    assert not hf_compat.has_forward_hooks(module)
+    module.register_forward_hook(lambda *_: None)
+    assert hf_compat.has_forward_hooks(module)
+
+
+def test_execution_device(build_model, tmp_path):
+    model = build_model("llama")
+    assert hf_compat.execution_device(model.model.layers[0]) is None
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert hf_compat.execution_device(model.model.layers[0]) == torch.device("cpu")
+
+
+# Each of these broken on purpose.
+
+
+class _Outside(nn.Module):
+    def forward(self, hidden_states, state=None):
+        return hidden_states
+
+
+def _attributes(**values):
+    return SimpleNamespace(**values)
+
+
+def _prefix_without_config(model):
+    class Owner:
+        def prepare_inputs_for_generation(self):
+            return None
+
+    model.prepare_inputs_for_generation = Owner().prepare_inputs_for_generation
+    return hf_compat.prefix_method(model)
+
+
+def _no_class(model):
+    class Slotted:
+        __slots__ = ("x",)
+
+    return hf_compat.change_class(Slotted(), nn.Linear)
+
+
+def _no_internal(model, patch):
+    patch.setattr(PreTrainedConfig, "_attn_implementation", property(lambda self: "sdpa", lambda self, value: None), raising=False)
+    return hf_compat.set_attention(model.config, "other")
+
+
+BREAKS = {
+    "cache_name": lambda model, patch: hf_compat.cache_name(_Outside()),
+    "cache_argument": lambda model, patch: hf_compat.cache_argument(_Outside(), None),
+    "output_cache": lambda model, patch: hf_compat.output_cache(ModelOutput()),
+    "generation_cache_name": lambda model, patch: (
+        patch.setattr(GenerationMixin, "prepare_inputs_for_generation", _Outside.forward),
+        hf_compat.generation_cache_name(),
+    ),
+    "generation_method": lambda model, patch: (
+        patch.setattr(GenerationMixin, "_prefill", _Outside.forward),
+        hf_compat.generation_method(type(model), "_prefill"),
+    ),
+    "prefix_method": lambda model, patch: _prefix_without_config(model),
+    "change_class": lambda model, patch: _no_class(model),
+    "attention_name": lambda model, patch: hf_compat.attention_name(SimpleNamespace()),
+    "set_attention": lambda model, patch: _no_internal(model, patch),
+    "register_attention": lambda model, patch: hf_compat.register_attention("dms_broken", print, mask="no such mask"),
+    "attention_function": lambda model, patch: (
+        patch.delattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS"),
+        hf_compat.attention_function("sdpa"),
+    ),
+    "mask_function": lambda model, patch: (
+        patch.delattr("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS"),
+        hf_compat.mask_function("sdpa"),
+    ),
+    "eager_attention": lambda model, patch: (
+        patch.delattr("transformers.models.llama.modeling_llama.eager_attention_forward"),
+        hf_compat.eager_attention(model.model.layers[0].self_attn),
+    ),
+    "rotary_changes": lambda model, patch: (
+        patch.setattr(model.model.rotary_emb, "rope_type", "dynamic"),
+        patch.delattr(model.model.rotary_emb, "original_max_seq_len"),
+        hf_compat.rotary_changes(model.model),
+    ),
+    "forget_rotary_length": lambda model, patch: hf_compat.forget_rotary_length(nn.Linear(2, 2)),
+    "makes_default_cache": lambda model, patch: (
+        patch.delattr(GenerationMixin, "_supports_default_dynamic_cache"),
+        dms.retrofit(model, dms.DMSConfig(window=4)),
+    ),
+    "wrap_checkpointing": lambda model, patch: hf_compat.wrap_checkpointing(
+        patch.setattr(model.model.layers[0], "gradient_checkpointing", True) or model.model.layers[0], print
+    ),
+    "needs_no_input_gradients": lambda model, patch: hf_compat.needs_no_input_gradients(_attributes(_require_grads_hook=print)),
+    "forget_weight_conversions": lambda model, patch: hf_compat.forget_weight_conversions(nn.Linear(2, 2)),
+    "linear_state_is_filled": lambda model, patch: hf_compat.linear_state_is_filled(_attributes(is_conv_states_initialized=True)),
+    "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
+    "execution_device": lambda model, patch: hf_compat.execution_device(
+        patch.setattr(model.model, "_hf_hook", SimpleNamespace(device="cpu"), raising=False) or model.model
+    ),
+}
+# Reads text, and says True where there is none: what it misses, a layer's first pass finds.
+WITHOUT_BREAK = {"calls_attention_interface"}
+
+
+@pytest.mark.parametrize("touch", BREAKS)
+def test_a_broken_touch_is_named(touch, model, monkeypatch):
+    # Some reach upstream through another one.
+    named = {"cache_argument": "cache_name", "register_attention": "mask_function"}.get(touch, touch)
+    with monkeypatch.context() as patch, pytest.raises(UpstreamChanged) as error:
+        BREAKS[touch](model, patch)
+    assert re.match(rf"\w+ \S+: hf_compat\.{named} needs .+, which is not there any more; .*see docs/upstream\.md$", str(error.value))
+
+
+def test_every_touch_is_held_broken_and_listed():
+    section = UPSTREAM.read_text(encoding="utf-8").partition("`dms/hf_compat.py`")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == TOUCHES
+    for touch in TOUCHES:
+        assert f"test_{touch}" in globals() and (touch in BREAKS or touch in WITHOUT_BREAK), touch
+        assert re.search(r"\n\n    Assumes: ", getattr(hf_compat, touch).__doc__), touch
+
+
+def test_private_parts_are_touched_nowhere_else():
+    """In what exported folders carry, and in the rest of dms."""
+    private = re.compile(
+        r"(?<!\w)(_attn_implementation\b|_attn_implementation_internal|_gradient_checkpointing_func|__globals__|_weight_conversions|_hf_hook|"
+        r"model\.__class__ =|_supports_default_dynamic_cache|ALL_ATTENTION_FUNCTIONS|ALL_MASK_ATTENTION_FUNCTIONS|_require_grads_hook|is_conv_states_initialized)"
+    )
+    root = Path(dms.__file__).parent
+    found = {
+        f"{path.relative_to(root)}: {match.group()}"
+        for path in root.rglob("*.py")
+        if path.name != "hf_compat.py"
+        for match in private.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert found == set()
