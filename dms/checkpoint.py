@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, set_gates, write_gates
-from dms.model_folder import onloaded, save_pretrained
+from dms.model_folder import gate_names, onloaded, save_pretrained
 from dms.models import load_base, local_folder
 from dms.quantized import refuse_quantized
-from dms.retrofitting import gate_parameters, set_mode, state_of
+from dms.retrofitting import set_mode, state_of
 from dms.sharding import gathered, is_sharded
 
 
@@ -33,7 +33,7 @@ class Weights:
 @torch.no_grad()
 def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
     """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; keep=False takes part only."""
-    gates = {id(p): name for name, p in gate_parameters(model).items()}
+    gates = gate_names(model)
     # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
     converted: dict[int, torch.Tensor] = {}
     weights = Weights({}, {})
@@ -41,8 +41,8 @@ def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weigh
         with gathered([tensor]):
             if not keep:
                 continue
-            if id(tensor) in gates:
-                weights.gates[gates[id(tensor)]] = tensor.detach().float().cpu().contiguous().clone()
+            if name in gates:
+                weights.gates[gates[name]] = tensor.detach().float().cpu().contiguous().clone()
                 continue
             if id(tensor) not in converted:
                 cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()

@@ -40,11 +40,7 @@ def save_pretrained(
     """
     _refuse(model, options)
     state = state_of(model)
-    own = {
-        f"{layer.name}.dms_gate.{name}": f"layers.{layer.index}.gate.{name}"
-        for layer in state.layers
-        for name, _ in layer.module.dms_gate.named_parameters()
-    }
+    own = gate_names(model)
     given = dict(model.state_dict() if state_dict is None else state_dict)
     found = onloaded(model, {name: given.pop(name) for name in own if name in given})
     if gates is None:
@@ -54,8 +50,11 @@ def save_pretrained(
             f"the weights of {type(model).__name__} are divided among processes; gather them on all, and give them: "
             "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)"
         )
-    if not {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
-        # What a device_map has put elsewhere, transformers brings itself, a file at a time.
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        # What a device_map has put elsewhere transformers brings itself, a file at a time; tied weights once.
+        ties = model.all_tied_weights_keys
+        given = {name: tensor for name, tensor in given.items() if not (tensor.is_meta and ties.get(name) in given)}
+    else:
         given = onloaded(model, given)
     mode = state.mode, state.noise, state.tokens, state.rows
     # The configuration names the attention function, and the folder's must be the base's own.
@@ -93,28 +92,38 @@ def _refuse(model, options: Mapping) -> None:
         )
 
 
+def gate_names(model) -> dict[str, str]:
+    """What the gates' parameters are called in a model's state, and in gates.safetensors."""
+    return {
+        f"{layer.name}.dms_gate.{name}": f"layers.{layer.index}.gate.{name}"
+        for layer in state_of(model).layers
+        for name, _ in layer.module.dms_gate.named_parameters()
+    }
+
+
 def onloaded(model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a model's state, by name, where accelerate keeps their values elsewhere (on disk) with their values, on the CPU.
 
     Raises:
         ValueError: a tensor without values (on the meta device), and nothing that says where they are.
     """
-    values: dict[int, torch.Tensor] = {}
+    # Weights that the model ties are one object here, as they were before accelerate made two of them.
+    ties = getattr(model, "all_tied_weights_keys", {})
+    values: dict[str, torch.Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            # Tied weights are one object, and stay so.
-            key = id(getattr(module, leaf))
-            if key not in values:
-                values[key] = _value(module, leaf, name)
-            tensor = values[key]
+            source = ties.get(name, name)
+            if source not in values:
+                values[source] = _value(model, source)
+            tensor = values[source]
         result[name] = tensor
     return result
 
 
-def _value(module: torch.nn.Module, leaf: str, name: str) -> torch.Tensor:
+def _value(model, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
     try:
         from accelerate.utils import align_module_device, has_offloaded_params
     except ImportError:
