@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, write_gates
+from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, set_gates, write_gates
+from dms.model_folder import gate_names, onloaded, save_pretrained
 from dms.models import load_base, local_folder
-from dms.retrofitting import gate_parameters, set_mode, state_of
+from dms.quantized import refuse_quantized
+from dms.retrofitting import set_mode, state_of
 from dms.sharding import gathered, is_sharded
-from dms.weights import base_hash
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Weights:
 @torch.no_grad()
 def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
     """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; keep=False takes part only."""
-    gates = {id(p): name for name, p in gate_parameters(model).items()}
+    gates = gate_names(model)
     # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
     converted: dict[int, torch.Tensor] = {}
     weights = Weights({}, {})
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in onloaded(model, model.state_dict(keep_vars=True)).items():
         with gathered([tensor]):
             if not keep:
                 continue
-            if id(tensor) in gates:
-                weights.gates[gates[id(tensor)]] = tensor.detach().float().cpu().contiguous().clone()
+            if name in gates:
+                weights.gates[gates[name]] = tensor.detach().float().cpu().contiguous().clone()
                 continue
             if id(tensor) not in converted:
                 cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
@@ -64,19 +65,36 @@ def save(
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
     weights: what `collect` gathered; None: gathered here.
+
+    Raises:
+        ValueError: a model without gates, or one that `save_pretrained` refuses.
     """
     folder = Path(folder)
-    state = state_of(model)
-    set_mode(model, "dense")
-    weights = weights or collect(model, dtype)
-    model.config.dms = state.config.to_saved()
-    if dtype is not None:
-        model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=weights.base)
+    state_of(model)
+    refuse_quantized(model.config, type(model).__name__)
+    if weights is None and dtype is not None:
+        weights = collect(model, dtype)
+    model.dms_origin = {"base_name": base_name, "target_cr": target_cr}
+    if weights is None:
+        save_pretrained(model, folder)
+    else:
+        save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save_gates(model, folder, base_name=base_name, base_digest=base_hash(folder), target_cr=target_cr, tensors=weights.gates)
     return folder
+
+
+def load_gates(model, folder: str | Path) -> None:
+    """Give a retrofitted model the gates of a folder, in place: what transformers' Trainer leaves out where it goes on from one.
+
+    Raises:
+        ValueError: no gates there, or of another configuration, names or shapes than the model's.
+    """
+    tensors, metadata = read_gates(folder)
+    config = read_config(metadata, None, folder)
+    if config != state_of(model).config:
+        raise ValueError(f"{folder} holds gates of another configuration, {config}; the model has {state_of(model).config}")
+    set_gates(model, tensors, folder)
 
 
 def save_gates(
@@ -136,10 +154,9 @@ def load(
     if not checked:
         # From the hub: now its files are here.
         _check_base(name, metadata)
-    attach(model, config, tensors, folder)
+    attach(model, config, tensors, metadata, folder)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
-    model.dms.trained_length = int(metadata["trained_length"]) if metadata.get("trained_length") else None
     return model
 
 

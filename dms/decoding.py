@@ -57,6 +57,13 @@ class Decoding:
         finally:
             state.evict_bias = before
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options):
+        """As transformers'. The gates go into gates.safetensors beside the weights, so that `dms.load` and transformers read the folder."""
+        # What it needs imports this module.
+        from dms.model_folder import save_pretrained
+
+        save_pretrained(self, save_directory, is_main_process, state_dict, **options)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         state = state_of(self)
         cache = model_kwargs.get(hf_compat.generation_cache_name())

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dms.config import FORMAT_VERSION, DMSConfig
+from dms.files import save_tensors
 from dms.retrofitting import gate_parameters, retrofit
 from dms.weights import GATES_FILE, base_hash
 
@@ -59,9 +59,7 @@ def write_gates(
     }
     if trained_length is not None:
         metadata["trained_length"] = str(trained_length)
-    path = folder / GATES_FILE
-    save_file(dict(tensors), path, metadata)
-    return path
+    return save_tensors(tensors, folder / GATES_FILE, metadata)
 
 
 def gate_tensors(model) -> dict[str, torch.Tensor]:
@@ -98,13 +96,22 @@ def check_base(folder: str | Path, metadata: Mapping[str, str], name: str) -> No
         )
 
 
-def attach(model, config: DMSConfig, tensors: Mapping[str, torch.Tensor], folder: str | Path):
-    """Retrofit a model and give its gates their values; dense mode.
+def attach(model, config: DMSConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str | Path):
+    """Retrofit a model and give its gates their values; dense mode. `model.dms_origin` then says what they were trained on, and for.
 
     Raises:
         ValueError: a model that cannot carry gates, or gates of other names or shapes than it needs.
     """
     retrofit(model, config)
+    set_gates(model, tensors, folder)
+    model.dms.trained_length = int(metadata["trained_length"]) if metadata.get("trained_length") else None
+    target_cr = float(metadata["target_cr"]) if metadata.get("target_cr") else None
+    model.dms_origin = {"base_name": metadata.get("base_name"), "target_cr": target_cr}
+    return model
+
+
+def set_gates(model, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Give a retrofitted model's gates their values. Raises ValueError for others than it has."""
     parameters = gate_parameters(model)
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
         raise ValueError(
@@ -113,4 +120,3 @@ def attach(model, config: DMSConfig, tensors: Mapping[str, torch.Tensor], folder
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    return model

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from dms.config import nearest
+from dms.quantized import is_packed
 
 BUILTIN = "builtin:"
 
@@ -45,13 +46,6 @@ def is_saved_bfloat16(config) -> bool:
     return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
 
 
-def is_packed(config) -> bool:
-    """Whether weights are saved in MXFP4, four bits and a scale for each 32: nothing can be trained on top of them as they are."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
-    return str(getattr(method, "value", method)) == "mxfp4"
-
-
 def local_folder(name: str) -> Path | None:
     """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
     from transformers.utils import cached_file
@@ -67,6 +61,34 @@ def local_folder(name: str) -> Path | None:
     return path if weight_files(path) else None
 
 
+def load_config(name: str):
+    """A base's configuration, before its weights are read.
+
+    Raises:
+        ValueError: a model that is not there, cannot be read, or that AutoModelForCausalLM does not load.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+
+    path = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    # A model that brings its own code gets transformers' own words about that.
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return config
+    text = config.get_text_config()
+    own = (config.architectures or [f"a model of type {config.model_type}"])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"{own} is an encoder-decoder; choose a decoder, such as a Llama or Qwen3 model"
+    elif text is config:
+        why = f"{own} is no model that continues text; choose one that AutoModelForCausalLM loads"
+    else:
+        alone = f", such as one of type {text.model_type}" if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else " of its family"
+        why = f"its text decoder stands inside {own}, a model of more than text; choose a text-only model{alone}"
+    raise ValueError(f"model {name!r} is not supported yet: {why} (AutoModelForCausalLM of transformers {__version__} does not load it)")
+
+
 def load_base(name: str, dtype: str = "auto", device: str | None = None):
     """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16".
 
@@ -74,14 +96,15 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None):
         ValueError: a model that is not there, cannot be read, or is damaged.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM, Mxfp4Config
 
     from dms import hf_compat
 
-    path = resolve_model(name)
+    options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(load_config(name)) else {}
     try:
-        options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(AutoConfig.from_pretrained(path)) else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
+        )
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error

@@ -20,6 +20,7 @@ from dms.config import DMSConfig
 from dms.decoding import with_decoding
 from dms.masked_cache import MaskedLayer
 from dms.offload import HostStore
+from dms.quantized import refuse_quantized
 from dms.rotary import RotaryLengths
 from dms.state import DMSState, Forward, Mode, Noise, state_of
 
@@ -35,6 +36,7 @@ def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:
     if getattr(model, "dms", None) is not None:
         raise ValueError(f"{type(model).__name__} carries gates already; load the base model to retrofit it anew")
     found = find_layers(model)
+    refuse_quantized(model.config, type(model).__name__)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if context is not None and config.window >= context:

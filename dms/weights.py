@@ -1,16 +1,51 @@
-"""Weights on disk: which files hold them, and the hash that ties gates to the base that they were trained on."""
+"""Weights on disk: which files hold them, the index that names those, and the hash that ties gates to their base."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 GATES_FILE = "gates.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def weight_files(folder: str | Path) -> list[Path]:
     return sorted(p for p in Path(folder).glob("*.safetensors") if p.name != GATES_FILE)
+
+
+def write_index(folder: str | Path) -> Path:
+    """Write the index of a folder's weights, of a single file too, unless it is there and right.
+
+    Servers read every `*.safetensors` file of a folder but those that an index leaves out, as this one does with the gates.
+    """
+    path, weight_map, size = Path(folder, INDEX_FILE), {}, 0
+    for file in weight_files(folder):
+        spans = tensor_spans(file)
+        weight_map |= dict.fromkeys(spans, file.name)
+        size += sum(end - begin for begin, end in spans.values())
+    if _indexed(path) != weight_map:
+        # Not through a link into the folder that a stage was taken from.
+        path.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def _indexed(path: Path) -> dict[str, str] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tensor_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies, first byte and end, from a file's header; in the order of the data."""
+    with open(file, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+    return dict(sorted(spans.items(), key=lambda item: (item[1], item[0])))
 
 
 def base_hash(folder: str | Path) -> str:

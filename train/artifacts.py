@@ -25,9 +25,7 @@ from dms.weights import base_hash
 
 def saved_dtype(name: str) -> torch.dtype | None:
     """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(models.resolve_model(name))
+    config = models.load_config(name)
     if models.is_saved_bfloat16(config):
         return torch.bfloat16
     dtype = getattr(config, "dtype", None)

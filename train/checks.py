@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dms import models, weights
+from dms.quantized import is_packed, refuse_quantized
 from dms.train import saving
 from dms.train.recipe import RetrofitRecipe
 from dms.train.run_folder import LOCK_FILE
@@ -17,10 +18,10 @@ SHARED_FOLDER_SECONDS = 60.0
 
 
 def check_context(recipe: RetrofitRecipe) -> Any:
-    """The model's configuration. Raises ValueError for documents that are longer than its context."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(models.resolve_model(recipe.model))
+    """The model's configuration. Raises ValueError for a base that cannot be saved again, or documents longer than its context."""
+    config = models.load_config(recipe.model)
+    if not is_packed(config):
+        refuse_quantized(config, f"model {recipe.model!r}")
     context = config.get_text_config().max_position_embeddings
     if (recipe.evaluation.length or 0) > context:
         raise ValueError(

@@ -180,12 +180,15 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
     """Save in half precision and measure what was saved."""
     from dms import card
     from dms.config import DMSConfig
+    from dms.files import follow_umask
     from dms.models import load_base
     from dms.retrofitting import retrofit
+    from dms.weights import weight_files
 
     model.config.use_cache = model.generation_config.use_cache = True
     saved = folder / "model"
     model.half().save_pretrained(saved)
+    follow_umask(*weight_files(saved))
     tokenizer.save_pretrained(saved)
     settings = recipe.evaluation
     length = settings.length or recipe.architecture.context

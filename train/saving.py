@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dms import checkpoint
+from dms.files import save_tensors
 from dms.sharding import gathered
 from dms.train import compat
 from dms.train.engine import Engine
@@ -172,8 +173,7 @@ def _write_state(
         )
         others = dict(list(parts.trained.items())[parts.num_gates :])
         if stage < 3 and others:
-            save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, folder / WEIGHTS)
-            paths.append(folder / WEIGHTS)
+            paths.append(save_tensors({name: p.detach().cpu().contiguous() for name, p in others.items()}, folder / WEIGHTS))
         if stage == 0:
             paths += _write_tree(folder / "optimizer", engine.optimizer.state_dict())
     for path in paths:
@@ -221,7 +221,7 @@ def _write_tree(path: Path, tree: Any) -> list[Path]:
         raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold")
 
     described = describe(tree, path.name)
-    save_file(tensors, path.with_suffix(".safetensors"))
+    save_tensors(tensors, path.with_suffix(".safetensors"))
     path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
     return [path.with_suffix(".safetensors"), path.with_suffix(".json")]
 

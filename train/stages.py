@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dms.card_sections import join_card, split_card
+from dms.files import save_tensors
 from dms.gates_file import read_config, read_gates, write_gates
 from dms.train import saving
-from dms.weights import GATES_FILE, base_hash, weight_files
+from dms.weights import GATES_FILE, base_hash, weight_files, write_index
 
 _CARD = "README.md"
 
@@ -38,6 +39,7 @@ def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
             (staged / entry.name).symlink_to(entry.resolve())
     if trained:
         _write_weights(model, staged, trained)
+    write_index(staged)
     trained_length = saved.manifest["recipe"]["data"]["length"]
     common: dict[str, Any] = {"base_name": metadata["base_name"], "target_cr": cr, "trained_length": trained_length}
     write_gates(staged, tensors, config, base_digest=base_hash(staged), **common)
@@ -75,7 +77,7 @@ def _write_weights(model: Path, staged: Path, trained: dict) -> None:
         tensors = load_file(file)
         for name in set(tensors) & set(trained):
             tensors[name] = missing.pop(name).to(tensors[name].dtype)
-        save_file(tensors, staged / file.name, {"format": "pt"})
+        save_tensors(tensors, staged / file.name, {"format": "pt"})
     if missing:
         raise ValueError(
             f"the files of {model} name their weights otherwise than the checkpoint does (no {next(iter(missing))}); export the end"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from dms.files import save_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -154,7 +155,7 @@ class TeacherCache:
         # Named by what it holds: processes that write different rows never meet.
         shard = self.folder / f"{next(iter(rows))}.safetensors"
         unfinished = shard.with_name(f".{shard.stem}.{os.getpid()}.new")
-        save_file(tensors, str(unfinished))
+        save_tensors(tensors, unfinished)
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(shard)

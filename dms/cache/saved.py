@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.cache import DMSCache
 from dms.cache.layer import CompactedLayer
 from dms.cache.pool import lasting
 from dms.cache.store import Store
+from dms.files import save_tensors
 from dms.state import DMSState, state_of
 
 _VERSION = "1"
@@ -64,7 +64,7 @@ def save(cache: DMSCache, path: str | Path) -> None:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        save_file(tensors, unfinished, about | {"sha256": _digest(tensors, about)})
+        save_tensors(tensors, unfinished, about | {"sha256": _digest(tensors, about)})
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -17,9 +17,9 @@ import dms
 from dms import models
 from dms.export import card
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
-from dms.export.shards import INDEX_FILE, copy_weights, parse_size
+from dms.export.shards import copy_weights, parse_size
 from dms.gates_file import check_base, read_config, read_gates
-from dms.weights import GATES_FILE, weight_files
+from dms.weights import GATES_FILE, INDEX_FILE, weight_files
 
 FORMATS = ("hf", "gates", "merged")
 _AUTO_CLASS = "AutoModelForCausalLM"
@@ -118,7 +118,11 @@ def _write_model(found: Source, out: Path, name: str, max_bytes: int) -> list[Pa
         if entry.name in left or entry.name.startswith(".") or (entry.is_file() and is_carried(entry)):
             continue
         # Tokenizers may keep templates in a folder of their own.
-        copied = shutil.copytree(entry, out / entry.name) if entry.is_dir() else shutil.copyfile(entry, out / entry.name)
+        copied = (
+            shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)
+            if entry.is_dir()
+            else shutil.copyfile(entry, out / entry.name)
+        )
         written.append(Path(copied))
     written += copy_weights(found.model, out, max_bytes)
     written.append(Path(shutil.copyfile(found.model / GATES_FILE, out / GATES_FILE)))

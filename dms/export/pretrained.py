@@ -1,4 +1,4 @@
-"""What the model class of an exported folder adds to transformers': gates come from beside the weights and go back there.
+"""What the model class of an exported folder adds to transformers': gates come from beside the weights.
 
 `dms export` carries this module into the folder with all that it imports, so that it works where dms is not installed.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from dms import hf_compat
-from dms.gates_file import attach, check_base, gate_tensors, read_config, read_gates, write_gates
+from dms.gates_file import attach, check_base, read_config, read_gates
 from dms.retrofitting import set_mode
-from dms.weights import GATES_FILE, base_hash
+from dms.weights import GATES_FILE
 
 # What `from_pretrained` and the hub's cache both understand.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -47,48 +47,12 @@ class GatedPretrained:
         tensors, metadata = read_gates(path)
         check_base(path.parent, metadata, str(pretrained_model_name_or_path))
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
-        attach(model, config, tensors, path.parent)
+        attach(model, config, tensors, metadata, path.parent)
         _name_attention(model.dms)
         _follow_offloading(model)
         set_mode(model, "evict")
         model.dms.evict_bias = float(evict_bias)
-        model.dms_origin = {name: metadata.get(name) for name in ("base_name", "target_cr", "trained_length")}
         return loaded
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
-        """As transformers' own; the gates go into gates.safetensors and not among the weights.
-
-        Raises:
-            ValueError: push_to_hub, which would upload before the gates are written.
-        """
-        if getattr(self, "dms", None) is None:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-            return
-        if kwargs.get("push_to_hub"):
-            raise ValueError("save_pretrained(push_to_hub=True) would upload the model without its gates; call model.push_to_hub(...)")
-        gates = {f"{layer.name}.dms_gate.{name}" for layer in self.dms.layers for name, _ in layer.module.dms_gate.named_parameters()}
-        weights = self.state_dict() if state_dict is None else state_dict
-        mode, noise = self.dms.mode, self.dms.noise
-        # The configuration names the attention function; the folder's must be the base's own.
-        set_mode(self, "dense")
-        self.config.dms = self.dms.config.to_saved()
-        try:
-            super().save_pretrained(
-                save_directory, is_main_process, {name: tensor for name, tensor in weights.items() if name not in gates}, **kwargs
-            )
-        finally:
-            set_mode(self, mode, noise)
-        if is_main_process:
-            origin = getattr(self, "dms_origin", {})
-            write_gates(
-                save_directory,
-                gate_tensors(self),
-                self.dms.config,
-                base_name=origin.get("base_name") or "",
-                base_digest=base_hash(save_directory),
-                target_cr=float(origin["target_cr"]) if origin.get("target_cr") else None,
-                trained_length=int(origin["trained_length"]) if origin.get("trained_length") else None,
-            )
 
 
 def _name_attention(state) -> None:

@@ -1,17 +1,15 @@
 """Weights from one folder to another, tensor by tensor: never the whole model in memory, every bit as it was."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from dms.weights import weight_files
+from dms.files import save_tensors
+from dms.weights import INDEX_FILE, tensor_spans, weight_files, write_index
 
-INDEX_FILE = "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", start=1)}
 
@@ -36,43 +34,30 @@ def copy_weights(source: Path, target: Path, max_bytes: int) -> list[Path]:
     """
     files = weight_files(source)
     if all(file.stat().st_size <= max_bytes for file in files):
-        names = [*(file.name for file in files), *([INDEX_FILE] if (source / INDEX_FILE).is_file() else [])]
-        return [Path(shutil.copyfile(source / name, target / name)) for name in names]
+        if (source / INDEX_FILE).is_file():
+            shutil.copyfile(source / INDEX_FILE, target / INDEX_FILE)
+        copied = [Path(shutil.copyfile(file, target / file.name)) for file in files]
+        return [*copied, write_index(target)]
     shards = _divide(files, max_bytes)
-    written, weight_map, total = [], {}, 0
+    written = []
     for number, shard in enumerate(shards, start=1):
         tensors = _read(shard)
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file(tensors, target / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        written.append(target / name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(target / INDEX_FILE)
-    return written
+        written.append(save_tensors(tensors, target / name, {"format": "pt"}))
+    return [*written, write_index(target)]
 
 
 def _divide(files: list[Path], max_bytes: int) -> list[list[tuple[Path, str]]]:
     shards: list[list[tuple[Path, str]]] = []
     size = 0
     for file in files:
-        for name, (begin, end) in _spans(file).items():
+        for name, (begin, end) in tensor_spans(file).items():
             if not shards or size + end - begin > max_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append((file, name))
             size += end - begin
     return shards
-
-
-def _spans(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies, from the file's header, in the order of the data."""
-    with open(file, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
-    return dict(sorted(spans.items(), key=lambda item: (item[1], item[0])))
 
 
 def _read(shard: list[tuple[Path, str]]) -> dict[str, torch.Tensor]:

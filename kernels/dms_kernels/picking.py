@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 
 IMPLEMENTATIONS = ("reference", "triton")
-# Of custom operators. A copy of this package elsewhere, as exported folders have, registers its own.
-NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
+# Of custom operators, which PyTorch wants in ASCII. A copy of this package elsewhere, as exported folders have, registers its own.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__, flags=re.ASCII)
 
 _calls: Counter[tuple[str, str]] = Counter()
 

@@ -1,6 +1,7 @@
 """`dms export`: what each format holds, what is refused, and that nothing changes on the way."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from serving import files_read, modes
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import dms
@@ -15,7 +17,7 @@ from dms import checkpoint, models
 from dms.export.folder import export
 from dms.export.shards import parse_size
 from dms.retrofitting import gate_parameters
-from dms.weights import base_hash
+from dms.weights import INDEX_FILE, base_hash
 
 
 def tensors(folder):
@@ -208,3 +210,39 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="such as 5GB"):
         parse_size(text)
+
+
+def test_servers_read_the_weights_alone(tiny, run, tmp_path):
+    """In every format, from folders of before too, which had no index."""
+    old = shutil.copytree(tiny, tmp_path / "old")
+    (old / INDEX_FILE).unlink()
+    assert files_read(old) == {"model.safetensors", "gates.safetensors"}
+    for number, (source, format, size) in enumerate(
+        [(tiny, "hf", "5GB"), (tiny, "merged", "1MB"), (old, "hf", "5GB"), (old, "merged", "1MB"), (run, "merged", "5GB")]
+    ):
+        out = tmp_path / str(number)
+        written = export(source, out, format=format, max_shard_size=size)
+        assert files_read(out) == {path.name for path in out.glob("model*.safetensors")} and out / INDEX_FILE in written
+        assert set(json.loads((out / INDEX_FILE).read_text())["weight_map"]) == set(tensors(source if source != run else run / "model"))
+        assert len(dms.load(out, device="cpu").dms.layers) == len(dms.load(old, device="cpu").dms.layers)
+    (old / INDEX_FILE).write_text("{")
+    export(old, tmp_path / "mended", format="merged")
+    assert files_read(tmp_path / "mended") == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("format", ["hf", "merged", "gates"])
+def test_files_follow_the_umask(format, run, tmp_path):
+    """Whatever the source's modes are."""
+    source = shutil.copytree(run, tmp_path / "source")
+    (source / "model" / "additional_chat_templates").mkdir()
+    (source / "model" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for path in source.rglob("*.*"):
+        if path.is_file():
+            path.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        export(source, tmp_path / "out", format=format, max_shard_size="1MB")
+    finally:
+        os.umask(before)
+    assert set(modes(tmp_path / "out").values()) == {0o640}
+    assert (tmp_path / "out" / "additional_chat_templates").exists() == (format != "gates")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from serving import files_read
 from typer.testing import CliRunner
 
 import dms
@@ -64,7 +65,10 @@ def test_gates_at_a_ratio_on_the_untouched_base(runs, tiny_folder, tmp_path):
     model = dms.load(out)
     assert equal({name: p.detach() for name, p in dms.retrofitting.gate_parameters(model).items()}, gates)
 
+    assert files_read(out) == files_read(run / "model") == {"model.safetensors"}
+
     export(write_stage(run, 3.0, tmp_path / "staged"), tmp_path / "alone", format="gates")
+    assert files_read(tmp_path / "staged" / "model") == {"model.safetensors"}
     alone, about = read_gates(tmp_path / "alone")
     assert equal(alone, load_file(checkpoint_at(run, 3.0) / "gates.safetensors"))
     assert about["base_hash"] == base_hash(tiny_folder) and about["target_cr"] == "3.0"

@@ -1,0 +1,95 @@
+"""Bases that cannot be retrofitted yet are named as such from their configuration, before their weights are read."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dms
+from dms import models
+from dms.quantized import refuse_quantized
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TEXT = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# As released models say it: (model_type, class, what stands for the text)
+INSIDE = {
+    "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}, "such as one of type mistral"),
+    "llava": ("LlavaForConditionalGeneration", {"model_type": "llama"}, "such as one of type llama"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {}, "a text-only model of its family"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}, "a text-only model of its family"),
+}
+QUANTIZED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+}
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """`write_config(model_type=..., ...)`: a folder with that configuration and no weights."""
+
+    def write(**values):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / "config.json").write_text(json.dumps(values))
+        return str(tmp_path / "base")
+
+    return write
+
+
+@pytest.mark.parametrize("family", INSIDE)
+def test_a_text_decoder_inside_another_class(family, write_config):
+    name, text, advice = INSIDE[family]
+    folder = write_config(model_type=family, architectures=[name], text_config=TEXT | text, vision_config=VISION)
+    for read in (models.load_config, models.load_base):
+        with pytest.raises(ValueError) as caught:
+            read(folder)
+        said = str(caught.value)
+        assert f"is not supported yet: its text decoder stands inside {name}" in said and advice in said and "\n" not in said
+
+
+def test_other_models_that_do_not_continue_text(write_config):
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder; choose a decoder"):
+        models.load_base(write_config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True))
+    with pytest.raises(ValueError, match=r"a model of type vit is no model that continues text"):
+        models.load_base(write_config(model_type="vit"))
+    with pytest.raises(ValueError, match=r"model .* cannot be loaded: .*model type `nobody`"):
+        models.load_base(write_config(model_type="nobody"))
+
+
+def test_a_wrapper_that_transformers_loads_still_works(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma3", text_config=TEXT | {"layer_types": ["sliding_attention", "full_attention"]}, vision_config=VISION, mm_tokens_per_image=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = models.load_base(str(tmp_path / "base"), device="cpu")
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    assert dms.retrofit(model, dms.DMSConfig(window=4)).dms.decoder_is_inside
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantised_configurations(method, write_config):
+    folder = write_config(model_type="llama", quantization_config=QUANTIZED[method])
+    with pytest.raises(ValueError, match=rf"the base is quantised \({method}\).*give the model that it was made from"):
+        refuse_quantized(models.load_config(folder), "the base")
+
+
+def test_a_quantised_model_gets_no_gates_and_is_not_saved(build_model, build_gated, tmp_path):
+    base = build_model("llama")
+    # A configuration is all that says it, whatever library holds the weights.
+    base.config.quantization_config = QUANTIZED["bitsandbytes"]
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is quantised \(bitsandbytes\)"):
+        dms.retrofit(base, dms.DMSConfig(window=4))
+    assert not hasattr(base, "dms") and not any("dms_gate" in name for name, _ in base.named_modules())
+    model = build_gated()
+    model.config.quantization_config = QUANTIZED["fp8"]
+    for save in (lambda: dms.save(model, tmp_path / "out", base_name="acme/base"), lambda: model.save_pretrained(tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"is quantised \(fp8\)"):
+            save()
+    assert not (tmp_path / "out").exists()
