@@ -183,5 +183,5 @@ def test_files_are_closed(tmp_path):
 
 def test_generated_rows_have_no_name_of_a_compressed_file():
     values = {"model": "x", "output": "own.jsonl.gz", "prompts": {"source": "builtin", "tokens": 1}, "num_prompts": 1, "max_new_tokens": 1}
-    with pytest.raises(ValueError, match="'own.jsonl.gz' has the name of a compressed file, and rows are written plainly"):
+    with pytest.raises(ValueError, match=r"'own\.jsonl\.gz' has the name of a compressed file, and rows are written plainly"):
         GenerateRecipe(**values)
