@@ -5,6 +5,7 @@ import time
 from rich.console import Console
 
 from dms import checkpoint, models
+from dms.vocabulary import check_tokens, num_embeddings
 
 
 def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None) -> dict:
@@ -25,6 +26,7 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token of text")
+    check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     start = time.perf_counter()

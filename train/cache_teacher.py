@@ -20,10 +20,11 @@ from dms.rows import Rows, local_rows
 from dms.train import artifacts, checks, students
 from dms.train.data.cost import cost_of
 from dms.train.data.mixture import Mixture
-from dms.train.data.stream import all_rows, open_mixture, padding_id
+from dms.train.data.stream import all_rows, open_mixture
 from dms.train.recipe import RetrofitRecipe
 from dms.train.step import check_head, check_packing
 from dms.train.teacher_cache import Teacher, TeacherCache, row_key
+from dms.vocabulary import num_embeddings, padding_id
 from dms_kernels import top_log_probs
 
 # A shard is closed at the first of these, so that a process that is killed loses little.
@@ -56,12 +57,15 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
 
 def rows_of(recipe: RetrofitRecipe, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Every row of the recipe's run. Raises ValueError for data that is missing or unreadable."""
-    return all_rows(_mixture(recipe, tokenizer), padding_id(tokenizer))
+    return _open_rows(recipe, tokenizer)[1]
 
 
-def _mixture(recipe: RetrofitRecipe, tokenizer: Any) -> Mixture:
-    settings = {"batch_size": recipe.batch_size, "steps": recipe.steps, "seed": recipe.seed, "cost": cost_of(checks.check_context(recipe))}
-    return open_mixture(tokenizer, recipe.data, **settings)
+def _open_rows(recipe: RetrofitRecipe, tokenizer: Any) -> tuple[Mixture, Iterator[dict[str, torch.Tensor]]]:
+    config = checks.check_context(recipe)
+    num_rows = num_embeddings(config)
+    settings = {"batch_size": recipe.batch_size, "steps": recipe.steps, "seed": recipe.seed, "cost": cost_of(config), "num_rows": num_rows}
+    mixture = open_mixture(tokenizer, recipe.data, **settings)
+    return mixture, all_rows(mixture, padding_id(tokenizer, num_rows))
 
 
 def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
@@ -69,9 +73,9 @@ def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
     settings = recipe.model_dump(include={"model", "batch_size", "steps", "seed", "data"})
     for name in ("prefetch", "workers"):
         settings["data"].pop(name)
-    mixture = _mixture(recipe, tokenizer)
+    mixture, rows = _open_rows(recipe, tokenizer)
     files = [reader.fingerprint() for reader in mixture.readers]
-    first = itertools.islice(all_rows(mixture, padding_id(tokenizer)), recipe.batch_size)
+    first = itertools.islice(rows, recipe.batch_size)
     keys = [row_key(row["input_ids"], row["segment_ids"]) for row in first]
     return hashlib.sha256(json.dumps([settings, files, keys], sort_keys=True).encode()).hexdigest()[:32]
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from random import Random
 from typing import Any
 
@@ -24,6 +24,7 @@ from dms.train.data.reading import Cursor
 from dms.train.data.stream import open_reader
 from dms.train.generate_recipe import GenerateRecipe
 from dms.train.generated_file import Line, Output
+from dms.vocabulary import num_embeddings, padding_id
 from dms.weights import base_hash
 
 
@@ -38,6 +39,8 @@ def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int
     tokenizer = models.load_tokenizer(recipe.model)
     reader = _open_prompts(tokenizer, recipe, say)
     prompts = _once(reader, recipe, say)
+    # What is wrong with the first is said before a model is loaded.
+    prompts = chain(list(islice(prompts, 1)), prompts)
     with Output(recipe, _sources(recipe, reader)) as output:
         if output.num_rows:
             say(f"{output.path} holds {output.num_rows} rows of this recipe: going on from there")
@@ -79,7 +82,8 @@ def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Any:
     from dms.train.data.settings import Data
 
     prompts = recipe.prompts
-    context = AutoConfig.from_pretrained(models.resolve_model(recipe.model)).get_text_config().max_position_embeddings
+    config = AutoConfig.from_pretrained(models.resolve_model(recipe.model))
+    context = config.get_text_config().max_position_embeddings
     most = context - recipe.max_new_tokens
     if most < (prompts.tokens or 1):
         raise ValueError(
@@ -89,7 +93,7 @@ def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Any) -> Any:
     # What of the section `data` matters to a reader; a built-in document is as long as prompt and completion.
     data = Data(source="builtin", length=max(8, (prompts.tokens or 0) + recipe.max_new_tokens), bad_shards=recipe.bad_shards)
     render = None if prompts.source == "builtin" else prompt_render(tokenizer, prompts, most)
-    return open_reader(tokenizer, prompts, 0, data, recipe.seed, say, render)
+    return open_reader(tokenizer, prompts, 0, data, recipe.seed, num_embeddings(config), say, render)
 
 
 def _once(reader: Any, recipe: GenerateRecipe, say: Any) -> Iterator[list[int]]:
@@ -133,7 +137,7 @@ def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, batch: list[tu
     width = max(len(ids) for _, ids in batch)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-    pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
+    pad = padding_id(tokenizer, num_embeddings(model.config))
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch], device=model.device)
     sampling = [_KeyedSampling(recipe, [number for number, _ in batch])] if recipe.temperature > 0 else []

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dms.strict import Strict
+from dms.train.data.compressed import SUFFIXES
 from dms.train.data.prompts import Prompts
 
 
@@ -37,6 +38,8 @@ class GenerateRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.output.lower().endswith(SUFFIXES):
+            raise ValueError(f"output '{self.output}' has the name of a compressed file, and rows are written plainly; name a .jsonl file")
         if self.prompts.source == "builtin" and self.num_prompts is None:
             raise ValueError("num_prompts is missing: built-in documents never end")
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):

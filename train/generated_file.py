@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dms.train.generate_recipe import GenerateRecipe
 from dms.train.progress import LiveLine
-from dms.train.recipe_file import dump_recipe
+from dms.train.recipe_file import dump_recipe, flat
 
 # These change how fast rows come and how their sums are rounded, not what is asked for.
 _FREE = {"output", "overwrite", "batch_size"}
@@ -59,11 +59,12 @@ class Output:
 
     def _check_recipe(self) -> None:
         """Raises ValueError for rows that another recipe made, unless they are to be replaced."""
-        now = {name: value for name, value in self.recipe.model_dump().items() if name not in _FREE}
+        now = {name: value for name, value in flat(self.recipe.model_dump()).items() if name not in _FREE}
         text = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.is_file() else ""
         stored = yaml.safe_load(text)
-        then = stored if isinstance(stored, dict) else {}
-        differing = [f"{name} is {then.get(name)!r} there and {value!r} here" for name, value in now.items() if then.get(name) != value]
+        then = {name: value for name, value in flat(stored).items() if name not in _FREE} if isinstance(stored, dict) else {}
+        names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+        differing = [f"{name} is {then.get(name)!r} there and {now.get(name)!r} here" for name in names]
         if then and not text.startswith(f"{_SOURCES}{self.sources}\n"):
             differing.append("the files of its prompts, or of its model, are others now")
         if differing and self.recipe.overwrite:

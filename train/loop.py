@@ -36,6 +36,7 @@ from dms.train.step import HeadLoss, Normalizer, StepOutput, check_head, check_p
 from dms.train.stopping import Stopped, StopRequest, ignoring, listening
 from dms.train.teacher_cache import TeacherCache
 from dms.train.tracking import check_trackers, open_tracker
+from dms.vocabulary import check_documents, num_embeddings
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -143,6 +144,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     base_hash = checks.base_hash(recipe)
     folder = run_folder.path
     saved = checks.on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
+    config = checks.check_context(recipe)
     stream = open_data(
         tokenizer,
         recipe.data,
@@ -150,7 +152,8 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         micro_batch_size=recipe.micro_batch_size,
         steps=recipe.steps,
         seed=recipe.seed,
-        cost=cost_of(checks.check_context(recipe)),
+        cost=cost_of(config),
+        num_rows=num_embeddings(config),
         group=accelerator.process_index // recipe.sequence_parallel,
         num_groups=num_processes // recipe.sequence_parallel,
         timeout=timedelta(minutes=recipe.timeout_minutes),
@@ -163,6 +166,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         length=recipe.evaluation.length or recipe.data.length,
         num_items=recipe.evaluation.num_items,
     )
+    check_documents(documents, tokenizer, num_embeddings(config))
     with sharded_loading(recipe, num_processes, students.held_dtype(recipe, base_dtype)):
         parts = students.build(recipe, base_dtype, str(accelerator.device))
     groups = [{"params": parts.gates, "peak_lr": recipe.optimizer.lr}]

@@ -128,3 +128,14 @@ def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
 def dump_recipe(recipe: BaseModel) -> str:
     """The resolved recipe as YAML, readable by `load_recipe`."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by their dotted names, those of a list's sections by number: a key that has come since, with a default of None
+    or of nothing, makes no difference between two recipes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

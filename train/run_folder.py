@@ -14,7 +14,7 @@ from rich.console import Console
 from dms import models
 from dms.train import saving
 from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import dump_recipe
+from dms.train.recipe_file import dump_recipe, flat
 
 LOCK_FILE = ".lock"
 # What a process that was killed while making the folder leaves.
@@ -102,7 +102,7 @@ class RunFolder:
                 f"{saved.folder} was trained on {manifest['base']['name']!r} with hash {manifest['base']['hash']}, and {recipe.model} has "
                 f"hash {base_hash}; give the base that the run began with"
             )
-        then, now = _flat(manifest["recipe"]), _flat(recipe.model_dump())
+        then, now = flat(manifest["recipe"]), flat(recipe.model_dump())
         changed = [f"{name} {now[name]} instead of {then.get(name)}" for name in _SAME_SUMS if then.get(name) != now[name]]
         changed += [f"{num_processes} processes instead of {before}"] if before != num_processes else []
         if changed:
@@ -185,13 +185,6 @@ def _stored_recipe(folder: Path) -> dict[str, Any] | None:
 
 def differences(stored: dict[str, Any], recipe: RetrofitRecipe) -> list[str]:
     """Keys that make it another run, with both values."""
-    then, now = _flat(stored), _flat(recipe.model_dump())
+    then, now = flat(stored), flat(recipe.model_dump())
     keys = [key for key in {**now, **then} if not key.startswith(_FREE) and key not in _SAME_SUMS]
     return [f"{key} is {then.get(key)!r} there and {now.get(key)!r} here" for key in keys if then.get(key) != now.get(key)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

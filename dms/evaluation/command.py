@@ -1,6 +1,7 @@
 """`dms evaluate`: a retrofit beside dense and beside what users would pick instead, at the same measured budget."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from dms.evaluation.words import in_words
 from dms.operating_points import write_evaluation
 from dms.report.evidence import read_evidence
 from dms.retrofitting import state_of
+from dms.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.weights import GATES_FILE
 
 # Documents of each suite that the report's profile is made of.
@@ -102,10 +104,14 @@ def evaluate_folder(
     if not state_of(model).takes_cache:
         raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
     out = Path(out) if out is not None else default_out(folder)
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer, num_rows = models.load_tokenizer(folder), num_embeddings(model.config)
     # Before the folder is touched: what cannot be measured is said here.
+    check_tokenizer(tokenizer, num_rows)
     units = list(make_units(tokenizer, settings))
     chains = None if scaling is None else prepare_scaling(model, tokenizer, settings, scaling)
+    check_documents(
+        itertools.chain(*(unit.documents for unit in units), () if chains is None else chains.problems.problems), tokenizer, num_rows
+    )
     digest = open_folder(out, settings, about)
     harness = None if lm_eval is None else prepare_harness(model, tokenizer, settings, lm_eval, about["versions"], out)
     _announce(folder, out, settings, about, console)

@@ -103,7 +103,7 @@ def _files(path: Path) -> list[Path]:
 
 def _texts(file: Path, field: str) -> Iterator[str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8 ({error}); convert it") from error
     if file.suffix.lower() != ".jsonl":

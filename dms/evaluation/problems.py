@@ -148,7 +148,7 @@ def read_problems(
         raise ValueError(f"stop strings are {list(stop)}; each has 1 to {STOP_TOKENS // 2} bytes of UTF-8")
     rule = AnswerRule(answer_pattern)
     problems = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if len(problems) == limit:
                 break

@@ -1,5 +1,8 @@
-"""Documents that can be told apart, and what micro-batches hold of them."""
+"""Documents that can be told apart, files that hold them, and what micro-batches hold of them."""
 
+import bz2
+import gzip
+import lzma
 from random import Random
 
 
@@ -7,6 +10,25 @@ def texts(count, seed=0, low=3, high=60):
     """Documents of different lengths, none like another."""
     rng = Random(seed)
     return [f"document {seed}.{number} " + "word " * rng.randint(low, high) for number in range(count)]
+
+
+def compress(path, content):
+    """Write bytes as the path's suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(COMPRESSED[path.suffix.removeprefix(".")](content))
+    return path
+
+
+def _zstd(content):
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as opened:
+        opened.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": _zstd}
 
 
 def documents_of(batches):

@@ -60,7 +60,7 @@ def test_rows_go_on_from_their_prompts(values, tiny_folder, tmp_path):
     from dms.train.data.settings import Data
 
     data = Data(source="jsonl", path=values["output"], prompt="prompt", completion="completion", loss_on="completions", length=128)
-    stream = open_data(tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0))
+    stream = open_data(tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_rows=len(tokenizer))
     (batch,) = stream.next_step().micro_batches
     # A random model's bytes are read back as other tokens; its prompts are still not counted.
     assert 0 < int(batch["loss_mask"].sum()) < 2 * (128 - 90)
@@ -186,7 +186,7 @@ def test_the_models_own_settings_for_generation_are_left_aside(values, tmp_path)
         ({"num_prompts": None}, "num_prompts is missing"),
         ({"temperature": 0.0, "samples": 2}, "no effect with temperature 0"),
         ({"max_new_tokens": 500}, r"prompts of 96 tokens and max_new_tokens 500 exceed the 512 tokens"),
-        ({"prompts": {"source": "jsonl", "path": "/nowhere.jsonl"}}, "matches no .jsonl file"),
+        ({"prompts": {"source": "jsonl", "path": "/nowhere.jsonl"}}, "as a glob matches none"),
         ({"prompts": {"source": "jsonl", "path": "x", "loss_on": "completions"}}, "no effect in prompts"),
         ({"prompts": {"source": "jsonl", "path": "x", "messages": "m"}}, "matches no|has no chat template"),
     ],

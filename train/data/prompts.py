@@ -58,16 +58,17 @@ class _TextPrompts:
 
 class _ChatPrompts(Chats):
     def write(self, rows: list[dict[str, Any]]) -> list[Rendered]:
-        return [self._prompt(self.turns(row)) for row in rows]
+        return [self._prompt(row) for row in rows]
 
-    def _prompt(self, turns: list[dict[str, Any]]) -> Rendered:
+    def _prompt(self, row: dict[str, Any]) -> Rendered:
+        turns = self.turns(row)
         answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         # A chat that ends with a question is one as it stands.
         before = turns[: answers[-1]] if answers and answers[-1] == len(turns) - 1 else turns
         try:
             if not before:
                 raise BadRow("begins with its only answer: there is no prompt")
-            text = self.template(before, add_generation_prompt=True)
+            text = self.template(before, self.options(row), with_prompt=True)
         except BadRow as error:
             return Rendered("", left_out="bad", problem=str(error))
         return everything(self.tokenizer(text, add_special_tokens=False)["input_ids"])

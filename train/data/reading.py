@@ -19,6 +19,7 @@ from dms.evaluation.tasks import make_document
 from dms.train.data.render import Render, Rendered
 from dms.train.data.settings import Origin
 from dms.train.data.shards import BadShard, Row, Shard, Shards
+from dms.vocabulary import check_tokens
 
 _CHUNK_ROWS = 16
 _OPEN_SHARDS = 2
@@ -198,8 +199,9 @@ def _shuffled(key: str, count: int) -> tuple[int, ...]:
 class BuiltinReader:
     """Standard-library text with planted tasks: document n is a function of n and the seed, and has exactly `length` tokens."""
 
-    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int):
+    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int, num_rows: int):
         self.tokenizer, self.items, self.number, self.length, self.seed = tokenizer, origin.items, number, length, seed
+        self.num_rows = num_rows
         self.text = StdlibText(held_out=False)
         self.executor: Executor | None = None
         for trial in range(4):
@@ -221,6 +223,7 @@ class BuiltinReader:
 
     def _arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         document = self._plant(index)
+        check_tokens(document.input_ids, self.tokenizer, self.num_rows, f"builtin document {index}")
         # Names and values drawn at random: there is nothing to predict, and the embedded model was not trained to.
         return np.asarray(document.input_ids, np.int32), np.asarray([*document.role[1:], 0]) != 1
 

@@ -3,14 +3,18 @@
 The prediction made at a token is that of the next one. T: tokens of the document.
 """
 
+import inspect
+import json
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dms.config import nearest
 from dms.train.data.settings import Condition, Filter, Origin
 from dms.train.data.shards import Row
+from dms.vocabulary import check_tokens
 
 
 class Rendered(NamedTuple):
@@ -33,7 +37,9 @@ Render = Callable[[list[Row]], list[Rendered]]
 
 def columns_of(origin: Origin) -> list[str]:
     """The columns that are read."""
-    content = [origin.messages] if origin.messages else [origin.prompt, origin.completion] if origin.prompt else [origin.field]
+    content = (
+        [origin.messages, origin.tools] if origin.messages else [origin.prompt, origin.completion] if origin.prompt else [origin.field]
+    )
     return list(dict.fromkeys([name for name in content if name is not None] + list(origin.filter.where)))
 
 
@@ -42,6 +48,19 @@ def make_render(tokenizer: Any, origin: Origin) -> Render:
     if origin.messages is not None:
         return rendering(origin, Chats(tokenizer, origin))
     return rendering(origin, _Pairs(tokenizer, origin) if origin.prompt is not None else Texts(tokenizer, origin))
+
+
+def with_rows(render: Render, tokenizer: Any, num_rows: int) -> Render:
+    """Refuse tokens that an embedding of `num_rows` rows has none for. Such a row is not left out as a bad one: the model is at fault."""
+
+    def each(rows: list[Row]) -> list[Rendered]:
+        made = render(rows)
+        for rendered in made:
+            if not rendered.left_out:
+                check_tokens(rendered.ids, tokenizer, num_rows, rendered.where)
+        return made
+
+    return each
 
 
 class Writer(Protocol):
@@ -203,16 +222,31 @@ class Chats:
                 f"data.messages: the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
                 "use a model with one, or data.prompt and data.completion"
             )
+        self._check_options("\n".join(template.values()) if isinstance(template, dict) else template)
         self.is_marked = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         if origin.loss_on == "completions":
             if not tokenizer.is_fast:
                 raise ValueError("data.loss_on: completions needs a fast tokenizer, which says where in the text its tokens stand")
             self._try_out()
 
+    def _check_options(self, template: str) -> None:
+        """Raises ValueError for what the template does not use, and for what is no option of it."""
+        arguments = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        if taken := [name for name in self.origin.template if name in arguments]:
+            raise ValueError(f"data.template.{taken[0]} is no option of a chat template but what dms itself gives to it; remove it")
+        used = set(re.findall(r"[^\W\d]\w*", " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.S))))
+        given = {f"data.template.{name}": name for name in self.origin.template}
+        for setting, name in (given | ({"data.tools": "tools"} if self.origin.tools else {})).items():
+            if name not in used:
+                raise ValueError(
+                    f"{setting} has no effect: the chat template of {self.tokenizer.name_or_path!r} does not use {name!r}"
+                    f"{nearest(name, used)}; remove it"
+                )
+
     def _try_out(self) -> None:
         turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         try:
-            self._spans(turns)
+            self._spans(turns, self.origin.template)
         except BadRow as error:
             raise ValueError(f"data.loss_on: completions cannot be used with this model: a chat {error}; use loss_on: all") from None
 
@@ -228,41 +262,60 @@ class Chats:
                 raise BadRow(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
         return [{**turn, "content": turn.get("content")} for turn in turns]
 
-    def write(self, rows: list[dict]) -> list[Rendered]:
-        return [self._render(self.turns(row)) for row in rows]
+    def options(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What the template gets of a row besides its messages. Raises BadRow for tools that are none."""
+        column = self.origin.tools
+        if column is None:
+            return self.origin.template
+        if column not in values:
+            raise BadRow(f"has no {column!r}, which data.tools names; it has: {', '.join(values)} (a row without tools has null there)")
+        tools = values[column]
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools) if tools.strip() else None
+            except ValueError as error:
+                raise BadRow(f"has a text under data.tools {column!r} that is not JSON: {error}") from None
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise BadRow(f"has no list of JSON schemas under data.tools {column!r}: {str(tools)[:80]}")
+        return {**self.origin.template, "tools": tools or None}
 
-    def _render(self, turns: list[dict[str, Any]]) -> Rendered:
+    def write(self, rows: list[dict]) -> list[Rendered]:
+        return [self._render(row) for row in rows]
+
+    def _render(self, row: dict[str, Any]) -> Rendered:
         try:
+            turns, options = self.turns(row), self.options(row)
             if self.origin.loss_on == "all":
-                return everything(self.tokenizer(self.template(turns), add_special_tokens=False)["input_ids"])
-            ids, spans = self._spans(turns)
+                return everything(self.tokenizer(self.template(turns, options), add_special_tokens=False)["input_ids"])
+            ids, spans = self._spans(turns, options)
             if not spans:
                 return Rendered("", left_out="without_completions")
             return Rendered("", np.asarray(ids, np.int32), predicting(len(ids), spans))
         except BadRow as error:
             return Rendered("", left_out="bad", problem=str(error))
 
-    def template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+    def template(self, turns: list[dict[str, Any]], options: dict[str, Any], *, with_prompt: bool = False) -> str:
+        """The text of a chat. with_prompt: and the beginning of an answer."""
+        return self._apply(turns, tokenize=False, add_generation_prompt=with_prompt, **options)
+
+    def _apply(self, turns: list[dict[str, Any]], **arguments: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(turns, **arguments)
         except Exception as error:
             # A template raises what its author chose, jinja's errors and Python's own.
             raise BadRow(f"is refused by the chat template: {type(error).__name__}: {error}") from error
 
-    def _spans(self, turns: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _spans(self, turns: list[dict[str, Any]], options: dict[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
         """The chat's ids, and the spans of tokens that the assistant says."""
         if self.is_marked:
-            try:
-                made = self.tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
-            except Exception as error:
-                raise BadRow(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+            made = self._apply(turns, return_dict=True, return_assistant_tokens_mask=True, **options)
             edges = np.flatnonzero(np.diff([0, *made["assistant_masks"], 0]))
             return made["input_ids"], list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-        whole = self.template(turns)
+        whole = self.template(turns, options)
         made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = (np.array(side) for side in zip(*made["offset_mapping"], strict=True))
         spans = []
-        for start, end in self._said(turns, whole):
+        for start, end in self._said(turns, options, whole):
             # A token on the border would be half the prompt's.
             if ((starts < start) & (ends > start)).any() or ((starts < end) & (ends > end)).any():
                 raise BadRow("has a token that is half an assistant's turn and half what the template writes around it")
@@ -271,14 +324,14 @@ class Chats:
                 spans.append((int(inside[0]), int(inside[-1]) + 1))
         return made["input_ids"], spans
 
-    def _said(self, turns: list[dict[str, Any]], whole: str) -> list[tuple[int, int]]:
+    def _said(self, turns: list[dict[str, Any]], options: dict[str, Any], whole: str) -> list[tuple[int, int]]:
         """Characters of each assistant's turn: from the end of its prompt to where the chat without later turns ends."""
         said = []
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            before = self.template(turns[:number], add_generation_prompt=True)
-            after = self.template(turns[: number + 1])
+            before = self.template(turns[:number], options, with_prompt=True)
+            after = self.template(turns[: number + 1], options)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise BadRow(
                     f"is written otherwise by the chat template once more turns follow (message {number + 1}), and the template "

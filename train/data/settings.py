@@ -4,13 +4,20 @@ import itertools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from dms.strict import Strict
+from dms.train.data.compressed import SUFFIXES
 
 Kind = Literal["builtin", "text", "jsonl", "parquet", "dataset"]
 Value = str | bool | int | float
-_SUFFIX = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
+# The sources that are files here.
+LOCAL = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
+
+
+def suffixes_of(source: str) -> list[str]:
+    """Of the files that a local source reads of a folder."""
+    return [LOCAL[source], *(LOCAL[source] + packed for packed in SUFFIXES if source != "parquet")]
 
 
 def _pattern(value: str) -> str:
@@ -65,7 +72,10 @@ class Origin(Strict):
     """builtin: standard-library sources with planted tasks; text (a document a file), jsonl, parquet: local files; dataset: an id
     for `datasets`."""
     path: str | None = None
-    """File, folder or glob (text, jsonl, parquet), or the dataset's id (dataset)."""
+    """File, folder or glob (text, jsonl, parquet), or the dataset's id (dataset). Files of text and jsonl may be compressed, which their
+    suffix tells: .gz, .bz2, .xz, .zst. A compressed .jsonl is read from its beginning to its end, 256 rows shuffled at a time: what is
+    in an order of its own should be shuffled before it is compressed. A .json file that is one list is not read: source jsonl wants an
+    object a line."""
     config: str | None = None
     """dataset: the configuration's name."""
     split: str = "train"
@@ -75,7 +85,16 @@ class Origin(Strict):
     field: str = "text"
     """The column or key that holds a document's text."""
     messages: str | None = None
-    """Instead of `field`: the column of a chat, a list of {role, content}, written out by the tokenizer's chat template."""
+    """Instead of `field`: the column of a chat, a list of {role, content}, written out by the tokenizer's chat template, with all that
+    a message has besides, such as tool_calls. Arguments of calls reach the template as they are: objects as objects, JSON strings as
+    strings. Arrow (parquet, dataset) gives all objects of a column the same keys, with null for those that one did not have, and nothing
+    tells such a null from one that was given: there keys with null are left out, also in `tools`. Elements of lists, entries of maps and
+    what stands in a column of type JSON are kept; so is every null of jsonl."""
+    tools: str | None = None
+    """With `messages`: the column of each row's tools, for the chat template: a list of JSON schemas, or JSON of such a list. A row
+    without tools has null, "" or [] there."""
+    template: dict[str, JsonValue] = Field(default={})
+    """With `messages`: options of the chat template, by the names that it has for them, such as {enable_thinking: false}."""
     prompt: str | None = None
     """Instead of `field`: the column of a prompt, with `completion`."""
     completion: str | None = None
@@ -89,10 +108,6 @@ class Origin(Strict):
     def label(self) -> str:
         """What messages call it."""
         return "builtin" if self.source == "builtin" else f"{self.source} {self.path}"
-
-    @property
-    def suffix(self) -> str:
-        return _SUFFIX[self.source]
 
     def is_given(self, name: str) -> bool:
         return getattr(self, name) != Origin.model_fields[name].default
@@ -120,6 +135,8 @@ class Origin(Strict):
                 raise ValueError("data.filter.where has no effect with source: text, which has no columns; remove it")
         if self.messages is not None:
             self._refuse(("prompt", "completion"), "beside data.messages")
+        else:
+            self._refuse(("tools", "template"), "without data.messages, which the chat template writes out")
         if self.messages is not None or self.prompt is not None:
             self._refuse(("field",), "beside data.messages or data.prompt")
         if not 0 <= self.items[0] <= self.items[1]:

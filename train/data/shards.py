@@ -5,18 +5,23 @@ A block holds so few rows that reading one again, to find a document that a chec
 
 import glob
 import hashlib
+import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dms.train.data.settings import Origin
+from dms.train.data.compressed import SUFFIXES, UNREADABLE, check_modules, open_file
+from dms.train.data.settings import LOCAL, Origin, suffixes_of
 
 BLOCK_ROWS = 256
 BLOCK_BYTES = 1 << 20
 _BLOCK_FILES = 16
 # Of so many files a sample of the content goes into the fingerprint; of all their names and sizes do.
 _SAMPLED_FILES = 16
+# Of the files that are no data, so many kinds are named.
+_NAMED_KINDS = 5
 
 
 class Row(NamedTuple):
@@ -50,18 +55,51 @@ class Shards(Protocol):
 
 
 def find_files(origin: Origin) -> list[Path]:
-    """The files of a local source, sorted. Raises ValueError where there are none."""
+    """The files of a local source, sorted. Raises ValueError where there are none, RuntimeError as `check_modules`."""
     path = Path(origin.path).expanduser()
+    suffixes = suffixes_of(origin.source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob(f"*{origin.suffix}") if file.is_file())
+        there = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in there if _kind(file) in suffixes]
+        if not files:
+            raise ValueError(_describe_folder(origin, there))
     else:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-    if not files:
-        raise ValueError(f"data.path {origin.path!r} matches no {origin.suffix} file; give a file, a folder of such files, or a glob")
+        if not files:
+            raise ValueError(
+                f"data.path {origin.path!r} is no file and no folder, and as a glob matches none; "
+                f"give a file, a folder of {suffixes[0]} files, or a glob"
+            )
+    check_modules(files)
     return files
 
 
-def _fingerprint(files: Sequence[Path]) -> list:
+def _kind(file: Path) -> str:
+    """A file's suffix, and the one before it where that says how it is compressed: .jsonl.gz."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + suffix if suffix in SUFFIXES else suffix
+
+
+def _describe_folder(origin: Origin, there: list[Path]) -> str:
+    """What is wrong with a folder that holds none of a source's files."""
+    kinds = Counter(map(_kind, there)).most_common(_NAMED_KINDS)
+    found = [f"{count} {kind or 'without suffix'}" for kind, count in kinds]
+    others = len(there) - sum(count for _, count in kinds)
+    found += [f"{others} others"] if others else []
+    text = f"data.path {origin.path!r} is a folder without files for source: {origin.source}, which reads "
+    text += f"{', '.join(suffixes_of(origin.source))}; "
+    text += f"it holds {', '.join(found) or 'no file'}"
+    # A file without a suffix is seldom data.
+    common = next((kind for kind, _ in kinds if kind), None)
+    fitting = next((source for source in LOCAL if common in suffixes_of(source)), None)
+    if fitting is not None:
+        text += f". source: {fitting} reads {common}"
+    elif common is not None:
+        text += f". Files with other suffixes are named by a glob, such as {str(Path(origin.path) / '**' / f'*{common}')!r}"
+    return text
+
+
+def fingerprint_of(files: Sequence[Path]) -> list:
     every = max(1, len(files) // _SAMPLED_FILES)
     return [[file.name, file.stat().st_size, _sample(file) if number % every == 0 else None] for number, file in enumerate(files)]
 
@@ -91,77 +129,19 @@ class TextFiles:
         return self
 
     def fingerprint(self) -> list:
-        return _fingerprint(self.files)
+        return fingerprint_of(self.files)
 
     def rows(self, block: int) -> list[Row]:
         return [self._read(file) for file in self.files[block * _BLOCK_FILES : (block + 1) * _BLOCK_FILES]]
 
     def _read(self, file: Path) -> Row:
         try:
-            return Row(f"data file {file}", {"text": file.read_text(encoding="utf-8")})
-        except (OSError, UnicodeDecodeError) as error:
+            with open_file(file) as opened:
+                # A text's end of line is one character, whatever wrote it.
+                text = io.TextIOWrapper(opened, encoding="utf-8-sig").read()
+            return Row(f"data file {file}", {"text": text})
+        except (*UNREADABLE, UnicodeDecodeError) as error:
             return Row(f"data file {file}", None, f"cannot be read: {error}")
-
-
-class JsonLines:
-    """Each file is a shard; where its blocks begin is found by reading it once, without parsing."""
-
-    def __init__(self, origin: Origin):
-        self.files = find_files(origin)
-        self.num_shards = len(self.files)
-
-    def open(self, shard: int) -> Shard:
-        return _JsonLinesFile(self.files[shard])
-
-    def fingerprint(self) -> list:
-        return _fingerprint(self.files)
-
-
-class _JsonLinesFile:
-    def __init__(self, file: Path):
-        self.file = file
-        try:
-            self.starts = self._find_blocks()
-        except OSError as error:
-            raise BadShard(f"data file {file} cannot be read: {error}") from None
-        self.num_blocks = len(self.starts) - 1
-
-    def _find_blocks(self) -> list[tuple[int, int]]:
-        """(offset, line number) of each block's beginning, and of the file's end."""
-        starts, at, line_number = [(0, 1)], 0, 1
-        with self.file.open("rb") as opened:
-            for line in opened:
-                start, first = starts[-1]
-                full = line_number - first >= BLOCK_ROWS or at + len(line) - start > BLOCK_BYTES
-                if full and line_number > first:
-                    starts.append((at, line_number))
-                at += len(line)
-                line_number += 1
-        return [*starts, (at, line_number)] if at else starts
-
-    def rows(self, block: int) -> list[Row]:
-        if block >= self.num_blocks:
-            return []
-        (start, first), (end, _) = self.starts[block : block + 2]
-        try:
-            with self.file.open("rb") as opened:
-                opened.seek(start)
-                lines = opened.read(end - start).split(b"\n")
-        except OSError as error:
-            raise BadShard(f"data file {self.file} cannot be read: {error}") from None
-        return [self._parse(number, line) for number, line in enumerate(lines, first) if line.strip()]
-
-    def _parse(self, number: int, line: bytes) -> Row:
-        where = f"{self.file}:{number}"
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return Row(where, None, f"cannot be read: {error}")
-        except (ValueError, RecursionError) as error:
-            return Row(where, None, f"is not JSON: {error}")
-        if not isinstance(values, dict):
-            return Row(where, None, f"is no object of keys and values but a {type(values).__name__}")
-        return Row(where, values)
 
 
 class Parquet:
@@ -183,7 +163,7 @@ class Parquet:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 names, count = opened.schema_arrow.names, opened.num_row_groups
         except (OSError, pyarrow.ArrowException) as error:
-            problem = f"data file {file} cannot be read: {_first_line(error)}"
+            problem = f"data file {file} cannot be read: {first_line(error)}"
             if not self.skips:
                 raise ValueError(f"{problem} (data.bad_shards: skip leaves such out and counts them)") from None
             return [(file, 0, problem)]
@@ -203,15 +183,15 @@ class Parquet:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 table = opened.read_row_group(group, columns=self.columns)
         except (OSError, pyarrow.ArrowException) as error:
-            raise BadShard(f"data file {file}, row group {group}, cannot be read: {_first_line(error)}") from None
+            raise BadShard(f"data file {file}, row group {group}, cannot be read: {first_line(error)}") from None
         return ArrowTable(table, f"{file}, row group {group}")
 
     def fingerprint(self) -> list:
-        return _fingerprint(self.files)
+        return fingerprint_of(self.files)
 
 
 class ArrowTable:
-    """A pyarrow Table as a shard."""
+    """A pyarrow Table as a shard; its rows as they were before Arrow gave all of them the same keys."""
 
     def __init__(self, table: Any, name: str):
         self.table, self.name = table, name
@@ -219,10 +199,33 @@ class ArrowTable:
 
     def rows(self, block: int) -> list[Row]:
         start = block * BLOCK_ROWS
+        kinds = {field.name: field.type for field in self.table.schema}
         values = self.table.slice(start, BLOCK_ROWS).to_pylist()
-        return [Row(f"{self.name}, row {start + number}", row) for number, row in enumerate(values)]
+        return [
+            Row(f"{self.name}, row {start + number}", {name: _as_given(value, kinds[name]) for name, value in row.items()})
+            for number, row in enumerate(values)
+        ]
 
 
-def _first_line(error: Exception) -> str:
+def _as_given(value: Any, kind: Any) -> Any:
+    """A value without what Arrow's type (kind) made of it.
+
+    All structs of a column have the keys of each, with null for those that one did not have: keys with null are left out. Elements of
+    lists, entries of maps and what stands in JSON were given as they are.
+    """
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {field.name: _as_given(value[field.name], field.type) for field in kind if value[field.name] is not None}
+    if isinstance(value, list) and hasattr(kind, "item_type"):
+        return {key: _as_given(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [_as_given(item, kind.value_type) for item in value]
+    return value
+
+
+def first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"

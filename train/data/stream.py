@@ -21,13 +21,15 @@ from dms.train.data import hub
 from dms.train.data.ahead import Ahead
 from dms.train.data.batches import Rows, make_rows, micro_batches
 from dms.train.data.cost import Cost
+from dms.train.data.lines import JsonLines
 from dms.train.data.mixture import Mixture, PlannedStep, State
 from dms.train.data.node import Node, join_node
 from dms.train.data.planner import deal, imbalance, window_steps
 from dms.train.data.reading import BuiltinReader, Reader
-from dms.train.data.render import columns_of, make_render
+from dms.train.data.render import columns_of, make_render, with_rows
 from dms.train.data.settings import Data, Origin
-from dms.train.data.shards import JsonLines, Parquet, TextFiles
+from dms.train.data.shards import Parquet, TextFiles
+from dms.vocabulary import check_tokenizer, padding_id
 
 # Of a state in JSON: some 30 for a stretch of a document, and as many for a source.
 STATE_BYTES = 4096
@@ -60,11 +62,12 @@ class _Handed:
 
 
 def open_reader(
-    tokenizer: Any, origin: Origin, number: int, data: Data, seed: int, say: Callable[[str], None], render: Any = None
+    tokenizer: Any, origin: Origin, number: int, data: Data, seed: int, num_rows: int, say: Callable[[str], None], render: Any = None
 ) -> Reader | BuiltinReader:
-    """One source's documents. Raises ValueError for what is missing or does not fit."""
+    """One source's documents, of tokens that an embedding of `num_rows` rows has. Raises ValueError for what is missing or does not fit."""
+    check_tokenizer(tokenizer, num_rows)
     if origin.source == "builtin":
-        return BuiltinReader(tokenizer, origin, number, data.length, seed)
+        return BuiltinReader(tokenizer, origin, number, data.length, seed, num_rows)
     columns = columns_of(origin)
     if origin.source == "dataset":
         shards: Any = hub.load(origin, columns)
@@ -72,28 +75,24 @@ def open_reader(
         shards = Parquet(origin, columns, skips=data.bad_shards == "skip")
     else:
         shards = {"text": TextFiles, "jsonl": JsonLines}[origin.source](origin)
-    render = render or make_render(tokenizer, origin)
+    render = with_rows(render or make_render(tokenizer, origin), tokenizer, num_rows)
     return Reader(origin, number, shards, render, seed=seed, skips=data.bad_shards == "skip", workers=data.workers, say=say)
 
 
 def open_mixture(
-    tokenizer: Any, data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost, say: Callable[[str], None] = print
+    tokenizer: Any, data: Data, *, batch_size: int, steps: int, seed: int, cost: Cost, num_rows: int, say: Callable[[str], None] = print
 ) -> Mixture:
     """The run's rows, step by step, as functions of recipe and files alone. Raises ValueError as `open_reader`."""
     # Of its own: tokenizers may not be used by several threads while one changes its settings.
     tokenizer = copy.deepcopy(tokenizer)
     # What is longer than the model's context is split here, and nothing to warn of.
     tokenizer.model_max_length = int(1e30)
-    readers = [open_reader(tokenizer, origin, number, data, seed, say) for number, origin in enumerate(data.all_sources)]
+    readers = [open_reader(tokenizer, origin, number, data, seed, num_rows, say) for number, origin in enumerate(data.all_sources)]
     if data.workers > 1:
         executor = ThreadPoolExecutor(data.workers, thread_name_prefix="data")
         for reader in readers:
             reader.executor = executor
     return Mixture(readers, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost)
-
-
-def padding_id(tokenizer: Any) -> int:
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def open_data(
@@ -105,6 +104,7 @@ def open_data(
     steps: int,
     seed: int,
     cost: Cost,
+    num_rows: int,
     group: int = 0,
     num_groups: int = 1,
     timeout: timedelta = timedelta(minutes=30),
@@ -112,16 +112,16 @@ def open_data(
 ) -> "Stream":
     """The training data of one process; all processes call it together.
 
-    group, num_groups: which share of each step's rows it trains on, of how many. Ranks of one group get the same rows.
+    num_rows: of the model's embedding. group, num_groups: which share of each step's rows it trains on, of how many. Ranks of one group get the same rows.
 
     Raises:
-        ValueError: data that is missing, unreadable, empty or not as the recipe says.
+        ValueError: data that is missing, unreadable, empty or not as the recipe says, or has tokens that the model has no row for.
     """
     node = join_node(group, timeout)
     mixture, problem = None, None
     if node.reads:
         try:
-            mixture = open_mixture(tokenizer, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost, say=say)
+            mixture = open_mixture(tokenizer, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost, num_rows=num_rows, say=say)
         except Exception as error:
             if node.group is None:
                 raise
@@ -134,7 +134,7 @@ def open_data(
     return Stream(
         mixture,
         data,
-        pad_id=padding_id(tokenizer),
+        pad_id=padding_id(tokenizer, num_rows),
         micro_batch_size=micro_batch_size,
         group=group,
         num_groups=num_groups,

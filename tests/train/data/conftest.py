@@ -33,7 +33,7 @@ def open_stream(tokenizer):
             seed=seed,
             cost=COST,
             say=say,
-            **changes,
+            **{"num_rows": len(tokenizer), **changes},
         )
         opened.append(stream)
         return stream

@@ -56,7 +56,14 @@ def setting():
         intermediate_size=8192,
         vocab_size=128_256,
     )
-    return {"tokenizer": models.load_tokenizer("builtin:tiny"), "batch_size": BATCH, "steps": STEPS, "seed": 0, "cost": cost_of(config)}
+    return {
+        "tokenizer": models.load_tokenizer("builtin:tiny"),
+        "batch_size": BATCH,
+        "steps": STEPS,
+        "seed": 0,
+        "cost": cost_of(config),
+        "num_rows": config.vocab_size,
+    }
 
 
 def planned(skewed, setting):

@@ -4,12 +4,13 @@ import itertools
 from collections import Counter
 
 import pytest
-from packed import documents_of, texts
+from packed import COMPRESSED, compress, documents_of, texts
 
+from dms.train.data.lines import JsonLines
 from dms.train.data.reading import Cursor, Reader
 from dms.train.data.render import columns_of, make_render
 from dms.train.data.settings import Data, Origin
-from dms.train.data.shards import BLOCK_ROWS, JsonLines, Parquet
+from dms.train.data.shards import BLOCK_ROWS, Parquet
 
 
 def write_parquet(path, rows, row_group_size=100):
@@ -52,12 +53,16 @@ def origins(jsonl, tmp_path):
     for number, row in enumerate(rows):
         (tmp_path / "files").mkdir(exist_ok=True)
         (tmp_path / "files" / f"{number}.txt").write_text(row["text"])
+    for kind in COMPRESSED:
+        for part in range(3):
+            compress(tmp_path / kind / f"{part}.jsonl.{kind}", (tmp_path / "lines" / f"{part}.jsonl").read_bytes())
     (tmp_path / "hub").mkdir()
     for part in range(3):
         datasets.Dataset.from_list(rows[part::3]).to_parquet(tmp_path / "hub" / f"train-{part}.parquet")
     return {
         "jsonl": Origin(source="jsonl", path=str(tmp_path / "lines")),
         "parquet": Origin(source="parquet", path=str(tmp_path / "parquet")),
+        **{kind: Origin(source="jsonl", path=str(tmp_path / kind)) for kind in COMPRESSED},
         "text": Origin(source="text", path=str(tmp_path / "files")),
         "table": Origin(source="dataset", path=str(tmp_path / "hub")),
         "stream": Origin(source="dataset", path=str(tmp_path / "hub"), streaming=True),
@@ -82,7 +87,7 @@ def open_source(reader):
     return make
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", "table", "stream"])
+@pytest.mark.parametrize("kind", ["jsonl", *COMPRESSED, "parquet", "text", "table", "stream"])
 def test_an_epoch_is_every_document_once_in_a_new_order(origins, open_source, tokenizer, kind):
     source = open_source(origins[kind])
     first, second = an_epoch(source), an_epoch(source, epoch=1)
@@ -92,7 +97,7 @@ def test_an_epoch_is_every_document_once_in_a_new_order(origins, open_source, to
     assert ids_of(an_epoch(open_source(origins[kind]))) == ids_of(first)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", "table", "stream"])
+@pytest.mark.parametrize("kind", ["jsonl", *COMPRESSED, "parquet", "text", "table", "stream"])
 def test_any_place_can_be_gone_to(origins, open_source, kind):
     whole = an_epoch(open_source(origins[kind]))
     for number in (0, 1, 15, 16, 300, 555, 699):
@@ -124,13 +129,13 @@ def test_blocks_are_bounded_in_bytes(jsonl):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "matches no .jsonl file"),
+        (None, "is no file and no folder, and as a glob matches none; give a file, a folder of .jsonl files, or a glob"),
         ('{"text": "x"}\n{broken', r"x.jsonl:2 is not JSON"),
         ('{"other": "y"}', r"x.jsonl:1 has no text under data.field 'text'; it has: other"),
-        ("[1, 2]", "is no object of keys and values but a list"),
+        ('{"text": "x"}\n[1, 2]', "x.jsonl:2 is no object of keys and values but a list"),
         ('{"text": "  "}', r"holds no text to train on \(1 empty\)"),
         ("", r"holds no text to train on \(no rows\)"),
-        (b"\xff\xfe\xff", "x.jsonl:1 cannot be read"),
+        (b'{"text": "\xff"}', "x.jsonl:1 cannot be read"),
     ],
 )
 def test_bad_files_are_named(open_stream, tmp_path, content, message):
@@ -301,9 +306,6 @@ def test_a_connection_that_breaks_is_tried_again_and_never_counted_as_a_bad_shar
 
 
 def test_a_number_too_long_to_read_is_a_bad_row(jsonl, tmp_path):
-    from dms.train.data.settings import Origin
-    from dms.train.data.shards import JsonLines
-
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n")
     rows = JsonLines(Origin(source="jsonl", path=str(path))).open(0).rows(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import documents_of, texts
+from packed import compress, documents_of, texts
 
 from dms.train.data.settings import Data
 from dms.train.data.stream import STATE_BYTES
@@ -29,12 +29,15 @@ def mixtures(jsonl, tmp_path):
         datasets.Dataset.from_list(rows[part::3]).to_parquet(tmp_path / "hub" / f"train-{part}.parquet")
     lines = str(jsonl("lines.jsonl", texts(700, 2, 1, 120)))
     long = str(jsonl("long.jsonl", texts(60, 3, 100, 400)))
+    packed = {kind: str(compress(tmp_path / f"lines.jsonl.{kind}", Path(lines).read_bytes())) for kind in ("gz", "zst")}
     stream = {"source": "dataset", "path": str(tmp_path / "hub"), "streaming": True}
     return {
         "packed": {"source": "jsonl", "path": lines, "length": 128},
         "padded": {"source": "jsonl", "path": lines, "length": 128, "fill": "pad"},
         "dropped": {"source": "jsonl", "path": lines, "length": 128, "long_documents": "drop"},
         "streaming": {**stream, "length": 128},
+        # Three blocks each, which come in order.
+        "compressed": {"length": 128, "sources": [{"source": "jsonl", "path": path} for path in packed.values()]},
         # At step 20 one source ends and another begins.
         "schedule": {
             "length": 128,
@@ -52,7 +55,7 @@ def read(stream, steps):
     return [stream.next_step() for _ in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["packed", "padded", "dropped", "streaming", "schedule"])
+@pytest.mark.parametrize("name", ["packed", "padded", "dropped", "streaming", "compressed", "schedule"])
 def test_going_on_is_exact_from_any_step_and_with_other_readers(mixtures, open_stream, name):
     data = mixtures[name]
     whole = open_stream(data, steps=STEPS)
