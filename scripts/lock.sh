@@ -12,18 +12,16 @@ trap 'rm -rf -- "$work"' EXIT
 
 printf '%s\n' "$@" >"$work/wanted.txt"
 grep -Eq '^torch *[=<>~!]' "$work/wanted.txt" || grep '^torch==' "$lock" >>"$work/wanted.txt"
-# Builds of PyTorch for CUDA bring a Triton of their own, the CPU's none: the range is setup.cfg's, whatever they ask for.
-sed -n 's/^ *\(triton[<>=].*\)/\1/p' "$root/setup.cfg" >"$work/triton.txt"
 
 printf 'lock: resolving\n' >&2
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet uv
 "$work/venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --no-python-downloads --extra all --extra dev --no-annotate --no-header \
-    --constraint "$work/wanted.txt" --override "$work/triton.txt" "$root/setup.cfg" >"$work/found.txt"
+    --constraint "$work/wanted.txt" "$root/setup.cfg" >"$work/found.txt"
 {
     printf '# Versions that passed the tests together, for Python 3.10 to 3.13; made by scripts/lock.sh. setup.cfg has the ranges.\n'
     printf '# On GPU machines scripts/setup_env.sh leaves torch and triton out, and takes the builds for CUDA.\n'
-    # What PyTorch builds for CUDA bring is theirs to choose.
+    # What PyTorch's builds for CUDA bring is theirs to choose; Triton, which they fix, is tested without them too.
     grep -Ev '^(nvidia|cuda)-' "$work/found.txt"
 } >"$work/constraints.txt"
 diff -- "$lock" "$work/constraints.txt" || true
