@@ -2,9 +2,10 @@
 
 import re
 import sys
+from pathlib import Path
 
 ROW = re.compile(r"^\s*(dense|dms|sliding_window)\s+(.*)$", re.M)
-text = open(sys.argv[1], encoding="utf-8").read()
+text = Path(sys.argv[1]).read_text(encoding="utf-8")
 rows = {name: cells.split() for name, cells in ROW.findall(text)}
 if set(rows) != {"dense", "dms", "sliding_window"}:
     sys.exit(f"check_table: rows of {sorted(rows)}; dense, dms and sliding_window were expected in:\n{text}")

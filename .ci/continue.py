@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, exported = sys.argv[1], sys.argv[2:] == ["--exported"]
@@ -25,7 +24,5 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 text = Path(__file__).read_text(encoding="utf-8")
 inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
-cache = output.past_key_values
-report = cache.report()
 print(*output.sequences[0, inputs["input_ids"].shape[1] :].tolist())
-print(report)
+print(output.past_key_values.report())

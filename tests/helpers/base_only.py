@@ -1,6 +1,5 @@
 """Imported first, leaves this Python with the project and its base dependencies: no package that only an extra brings."""
 
-import sys
 from importlib import metadata
 from importlib.machinery import PathFinder
 
@@ -33,4 +32,6 @@ HIDDEN = {
 } - {"dms", "dms_kernels"}
 
 _find = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: None if name.split(".")[0] in HIDDEN else _find(name, path, target))
+PathFinder.find_spec = staticmethod(
+    lambda name, path=None, target=None: None if name.split(".")[0] in HIDDEN else _find(name, path, target)
+)
