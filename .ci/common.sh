@@ -12,12 +12,12 @@ touch -- "$cache"
 work="$(mktemp -d)"
 trap 'rm -rf -- "$work"' EXIT
 
-export CI=true HF_HUB_OFFLINE=1 WANDB_MODE=offline
+export CI=true HF_HUB_OFFLINE=1 WANDB_MODE=offline HF_MODULES_CACHE="$work/modules"
 # Whatever is imported must come from the environment of the stage.
 unset PYTHONPATH
 
 # Sets up $cache/bare: the base dependencies, and then without this project and what it alone needs.
 bare_environment() {
     DMS_VENV="$cache/bare" scripts/setup_env.sh
-    "$cache/bare/bin/python" -m pip uninstall --quiet --yes dms-retrofit pydantic pydantic-core
+    "$cache/bare/bin/python" -m pip uninstall -qq --yes dms-retrofit pydantic pydantic-core
 }
