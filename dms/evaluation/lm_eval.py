@@ -143,7 +143,7 @@ def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable,
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RuntimeError(f"lm-eval tasks need lm-evaluation-harness ({error}): pip install 'dms-retrofit[evaluate]'") from error
+        raise RuntimeError(f"lm-eval tasks need lm-evaluation-harness ({error}): pip install 'dms-retrofit[lmeval]'") from error
     if not tasks:
         raise ValueError("lm-eval: no tasks were named; name some, such as gsm8k")
     manager = None
