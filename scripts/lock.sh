@@ -20,7 +20,7 @@ printf 'lock: resolving\n' >&2
     --constraint "$work/wanted.txt" "$root/setup.cfg" >"$work/found.txt"
 {
     printf '# Versions that passed the tests together, for Python 3.10 to 3.13; made by scripts/lock.sh. setup.cfg has the ranges.\n'
-    printf '# On GPU machines scripts/setup_env.sh leaves torch and triton out, and takes the builds for CUDA.\n'
+    printf '# On GPU machines scripts/setup_env.sh leaves torch, triton and setuptools out: PyTorch is the machine'\''s.\n'
     # What PyTorch's builds for CUDA bring is theirs to choose; Triton, which they fix, is tested without them too.
     grep -Ev '^(nvidia|cuda)-' "$work/found.txt"
 } >"$work/constraints.txt"

@@ -157,8 +157,8 @@ constraints() {
     if [[ "$versions" == newest ]]; then
         printf 'torch==%s\n' "$(installed_torch)"
     elif has_gpu; then
-        # Its build for CUDA asks for the Triton that it was built with.
-        grep -Ev '^(torch|triton)==' "$root/constraints.txt"
+        # PyTorch is what the machine has, and says which Triton and which setuptools go with it.
+        grep -Ev '^(torch|triton|setuptools)==' "$root/constraints.txt"
     else
         cat "$root/constraints.txt"
     fi

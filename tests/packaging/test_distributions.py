@@ -142,6 +142,8 @@ def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
 
 def test_modules_that_import_with_the_base_dependencies_alone():
     """All of inference and the command line do; what else does not lacks a package that an extra brings."""
-    said = python("import base_alone, runpy; base_alone.hide(); runpy.run_path('.ci/check_modules.py')", PYTHONPATH=str(ROOT / "tests/helpers"))
+    said = python(
+        "import base_alone, runpy; base_alone.hide(); runpy.run_path('.ci/check_modules.py')", PYTHONPATH=str(ROOT / "tests/helpers")
+    )
     # The blocker works: training cannot be imported.
     assert "'dms.train.loop': 'accelerate'" in said, said

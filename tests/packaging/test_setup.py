@@ -14,6 +14,9 @@ from house import ROOT, lines
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from rich.console import Console
+
+from dms.evaluation.table import results_table
 
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),
@@ -216,7 +219,7 @@ def test_setup_leaves_pytorch_to_the_gpu(checkout, installs):
     (wanted,) = re.findall(r"^ *(torch[<>=].*)$", (root / "setup.cfg").read_text(), re.M)
     assert first.endswith(f" {wanted}")
     lock, used = ((root / name).read_text().splitlines() for name in ("constraints.txt", ".venv/constraints.txt"))
-    assert used and [line for line in lock if line not in used] == [line for line in lock if re.match("(torch|triton)==", line)]
+    assert used and [line for line in lock if line not in used] == [line for line in lock if re.match("(torch|triton|setuptools)==", line)]
 
 
 # The locked versions.
@@ -274,3 +277,26 @@ def test_workflows_run_scripts_that_exist(workflow):
             assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
         else:
             assert os.access(ROOT / step["run"].split()[0], os.X_OK)
+
+
+# What continuous integration reads of the first command.
+
+
+@pytest.mark.parametrize(
+    ("cr", "complaint"),
+    [
+        ({"dense": 1.0, "dms": 3.11, "sliding_window": 3.1}, None),
+        ({"dense": 1.0, "dms": 1.0, "sliding_window": 1.0}, "it has evicted next to nothing"),
+        ({"dense": 1.0, "dms": 3.11, "sliding_window": 1.0}, "not the same size"),
+        ({"dense": 1.0, "dms": 3.11}, "dense, dms and sliding_window were expected"),
+    ],
+    ids=["good", "nothing evicted", "another size", "a row is missing"],
+)
+def test_the_table_is_read(tmp_path, cr, complaint):
+    figures = {"bits_per_byte": 1.3, "recall": 1.0, "recall_by_distance": [1.0, None, 0.4, 0.0], "cr_decided": None, "memory": "compacted"}
+    table = results_table({name: figures | {"cr": value} for name, value in cr.items()}, "builtin:tiny at 512 tokens, target CR 4")
+    with (tmp_path / "table.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    done = subprocess.run([sys.executable, ROOT / ".ci/check_table.py", tmp_path / "table.txt"], capture_output=True, text=True)
+    assert (done.returncode == 0) == (complaint is None), done.stderr
+    assert complaint is None or complaint in done.stderr
