@@ -5,7 +5,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup:  ## make .venv and install the project with its tools
-	scripts/setup_env.sh dev deepspeed lora tensorboard lmeval
+	scripts/setup_env.sh all dev
 
 check: setup  ## lint and formatting
 	.venv/bin/python -m ruff check .

@@ -7,10 +7,10 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd -- "$root"
 
 start=$SECONDS
-scripts/setup_env.sh
+scripts/setup_env.sh train report track
 set_up=$((SECONDS - start))
 
-export PATH="$root/.venv/bin:$PATH"
+export PATH="${DMS_VENV:-$root/.venv}/bin:$PATH"
 start=$SECONDS
 status=0
 dms retrofit tiny/retrofit output_dir=runs/quickstart "$@" || status=$?

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Makes the checkout's .venv and installs the project into it, editable. Quick when there is nothing to do.
-#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: dev, deepspeed, lora, tensorboard
-# PYTHON=/path/to/python chooses the interpreter (3.10 to 3.13); otherwise the first fitting one on PATH.
+#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: train, evaluate, report, track, deepspeed, lora, all, dev
+# Versions are those of constraints.txt, which passed the tests; DMS_VERSIONS=newest takes the newest within setup.cfg's bounds.
+# PYTHON=/path/to/python chooses the interpreter (3.10 to 3.13); otherwise the first fitting one on PATH. DMS_VENV=/path/to/venv takes the
+# place of .venv.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
-venv="$root/.venv"
+venv="${DMS_VENV:-$root/.venv}"
 python="$venv/bin/python"
 stamp="$venv/.dms-setup"
-torch_pin="torch==2.13.0"
+versions="${DMS_VERSIONS:-locked}"
+torch_pin="$(grep '^torch==' "$root/constraints.txt")"
+torch_range="$(sed -n 's/^ *\(torch[<>=].*\)/\1/p' "$root/setup.cfg")"
 cpu_index="https://download.pytorch.org/whl/cpu"
 
 fail() {
@@ -18,13 +22,26 @@ fail() {
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
+[[ "$versions" == locked || "$versions" == newest ]] || fail "DMS_VERSIONS is '$versions'; it may be locked or newest"
+[[ "$venv" == /* ]] || fail "DMS_VENV is '$venv'; give an absolute path"
+known="$(sed -n '/^\[options.extras_require\]/,/^\[tool/s/^\([a-z]*\) =$/\1/p' "$root/setup.cfg" | tr '\n' ' ')"
 for extra in "$@"; do
-    [[ "$extra" =~ ^[a-z]+$ ]] || fail "an extra is a word such as dev, got '$extra'"
+    [[ " $known" == *" $extra "* ]] || fail "no extra '$extra'; there are: $known"
 done
+# `all` is taken apart, so that what it brings is known to be there.
+everything="$(sed -n 's/^ *dms-retrofit\[\([a-z,]*\)\]$/\1/p' "$root/setup.cfg" | tr ',' ' ')"
+read -ra wanted <<<"$(printf ' %s ' "$@" | sed "s/ all / $everything /g")"
+set -- ${wanted[@]+"${wanted[@]}"}
 
-# Name of this state: what is asked for, where, and by which Python. A checkout that moved is set up again.
+has_gpu() { command -v nvidia-smi >/dev/null; }
+
+# Name of this state: what is asked for, where, and by which Python. A checkout that moved is set up again, and the newest are a day's.
 state() {
-    { printf '%s\n' "$root" && cat "$root/setup.cfg" "$root/pyproject.toml" "$venv/pyvenv.cfg"; } | sha256sum | cut -d' ' -f1
+    {
+        printf '%s %s\n' "$root" "$versions"
+        if [[ "$versions" == newest ]]; then date +%F; else cat "$root/constraints.txt"; fi
+        cat "$root/setup.cfg" "$root/pyproject.toml" "$venv/pyvenv.cfg"
+    } | sha256sum | cut -d' ' -f1
 }
 
 # The stamp: the state on its first line, the extras installed on its second.
@@ -83,17 +100,17 @@ make_venv() {
     if [[ -e "$venv" ]] && "$python" -m pip --version >/dev/null 2>&1; then
         local version
         version="$(version_of "$python")"
-        fits "$version" || fail ".venv holds Python $version; remove it (rm -r .venv) and run again with Python 3.10 to 3.13"
+        fits "$version" || fail "$venv holds Python $version; remove it (rm -r $venv) and run again with Python 3.10 to 3.13"
         if [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$version" ]]; then
-            fail ".venv holds Python $version, PYTHON='$PYTHON' is another version; remove it (rm -r .venv) and run again"
+            fail "$venv holds Python $version, PYTHON='$PYTHON' is another version; remove it (rm -r $venv) and run again"
         fi
         return
     fi
     base="$(find_python)"
-    say "making .venv with $("$base" --version)"
+    say "making $venv with $("$base" --version)"
     # --clear: what is there was broken off half-way.
     "$base" -m venv --clear "$venv" ||
-        fail "could not make .venv; if a package is named above, install it (sudo apt-get install python3-venv)"
+        fail "could not make $venv; if a package is named above, install it (sudo apt-get install python3-venv)"
 }
 
 pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
@@ -106,27 +123,56 @@ urllib.request.urlopen(sys.argv[1], timeout=4).close()
 PROBE
 }
 
+# The version without its build, such as 2.13.0 for 2.13.0+cpu.
+installed_torch() { "$python" -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null; }
+
+from_cpu_index() { cpu_index_answers && pip install --quiet --timeout 15 --retries 0 --index-url "$cpu_index" "$@"; }
+
 # PyTorch first: on a machine without a GPU the ordinary package would bring gigabytes of CUDA libraries.
 install_torch() {
-    if "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then return; fi
-    if command -v nvidia-smi >/dev/null; then
-        say "installing PyTorch for the GPU"
-        pip install --quiet torch
+    local have
+    have="$(installed_torch)" || have=""
+    if has_gpu; then
+        if [[ -z "$have" ]]; then
+            say "installing PyTorch for the GPU"
+            pip install --quiet "$torch_range"
+        fi
         return
     fi
-    say "no NVIDIA GPU: installing PyTorch's CPU build"
-    if cpu_index_answers && pip install --quiet --timeout 15 --retries 0 --index-url "$cpu_index" "$torch_pin"; then return; fi
+    if [[ "$versions" == newest ]]; then
+        say "no NVIDIA GPU: installing the newest CPU build of PyTorch"
+        if from_cpu_index --upgrade "$torch_range"; then return; fi
+    else
+        [[ "torch==$have" != "$torch_pin" ]] || return 0
+        say "no NVIDIA GPU: installing PyTorch's CPU build"
+        if from_cpu_index "$torch_pin"; then return; fi
+    fi
+    # Elsewhere the newest would be a build for CUDA.
     say "PyTorch's CPU index does not answer: taking $torch_pin from where pip is configured to look"
-    pip install --quiet "$torch_pin" || say "no $torch_pin there: leaving the version to pip"
+    pip install --quiet "$torch_pin" || fail "no $torch_pin there; see pip config list"
+}
+
+# What pip may install, given PyTorch as it is by now.
+constraints() {
+    if [[ "$versions" == newest ]]; then
+        printf 'torch==%s\n' "$(installed_torch)"
+    elif has_gpu; then
+        # PyTorch is what the machine has, and says which Triton and which setuptools go with it.
+        grep -Ev '^(torch|triton|setuptools)==' "$root/constraints.txt"
+    else
+        cat "$root/constraints.txt"
+    fi
 }
 
 install_project() {
-    local extras
+    local extras upgrade=()
     extras="$(tr ' ' ',' <<<"$*")"
-    say "installing the project${extras:+ with $extras}"
+    say "installing the project${extras:+ with $extras}, $versions versions"
+    [[ "$versions" == locked ]] || upgrade=(--upgrade --upgrade-strategy eager)
+    constraints >"$venv/constraints.txt"
     # setuptools comes first so that the build needs no environment of its own.
-    pip install --quiet "setuptools>=77"
-    pip install --quiet --no-build-isolation --editable "$root${extras:+[$extras]}"
+    pip install --quiet --constraint "$venv/constraints.txt" "setuptools>=77"
+    pip install --quiet --constraint "$venv/constraints.txt" ${upgrade[@]+"${upgrade[@]}"} --no-build-isolation --editable "$root${extras:+[$extras]}"
 }
 
 if is_done "$@"; then exit 0; fi
@@ -142,7 +188,7 @@ fi
 check_compiler
 make_venv
 # Extras asked for earlier stay.
-read -ra extras <<<"$(tr ' ' '\n' <<<"$(sed -n 2p "$stamp" 2>/dev/null || true) $*" | sed '/^$/d' | sort -u | tr '\n' ' ')"
+read -ra extras <<<"$(tr ' ' '\n' <<<"$(sed -n 2p "$stamp" 2>/dev/null || true) $*" | sort -u | grep -xF "$(tr ' ' '\n' <<<"${known% }")" | tr '\n' ' ')"
 install_torch
 install_project ${extras[@]+"${extras[@]}"}
 printf '%s\n%s\n' "$(state)" "${extras[*]-}" >"$stamp.$$"

@@ -7,10 +7,10 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd -- "$root"
 
 start=$SECONDS
-scripts/setup_env.sh dev deepspeed lora tensorboard lmeval
+scripts/setup_env.sh all dev
 set_up=$((SECONDS - start))
 
-export PATH="$root/.venv/bin:$PATH"
+export PATH="${DMS_VENV:-$root/.venv}/bin:$PATH"
 # Each worker holds torch and a few models, so more than eight cost memory rather than save time. Counted before
 # OMP_NUM_THREADS is set, which nproc would take for the number of cores.
 workers="$(env -u OMP_NUM_THREADS nproc)"

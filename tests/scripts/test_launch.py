@@ -606,13 +606,3 @@ def test_a_slurm_script_outside_slurm_says_what_to_do(run_script):
 def test_the_slurm_script_is_executable_and_parses():
     assert os.access(SBATCH, os.X_OK)
     subprocess.run(["bash", "-n", SBATCH], check=True)
-
-
-SHELLCHECK = shutil.which("shellcheck", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (scripts/setup_env.sh dev brings it)")
-def test_shellcheck():
-    scripts = [*sorted((ROOT / "scripts").glob("*.sh")), SBATCH, ROOT / ".ci" / "run"]
-    done = subprocess.run([SHELLCHECK, *scripts], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -1,0 +1,45 @@
+"""Imports every module of the installed project. With the base dependencies alone all of inference must import; others may lack what an
+extra brings, and nothing else."""
+
+import importlib
+import pkgutil
+import sys
+
+import dms
+import dms.recipes
+import dms.train
+import dms_kernels
+
+# Module -> the packages that it may lack. What is not named here is inference, and the command line.
+MAY_LACK = {
+    "dms.train": {"accelerate"},
+    "dms.report": {"matplotlib"},
+    "dms.evaluation.harness": {"lm_eval"},
+    "dms_kernels": {"triton"},
+}
+
+
+def lacking(name: str) -> str | None:
+    """The package that a module cannot be imported for."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if not isinstance(missing, ModuleNotFoundError):
+            raise
+        return missing.name.split(".")[0]
+    return None
+
+
+# dms.train and dms.recipes are named too: in an editable installation they lie elsewhere.
+packages = (dms, dms.train, dms.recipes, dms_kernels)
+names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")})
+lack = {name: package for name in names if (package := lacking(name))}
+wrong = {
+    name: package
+    for name, package in lack.items()
+    if not any(package in allowed and f"{name}.".startswith(f"{prefix}.") for prefix, allowed in MAY_LACK.items())
+}
+print(f"{len(names)} modules; cannot be imported: {lack}")
+if wrong:
+    sys.exit(f"modules that need more than the base dependencies: {wrong}")
