@@ -19,6 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
+from dms.requirements import missing
 from dms.retrofitting import state_of
 from dms.rows import Rows, check_sharing, local_rows
 from dms.train.recipe import RetrofitRecipe
@@ -74,9 +75,7 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
     try:
         import deepspeed
     except ImportError:
-        raise ValueError(
-            f"zero.stage {recipe.zero.stage} needs DeepSpeed, which is not installed; run scripts/setup_env.sh deepspeed, or choose zero.stage=0"
-        ) from None
+        raise ValueError(f"{missing(f'zero.stage {recipe.zero.stage}', 'deepspeed')}, or choose zero.stage=0") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_nvme(recipe)
     if "RANK" not in os.environ:
