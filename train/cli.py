@@ -10,11 +10,10 @@ import typer
 
 from dms.faults import writing
 from dms.requirements import require
-from dms.train.endings import Commands, run_command
+from dms.train.endings import run_command
 from dms.train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
 
 app = typer.Typer(
-    cls=Commands,
     help="Retrofit a pretrained LLM with learned KV-cache eviction (Dynamic Memory Sparsification).",
     no_args_is_help=True,
     add_completion=False,
@@ -64,6 +63,7 @@ def cache_teacher(
     index, slash, number = part.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
         raise ValueError(f"--part is {part!r}; write I/N with I from 0 to N - 1, such as 0/8")
+    require("dms cache-teacher", "accelerate")
     prepare(loaded.precision)
     from dms.train.cache_teacher import write
 

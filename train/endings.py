@@ -7,9 +7,11 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
-from typer.core import TyperGroup
 
 from dms.console import replace_unprintable
 from dms.faults import describe
@@ -17,54 +19,71 @@ from dms.requirements import explain
 from dms.train.stopping import INTERRUPTED_CODE, Stopped, end_by_sigint
 
 # Repeated after Ctrl-C, these take up what they had written.
-_RESUMABLE = {"cache-teacher", "pretrain", "generate-data", "evaluate"}
-
-
-class Commands(TyperGroup):
-    """All commands. What is no error ends them here, since typer would say nothing of Ctrl-C."""
-
-    def invoke(self, context: typer.Context):
-        try:
-            return super().invoke(context)
-        except Stopped as stopped:
-            _say(str(stopped))
-            raise typer.Exit(stopped.code) from None
-        except KeyboardInterrupt:
-            if os.environ.get("DMS_LAUNCHED"):
-                # It can tell from this, and not from an exit code, that nothing was saved.
-                end_by_sigint()
-            sys.stderr.write("\n")
-            _say("interrupted" + "; the same command goes on from what is saved" * (context.invoked_subcommand in _RESUMABLE))
-            raise typer.Exit(INTERRUPTED_CODE) from None
+_RESUMABLE = ("cache-teacher", "pretrain", "generate-data", "evaluate")
 
 
 def run_command(app: typer.Typer) -> None:
-    """Run what the command line names."""
+    """Run what the command line names, and end the process if it does not come to its end."""
     replace_unprintable()
-    is_launched = bool(os.environ.get("DMS_LAUNCHED"))
-    # Where several processes share a run, the one that failed first shows where.
-    shows_where = is_launched or bool(os.environ.get("DMS_DEBUG"))
-    if is_launched:
+    if os.environ.get("DMS_LAUNCHED"):
         # The launcher asks every process where it is when one of them has failed.
         faulthandler.register(signal.SIGUSR2, all_threads=True)
+    with _noting_ctrl_c() as interrupts:
+        try:
+            app()
+        except BaseException as error:
+            code = _interrupted() if interrupts else _explained(error)
+            if code is None:
+                raise
+            sys.exit(code)
+
+
+@contextmanager
+def _noting_ctrl_c() -> Iterator[list[int]]:
+    """A context in which each Ctrl-C that interrupts leaves a mark: on its way up it may become any error, such as of a failed import."""
+    marks: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        marks.append(number)
+        raise KeyboardInterrupt
+
+    is_default = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        app()
-    except ValueError as error:
-        if os.environ.get("DMS_DEBUG"):
-            raise
-        _say(f"error: {describe(error)}")
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        needed = explain(error, " ".join(["dms", *sys.argv[1:2]]))
-        if needed is None or shows_where:
-            raise
-        _say(f"failed: {needed}")
-        sys.exit(1)
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        if shows_where:
-            raise
-        _say(f"failed: {describe(error)} (DMS_DEBUG=1 shows where)")
-        sys.exit(1)
+        yield marks
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted() -> int:
+    if os.environ.get("DMS_LAUNCHED"):
+        # From this, and not from an exit code, the launcher can tell that nothing was saved.
+        end_by_sigint()
+    sys.stderr.write("\n")
+    _say("interrupted" + "; the same command goes on from what is saved" * any(command in _RESUMABLE for command in sys.argv[1:2]))
+    return INTERRUPTED_CODE
+
+
+def _explained(error: BaseException) -> int | None:
+    """Say what went wrong; the exit code. None: for Python to show as it is."""
+    # Where several processes share a run, the one that failed first shows where.
+    shows_where = bool(os.environ.get("DMS_DEBUG") or os.environ.get("DMS_LAUNCHED"))
+    match error:
+        case Stopped():
+            _say(str(error))
+            return error.code
+        case ValueError() if not os.environ.get("DMS_DEBUG"):
+            _say(f"error: {describe(error)}")
+            return 2
+        case ModuleNotFoundError() if not shows_where and (needed := explain(error, " ".join(["dms", *sys.argv[1:2]]))):
+            _say(f"failed: {needed}")
+            return 1
+        case RuntimeError() | FloatingPointError() | OSError() if not shows_where:
+            _say(f"failed: {describe(error)} (DMS_DEBUG=1 shows where)")
+            return 1
+    return None
 
 
 def _say(text: str) -> None:

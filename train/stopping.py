@@ -67,7 +67,7 @@ def _end_at_the_next(what: str) -> None:
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {}
     for number in SIGNALS:
-        if number == signal.SIGINT and signal.getsignal(number) != signal.default_int_handler:
+        if number == signal.SIGINT and signal.getsignal(number) in (signal.SIG_IGN, signal.SIG_DFL):
             # Ignored, as in what a script runs in the background, or at its end already after a first Ctrl-C.
             continue
         try:
