@@ -1,7 +1,20 @@
 """The console that commands print to."""
 
+import io
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def replace_unprintable() -> None:
+    """Have standard output and error replace letters that their encoding lacks, for a finished run must not fail at its last line.
+
+    A way to replace them that was chosen, as in PYTHONIOENCODING=ascii:backslashreplace, stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def make_console() -> Console:

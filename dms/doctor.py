@@ -14,13 +14,24 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from dms.requirements import DISTRIBUTION, EXTRAS, fits, installed, tested
+
 # Some virtual machines advertise AMX but cannot run it: any bfloat16 matmul then dies with SIGILL inside oneDNN. This keeps oneDNN off it.
 AMX_CURE = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
+
+# What does not run without each of them.
+_OPTIONAL = {
+    "accelerate": "no `dms retrofit` and no `dms cache-teacher`",
+    "matplotlib": "no `dms retrofit`, which draws its course, and no `dms report`",
+    "datasets": "recipes cannot name data sets of the hub; local files and the built-in data still work",
+    "peft": "no `trainable: gates+lora`",
+    "lm_eval": "no `dms evaluate --lm-eval`",
+    "tensorboard": "no `tracking.tensorboard`",
+}
 
 # Against a hang only: a probe takes one or two seconds, on an overloaded machine many times that.
 _PROBE_SECONDS = 300
@@ -75,8 +86,8 @@ def bfloat16_works(env: dict[str, str] | None = None) -> bool:
 
 def collect() -> list[Check]:
     """Every check, in the order of the table."""
-    has_torch = _version("torch") is not None
-    has_deepspeed = _version("deepspeed") is not None
+    has_torch = installed("torch") is not None
+    has_deepspeed = installed("deepspeed") is not None
     # The three probes mostly wait for imports: side by side they take as long as the slowest.
     with ThreadPoolExecutor(max_workers=3) as pool:
         devices_job = pool.submit(_run, _DEVICE_PROBE) if has_torch else None
@@ -87,8 +98,8 @@ def collect() -> list[Check]:
         checks = [
             _python(),
             _torch(devices),
-            *(_package(name, "nothing runs without it", required=True) for name in ("transformers", "accelerate")),
-            _package("datasets", "recipes cannot name data sets of the hub; local files and the built-in data still work"),
+            _package("transformers", "nothing runs without it", required=True),
+            *(_package(name, cost) for name, cost in _OPTIONAL.items()),
             _wandb(),
             _cpu(),
             *_gpus(devices),
@@ -106,9 +117,10 @@ def collect() -> list[Check]:
 
 def main() -> int:
     """Print the table; the exit code is 1 when something required is missing, else 0."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from dms.console import make_console
 
     checks = collect()
     table = Table(title="dms doctor", title_justify="left")
@@ -119,10 +131,10 @@ def main() -> int:
     style = {"ok": "green", "warn": "yellow", "missing": "red"}
     for check in checks:
         table.add_row(check.name, Text(check.found), Text(check.status, style[check.status]), Text(check.cost))
-    Console().print(table)
+    make_console().print(table)
     lost = [check.name for check in checks if check.required and check.status == "missing"]
     if lost:
-        print(f"dms doctor: required and missing: {', '.join(lost)}; scripts/setup_env.sh installs what the project needs", file=sys.stderr)
+        print(f"dms doctor: required and missing: {', '.join(lost)}; pip install {DISTRIBUTION} brings what is required", file=sys.stderr)
     return 1 if lost else 0
 
 
@@ -153,38 +165,19 @@ def _answer(result: tuple[int, str, str]) -> dict[str, Any]:
     return {"error": (err.strip().splitlines() or [f"exit code {code}"])[-1][:200]}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _wanted(name: str) -> str:
-    """The versions of a package that this distribution asks for, such as ">=2.11"; empty for any, or if it is not installed."""
-    try:
-        from packaging.requirements import Requirement
-
-        requirements = [Requirement(line) for line in metadata.requires("dms-retrofit") or ()]
-    except (ImportError, metadata.PackageNotFoundError):
-        return ""
-    return next((str(r.specifier) for r in requirements if r.name == name and r.marker is None), "")
-
-
 def _package(name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
-    """A package by its version, against the requirement of this distribution."""
-    label = label or name
-    version = _version(name)
+    """A package by its version, beside those that were tested."""
+    label, version, wanted = label or name, installed(name), tested(name)
     if version is None:
-        cure = f"{cost}; pip install {name}"
-        return Check(name=label, found="", status="missing" if required else "warn", cost=cure, required=required)
-    wanted = _wanted(name)
-    if wanted:
-        from packaging.specifiers import SpecifierSet
-
-        if not SpecifierSet(wanted).contains(version, prereleases=True):
-            return Check(name=label, found=version, status="missing", cost=f"too old: needs {wanted}", required=required)
-    return Check(name=label, found=version, status="ok", required=required)
+        brought_by = f"'{DISTRIBUTION}[{EXTRAS[name]}]'" if name in EXTRAS else name
+        status = "missing" if required else "warn"
+        return Check(name=label, found="", status=status, cost=f"{cost}; pip install {brought_by}", required=required)
+    found, cure = f"{version} (tested: {wanted})" if wanted else version, f"pip install '{name}{wanted}'"
+    if not fits(name, version, floor_only=True):
+        return Check(name=label, found=found, status="missing", cost=f"too old; {cure}", required=required)
+    if not fits(name, version):
+        return Check(name=label, found=found, status="warn", cost=f"not tested; if anything fails, {cure}", required=required)
+    return Check(name=label, found=found, status="ok", required=required)
 
 
 def _python() -> Check:
@@ -315,7 +308,7 @@ def _bfloat16() -> Check:
 
 
 def _triton(devices: dict[str, Any] | None) -> Check:
-    version = _version("triton")
+    version = installed("triton")
     if version is None:
         return Check(name="Triton", found="", status="warn", cost="no fused kernels: attention and loss run in plain PyTorch")
     if os.environ.get("DMS_KERNELS") == "reference":
@@ -337,12 +330,11 @@ def _deepspeed_env() -> dict[str, str]:
 
 
 def _deepspeed(ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
-    version = _version("deepspeed")
-    if version is None or ops is None:
-        cost = "no ZeRO: weights and optimizer states must fit on each device; pip install -e '.[deepspeed]'"
-        return [Check(name="DeepSpeed", found="", status="warn", cost=cost)]
+    package = _package("deepspeed", "no ZeRO: weights and optimizer states must fit on each device", label="DeepSpeed")
+    if not package.found or ops is None:
+        return [package]
     if "error" in ops:
-        return [Check(name="DeepSpeed", found=f"{version}: {ops['error']}", status="warn", cost="installed, but does not import")]
+        return [Check(name="DeepSpeed", found=f"{package.found}: {ops['error']}", status="warn", cost="installed, but does not import")]
     offload = "no optimizer offload to the CPU"
     if not ops["adam"]:
         adam = Check(name="DeepSpeedCPUAdam", found="not compatible", status="warn", cost=offload)
@@ -362,4 +354,4 @@ def _deepspeed(ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
             status="warn",
             cost="no offload to NVMe; apt-get install libaio-dev, with the compiler and ninja",
         )
-    return [Check(name="DeepSpeed", found=version, status="ok"), adam, nvme]
+    return [package, adam, nvme]

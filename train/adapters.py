@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dms.requirements import missing
 from dms.sharding import gathered
 from dms.train import compat
 
@@ -20,9 +21,7 @@ def check_lora(recipe: "RetrofitRecipe") -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "trainable: gates+lora needs peft, which is not installed; run scripts/setup_env.sh lora, or choose trainable=gates"
-        ) from None
+        raise ValueError(f"{missing('trainable: gates+lora', 'peft')}, or choose trainable=gates") from None
 
 
 def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:

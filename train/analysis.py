@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dms import hardware
 from dms.config import DMSConfig
+from dms.faults import writing
 from dms.train.planning import read_config
 from dms.train.recipe import RetrofitRecipe
 from dms.train.recipe_file import load_recipe, packaged_recipes
@@ -58,11 +59,13 @@ def run(
     title = Path(name).stem if name.endswith(".json") else name
     table.show(console, title, found)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps({"name": title, **found.as_dict()}, indent=1), encoding="utf-8")
+        with writing(json_file):
+            Path(json_file).write_text(json.dumps({"name": title, **found.as_dict()}, indent=1), encoding="utf-8")
     if plot is not None:
         from dms.analysis.picture import draw
 
-        draw(found, title, plot)
+        with writing(plot):
+            draw(found, title, plot)
 
 
 def _check_files(named: dict[str, str | None]) -> None:

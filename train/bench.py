@@ -27,6 +27,7 @@ from dms.bench.gating import evict_shares, keep_shares
 from dms.config import DMSConfig
 from dms.console import make_console
 from dms.evaluation.evaluate import describe_device, versions
+from dms.faults import writing
 from dms.heads import head_parameters
 from dms.planning.flops import of_sequence
 from dms.planning.job import Choice, Job
@@ -306,7 +307,8 @@ def run(settings: Settings, out: str | None = None, console: Console | None = No
             "expected": expected,
             "rows": [asdict(row) for row in rows],
         }
-        Path(out).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        with writing(out):
+            Path(out).write_text(json.dumps(values, indent=1), encoding="utf-8")
     return rows
 
 

@@ -1,6 +1,5 @@
 """The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
 
-import os
 import sys
 import tempfile
 from enum import Enum
@@ -9,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dms.train.environment import is_bfloat16, prepare
+from dms.faults import writing
+from dms.requirements import require
+from dms.train.endings import run_command
+from dms.train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
 
 app = typer.Typer(
     help="Retrofit a pretrained LLM with learned KV-cache eviction (Dynamic Memory Sparsification).",
@@ -39,15 +41,12 @@ def retrofit(
     from dms.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
+    require("dms retrofit", *RETROFIT_NEEDS)
     prepare(loaded.precision)
     from dms.train.loop import run
-    from dms.train.stopping import STOPPED_CODE, Stopped
 
-    try:
+    with writing(loaded.output_dir):
         run(loaded)
-    except Stopped as stopped:
-        print(f"dms: {stopped}", file=sys.stderr)
-        raise typer.Exit(STOPPED_CODE) from None
 
 
 @app.command("cache-teacher")
@@ -64,10 +63,12 @@ def cache_teacher(
     index, slash, number = part.partition("/")
     if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
         raise ValueError(f"--part is {part!r}; write I/N with I from 0 to N - 1, such as 0/8")
+    require("dms cache-teacher", "accelerate")
     prepare(loaded.precision)
     from dms.train.cache_teacher import write
 
-    write(loaded, part=int(index), num_parts=int(number))
+    with writing(loaded.teacher_cache.path if loaded.teacher_cache else ""):
+        write(loaded, part=int(index), num_parts=int(number))
 
 
 @app.command()
@@ -104,7 +105,8 @@ def pretrain(
     prepare(loaded.precision)
     from dms.train.pretrain import run
 
-    run(loaded)
+    with writing(loaded.output_dir):
+        run(loaded)
 
 
 @app.command("generate-data")
@@ -119,7 +121,8 @@ def generate_data(
     prepare(loaded.precision)
     from dms.train.generate_data import run
 
-    run(loaded)
+    with writing(loaded.output):
+        run(loaded)
 
 
 @app.command()
@@ -168,7 +171,7 @@ def evaluate(
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     prepare("auto")
-    from dms.evaluation.command import evaluate_folder, failures, make_settings
+    from dms.evaluation.command import default_out, evaluate_folder, failures, make_settings
     from dms.evaluation.extras import LmEval, Scaling
 
     sampling = {
@@ -203,16 +206,18 @@ def evaluate(
         chat=chat_template,
         seed=seed,
     )
-    result = evaluate_folder(
-        model,
-        settings,
-        out=out,
-        scaling=Scaling(**given) if scaling else None,
-        lm_eval=LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
-        if lm_eval
-        else None,
-        card=card,
-    )
+    harness = None
+    if lm_eval:
+        harness = LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
+    with writing(out or default_out(model)):
+        result = evaluate_folder(
+            model,
+            settings,
+            out=out,
+            scaling=Scaling(**given) if scaling else None,
+            lm_eval=harness,
+            card=card,
+        )
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
@@ -259,8 +264,10 @@ def export(
         if at_cr is not None:
             from dms.train.stages import write_stage
 
-            source = str(write_stage(source, at_cr, Path(staged) / "run"))
-        files = write(source, out, format=format.value, max_shard_size=max_shard_size)
+            with writing(staged):
+                source = str(write_stage(source, at_cr, Path(staged) / "run"))
+        with writing(out):
+            files = write(source, out, format=format.value, max_shard_size=max_shard_size)
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
 
@@ -346,10 +353,13 @@ def report(
     model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
 ) -> None:
     """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
+    require("dms report", "matplotlib")
+    prepare("auto")
     from dms.console import make_console
     from dms.report.command import run
 
-    run(folder, out, card, model, make_console())
+    with writing(out or Path(folder) / "report.html"):
+        run(folder, out, card, model, make_console())
 
 
 @app.command()
@@ -372,31 +382,8 @@ def _numbers(option: str, given: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _dump_stacks_on_request() -> None:
-    """The launcher asks every process where it is when one of them has failed."""
-    import faulthandler
-    import signal
-
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
-
-
 def main() -> None:
-    """Run the command; an error that a user can mend is one line on stderr and exit code 1 (2 for bad input)."""
-    if os.environ.get("DMS_LAUNCHED"):
-        _dump_stacks_on_request()
-    try:
-        app()
-    except ValueError as error:
-        if os.environ.get("DMS_DEBUG"):
-            raise
-        print(f"dms: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        # Where several processes share a run, the one that failed first shows where.
-        if os.environ.get("DMS_DEBUG") or os.environ.get("DMS_LAUNCHED"):
-            raise
-        print(f"dms: failed: {error} (DMS_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
+from dms.requirements import missing
 from dms.retrofitting import state_of
 from dms.rows import Rows, check_sharing, local_rows
 from dms.train import compat
@@ -74,9 +75,7 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
     try:
         import deepspeed
     except ImportError:
-        raise ValueError(
-            f"zero.stage {recipe.zero.stage} needs DeepSpeed, which is not installed; run scripts/setup_env.sh deepspeed, or choose zero.stage=0"
-        ) from None
+        raise ValueError(f"{missing(f'zero.stage {recipe.zero.stage}', 'deepspeed')}, or choose zero.stage=0") from None
     compat.quiet_deepspeed()
     _check_nvme(recipe)
     if "RANK" not in os.environ:

@@ -6,9 +6,20 @@ import sys
 import warnings
 from pathlib import Path
 
+from dms.requirements import untested
+
+# Every retrofit divides its work by the one, and draws its course with the other.
+RETROFIT_NEEDS = ("accelerate", "matplotlib")
+
 
 def prepare(precision: str) -> None:
-    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead."""
+    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead.
+
+    Says on standard error which libraries have versions that were not tested: the first of several processes, for all.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in untested():
+            print(f"dms: warning: {sentence}", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.

@@ -18,14 +18,22 @@ import subprocess
 import sys
 import time
 
+from dms.console import replace_unprintable
+from dms.faults import describe
+from dms.requirements import require
+from dms.train.environment import RETROFIT_NEEDS
 from dms.train.nodes import Board
-from dms.train.stopping import STOPPED_CODE
+from dms.train.stopping import INTERRUPTED_CODE, STOPPED_CODE
 from dms.train.workers import DRAIN_SECONDS, Layout, Worker, emit, environment, say
 
 
 def worker_command(recipe: str, overrides: list[str]) -> list[str]:
     """What each process runs; who it is stands in its environment."""
     return [sys.executable, "-m", "dms.train.cli", "retrofit", recipe, *overrides]
+
+
+# Of a process that came to its end, or saved what there was before it stopped.
+_GOOD_CODES = {0, STOPPED_CODE, INTERRUPTED_CODE}
 
 
 class Supervisor:
@@ -52,7 +60,7 @@ class Supervisor:
             for failure in self.board.failures() if self.board else ():
                 self.other_node_failed(*failure)
             if time.monotonic() >= self.deadline:
-                self.kill(f"not ended within {self.grace:g} s", 128 + signal.SIGINT)
+                self.kill(f"not ended within {self.grace:g} s", INTERRUPTED_CODE)
         return code
 
     def outcome(self) -> int | None:
@@ -60,7 +68,7 @@ class Supervisor:
         if self.living or self.code is not None:
             return None if self.living else self.code
         codes = {worker.process.returncode for worker in self.workers}
-        if codes - {0, STOPPED_CODE}:
+        if codes - _GOOD_CODES:
             return None  # the event that tells of it is on its way
         if self.board is None:
             return max(codes)
@@ -74,19 +82,20 @@ class Supervisor:
             self.kill(f"a second signal, {number.name}", 128 + number)
         elif number not in self.received:
             self.received.add(number)
-            say(f"received {number.name}, forwarded to {len(self.living)} processes")
+            # All wait for a step and a save, however long they take.
+            again = "; Ctrl-C again kills them" if number == signal.SIGINT else ""
+            say(f"received {number.name}, forwarded to {len(self.living)} processes{again}")
             self.send(number)
-            if number == signal.SIGINT:
-                # TERM and USR1 wait for a step and a save, however long they take; this stops without saving.
-                self.deadline = min(self.deadline, time.monotonic() + self.grace)
 
     def worker_ended(self, worker: Worker) -> None:
         code = worker.process.returncode
-        if code in (0, STOPPED_CODE) or worker.killed:
+        if code in _GOOD_CODES or worker.killed:
             return
         reason = f"rank {worker.rank} on {socket.gethostname()} {worker.ending}"
         if signal.SIGINT in self.received:
-            self.fail(f"{reason} after SIGINT", 128 + signal.SIGINT)
+            # Before it could listen, or because a peer ended so. Those that still wait for it are not waited for.
+            self.fail(f"{reason} after SIGINT", INTERRUPTED_CODE)
+            self.deadline = min(self.deadline, time.monotonic() + self.grace)
         elif self.code is not None:
             say(f"rank {worker.rank} {worker.ending} after {worker.seconds:.1f} s as well")
         elif -code in self.received:
@@ -138,7 +147,8 @@ class Supervisor:
 
 
 def launch(layout: Layout, command: list[str], grace: float) -> int:
-    """Run the command once for each device of this node -> the exit code: 0, 75 (stopped after saving), or that of what failed.
+    """Run the command once for each device of this node -> the exit code: 0, 75 (stopped after saving), 130 (by Ctrl-C), or that of what
+    failed.
 
     Raises:
         RuntimeError: the nodes did not come together.
@@ -231,6 +241,7 @@ def free_port() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code; bad input is one line on stderr and 2, before any process starts."""
+    replace_unprintable()
     try:
         args = parse(argv)
         layout = layout_of(args)
@@ -240,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_recipe(args.recipe, args.overrides, RetrofitRecipe)
     except (ValueError, OSError) as error:
-        emit(2, f"dms: error: {error}\n".encode())
+        emit(2, f"dms: error: {describe(error)}\n".encode(errors="replace"))
         return 2
     command = worker_command(args.recipe, args.overrides)
     if args.dry_run:
@@ -248,9 +259,10 @@ def main(argv: list[str] | None = None) -> int:
             print(shlex.join(["env", *(f"{name}={value}" for name, value in environment(layout, local_rank).items()), *command]))
         return 0
     try:
+        require("dms retrofit", *RETROFIT_NEEDS)
         return launch(layout, command, args.grace)
     except (RuntimeError, OSError) as error:
-        emit(2, f"dms: failed: {error}\n".encode())
+        emit(2, f"dms: failed: {describe(error)}\n".encode(errors="replace"))
         return 1
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from dms import checkpoint, models
 from dms.console import make_console
 from dms.evaluation.evaluate import Scores, make_documents
+from dms.faults import writing
 from dms.retrofitting import set_mode, state_of
 from dms.rows import Rows
 from dms.sharding import num_elements
@@ -108,7 +109,7 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
         ValueError: a recipe that does not fit its model, data, folder or processes, before any step.
         FloatingPointError: a loss that is not finite, with its step.
         NothingEvicted: the gates evict next to nothing at the end.
-        Stopped: SIGTERM or SIGUSR1 came; what was done is saved.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C came; what was done is saved.
         RuntimeError: frozen weights changed.
     """
     start = time.perf_counter()
@@ -248,7 +249,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     micro_steps = num_micro_steps(recipe, accelerator.num_processes)
     layer_indices = [layer.index for layer in state_of(setup.parts.student).layers]
     path = setup.folder / "metrics.jsonl" if is_main else Path(os.devnull)
-    with path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
+    with writing(path), path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
         for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
@@ -332,7 +333,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             if stops:
                 engine.leave_group()
                 raise Stopped(
-                    f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}"
+                    f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}",
+                    by=stop.signal,
                 )
     if text := setup.stream.describe():
         setup.console.print(text, highlight=False, markup=False)

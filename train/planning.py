@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dms import hardware, models
+from dms.faults import writing
 from dms.planning import table
 from dms.planning.job import Choice, Job
 from dms.planning.plan import Plan, make_plan
@@ -30,7 +31,8 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
         table.show(console, name, plans[name])
     if json_file is not None:
         values = {one: made.as_dict() for one, made in plans.items()}
-        Path(json_file).write_text(json.dumps(values if name == EVERY else values[name], indent=1), encoding="utf-8")
+        with writing(json_file):
+            Path(json_file).write_text(json.dumps(values if name == EVERY else values[name], indent=1), encoding="utf-8")
 
 
 def _every() -> list[str]:

@@ -1,5 +1,6 @@
 """`dms pretrain`: the embedded model and its tokenizer, from the standard library's sources and planted tasks."""
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dms.console import make_console
 from dms.evaluation import evaluate as evaluation
 from dms.evaluation.corpus import StdlibText, stdlib_files
 from dms.evaluation.tasks import make_document
+from dms.faults import writing
 from dms.train.recipe import PretrainRecipe, Stage
 from dms.train.recipe_file import dump_recipe
 from dms.train.step import learning_rate
@@ -124,11 +126,14 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
         console.print(f"continuing from step {state['step']}", highlight=False)
 
     def save() -> None:
+        content, unnamed = io.BytesIO(), checkpoint.with_suffix(".new")
         torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "recipe": dump_recipe(recipe)},
-            checkpoint.with_suffix(".new"),
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "recipe": dump_recipe(recipe)}, content
         )
-        checkpoint.with_suffix(".new").replace(checkpoint)
+        # Not by torch, which says of a full disk that a position was not expected.
+        with writing(unnamed):
+            unnamed.write_bytes(content.getbuffer())
+        unnamed.replace(checkpoint)
 
     total = sum(stage.steps for stage in recipe.stages)
     console.print(f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters for {total} steps on {device}", highlight=False)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dms import checkpoint
+from dms.faults import describe, writing
 from dms.files import save_tensors
 from dms.sharding import gathered
 from dms.train import compat
@@ -114,9 +115,10 @@ class Saver:
         """Run `action`; what it returned on every process. Raises OSError on all of them where it failed on one."""
         result, problem = None, None
         try:
-            result = action() if action is not None else None
+            with writing(self.folder):
+                result = action() if action is not None else None
         except (OSError, SafetensorError) as error:
-            problem = str(error)
+            problem = describe(error)
         outcomes = [(result, problem)]
         if self.accelerator.num_processes > 1:
             outcomes = [None] * self.accelerator.num_processes

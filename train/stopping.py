@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 save and end the run, to be continued by the same command."""
+"""Being asked to stop: SIGTERM, SIGUSR1 and the first Ctrl-C save and end the run, to be continued by the same command."""
 
 import os
 import signal
@@ -6,44 +6,70 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: not done, worth starting again. Launchers and job scripts go by it.
 STOPPED_CODE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# As shells count the end by SIGINT. After Ctrl-C nobody is to start the run again by themselves, so it is this one even where all is saved.
+INTERRUPTED_CODE = 128 + signal.SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(BaseException):
     """The run was asked to stop and did, with everything saved that there was to save. No error, and not to be caught as one."""
 
+    def __init__(self, text: str, by: str | None):
+        """by: the name of the signal, None where another process got it."""
+        super().__init__(text)
+        self.code = INTERRUPTED_CODE if by == signal.SIGINT.name else STOPPED_CODE
+
 
 @dataclass
 class StopRequest:
-    """The name of the signal that came, for the loop to ask about at the end of each step."""
+    """The name of the first signal that came, for the loop to ask about at the end of each step."""
 
     signal: str | None = None
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """A context in which a signal is only remembered."""
+    """A context in which a signal is only remembered; a second Ctrl-C ends the process."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number).name
+        request.signal = request.signal or signal.Signals(number).name
+        if number == signal.SIGINT:
+            _end_at_the_next("saving after this step")
 
     with _handling(remember):
         yield request
 
 
 def ignoring() -> AbstractContextManager:
-    """A context in which the run is not to be stopped: ending what is left of it loses less."""
-    return _handling(signal.SIG_IGN)
+    """A context in which the run is not to be stopped, but for a second Ctrl-C: ending what is left of it loses less."""
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            _end_at_the_next("all steps are done, and what comes of them is not yet written")
+
+    return _handling(ignore)
+
+
+def _end_at_the_next(what: str) -> None:
+    # By the system's own hand, since a process that hangs runs no handler of ours.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.environ.get("DMS_LAUNCHED"):
+        # Not printed, which may be what was interrupted.
+        os.write(2, f"\ndms: {what}; Ctrl-C again ends the run at once\n".encode())
 
 
 @contextmanager
-def _handling(handler: Callable | signal.Handlers) -> Iterator[None]:
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {}
     for number in SIGNALS:
+        if number == signal.SIGINT and signal.getsignal(number) in (signal.SIG_IGN, signal.SIG_DFL):
+            # Ignored, as in what a script runs in the background, or at its end already after a first Ctrl-C.
+            continue
         try:
             before[number] = signal.signal(number, handler)
         except ValueError:
@@ -54,6 +80,13 @@ def _handling(handler: Callable | signal.Handlers) -> Iterator[None]:
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+def end_by_sigint() -> NoReturn:
+    """End as a process that does not handle SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit(INTERRUPTED_CODE)
 
 
 def is_launched() -> bool:

@@ -16,6 +16,7 @@ from rich.console import Console
 from dms.doctor import has_wandb_key
 from dms.evaluation import evaluate as evaluation
 from dms.report.figure import new_figure
+from dms.requirements import explain, missing
 from dms.train import compat
 from dms.train.recipe import RetrofitRecipe
 from dms.train.recipe_file import dump_recipe
@@ -24,9 +25,7 @@ from dms.train.recipe_file import dump_recipe
 def check_trackers(recipe: RetrofitRecipe) -> None:
     """Raises ValueError for a tracker that the recipe asks for and that is not installed."""
     if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "tracking.tensorboard needs the package tensorboard; install it (pip install tensorboard) or set tracking.tensorboard=false"
-        )
+        raise ValueError(f"{missing('tracking.tensorboard', 'tensorboard')}, or set tracking.tensorboard=false")
 
 
 class WandbTracker:
@@ -165,7 +164,8 @@ class Tracker:
         try:
             act()
         except Exception as error:  # noqa: BLE001 - whatever ails a tracker, the run goes on
-            self._say(f"{name} fails, the run goes on without it: {type(error).__name__}: {error}")
+            why = explain(error, "tracking") if isinstance(error, ModuleNotFoundError) else None
+            self._say(f"{name} fails, the run goes on without it: {why or f'{type(error).__name__}: {error}'}")
             self._trackers.pop(name, None)
             if name == "wandb":
                 _end_wandb_service()

@@ -21,6 +21,7 @@ from dms.bench.table import FIGURES, cache_table
 from dms.cache import held_bytes
 from dms.console import make_console
 from dms.evaluation.evaluate import describe_device, versions
+from dms.faults import writing
 from dms.hf_compat import cache_argument
 
 # Above so many tokens a prefill is measured once.
@@ -102,7 +103,8 @@ def run(plan: Plan, out: str | None = None) -> list[dict]:
             rows += _rows(plan, batch, context, found, _measure(plan, found, batch, context, device))
     console.print(cache_table(rows, f"{plan.shape}; {describe_device()}, float32"))
     if out:
-        Path(out).write_text(json.dumps({"model": str(plan.shape), "rows": rows}, indent=1), encoding="utf-8")
+        with writing(out):
+            Path(out).write_text(json.dumps({"model": str(plan.shape), "rows": rows}, indent=1), encoding="utf-8")
     return rows
 
 

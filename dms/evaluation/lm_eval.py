@@ -21,6 +21,7 @@ from dms.evaluation.lm_eval_compat import num_fewshot as fewshot_of
 from dms.evaluation.lm_eval_compat import quiet
 from dms.evaluation.lm_eval_rows import make_rows, summarize
 from dms.evaluation.operating import as_before, operate
+from dms.requirements import EXTRAS
 from dms.upstream import UpstreamChanged
 
 POLICIES = ("dense", "dms")
@@ -144,7 +145,9 @@ def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable,
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RuntimeError(f"lm-eval tasks need lm-evaluation-harness ({error}): pip install 'dms-retrofit[lmeval]'") from error
+        raise RuntimeError(
+            f"lm-eval tasks need lm-evaluation-harness ({error}): pip install 'dms-retrofit[{EXTRAS['lm_eval']}]'"
+        ) from error
     if not tasks:
         raise ValueError("lm-eval: no tasks were named; name some, such as gsm8k")
     manager = None

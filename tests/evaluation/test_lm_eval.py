@@ -12,7 +12,7 @@ from evicting import embedded
 import dms
 from dms.evaluation.lm_eval import prepare_lm_eval, run_lm_eval
 
-pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[lmeval]'")
+pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 TASKS = {
@@ -283,7 +283,7 @@ def test_an_unknown_task_is_refused_with_the_nearest(tiny, folder, monkeypatch):
 
 def test_without_the_harness_it_is_said_what_to_install(tiny, folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(RuntimeError, match="pip install 'dms-retrofit\\[lmeval\\]'"):
+    with pytest.raises(RuntimeError, match="pip install 'dms-retrofit\\[evaluate\\]'"):
         run(tiny, folder)
 
 

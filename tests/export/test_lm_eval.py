@@ -11,7 +11,7 @@ import dms
 from dms import models
 from dms.export.folder import export
 
-pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[lmeval]'")
+pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 
 TASKS = {
     "recall_choice": {

@@ -250,16 +250,37 @@ def test_a_second_sigterm_kills(start):
     assert "a second signal, SIGTERM: killing rank 0, 1" in job.said
 
 
-@pytest.mark.parametrize("listens", [True, False])
-def test_ctrl_c(start, listens):
-    job = start(
-        f"signal.signal(signal.SIGINT, signal.{'SIG_DFL' if listens else 'SIG_IGN'}); ready(); time.sleep(600)", "--gpus", 2, "--grace", 1
-    )
+def test_ctrl_c_is_forwarded_once_and_waits_for_the_save(start):
+    code = SAVES.replace("75", "130").replace("SIGTERM", "SIGINT")
+    job = start(code, "--gpus", 2, "--grace", 0)  # it does not count where all save
     workers = [job.worker(0), job.worker(1)]
     assert len({os.getsid(pid) for pid in (*workers, os.getpid())}) == 3, "a terminal would signal the workers as well"
     job.process.send_signal(signal.SIGINT)
-    assert job.wait() == 128 + signal.SIGINT, job.said
-    assert ("killing rank 0, 1" in job.said) != listens
+    assert job.wait() == 130, job.said
+    assert "received SIGINT, forwarded to 2 processes; Ctrl-C again kills them" in job.said
+    assert sorted(re.findall(r"^.*told.*$", job.said, re.M)) == ["[rank 1] told SIGINT", "told SIGINT"]
+    assert "killing" not in job.said and "last lines" not in job.said
+
+
+def test_the_second_ctrl_c_kills(start):
+    job = start("signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); time.sleep(600)", "--gpus", 2)
+    job.worker(0), job.worker(1)
+    job.process.send_signal(signal.SIGINT)
+    job.wait_until_said("received SIGINT")
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait() == 130, job.said
+    assert "a second signal, SIGINT: killing rank 0, 1" in job.said
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_ctrl_c_before_the_processes_listen(start, waits):
+    """One that waits for a peer that is gone is not waited for."""
+    ignores = f"if rank == 1 and {waits}: signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    job = start(f"signal.signal(signal.SIGINT, signal.SIG_DFL)\n{ignores}\nready(); time.sleep(600)", "--gpus", 2, "--grace", 1)
+    job.worker(0), job.worker(1)
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait() == 130, job.said
+    assert ("not ended within 1 s: killing rank 1" in job.said) == waits
     assert "last lines" not in job.said
 
 

@@ -292,18 +292,31 @@ def long_run(make_values, tmp_path_factory):
     return trajectory(job.folder)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130), pytest.param("SIGUSR1", 75, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name, code):
     values = make_values(tmp_path / "run", **LONG)
     job = Job(values)
     job.wait_for_step(2)
-    assert job.send(signal.Signals[name]).wait() == 75, job.output
+    assert job.send(signal.Signals[name]).wait() == code, job.output
+    assert ("dms: saving after this step; Ctrl-C again ends the run at once" in job.output) == (name == "SIGINT")
     stopped = len(read_metrics(job.folder))
     assert f"stopped by {name} after step {stopped}; the same command continues" in job.output
     assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
     again = Job(values)
     assert again.wait() == 0, again.output
     assert trajectory(job.folder) == long_run
+
+
+def test_ctrl_c_under_the_launcher_saves_and_stops_all(make_values, tmp_path):
+    """A terminal sends it to the launcher alone, whose processes have sessions of their own."""
+    job = Job(make_values(tmp_path / "run", **LONG), 2)
+    job.wait_for_step(2)
+    assert job.send(signal.SIGINT).wait() == 130, job.output
+    stopped = len(read_metrics(job.folder))
+    assert "received SIGINT, forwarded to 2 processes; Ctrl-C again kills them" in job.output
+    assert f"after step {stopped}; the same command continues from {job.folder / 'checkpoints' / f'step_{stopped:06d}'}" in job.output
+    assert (job.folder / "checkpoints" / f"step_{stopped:06d}" / "manifest.json").is_file()
+    assert "killing" not in job.output and "Traceback" not in job.output, job.output
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
