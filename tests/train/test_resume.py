@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from jobs import Job, read_metrics, trajectory
 from safetensors.torch import load_file, save_file
+from said import says
 
 import dms
 from dms.train import loop, saving
@@ -122,7 +124,7 @@ def test_a_run_that_is_continued_may_be_followed_and_kept_otherwise(recipe_value
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save={"every": 2}, evaluation={"num_documents": 4, "num_items": 2}, micro_batch_size=1)
-    assert "continued with micro_batch_size 1 instead of 2: the same sums in another order" in " ".join(capsys.readouterr().out.split())
+    assert says(capsys.readouterr().out, "continued with micro_batch_size 1 instead of 2: the same sums in another order")
     expected, _ = uninterrupted("gates")
     for ours, theirs in zip(trajectory(recipe_values["output_dir"]), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
@@ -133,7 +135,7 @@ def test_a_run_without_a_checkpoint_begins_anew(recipe_values, cut_at, uninterru
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save=SAVE)
-    assert "without a checkpoint: it begins anew" in " ".join(capsys.readouterr().out.split())
+    assert says(capsys.readouterr().out, "without a checkpoint: it begins anew")
     assert trajectory(recipe_values["output_dir"]) == uninterrupted("gates")[0]
 
 
@@ -182,8 +184,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unfinished, uninterrupted
     # What a kill during a save leaves.
     (folder / "checkpoints" / ".step_000006.new").mkdir()
     run(unfinished)
-    out = " ".join(capsys.readouterr().out.split())
-    assert "passing over" in out and message in out and "continuing after step 2" in out
+    out = capsys.readouterr().out
+    assert all(says(out, words) for words in ("passing over", message, "continuing after step 2")), out
     assert trajectory(folder) == uninterrupted("gates")[0]
     assert not (folder / "checkpoints" / ".step_000006.new").exists()
 
@@ -213,8 +215,12 @@ def test_another_base_is_refused(unfinished, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, moved)
     values = {**unfinished, "output_dir": str(tmp_path / "second"), "model": str(moved)}
     shutil.copytree(unfinished["output_dir"], values["output_dir"])
-    for path in [Path(values["output_dir"]) / "recipe.yaml", *Path(values["output_dir"]).glob("checkpoints/*/manifest.json")]:
-        path.write_text(path.read_text().replace(str(tiny_folder), str(moved)))
+    recipe = Path(values["output_dir"]) / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "model": str(moved)}))
+    for path in Path(values["output_dir"]).glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["recipe"]["model"] = str(moved)
+        path.write_text(json.dumps(manifest))
     weights = load_file(moved / "model.safetensors")
     weights["model.norm.weight"] += 1.0
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
@@ -267,8 +273,8 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_the_run_goes_on(recipe_v
 
     monkeypatch.setattr(saving, "_write_state", on_a_full_disk)
     run(recipe_values, save={"every": 2, "keep_last": 9})
-    out = " ".join(capsys.readouterr().out.split())
-    assert "the checkpoint of step 4 could not be written" in out and "step_000002" in out
+    out = capsys.readouterr().out
+    assert says(out, "the checkpoint of step 4 could not be written") and says(out, "step_000002")
     folder = Path(recipe_values["output_dir"])
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000006", "step_000008"]
     assert trajectory(folder) == uninterrupted("gates")[0]
@@ -278,7 +284,7 @@ def test_a_run_that_fails_names_the_checkpoint_to_continue_from(unfinished, cut_
     cut_at(1)
     with pytest.raises(Cut):
         run(unfinished)
-    assert "the run can be continued from" in capsys.readouterr().out
+    assert says(capsys.readouterr().out, "the run can be continued from")
 
 
 LONG = {"steps": 40}
@@ -299,7 +305,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_
     job.wait_for_step(2)
     assert job.send(signal.Signals[name]).wait() == 75, job.output
     stopped = len(read_metrics(job.folder))
-    assert f"stopped by {name} after step {stopped}; the same command continues" in job.output
+    assert says(job.output, f"stopped by {name} after step {stopped}; the same command continues")
     assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
     again = Job(values)
     assert again.wait() == 0, again.output
