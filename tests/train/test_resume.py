@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -292,32 +293,39 @@ LONG = {"steps": 40}
 
 @pytest.fixture(scope="module")
 def long_run(make_values, tmp_path_factory):
-    """The trajectory of a run that is long enough to be hit."""
-    job = Job(make_values(tmp_path_factory.mktemp("long") / "run", **LONG))
-    assert job.wait() == 0, job.output
-    return trajectory(job.folder)
+    """The trajectory of a run that is long enough to be hit, on one thread as a `Job` is."""
+    folder, threads = tmp_path_factory.mktemp("long") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(make_values(folder, **LONG))
+    torch.set_num_threads(threads)
+    return trajectory(folder)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name):
-    values = make_values(tmp_path / "run", **LONG)
+def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(make_values, tmp_path, long_run, name):
+    """Killed in steps that each end in a save."""
+    values = make_values(tmp_path / "run", save={"every": 1}, **LONG)
     job = Job(values)
     job.wait_for_step(2)
     assert job.send(signal.Signals[name]).wait() == 75, job.output
     stopped = len(read_metrics(job.folder))
     assert says(job.output, f"stopped by {name} after step {stopped}; the same command continues")
     assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
+    killed = Job(values)
+    killed.wait_for_step(stopped + 1)
+    time.sleep(random.uniform(0.0, 0.2))
+    assert killed.send(signal.SIGKILL).wait() == -9, killed.output
     again = Job(values)
     assert again.wait() == 0, again.output
     assert trajectory(job.folder) == long_run
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
+@pytest.mark.slow
+def test_kill_9_at_random_moments(make_values, tmp_path, long_run):
     """At any moment of steps that each end in a save; a run that got to its end begins anew."""
-    values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(kills)
-    done = 0
-    while done < kills:
+    values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(20)
+    kills = 0
+    while kills < 20:
         before = len(read_metrics(tmp_path / "run"))
         job = Job(values)
         job.wait_for_step(min(before + 1, LONG["steps"]))
@@ -325,7 +333,7 @@ def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
             job.process.wait(draw.uniform(0.0, 1.0))
         except subprocess.TimeoutExpired:
             job.send(signal.SIGKILL).wait()
-            done += 1
+            kills += 1
         if (tmp_path / "run" / "result.json").exists():
             assert trajectory(tmp_path / "run") == long_run
             shutil.rmtree(tmp_path / "run")

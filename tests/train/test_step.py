@@ -256,6 +256,8 @@ GOLDEN = [
     (5, 0.040125, 1.79334),
     (10, 0.054783, 1.86182),
 ]
+# Of the first four gradients; the fifth already hangs on rounding.
+GOLDEN_NORMS = [1.64639, 1.64054, 2.04904, 3.66852]
 
 
 def test_golden_trajectory():
@@ -280,7 +282,7 @@ def test_golden_trajectory():
     for parameter in gates:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(gates, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    trajectory = []
+    trajectory, norms = [], []
     for step in range(1, 11):
         ids = (torch.arange(4 * 64).view(4, 64) * 17 + torch.arange(64) ** 2 + step) % 61
         batch = {"input_ids": ids, "segment_ids": torch.ones_like(ids), "position_ids": torch.arange(64).repeat(4, 1)}
@@ -299,10 +301,11 @@ def test_golden_trajectory():
         )
         optimizer.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(gates, 1.0)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(gates, 1.0)))
         optimizer.step()
         trajectory.append((step, float(output.kl), float(1 / (1 - output.evicted / output.decided))))
     for step, kl, cr in GOLDEN:
         # One of the 1,024 decisions moves the CR by at least 0.1 %. The first KL is all but zero, a difference of larger numbers.
-        near_kl, near_cr = (1e-3, 2e-4) if step <= 5 else (0.35, 0.08)
+        near_kl, near_cr = (3e-4, 2e-4) if step <= 5 else (0.35, 0.08)
         assert trajectory[step - 1][1:] == (pytest.approx(kl, rel=near_kl, abs=2e-7), pytest.approx(cr, rel=near_cr)), step
+    assert norms[:4] == pytest.approx(GOLDEN_NORMS, rel=2e-3)
