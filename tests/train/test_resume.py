@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from said import says
 
 import dms
-from dms.train import loop, saving
+from dms.train import artifacts, loop, saving
 from dms.train.recipe import RetrofitRecipe
 from dms.weights import base_hash
 
@@ -26,6 +26,14 @@ SAVE = {"every": 3}
 
 class Cut(Exception):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """They take as long as the steps, and nothing here looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts.report, "write_report", lambda *_, **__: [])
+        yield
 
 
 @pytest.fixture
@@ -343,8 +351,6 @@ def test_kill_9_at_random_moments(make_values, tmp_path, long_run):
 
 
 def test_a_kill_before_the_report_is_written_leaves_the_run_unfinished(recipe_values, monkeypatch, uninterrupted):
-    from dms.train import artifacts
-
     def failing(*_, **__):
         raise Cut
 
