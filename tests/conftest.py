@@ -1,4 +1,4 @@
-"""Triton decides when it is imported, which other conftests do, whether kernels are compiled or interpreted."""
+"""What holds for all tests: kernels are interpreted unless there is a GPU to compile them for, and one kind of terminal."""
 
 import os
 import sys
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-# A CPU can only interpret them; `-m gpu` wants them compiled. Said either way, so that xdist's workers hear it too.
+# Triton reads this when it is imported, which other conftests do; `-m gpu` wants kernels compiled. Said either way, so that xdist's
+# workers hear it too.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "gpu" in sys.argv else "1")
 
 
@@ -23,6 +24,16 @@ def distribution(monkeypatch):
 
     yield has
     requirements._ranges.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_terminal():
+    """What the commands print in tests, here and in processes of their own, is as wide as in a file and has no colours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "110")
+        for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

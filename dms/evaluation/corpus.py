@@ -1,6 +1,7 @@
 """The built-in text: the standard-library sources of the running Python, read where they lie and never copied."""
 
 import functools
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -18,12 +19,11 @@ def stdlib_files(held_out: bool) -> tuple[Path, ...]:
     """Source files of one split; the split hashes each file's relative path, so that it is the same on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_PARTS.intersection(relative.parts) or path.stat().st_size < _MIN_BYTES:
-            continue
-        if (zlib.crc32(relative.as_posix().encode()) % _HELD_OUT_EVERY == 0) == held_out:
-            files.append(path)
+    for folder, names, _ in os.walk(root):
+        # Not entered, or the time would be that of whatever is installed beside the library.
+        names[:] = set(names) - _SKIPPED_PARTS
+        files += [path for path in Path(folder).glob("*.py") if path.stat().st_size >= _MIN_BYTES]
+    files = sorted(path for path in files if (zlib.crc32(path.relative_to(root).as_posix().encode()) % _HELD_OUT_EVERY == 0) == held_out)
     if not files:
         raise RuntimeError(
             f"the built-in text needs the standard library's .py files under {root}, and there are none; "

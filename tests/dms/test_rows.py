@@ -28,7 +28,7 @@ FAMILIES = {
 
 
 def run(family, processes, tmp_path, **settings):
-    """The figures of every process, and the gradients summed over them."""
+    """Figures and gradients of a step that processes share, summed over them."""
     name = f"{family}-{processes}-{len(list(tmp_path.iterdir()))}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
     store = tmp_path / f"{name}.store"
@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "processes", "settings"), CASES)
 def test_a_divided_step_is_the_step(family, processes, settings, tmp_path):
-    whole, expected = run(family, 1, tmp_path, **settings)
+    whole, expected = take_step(family, settings)
     divided, gradients = run(family, processes, tmp_path, **settings)
     assert 0 < whole["evicted"] < whole["decided"] and whole["compression"] > 0.01 and whole["kl"] > 1e-4
     assert divided["decided"] == whole["decided"] and divided["evicted"] == whole["evicted"]
@@ -216,26 +216,34 @@ def test_other_kinds_of_layers_are_refused():
         check_sharing(Model(), 2, 96, {})
 
 
-def main(family: str, store: str, out: str, settings: dict) -> None:
-    """One process: a step of a small random model on packed documents, one of them across every border."""
-    import torch
-    import torch.distributed as dist
+def take_step(family: str, settings: dict, group=None) -> tuple[dict, dict]:
+    """Figures and gradients of a step of a small random model on packed documents, one of them across every border.
 
+    group: the processes that share the rows; None: this one alone.
+    """
     from dms.rows import Rows, check_sharing
 
-    size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=size)
     model, teacher = make_models(family, settings)
     batch = make_batch([[37, 50, 5, 4] if settings.get("packed", True) else [92, 4], [96]])
     predictions = int(((batch["segment_ids"] > 0) & batch["loss_mask"]).sum())
     rows = None
-    if size > 1:
-        rows = Rows(dist.group.WORLD)
-        check_sharing(model, size, 96, model.dms.skipped)
+    if group is not None:
+        rows = Rows(group)
+        check_sharing(model, group.size(), 96, model.dms.skipped)
     output = step(model, teacher, batch, predictions, rows)
     output.loss.backward()
     figures = {name: float(getattr(output, name).detach()) for name in ("loss", "kl", "compression", "evicted", "decided")}
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return figures, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def main(family: str, store: str, out: str, settings: dict) -> None:
+    """One process of several."""
+    import torch
+    import torch.distributed as dist
+
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=size)
+    figures, gradients = take_step(family, settings, dist.group.WORLD)
     torch.save({"figures": figures, "gradients": gradients}, out)
     dist.barrier()
     dist.destroy_process_group()

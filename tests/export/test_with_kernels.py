@@ -1,6 +1,6 @@
 """The embedded model on the Triton kernels, in the interpreter, against plain PyTorch: a training step, generation, an exported folder.
 
-Window 8, 128 tokens, about half of them evicted in every layer.
+Window 8, 64 tokens, about half of them evicted in every layer.
 """
 
 import json
@@ -20,7 +20,7 @@ from dms.train.step import HeadLoss, Normalizer, distill_step
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/kernels")
 
-LENGTH, NEW = 128, 16
+LENGTH, NEW = 64, 8
 
 
 def make_prompt(batch: int = 1) -> torch.Tensor:
@@ -140,13 +140,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
-ids = torch.randint(2, 2000, (1, 128), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(2, 2000, (1, length), generator=torch.Generator().manual_seed(0))
 picking = next(module for name, module in sys.modules.items() if name.endswith("dms_kernels_picking"))
 found, tokens = {}, {}
 for implementation in ("reference", "triton"):
     os.environ["DMS_KERNELS"] = implementation
     picking.reset_calls()
-    tokens[implementation] = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[0, 128:].contiguous()
+    tokens[implementation] = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[0, length:].contiguous()
     found[implementation] = picking.calls()
 save_file(tokens, out)
 print(json.dumps({"calls": found, "ours": [name for name in sys.modules if name.split(".")[0] in ("dms", "dms_kernels")], "from": picking.__name__}))
@@ -158,7 +158,9 @@ def test_an_exported_folder_has_its_own_copy(evicts_much, on, tmp_path, run_with
     on("reference")
     tokens, _ = generate(model, make_prompt())
     export(evicts_much, tmp_path / "out")
-    printed = run_without_us(_CODE, tmp_path / "hub", keep=["triton"], folder=str(tmp_path / "out"), new=NEW, out=str(tmp_path / "tokens"))
+    printed = run_without_us(
+        _CODE, tmp_path / "hub", keep=["triton"], folder=str(tmp_path / "out"), length=LENGTH, new=NEW, out=str(tmp_path / "tokens")
+    )
     facts, found = json.loads(printed.splitlines()[-1]), load_file(tmp_path / "tokens")
     layers = len(state_of(model).layers)
     assert facts["ours"] == [] and facts["from"].startswith("transformers_modules.")

@@ -209,7 +209,8 @@ def test_the_end_does_not_wait_for_a_child_that_holds_the_output_open(start):
 SAVES = """
     def save(number, _):
         print("told", signal.Signals(number).name, file=sys.stderr, flush=True)
-        time.sleep(2)
+        # Longer than the shortest grace.
+        time.sleep(1.3)
         sys.exit(75)
     signal.signal(signal.SIGTERM, save)
     signal.signal(signal.SIGUSR1, save)
@@ -347,7 +348,7 @@ def test_a_reader_that_goes_away_stops_nothing(start, tmp_path):
 
 
 def test_nodes_end_well_at_different_times(start_nodes):
-    jobs = start_nodes("time.sleep(2 * rank); sys.exit(75 * rank)", lost=10)
+    jobs = start_nodes("time.sleep(rank); sys.exit(75 * rank)", lost=10)
     assert [job.wait() for job in jobs] == [75, 75], [job.said for job in jobs]
     assert not any("gone" in job.said or "failed" in job.said for job in jobs)
 

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from said import says
 
 from dms import models
 from dms.train import generate_data
@@ -105,7 +106,7 @@ def test_what_a_kill_leaves_is_gone_on_from(values, left, capsys):
     generate(values)
     with open(path, "rb") as file:
         assert file.read() == whole
-    assert f"holds {10 if left == 'all' else 4} rows of this recipe: going on" in " ".join(capsys.readouterr().out.split())
+    assert says(capsys.readouterr().out, f"holds {10 if left == 'all' else 4} rows of this recipe: going on")
 
 
 @pytest.mark.slow

@@ -6,15 +6,18 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from jobs import Job, read_metrics, trajectory
 from safetensors.torch import load_file, save_file
+from said import says
 
 import dms
-from dms.train import loop, saving
+from dms.train import artifacts, loop, saving
 from dms.train.recipe import RetrofitRecipe
 from dms.weights import base_hash
 
@@ -23,6 +26,14 @@ SAVE = {"every": 3}
 
 class Cut(Exception):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """They take as long as the steps, and nothing here looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts.report, "write_report", lambda *_, **__: [])
+        yield
 
 
 @pytest.fixture
@@ -122,7 +133,7 @@ def test_a_run_that_is_continued_may_be_followed_and_kept_otherwise(recipe_value
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save={"every": 2}, evaluation={"num_documents": 4, "num_items": 2}, micro_batch_size=1)
-    assert "continued with micro_batch_size 1 instead of 2: the same sums in another order" in " ".join(capsys.readouterr().out.split())
+    assert says(capsys.readouterr().out, "continued with micro_batch_size 1 instead of 2: the same sums in another order")
     expected, _ = uninterrupted("gates")
     for ours, theirs in zip(trajectory(recipe_values["output_dir"]), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
@@ -133,7 +144,7 @@ def test_a_run_without_a_checkpoint_begins_anew(recipe_values, cut_at, uninterru
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save=SAVE)
-    assert "without a checkpoint: it begins anew" in " ".join(capsys.readouterr().out.split())
+    assert says(capsys.readouterr().out, "without a checkpoint: it begins anew")
     assert trajectory(recipe_values["output_dir"]) == uninterrupted("gates")[0]
 
 
@@ -182,8 +193,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unfinished, uninterrupted
     # What a kill during a save leaves.
     (folder / "checkpoints" / ".step_000006.new").mkdir()
     run(unfinished)
-    out = " ".join(capsys.readouterr().out.split())
-    assert "passing over" in out and message in out and "continuing after step 2" in out
+    out = capsys.readouterr().out
+    assert all(says(out, words) for words in ("passing over", message, "continuing after step 2")), out
     assert trajectory(folder) == uninterrupted("gates")[0]
     assert not (folder / "checkpoints" / ".step_000006.new").exists()
 
@@ -213,8 +224,12 @@ def test_another_base_is_refused(unfinished, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, moved)
     values = {**unfinished, "output_dir": str(tmp_path / "second"), "model": str(moved)}
     shutil.copytree(unfinished["output_dir"], values["output_dir"])
-    for path in [Path(values["output_dir"]) / "recipe.yaml", *Path(values["output_dir"]).glob("checkpoints/*/manifest.json")]:
-        path.write_text(path.read_text().replace(str(tiny_folder), str(moved)))
+    recipe = Path(values["output_dir"]) / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "model": str(moved)}))
+    for path in Path(values["output_dir"]).glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["recipe"]["model"] = str(moved)
+        path.write_text(json.dumps(manifest))
     weights = load_file(moved / "model.safetensors")
     weights["model.norm.weight"] += 1.0
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
@@ -267,8 +282,8 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_the_run_goes_on(recipe_v
 
     monkeypatch.setattr(saving, "_write_state", on_a_full_disk)
     run(recipe_values, save={"every": 2, "keep_last": 9})
-    out = " ".join(capsys.readouterr().out.split())
-    assert "the checkpoint of step 4 could not be written" in out and "step_000002" in out
+    out = capsys.readouterr().out
+    assert says(out, "the checkpoint of step 4 could not be written") and says(out, "step_000002")
     folder = Path(recipe_values["output_dir"])
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000006", "step_000008"]
     assert trajectory(folder) == uninterrupted("gates")[0]
@@ -278,7 +293,7 @@ def test_a_run_that_fails_names_the_checkpoint_to_continue_from(unfinished, cut_
     cut_at(1)
     with pytest.raises(Cut):
         run(unfinished)
-    assert "the run can be continued from" in capsys.readouterr().out
+    assert says(capsys.readouterr().out, "the run can be continued from")
 
 
 LONG = {"steps": 40}
@@ -286,22 +301,29 @@ LONG = {"steps": 40}
 
 @pytest.fixture(scope="module")
 def long_run(make_values, tmp_path_factory):
-    """The trajectory of a run that is long enough to be hit."""
-    job = Job(make_values(tmp_path_factory.mktemp("long") / "run", **LONG))
-    assert job.wait() == 0, job.output
-    return trajectory(job.folder)
+    """The trajectory of a run that is long enough to be hit, on one thread as a `Job` is."""
+    folder, threads = tmp_path_factory.mktemp("long") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(make_values(folder, **LONG))
+    torch.set_num_threads(threads)
+    return trajectory(folder)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130), pytest.param("SIGUSR1", 75, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(make_values, tmp_path, long_run, name, code):
-    values = make_values(tmp_path / "run", **LONG)
+def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(make_values, tmp_path, long_run, name, code):
+    """Killed in steps that each end in a save."""
+    values = make_values(tmp_path / "run", save={"every": 1}, **LONG)
     job = Job(values)
     job.wait_for_step(2)
     assert job.send(signal.Signals[name]).wait() == code, job.output
     assert ("dms: saving after this step; Ctrl-C again ends the run at once" in job.output) == (name == "SIGINT")
     stopped = len(read_metrics(job.folder))
-    assert f"stopped by {name} after step {stopped}; the same command continues" in job.output
+    assert says(job.output, f"stopped by {name} after step {stopped}; the same command continues")
     assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
+    killed = Job(values)
+    killed.wait_for_step(stopped + 1)
+    time.sleep(random.uniform(0.0, 0.2))
+    assert killed.send(signal.SIGKILL).wait() == -9, killed.output
     again = Job(values)
     assert again.wait() == 0, again.output
     assert trajectory(job.folder) == long_run
@@ -319,12 +341,12 @@ def test_ctrl_c_under_the_launcher_saves_and_stops_all(make_values, tmp_path):
     assert "killing" not in job.output and "Traceback" not in job.output, job.output
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
+@pytest.mark.slow
+def test_kill_9_at_random_moments(make_values, tmp_path, long_run):
     """At any moment of steps that each end in a save; a run that got to its end begins anew."""
-    values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(kills)
-    done = 0
-    while done < kills:
+    values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(20)
+    kills = 0
+    while kills < 20:
         before = len(read_metrics(tmp_path / "run"))
         job = Job(values)
         job.wait_for_step(min(before + 1, LONG["steps"]))
@@ -332,7 +354,7 @@ def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
             job.process.wait(draw.uniform(0.0, 1.0))
         except subprocess.TimeoutExpired:
             job.send(signal.SIGKILL).wait()
-            done += 1
+            kills += 1
         if (tmp_path / "run" / "result.json").exists():
             assert trajectory(tmp_path / "run") == long_run
             shutil.rmtree(tmp_path / "run")
@@ -342,8 +364,6 @@ def test_kill_9_at_random_moments(make_values, tmp_path, long_run, kills):
 
 
 def test_a_kill_before_the_report_is_written_leaves_the_run_unfinished(recipe_values, monkeypatch, uninterrupted):
-    from dms.train import artifacts
-
     def failing(*_, **__):
         raise Cut
 

@@ -248,13 +248,24 @@ def test_an_unknown_head_is_refused(student):
 
 
 # (step, kl, cr_decided) of `test_golden_trajectory`'s run. They move only when the method moves.
-GOLDEN = [(1, 2.2635e-05, 1.00887), (5, 0.040125, 1.79334), (10, 0.054783, 1.86182)]
+GOLDEN = [
+    (1, 2.2635e-05, 1.00887),
+    (2, 0.0240503, 1.52836),
+    (3, 0.0508142, 1.64630),
+    (4, 0.0368632, 1.76248),
+    (5, 0.040125, 1.79334),
+    (10, 0.054783, 1.86182),
+]
+# Of the first four gradients; the fifth already hangs on rounding.
+GOLDEN_NORMS = [1.64639, 1.64054, 2.04904, 3.66852]
 
 
 def test_golden_trajectory():
-    """Ten steps of gates on a model whose weights and tokens are formulas: the same on every machine and version.
+    """Ten steps of gates on a model whose weights and tokens are formulas: five that are the same on every machine and version.
 
-    From about the twelfth on the course hangs on rounding, which hard decisions turn into steps of their own.
+    From the sixth on the course hangs on rounding: at scale 100 a gradient near zero, whose sign AdamW makes a whole step of, turns
+    decisions. Weights that differ by one part in 2^24 change the KL of the first five steps by 6e-5 and none of their decisions,
+    the KL of the tenth by 23 % and its CR by 4 %: the tenth says only that training has not come apart.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -271,7 +282,7 @@ def test_golden_trajectory():
     for parameter in gates:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(gates, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    trajectory = []
+    trajectory, norms = [], []
     for step in range(1, 11):
         ids = (torch.arange(4 * 64).view(4, 64) * 17 + torch.arange(64) ** 2 + step) % 61
         batch = {"input_ids": ids, "segment_ids": torch.ones_like(ids), "position_ids": torch.arange(64).repeat(4, 1)}
@@ -290,8 +301,11 @@ def test_golden_trajectory():
         )
         optimizer.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(gates, 1.0)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(gates, 1.0)))
         optimizer.step()
         trajectory.append((step, float(output.kl), float(1 / (1 - output.evicted / output.decided))))
     for step, kl, cr in GOLDEN:
-        assert trajectory[step - 1][1:] == (pytest.approx(kl, rel=0.05), pytest.approx(cr, rel=0.05)), step
+        # One of the 1,024 decisions moves the CR by at least 0.1 %. The first KL is all but zero, a difference of larger numbers.
+        near_kl, near_cr = (3e-4, 2e-4) if step <= 5 else (0.35, 0.08)
+        assert trajectory[step - 1][1:] == (pytest.approx(kl, rel=near_kl, abs=2e-7), pytest.approx(cr, rel=near_cr)), step
+    assert norms[:4] == pytest.approx(GOLDEN_NORMS, rel=2e-3)

@@ -41,7 +41,8 @@ def source_of(recipe):
 
 
 def batch_of(recipe, numbers):
-    return torch.utils.data.default_collate([source_of(recipe)[number] for number in numbers])
+    rows = source_of(recipe)
+    return torch.utils.data.default_collate([rows[number] for number in numbers])
 
 
 def test_what_is_read_is_what_the_teacher_says(cached):
