@@ -286,11 +286,45 @@ def needs_no_input_gradients(model: nn.Module) -> None:
 def forget_weight_conversions(model: nn.Module) -> None:
     """Let `save_pretrained` write weights under the names that they have in memory, not under those of the packed file they came from.
 
-    Assumes: PreTrainedModel._weight_conversions holds how names and values are turned back on saving.
+    Assumes: saving turns names and values back as the model's `_weight_conversions` say, where it has any.
     """
-    if not hasattr(model, "_weight_conversions"):
-        raise changed("hf_compat.forget_weight_conversions", "transformers", "PreTrainedModel._weight_conversions")
+    from transformers import core_model_loading
+
+    if "_weight_conversions" not in inspect.getsource(core_model_loading.revert_weight_conversion):
+        raise changed("hf_compat.forget_weight_conversions", "transformers", "a model's _weight_conversions in revert_weight_conversion")
     model._weight_conversions = None
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Names of weights that are others' under a second name -> those others.
+
+    Assumes: PreTrainedModel.all_tied_weights_keys says so.
+    """
+    found = getattr(model, "all_tied_weights_keys", None)
+    if not isinstance(found, dict):
+        raise changed("hf_compat.tied_weights", "transformers", "PreTrainedModel.all_tied_weights_keys")
+    return found
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether transformers' own `add_adapter` or `load_adapter` was used on a model.
+
+    Assumes: PreTrainedModel._hf_peft_config_loaded.
+    """
+    if not hasattr(model, "_hf_peft_config_loaded"):
+        raise changed("hf_compat.has_adapters", "transformers", "PreTrainedModel._hf_peft_config_loaded")
+    return bool(model._hf_peft_config_loaded)
+
+
+def loaded_from(config) -> str:
+    """The folder or hub id that a configuration was loaded from; empty where it was made here.
+
+    Assumes: PreTrainedConfig._name_or_path.
+    """
+    found = getattr(config, "_name_or_path", None)
+    if not isinstance(found, str):
+        raise changed("hf_compat.loaded_from", "transformers", "PreTrainedConfig._name_or_path")
+    return found
 
 
 def linear_state_is_filled(layer) -> bool:

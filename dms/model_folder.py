@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dms import hf_compat
 from dms.files import follow_umask
 from dms.gates_file import gate_tensors, write_gates
 from dms.quantized import refuse_quantized
@@ -52,7 +53,7 @@ def save_pretrained(
         )
     if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
         # What a device_map has put elsewhere transformers brings itself, a file at a time; tied weights once.
-        ties = model.all_tied_weights_keys
+        ties = hf_compat.tied_weights(model)
         given = {name: tensor for name, tensor in given.items() if not (tensor.is_meta and ties.get(name) in given)}
     else:
         given = onloaded(model, given)
@@ -74,7 +75,7 @@ def save_pretrained(
         folder,
         gates,
         state.config,
-        base_name=origin.get("base_name") or model.config._name_or_path,
+        base_name=origin.get("base_name") or hf_compat.loaded_from(model.config),
         base_digest=base_hash(folder),
         target_cr=origin.get("target_cr"),
         trained_length=state.trained_length,
@@ -86,7 +87,7 @@ def _refuse(model, options: Mapping) -> None:
     for name, why in _REFUSED.items():
         if options.get(name):
             raise ValueError(f"save_pretrained({name}={options[name]!r}) {why}")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if hf_compat.has_adapters(model):
         raise ValueError(
             f"{type(model).__name__} carries adapters, which would be saved without it and without its gates; merge them first"
         )
@@ -108,7 +109,7 @@ def onloaded(model, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         ValueError: a tensor without values (on the meta device), and nothing that says where they are.
     """
     # Weights that the model ties are one object here, as they were before accelerate made two of them.
-    ties = getattr(model, "all_tied_weights_keys", {})
+    ties = hf_compat.tied_weights(model)
     values: dict[str, torch.Tensor] = {}
     result = {}
     for name, tensor in tensors.items():

@@ -240,6 +240,25 @@ def test_forget_weight_conversions(build_model, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
+def test_tied_weights(build_model):
+    assert hf_compat.tied_weights(build_model("llama", tie_word_embeddings=True)) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert hf_compat.tied_weights(build_model("llama")) == {}
+
+
+def test_has_adapters(build_model):
+    model = build_model("llama")
+    assert not hf_compat.has_adapters(model)
+    # Not called: transformers wants another peft for it than the rest of this environment.
+    assert "self._hf_peft_config_loaded = True" in inspect.getsource(type(model).add_adapter)
+
+
+def test_loaded_from(build_model, tmp_path):
+    model = build_model("llama")
+    assert hf_compat.loaded_from(model.config) == ""
+    model.save_pretrained(tmp_path)
+    assert hf_compat.loaded_from(transformers.AutoConfig.from_pretrained(tmp_path)) == str(tmp_path)
+
+
 def test_linear_state_is_filled(build_model):
     model = build_model("lfm2")
     cache = DynamicCache(config=model.config)
@@ -339,7 +358,13 @@ BREAKS = {
         patch.setattr(model.model.layers[0], "gradient_checkpointing", True) or model.model.layers[0], print
     ),
     "needs_no_input_gradients": lambda model, patch: hf_compat.needs_no_input_gradients(_attributes(_require_grads_hook=print)),
-    "forget_weight_conversions": lambda model, patch: hf_compat.forget_weight_conversions(nn.Linear(2, 2)),
+    "forget_weight_conversions": lambda model, patch: (
+        patch.setattr("transformers.core_model_loading.revert_weight_conversion", _Outside.forward),
+        hf_compat.forget_weight_conversions(model),
+    ),
+    "tied_weights": lambda model, patch: hf_compat.tied_weights(nn.Linear(2, 2)),
+    "has_adapters": lambda model, patch: hf_compat.has_adapters(nn.Linear(2, 2)),
+    "loaded_from": lambda model, patch: hf_compat.loaded_from(SimpleNamespace()),
     "linear_state_is_filled": lambda model, patch: hf_compat.linear_state_is_filled(_attributes(is_conv_states_initialized=True)),
     "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
     "execution_device": lambda model, patch: hf_compat.execution_device(
@@ -371,7 +396,7 @@ def test_private_parts_are_touched_nowhere_else():
     """In what exported folders carry, and in the rest of dms."""
     private = re.compile(
         r"(?<!\w)(_attn_implementation\b|_attn_implementation_internal|_gradient_checkpointing_func|__globals__|_weight_conversions|_hf_hook|"
-        r"model\.__class__ =|_supports_default_dynamic_cache|ALL_ATTENTION_FUNCTIONS|ALL_MASK_ATTENTION_FUNCTIONS|_require_grads_hook|is_conv_states_initialized)"
+        r"model\.__class__ =|_supports_default_dynamic_cache|ALL_ATTENTION_FUNCTIONS|ALL_MASK_ATTENTION_FUNCTIONS|_require_grads_hook|all_tied_weights_keys|_hf_peft_config_loaded|_name_or_path|is_conv_states_initialized)"
     )
     root = Path(dms.__file__).parent
     found = {
