@@ -120,6 +120,12 @@ def test_problems_are_read(tmp_path, tokenizer):
     assert re.search(found.stop, "so Q:") and not re.search(found.stop, "Q")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_problem(tmp_path, tokenizer):
+    path = write(tmp_path, {"prompt": "2 + 2 =", "answer": 4})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [problem.answer for problem in read_problems(path, tokenizer).problems] == ["4"]
+
+
 def test_messages_go_through_the_chat_template(tmp_path):
     tokenizer = models.load_tokenizer("builtin:tiny")
     message = {"role": "user", "content": "2 + 2"}

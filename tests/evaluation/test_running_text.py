@@ -116,6 +116,12 @@ def test_a_text_that_is_just_enough_gives_all_its_windows_in_order(numbered, tmp
         make_suite("text", tokenizer, num_documents=7, **settings)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbffirst\n")
+    (tmp_path / "two.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "second"}\n')
+    assert sorted(GivenText([tmp_path]).texts(Random(0))) == ["first\n", "second"]
+
+
 def scored_places(documents):
     return [place for document in documents for place in document.input_ids[document.prompt :]]
 

@@ -204,7 +204,8 @@ class Data(Origin):
     """Rows of equal cost that stand together in a step; a divisor of batch_size. Ranks wait least where it is at least ranks x
     micro_batch_size; more of it mixes a step less. None: the largest divisor up to 4."""
     bad_shards: Literal["refuse", "skip"] = "refuse"
-    """A file, row group or row that cannot be read: an error that names it, or skipped, counted and said."""
+    """A file, the rest of a damaged one, a row group or a row that cannot be read: an error that names it, or skipped, counted and said.
+    Tokens that the model has no row for are an error either way."""
     prefetch: int = Field(default=2, ge=0)
     """Steps made ahead of the one that trains, and a window of steps planned ahead of those; 0: neither."""
     workers: int = Field(default=1, ge=1, le=64)
