@@ -25,4 +25,5 @@ text = Path(__file__).read_text(encoding="utf-8")
 inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
 print(*output.sequences[0, inputs["input_ids"].shape[1] :].tolist())
-print(output.past_key_values.report())
+# transformers calls it "cache" from 5.24 on.
+print(output["cache" if "cache" in output else "past_key_values"].report())

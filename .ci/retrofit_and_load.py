@@ -9,6 +9,7 @@ import torch
 
 import dms
 from dms import checkpoint, models
+from dms.hf_compat import output_cache
 from dms.retrofitting import gate_parameters
 
 if "site-packages" not in dms.__file__:
@@ -24,7 +25,7 @@ checkpoint.save(model, sys.argv[1], tokenizer=models.load_tokenizer("builtin:tin
 model = dms.load(sys.argv[1])
 tokens = torch.randint(10, 200, (1, 200))
 output = model.generate(tokens, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
-report = output.past_key_values.report()
+report = output_cache(output).report()
 print(report)
 if not 1.2 < report.cr < 20:
     sys.exit(f"retrofit_and_load: a cr of {report.cr}; gates of which about half of the outputs say evict were expected to keep about half")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from dms.upstream import changed
 
@@ -325,6 +325,19 @@ def loaded_from(config) -> str:
     if not isinstance(found, str):
         raise changed("hf_compat.loaded_from", "transformers", "PreTrainedConfig._name_or_path")
     return found
+
+
+def empty_layer(layer) -> None:
+    """Forget what a cache layer that grows still holds after its `reset`: until 5.18 that only zeroes it, and it would go on growing.
+
+    Assumes: a DynamicLayer that is not initialised makes its tensors anew.
+    """
+    if not isinstance(layer, DynamicLayer) or getattr(layer, "keys", None) is None:
+        return
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if layer.get_seq_length() != 0:
+        raise changed("hf_compat.empty_layer", "transformers", "DynamicLayer.is_initialized that says whether it holds anything")
 
 
 def linear_state_is_filled(layer) -> bool:

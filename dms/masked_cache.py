@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from dms import masks
+from dms import hf_compat, masks
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms.state import state_of
@@ -66,10 +66,19 @@ class MaskedLayer(DynamicLayer):
         self._map(lambda x: x[indices, ...])
 
 
-def masked_cache(model) -> DynamicCache:
+class MaskedCache(DynamicCache):
+    """What `masked_cache` makes."""
+
+    def reset(self) -> None:
+        super().reset()
+        for layer in self.layers:
+            hf_compat.empty_layer(layer)
+
+
+def masked_cache(model) -> MaskedCache:
     """An empty cache that hides what is evicted and keeps it: pass it as `past_key_values` in evict mode."""
     state = state_of(model)
-    cache = DynamicCache(config=model.config)
+    cache = MaskedCache(config=model.config)
     for layer in state.layers:
         cache.layers[layer.index] = MaskedLayer(state.config)
     return cache

@@ -112,6 +112,8 @@ class DMSCache(Cache):
     def reset(self) -> None:
         self._undo = None
         super().reset()
+        for layer in self.layers:
+            hf_compat.empty_layer(layer)
 
     # Rows.
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.utils import ModelOutput
 
 import dms
@@ -259,6 +259,19 @@ def test_loaded_from(build_model, tmp_path):
     assert hf_compat.loaded_from(transformers.AutoConfig.from_pretrained(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_empty_layer(family, build_model):
+    model = build_model(family)
+    cache = DynamicCache(config=model.config)
+    expected = model(input_ids=IDS.repeat(1, 3), use_cache=True, **hf_compat.cache_argument(model, cache)).logits
+    cache.reset()
+    for layer in cache.layers:
+        hf_compat.empty_layer(layer)
+    assert cache.get_seq_length() == 0
+    again = model(input_ids=IDS.repeat(1, 3), use_cache=True, **hf_compat.cache_argument(model, cache)).logits
+    torch.testing.assert_close(again, expected)
+
+
 def test_linear_state_is_filled(build_model):
     model = build_model("lfm2")
     cache = DynamicCache(config=model.config)
@@ -283,6 +296,12 @@ def test_execution_device(build_model, tmp_path):
 
 
 # Each of these broken on purpose.
+
+
+def _filled():
+    layer = DynamicLayer()
+    layer.update(torch.ones(1, 1, 5, 2), torch.ones(1, 1, 5, 2))
+    return layer
 
 
 class _Outside(nn.Module):
@@ -365,6 +384,10 @@ BREAKS = {
     "tied_weights": lambda model, patch: hf_compat.tied_weights(nn.Linear(2, 2)),
     "has_adapters": lambda model, patch: hf_compat.has_adapters(nn.Linear(2, 2)),
     "loaded_from": lambda model, patch: hf_compat.loaded_from(SimpleNamespace()),
+    "empty_layer": lambda model, patch: (
+        patch.setattr(DynamicLayer, "get_seq_length", lambda self: 5),
+        hf_compat.empty_layer(_filled()),
+    ),
     "linear_state_is_filled": lambda model, patch: hf_compat.linear_state_is_filled(_attributes(is_conv_states_initialized=True)),
     "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
     "execution_device": lambda model, patch: hf_compat.execution_device(
