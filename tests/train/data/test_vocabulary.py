@@ -65,6 +65,7 @@ def test_padding_has_a_row(extended, tokenizer):
 
 
 def recipe_of(make_values, tmp_path, model, data, **changes):
+    changes = {"evaluation": {"num_documents": 8, "num_items": 3, "length": 192}, **changes}
     return RetrofitRecipe.model_validate(make_values(tmp_path / "run", model=str(model), data={"length": 64, **data}, **changes))
 
 
