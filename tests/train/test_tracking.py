@@ -344,7 +344,7 @@ def test_a_tracker_that_is_not_installed_is_refused(make_recipe, monkeypatch):
     check_trackers(make_recipe(tensorboard=True))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(make_recipe())
-    with pytest.raises(ValueError, match=r"pip install tensorboard.*tracking\.tensorboard=false"):
+    with pytest.raises(ValueError, match=r"dms-retrofit\[track\].*tracking\.tensorboard=false"):
         check_trackers(make_recipe(tensorboard=True))
 
 
