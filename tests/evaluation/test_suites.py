@@ -1,6 +1,7 @@
 """Suites: exact lengths, answers that follow from the prompt and from nowhere else, guesses at the level that CHANCE says."""
 
 import itertools
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -103,7 +104,8 @@ def occurrences(tokens: list[int], within: list[int]) -> int:
 def test_passages_stand_once_and_word_for_word(request, kind, source, prose):
     tokenizer, found = request.getfixturevalue(kind), Counter()
     marker = len(tokenizer("#?", add_special_tokens=False)["input_ids"])
-    for document in make_suite("passages", tokenizer, length=800, num_documents=5, text=prose if source == "prose" else None):
+    # Not every stretch serves, and which depends on the tokenizer, thus on this Python's library: the prose has enough for two draws each.
+    for document in make_suite("passages", tokenizer, length=600, num_documents=5, text=prose if source == "prose" else None):
         prompt = document.input_ids[: document.prompt]
         given, start = tokenizer.decode(prompt), document.prompt
         for answer in document.answers:
@@ -121,7 +123,7 @@ def test_passages_stand_once_and_word_for_word(request, kind, source, prose):
             found[answer.task] += 1
             start = answer.end + len(tokenizer("\n", add_special_tokens=False)["input_ids"])
         assert start == len(document.input_ids)
-    assert found["passage"] == found["marked_passage"] == 15
+    assert found["passage"] == found["marked_passage"] == 10
 
 
 def test_passages_are_spread_over_the_document(embedded):
@@ -169,7 +171,8 @@ def test_examples_of_a_class_stand_together_and_no_class_is_asked_for_twice(embe
         labels = classes_in_order(embedded, document)
         groups = [label for label, _ in itertools.groupby(labels)]
         assert len(groups) == len(set(groups)) == classification.NUM_CLASSES == len(document.answers)
-        assert max(Counter(labels).values()) < 3 * min(Counter(labels).values())
+        # Parts of equal numbers of tokens, in lines of 8 to 60 characters.
+        assert max(Counter(labels).values()) < 5 * min(Counter(labels).values())
         answers = {tuple(document.input_ids[a.start : a.end]) for a in document.answers}
         assert len(answers) == len(document.answers)
         evidence = sorted(a.evidence for a in document.answers)
@@ -184,6 +187,25 @@ def test_examples_of_a_class_stand_together_and_no_class_is_asked_for_twice(embe
     shares = [sum(low <= place < low + 0.25 for place in places) for low in (0.1, 0.35, 0.6, 0.75)]
     assert min(shares) >= 8, shares
     assert len(set(map(tuple, orders))) > 6
+
+
+def test_a_stretch_of_text_with_too_few_lines_of_a_class_is_passed_over(embedded):
+    """As some are in the built-in text of some versions of Python."""
+
+    class Poor(StdlibText):
+        draws, num_poor = 0, 3
+
+        def lines(self, rng, num_chars):
+            self.draws += 1
+            found = super().lines(rng, num_chars)
+            return found[:20] if self.draws <= self.num_poor else found
+
+    text = Poor(held_out=True)
+    (document,) = make_suite("classification", embedded, length=512, num_documents=1, text=text)
+    assert len(document.input_ids) == 512 and text.draws > 3
+    text.num_poor = math.inf
+    with pytest.raises(ValueError, match="give more text"):
+        make_suite("classification", embedded, length=512, num_documents=1, text=text)
 
 
 def answer_label(tokenizer, document, answer) -> str:

@@ -18,7 +18,7 @@ def carry(tmp_path, monkeypatch):
         for path, text in {"ours/__init__.py": "", **files}.items():
             file = tmp_path / "source" / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+            file.write_text(text, encoding="utf-8")
         importlib.invalidate_caches()
         return {flat: module.text for flat, module in flatten("ours.entry", ours=("ours", "others"), **options).items()}
 
@@ -32,7 +32,7 @@ def run(texts: dict[str, str], tmp_path, expression: str):
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     for flat, text in texts.items():
-        (folder / f"{flat}.py").write_text(text)
+        (folder / f"{flat}.py").write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder.parent))
     try:
         return eval(expression, vars(importlib.import_module("carried.ours_entry")))

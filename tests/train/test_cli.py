@@ -125,7 +125,7 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     assert code == 0 and "sliding" in out and "1/" in out, err
     rows = json.loads((tmp_path / "run" / "evaluation" / "rows.json").read_text())["rows"]
     assert {"policy", "task", "metric", "value", "ci_low", "ci_high", "num_samples", "cr", "memory", "model_hash"} <= set(rows[0])
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     assert rows[0]["model_hash"] in card and "192" in card
     # Again it reads nothing anew; of so few documents nothing is shown, which --strict does not let pass.
     code, out, err = run("evaluate", tmp_path / "run" / "model", *small, "--strict")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from dms.evaluation.document import Document, Frame, Text, Tokenizer, encode
 from dms.evaluation.lexicon import draw_names
@@ -27,6 +28,12 @@ _LINE_CHARS = (8, 60)
 _FIRST_WORD = re.compile(r"[^\W\d_]{2,}(?!\w)")
 # Characters of text that are read for each token of the document, and at least: most lines are of other classes.
 _CHARS_PER_TOKEN, _LEAST_CHARS = 60, 40_000
+# Stretches of text that are tried for a document: some have one class too few, or too small a one.
+_TRIALS = 8
+
+
+class _TooFewLines(ValueError):
+    """What this stretch of the text holds does not fill a document."""
 
 
 def num_chars(length: int) -> int:
@@ -42,9 +49,23 @@ def classification(tokenizer: Tokenizer, *, length: int, num_documents: int, see
     """
     makers = (_classify, _recall_words)
     return [
-        makers[number % 2](tokenizer, text, Random(f"classification:{seed}:{length}:{number}"), frame, length)
+        _make(makers[number % 2], tokenizer, text, Random(f"classification:{seed}:{length}:{number}"), frame, length)
         for number in range(num_documents)
     ]
+
+
+def _make(make: Callable[..., Document], *arguments: Any) -> Document:
+    """The document of the first stretch of text that fills one."""
+    failed = None
+    for _ in range(_TRIALS):
+        try:
+            return make(*arguments)
+        except ValueError as error:
+            failed = failed or error
+            # Another kind of fault, or a given text that has no further stretch.
+            if not isinstance(error, _TooFewLines):
+                break
+    raise failed
 
 
 def _classify(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> Document:
@@ -89,7 +110,7 @@ def _lines_by_class(text: Text, rng: Random, length: int) -> dict[str, list[str]
     least = 1 + _LEAST_EXAMPLES
     if len(largest) < NUM_CLASSES or len(classes[largest[-1]]) < least:
         found = ", ".join(f"{word!r} {len(classes[word])}" for word in largest) or "none"
-        raise ValueError(
+        raise _TooFewLines(
             f"classification needs {NUM_CLASSES} first words with at least {least} different lines of {_LINE_CHARS[0]} to {_LINE_CHARS[1]} "
             f"characters each, and {len(lines)} lines of the text have: {found}; give more text, or text in shorter lines"
         )
@@ -121,7 +142,7 @@ def _finish(
             share -= len(tokens)
             room -= len(tokens)
         else:
-            raise ValueError(
+            raise _TooFewLines(
                 f"the text has {len(lines)} lines to label that begin with {word!r}, and {share} tokens of their part stay empty; "
                 "give more text or a shorter length"
             )
