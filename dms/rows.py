@@ -215,15 +215,15 @@ def check_sharing(model: nn.Module, size: int, num_tokens: int, skipped: dict[st
             f"sequence_parallel is {size}, and {type(model).__name__} has {heads} query and {kv_heads} KV heads, which {size} processes "
             f"cannot share evenly; choose one of {', '.join(map(str, fitting)) or 1}"
         )
-    if model.dms.rotary.frequencies_of(num_tokens) != model.dms.rotary.frequencies_of(1):
-        raise ValueError(
-            f"sequence_parallel is {size}, and the rotary frequencies of {type(model).__name__} depend on a text's length, of which each process "
-            f"sees its part alone; set sequence_parallel: 1, or a data.length below {num_tokens} that needs no other frequencies"
-        )
     if other := other_attention(model, skipped):
         raise ValueError(
             f"sequence_parallel is {size}, and {type(model).__name__} has layers whose attention is not computed here ({', '.join(other)}), "
             "which would see this process's tokens alone; set sequence_parallel: 1"
+        )
+    if model.dms.rotary.frequencies_of(num_tokens) != model.dms.rotary.frequencies_of(1):
+        raise ValueError(
+            f"sequence_parallel is {size}, and the rotary frequencies of {type(model).__name__} depend on a text's length, of which each process "
+            f"sees its part alone; set sequence_parallel: 1, or a data.length below {num_tokens} that needs no other frequencies"
         )
 
 

@@ -230,6 +230,8 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: attent
         state.forward = Forward("train", tokens)
 
     def stand_in(module: nn.Module, *_) -> None:
+        # The layers of a kind are one object here, which runs more than once in a pass.
+        state.forward.entered.clear()
         decided = module.dms_pending.keywords["log_keep_BTH"]
         module.dms_pending = functools.partial(attention.gated_attention, log_keep_BTH=decided, kernels=kernels)
 
