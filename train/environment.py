@@ -25,7 +25,7 @@ def prepare(precision: str) -> None:
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         # OpenMP's threads spin while they wait for each other, 300,000 rounds by default: beside another job on the same cores they wait
         # for threads that are not running, and take their time. So many rounds bridge the gap between two operations. Not to spin at all
-        # costs a fifth of the speed on an idle machine.
+        # costs a third of the speed on an idle machine.
         os.environ["GOMP_SPINCOUNT"] = "1000"
     # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
