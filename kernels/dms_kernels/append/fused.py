@@ -107,6 +107,8 @@ def append_step(
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
             QUANTIZED=page_scales is not None, num_warps=warps,
+            # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return rotated
 
