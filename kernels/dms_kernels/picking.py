@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -18,6 +17,9 @@ IMPLEMENTATIONS = ("reference", "triton")
 # Of custom operators, which PyTorch wants in ASCII. A copy of this package elsewhere, as exported folders have, registers its own.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__, flags=re.ASCII)
 
+# Found once, at import: torch.compile traces what runs at a call, and refuses the machinery of imports.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_targets: dict[int, "Target"] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 
 
@@ -35,14 +37,15 @@ PRETENDED = Target(capability=90, num_processors=3, shared_bytes=232_448)
 
 
 def target(device: torch.device) -> Target:
-    return _target_of(device.index or 0) if device.type == "cuda" else PRETENDED
-
-
-@lru_cache
-def _target_of(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 101_376)
-    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count, shared)
+    if device.type != "cuda":
+        return PRETENDED
+    index = device.index or 0
+    # A dict, not lru_cache: torch.compile warns of that and traces through it all the same.
+    if index not in _targets:
+        properties = torch.cuda.get_device_properties(index)
+        shared = getattr(properties, "shared_memory_per_block_optin", 101_376)
+        _targets[index] = Target(properties.major * 10 + properties.minor, properties.multi_processor_count, shared)
+    return _targets[index]
 
 
 def is_interpreted() -> bool:
@@ -97,13 +100,8 @@ def reset_calls() -> None:
     _calls.clear()
 
 
-@lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _device_problem(device: torch.device) -> str | None:
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "Triton is not installed"
     if device.type == "cpu":
         return None if is_interpreted() else "on a CPU Triton runs in its interpreter alone (TRITON_INTERPRET=1)"

@@ -88,6 +88,9 @@ def test_error_is_at_most_twice_plain_torch(shape, options, gates, dtype):
     for name, x in want.items():
         assert torch.isfinite(ours[name]).all(), name
         error, allowed = ((result[name] - x).abs().max() for result in (ours, plain))
+        if name == "sink_logits":
+            # One number a head: too few for a ratio of largest errors, where plain torch may be lucky. The result's own rounding counts.
+            allowed = torch.maximum(allowed, torch.finfo(dtype).eps / 2 * x.abs().max())
         assert error <= 2 * allowed + 1e-6 * x.abs().max(), (name, float(error), float(allowed))
 
 
