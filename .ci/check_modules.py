@@ -5,16 +5,17 @@ import importlib
 import pkgutil
 import sys
 
+import dms_train
+
 import dms
 import dms.recipes
-import dms.train
 import dms_kernels
 
 # Module -> the packages that it may lack. What is not named here is inference, and the command line.
 MAY_LACK = {
-    "dms.train": {"accelerate"},
+    "dms_train": {"accelerate"},
     "dms.report": {"matplotlib"},
-    "dms.evaluation.harness": {"lm_eval"},
+    "dms.evaluation.engine.lm_eval_model": {"lm_eval"},
     "dms_kernels": {"triton"},
 }
 
@@ -31,8 +32,8 @@ def lacking(name: str) -> str | None:
     return None
 
 
-# dms.train and dms.recipes are named too: in an editable installation they lie elsewhere.
-packages = (dms, dms.train, dms.recipes, dms_kernels)
+# dms_train and dms.recipes are named too: in an editable installation they lie elsewhere.
+packages = (dms, dms_train, dms.recipes, dms_kernels)
 names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")})
 lack = {name: package for name in names if (package := lacking(name))}
 wrong = {

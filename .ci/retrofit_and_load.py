@@ -8,8 +8,9 @@ import sys
 import torch
 
 import dms
-from dms import checkpoint, models
 from dms.hf_compat import output_cache
+from dms.io import base_models as models
+from dms.io import checkpoint
 from dms.retrofitting import gate_parameters
 
 if "site-packages" not in dms.__file__:

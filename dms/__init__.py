@@ -7,10 +7,6 @@ Method: "Inference-Time Hyper-Scaling with KV Cache Compression", arXiv 2506.053
 """
 
 import importlib
-import pkgutil
-
-# A wheel used from inside a checkout finds ./dms first; the rest of the package (dms.train) is then found here too.
-__path__ = pkgutil.extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
@@ -18,8 +14,8 @@ _LAZY = {
     "DMSCache": "dms.cache",
     "DMSConfig": "dms.config",
     "retrofit": "dms.retrofitting",
-    "load": "dms.checkpoint",
-    "save": "dms.checkpoint",
+    "load": "dms.io.checkpoint",
+    "save": "dms.io.checkpoint",
     "set_mode": "dms.retrofitting",
 }
 __all__ = ["DMSCache", "DMSConfig", "load", "retrofit", "save", "set_mode"]

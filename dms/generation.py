@@ -1,41 +1,152 @@
-"""`dms generate`: stream text and say what its cache holds."""
+"""What `model.generate` does in evict mode: it makes a DMSCache, and reads a prompt once for all its samples or beams."""
 
-import time
+import functools
+import warnings
 
-from rich.console import Console
+import torch
+from transformers.utils import ModelOutput
 
-from dms import checkpoint, models
-from dms.vocabulary import check_tokens, num_embeddings
+from dms import hf_compat
+from dms.cache import DMSCache, compact_layers
+from dms.modes import state_of
+from dms.rotary import reading
 
 
-def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None) -> dict:
-    """Generate from a retrofitted folder, printing as it goes; returns the cache's report.
+@functools.cache
+def with_decoding(own: type) -> type:
+    """The class of a retrofitted model: the given one, with `Decoding` before it, under the same name."""
+    for name in ("_prepare_cache_for_generation", "_prefill"):
+        hf_compat.generation_method(own, name)
+    return type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__, "_own_class": own})
 
-    Raises:
-        ValueError: a folder without gates, an empty prompt, or another kv_dtype than int8.
-    """
-    model = checkpoint.load(folder, evict_bias=evict_bias)
-    model.dms.kv_dtype = kv_dtype
-    tokenizer = models.load_tokenizer(folder)
-    import torch
-    from transformers import TextStreamer
 
-    from dms.cache.report import make_report
-    from dms.hf_compat import output_cache
+def _make(own: type):
+    cls = with_decoding(own)
+    return cls.__new__(cls)
 
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty; give at least one token of text")
-    check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")
-    inputs.pop("token_type_ids", None)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    start = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs, return_dict_in_generate=True, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
-        )
-    seconds = time.perf_counter() - start
-    report = make_report(output_cache(output), warn=True)
-    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
-    return report.to_dict()
+
+class Decoding:
+    """Stands before the model's own class in a retrofitted model's bases. Outside evict mode it changes nothing."""
+
+    def __reduce_ex__(self, protocol):
+        # The class has no name in a module that pickle could find it by.
+        return _make, (self._own_class,), self.__dict__
+
+    def generate(self, *args, evict_bias: float | None = None, **kwargs):
+        """As transformers', and a cache may be given as `cache` or as `past_key_values`, whatever the release calls it.
+
+        evict_bias: added to every gate's logit in this call (None: `model.dms.evict_bias`); above 0 evicts more.
+        """
+        state = state_of(self)
+        for name in hf_compat.CACHE_NAMES:
+            if kwargs.get(name) is not None:
+                kwargs[hf_compat.generation_cache_name()] = kwargs.pop(name)
+                break
+        if state.mode == "evict" and (method := hf_compat.prefix_method(self)):
+            raise ValueError(
+                f"{method} puts keys and values before a prompt that no token made, and gates decide by tokens; call "
+                'dms.set_mode(model, "dense"), or use an adapter that changes weights, such as LoRA'
+            )
+        if evict_bias is None:
+            return super().generate(*args, **kwargs)
+        if state.mode != "evict":
+            raise ValueError(f'evict_bias has no effect in mode {state.mode!r}; call dms.set_mode(model, "evict")')
+        before, state.evict_bias = state.evict_bias, float(evict_bias)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            state.evict_bias = before
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options):
+        """As transformers'. The gates go into gates.safetensors beside the weights, so that `dms.load` and transformers read the folder."""
+        # What it needs imports this module.
+        from dms.io.model_folder import save_pretrained
+
+        save_pretrained(self, save_directory, is_main_process, state_dict, **options)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        state = state_of(self)
+        cache = model_kwargs.get(hf_compat.generation_cache_name())
+        if state.mode != "evict" or not state.takes_cache:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_config.use_cache is False:
+            warnings.warn(
+                "use_cache is False (given, or in generation_config.json): tokens are hidden as if evicted, but each step reads the whole text again",
+                stacklevel=2,
+            )
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r} (given, or in generation_config.json), and evict mode makes "
+                'a cache of its own; set it to None, or call dms.set_mode(model, "dense")'
+            )
+        generation_config.cache_implementation = None
+        if cache is None:
+            cache = model_kwargs[hf_compat.generation_cache_name()] = DMSCache(self)
+        if isinstance(cache, DMSCache):
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            else:
+                # An assisted call before this one may have left it on, and nobody would crop now.
+                cache.stop_past_recording()
+        else:
+            compact_layers(cache, state)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """`generate` has repeated each prompt for its samples or beams; here it is read once, and its pages are shared."""
+        state = state_of(self)
+        cache = model_kwargs.get(hf_compat.generation_cache_name())
+        if not isinstance(cache, DMSCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.prefill_chunk_size is None and state.prefill_chunk is not None:
+            generation_config.prefill_chunk_size = state.prefill_chunk
+        if state.rotary.changes:
+            with reading(self, _text_length(input_ids, model_kwargs)):
+                return self._prefill_once(input_ids, generation_config, model_kwargs, cache, *args, **kwargs)
+        return self._prefill_once(input_ids, generation_config, model_kwargs, cache, *args, **kwargs)
+
+    def _prefill_once(self, input_ids, generation_config, model_kwargs, cache, *args, **kwargs):
+        copies, batch = max(generation_config.num_beams, generation_config.num_return_sequences), input_ids.shape[0]
+        held = cache.batch_size
+        if held not in (-1, batch, batch // copies):
+            raise ValueError(f"the cache holds {held} sequences and the prompts are {batch // copies}; give as many, or fork the cache")
+        given = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+        # Positions of several kinds (text, height, width) come first in some models.
+        batch_dim = {name: 1 if name == "position_ids" and value.dim() == 3 else 0 for name, value in given.items()}
+        if copies == 1 or held == batch or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        once = model_kwargs | {name: v[:, ::copies] if batch_dim[name] else v[::copies] for name, v in given.items()}
+        outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
+        cache.batch_repeat_interleave(copies)
+        return _repeat(outputs, copies)
+
+
+def _text_length(input_ids: torch.Tensor, model_kwargs: dict) -> int:
+    """Tokens of the longest row, those in the cache included and padding not."""
+    mask = model_kwargs.get("attention_mask")
+    return input_ids.shape[1] if mask is None or mask.dim() != 2 else int(mask.sum(-1).max())
+
+
+def _repeat(value, copies: int):
+    """Every tensor of a model's output repeated along the batch."""
+    if isinstance(value, torch.Tensor):
+        return value.repeat_interleave(copies, 0) if value.dim() > 0 else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _repeat(item, copies) for name, item in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_repeat(item, copies) for item in value)
+    return value
+
+
+def draw_tokens(logits_BV: torch.Tensor, draw_B: list[float], *, temperature: float, top_p: float) -> torch.Tensor:
+    """[B] int64: of each row the token at which its cumulative probability passes its draw in [0, 1)."""
+    # From the likeliest on: the tail, where sums are coarse, comes last.
+    share_BV, order_BV = torch.sort(torch.softmax(logits_BV.float() / temperature, dim=-1), dim=-1, descending=True)
+    below_BV = share_BV.cumsum(dim=-1)
+    # The tokens that make up top_p: all before which less than that has been summed.
+    kept_B1 = (below_BV - share_BV < top_p).sum(dim=-1, keepdim=True)
+    reached_B1 = below_BV.gather(-1, kept_B1 - 1)
+    drawn_B1 = torch.tensor(draw_B, device=logits_BV.device, dtype=below_BV.dtype)[:, None]
+    place_B1 = torch.minimum(torch.searchsorted(below_BV, drawn_B1 * reached_B1, right=True), kept_B1 - 1)
+    return order_BV.gather(-1, place_B1)[:, 0]

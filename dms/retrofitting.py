@@ -13,16 +13,16 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dms import attention, gates, hf_compat, masks
-from dms.adapter import AttentionLayer, find_layers
 from dms.cache import CompactedLayer, DMSCache, compact_layers
-from dms.cache.incoming import PendingGate
+from dms.cache.masked import MaskedLayer
+from dms.cache.pending_tokens import PendingGate
 from dms.config import DMSConfig
-from dms.decoding import with_decoding
-from dms.masked_cache import MaskedLayer
-from dms.offload import HostStore
-from dms.quantized import refuse_quantized
+from dms.generation import with_decoding
+from dms.io.weights import refuse_quantized
+from dms.layer_discovery import AttentionLayer, find_layers
+from dms.modes import DMSState, Forward, Mode, Noise, state_of
 from dms.rotary import RotaryLengths
-from dms.state import DMSState, Forward, Mode, Noise, state_of
+from dms.training.offload import HostStore
 
 
 def retrofit(model: nn.Module, config: DMSConfig) -> nn.Module:

@@ -23,12 +23,12 @@ mkdir -p -- "$out"
 site="$(mktemp -d)"
 trap 'rm -rf -- "$site"' EXIT
 cp -r dms "$site/dms"
-cp -r train "$site/dms/train"
-cp -r recipes "$site/dms/recipes"
+cp -r train/dms_train "$site/dms_train"
+cp -r recipes "$site/dms_train/recipes"
 cp -r kernels/dms_kernels "$site/dms_kernels"
 
 status=0
-(cd -- "$site" && PYTHONPATH="$site" timeout --signal=INT --kill-after=10 470 "$python" -m dms.train.bench --json "$out/retrofit.json" "$@") \
+(cd -- "$site" && PYTHONPATH="$site" timeout --signal=INT --kill-after=10 470 "$python" -m dms_train.bench_retrofit --json "$out/retrofit.json" "$@") \
     2>"$out/retrofit.err" | tee -- "$out/retrofit.txt" || status=$?
 if ((status != 0)); then
     tail -n 20 -- "$out/retrofit.err" >&2

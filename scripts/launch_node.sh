@@ -29,4 +29,4 @@ if [[ -n "$expects_value" ]] || ((words == 0)); then usage; fi
 
 [[ "${DMS_SKIP_SETUP:-}" == 1 ]] || "$root/scripts/setup_env.sh" train report track deepspeed
 export PATH="${DMS_VENV:-$root/.venv}/bin:$PATH"
-exec python -m dms.train.launch "$@"
+exec python -m dms_train.launch "$@"

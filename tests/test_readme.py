@@ -17,10 +17,9 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_every_command_is_one_that_the_program_has(command):
+    from dms_train.cli import app
+    from dms_train.recipe_file import packaged_recipes
     from typer.main import get_command
-
-    from dms.train.cli import app
-    from dms.train.recipe_file import packaged_recipes
 
     program, *arguments = command.split()
     if program.startswith("scripts/"):
@@ -37,7 +36,7 @@ def test_every_command_is_one_that_the_program_has(command):
 
 
 def test_the_recipe_in_the_readme_is_valid():
-    from dms.train.recipe import RetrofitRecipe
+    from dms_train.recipe import RetrofitRecipe
 
     (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
     assert RetrofitRecipe.model_validate(yaml.safe_load(block.replace("6e-5", "0.00006"))).target_cr == 4

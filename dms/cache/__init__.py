@@ -4,6 +4,6 @@ from dms.cache.budget import CacheFull, held_bytes
 from dms.cache.cache import DMSCache
 from dms.cache.convert import compact_layers
 from dms.cache.layer import CompactedLayer
-from dms.cache.report import Report
+from dms.cache.stats import Report
 
 __all__ = ["CacheFull", "CompactedLayer", "DMSCache", "Report", "compact_layers", "held_bytes"]

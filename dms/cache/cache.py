@@ -11,9 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from dms import hf_compat
 from dms.cache.budget import Budget, CacheFull, held_bytes
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer
-from dms.cache.pool import PagePool
-from dms.cache.report import Report, compacted_layers, make_report
-from dms.state import DMSState, state_of
+from dms.cache.page_pool import PagePool
+from dms.cache.stats import Report, compacted_layers, make_report
+from dms.modes import DMSState, state_of
 
 
 class DMSCache(Cache):
@@ -89,7 +89,7 @@ class DMSCache(Cache):
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to go on later or elsewhere; what is on trial is kept first."""
-        from dms.cache.saved import save
+        from dms.cache.serialization import save
 
         save(self, path)
 
@@ -100,7 +100,7 @@ class DMSCache(Cache):
         Raises:
             ValueError: a damaged file, or the cache of another model.
         """
-        from dms.cache.saved import load
+        from dms.cache.serialization import load
 
         return load(path, model, **options)
 

@@ -3,8 +3,8 @@
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dms.cache.layer import CompactedLayer
-from dms.masked_cache import MaskedLayer
-from dms.state import DMSState
+from dms.cache.masked import MaskedLayer
+from dms.modes import DMSState
 
 
 def compact_layers(cache: Cache, state: DMSState) -> None:

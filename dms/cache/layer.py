@@ -9,9 +9,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from dms.cache.budget import Budget
-from dms.cache.fused import FusedStore, make_store
-from dms.cache.incoming import Incoming, PendingGate
-from dms.cache.pool import PagePool
+from dms.cache.fused_store import FusedStore, make_store
+from dms.cache.page_pool import PagePool
+from dms.cache.pending_tokens import Incoming, PendingGate
 from dms.cache.store import EVICT, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
@@ -62,7 +62,7 @@ class CompactedLayer(CacheLayerMixin):
         if value_states.shape[-1] != D:
             raise ValueError(
                 f"keys have {D} dimensions and values {value_states.shape[-1]}, and a page holds both side by side; "
-                "pass past_key_values=dms.masked_cache.masked_cache(model), which hides what is evicted and keeps it"
+                "pass past_key_values=dms.cache.masked.masked_cache(model), which hides what is evicted and keeps it"
             )
         self.store = self.make_store(B, H, D, value_states.dtype, key_states.device)
         self.dtype, self.device, self.is_initialized = value_states.dtype, key_states.device, True

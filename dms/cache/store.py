@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from dms import masks
-from dms.cache.incoming import Decisions, Incoming
-from dms.cache.pool import PagePool, lasting, listed, reads_are_free
+from dms.cache.page_pool import PagePool, lasting, listed, reads_are_free
+from dms.cache.pending_tokens import Decisions, Incoming
 from dms.config import DMSConfig
 from dms_kernels.cached_attention import Keys, Pages, Plan, make_plan
 

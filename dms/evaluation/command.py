@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dms import checkpoint, models
 from dms.console import make_console, make_progress
-from dms.evaluation import evaluate as evaluation
-from dms.evaluation.collect import FATAL, make_rows
-from dms.evaluation.extras import LmEval, Scaling, prepare_harness, prepare_scaling
-from dms.evaluation.kept import read_json
-from dms.evaluation.profile import num_passes, write_profile
-from dms.evaluation.settings import POLICIES, Settings, open_folder
-from dms.evaluation.table import comparison_table
-from dms.evaluation.units import Unit, finished, make_units, run_unit
-from dms.evaluation.words import in_words
-from dms.operating_points import write_evaluation
+from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.engine.extras import LmEval, Scaling, prepare_harness, prepare_scaling
+from dms.evaluation.engine.gate_profile import num_passes, write_profile
+from dms.evaluation.engine.resume import read_json
+from dms.evaluation.engine.settings import POLICIES, Settings, open_folder
+from dms.evaluation.engine.units import Unit, finished, make_units, run_unit
+from dms.evaluation.present.findings import in_words
+from dms.evaluation.present.tables import comparison_table
+from dms.evaluation.stats.collect import FATAL, make_rows
+from dms.io import base_models as models
+from dms.io import checkpoint
+from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
+from dms.io.weights import GATES_FILE
 from dms.report.evidence import read_evidence
+from dms.report.operating_points import write_evaluation
 from dms.retrofitting import state_of
-from dms.vocabulary import check_documents, check_tokenizer, num_embeddings
-from dms.weights import GATES_FILE
 
 # Documents of each suite that the report's profile is made of.
 _PROFILED = 4

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dms.card import hub_id, introduction, shown_name
-from dms.card_sections import join_card, set_section, split_card
+from dms.report.card import hub_id, introduction, shown_name
+from dms.report.card_sections import join_card, set_section, split_card
 
 _LOADING = "How to load it"
 _NEEDED = ("torch", "transformers", "safetensors")

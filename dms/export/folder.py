@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import dms
-from dms import models
 from dms.export import card
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
-from dms.gates_file import check_base, read_config, read_gates
-from dms.weights import GATES_FILE, INDEX_FILE, weight_files
+from dms.io import base_models as models
+from dms.io.gates_file import check_base, read_config, read_gates
+from dms.io.weights import GATES_FILE, INDEX_FILE, weight_files
 
 FORMATS = ("hf", "gates", "merged")
 _AUTO_CLASS = "AutoModelForCausalLM"

@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from dms import hf_compat
-from dms.gates_file import attach, check_base, read_config, read_gates
+from dms.io.gates_file import attach, check_base, read_config, read_gates
+from dms.io.weights import GATES_FILE
 from dms.retrofitting import set_mode
-from dms.weights import GATES_FILE
 
 # What `from_pretrained` and the hub's cache both understand.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

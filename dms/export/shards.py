@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from dms.files import save_tensors
-from dms.weights import INDEX_FILE, tensor_spans, weight_files, write_index
+from dms.io.files import save_tensors
+from dms.io.weights import INDEX_FILE, tensor_spans, weight_files, write_index
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", start=1)}

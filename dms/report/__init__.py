@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dms.report.curves import Rates, plot_eviction, plot_training, read_metrics
-from dms.report.document import plot_document
+from dms.report.document_picture import plot_document
+from dms.report.document_trace import FORMAT_VERSION, DocumentTrace
 from dms.report.page import write_document_html
-from dms.report.trace import FORMAT_VERSION, DocumentTrace
 
 __all__ = ["DocumentTrace", "plot_document", "plot_eviction", "plot_training", "read_metrics", "write_document_html", "write_report"]
 

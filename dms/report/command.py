@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dms.report import charts
 from dms.report.curves import plot_eviction, plot_training
-from dms.report.document import plot_document
+from dms.report.document_picture import plot_document
 from dms.report.evaluation_page import write_evaluation_page
 from dms.report.evidence import Evidence, read_evidence
 from dms.report.plots import plot_charts
@@ -53,7 +53,7 @@ def _pictures(evidence: Evidence, folder: Path) -> list[Path]:
 
 def run(folder: str, out: str | None, card: bool, model: str | None, console) -> None:
     """What the command does, and says."""
-    from dms.operating_points import write_evaluation
+    from dms.report.operating_points import write_evaluation
 
     if model is not None and not card:
         raise ValueError(f"--model is {model} and --card is not set: only the card goes into the model's folder; add --card")

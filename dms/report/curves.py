@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dms.report.figure import BLUE, GREY, INK, VERMILLION, new_figure, save
+from dms.report.plots import BLUE, GREY, INK, VERMILLION, new_figure, save
 
 Rates = Sequence[Sequence[float | None]]
 

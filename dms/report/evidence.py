@@ -8,7 +8,7 @@ from typing import Any
 
 from dms.report import charts
 from dms.report.curves import read_metrics
-from dms.report.trace import FORMAT_VERSION, DocumentTrace
+from dms.report.document_trace import FORMAT_VERSION, DocumentTrace
 
 Row = dict[str, Any]
 _NEEDED = ("policy", "task", "metric", "value")

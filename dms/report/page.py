@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dms.report.trace import DocumentTrace
+from dms.report.document_trace import DocumentTrace
 
 _ASSETS = Path(__file__).parent / "assets"
 # Nothing is asked of any host, and a browser holds the page to it.

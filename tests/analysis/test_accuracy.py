@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import dms
-from dms.analysis import cost, kv
-from dms.analysis.counting import GROUPED, grouped_flops
-from dms.analysis.kv import KV
-from dms.analysis.shapes import measure
 from dms.cache import CompactedLayer, DMSCache, held_bytes
 from dms.config import DMSConfig
+from dms.costs import inference_cost as cost
+from dms.costs import kv
+from dms.costs.counting import GROUPED, grouped_flops
+from dms.costs.inference_shapes import measure
+from dms.costs.kv import KV
 
 WITHIN = 0.02
 MACHINE = cost.Machine()

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train.cli import app
 from said import says
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from dms import hardware
-from dms.analysis import cost, roofline, table
-from dms.analysis.analyze import analyze
-from dms.analysis.cost import Machine
-from dms.analysis.counting import Weight
-from dms.analysis.kv import KV, entries_seen, visible_pairs
-from dms.analysis.shapes import measure
 from dms.config import DMSConfig
-from dms.train.cli import app
+from dms.costs import analysis_table as table
+from dms.costs import hardware
+from dms.costs import inference_cost as cost
+from dms.costs import inference_roofline as roofline
+from dms.costs.analysis import analyze
+from dms.costs.counting import Weight
+from dms.costs.inference_cost import Machine
+from dms.costs.inference_shapes import measure
+from dms.costs.kv import KV, entries_seen, visible_pairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
 H100 = hardware.load().gpu("h100-80")
@@ -217,7 +219,7 @@ def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
     config = read("Qwen3-0.6B", 2).to_dict() | {"dms": saved.to_saved()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     measured = []
-    monkeypatch.setattr("dms.analysis.shapes.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
+    monkeypatch.setattr("dms.costs.inference_shapes.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
     result = run(tmp_path, "--batch", 1, "--context", 4096, "--window", 99)
     assert result.exit_code == 0, result.output
     assert measured == [replace(saved, window=99)]

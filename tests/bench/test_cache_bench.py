@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from dms_train import cli
 
-from dms.bench import cache, filled
-from dms.bench.gating import keep_shares
-from dms.bench.model import QUICK, build_model
-from dms.train import cli
+from dms.benchmarks import cache
+from dms.benchmarks import competitors as filled
+from dms.benchmarks.model import QUICK, build_model, keep_shares
 
 FIGURES = {"decode_tokens_per_second", "attention_ms", "prefill_tokens_per_second", "bytes"}
 KEYS = {

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
 
 import dms
-from dms import adapter
-from dms.adapter import find_layers
+from dms import layer_discovery as adapter
 from dms.hf_compat import CACHE_NAMES, cache_argument
+from dms.layer_discovery import find_layers
 from dms.retrofitting import gate_parameters, set_mode
 
 

@@ -19,7 +19,7 @@ import json, sys
 sys.path.insert(0, {str(HELPERS)!r})
 
 def dms(*arguments):
-    from dms.train import cli
+    from dms_train import cli
     sys.argv = ["dms", *arguments]
     try:
         cli.main()
@@ -74,7 +74,7 @@ def test_help_of_every_command_and_doctor_need_no_extra():
         + """
         import typer
         from dms import doctor
-        from dms.train.cli import app
+        from dms_train.cli import app
         # What it looks into in processes of their own is tested elsewhere.
         doctor._run = lambda code, env=None: (1, "", "not looked into")
         codes = {}
@@ -117,7 +117,7 @@ def test_a_retrofit_is_saved_loaded_and_generates_without_extras(tmp_path):
         HIDE_EXTRAS
         + f"""
         import torch, dms as package
-        from dms.models import load_base
+        from dms.io.base_models import load_base
         torch.manual_seed(0)
         model = package.retrofit(load_base("builtin:tiny", "float32"), package.DMSConfig(window=4))
         package.save(model, {str(tmp_path)!r}, base_name="builtin:tiny")

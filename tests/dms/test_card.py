@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from dms.card import pretrain_card, write_card
+from dms.report.card import pretrain_card, write_card
 
 CONFIG = {"window": 48, "granularity": "head", "alignment": "own", "tau": 0.1, "scale": 100.0, "offset": 5.0, "sinks": 0}
 RUN = {
@@ -308,7 +308,7 @@ def test_pretrain_card(tmp_path):
 
 
 def test_pretrain_card_names_tokens_that_exist():
-    from dms.evaluation.lexicon import FIRST_WORDS, VALUES
+    from dms.evaluation.data.names import FIRST_WORDS, VALUES
 
     assert "amber" in FIRST_WORDS and 317 in VALUES
 

@@ -6,10 +6,10 @@ import evaluated
 import pytest
 import yaml
 
-from dms.card import write_card
-from dms.card_sections import has_section, join_card, set_section, split_card
-from dms.operating_points import write_evaluation
+from dms.report.card import write_card
+from dms.report.card_sections import has_section, join_card, set_section, split_card
 from dms.report.evidence import read_evidence
+from dms.report.operating_points import write_evaluation
 
 GATES = b"gates"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dms.gates import logistic_noise
+from dms.modes import Noise
 from dms.retrofitting import gate_parameters, set_mode
-from dms.state import Noise
 
 # The older name works in every version supported.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

@@ -19,7 +19,7 @@ from dms.report.words import MARKS, marked, verdicts
 
 
 def run(*arguments):
-    from dms.train.cli import app
+    from dms_train.cli import app
 
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 

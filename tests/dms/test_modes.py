@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dms import attention
 from dms.cache import CompactedLayer, DMSCache
-from dms.masked_cache import cache_ratios, masked_cache
+from dms.cache.masked import cache_ratios, masked_cache
 from dms.retrofitting import gate_parameters, set_mode
 
 GRID = {

@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from dms import offload
 from dms.masks import Tokens
+from dms.modes import Noise
 from dms.retrofitting import gate_parameters, set_mode
-from dms.state import Noise
+from dms.training import offload
 from dms_kernels import picking
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

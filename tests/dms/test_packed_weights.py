@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
-from dms import checkpoint, models
+from dms.io import base_models as models
+from dms.io import checkpoint
 
 # The sixteen values of four bits (OCP Microscaling Formats, E2M1), low nibble first.
 HALVES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -51,7 +52,7 @@ def test_loaded_as_numbers_and_saved_as_numbers(packed, tmp_path):
 
 
 def test_it_counts_as_bfloat16(packed):
-    from dms.train.artifacts import saved_dtype
+    from dms_train.artifacts import saved_dtype
 
     config = AutoConfig.from_pretrained(packed[0])
     assert models.is_packed(config) and models.is_saved_bfloat16(config) and saved_dtype(str(packed[0])) == torch.bfloat16

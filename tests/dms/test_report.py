@@ -84,7 +84,7 @@ def image(path):
 
 
 def test_import_is_light():
-    code = "import sys, dms.report, dms.card; print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
+    code = "import sys, dms.report, dms.report.card; print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

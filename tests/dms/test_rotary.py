@@ -7,9 +7,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import dms
-from dms.evaluation.runner import read
+from dms.cache.masked import masked_cache
+from dms.evaluation.engine.decode import read
 from dms.hf_compat import cache_argument
-from dms.masked_cache import masked_cache
 from dms.retrofitting import set_mode
 from dms.rotary import reading
 
@@ -121,7 +121,7 @@ def test_evaluation_reads_as_one_pass_does(model, ids):
 
 
 def test_rows_divided_among_processes_are_refused(model):
-    from dms.rows import check_sharing
+    from dms.training.packed_attention import check_sharing
 
     check_sharing(model, 2, LIMIT, model.dms.skipped)
     with pytest.raises(ValueError, match="depend on a text's length"):

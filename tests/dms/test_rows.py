@@ -143,7 +143,7 @@ def make_batch(lengths):
 
 
 def step(model, teacher, batch, predictions, rows):
-    from dms.train.step import HeadLoss, Normalizer, distill_step
+    from dms_train.step import HeadLoss, Normalizer, distill_step
 
     return distill_step(
         model,
@@ -163,7 +163,7 @@ def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
     """The KL of each family's teacher and student, where transformers' masks would let gpt_oss's and opt's documents meet."""
     import torch
 
-    from dms.rows import Rows
+    from dms.training.packed_attention import Rows
 
     # Noise goes by places in the row.
     monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
@@ -193,7 +193,7 @@ def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
 def test_what_cannot_be_shared_is_refused(heads, kv_heads, size, tokens, message):
     from transformers import LlamaConfig
 
-    from dms.rows import check_sharing
+    from dms.training.packed_attention import check_sharing
 
     class Model:
         config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
@@ -205,7 +205,7 @@ def test_what_cannot_be_shared_is_refused(heads, kv_heads, size, tokens, message
 def test_other_kinds_of_layers_are_refused():
     from transformers import LlamaConfig
 
-    from dms.rows import check_sharing
+    from dms.training.packed_attention import check_sharing
 
     class Model:
         config = LlamaConfig(
@@ -221,7 +221,7 @@ def take_step(family: str, settings: dict, group=None) -> tuple[dict, dict]:
 
     group: the processes that share the rows; None: this one alone.
     """
-    from dms.rows import Rows, check_sharing
+    from dms.training.packed_attention import Rows, check_sharing
 
     model, teacher = make_models(family, settings)
     batch = make_batch([[37, 50, 5, 4] if settings.get("packed", True) else [92, 4], [96]])

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import dms
-from dms import checkpoint
-from dms.gates_file import read_gates
+from dms.io import checkpoint
+from dms.io.gates_file import read_gates
 from dms.retrofitting import gate_parameters
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dms.evaluation.bootstrap import NUM_RESAMPLES, Sample, compare, interval, make_draws
+from dms.evaluation.stats.bootstrap import NUM_RESAMPLES, Sample, compare, interval, make_draws
 
 
 def test_interval_against_loops():

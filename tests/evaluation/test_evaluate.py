@@ -6,15 +6,17 @@ import math
 import pytest
 import torch
 
-from dms import checkpoint, models
-from dms.evaluation import command, units
+from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder, failures, make_settings
+from dms.evaluation.engine import units
+from dms.evaluation.engine.scoring import predict
+from dms.evaluation.engine.settings import POLICIES
 from dms.evaluation.policies import TRAINING_FREE
-from dms.evaluation.policies.h2o import H2O
-from dms.evaluation.scoring import predict
-from dms.evaluation.settings import POLICIES
+from dms.evaluation.policies.rules import H2O
+from dms.evaluation.present.findings import in_words
 from dms.evaluation.suites import make_suite
-from dms.evaluation.words import in_words
+from dms.io import base_models as models
+from dms.io import checkpoint
 from dms.retrofitting import set_mode
 
 SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}

@@ -10,7 +10,7 @@ import yaml
 from evicting import embedded
 
 import dms
-from dms.evaluation.lm_eval import prepare_lm_eval, run_lm_eval
+from dms.evaluation.engine.lm_eval import prepare_lm_eval, run_lm_eval
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 
@@ -243,7 +243,7 @@ def test_what_is_prepared_runs_without_being_checked_again(tiny, folder, tmp_pat
     settings = {"tasks": ["toy_choice"], "points": [], "policies": ("dense",), "limit": 2, "include_path": str(folder)}
     prepared = prepare_lm_eval(*tiny, out=tmp_path, **settings)
     assert not list((tmp_path / "done").iterdir())
-    monkeypatch.setattr("dms.evaluation.lm_eval._build", None)
+    monkeypatch.setattr("dms.evaluation.engine.lm_eval._build", None)
     (row,) = prepared.run(common={"model": "tiny"}, out=tmp_path)
     assert row["num_samples"] == 2 and (tmp_path / "lm_eval.json").is_file()
 
@@ -292,7 +292,7 @@ def test_the_command_merges_suites_harness_and_chains(save_gated, folder, tmp_pa
     from rich.console import Console
 
     from dms.evaluation.command import evaluate_folder, make_settings
-    from dms.evaluation.extras import LmEval, Scaling
+    from dms.evaluation.engine.extras import LmEval, Scaling
 
     model = str(save_gated())
     settings = make_settings(

@@ -15,7 +15,7 @@ import torch
 import yaml
 from evicting import embedded
 
-from dms.evaluation import lm_eval_compat as compat
+from dms.evaluation.engine import lm_eval_compat as compat
 from dms.upstream import UpstreamChanged
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[lmeval]'")
@@ -227,7 +227,7 @@ def test_a_broken_touch_is_named(name, measured):
 
 def test_a_changed_harness_is_refused_before_anything_runs(monkeypatch):
     """Steps that the harness alone would call: it would go its own way without a word."""
-    from dms.evaluation.harness import Harness
+    from dms.evaluation.engine.lm_eval_model import Harness
 
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM._model_call", lambda self, ids: None)
     with pytest.raises(UpstreamChanged, match=r"lm_eval_compat\.harness_step needs HFLM\._model_call\(inps, attn_mask, labels\)"):
@@ -235,7 +235,7 @@ def test_a_changed_harness_is_refused_before_anything_runs(monkeypatch):
 
 
 def test_every_touch_is_held_broken_and_listed():
-    section = UPSTREAM.read_text().partition("`dms/evaluation/lm_eval_compat.py`")[2].partition("\n## ")[0]
+    section = UPSTREAM.read_text().partition("`dms/evaluation/engine/lm_eval_compat.py`")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == TOUCHES
     for touch in TOUCHES:
         assert f"test_{touch}" in globals() and touch in BREAKS

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dms.evaluation.lm_eval_rows import make_rows
+from dms.evaluation.engine.lm_eval_rows import make_rows
 
 
 def made(metric: str, right: dict[str, list[float]], chance: dict[str, float]) -> list[dict]:

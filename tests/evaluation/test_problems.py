@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from dms import models
-from dms.evaluation.answers import AnswerRule, canonical
-from dms.evaluation.problems import make_chains, read_problems
+from dms.evaluation.data.problems import AnswerRule, canonical, make_chains, read_problems
+from dms.io import base_models as models
 
 
 @pytest.fixture(scope="module")

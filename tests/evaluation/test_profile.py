@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import dms
-from dms import models
-from dms.cache.report import make_report
-from dms.evaluation.corpus import StdlibText
-from dms.evaluation.profile import num_passes, write_profile
-from dms.evaluation.tasks import make_document
+from dms.cache.stats import make_report
+from dms.evaluation.data.tasks import make_document
+from dms.evaluation.data.text_sources import StdlibText
+from dms.evaluation.engine.gate_profile import num_passes, write_profile
+from dms.io import base_models as models
 from dms.report import DocumentTrace
 from dms.retrofitting import gate_parameters, set_mode, state_of
 

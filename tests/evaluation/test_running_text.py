@@ -12,11 +12,10 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainer
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from dms import models
-from dms.evaluation.corpus import stdlib_files
-from dms.evaluation.given_text import GivenText, split_lines
+from dms.evaluation.data.text_sources import GivenText, split_lines, stdlib_files
+from dms.evaluation.data.token_bytes import encode_with_sizes
 from dms.evaluation.suites import make_suite
-from dms.evaluation.token_bytes import encode_with_sizes
+from dms.io import base_models as models
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = (ROOT / "LICENSE").read_text(encoding="utf-8")

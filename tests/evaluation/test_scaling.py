@@ -13,14 +13,14 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
-from dms.evaluation import scaling
-from dms.evaluation.bootstrap import make_draws
-from dms.evaluation.chains import Chain, Sampled, Sampling, sample_chains
-from dms.evaluation.equal_budget import equal_budgets, sentences
-from dms.evaluation.operating import operate
-from dms.evaluation.problems import Problems, make_chains, read_problems
-from dms.evaluation.scaling import Curve, check_scaling, run_scaling
-from dms.evaluation.scaling_table import scaling_table
+from dms.evaluation.data.problems import Problems, make_chains, read_problems
+from dms.evaluation.engine import scaling
+from dms.evaluation.engine.chains import Chain, Sampled, Sampling, sample_chains
+from dms.evaluation.engine.resume import operate
+from dms.evaluation.engine.scaling import Curve, check_scaling, run_scaling
+from dms.evaluation.present.tables import scaling_table
+from dms.evaluation.stats.bootstrap import make_draws
+from dms.evaluation.stats.equal_budget import equal_budgets, sentences
 from dms.retrofitting import gate_parameters
 
 SETTINGS = {"max_k": 4, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 3}

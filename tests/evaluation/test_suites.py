@@ -10,13 +10,13 @@ from string import ascii_lowercase
 
 import pytest
 
-from dms import models
-from dms.evaluation.corpus import StdlibText, stdlib_files
-from dms.evaluation.evaluate import make_documents
-from dms.evaluation.given_text import GivenText
-from dms.evaluation.lexicon import is_unseen
-from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite, words
-from dms.evaluation.tasks import TASKS
+from dms.evaluation.data.names import is_unseen
+from dms.evaluation.data.tasks import TASKS
+from dms.evaluation.data.text_sources import GivenText, StdlibText, stdlib_files
+from dms.evaluation.engine.one_pass import make_documents
+from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite
+from dms.evaluation.suites import word_counts as words
+from dms.io import base_models as models
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGINS = ("return", "raise", "class", "import", "assert")

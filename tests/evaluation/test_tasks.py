@@ -4,11 +4,11 @@ import re
 from random import Random
 
 import pytest
+from dms_train.pretrain import train_tokenizer
 
-from dms.evaluation.corpus import StdlibText, stdlib_files
-from dms.evaluation.lexicon import FIRST_WORDS, SECOND_WORDS, VALUES, WORDS, draw_names, is_unseen
-from dms.evaluation.tasks import TASKS, make_document
-from dms.train.tokenizer import train_tokenizer
+from dms.evaluation.data.names import FIRST_WORDS, SECOND_WORDS, VALUES, WORDS, draw_names, is_unseen
+from dms.evaluation.data.tasks import TASKS, make_document
+from dms.evaluation.data.text_sources import StdlibText, stdlib_files
 
 
 @pytest.fixture(scope="module")

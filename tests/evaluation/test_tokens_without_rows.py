@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
+from dms_train import generate_command as generation
 
-from dms import generation, models
 from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder, make_settings
-from dms.evaluation.extras import Scaling
+from dms.evaluation.engine.extras import Scaling
+from dms.io import base_models as models
 
 EXTRA = "<extra>"
 

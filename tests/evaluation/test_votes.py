@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dms.evaluation.votes import MAX_CHAINS, majority_at_k, pass_at_k
+from dms.evaluation.stats.votes import MAX_CHAINS, majority_at_k, pass_at_k
 
 CASES = [
     (["a"], "a"),

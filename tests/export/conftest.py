@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import dms
-from dms import checkpoint, models
+from dms.io import base_models as models
+from dms.io import checkpoint
 from dms.retrofitting import gate_parameters
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"

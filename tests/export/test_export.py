@@ -13,11 +13,12 @@ from serving import files_read, modes
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import dms
-from dms import checkpoint, models
 from dms.export.folder import export
 from dms.export.shards import parse_size
+from dms.io import base_models as models
+from dms.io import checkpoint
+from dms.io.weights import INDEX_FILE, base_hash
 from dms.retrofitting import gate_parameters
-from dms.weights import INDEX_FILE, base_hash
 
 
 def tensors(folder):

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 import dms
-from dms import models
 from dms.export.folder import export
+from dms.io import base_models as models
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 

@@ -8,15 +8,16 @@ import os
 
 import pytest
 import torch
+from dms_train.step import HeadLoss, Normalizer, distill_step
 from safetensors.torch import load_file
 
 import dms
 import dms_kernels
-from dms import checkpoint, models
-from dms.cache.fused import FusedStore
+from dms.cache.fused_store import FusedStore
 from dms.export.folder import export
+from dms.io import base_models as models
+from dms.io import checkpoint
 from dms.retrofitting import gate_parameters, state_of
-from dms.train.step import HeadLoss, Normalizer, distill_step
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/kernels")
 

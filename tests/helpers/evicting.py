@@ -3,7 +3,7 @@
 import torch
 
 import dms
-from dms import models
+from dms.io import base_models as models
 from dms.retrofitting import gate_parameters
 
 

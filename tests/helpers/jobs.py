@@ -26,8 +26,8 @@ class Job:
         recipe = self.folder.with_name(f"{self.folder.name}.yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(values))
-        alone = ["dms.train.cli", "retrofit", str(recipe)]
-        command = [sys.executable, "-m", *(alone if processes == 1 else ["dms.train.launch", str(recipe), "--gpus", str(processes)])]
+        alone = ["dms_train.cli", "retrofit", str(recipe)]
+        command = [sys.executable, "-m", *(alone if processes == 1 else ["dms_train.launch", str(recipe), "--gpus", str(processes)])]
         # The same number of threads everywhere, or sums come out in another order.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
         self.log = recipe.with_suffix(".log")

@@ -1,4 +1,4 @@
-"""By touch of `dms.train.compat` and `dms.sharding`: break what it stands on, and touch it.
+"""By touch of `dms_train.compat` and `dms.training.sharding`: break what it stands on, and touch it.
 
 `break_TOUCH` (or `break_TOUCH_...`, where there are several ways) takes a monkeypatch and `get`, which gives the fixtures of
 tests/train/test_compat.py by name.
@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from dms_train import compat
 from torch import nn
 
-from dms.sharding import is_sharded
-from dms.train import compat
+from dms.training.sharding import is_sharded
 
 TIMEOUT = timedelta(minutes=3)
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

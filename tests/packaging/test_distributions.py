@@ -55,14 +55,14 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"{inside}/{path.name}" in names
     for path in (ROOT / "recipes").rglob("*"):
         if path.suffix == ".yaml" or "model" in path.relative_to(ROOT / "recipes").parts[:-1]:
-            assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
+            assert f"dms_train/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"dms", "dms_kernels"}
 
 
 def test_wheel_holds_data_and_type_information(names):
-    assert {"dms/py.typed", "dms/train/py.typed", "dms_kernels/py.typed", "dms/hardware.yaml"} <= names
+    assert {"dms/py.typed", "dms_train/py.typed", "dms_kernels/py.typed", "dms/costs/hardware.yaml"} <= names
     assets = {f"dms/report/assets/{path.name}" for path in (ROOT / "dms/report/assets").iterdir()}
     assert assets and assets <= names
 
@@ -128,8 +128,8 @@ def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
     code = """
         import os, sys
         sys.path[1:1] = os.environ["TARGETS"].split(os.pathsep)
-        import dms, dms.recipes, dms.train, dms_kernels
-        for module in (dms, dms.train, dms.recipes, dms_kernels):
+        import dms, dms.recipes, dms_train, dms_kernels
+        for module in (dms, dms_train, dms.recipes, dms_kernels):
             print(module.__file__)
     """
     installed = [path for path in sys.path if path.endswith("site-packages")]
@@ -146,4 +146,4 @@ def test_modules_that_import_with_the_base_dependencies_alone():
         "import base_alone, runpy; base_alone.hide(); runpy.run_path('.ci/check_modules.py')", PYTHONPATH=str(ROOT / "tests/helpers")
     )
     # The blocker works: training cannot be imported.
-    assert "'dms.train.loop': 'accelerate'" in said, said
+    assert "'dms_train.loop': 'accelerate'" in said, said

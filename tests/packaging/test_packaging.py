@@ -35,7 +35,7 @@ def test_every_package_folder_is_listed(packages):
     for folder in listed:
         assert (folder / "__init__.py").is_file(), f"setup.cfg lists {folder}, which has no __init__.py"
     sources = [path for path in tree_files() if path.suffix == ".py"]
-    roots = [folder for name, folder in packages.items() if name in ("dms", "dms.train", "dms.recipes", "dms_kernels")]
+    roots = [folder for name, folder in packages.items() if name in ("dms", "dms_train", "dms.recipes", "dms_kernels")]
     packaged = {path.parent for path in sources if any(path.is_relative_to(root) for root in roots)}
     assert packaged <= listed, f"not in setup.cfg's packages: {sorted(map(str, packaged - listed))}"
     elsewhere = {path.parent for path in sources if path.name == "__init__.py" and "tests" not in path.relative_to(ROOT).parts}
@@ -59,8 +59,8 @@ def test_one_version(setup_cfg):
 
 
 def test_dms_never_imports_the_training(packages):
-    for path, found in modules(packages, "dms", without=("dms.train", "dms.recipes")):
-        assert not [name for name in found if name == "dms.train" or name.startswith("dms.train.")], path
+    for path, found in modules(packages, "dms", without=("dms_train", "dms.recipes")):
+        assert not [name for name in found if name == "dms_train" or name.startswith("dms_train.")], path
 
 
 def test_kernels_import_torch_and_triton_alone(packages):
@@ -72,11 +72,11 @@ def test_kernels_import_torch_and_triton_alone(packages):
 def test_scanner_sees_every_kind_of_import(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
-        "import dms.train.loop\nfrom dms import train\nfrom . import train\nfrom .train import loop\ndef f():\n    from ..x import y\n"
+        "import dms_train.loop\nfrom dms import train\nfrom . import train\nfrom .train import loop\ndef f():\n    from ..x import y\n"
     )
-    assert {"dms.train.loop", "dms.train", "x.y"} <= imports_of(source, "dms") | imports_of(source, "dms.sub")
-    source.write_text("import importlib\nimportlib.import_module('dms.train.loop')\n")
-    assert "dms.train.loop" in imports_of(source, "dms")
+    assert {"dms_train.loop", "dms_train", "x.y"} <= imports_of(source, "dms") | imports_of(source, "dms.sub")
+    source.write_text("import importlib\nimportlib.import_module('dms_train.loop')\n")
+    assert "dms_train.loop" in imports_of(source, "dms")
 
 
 def test_kernels_ship_alone():
@@ -128,7 +128,7 @@ def say():
 def test_help_costs_little():
     """Measured: 0.16 s of processor time and 25 MiB at the peak; with torch they would be over 1 s and 220 MiB."""
     assert min(run_help()[1] for _ in range(3)) < 0.5
-    _, memory = cost_of("import sys; sys.argv = ['dms', '--help']; from dms.train.cli import main; main()")
+    _, memory = cost_of("import sys; sys.argv = ['dms', '--help']; from dms_train.cli import main; main()")
     assert memory < 50
 
 
@@ -150,7 +150,7 @@ def test_help_is_instant():
 
 def test_the_command_imports_nothing_heavy():
     python(
-        "import sys, dms.train.cli; heavy = {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+        "import sys, dms_train.cli; heavy = {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
 
 

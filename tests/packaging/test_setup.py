@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from rich.console import Console
 
-from dms.evaluation.table import results_table
+from dms.evaluation.present.tables import results_table
 
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),

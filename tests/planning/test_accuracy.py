@@ -7,17 +7,20 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 import pytest
 import torch
+from dms_train import models as students
+from dms_train.plan_command import choice_of, job_of
+from dms_train.recipe import RetrofitRecipe
+from dms_train.step import HeadLoss, Normalizer, distill_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dms.planning import flops, layers, memory, shapes
-from dms.planning.job import Choice
-from dms.planning.live import LiveBytes
-from dms.rows import local_rows
-from dms.train import students
-from dms.train.planning import choice_of, job_of
-from dms.train.recipe import RetrofitRecipe
-from dms.train.step import HeadLoss, Normalizer, distill_step
+from dms.costs import activations as layers
+from dms.costs import training_flops as flops
+from dms.costs import training_memory as memory
+from dms.costs import training_shapes as shapes
+from dms.costs.job import Choice
+from dms.costs.live_bytes import LiveBytes
+from dms.training.packed_attention import local_rows
 
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192, "hidden_size": 256}
 SHAPES = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from dms.planning.live import LiveBytes
+from dms.costs.live_bytes import LiveBytes
 
 
 class Keeps(torch.autograd.Function):

@@ -5,18 +5,18 @@ from functools import cache
 
 import pytest
 import yaml
+from dms_train import plan_command as planning
+from dms_train.cli import app
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe
 from said import says
 from typer.testing import CliRunner
 
-from dms import hardware
 from dms.console import make_console
-from dms.planning import table
-from dms.planning.job import Choice, choices
-from dms.planning.plan import recipe_lines
-from dms.train import planning
-from dms.train.cli import app
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import load_recipe
+from dms.costs import hardware
+from dms.costs import plan_table as table
+from dms.costs.job import Choice, choices
+from dms.costs.plan import recipe_lines
 
 CONFIGS = "tests/recipes/configs"
 
@@ -212,9 +212,9 @@ def test_hardware_is_whole_and_strict():
 
 
 def test_every_packaged_retrofit_is_among_all():
-    from dms.train import planning
-    from dms.train.recipe import RetrofitRecipe
-    from dms.train.recipe_file import load_recipe
+    from dms_train import plan_command as planning
+    from dms_train.recipe import RetrofitRecipe
+    from dms_train.recipe_file import load_recipe
 
     names = planning._every()
     assert {"tiny/retrofit", "qwen3-8b", "llama3.1-8b-all"} <= set(names)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train import plan_command as planning
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import find_recipe, load_recipe, packaged_recipes
 
-from dms.planning.plan import Plan
-from dms.train import planning
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import find_recipe, load_recipe, packaged_recipes
+from dms.costs.plan import Plan
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(name for name in packaged_recipes() if "/" not in name)

@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from dms.train import launch
+from dms_train import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "scripts" / "slurm.sbatch"
@@ -26,7 +25,7 @@ DEADLINE = 90
 # The launcher with its command line, but with a stand-in for `dms retrofit`, and with its times shortened.
 DRIVER = """
 import sys
-from dms.train import launch, nodes
+from dms_train import launch, nodes
 launch.worker_command = lambda recipe, overrides: [sys.executable, "-S", {stub!r}]
 nodes.BEAT_SECONDS, nodes.LINGER_SECONDS, nodes.LOST_SECONDS, nodes.JOIN_SECONDS = 0.2, 2.0, {lost}, {join}
 sys.exit(launch.main())
@@ -440,7 +439,7 @@ def test_gpus_are_counted(monkeypatch, tmp_path, visible, expected):
 def test_nothing_heavy_is_imported():
     code = """
         import sys
-        from dms.train import launch
+        from dms_train import launch
         assert launch.main(["tiny/retrofit", "--dry-run"]) == 0
         try:
             launch.main(["--help"])
@@ -504,7 +503,7 @@ def expected(rank: int, *, local_rank: int, per_node: int, node_rank: int = 0, n
 
 
 def retrofit(*args: str) -> list[str]:
-    return ["-m", "dms.train.cli", "retrofit", *args]
+    return ["-m", "dms_train.cli", "retrofit", *args]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

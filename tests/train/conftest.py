@@ -6,9 +6,8 @@ import torch
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
+    from dms_train.pretrain import train_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from dms.train.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("base") / "model"
     torch.manual_seed(0)

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-
-from dms.train import loop
-from dms.train.recipe import RetrofitRecipe
+from dms_train import loop
+from dms_train.recipe import RetrofitRecipe
 
 METHODS = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -22,8 +21,8 @@ def refusal(recipe_values, tiny_folder, tmp_path, monkeypatch):
     def refuse(config: dict) -> str:
         base = shutil.copytree(tiny_folder, tmp_path / "base")
         (base / "config.json").write_text(json.dumps(config))
-        monkeypatch.setattr("dms.models.load_base", lambda *_, **__: pytest.fail("weights were read"))
-        monkeypatch.setattr("dms.train.loop.open_data", lambda *_, **__: pytest.fail("data were read"))
+        monkeypatch.setattr("dms.io.base_models.load_base", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr("dms_train.loop.open_data", lambda *_, **__: pytest.fail("data were read"))
         with pytest.raises(ValueError) as caught:
             loop.run(RetrofitRecipe.model_validate(recipe_values | {"model": str(base)}))
         assert f"model '{base}'" in str(caught.value)

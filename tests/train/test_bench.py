@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train import bench_retrofit as bench
+from dms_train.step import HeadLoss
 
-from dms.train import bench
-from dms.train.step import HeadLoss
 from dms_kernels import gated_attention
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import yaml
+from dms_train import cli
 from said import says
-
-from dms.train import cli
 
 
 @pytest.fixture

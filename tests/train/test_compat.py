@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from dms_train import compat
 from torch import nn
 from training_breaks import BREAKS, TIMEOUT, make_small, zero_config
 
-from dms.sharding import gathered, is_sharded, num_elements, resident_bytes
-from dms.train import compat
+from dms.training.sharding import gathered, is_sharded, num_elements, resident_bytes
 from dms.upstream import UpstreamChanged
 
 UPSTREAM = Path(__file__).parents[2] / "docs" / "upstream.md"
@@ -392,7 +392,7 @@ def test_a_broken_touch_is_named(name, monkeypatch, request):
 
 def test_every_touch_is_held_broken_and_listed():
     sections = re.split(r"^## ", UPSTREAM.read_text(), flags=re.MULTILINE)
-    ours = [section for section in sections if section.startswith(("`dms/sharding.py`", "`train/compat.py`"))]
+    ours = [section for section in sections if section.startswith(("`dms/training/sharding.py`", "`train/dms_train/compat.py`"))]
     assert re.findall(r"^\| `(\w+)` \|", "".join(ours), re.MULTILINE) == TOUCHES
     for touch in TOUCHES:
         assert f"test_{touch}" in globals() and touch in BREAKS

@@ -13,10 +13,10 @@ import textwrap
 import pytest
 import torch
 import yaml
+from dms_train import cli
 from safetensors.torch import save_file
 
-from dms import faults
-from dms.train import cli
+from dms import errors as faults
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 SAYS = r"""
     import sys
-    from dms.train import cli
+    from dms_train import cli
     cli.prepare = lambda precision: print("\xfcber \u2192 \u2713") or sys.exit(0)
     sys.argv = ["dms", "evaluate", "x"]
     cli.main()
@@ -78,7 +78,7 @@ def test_a_whole_run_is_printed_in_plain_letters(monkeypatch, make_values, tmp_p
 
 
 def test_the_launcher_prints_what_it_would_run_in_plain_letters():
-    code = "from dms.train import launch; import sys; sys.exit(launch.main(['tiny/retrofit', 'output_dir=über', '--dry-run']))"
+    code = "from dms_train import launch; import sys; sys.exit(launch.main(['tiny/retrofit', 'output_dir=über', '--dry-run']))"
     done = python(code, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"'output_dir=?ber'" in done.stdout, done.stderr
 
@@ -107,7 +107,7 @@ def test_ctrl_c_is_one_line(run, command, goes_on):
 def test_a_launched_process_ends_by_the_signal_so_that_the_launcher_sees_that_nothing_was_saved():
     code = """
         import signal, sys
-        from dms.train import cli
+        from dms_train import cli
         cli.prepare = lambda precision: signal.raise_signal(signal.SIGINT)
         sys.argv = ["dms", "retrofit", "tiny/retrofit"]
         cli.main()
@@ -123,7 +123,7 @@ def test_a_launched_process_ends_by_the_signal_so_that_the_launcher_sees_that_no
 def test_the_second_ctrl_c_ends_at_once(context, said):
     code = f"""
         import signal
-        from dms.train import stopping
+        from dms_train import stopping
         with stopping.{context}() as request:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_the_second_ctrl_c_ends_at_once(context, said):
 
 
 def test_ctrl_c_is_as_before_after_the_steps():
-    from dms.train.stopping import listening
+    from dms_train.stopping import listening
 
     with listening():
         signal.raise_signal(signal.SIGINT)
@@ -153,7 +153,7 @@ def test_who_ignores_ctrl_c_goes_on_ignoring_it():
     code = """
         import signal
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        from dms.train.stopping import listening
+        from dms_train.stopping import listening
         with listening() as request:
             signal.raise_signal(signal.SIGINT)
             print(request.signal)
@@ -243,7 +243,7 @@ def test_a_run_on_a_small_disk(make_values, tmp_path):
     recipe.write_text(yaml.safe_dump(make_values(disk / "run", steps=2, target_cr=1)))
     mounted = [*UNSHARE, "sh", "-c", f'mount -t tmpfs -o size=100k tmpfs {disk} && exec "$0" "$@"']
     done = subprocess.run(
-        [*mounted, sys.executable, "-m", "dms.train.cli", "retrofit", recipe], capture_output=True, text=True, timeout=300
+        [*mounted, sys.executable, "-m", "dms_train.cli", "retrofit", recipe], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"dms: failed: No space left on device: {disk / 'run'}" in done.stderr, done.stderr

@@ -17,7 +17,7 @@ import pytest
 )
 def test_threads_spin_little_unless_the_user_says_otherwise(own, expected):
     """As the OpenMP library that torch has loaded tells itself."""
-    code = "from dms.train.environment import prepare; prepare('auto'); import torch; torch.ones(1)"
+    code = "from dms_train.environment import prepare; prepare('auto'); import torch; torch.ones(1)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**environment, "OMP_DISPLAY_ENV": "verbose", **own}, capture_output=True, text=True, check=True)

@@ -11,16 +11,16 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from dms_train import generate_data
+from dms_train.data.loader import open_data
+from dms_train.data.prompts import prompt_render
+from dms_train.data.shards import Row
+from dms_train.generate_data import run
+from dms_train.generate_recipe import GenerateRecipe
+from dms_train.generated_file import Output
 from said import says
 
-from dms import models
-from dms.train import generate_data
-from dms.train.data.prompts import prompt_render
-from dms.train.data.shards import Row
-from dms.train.data.stream import open_data
-from dms.train.generate_data import run
-from dms.train.generate_recipe import GenerateRecipe
-from dms.train.generated_file import Output
+from dms.io import base_models as models
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_rows_go_on_from_their_prompts(values, tiny_folder, tmp_path):
         assert row["text"] == row["prompt"] + row["completion"]
         assert row["finish_reason"] == "eos" or row["completion_tokens"] == 24
         assert tokenizer(row["prompt"], add_special_tokens=False)["input_ids"][0] == tokenizer.bos_token_id
-    from dms.train.data.cost import Cost
-    from dms.train.data.settings import Data
+    from dms_train.data.cost import Cost
+    from dms_train.data.settings import Data
 
     data = Data(source="jsonl", path=values["output"], prompt="prompt", completion="completion", loss_on="completions", length=128)
     stream = open_data(tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_rows=len(tokenizer))
@@ -115,7 +115,7 @@ def test_kill_9_while_it_writes(values, tmp_path, kills):
     expected = generate(values, output=str(tmp_path / "whole.jsonl"), num_prompts=40)
     recipe, path = tmp_path / "recipe.yaml", tmp_path / "out.jsonl"
     recipe.write_text(yaml.safe_dump({**values, "num_prompts": 40}))
-    command = [sys.executable, "-m", "dms.train.cli", "generate-data", str(recipe)]
+    command = [sys.executable, "-m", "dms_train.cli", "generate-data", str(recipe)]
     for number in range(kills):
         job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = path.stat().st_size if path.exists() else 0

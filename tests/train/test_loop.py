@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from dms_train import loop
+from dms_train.recipe import RetrofitRecipe
 
 import dms
-from dms.train import loop
-from dms.train.recipe import RetrofitRecipe
 
 
 def load(values):
@@ -59,10 +59,10 @@ def test_gates_learn_to_evict(finished):
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished):
-    from dms.evaluation.evaluate import evaluate, make_documents, summary
+    from dms.evaluation.engine.one_pass import evaluate, make_documents, summary
 
     folder, result = finished
-    model, tokenizer = dms.load(folder / "model", dtype="float32"), dms.models.load_tokenizer(str(folder / "model"))
+    model, tokenizer = dms.load(folder / "model", dtype="float32"), dms.io.base_models.load_tokenizer(str(folder / "model"))
     assert model.dms.trained_length == 192
     again = evaluate(model, make_documents(tokenizer, num_documents=8, length=192, num_items=3), policies=("dense", "dms"))
     for policy, scores in again.items():
@@ -71,7 +71,7 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
 
 
 def test_the_saved_model_generates(finished):
-    from dms.generation import stream
+    from dms_train.generate_command import stream
 
     ratios = stream(str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0)
     assert ratios["seen"] > ratios["alive"] > 0
@@ -81,7 +81,7 @@ def test_a_loaded_model_works_in_a_pipeline(finished):
     from transformers import pipeline
 
     model = dms.load(finished[0] / "model", dtype="float32", evict_bias=2.0)
-    writer = pipeline("text-generation", model=model, tokenizer=dms.models.load_tokenizer(str(finished[0] / "model")))
+    writer = pipeline("text-generation", model=model, tokenizer=dms.io.base_models.load_tokenizer(str(finished[0] / "model")))
     made = []
     with pytest.MonkeyPatch.context() as patch:
         init = dms.DMSCache.__init__
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(recipe_values, monkeypatc
 
 def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
     result = loop.run(load({**recipe_values, "trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4}}))
-    base = dms.models.load_base(str(tiny_folder), "float32")
+    base = dms.io.base_models.load_base(str(tiny_folder), "float32")
     trained = dms.load(f"{recipe_values['output_dir']}/model", dtype="float32")
     assert not torch.equal(base.model.norm.weight, trained.model.norm.weight)
     assert result["trainable"] == "all"

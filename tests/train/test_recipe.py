@@ -2,10 +2,9 @@ import importlib
 
 import pytest
 import yaml
-
-from dms.train.generate_recipe import GenerateRecipe
-from dms.train.recipe import PretrainRecipe, RetrofitRecipe
-from dms.train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
+from dms_train.generate_recipe import GenerateRecipe
+from dms_train.recipe import PretrainRecipe, RetrofitRecipe
+from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 
 @pytest.fixture

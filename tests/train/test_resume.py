@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dms_train import artifacts, loop
+from dms_train import checkpoints as saving
+from dms_train.recipe import RetrofitRecipe
 from jobs import Job, read_metrics, trajectory
 from safetensors.torch import load_file, save_file
 from said import says
 
 import dms
-from dms.train import artifacts, loop, saving
-from dms.train.recipe import RetrofitRecipe
-from dms.weights import base_hash
+from dms.io.weights import base_hash
 
 SAVE = {"every": 3}
 

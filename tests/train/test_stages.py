@@ -5,18 +5,18 @@ import shutil
 
 import pytest
 import torch
+from dms_train import loop
+from dms_train.cli import app
+from dms_train.ratio_snapshots import write_stage
+from dms_train.recipe import RetrofitRecipe
 from safetensors.torch import load_file
 from serving import files_read
 from typer.testing import CliRunner
 
 import dms
 from dms.export.folder import export
-from dms.gates_file import read_gates
-from dms.train import loop
-from dms.train.cli import app
-from dms.train.recipe import RetrofitRecipe
-from dms.train.stages import write_stage
-from dms.weights import base_hash
+from dms.io.gates_file import read_gates
+from dms.io.weights import base_hash
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from dms_train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, learning_rate, target_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
-from dms import models
-from dms.heads import find_head
+from dms.io import base_models as models
+from dms.lm_head import find_head
 from dms.retrofitting import gate_parameters
-from dms.train.step import HeadLoss, Normalizer, check_head, check_packing, distill_step, learning_rate, target_at
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
+from dms_train import models as students
+from dms_train.recipe import RetrofitRecipe
 
 import dms
-from dms.train import students
-from dms.train.recipe import RetrofitRecipe
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dms_train import cache_teacher, loop
+from dms_train import models as students
+from dms_train.recipe import RetrofitRecipe
+from dms_train.step import HeadLoss, Normalizer, distill_step
+from dms_train.teacher_cache import BATCH_KEYS, row_key
 from jobs import Job, read_metrics
 
-from dms import models
+from dms.io import base_models as models
 from dms.retrofitting import retrofit
-from dms.train import cache_teacher, loop, students
-from dms.train.recipe import RetrofitRecipe
-from dms.train.step import HeadLoss, Normalizer, distill_step
-from dms.train.teacher_cache import BATCH_KEYS, row_key
 from dms_kernels import top_log_probs
 
 
@@ -244,7 +245,7 @@ def test_a_foreign_folder_is_left_alone(cached, tmp_path):
 
 _SLOWLY = """
 import sys, time
-from dms.train import cache_teacher, cli
+from dms_train import cache_teacher, cli
 cache_teacher.SHARD_BYTES = 1
 original = cache_teacher._known
 cache_teacher._known = lambda *arguments: (time.sleep(0.15), original(*arguments))[1]
@@ -282,9 +283,8 @@ def test_a_killed_writer_goes_on_where_it_was(cached, tmp_path):
 
 
 def test_the_command_refuses_a_part_that_is_none(cached, tmp_path):
+    from dms_train.cli import app
     from typer.testing import CliRunner
-
-    from dms.train.cli import app
 
     for part in ("8/8", "1", "a/b", "-1/2"):
         result = CliRunner().invoke(app, ["cache-teacher", "tiny/retrofit", "--part", part])

@@ -5,14 +5,14 @@ import time
 
 import pytest
 import torch
+from dms_train import cache_teacher, loop
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe
+from dms_train.step import HeadLoss, Normalizer, distill_step
 from jobs import read_metrics
 
 import dms
-from dms import models
-from dms.train import cache_teacher, loop
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import load_recipe
-from dms.train.step import HeadLoss, Normalizer, distill_step
+from dms.io import base_models as models
 
 STEPS, STORED, USED = 30, 128, 64
 

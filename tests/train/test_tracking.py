@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import dump_recipe, load_recipe
+from dms_train.tracking import check_trackers, open_tracker
 from rich.console import Console
 from said import says
-
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import dump_recipe, load_recipe
-from dms.train.tracking import check_trackers, open_tracker
 
 _LAYERS = [1, 4]
 _KEYS = {"train/step", "train/loss", "train/kl", "evicted/layer1", "evicted/layer4", "evicted/least_head", "evicted/most_head"}
@@ -86,9 +85,9 @@ _CHILD = """
 import sys, time, torch
 from pathlib import Path
 from rich.console import Console
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import load_recipe
-from dms.train.tracking import open_tracker
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe
+from dms_train.tracking import open_tracker
 
 recipe = load_recipe(sys.argv[1], [], RetrofitRecipe)
 tracker = open_tracker(recipe, Path(recipe.output_dir), Console(), run_id=None, step=0)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train import cache_teacher, engine, loop
+from dms_train import preflight as checks
+from dms_train.recipe import RetrofitRecipe
+from dms_train.run_folder import RunFolder
 from jobs import Job, read_metrics, trajectory
 from rich.console import Console
 from safetensors.torch import load_file
 from said import says
-
-from dms.train import cache_teacher, checks, engine, loop
-from dms.train.recipe import RetrofitRecipe
-from dms.train.run_folder import RunFolder
 
 pytest.importorskip("deepspeed")
 

@@ -1,13 +1,7 @@
 """Training-free policies that a retrofit is judged beside: one small file each, after its paper."""
 
-from dms.evaluation.policies.base import Policy, Seen
 from dms.evaluation.policies.cache import PolicyCache
-from dms.evaluation.policies.h2o import H2O
-from dms.evaluation.policies.keydiff import KeyDiff
-from dms.evaluation.policies.random import Random
-from dms.evaluation.policies.sliding_window import SlidingWindow
-from dms.evaluation.policies.snapkv import SnapKV
-from dms.evaluation.policies.tova import TOVA
+from dms.evaluation.policies.rules import H2O, TOVA, KeyDiff, Policy, Random, Seen, SlidingWindow, SnapKV
 
 __all__ = ["TRAINING_FREE", "Policy", "PolicyCache", "Seen", "make_policy_cache"]
 

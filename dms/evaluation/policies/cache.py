@@ -13,7 +13,7 @@ import torch
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.budget import Budget
 from dms.config import DMSConfig
-from dms.evaluation.policies.base import Policy, Seen
+from dms.evaluation.policies.rules import Policy, Seen
 from dms.masks import Tokens
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from random import Random
 
 from dms.config import nearest
-from dms.evaluation.corpus import StdlibText
-from dms.evaluation.document import Document, Text, plain_frame
-from dms.evaluation.given_text import GivenText, OnceText
-from dms.evaluation.suites import classification, passages, records, words
-from dms.evaluation.suites.chat import chat_frame
+from dms.evaluation.data.document import Document, Text, plain_frame
+from dms.evaluation.data.text_sources import GivenText, OnceText, StdlibText
+from dms.evaluation.suites import classification, passages, records
+from dms.evaluation.suites import word_counts as words
+from dms.evaluation.suites.layout import chat_frame
 from dms.evaluation.suites.running_text import running_text
 
 _MODULES = {"needle": records, "records": records, "passages": passages, "classification": classification, "words": words}

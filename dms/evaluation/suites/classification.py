@@ -14,10 +14,10 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from dms.evaluation.document import Document, Frame, Text, Tokenizer, encode
-from dms.evaluation.lexicon import draw_names
+from dms.evaluation.data.document import Document, Frame, Text, Tokenizer, encode
+from dms.evaluation.data.names import draw_names
+from dms.evaluation.data.tasks import QUESTION, RECORD
 from dms.evaluation.suites.layout import Part, Question, lay_out, room_for_parts
-from dms.evaluation.tasks import QUESTION, RECORD
 
 NUM_CLASSES = 4
 CHANCE = {"classification": 1 / NUM_CLASSES, "label_word": 1 / NUM_CLASSES}

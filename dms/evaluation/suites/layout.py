@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dms.evaluation.document import Answer, Document, Frame, Tokenizer, padding
+from dms.evaluation.data.document import Answer, Document, Frame, Tokenizer, encode, padding
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,30 @@ def lay_out(tokenizer: Tokenizer, frame: Frame, parts: list[Part], questions: li
         ids += question.answer + question.after
         role += [1] * len(question.asked) + [2] * len(question.answer) + [1] * len(question.after)
     return Document(ids, role, answers, sum(part.num_bytes for part in parts), prompt)
+
+
+_USER, _ASSISTANT = "USER-TURN", "ASSISTANT-TURN"
+
+
+def chat_frame(tokenizer, instruction: str) -> Frame:
+    """The tokens of the chat template around a document; `instruction` ends the user's turn.
+
+    Raises:
+        ValueError: a tokenizer without a chat template, or a template that is no frame around two turns.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or "this model"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"the tokenizer of {name} has no chat template; evaluate without chat, or a model with one")
+    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
+    try:
+        written = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:
+        # A template raises what its author chose, jinja's errors and Python's own.
+        raise ValueError(
+            f"the chat template of {name} refuses two turns: {type(error).__name__}: {error}; evaluate without chat"
+        ) from error
+    if written.count(_USER) != 1 or written.count(_ASSISTANT) != 1 or written.index(_USER) > written.index(_ASSISTANT):
+        raise ValueError(f"the chat template of {name} does not write each of two turns once and in order; evaluate without chat")
+    before, after = written.split(_USER)
+    head, middle = encode(tokenizer, [before, f"\n{instruction}{after.split(_ASSISTANT)[0]}"])
+    return Frame(head, middle)

@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass, replace
 from random import Random
 
-from dms.evaluation.document import Document, Frame, Text, Tokenizer, encode
-from dms.evaluation.lexicon import draw_names
+from dms.evaluation.data.document import Document, Frame, Text, Tokenizer, encode
+from dms.evaluation.data.names import draw_names
+from dms.evaluation.data.tasks import QUESTION, RECORD
 from dms.evaluation.suites.layout import Part, Question, lay_out, room_for_parts
-from dms.evaluation.tasks import QUESTION, RECORD
 
 CHANCE = {"passage": 0.0, "marked_passage": 0.0}
 INSTRUCTION = "Lines of the text above are quoted below, word for word; after #? each is called by the name that it carries above."

@@ -1,10 +1,10 @@
-"""Planted records, asked for at the end: the tasks of `dms/evaluation/tasks.py`."""
+"""Planted records, asked for at the end: the tasks of `dms/evaluation/data/tasks.py`."""
 
 from random import Random
 
-from dms.evaluation.document import Document, Frame, Text, Tokenizer
-from dms.evaluation.lexicon import VALUES
-from dms.evaluation.tasks import TASKS, make_document
+from dms.evaluation.data.document import Document, Frame, Text, Tokenizer
+from dms.evaluation.data.names import VALUES
+from dms.evaluation.data.tasks import TASKS, make_document
 
 CHANCE = dict.fromkeys(TASKS, 0.0) | dict.fromkeys(("single", "multi_key", "multi_query"), 1 / len(VALUES)) | {"count": 1 / 6}
 INSTRUCTION = "Each line below begins with #? and repeats names of the records above, each followed by what the records say of it."

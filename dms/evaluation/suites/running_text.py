@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator
 from random import Random
 
-from dms.evaluation.document import Document, Text, plain_frame
-from dms.evaluation.token_bytes import encode_with_sizes
+from dms.evaluation.data.document import Document, Text, plain_frame
+from dms.evaluation.data.token_bytes import encode_with_sizes
 
 # Characters that are read for each token of a window, where a text is much longer than all windows: more than tokens have.
 _CHARS_PER_TOKEN = 16

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dms.cache import CompactedLayer, DMSCache
-from dms.masked_cache import cache_ratios, masked_cache
+from dms.cache.masked import cache_ratios, masked_cache
 from dms.retrofitting import set_mode
 
 VOCABULARY = 97

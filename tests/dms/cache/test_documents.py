@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dms.cache import DMSCache
-from dms.masked_cache import masked_cache
+from dms.cache.masked import masked_cache
 
 
 def _positions(lengths: list[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from dms.cache import CacheFull, DMSCache
 from dms.cache.budget import held_bytes
-from dms.cache.fused import FusedStore
+from dms.cache.fused_store import FusedStore
 from dms.cache.store import Store
 from dms.retrofitting import set_mode
 

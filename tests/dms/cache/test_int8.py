@@ -5,7 +5,7 @@ import torch
 from contents import kept
 
 from dms.cache import CacheFull, DMSCache
-from dms.cache.pool import PagePool
+from dms.cache.page_pool import PagePool
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from contents import kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dms.cache import DMSCache
-from dms.cache.pool import PagePool
-from dms.masked_cache import masked_cache
+from dms.cache.masked import masked_cache
+from dms.cache.page_pool import PagePool
 
 aten = torch.ops.aten
 STEPS = 250

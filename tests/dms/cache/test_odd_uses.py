@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 import dms
 from dms.cache import DMSCache
-from dms.evaluation.evaluate import run_policy
-from dms.evaluation.tasks import Document
+from dms.evaluation.data.tasks import Document
+from dms.evaluation.engine.one_pass import run_policy
 from dms.retrofitting import set_mode
 
 

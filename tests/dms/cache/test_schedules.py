@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dms.cache import DMSCache
-from dms.cache.pool import PagePool
+from dms.cache.page_pool import PagePool
 
 TOLERANCE = 1e-4
 MAX_ROWS, MAX_COLUMNS, MAX_FORKS = 6, 400, 3

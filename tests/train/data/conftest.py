@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from dms_train.data.cost import Cost
+from dms_train.data.loader import open_data
+from dms_train.data.settings import Data
 
-from dms import models
-from dms.train.data.cost import Cost
-from dms.train.data.settings import Data
-from dms.train.data.stream import open_data
+from dms.io import base_models as models
 
 # Attention over 100 tokens costs as much as all else.
 COST = Cost(token=100.0, pair=2.0)

@@ -7,14 +7,14 @@ import time
 from random import Random
 
 import pytest
+from dms_train.data.cost import cost_of
+from dms_train.data.loader import open_data, open_mixture
+from dms_train.data.packing import imbalance
+from dms_train.data.settings import Data
 from rich.console import Console
 from rich.table import Table
 
-from dms.evaluation.corpus import StdlibText
-from dms.train.data.cost import cost_of
-from dms.train.data.planner import imbalance
-from dms.train.data.settings import Data
-from dms.train.data.stream import open_data, open_mixture
+from dms.evaluation.data.text_sources import StdlibText
 
 LENGTH, BATCH, RANKS, STEPS = 32_768, 8, 4, 28
 # Teacher, student and backward pass of a frozen base, two operations a multiplication, at 400 TFLOP/s: no H100 is faster.
@@ -45,7 +45,7 @@ def skewed(tmp_path_factory):
 def setting():
     from transformers import LlamaConfig
 
-    from dms import models
+    from dms.io import base_models as models
 
     config = LlamaConfig(
         hidden_size=2048,

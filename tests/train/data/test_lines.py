@@ -8,13 +8,12 @@ import sys
 import warnings
 
 import pytest
+from dms_train.data.compressed import check_modules, open_file
+from dms_train.data.jsonl import JsonLines
+from dms_train.data.settings import Origin
+from dms_train.data.shards import BLOCK_ROWS, BadShard, TextFiles
+from dms_train.generate_recipe import GenerateRecipe
 from packed import COMPRESSED, compress, documents_of, texts
-
-from dms.train.data.compressed import check_modules, open_file
-from dms.train.data.lines import JsonLines
-from dms.train.data.settings import Origin
-from dms.train.data.shards import BLOCK_ROWS, BadShard, TextFiles
-from dms.train.generate_recipe import GenerateRecipe
 
 
 def lines_of(rows):

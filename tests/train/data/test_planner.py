@@ -3,13 +3,12 @@
 from random import Random
 
 import pytest
+from dms_train.data import packing as planner
+from dms_train.data.cost import Cost, cost_of
+from dms_train.data.packing import Piece, balance_rows, compose, deal, imbalance, pack
+from dms_train.data.source_reader import Cursor, Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dms.train.data import planner
-from dms.train.data.cost import Cost, cost_of
-from dms.train.data.planner import Piece, balance_rows, compose, deal, imbalance, pack
-from dms.train.data.reading import Cursor, Document
 
 # Attention over a whole row of 3,276 tokens costs twice what all else does: a 1B model at some 70K tokens.
 COST = Cost(token=100.0, pair=0.122)

@@ -3,10 +3,9 @@
 import copy
 
 import pytest
-
-from dms.train.data.render import columns_of, make_render
-from dms.train.data.settings import Filter, Origin
-from dms.train.data.shards import Row
+from dms_train.data.settings import Filter, Origin
+from dms_train.data.shards import Row
+from dms_train.data.tokenization import columns_of, make_render
 
 PLAIN = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"

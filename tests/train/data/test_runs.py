@@ -6,12 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from dms_train import loop
+from dms_train.recipe import RetrofitRecipe
 from jobs import Job, read_metrics, trajectory
 from packed import texts
 from said import says
-
-from dms.train import loop
-from dms.train.recipe import RetrofitRecipe
 
 STEPS = 24
 
@@ -125,7 +124,7 @@ def test_a_step_of_prompts_alone_has_nothing_to_predict_and_goes_on(make_values,
 
 
 def test_processes_that_read_other_data_are_refused():
-    from dms.train.checks import check_alike
+    from dms_train.preflight import check_alike
 
     check_alike(["a", "a"], "at the start")
     with pytest.raises(ValueError, match=r"step 3: processes 1, 3 read other data than process 0"):

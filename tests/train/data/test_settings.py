@@ -1,7 +1,6 @@
 import pytest
-
-from dms.train.data.settings import Data, Source
-from dms.train.recipe_file import dump_recipe, parse_yaml
+from dms_train.data.settings import Data, Source
+from dms_train.recipe_file import dump_recipe, parse_yaml
 
 JSONL = {"source": "jsonl", "path": "x.jsonl", "length": 64}
 

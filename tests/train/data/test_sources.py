@@ -4,13 +4,12 @@ import itertools
 from collections import Counter
 
 import pytest
+from dms_train.data.jsonl import JsonLines
+from dms_train.data.settings import Data, Origin
+from dms_train.data.shards import BLOCK_ROWS, Parquet
+from dms_train.data.source_reader import Cursor, Reader
+from dms_train.data.tokenization import columns_of, make_render
 from packed import COMPRESSED, compress, documents_of, texts
-
-from dms.train.data.lines import JsonLines
-from dms.train.data.reading import Cursor, Reader
-from dms.train.data.render import columns_of, make_render
-from dms.train.data.settings import Data, Origin
-from dms.train.data.shards import BLOCK_ROWS, Parquet
 
 
 def write_parquet(path, rows, row_group_size=100):
@@ -71,8 +70,8 @@ def origins(jsonl, tmp_path):
 
 @pytest.fixture
 def open_source(reader):
-    from dms.train.data import hub
-    from dms.train.data.shards import TextFiles
+    from dms_train.data import hub
+    from dms_train.data.shards import TextFiles
 
     def make(origin, **changes):
         columns = columns_of(origin)
@@ -294,8 +293,8 @@ class Flaky:
 
 
 def test_a_connection_that_breaks_is_tried_again_and_never_counted_as_a_bad_shard(monkeypatch):
-    from dms.train.data import hub
-    from dms.train.data.settings import Origin
+    from dms_train.data import hub
+    from dms_train.data.settings import Origin
 
     monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
     origin = Origin(source="dataset", path="acme/texts", streaming=True)

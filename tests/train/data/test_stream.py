@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dms_train.data.loader import STATE_BYTES
+from dms_train.data.settings import Data
 from packed import compress, documents_of, texts
-
-from dms.train.data.settings import Data
-from dms.train.data.stream import STATE_BYTES
 
 STEPS = 40
 

@@ -4,19 +4,18 @@ import copy
 import json
 
 import pytest
-
-from dms.train import cache_teacher
-from dms.train.data import hub
-from dms.train.data.lines import JsonLines
-from dms.train.data.prompts import Prompts, prompt_render
-from dms.train.data.render import columns_of, make_render
-from dms.train.data.settings import Data, Origin
-from dms.train.data.shards import Parquet, Row
-from dms.train.generate_recipe import GenerateRecipe
-from dms.train.generated_file import Output
-from dms.train.recipe import RetrofitRecipe
-from dms.train.recipe_file import load_recipe
-from dms.train.run_folder import differences
+from dms_train import cache_teacher
+from dms_train.data import hub
+from dms_train.data.jsonl import JsonLines
+from dms_train.data.prompts import Prompts, prompt_render
+from dms_train.data.settings import Data, Origin
+from dms_train.data.shards import Parquet, Row
+from dms_train.data.tokenization import columns_of, make_render
+from dms_train.generate_recipe import GenerateRecipe
+from dms_train.generated_file import Output
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe
+from dms_train.run_folder import differences
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"

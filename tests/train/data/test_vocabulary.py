@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from dms_train import cache_teacher, generate_data, loop
+from dms_train.generate_recipe import GenerateRecipe
+from dms_train.recipe import RetrofitRecipe
 from packed import documents_of, texts
 
-from dms import models, vocabulary
-from dms.train import cache_teacher, generate_data, loop
-from dms.train.generate_recipe import GenerateRecipe
-from dms.train.recipe import RetrofitRecipe
+from dms.io import base_models as models
+from dms.io import vocabulary
 
 # The tiny model has 1,024 rows and its tokenizer as many tokens.
 EXTRA = "<extra>"

@@ -1,1 +1,0 @@
-"""What inference takes, from shapes alone: FLOPs, bytes, the roofline, and where reading the KV cache overtakes reading weights."""

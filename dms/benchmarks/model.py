@@ -1,0 +1,117 @@
+"""Gates that evict a given share of tokens, unevenly over heads as trained ones do.
+
+Shapes: L layers, H KV heads.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dms
+from dms.retrofitting import set_mode, state_of
+
+# Tokens that the gates' logits are sampled over; each sequence is no longer than the window, so that nothing is hidden yet.
+_NUM_SAMPLES = 1024
+# Log-normal: a few heads keep nearly everything, many keep little.
+_SPREAD = 2.0
+_MOST_KEPT = 0.97
+LEAST_EVICTED, MOST_EVICTED = 0.5, 0.99
+
+
+def keep_shares(num_layers: int, num_heads: int, evicted: float, seed: int) -> torch.Tensor:
+    """Share of the tokens that each head keeps, [L, H]: 1 - evicted on average, nothing in one head of eight, nearly all in a few.
+
+    Raises:
+        ValueError: a share that such heads cannot have.
+    """
+    if not LEAST_EVICTED <= evicted <= MOST_EVICTED:
+        raise ValueError(f"evicted is {evicted}; give a share from {LEAST_EVICTED} to {MOST_EVICTED}")
+    total = num_layers * num_heads
+    raw = torch.randn(total, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(_SPREAD).exp()
+    raw[raw.argsort()[: max(1, total // 8)]] = 0.0
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (raw * middle).clamp(max=_MOST_KEPT).mean() < 1 - evicted else (low, middle)
+    return (raw * low).clamp(max=_MOST_KEPT).float().view(num_layers, num_heads)
+
+
+@torch.no_grad()
+def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
+    """Set the gates of a retrofitted model so that each head keeps its share of random tokens. It is in evict mode after."""
+    state, text = state_of(model), model.config.get_text_config()
+    set_mode(model, "evict")
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    for layer in state.layers:
+        weight = layer.module.dms_gate.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator).div(weight.shape[1] ** 0.5))
+        weight.requires_grad_(False)
+    length = min(state.config.window, _NUM_SAMPLES)
+    ids = torch.randint(text.vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
+    state.decoder(input_ids=ids, use_cache=False)
+    for layer, keep_H in zip(state.layers, keep_LH.to(device), strict=True):
+        logits = state.forward.logits[layer.index].flatten(0, 1).sort(0).values
+        least = logits.gather(0, (keep_H * len(logits)).long().clamp(max=len(logits) - 1)[None])[0]
+        # A head that keeps nothing must not keep a token beyond the sample either.
+        least = torch.where(keep_H > 0, least, logits[0] - 100 * state.config.scale)
+        layer.module.dms_gate.bias.copy_(-least / state.config.scale).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama of 0.5 billion parameters: the attention of a model of 1 billion, half as deep, so that it fits beside its caches."""
+
+    hidden: int = 2048
+    mlp: int = 5632
+    layers: int = 8
+    query_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    vocabulary: int = 32000
+    window: int = 256
+    page_size: int = 64
+
+    def __str__(self) -> str:
+        return (
+            f"random Llama: hidden {self.hidden}, MLP {self.mlp}, {self.layers} layers, {self.query_heads} query and {self.kv_heads} KV heads "
+            f"of {self.head_dim}, vocabulary {self.vocabulary}; window {self.window}, pages of {self.page_size}"
+        )
+
+
+DEFAULT = Shape()
+# Small enough for a test.
+QUICK = Shape(hidden=64, mlp=96, layers=2, query_heads=4, kv_heads=2, head_dim=16, vocabulary=97, window=32, page_size=16)
+
+
+def build_model(shape: Shape, seed: int, device: torch.device) -> LlamaForCausalLM:
+    """Random float32 weights, SDPA attention."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.query_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=2**20,
+        attn_implementation="sdpa",
+    )
+    with device:
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A second model over the same weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def with_gates(model: LlamaForCausalLM, shape: Shape, keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
+    """The model retrofitted, over the same weights, in evict mode: each head's gate keeps its share of random tokens."""
+    gated = dms.retrofit(share_weights(model), dms.DMSConfig(window=shape.window))
+    evict_shares(gated, keep_LH, seed)
+    return gated

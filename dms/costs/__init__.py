@@ -1,0 +1,1 @@
+"""What training and inference cost: FLOPs, bytes, seconds, on which hardware."""

@@ -1,0 +1,1 @@
+"""What evaluation documents are made of: text, names, planted tasks, problems."""

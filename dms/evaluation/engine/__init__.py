@@ -1,0 +1,1 @@
+"""Running an evaluation: settings, units of work, decoding, scores."""

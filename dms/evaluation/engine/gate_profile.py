@@ -1,0 +1,200 @@
+"""What the gates do where: by layer and head, by position in the document, and token by token; the report draws it.
+
+Shapes: T tokens, H KV heads, L layers with gates.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dms import masks, report
+from dms.evaluation.data.tasks import Document
+from dms.evaluation.engine.scoring import predict
+from dms.report.document_trace import FORMAT_VERSION
+from dms.retrofitting import set_mode, state_of
+
+
+@torch.no_grad()
+def trace_document(model, tokenizer, document: Document, title: str = "") -> "report.DocumentTrace":
+    """Run one document in evict mode and collect each gate's probability, aligned to the token that it rules."""
+    set_mode(model, "evict")
+    state, device = state_of(model), next(model.parameters()).device
+    ids = torch.tensor([document.input_ids], device=device)
+    right = predict(model, ids, use_cache=False).right_BT[0].tolist()
+    shift = state.config.alignment == "next"
+    probabilities = []
+    for index in sorted(state.forward.logits):
+        prob_HT = torch.sigmoid(state.forward.logits[index][0].float()).T.tolist()
+        probabilities.append([[*row[1:], None] if shift else row for row in prob_HT])
+    return report.DocumentTrace(
+        tokens=[tokenizer.decode([token]) for token in document.input_ids],
+        evict_prob_LHT=probabilities,
+        answers=[(a.start, a.end, all(right[a.start - 1 : a.end - 1])) for a in document.answers],
+        layer_indices=sorted(state.forward.logits),
+        title=title,
+        window=state.config.window,
+        sinks=state.config.sinks,
+        prompt=getattr(document, "prompt", None),
+    )
+
+
+NUM_BINS = 32
+NUM_POSITIONS = 64
+NUM_TRACED = 3
+# Probabilities in traces.json, all documents together: below 2 MB of text.
+_MAX_VALUES = 180_000
+
+
+@dataclass
+class _Sums:
+    """Over documents, at one operating point. evicted, alive: by layer, [H]. *_by_bin, *_at: over layers and heads."""
+
+    bins: int
+    positions: int
+    decided: int = 0
+    seen: int = 0
+    evicted: dict[int, torch.Tensor] = field(default_factory=dict)
+    alive: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.evicted_by_bin, self.decided_by_bin = (torch.zeros(self.bins, dtype=torch.long) for _ in range(2))
+        self.seen_at, self.alive_at = (torch.zeros(self.positions, dtype=torch.long) for _ in range(2))
+
+
+def write_profile(
+    model,
+    tokenizer,
+    documents: Sequence[Document],
+    out: str | Path,
+    *,
+    points: Sequence[float],
+    titles: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Path, Path]:
+    """Write `out`/profile.json (every document at each of `points`) and `out`/traces.json (some documents, as trained or at the
+    nearest point), and return their paths. The model's mode and bias are as before afterwards.
+
+    points: values of evict_bias. titles: what each document is (None: numbered). progress: called with 1 for each document and point,
+    and for each document that is traced (`num_passes` in all).
+
+    Raises:
+        ValueError: no documents, no points, or another number of titles.
+    """
+    if not documents or not points:
+        raise ValueError(f"a profile needs documents and operating points; given {len(documents)} documents and points {list(points)}")
+    if titles is not None and len(titles) != len(documents):
+        raise ValueError(f"{len(titles)} titles for {len(documents)} documents")
+    out, state = Path(out), state_of(model)
+    out.mkdir(parents=True, exist_ok=True)
+    mode, bias = state.mode, state.evict_bias
+    length = max(len(document.input_ids) for document in documents)
+    try:
+        profile = {
+            "format_version": FORMAT_VERSION,
+            **_method(state),
+            "num_documents": len(documents),
+            "length": length,
+            "points": [_profile(model, documents, point, length, progress) for point in points],
+        }
+        # Compared by size first, so that of -1 and 1 the order given decides.
+        state.evict_bias = min(points, key=abs)
+        traces = {"format_version": FORMAT_VERSION, "evict_bias": state.evict_bias, "documents": []}
+        chosen = _traced(documents)
+        for number in chosen:
+            title = titles[number] if titles is not None else f"document {number + 1}"
+            trace = trace_document(model, tokenizer, documents[number], title).fitted(_MAX_VALUES // len(chosen))
+            traces["documents"].append(trace.to_dict())
+            if progress:
+                progress(1)
+    finally:
+        state.evict_bias = bias
+        set_mode(model, mode)
+    return _write(out / "profile.json", profile), _write(out / "traces.json", traces)
+
+
+def num_passes(num_documents: int, num_points: int) -> int:
+    """How often `write_profile` calls its `progress`."""
+    return num_documents * num_points + min(NUM_TRACED, num_documents)
+
+
+def _traced(documents: Sequence[Document]) -> list[int]:
+    """Which documents are shown: spread over all, so that different suites have a chance."""
+    count = min(NUM_TRACED, len(documents))
+    return sorted({i * len(documents) // count for i in range(count)})
+
+
+def _method(state) -> dict:
+    config = state.config
+    return {name: getattr(config, name) for name in ("window", "sinks", "granularity", "alignment")}
+
+
+@torch.no_grad()
+def _profile(model, documents: Sequence[Document], point: float, length: int, progress) -> dict:
+    state, device = state_of(model), next(model.parameters()).device
+    set_mode(model, "evict")
+    state.evict_bias = point
+    num_bins, num_positions = min(NUM_BINS, length), min(NUM_POSITIONS, length)
+    sums = _Sums(num_bins, num_positions)
+    edges = [i * length // num_bins for i in range(num_bins + 1)]
+    positions = torch.tensor([(i + 1) * length // num_positions - 1 for i in range(num_positions)])
+    for document in documents:
+        predict(model, torch.tensor([document.input_ids], device=device), use_cache=False)
+        _add(sums, state, torch.tensor(edges), positions)
+        if progress:
+            progress(1)
+    layers = sorted(sums.evicted)
+    reached = sums.seen_at > 0
+    shares = (sums.evicted_by_bin / sums.decided_by_bin.clamp(min=1)).tolist()
+    return {
+        "evict_bias": point,
+        "layer_indices": layers,
+        "evicted_LH": [_rounded(sums.evicted[i] / max(1, sums.decided)) for i in layers],
+        "cr_LH": [_rounded(sums.seen / sums.alive[i].clamp(min=1)) for i in layers],
+        "bins": [
+            {"start": start, "end": end, "evicted": round(share, 5)}
+            for start, end, share, decided in zip(edges, edges[1:], shares, sums.decided_by_bin.tolist(), strict=False)
+            if decided
+        ],
+        "positions": positions[reached].tolist(),
+        "cr_at": _rounded(sums.seen_at[reached] / sums.alive_at[reached].clamp(min=1)),
+    }
+
+
+def _add(sums: _Sums, state, edges: torch.Tensor, positions: torch.Tensor) -> None:
+    """Add the last pass, of one document."""
+    forward, config = state.forward, state.config
+    tokens = forward.tokens.map(lambda x: x.cpu())
+    decided_T = masks.decided_tokens(tokens.segment_BT, config.alignment)[0]
+    num_tokens = len(decided_T)
+    bin_T = torch.bucketize(torch.arange(num_tokens), edges[1:-1], right=True)
+    positions = positions[positions < num_tokens]
+    sums.decided += int(decided_T.sum())
+    sums.seen += num_tokens
+    for index, evicted_BTH in forward.evicted.items():
+        evicted_TH = evicted_BTH[0].cpu() & decided_T[:, None]
+        num_heads = evicted_TH.shape[1]
+        alive_H = masks.alive(tokens, evicted_TH[None], window=config.window, sinks=config.sinks)[0].sum(0)
+        sums.evicted[index] = sums.evicted.get(index, 0) + evicted_TH.sum(0)
+        sums.alive[index] = sums.alive.get(index, 0) + alive_H
+        sums.evicted_by_bin.index_add_(0, bin_T, evicted_TH.sum(1))
+        sums.decided_by_bin.index_add_(0, bin_T, decided_T.long() * num_heads)
+        # When token q is read, gone is what was evicted of the tokens before its window.
+        gone_T = evicted_TH.sum(1)
+        gone_T[: config.sinks] = 0
+        gone_before = torch.cat([gone_T.new_zeros(1), gone_T.cumsum(0)])[(positions - config.window).clamp(min=0)]
+        sums.seen_at[: len(positions)] += (positions + 1) * num_heads
+        sums.alive_at[: len(positions)] += (positions + 1) * num_heads - gone_before
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def _write(path: Path, content: dict) -> Path:
+    # Never half a file: the report may be asked for while an evaluation runs.
+    unnamed = path.with_name(f"{path.name}.new")
+    unnamed.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False), encoding="utf-8")
+    return unnamed.replace(path)

@@ -1,0 +1,205 @@
+"""lm-evaluation-harness on a retrofitted model, dense and at each operating point, merged into rows.
+
+Eviction acts in likelihood tasks, too: their one forward pass drops what generation would have dropped by then, so that tokens of the
+continuation do not see what was evicted of the prompt.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dms.config import nearest
+from dms.evaluation.engine.lm_eval_compat import num_fewshot as fewshot_of
+from dms.evaluation.engine.lm_eval_compat import quiet
+from dms.evaluation.engine.lm_eval_rows import make_rows, summarize
+from dms.evaluation.engine.resume import Kept, as_before, describe_model, operate
+from dms.requirements import EXTRAS
+from dms.upstream import UpstreamChanged
+
+POLICIES = ("dense", "dms")
+# For the standard errors of what is no mean.
+_BOOTSTRAPS = 1000
+# Files of a task folder larger than this are known by size and time.
+_HASHED_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Runs of the harness of which everything is checked and nothing is measured. units: what each run depends on."""
+
+    harness: Any
+    simple_evaluate: Callable
+    units: list[dict]
+    kept: Kept
+    options: dict
+    include_path: str | None
+
+    def run(
+        self, *, common: dict, out: Path | None, trained_length: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> list[dict]:
+        """As `run_lm_eval`."""
+        runs = []
+        with as_before(self.harness.model), quiet():
+            for unit in self.units:
+                found = self.kept.read(unit)
+                if found is None:
+                    found = _measure(self.harness, self.simple_evaluate, unit)
+                    self.kept.write(unit, found)
+                runs.append({name: unit[name] for name in ("task", "policy", "evict_bias")} | found)
+                if progress:
+                    progress(1)
+        if out is not None:
+            content = {"settings": {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}, "runs": runs}
+            (out / "lm_eval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return make_rows(runs, {**common, "batch_size": self.options["batch_size"]}, trained_length)
+
+
+def run_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    *,
+    common: dict,
+    out: Path | None,
+    trained_length: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> list[dict]:
+    """Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy; dms at each of `points`.
+
+    common: fields that all rows share. out: where finished runs are kept (`done/lm_eval-*.json`), from which a second call goes on, and
+    `lm_eval.json` with what the harness returned; None: nowhere. progress: called with 1 for each task, policy and point. settings: as of
+    `prepare_lm_eval`, and what it raises is raised before any task runs.
+    """
+    prepared = prepare_lm_eval(model, tokenizer, versions=common.get("versions"), out=out, **settings)
+    return prepared.run(common=common, out=out, trained_length=trained_length, progress=progress)
+
+
+def prepare_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    *,
+    tasks: list[str],
+    policies: tuple[str, ...] = POLICIES,
+    points: list[float],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    include_path: str | None = None,
+    versions: dict | None = None,
+    out: Path | None = None,
+) -> Prepared:
+    """Load the harness, and build and measure the requests of all tasks that are not finished in `out`, without a forward pass.
+
+    num_fewshot, limit (the first so many documents), apply_chat_template, include_path (a folder of own tasks): as the harness has them;
+    None: as the task says, all documents, none. versions: of the rows.
+
+    Raises:
+        RuntimeError: the harness is not installed.
+        ValueError: an unknown task, another policy, a task that sets another num_fewshot, or a request longer than the model's context.
+    """
+    _check(policies, points, limit, num_fewshot, batch_size)
+    if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("apply_chat_template: the tokenizer has no chat template; leave it out")
+    simple_evaluate, manager = _load_harness(tasks, include_path)
+    from dms.evaluation.engine.lm_eval_model import Harness
+
+    options = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template, "batch_size": batch_size}
+    operated = [("dense", None)] * ("dense" in policies) + [("dms", float(p)) for p in dict.fromkeys(points)] * ("dms" in policies)
+    kept = Kept(None if out is None else out / "done", "lm_eval")
+    settings = {"model": describe_model(model), "versions": {**(versions or {}), "lm_eval": version("lm_eval")}}
+    settings |= {"task_files": None if include_path is None else _hash_folder(Path(include_path)), **options}
+    units = [{**settings, "task": task, "policy": policy, "evict_bias": p} for task in dict.fromkeys(tasks) for policy, p in operated]
+    with quiet():
+        harness = Harness(model, tokenizer, batch_size)
+        run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
+        _build(harness, run, dict.fromkeys(unit["task"] for unit in units if kept.read(unit) is None), num_fewshot)
+    return Prepared(harness, run, units, kept, options, include_path)
+
+
+def _check(policies: tuple[str, ...], points: list[float], limit: int | None, num_fewshot: int | None, batch_size: int) -> None:
+    others = [policy for policy in policies if policy not in POLICIES]
+    if others or not policies:
+        raise ValueError(
+            f"lm-eval runs under the policies dense and dms, not {', '.join(others) or 'none'}: a likelihood task is one forward pass over prompt and "
+            "continuation together, in which a policy that evicts between them has no place; leave them out"
+        )
+    if "dms" in policies and not (points and all(map(math.isfinite, points))):
+        raise ValueError(f"lm-eval: evict_bias is {points}; give at least one number for dms")
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"lm-eval: {name} is {value!r}; it is a whole number from {least} on")
+
+
+def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable, Any]:
+    """(simple_evaluate, the manager that knows the tasks); the harness's own thousands are read only where they are asked for."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RuntimeError(
+            f"lm-eval tasks need lm-evaluation-harness ({error}): pip install 'dms-retrofit[{EXTRAS['lm_eval']}]'"
+        ) from error
+    if not tasks:
+        raise ValueError("lm-eval: no tasks were named; name some, such as gsm8k")
+    manager = None
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"lm-eval: include_path {include_path} is no folder; name one with the YAML files of tasks")
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ValueError(f"lm-eval knows no task {task!r}{nearest(task, manager.all_tasks)}; `lm-eval ls tasks` lists them")
+    return simple_evaluate, manager
+
+
+def _build(harness: Any, run: Callable, tasks: Iterable[str], num_fewshot: int | None) -> None:
+    """Load the documents of all tasks and measure their requests, before any runs.
+
+    Raises:
+        ValueError: documents that are not there, a request that is too long, or a task that is not given `num_fewshot` examples.
+    """
+    harness.only_checks = True
+    for task in tasks:
+        try:
+            found = run(tasks=[task], predict_only=True, bootstrap_iters=0)
+        except (ValueError, UpstreamChanged):
+            raise
+        except Exception as error:
+            # Hub, network, datasets and task code have no common base class.
+            said = str(error).strip().splitlines() or ["no message"]
+            raise ValueError(f"lm-eval task {task!r} cannot be built: {type(error).__name__}: {said[0]}") from error
+        for part, given in fewshot_of(found).items():
+            if num_fewshot is not None and given != num_fewshot:
+                raise ValueError(
+                    f"lm-eval task {part!r} sets num_fewshot to {given} itself, and the harness would ignore the {num_fewshot} that were asked for; "
+                    "leave num_fewshot out, or the task"
+                )
+    harness.only_checks = False
+
+
+def _measure(harness: Any, run: Callable, unit: dict) -> dict:
+    """Run a task under a policy: what of the harness's results is kept, what it took, and what was evicted."""
+    operate(harness.model, unit["policy"], unit["evict_bias"])
+    harness.restart()
+    start = time.perf_counter()
+    found = summarize(run(tasks=[unit["task"]], log_samples=True, bootstrap_iters=_BOOTSTRAPS))
+    return {**found, "counted": harness.counted.to_dict(), "seconds": time.perf_counter() - start}
+
+
+def _hash_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder)} {stat.st_size}".encode())
+        digest.update(path.read_bytes() if stat.st_size <= _HASHED_BYTES else str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,100 @@
+"""Results that cost time, kept under a hash of all that they depend on, so that a run that was killed goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dms.modes import state_of
+from dms.retrofitting import gate_parameters, set_mode
+
+
+def operate(model: Any, policy: str, evict_bias: float | None) -> None:
+    """Policy "dense", or "dms" with `evict_bias` (None: 0) added to every gate's logit."""
+    set_mode(model, "dense" if policy == "dense" else "evict")
+    state_of(model).evict_bias = evict_bias or 0.0
+
+
+@contextmanager
+def as_before(model: Any) -> Iterator[None]:
+    """Mode and evict_bias are afterwards what they were."""
+    state = state_of(model)
+    mode, bias = state.mode, state.evict_bias
+    try:
+        yield
+    finally:
+        state.evict_bias = bias
+        set_mode(model, mode)
+
+
+# Of each weight tensor so many numbers are hashed, evenly spread; gates are hashed whole.
+_SAMPLED = 64
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What of a retrofitted model decides what it says, its operating point and mode aside."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        _add(digest, name, flat[:: max(1, flat.numel() // _SAMPLED)])
+    for name, parameter in sorted(gate_parameters(model).items()):
+        _add(digest, name, parameter.detach())
+    state = state_of(model)
+    settings = {name: getattr(state, name) for name in ("page_size", "kv_dtype", "prefill_chunk")}
+    return {
+        "weights": digest.hexdigest()[:32],
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "config": repr(state.config),
+        **settings,
+    }
+
+
+def _add(digest, name: str, values: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(values.shape)}".encode())
+    digest.update(values.float().cpu().contiguous().numpy().tobytes())
+
+
+def read_json(path: Path) -> Any | None:
+    """None where there is no such file, or a torn one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Kept:
+    """Files `{kind}-{hash}.json` in a folder; None: nothing is kept. A file that is torn, or of other settings, counts as none."""
+
+    def __init__(self, folder: Path | None, kind: str):
+        self.folder, self.kind = folder, kind
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, settings: dict) -> Path:
+        text = json.dumps(settings, sort_keys=True)
+        return self.folder / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+    def read(self, settings: dict) -> Any | None:
+        if self.folder is None:
+            return None
+        found = read_json(self._path(settings))
+        same = isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings))
+        return found["result"] if same else None
+
+    def write(self, settings: dict, result: Any) -> None:
+        if self.folder is not None:
+            write_json(self._path(settings), {"settings": settings, "result": result})

@@ -1,0 +1,1 @@
+"""Files: checkpoints, gates files, weights, model folders and base models."""

@@ -1,0 +1,130 @@
+"""Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
+
+import importlib
+from pathlib import Path
+
+from dms.config import nearest
+from dms.io.weights import is_packed
+
+BUILTIN = "builtin:"
+
+
+def builtin_models() -> dict[str, Path]:
+    root = Path(next(iter(importlib.import_module("dms.recipes").__path__)))
+    return {folder.parent.name: folder for folder in root.glob("*/model") if (folder / "config.json").exists()}
+
+
+def resolve_model(name: str) -> str:
+    """A name as recipes and commands write it -> what `from_pretrained` takes.
+
+    Raises:
+        ValueError: an unknown built-in model, or a path to something that is not a model folder.
+    """
+    if name.startswith(BUILTIN):
+        known = builtin_models()
+        short = name.removeprefix(BUILTIN)
+        if short not in known:
+            raise ValueError(
+                f"unknown built-in model {name!r}{nearest(short, known)}; there are {', '.join(BUILTIN + k for k in known) or 'none'}"
+            )
+        return str(known[short])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without config.json; name a Hugging Face model folder")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"model {name!r} is not a folder; name a Hugging Face model folder, a hub id, or one of {', '.join(BUILTIN + k for k in builtin_models())}"
+        )
+    return name
+
+
+def is_saved_bfloat16(config) -> bool:
+    """Whether a configuration's weights are bfloat16; those in MXFP4 (gpt-oss) are, once they are unpacked."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
+
+
+def local_folder(name: str) -> Path | None:
+    """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
+    from transformers.utils import cached_file
+
+    from dms.io.weights import weight_files
+
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        try:
+            path = Path(cached_file(str(path), "config.json", local_files_only=True)).parent
+        except OSError:
+            return None
+    return path if weight_files(path) else None
+
+
+def load_config(name: str):
+    """A base's configuration, before its weights are read.
+
+    Raises:
+        ValueError: a model that is not there, cannot be read, or that AutoModelForCausalLM does not load.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+
+    path = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    # A model that brings its own code gets transformers' own words about that.
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return config
+    text = config.get_text_config()
+    own = (config.architectures or [f"a model of type {config.model_type}"])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"{own} is an encoder-decoder; choose a decoder, such as a Llama or Qwen3 model"
+    elif text is config:
+        why = f"{own} is no model that continues text; choose one that AutoModelForCausalLM loads"
+    else:
+        alone = f", such as one of type {text.model_type}" if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else " of its family"
+        why = f"its text decoder stands inside {own}, a model of more than text; choose a text-only model{alone}"
+    raise ValueError(f"model {name!r} is not supported yet: {why} (AutoModelForCausalLM of transformers {__version__} does not load it)")
+
+
+def load_base(name: str, dtype: str = "auto", device: str | None = None):
+    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16".
+
+    Raises:
+        ValueError: a model that is not there, cannot be read, or is damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    from dms import hf_compat
+
+    options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(load_config(name)) else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
+        )
+    except Exception as error:
+        # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if options:
+        # Else save_pretrained would write what was unpacked under the names of packed weights.
+        hf_compat.forget_weight_conversions(model)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_tokenizer(name: str):
+    """Raises ValueError where the tokenizer is missing or unreadable."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

@@ -1,0 +1,169 @@
+"""Save and load what a retrofit leaves: a Hugging Face folder with gates beside its weights, or the gates alone.
+
+A model folder is an ordinary one plus `gates.safetensors` (float32, `layers.{i}.gate.*`) and `config.json["dms"]`. Without
+dms installed it loads as the dense model that it was.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dms.io.base_models import load_base, local_folder
+from dms.io.gates_file import attach, check_base, gate_tensors, read_config, read_gates, set_gates, write_gates
+from dms.io.model_folder import gate_names, onloaded, save_pretrained
+from dms.io.weights import refuse_quantized
+from dms.retrofitting import set_mode, state_of
+from dms.training.sharding import gathered, is_sharded
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, whole and on the CPU: by name in the base's dtype or another, and the gates in float32.
+
+    Tensors that the model ties are one object here.
+    """
+
+    base: dict[str, torch.Tensor]
+    gates: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
+    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; keep=False takes part only."""
+    gates = gate_names(model)
+    # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
+    converted: dict[int, torch.Tensor] = {}
+    weights = Weights({}, {})
+    for name, tensor in onloaded(model, model.state_dict(keep_vars=True)).items():
+        with gathered([tensor]):
+            if not keep:
+                continue
+            if name in gates:
+                weights.gates[gates[name]] = tensor.detach().float().cpu().contiguous().clone()
+                continue
+            if id(tensor) not in converted:
+                cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+                # What is gathered is gone afterwards.
+                converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast.cpu()
+            weights.base[name] = converted[id(tensor)]
+    return weights
+
+
+def save(
+    model,
+    folder: str | Path,
+    *,
+    tokenizer=None,
+    base_name: str,
+    target_cr: float | None = None,
+    dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+) -> Path:
+    """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
+
+    weights: what `collect` gathered; None: gathered here.
+
+    Raises:
+        ValueError: a model without gates, or one that `save_pretrained` refuses.
+    """
+    folder = Path(folder)
+    state_of(model)
+    refuse_quantized(model.config, type(model).__name__)
+    if weights is None and dtype is not None:
+        weights = collect(model, dtype)
+    model.dms_origin = {"base_name": base_name, "target_cr": target_cr}
+    if weights is None:
+        save_pretrained(model, folder)
+    else:
+        save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_gates(model, folder: str | Path) -> None:
+    """Give a retrofitted model the gates of a folder, in place: what transformers' Trainer leaves out where it goes on from one.
+
+    Raises:
+        ValueError: no gates there, or of another configuration, names or shapes than the model's.
+    """
+    tensors, metadata = read_gates(folder)
+    config = read_config(metadata, None, folder)
+    if config != state_of(model).config:
+        raise ValueError(f"{folder} holds gates of another configuration, {config}; the model has {state_of(model).config}")
+    set_gates(model, tensors, folder)
+
+
+def save_gates(
+    model,
+    folder: str | Path,
+    *,
+    base_name: str,
+    base_digest: str,
+    target_cr: float | None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig.
+
+    tensors: the gates' values by name, where the model itself does not hold them whole (ZeRO-3).
+    """
+    tensors = gate_tensors(model) if tensors is None else tensors
+    state = state_of(model)
+    return write_gates(
+        folder,
+        tensors,
+        state.config,
+        base_name=base_name,
+        base_digest=base_digest,
+        target_cr=target_cr,
+        trained_length=state.trained_length,
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    mode: str = "evict",
+    evict_bias: float = 0.0,
+):
+    """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
+
+    path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
+    evicts more than was trained, below 0 less.
+
+    Raises:
+        ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist; name a folder that `dms retrofit` wrote, such as RUN/model")
+    tensors, metadata = read_gates(folder)
+    name = base if base is not None else str(folder)
+    if base is None and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
+    in_config = json.loads((folder / "config.json").read_text()).get("dms") if base is None else None
+    config = read_config(metadata, in_config, folder)
+    checked = _check_base(name, metadata)
+    model = load_base(name, dtype, device)
+    if not checked:
+        # From the hub: now its files are here.
+        _check_base(name, metadata)
+    attach(model, config, tensors, metadata, folder)
+    set_mode(model, mode)
+    model.dms.evict_bias = evict_bias
+    return model
+
+
+def _check_base(name: str, metadata: dict[str, Any]) -> bool:
+    """Whether the base's files are on this machine; raises ValueError where they are others than the gates were trained on."""
+    folder = local_folder(name)
+    if folder is None:
+        return False
+    check_base(folder, metadata, name)
+    return True

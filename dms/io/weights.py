@@ -1,0 +1,106 @@
+"""Weights on disk: which files hold them, the index that names those, and the hash that ties gates to their base."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+GATES_FILE = "gates.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    return sorted(p for p in Path(folder).glob("*.safetensors") if p.name != GATES_FILE)
+
+
+def write_index(folder: str | Path) -> Path:
+    """Write the index of a folder's weights, of a single file too, unless it is there and right.
+
+    Servers read every `*.safetensors` file of a folder but those that an index leaves out, as this one does with the gates.
+    """
+    path, weight_map, size = Path(folder, INDEX_FILE), {}, 0
+    for file in weight_files(folder):
+        spans = tensor_spans(file)
+        weight_map |= dict.fromkeys(spans, file.name)
+        size += sum(end - begin for begin, end in spans.values())
+    if _indexed(path) != weight_map:
+        # Not through a link into the folder that a stage was taken from.
+        path.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def _indexed(path: Path) -> dict[str, str] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tensor_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies, first byte and end, from a file's header; in the order of the data."""
+    with open(file, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+    return dict(sorted(spans.items(), key=lambda item: (item[1], item[0])))
+
+
+def base_hash(folder: str | Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and a sample of its rows; the same for any sharding of the same weights.
+
+    Raises:
+        ValueError: no safetensors files, or a damaged one.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors weights; save the model with save_pretrained")
+    tensors: dict[str, bytes] = {}
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+                    part = f.get_slice(name)
+                    shape = part.get_shape()
+                    digest = hashlib.sha256(f"{name} {part.get_dtype()} {list(shape)}".encode())
+                    rows = shape[0] if shape else 0
+                    for index in sorted({rows * i // 8 for i in range(8)}) if rows else []:
+                        digest.update(_raw_bytes(part[index : index + 1]))
+                    tensors[name] = digest.digest()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(tensors[name])
+    return whole.hexdigest()[:32]
+
+
+def _raw_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def quant_method(config) -> str | None:
+    """How a configuration's weights are quantised, such as "fp8", "gptq" or "bitsandbytes"; None: they are not."""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+            return str(getattr(method, "value", method))
+    return None
+
+
+def is_packed(config) -> bool:
+    """Whether weights are saved in MXFP4, four bits and a scale for each 32: `load_base` unpacks them."""
+    return quant_method(config) == "mxfp4"
+
+
+def refuse_quantized(config, name: str) -> None:
+    """Raises ValueError where the weights of `name` are quantised: saving would not give back a model that loads."""
+    method = quant_method(config)
+    if method is not None:
+        raise ValueError(
+            f"{name} is quantised ({method}), and a quantised model cannot be retrofitted or saved with gates yet; give the model that it was "
+            "made from, in bfloat16, float16 or float32 (often the same name without -4bit, -bnb, -FP8, -GPTQ or -AWQ)"
+        )

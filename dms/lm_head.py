@@ -1,0 +1,61 @@
+"""How a model turns hidden states into logits, so that losses and scores need never hold all logits at once.
+
+Shapes: B batch, T tokens, M model dim, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dms.training.sharding import gathered
+
+
+@dataclass(frozen=True)
+class Head:
+    """`softcap(logit_scale * (h W^T + b))`."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def finish(self, product: torch.Tensor) -> torch.Tensor:
+        """The logits from h W^T + b."""
+        logits = product if self.logit_scale == 1.0 else self.logit_scale * product
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_head(model: nn.Module) -> Head:
+    """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides)."""
+    text = model.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling:
+        scale /= float(scaling)
+    return Head(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Final hidden states [B, T, M] of the text decoder, after the last norm and before the head."""
+    # Not the base model: around the decoders of multimodal ones it asks for what text has not.
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def make_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """[..., M] -> [..., V]. Under ZeRO-3 all processes call it together."""
+    weight, bias = head_parameters(model)
+    with gathered(parameter for parameter in (weight, bias) if parameter is not None):
+        return find_head(model).finish(nn.functional.linear(hidden, weight, bias))
+
+
+@torch.no_grad()
+def difference_of_head(model: nn.Module, input_ids_BT: torch.Tensor) -> float | None:
+    """The largest difference between the model's own logits and those of `find_head`; None where they are the same but for rounding."""
+    found = make_logits(model, hidden_states(model, {"input_ids": input_ids_BT}))
+    own = model(input_ids=input_ids_BT, use_cache=False).logits
+    difference = (found.float() - own.float()).abs().max().item()
+    return None if difference <= 1e-2 * max(1.0, own.float().abs().max().item()) else difference

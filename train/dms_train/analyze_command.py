@@ -1,0 +1,96 @@
+"""`dms analyze`: a model, a recipe or a configuration as what dms.costs reckons with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from dms.config import DMSConfig
+from dms.costs import hardware
+from dms.errors import writing
+from dms_train.plan_command import read_config
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe, packaged_recipes
+
+
+def run(
+    name: str,
+    *,
+    gpu: str,
+    num_gpus: int,
+    contexts: list[int],
+    batches: list[int],
+    ratios: list[float],
+    window: int | None,
+    weight_bits: int,
+    config: str | None,
+    json_file: str | None,
+    plot: str | None,
+    console: Console,
+) -> None:
+    """Analyse and print; write the numbers and the picture where files are named. window: None: the recipe's or the model's own.
+
+    Raises:
+        ValueError: a GPU, model, recipe or configuration that there is not, or values that do not go together.
+    """
+    card = hardware.load().gpu(gpu)
+    _check_files({"--json": json_file, "--plot": plot})
+    if weight_bits not in (8, 16):
+        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+    values, dms = find(name, config)
+    from dms.costs import analysis_table as table
+    from dms.costs.analysis import analyze, check
+    from dms.costs.inference_cost import Machine
+    from dms.costs.inference_shapes import context_of, measure
+
+    check(context_of(values), contexts, ratios)
+    dms = dms if window is None else replace(dms, window=window)
+    found = analyze(
+        measure(values, dms),
+        gpu,
+        card,
+        contexts=contexts,
+        batches=batches,
+        ratios=ratios,
+        machine=Machine(num=num_gpus, weight_bits=weight_bits),
+        window=dms.window,
+    )
+    title = Path(name).stem if name.endswith(".json") else name
+    table.show(console, title, found)
+    if json_file is not None:
+        with writing(json_file):
+            Path(json_file).write_text(json.dumps({"name": title, **found.as_dict()}, indent=1), encoding="utf-8")
+    if plot is not None:
+        from dms.costs.analysis_plot import draw
+
+        with writing(plot):
+            draw(found, title, plot)
+
+
+def _check_files(named: dict[str, str | None]) -> None:
+    for option, file in named.items():
+        if file is not None and not Path(file).expanduser().parent.is_dir():
+            raise ValueError(f"{option} {file}: the folder {Path(file).parent} does not exist; make it, or name another")
+
+
+def find(name: str, config: str | None):
+    """A transformers configuration, and what gates would be: the recipe's, those that the model was retrofitted with, or the defaults.
+
+    name: a configuration's JSON file, a recipe (a path, or a packaged name), or a model (a folder, or a hub id).
+    """
+    if name.endswith(".json"):
+        if config is not None:
+            raise ValueError(f"{name} is a configuration, and --config {config} names another; leave one out")
+        if not Path(name).expanduser().is_file():
+            raise ValueError(f"the configuration {name} is not a file")
+        return _with_gates(read_config(name, name))
+    if name.endswith((".yaml", ".yml")) or name in packaged_recipes():
+        recipe = load_recipe(name, [], RetrofitRecipe)
+        return read_config(recipe.model, config), recipe.dms
+    return _with_gates(read_config(name, config))
+
+
+def _with_gates(values):
+    saved = getattr(values, "dms", None)
+    return values, DMSConfig() if saved is None else DMSConfig.from_saved(saved, "the configuration's dms")

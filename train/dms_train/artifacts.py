@@ -1,0 +1,174 @@
+"""What a retrofit leaves in its folder: gates, model, result.json, report and the table that is printed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from dms import report
+from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.engine.gate_profile import trace_document
+from dms.evaluation.present.tables import results_table
+from dms.io import base_models as models
+from dms.io import checkpoint
+from dms.io.weights import base_hash
+from dms.report import card
+from dms.retrofitting import retrofit, state_of
+from dms_train.lora import without_adapters
+from dms_train.models import Models
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import dump_recipe
+
+
+def saved_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
+    config = models.load_config(name)
+    if models.is_saved_bfloat16(config):
+        return torch.bfloat16
+    dtype = getattr(config, "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def written_dtype(recipe: RetrofitRecipe, base_dtype: torch.dtype) -> torch.dtype | None:
+    """Frozen weights are written as the base has them; trained ones as they were measured, None: as they are held."""
+    return base_dtype if recipe.trainable == "gates" else None
+
+
+def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, weights: checkpoint.Weights, base: dict) -> tuple[Path, str]:
+    dtype = next(tensor.dtype for tensor in weights.base.values() if tensor.is_floating_point())
+    target_cr = recipe.target_cr
+    model_folder = checkpoint.save(
+        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=target_cr, dtype=dtype, weights=weights
+    )
+    digest = base_hash(model_folder)
+    if recipe.trainable == "gates":
+        # Gates alone go with the base that was named, so its own hash counts where its files are at hand.
+        checkpoint.save_gates(
+            student,
+            folder / "gates",
+            base_name=recipe.model,
+            base_digest=base["hash"] or digest,
+            target_cr=target_cr,
+            tensors=weights.gates,
+        )
+    return model_folder, digest
+
+
+def finish(
+    folder: Path | None,
+    recipe: RetrofitRecipe,
+    student: nn.Module,
+    tokenizer,
+    *,
+    dense: evaluation.Scores | None,
+    weights: checkpoint.Weights,
+    base: dict,
+    documents: list,
+    tokens: int,
+    training_seconds: float,
+    start: float,
+    num_processes: int,
+    forwards_done: Callable[[], None],
+    console: Console,
+) -> dict:
+    """Save, evaluate, draw and print. Returns what result.json holds.
+
+    dense: scores of the model as it was, where the student's weights are others now.
+    folder: None on processes that only take part in the forward passes of a divided model. forwards_done is called after those.
+    """
+    if folder is not None:
+        model_folder, digest = _save(folder, recipe, student, tokenizer, weights, base)
+
+    settings = recipe.evaluation
+    length = len(documents[0].input_ids)
+    with console.status("evaluating dense, dms and a sliding window of the same budget"):
+        scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
+        if dense is not None:
+            scores["dense"] = dense
+    names = [f"layer {layer.index}" for layer in state_of(student).layers]
+    trace = trace_document(student, tokenizer, documents[0])
+    forwards_done()
+    if folder is None:
+        return {}
+    common = {
+        "model": recipe.model,
+        "model_hash": digest,
+        "recipe_hash": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
+        "target_cr": recipe.target_cr,
+        "seed": recipe.seed,
+        "versions": evaluation.versions(),
+        "device": evaluation.describe_device(),
+    }
+    rows = [row for s in scores.values() for row in evaluation.rows(s, length=length, common=common)]
+    result = {
+        "model": recipe.model,
+        "target_cr": recipe.target_cr,
+        "window": recipe.dms.window,
+        "alignment": recipe.dms.alignment,
+        "granularity": recipe.dms.granularity,
+        "trainable": recipe.trainable,
+        "beta": recipe.beta,
+        "steps": recipe.steps,
+        "zero": recipe.zero.model_dump(),
+        "num_processes": num_processes,
+        "tokens": tokens,
+        "training_seconds": training_seconds,
+        "seconds": time.perf_counter() - start,
+        "length": length,
+        "device": common["device"],
+        "versions": common["versions"],
+        "policies": {name: evaluation.summary(s) for name, s in scores.items()},
+        "rows": rows,
+    }
+
+    # Before anything is drawn: figures must outlive a failing picture. Its name makes a run finished, so it gets that at the end.
+    unnamed = folder / "result.json.new"
+    unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), scores["dms"].rate_LH, trace, names)
+    card.write_card(
+        model_folder,
+        base_name=recipe.model,
+        base_license=_license(recipe.model),
+        dms_config=asdict(recipe.dms),
+        rows=rows,
+        run={
+            k: result[k]
+            for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")
+        },
+        data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else recipe.data.describe(),
+    )
+    result["seconds"] = time.perf_counter() - start
+    unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unnamed.replace(folder / "result.json")
+    console.print(results_table(result["policies"], f"{recipe.model} at {length} tokens, target CR {recipe.target_cr:g}"))
+    console.print(f"wrote {folder}/: model/ gates/ report/ result.json metrics.jsonl ({result['seconds']:.0f} s)", highlight=False)
+    return result
+
+
+def dense_scores(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores | None:
+    """Scores of the model as it was, before adapters are merged; None where the student's weights are still those."""
+    if recipe.trainable == "gates":
+        return None
+    model = parts.student if parts.teacher is None else parts.teacher
+    if getattr(model, "dms", None) is None:
+        retrofit(model, recipe.dms)
+    with without_adapters(model):
+        return evaluation.run_policy(model, documents, "dense", batch_size=recipe.evaluation.batch_size)
+
+
+def scores_of_base(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores:
+    """Scores of the base before it trains: with a teacher cache no copy of it is left afterwards."""
+    parts.student.eval()
+    scores = evaluation.run_policy(parts.student, documents, "dense", batch_size=recipe.evaluation.batch_size)
+    parts.student.train()
+    return scores
+
+
+def _license(name: str) -> str | None:
+    return "apache-2.0" if name.startswith(models.BUILTIN) else None

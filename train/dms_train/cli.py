@@ -1,0 +1,390 @@
+"""The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
+
+import sys
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dms.errors import writing
+from dms.requirements import require
+from dms_train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
+from dms_train.exit_codes import run_command
+
+app = typer.Typer(
+    help="Retrofit a pretrained LLM with learned KV-cache eviction (Dynamic Memory Sparsification).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure on this machine what evict mode saves.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class ExportFormat(str, Enum):
+    hf = "hf"
+    merged = "merged"
+    gates = "gates"
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as target_cr=8 dms.window=64.", show_default=False)]
+
+
+@app.command()
+def retrofit(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None
+) -> None:
+    """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
+    from dms_train.recipe import RetrofitRecipe
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
+    require("dms retrofit", *RETROFIT_NEEDS)
+    prepare(loaded.precision)
+    from dms_train.loop import run
+
+    with writing(loaded.output_dir):
+        run(loaded)
+
+
+@app.command("cache-teacher")
+def cache_teacher(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit; it names teacher_cache.path.")],
+    overrides: Overrides = None,
+    part: Annotated[str, typer.Option(help="I/N: take every N-th sequence from the I-th (from 0), one process a device.")] = "0/1",
+) -> None:
+    """Write down what the teacher says of a recipe's training data, once for all runs on it; repeated, it goes on where it was."""
+    from dms_train.recipe import RetrofitRecipe
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], RetrofitRecipe)
+    index, slash, number = part.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise ValueError(f"--part is {part!r}; write I/N with I from 0 to N - 1, such as 0/8")
+    require("dms cache-teacher", "accelerate")
+    prepare(loaded.precision)
+    from dms_train.cache_teacher import write
+
+    with writing(loaded.teacher_cache.path if loaded.teacher_cache else ""):
+        write(loaded, part=int(index), num_parts=int(number))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A path, a packaged name such as qwen3-8b, or `all`: every packaged recipe, a row each.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
+    num: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model). Default: from the hub."
+        ),
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")] = None,
+) -> None:
+    """Say before a run what it takes: FLOPs, bytes by kind, seconds and GPU hours of every choice, and which one to take."""
+    prepare("auto")
+    from dms.console import make_console
+    from dms_train.plan_command import run
+
+    run(recipe, overrides or [], gpu=gpu, num_gpus=num, config=config, json_file=json_file, console=make_console())
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/pretrain.")], overrides: Overrides = None
+) -> None:
+    """Train the small embedded model from scratch; repeated, it continues from its last checkpoint."""
+    from dms_train.recipe import PretrainRecipe
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], PretrainRecipe)
+    prepare(loaded.precision)
+    from dms_train.pretrain import run
+
+    with writing(loaded.output_dir):
+        run(loaded)
+
+
+@app.command("generate-data")
+def generate_data(
+    recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/generate.")], overrides: Overrides = None
+) -> None:
+    """Write the dense model's own completions of prompts as training data; repeated, it goes on where it was."""
+    from dms_train.generate_recipe import GenerateRecipe
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], GenerateRecipe)
+    prepare(loaded.precision)
+    from dms_train.generate_data import run
+
+    with writing(loaded.output):
+        run(loaded)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
+    tasks: Annotated[str, typer.Option(help="Of needle, records, passages, classification, words, text; or none. Default: all.")] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of a document. Default: half of the model's context and all of it, up to 8192.")
+    ] = "",
+    evict_bias: Annotated[
+        list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
+    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 50).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents read at once. Default: 16 (--quick: 25).")] = None,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
+    text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
+    chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,
+    seed: Annotated[int, typer.Option()] = 7,
+    lm_eval: Annotated[str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag.")] = "",
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents of each.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")] = None,
+    include_path: Annotated[str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read.")
+    ] = False,
+    problems: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Problems to sample chains for: prompt or messages, and answer.")
+    ] = None,
+    num_problems: Annotated[int | None, typer.Option(min=1, help="Of --scaling. Default: 64.")] = None,
+    max_k: Annotated[int | None, typer.Option(min=1, help="Chains sampled for each problem. Default: 16.")] = None,
+    chains_at_once: Annotated[int | None, typer.Option(min=1, help="Decoded as one batch. Default: all of a problem's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a chain; repeat it.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a chain. Default: 1024; built-in problems: 24.")] = None,
+    answer_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression of a chain's answer. Default: a box, else the last number.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: fewer documents, at one length.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
+    ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
+) -> None:
+    """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
+    prepare("auto")
+    from dms.evaluation.command import default_out, evaluate_folder, failures, make_settings
+    from dms.evaluation.engine.extras import LmEval, Scaling
+
+    sampling = {
+        "problems": problems,
+        "num_problems": num_problems,
+        "max_k": max_k,
+        "chains_at_once": chains_at_once,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "answer_pattern": answer_pattern,
+        "stop": tuple(stop) if stop else None,
+    }
+    given = {name: value for name, value in sampling.items() if value is not None}
+    if given and not scaling:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for hyper-scaling; add --scaling")
+    if problems is None and (answer_pattern is not None or stop):
+        raise ValueError("--answer-pattern and --stop are for problems of your own; name them with --problems FILE.jsonl")
+    if not lm_eval and (lm_eval_limit is not None or num_fewshot is not None or include_path is not None):
+        raise ValueError("--lm-eval-limit, --num-fewshot and --include-path are for lm-evaluation-harness; add --lm-eval TASKS")
+    settings = make_settings(
+        model,
+        policies=_words(policies),
+        suites=[] if tasks == "none" else _words(tasks) or None,
+        lengths=_numbers("--lengths", lengths),
+        evict_bias=evict_bias or [0.0],
+        num_documents=num_documents,
+        quick=quick,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        text=text,
+        chat=chat_template,
+        seed=seed,
+    )
+    harness = None
+    if lm_eval:
+        harness = LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
+    with writing(out or default_out(model)):
+        result = evaluate_folder(
+            model,
+            settings,
+            out=out,
+            scaling=Scaling(**given) if scaling else None,
+            lm_eval=harness,
+            card=card,
+        )
+    if strict and (found := failures(result)):
+        print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
+    kv_dtype: Annotated[str | None, typer.Option(help="int8 keeps what leaves the window in a byte a number.")] = None,
+) -> None:
+    """Stream a continuation and say how many KV entries were kept."""
+    prepare("bf16" if is_bfloat16(model) else "auto")
+    from dms_train.generate_command import stream
+
+    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model folder such as RUN/model.")],
+    out: Annotated[str, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="hf: for everyone; transformers loads it with trust_remote_code=True, evicting, without dms. "
+            "merged: the weights, with all that was trained in them, and the gates, without code, for those who have dms. "
+            "gates: the gates alone, for those who have dms and the base."
+        ),
+    ] = ExportFormat.hf,
+    max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
+    at_cr: Annotated[
+        float | None, typer.Option(help="A run's stage: as it was when its schedule passed this ratio (save.at_cr). Default: its end.")
+    ] = None,
+) -> None:
+    """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
+    prepare("auto")
+    from dms.export.folder import export as write
+
+    with tempfile.TemporaryDirectory() as staged:
+        if at_cr is not None:
+            from dms_train.ratio_snapshots import write_stage
+
+            with writing(staged):
+                source = str(write_stage(source, at_cr, Path(staged) / "run"))
+        with writing(out):
+            files = write(source, out, format=format.value, max_shard_size=max_shard_size)
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
+
+
+@bench.command("cache")
+def bench_cache(
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Default: 1 and 4.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; repeat it. Default: 4096, 8192 and 16384.")] = None,
+    evicted: Annotated[list[float] | None, typer.Option(help="Share of tokens evicted; repeat it. Default: 0.75 and 0.875.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the random model. Default: 8.")] = None,
+    prefill: Annotated[bool, typer.Option(help="Measure prefill too, which takes longest.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result rows to this file.")] = None,
+) -> None:
+    """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
+    prepare("auto")
+    from dms.benchmarks.cache import plan_for, run
+
+    run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
+
+
+@bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench_retrofit(context: typer.Context) -> None:
+    """Time and memory of one retrofit step of a random Qwen3-8B, beside FlexAttention and a loss over whole logits."""
+    prepare("auto")
+    from dms_train.bench_retrofit import main as measure
+
+    measure(context.args)
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RECIPE|CONFIG.json", help="A model folder, hub id or builtin:tiny; a recipe; or a config.json.")
+    ],
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
+    num: Annotated[int, typer.Option(min=1, help="GPUs that share the model by tensor parallelism.")] = 1,
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens; repeat it. Default: 4096 to 131072, up to the model's own context.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at once; repeat it. Default: 1, 8, 32 and 64.")] = None,
+    cr: Annotated[list[float] | None, typer.Option(help="Eviction ratio of decided tokens; repeat it. Default: 2, 4, 8 and 16.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Tokens that stay visible. Default: the recipe's or the model's, else 256.")
+    ] = None,
+    weight_bits: Annotated[int, typer.Option(help="16, or 8: matrices are read as bytes.")] = 16,
+    config: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model).")
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write every number to this file.")] = None,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw the roofline and the memory wall.")] = None,
+) -> None:
+    """Where inference of a model stands on a GPU's roofline, when KV reads overtake weight reads, and what eviction gives."""
+    prepare("auto")
+    from dms.console import make_console
+    from dms_train.analyze_command import run
+
+    run(
+        model,
+        gpu=gpu,
+        num_gpus=num,
+        contexts=context or [],
+        batches=batch or [],
+        ratios=cr or [],
+        window=window,
+        weight_bits=weight_bits,
+        config=config,
+        json_file=json_file,
+        plot=plot,
+        console=make_console(),
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="What `dms evaluate --out` wrote, or a run's folder.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The page to write. Default: DIR/report.html; pictures go to report/ beside it.")
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write the figures, and what an audit needs, into the model's README.md.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
+) -> None:
+    """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
+    require("dms report", "matplotlib")
+    prepare("auto")
+    from dms.console import make_console
+    from dms.report.command import run
+
+    with writing(out or Path(folder) / "report.html"):
+        run(folder, out, card, model, make_console())
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
+    from dms import doctor as checks
+
+    raise typer.Exit(checks.main())
+
+
+def _words(given: str) -> list[str]:
+    """Of a list with commas."""
+    return [word.strip() for word in given.split(",") if word.strip()]
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    words = _words(given)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{option} is {given!r}; give numbers above 0 with commas between, such as 1024,2048")
+    return [int(word) for word in words]
+
+
+def main() -> None:
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""A source's documents, endlessly, in an order that is a function of the seed, and from any place in it.
+
+Each epoch reads the shards in an order of its own, a shard's blocks in an order of their own, a block's rows in an order of their
+own. A place is four numbers, and what was read before it need not be known.
+"""
+
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dms.evaluation.data.tasks import make_document
+from dms.evaluation.data.text_sources import StdlibText, stdlib_files
+from dms.io.vocabulary import check_tokens
+from dms_train.data.settings import Origin
+from dms_train.data.shards import BadShard, Row, Shard, Shards
+from dms_train.data.tokenization import Render, Rendered
+
+_CHUNK_ROWS = 16
+_OPEN_SHARDS = 2
+
+
+class Cursor(NamedTuple):
+    """A place in the order: numbers within the epoch's order of shards, the shard's of blocks, the block's of rows."""
+
+    epoch: int = 0
+    shard: int = 0
+    block: int = 0
+    row: int = 0
+
+    @property
+    def after(self) -> "Cursor":
+        return self._replace(row=self.row + 1)
+
+
+@dataclass(frozen=True)
+class Document:
+    """length: tokens. arrays() -> (ids_T int32, counted_T bool), which may be made only now."""
+
+    source: int
+    cursor: Cursor
+    length: int
+    arrays: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+class Outcome(NamedTuple):
+    """What became of a row (or a shard): a document, or why it is none: filtered, empty, bad_rows, bad_shards."""
+
+    document: Document | None
+    left_out: str = ""
+
+
+class _EpochEnd(NamedTuple):
+    epoch: int
+
+
+class Reader:
+    """One source. say: prints a line."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        number: int,
+        shards: Shards,
+        render: Render,
+        *,
+        seed: int,
+        skips: bool,
+        workers: int,
+        say: Callable[[str], None],
+    ):
+        self.origin, self.number, self.shards, self.render = origin, number, shards, render
+        self.skips, self.workers, self.say = skips, workers, say
+        self.key = f"{seed}:{number}"
+        self.executor: Executor | None = None
+        self._open: dict[int, Shard] = {}
+        self._said: set[str] = set()
+
+    def fingerprint(self) -> list:
+        return self.shards.fingerprint()
+
+    def documents(self, cursor: Cursor) -> Iterator[Outcome]:
+        """From a place on. Raises ValueError for what is bad, unless it is skipped, and for an epoch without a document."""
+        found, whole = 0, cursor == Cursor(cursor.epoch)
+        seen: Counter[str] = Counter()
+        for made in self._rendered(self._chunks(cursor)):
+            if isinstance(made, _EpochEnd):
+                if whole and not found:
+                    counted = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in seen.items()) or "no rows"
+                    raise ValueError(
+                        f"data.path {self.origin.path!r} holds no text to train on ({counted}); check its columns and data.filter"
+                    )
+                found, whole = 0, True
+                seen.clear()
+                continue
+            outcome = self._outcome(*made)
+            found += outcome.document is not None
+            seen[outcome.left_out] += 1
+            yield outcome
+
+    def at(self, cursor: Cursor) -> Document:
+        """The document at a place, read again."""
+        shard = self._order(f"{cursor.epoch}", self.shards.num_shards)[cursor.shard]
+        try:
+            rows = self._rows(self._opened(shard), cursor)
+        except BadShard as error:
+            raise ValueError(f"{error}; it was read before: give the data that the run began with") from None
+        document = self._outcome(cursor, self.render([rows[cursor.row]])[0]).document if cursor.row < len(rows) else None
+        if document is None:
+            raise ValueError(f"data.path {self.origin.path!r} has changed: a document of the checkpoint is not there any more")
+        return document
+
+    def _outcome(self, cursor: Cursor, rendered: Rendered) -> Outcome:
+        if not rendered.left_out:
+            ids, counted = rendered.ids, rendered.counted
+            return Outcome(Document(self.number, cursor, len(ids), lambda: (ids, counted)))
+        if not rendered.left_out.startswith("bad"):
+            return Outcome(None, rendered.left_out)
+        problem = rendered.problem if rendered.problem.startswith(rendered.where) else f"{rendered.where} {rendered.problem}"
+        if not self.skips:
+            raise ValueError(f"{problem} (data.bad_shards: skip leaves such out and counts them)")
+        if problem not in self._said:
+            self._said.add(problem)
+            self.say(f"left out: {problem}")
+        return Outcome(None, "bad_shards" if rendered.left_out == "bad_shard" else "bad_rows")
+
+    def _rendered(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """(cursor, rendered) in order; `workers` chunks are made at once."""
+        waiting: deque[Any] = deque()
+        for chunk in chunks:
+            if isinstance(chunk, _EpochEnd | Rendered) or self.executor is None:
+                waiting.append((chunk, None))
+            else:
+                waiting.append((chunk, self.executor.submit(self.render, [row for _, row in chunk])))
+            if len(waiting) > (self.workers if self.executor is not None else 0):
+                yield from self._finished(*waiting.popleft())
+
+    def _finished(self, chunk: Any, future: Any) -> Iterator[Any]:
+        if isinstance(chunk, _EpochEnd):
+            yield chunk
+        elif isinstance(chunk, Rendered):
+            yield Cursor(), chunk
+        else:
+            made = self.render([row for _, row in chunk]) if future is None else future.result()
+            yield from ((cursor, rendered) for (cursor, _), rendered in zip(chunk, made, strict=True))
+
+    def _chunks(self, cursor: Cursor) -> Iterator[Any]:
+        """A few rows at a time with their places; shards that cannot be read, and epochs' ends, between them."""
+        while True:
+            order = self._order(f"{cursor.epoch}", self.shards.num_shards)
+            while cursor.shard < len(order):
+                try:
+                    shard = self._opened(order[cursor.shard])
+                    while shard.num_blocks is None or cursor.block < shard.num_blocks:
+                        rows = self._rows(shard, cursor)
+                        if not rows and shard.num_blocks is None:
+                            break
+                        for start in range(cursor.row, len(rows), _CHUNK_ROWS):
+                            numbered = enumerate(rows[start : start + _CHUNK_ROWS], start)
+                            yield [(cursor._replace(row=number), row) for number, row in numbered]
+                        cursor = Cursor(cursor.epoch, cursor.shard, cursor.block + 1)
+                except BadShard as error:
+                    yield Rendered("", left_out="bad_shard", problem=str(error))
+                cursor = Cursor(cursor.epoch, cursor.shard + 1)
+            yield _EpochEnd(cursor.epoch)
+            cursor = Cursor(cursor.epoch + 1)
+
+    def _opened(self, shard: int) -> Shard:
+        if shard not in self._open:
+            while len(self._open) >= _OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            self._open[shard] = self.shards.open(shard)
+        return self._open[shard]
+
+    def _rows(self, shard: Shard, cursor: Cursor) -> list[Row]:
+        """The rows of a place's block, in their order."""
+        place = f"{cursor.epoch}:{cursor.shard}"
+        blocks = None if shard.num_blocks is None else self._order(place, shard.num_blocks)
+        rows = shard.rows(cursor.block if blocks is None else blocks[cursor.block])
+        return [rows[number] for number in self._order(f"{place}:{cursor.block}", len(rows))]
+
+    def _order(self, place: str, count: int) -> tuple[int, ...]:
+        return _shuffled(f"{self.key}:{place}", count)
+
+
+# Those of the shards and of the blocks are asked for again with every block.
+@functools.lru_cache(maxsize=64)
+def _shuffled(key: str, count: int) -> tuple[int, ...]:
+    order = list(range(count))
+    Random(key).shuffle(order)
+    return tuple(order)
+
+
+class BuiltinReader:
+    """Standard-library text with planted tasks: document n is a function of n and the seed, and has exactly `length` tokens."""
+
+    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int, num_rows: int):
+        self.tokenizer, self.items, self.number, self.length, self.seed = tokenizer, origin.items, number, length, seed
+        self.num_rows = num_rows
+        self.text = StdlibText(held_out=False)
+        self.executor: Executor | None = None
+        for trial in range(4):
+            try:
+                self._plant(trial, origin.items[1], strict=True)
+            except ValueError as error:
+                raise ValueError(f"data.items {origin.items} do not fit data.length {length} with this tokenizer: {error}") from None
+
+    def fingerprint(self) -> list:
+        return [[path.name, path.stat().st_size] for path in stdlib_files(held_out=False)]
+
+    def documents(self, cursor: Cursor) -> Iterator[Outcome]:
+        while True:
+            yield Outcome(self.at(cursor))
+            cursor = cursor.after
+
+    def at(self, cursor: Cursor) -> Document:
+        return Document(self.number, cursor, self.length, lambda: self._arrays(cursor.row))
+
+    def _arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        document = self._plant(index)
+        check_tokens(document.input_ids, self.tokenizer, self.num_rows, f"builtin document {index}")
+        # Names and values drawn at random: there is nothing to predict, and the embedded model was not trained to.
+        return np.asarray(document.input_ids, np.int32), np.asarray([*document.role[1:], 0]) != 1
+
+    def _plant(self, index: int, num_items: int | None = None, strict: bool = False) -> Any:
+        rng = Random(f"{self.seed}:{self.length}:{index}")
+        questions = rng.choice(("anywhere", "end"))
+        drawn = rng.randint(*self.items)
+        return make_document(
+            self.tokenizer,
+            self.text,
+            length=self.length,
+            rng=rng,
+            questions=questions,
+            num_items=drawn if num_items is None else num_items,
+            strict=strict,
+        )

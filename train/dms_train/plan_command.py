@@ -1,0 +1,139 @@
+"""`dms plan`: a recipe as the numbers that dms.costs reckons with."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from dms.costs import hardware
+from dms.costs import plan_table as table
+from dms.costs.job import Choice, Job
+from dms.costs.plan import Plan, make_plan
+from dms.errors import writing
+from dms.io import base_models as models
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import load_recipe, packaged_recipes
+
+EVERY = "all"
+
+
+def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str | None, json_file: str | None, console: Console) -> None:
+    """Plan one recipe, or every packaged one (`all`), and print it.
+
+    Raises:
+        ValueError: a recipe, GPU or configuration that there is not, or a batch that these GPUs cannot share.
+    """
+    hardware.load().gpu(gpu)
+    names = _every() if name == EVERY else [name]
+    plans = {one: plan(load_recipe(one, overrides, RetrofitRecipe), gpu=gpu, num_gpus=num_gpus, config=config) for one in names}
+    if name == EVERY:
+        table.overview(console, plans)
+    else:
+        table.show(console, name, plans[name])
+    if json_file is not None:
+        values = {one: made.as_dict() for one, made in plans.items()}
+        with writing(json_file):
+            Path(json_file).write_text(json.dumps(values if name == EVERY else values[name], indent=1), encoding="utf-8")
+
+
+def _every() -> list[str]:
+    """Packaged recipes that retrofit."""
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate")]
+
+
+def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
+    """Plan a recipe. config: a config.json, a folder that holds one, or one with a NAME.json for each model; None: the model's own."""
+    values = read_config(recipe.model, config)
+    saved_bfloat16 = models.is_saved_bfloat16(values)
+    return make_plan(
+        build_on_meta(recipe, values),
+        job_of(recipe),
+        choice_of(recipe),
+        saved_bfloat16=saved_bfloat16,
+        gpu_name=gpu,
+        num_gpus=num_gpus,
+        hardware=hardware.load(),
+    )
+
+
+def job_of(recipe: RetrofitRecipe) -> Job:
+    return Job(
+        trainable=recipe.trainable,
+        precision=recipe.precision,
+        length=recipe.data.length,
+        packed=recipe.data.packs,
+        steps=recipe.steps,
+        ramp=recipe.ramp,
+        target_cr=recipe.target_cr,
+        window=recipe.dms.window,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        beta=recipe.beta,
+        loss_chunk=recipe.loss_chunk,
+        evaluation_length=recipe.evaluation.length or recipe.data.length,
+        evaluation_batch_size=recipe.evaluation.batch_size,
+        has_teacher_pass=recipe.teacher_cache is None,
+    )
+
+
+def choice_of(recipe: RetrofitRecipe) -> Choice:
+    return Choice(
+        stage=recipe.zero.stage,
+        offload_optimizer=recipe.zero.offload_optimizer != "none",
+        offload_param=recipe.zero.offload_param != "none",
+        activation_checkpointing=recipe.activation_checkpointing,
+        offload_activations=recipe.offload_activations,
+        sequence_parallel=recipe.sequence_parallel,
+    )
+
+
+def read_config(model: str, given: str | None = None):
+    """The configuration of a recipe's model.
+
+    Raises:
+        ValueError: none is there, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    own = given is None or model.startswith(models.BUILTIN)
+    path = models.resolve_model(model) if own else _config_file(Path(given).expanduser(), model)
+    try:
+        # From this machine first: without a network the hub is asked again and again.
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - not cached, or broken; the next try says which
+        first = error
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        # hub, network, JSON and unknown architectures: each has errors of its own.
+        hint = "it is read from the hub where there is a network, or from the hub's cache; or name a config.json with --config"
+        raise ValueError(
+            f"the configuration of {model!r} cannot be read ({type(error).__name__}; on this machine {type(first).__name__}): {hint}"
+        ) from error
+
+
+def _config_file(path: Path, model: str) -> str:
+    if path.is_file():
+        return str(path)
+    for candidate in (path / "config.json", path / f"{model.rpartition('/')[2]}.json"):
+        if candidate.is_file():
+            return str(candidate)
+    raise ValueError(f"--config {path} is neither a file nor a folder with config.json or {model.rpartition('/')[2]}.json")
+
+
+def build_on_meta(recipe: RetrofitRecipe, config):
+    """The recipe's student without weights, with gates and adapters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dms_train import models as students
+    from dms_train.lora import check_lora
+
+    check_lora(recipe)
+    if hasattr(config, "quantization_config"):
+        # It says how the files hold weights; a retrofit computes with them whole.
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        students.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
+    return model

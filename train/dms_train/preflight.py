@@ -1,0 +1,101 @@
+"""What a run makes sure of before its first step: that model, data and folder are what they were taken for."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dms.io import base_models as models
+from dms.io import weights
+from dms.io.weights import is_packed, refuse_quantized
+from dms_train import checkpoints as saving
+from dms_train.recipe import RetrofitRecipe
+from dms_train.run_folder import LOCK_FILE
+
+SHARED_FOLDER_SECONDS = 60.0
+
+
+def check_context(recipe: RetrofitRecipe) -> Any:
+    """The model's configuration. Raises ValueError for a base that cannot be saved again, or documents longer than its context."""
+    config = models.load_config(recipe.model)
+    if not is_packed(config):
+        refuse_quantized(config, f"model {recipe.model!r}")
+    context = config.get_text_config().max_position_embeddings
+    if (recipe.evaluation.length or 0) > context:
+        raise ValueError(
+            f"evaluation.length is {recipe.evaluation.length} and the context of {recipe.model} is {context} tokens; shorten it"
+        )
+    if recipe.data.length > context:
+        raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
+    return config
+
+
+def base_hash(recipe: RetrofitRecipe) -> str | None:
+    """None for a model that is still to be fetched from the hub."""
+    folder = models.local_folder(recipe.model)
+    return None if folder is None else weights.base_hash(folder)
+
+
+def check_alike(marks: list, where: str) -> None:
+    """Raises ValueError where processes do not train on parts of one plan."""
+    if len(set(marks)) > 1:
+        odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        raise ValueError(
+            f"{where}: processes {', '.join(map(str, odd))} read other data than process 0; all nodes need the same files, and with "
+            "data.bad_shards: skip each must be able to read the same ones"
+        )
+
+
+def check_alike_everywhere(accelerator: Accelerator, digest: str) -> None:
+    """All processes call it together. Raises as `check_alike`."""
+    if accelerator.num_processes > 1:
+        digests = [""] * accelerator.num_processes
+        torch.distributed.all_gather_object(digests, digest)
+        check_alike(digests, "at the start")
+
+
+def check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
+    """Raises ValueError where the weights or the data are not those that a checkpoint's run began with."""
+    then = saved.manifest
+    if then["base"]["hash"] != facts["base"]["hash"] or then["frozen"] != facts["frozen"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other weights than {facts['base']['name']} has (hash and fingerprint {then['base']['hash']} "
+            f"{then['frozen']} then, {facts['base']['hash']} {facts['frozen']} now); give the base that the run began with"
+        )
+    if then["data"] != facts["data"]:
+        raise ValueError(
+            f"{saved.folder} was trained on other data than this recipe now gives: the files, the tokenizer or, for builtin, Python changed; "
+            "give the data that the run began with, or overwrite=true resume=never to begin anew"
+        )
+
+
+def check_shared(folder: Path, mark: str) -> None:
+    """Raises ValueError where this process does not see what the first one made."""
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (folder / LOCK_FILE).is_file() or (folder / LOCK_FILE).read_text(encoding="utf-8") != mark:
+        if time.monotonic() > deadline:
+            raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
+        # Network file systems remember for a while that a file was not there.
+        time.sleep(1.0)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run `action` on the first process; all get its result, or its error."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        if not accelerator.is_main_process:
+            # The first process says it for all, and ends first.
+            time.sleep(2.0)
+            raise SystemExit(2)
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,65 @@
+"""What a person sees while a run goes on."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from dms.retrofitting import state_of
+from dms.training.sharding import num_elements, resident_bytes
+from dms_train.recipe import RetrofitRecipe
+
+
+def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module, num_trained: int) -> None:
+    state = state_of(student)
+    total = sum(num_elements(p) for p in student.parameters())
+    console.print(
+        f"[bold]{recipe.model}[/]: gates on {len(state.layers)} layers of {state.layers[0].num_heads} KV heads, "
+        f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
+        highlight=False,
+    )
+    if recipe.zero.stage == 3:
+        whole = sum(num_elements(p) * p.element_size() for p in student.parameters())
+        console.print(f"  of {whole:,} bytes of weights the first process holds {resident_bytes(student):,}", highlight=False)
+    for name, reason in state.skipped.items():
+        console.print(f"  left alone: {name}: {reason}", highlight=False)
+
+
+class LiveLine:
+    """A live line on a terminal; its users print a plain line now and then elsewhere. total None: not known."""
+
+    def __init__(self, console: Console, what: str, total: int | None, done: int):
+        self.console = console
+        self.every = max(1, (total or 0) // 20)
+        self.progress = Progress(
+            TextColumn(f"{what} {{task.completed}}" + (f"/{total}" if total else "")),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=total, completed=done, text="")
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+
+class StepLine(LiveLine):
+    """How far training is."""
+
+    def __init__(self, console: Console, steps: int, done: int = 0):
+        super().__init__(console, "step", steps, done)
+        self.steps = steps
+
+    def update(self, metrics: dict) -> None:
+        text = f"kl {metrics['kl']:.4f}  cr {metrics['cr_decided']:.2f} of {metrics['target_cr']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        self.progress.update(self.task, advance=1, text=text)
+        step = metrics["step"]
+        if not self.console.is_terminal and (step % self.every == 0 or step in (1, self.steps)):
+            left = (self.steps - step) * metrics["seconds"]
+            self.console.print(f"step {step}/{self.steps}  {text}  eta {left:.0f} s", highlight=False)

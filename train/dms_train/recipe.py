@@ -1,0 +1,261 @@
+"""What a recipe says: the types of its sections and keys. `recipe_file` reads and writes them."""
+
+import math
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+
+from dms.config import DMSConfig
+from dms.strict_config import Strict
+from dms_train.data.settings import Data
+
+
+def _method(value: Any) -> DMSConfig:
+    """The section `dms`; DMSConfig checks itself, with the same messages."""
+    if isinstance(value, DMSConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"a section of keys and values, such as {{window: 16}}, is needed; given: {value!r}")
+    return DMSConfig(**value)
+
+
+class Optimizer(Strict):
+    """AdamW, warmed up linearly."""
+
+    lr: float = Field(gt=0.0)
+    base_lr: float | None = Field(default=None, gt=0.0)
+    """`trainable: all` and `gates+lora` only: the learning rate of all that is not a gate; `lr` is then that of the gates."""
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of all gradients together."""
+    final_lr: float = Field(default=1.0, ge=0.0, le=1.0)
+    """The last step's learning rate as a share of `lr`; below 1 it falls along a cosine."""
+
+
+class Evaluation(Strict):
+    """The run's own evaluation: held-out documents of the built-in source."""
+
+    num_documents: int = Field(default=56, ge=1)
+    length: int | None = Field(default=None, ge=64)
+    """Tokens of a document; None: `data.length`."""
+    num_items: int = Field(default=24, ge=1)
+    """Tasks planted in each."""
+    batch_size: int = Field(default=4, ge=1)
+
+
+class Tracking(Strict):
+    """Where the run is followed; a resumed run stays the same run."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where a key is configured, else offline."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to `output_dir`/tensorboard."""
+    project: str = "dms"
+    name: str | None = None
+    """None: the name of `output_dir`."""
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = Field(default=[])
+
+
+class Zero(Strict):
+    """DeepSpeed ZeRO: what is divided among processes, and what rests outside the GPU. Its configuration is derived from this."""
+
+    stage: Literal[0, 2, 3] = 0
+    """0: plain data parallelism, no DeepSpeed; 2: optimizer state and gradients are divided; 3: weights as well."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Stage 3 only: where weights rest between their uses."""
+    nvme_path: str | None = None
+    """A folder on a local disk, for nvme."""
+
+    @property
+    def offloads_to_nvme(self) -> bool:
+        return "nvme" in (self.offload_optimizer, self.offload_param)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.stage == 0 and (self.offload_optimizer != "none" or self.offload_param != "none"):
+            raise ValueError("offloading has no effect with zero.stage 0; choose stage 2 or 3, or offload nothing")
+        if self.stage == 2 and self.offload_param != "none":
+            raise ValueError(f"zero.offload_param: {self.offload_param} needs stage 3: stage 2 keeps all weights on every GPU")
+        if self.stage == 2 and self.offload_optimizer == "nvme":
+            raise ValueError("zero.offload_optimizer: nvme needs stage 3; with stage 2 choose cpu")
+        if self.offloads_to_nvme and self.nvme_path is None:
+            raise ValueError("zero.nvme_path is missing: nvme needs a folder on a local disk")
+        if self.nvme_path is not None and not self.offloads_to_nvme:
+            raise ValueError("zero.nvme_path has no effect without nvme in offload_optimizer or offload_param; remove it")
+        return self
+
+
+class Lora(Strict):
+    """`trainable: gates+lora`: low-rank adapters on the base's linear layers, merged into its weights at the end."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0.0)
+    """The adapters' product is multiplied by alpha / rank."""
+    target_modules: list[str] | None = None
+    """Names of linear layers, such as q_proj; None: all but the head."""
+
+
+class Save(Strict):
+    """Checkpoints to resume from: what trains, the optimizer and the run's position. SIGTERM and SIGUSR1 save one and stop."""
+
+    every: int = Field(default=50, ge=0)
+    """Steps between checkpoints; 0: none but those below."""
+    at_cr: list[float] = Field(default=[])
+    """Also when the scheduled ratio reaches these; kept whatever `keep_last` says."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the periodic ones stay."""
+
+
+class TeacherCache(Strict):
+    """What the teacher says of each training token, written once with `dms cache-teacher` and read instead of running the teacher.
+
+    It goes by the content of sequences: recipes that differ in lr, target_cr, dms or trainable share it.
+    """
+
+    path: str
+    """A folder."""
+    top_k: int = Field(default=64, ge=1)
+    """How many tokens of each distribution are known; all others count as one. A cache of more can be used."""
+
+
+class RetrofitRecipe(Strict):
+    """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
+
+    model: str
+    """A folder, a hub id, or `builtin:tiny`."""
+    output_dir: str
+    target_cr: float = Field(ge=1.0)
+    """The compression ratio of decided tokens at the end; it rises linearly from 1 ([P] section 3.2)."""
+    dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(asdict)]
+    data: Data
+    optimizer: Optimizer
+    steps: int = Field(ge=1)
+    ramp: float = Field(default=0.8, gt=0.0, le=1.0)
+    """The share of the steps over which the ratio rises; then it stays."""
+    batch_size: int = Field(ge=1)
+    """Sequences of an optimizer step, over all devices and accumulation steps."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences of one forward on one device."""
+    trainable: Literal["gates", "gates+lora", "all"] = "gates"
+    """gates: the base is frozen and is its own teacher; gates+lora: adapters besides, off in the teacher's pass; all: every
+    weight, with a frozen copy as teacher."""
+    lora: Lora | None = None
+    """`trainable: gates+lora` only; None: the defaults."""
+    beta: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The distillation divergence: 0 KL(teacher || student), 1 KL(student || teacher), between: generalised JSD."""
+    compression_weight: float = Field(default=1.0, gt=0.0)
+    """Factor of the hinge on the share of evicted tokens."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Processes that share each row of tokens, `data.length` / this many each; 1: a row lies in one process."""
+    teacher_cache: TeacherCache | None = None
+    """Read what the teacher says instead of running it; None: run it."""
+    activation_checkpointing: bool = False
+    """Keep of each layer its input and what attention made, and compute the rest again in the backward."""
+    offload_activations: bool = False
+    """What activation checkpointing keeps waits in host memory."""
+    loss_chunk: int | None = Field(default=None, ge=1)
+    """Tokens whose logits are alive at once in the loss; None: as many as keep it within 1.5 GB."""
+    seed: int = 0
+    zero: Zero = Zero()
+    save: Save = Save()
+    resume: Literal["auto", "never"] = "auto"
+    """auto: an unfinished run of this recipe that `output_dir` holds is continued from its last good checkpoint."""
+    timeout_minutes: float = Field(default=30.0, gt=0.0)
+    """How long a process waits for the others before the run fails."""
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    overwrite: bool = False
+    """Delete a run that `output_dir` holds and that is not continued. Without it, that is refused."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one of them"
+            )
+        if self.data.length % self.sequence_parallel:
+            raise ValueError(
+                f"data.length {self.data.length} is not a multiple of sequence_parallel {self.sequence_parallel}; change one of them"
+            )
+        if self.trainable != "gates" and self.optimizer.base_lr is None:
+            raise ValueError(
+                f"optimizer.base_lr is missing: with trainable: {self.trainable}, lr is the gates' and base_lr that of all else that trains"
+            )
+        if self.trainable == "gates" and self.optimizer.base_lr is not None:
+            raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
+        if self.trainable != "gates+lora" and self.lora is not None:
+            raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
+        if self.teacher_cache is not None and self.beta != 0.0:
+            raise ValueError(f"beta is {self.beta:g}, and a teacher cache serves the forward KL alone: set beta=0, or remove teacher_cache")
+        if self.zero.offload_optimizer == "nvme" and (self.save.every or self.save.at_cr):
+            raise ValueError(
+                "an optimizer on nvme cannot be saved yet: set save.every=0 and no save.at_cr (the run then cannot be continued), "
+                "or zero.offload_optimizer=cpu"
+            )
+        if outside := [cr for cr in self.save.at_cr if not 1.0 < cr <= self.target_cr]:
+            raise ValueError(f"save.at_cr has {outside}; the ratio rises from 1 to target_cr {self.target_cr:g}, choose values in between")
+        per_step = (self.target_cr - 1.0) / max(1.0, self.ramp * self.steps)
+        at_step: dict[int, float] = {}
+        for cr in self.save.at_cr:
+            step = math.ceil((cr - 1.0) / per_step - 1e-9)
+            if step in at_step:
+                raise ValueError(
+                    f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
+                )
+            at_step[step] = cr
+        if self.dms.window >= self.data.length:
+            raise ValueError(
+                f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
+            )
+        return self
+
+
+class Stage(Strict):
+    """One stretch of pre-training with documents of one length."""
+
+    length: int = Field(ge=64)
+    batch_size: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    items: list[int] = Field(min_length=2, max_length=2)
+
+
+class Architecture(Strict):
+    """A Llama: tied embeddings, grouped-query attention."""
+
+    hidden_size: int = Field(ge=32)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=8)
+    intermediate_size: int = Field(ge=32)
+    context: int = Field(ge=64)
+    rope_theta: float = Field(default=100000.0, gt=0.0)
+
+
+class PretrainRecipe(Strict):
+    """`dms pretrain`: make a small language model and its tokenizer from the built-in source."""
+
+    output_dir: str
+    vocab_size: int = Field(ge=1024)
+    architecture: Architecture
+    stages: list[Stage] = Field(min_length=1)
+    optimizer: Optimizer
+    answer_weight: float = Field(default=4.0, gt=0.0)
+    """Loss weight of answers; running text has 1."""
+    planted_weight: float = Field(default=0.3, ge=0.0)
+    """Loss weight of planted names and values, which cannot be predicted."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: int = 0
+    save_minutes: float = Field(default=5.0, gt=0.0)
+    """Minutes between checkpoints; the same command continues from the last one."""
+    evaluation: Evaluation = Evaluation()

@@ -1,0 +1,190 @@
+"""A run's folder: new, continued, replaced or refused, decided before anything is touched."""
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from rich.console import Console
+
+from dms.io import base_models as models
+from dms_train import checkpoints as saving
+from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe_file import dump_recipe, flat
+
+LOCK_FILE = ".lock"
+# What a process that was killed while making the folder leaves.
+_BARELY_BEGUN = {LOCK_FILE, "metrics.jsonl", "metrics.jsonl.new", "recipe.yaml.new"}
+# Where a run's files go and how they are kept, followed and measured: free to change when it is continued.
+_FREE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "save",
+    "tracking",
+    "evaluation",
+    "timeout_minutes",
+    "zero.nvme_path",
+    "teacher_cache.path",
+    "data.prefetch",
+    "data.workers",
+)
+# These change the order of sums and nothing else: an out-of-memory run can be continued with smaller pieces.
+_SAME_SUMS = ("micro_batch_size", "loss_chunk", "activation_checkpointing", "offload_activations")
+
+
+class RunFolder:
+    """One process's hold on a run's folder, until the context ends or the process does. Only the first process uses it."""
+
+    def __init__(self, path: Path, recipe: RetrofitRecipe, console: Console):
+        self.path, self.recipe, self.console = path, recipe, console
+        self._held: IO | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def decide(self, num_processes: int, base_hash: str | None) -> saving.Saved | None:
+        """The checkpoint to continue from, or None for a new run (`prepare` then makes the folder).
+
+        Raises:
+            ValueError: the folder is in use, or holds something else, a finished run, another recipe's, or one that cannot be
+                continued here.
+        """
+        folder, recipe = self.path, self.recipe
+        if not folder.exists() or {path.name for path in folder.iterdir()} <= _BARELY_BEGUN:
+            return None
+        stored = _stored_recipe(folder)
+        if stored is None:
+            raise ValueError(f"output_dir '{folder}' is not empty and holds no run; choose another folder")
+        self._lock()
+        finished = (folder / "result.json").exists()
+        if recipe.overwrite and (recipe.resume == "never" or finished):
+            return None
+        if finished:
+            raise ValueError(f"output_dir '{folder}' holds a finished run; choose another folder, or overwrite=true to replace it")
+        if recipe.resume == "never":
+            raise ValueError(f"output_dir '{folder}' holds an unfinished run; resume=auto continues it, overwrite=true replaces it")
+        saved, differing = None, differences(stored, recipe)
+        if not differing:
+            saved = saving.newest(folder, self.console)
+            differing = differences(saved.manifest["recipe"], recipe) if saved else []
+        if differing and recipe.overwrite:
+            return None
+        if differing:
+            raise ValueError(
+                f"output_dir '{folder}' holds another run, unfinished, whose recipe differs: {'; '.join(differing)}; "
+                "give the same values to continue it, choose another folder, or overwrite=true to replace it"
+            )
+        if saved is None:
+            self._say(f"{folder} holds this run without a checkpoint: it begins anew")
+            return None
+        self._check(saved, num_processes, base_hash)
+        return saved
+
+    def _check(self, saved: saving.Saved, num_processes: int, base_hash: str | None) -> None:
+        manifest, recipe = saved.manifest, self.recipe
+        before = manifest["num_processes"]
+        if before != num_processes and recipe.zero.stage > 0:
+            raise ValueError(
+                f"{saved.folder} was written by {before} processes and there are {num_processes}: under ZeRO each holds a part of the "
+                f"optimizer's state, which is not divided anew; start {before} processes"
+            )
+        if base_hash is not None and manifest["base"]["hash"] != base_hash:
+            raise ValueError(
+                f"{saved.folder} was trained on {manifest['base']['name']!r} with hash {manifest['base']['hash']}, and {recipe.model} has "
+                f"hash {base_hash}; give the base that the run began with"
+            )
+        then, now = flat(manifest["recipe"]), flat(recipe.model_dump())
+        changed = [f"{name} {now[name]} instead of {then.get(name)}" for name in _SAME_SUMS if then.get(name) != now[name]]
+        changed += [f"{num_processes} processes instead of {before}"] if before != num_processes else []
+        if changed:
+            self._say(f"continued with {', '.join(changed)}: the same sums in another order")
+
+    def prepare(self, saved: saving.Saved | None) -> str:
+        """Make the folder ready: emptied for a new run, its metrics cut back to the checkpoint for one that is continued.
+
+        Returns what the lock file now holds, which no other process writes.
+        """
+        folder, recipe = self.path, self.recipe
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._held is None:
+            self._lock()
+            if _stored_recipe(folder) is not None:
+                raise ValueError(f"output_dir '{folder}' was taken by another run meanwhile; choose another folder")
+        if saved is None:
+            base = Path(models.resolve_model(recipe.model)).absolute()
+            if base.is_relative_to(folder.absolute()):
+                raise ValueError(
+                    f"model '{recipe.model}' lies within output_dir '{folder}', which would be emptied; choose another output_dir"
+                )
+            _empty(folder)
+        saving.remove_remains(folder, after=saved.position.step if saved else 0)
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        _replace(metrics, "".join(lines[: saved.position.step if saved else 0]))
+        # The recipe comes last: it makes the folder a run.
+        _replace(folder / "recipe.yaml", dump_recipe(recipe))
+        return (folder / LOCK_FILE).read_text(encoding="utf-8")
+
+    def _lock(self) -> None:
+        if self._held is not None:
+            return
+        self._held = (self.path / LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._held.seek(0)
+            raise ValueError(
+                f"output_dir '{self.path}' is in use by {self._held.read().strip() or 'another run'}; wait for its end, or stop it"
+            ) from None
+        except OSError as error:
+            self._say(f"{self.path} cannot be locked ({error}): take care that no second process continues the run")
+        self._held.truncate(0)
+        self._held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._held.flush()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _empty(folder: Path) -> None:
+    # What makes it a run goes last, so that a deletion that is broken off can be taken up again.
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == "metrics.jsonl", path.name == "recipe.yaml")):
+        if path.name == LOCK_FILE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the run that a folder holds, or None where it holds none."""
+    if not all((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
+        return None
+    try:
+        stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return stored if isinstance(stored, dict) else None
+
+
+def differences(stored: dict[str, Any], recipe: RetrofitRecipe) -> list[str]:
+    """Keys that make it another run, with both values."""
+    then, now = flat(stored), flat(recipe.model_dump())
+    keys = [key for key in {**now, **then} if not key.startswith(_FREE) and key not in _SAME_SUMS]
+    return [f"{key} is {then.get(key)!r} there and {now.get(key)!r} here" for key in keys if then.get(key) != now.get(key)]

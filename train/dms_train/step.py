@@ -1,0 +1,200 @@
+"""One training step as a pure function: a micro-batch, the two models and the schedule's value in, losses out.
+
+Sums are divided by numbers of the whole optimizer step (valid tokens, sequences), so that micro-batches add up to the same
+loss and gradient however the step is split. Shapes: B sequences, T tokens, M model dim, V vocabulary, L layers, H KV heads.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dms.lm_head import difference_of_head, find_head, head_parameters, hidden_states
+from dms.masks import Tokens
+from dms.modes import Noise
+from dms.retrofitting import set_mode, state_of
+from dms.training.packed_attention import Rows
+from dms.training.sharding import is_sharded
+from dms_kernels import distill_loss, distill_loss_topk
+from dms_train.lora import without_adapters
+from dms_train.teacher_cache import BATCH_KEYS
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Numbers of the whole optimizer step, over micro-batches and ranks. num_predictions: those that the KL counts."""
+
+    num_predictions: int
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """loss: what to differentiate. kl, compression: its parts (detached). evicted, decided: sums over sequences, tokens, heads
+    and layers. head_rate_LH: share evicted per layer and head."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    compression: torch.Tensor
+    evicted: torch.Tensor
+    decided: torch.Tensor
+    head_rate_LH: torch.Tensor
+
+
+def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
+    """Raises ValueError where the loss's logits would not be the model's own."""
+    set_mode(model, "dense")
+    difference = difference_of_head(model, input_ids_BT)
+    if difference is not None:
+        raise ValueError(
+            f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (they differ by {difference:.3g}); this model cannot be retrofitted yet"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
+    """Raises ValueError where the dense model, as teacher, would let packed documents see each other."""
+    set_mode(model, "dense")
+    half = len(input_ids_T) // 2
+    position = torch.cat([torch.arange(half), torch.arange(len(input_ids_T) - half)]).to(input_ids_T.device)
+    packed = hidden_states(model, {"input_ids": input_ids_T[None], "position_ids": position[None]})[:, half:]
+    alone = hidden_states(model, {"input_ids": input_ids_T[None, half:], "position_ids": position[None, half:]})
+    difference = (packed - alone).float().abs().max().item()
+    if not difference <= 1e-2 * max(1.0, alone.float().abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} lets packed documents see each other (hidden states differ by {difference:.3g}): "
+            "in transformers it builds its masks without position_ids; use data with one document a sequence (source: builtin)"
+        )
+
+
+class HeadLoss(nn.Module):
+    """The distillation loss of two models' hidden states, as a module that owns no weights.
+
+    Under ZeRO-3 weights are whole only around the modules that use them; this one says that it uses the heads'.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int | None):
+        super().__init__()
+        self.beta, self.chunk = beta, chunk
+        self.head = find_head(student)
+        weights = [head_parameters(student), head_parameters(teacher) if teacher is not None else (None, None)]
+        # In a tuple, so that they are not counted as this module's own.
+        self.weights = tuple(weights)
+        for parameter in (p for pair in weights for p in pair if p is not None and is_sharded(p)):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *known: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum over valid tokens. known: what a cache says of the teacher, flattened, instead of its hidden states."""
+        (weight, bias), (teacher_weight, teacher_bias) = self.weights
+        if known:
+            total, _ = distill_loss_topk(
+                hidden_s_NM,
+                *known,
+                weight,
+                head_bias=bias,
+                logit_scale=self.head.logit_scale,
+                softcap=self.head.softcap,
+                valid=valid_N,
+                chunk=self.chunk,
+            )
+            return total
+        total, _ = distill_loss(
+            hidden_s_NM,
+            hidden_t_NM,
+            weight,
+            head_bias=bias,
+            teacher_head_weight=teacher_weight,
+            teacher_head_bias=teacher_bias,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            beta=self.beta,
+            valid=valid_N,
+            chunk=self.chunk,
+        )
+        return total
+
+
+def distill_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: dict[str, torch.Tensor],
+    *,
+    head_loss: HeadLoss,
+    target: float,
+    normalizer: Normalizer,
+    seed: int,
+    compression_weight: float,
+    rows: Rows | None = None,
+) -> StepOutput:
+    """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
+
+    teacher: None where the student's base is frozen: the same weights with gates and adapters off. A batch that holds what a
+    cache says of the teacher needs none. The loss is
+    `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
+    reference implementation, with straight-through decisions in the count. rows: attention by document and not by
+    transformers' masks; the batch is then what `Rows.divide` made for this process, and what is given back its share of the sums over
+    all that share its rows.
+    """
+    # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    tokens, kind = Tokens(batch["segment_ids"].int(), batch["position_ids"].int()), {}
+    if rows is not None:
+        whole = Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
+        kind = {"tokens": whole, "rows": rows}
+
+    set_mode(student, "dense", **kind)
+    known = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
+    hidden_t_NM = None
+    if not known:
+        across = nullcontext() if rows is None or teacher is None else rows.serving(teacher)
+        with torch.no_grad(), without_adapters(student), across:
+            hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs).flatten(0, 1)
+
+    set_mode(student, "train", Noise(seed, batch["number"]), **{"tokens": tokens, **kind})
+    hidden_s = hidden_states(student, inputs)
+    forward = state_of(student).forward
+    set_mode(student, "dense")
+
+    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *known)
+    evicted_B = sum(forward.evicted_count.values())
+    decided_B = sum(forward.decided_count.values())
+    hinge = _hinge(evicted_B, decided_B, target, rows)
+    kl = kl_sum / normalizer.num_predictions
+    compression = hinge / normalizer.num_sequences
+    return StepOutput(
+        loss=kl + compression_weight * compression,
+        kl=kl.detach(),
+        compression=compression.detach(),
+        evicted=evicted_B.detach().sum(),
+        decided=decided_B.detach().sum(),
+        head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
+    )
+
+
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, rows: Rows | None) -> torch.Tensor:
+    """This process's share of the sum over sequences."""
+    if rows is None:
+        return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
+    whole = torch.clamp(target - rows.total(evicted_B) / rows.total(decided_B).clamp(min=1), min=0.0).sum()
+    # All compute the same value; each has its own decisions' gradient of it.
+    return whole - whole.detach() * (1.0 - 1.0 / rows.size)
+
+
+def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:
+    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly over the first `ramp` of the steps."""
+    cr = 1.0 + (target_cr - 1.0) * min(1.0, step / max(1.0, ramp * steps))
+    return cr, 1.0 - 1.0 / cr
+
+
+def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, final_lr: float) -> float:
+    """Learning rate of optimizer step 1..steps: linear warm-up, then constant or a cosine down to `final_lr * lr`."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * (final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)))
