@@ -8,7 +8,6 @@ import sys
 import dms_train
 
 import dms
-import dms.recipes
 import dms_kernels
 
 # Module -> the packages that it may lack. What is not named here is inference, and the command line.
@@ -32,8 +31,7 @@ def lacking(name: str) -> str | None:
     return None
 
 
-# dms_train and dms.recipes are named too: in an editable installation they lie elsewhere.
-packages = (dms, dms_train, dms.recipes, dms_kernels)
+packages = (dms, dms_train, dms_kernels)
 names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")})
 lack = {name: package for name in names if (package := lacking(name))}
 wrong = {

@@ -25,7 +25,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     # Most of their time goes into compiling, which has the other cores.
     workers=()
     if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
-    tests=(tests/kernels/test_{paged_decode,append,sparse_prefill,gated_attention,distill_loss}_gpu.py)
+    tests=(tests/dms_kernels/test_{paged_decode,append,sparse_prefill,gated_attention,distill_loss}_gpu.py)
     parity=0
     timeout --signal=INT --kill-after=10 210 "$python" -m pytest "${tests[@]}" -m gpu -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
         >"$out/parity.txt" 2>&1 || parity=$?

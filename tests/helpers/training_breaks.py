@@ -1,7 +1,7 @@
 """By touch of `dms_train.compat` and `dms.training.sharding`: break what it stands on, and touch it.
 
 `break_TOUCH` (or `break_TOUCH_...`, where there are several ways) takes a monkeypatch and `get`, which gives the fixtures of
-tests/train/test_compat.py by name.
+tests/dms_train/test_compat.py by name.
 """
 
 import re

@@ -120,7 +120,7 @@ def test_what_is_imported_is_declared(setup_cfg, packages):
 
 
 def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
-    """./dms is found first; the rest of the package must then come from the wheel."""
+    """./dms is found first; the rest of the package must then come from the wheel, its recipes included."""
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
@@ -128,13 +128,16 @@ def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
     code = """
         import os, sys
         sys.path[1:1] = os.environ["TARGETS"].split(os.pathsep)
-        import dms, dms.recipes, dms_train, dms_kernels
-        for module in (dms, dms_train, dms.recipes, dms_kernels):
+        import dms, dms_train, dms_kernels
+        from dms_train.recipe_file import recipes_folder
+        for module in (dms, dms_train, dms_kernels):
             print(module.__file__)
+        print(recipes_folder())
     """
     installed = [path for path in sys.path if path.endswith("site-packages")]
     where = [Path(line) for line in python(code, flags=("-S",), TARGETS=os.pathsep.join([str(target), *installed])).splitlines()]
-    assert where == [ROOT / "dms/__init__.py", *(target / name / "__init__.py" for name in ("dms/train", "dms/recipes", "dms_kernels"))]
+    inside = [target / name for name in ("dms_train/__init__.py", "dms_kernels/__init__.py", "dms_train/recipes")]
+    assert where == [ROOT / "dms/__init__.py", *inside]
     # And from anywhere else it is whole by itself.
     where = python(code, flags=("-S",), cwd=tmp_path, TARGETS=os.pathsep.join([str(target), *installed])).splitlines()
     assert all(Path(line).is_relative_to(target) for line in where)

@@ -1,7 +1,7 @@
 """Every touch of what accelerate, DeepSpeed, peft, PyYAML, transformers and wandb do not promise, as far as training has any.
 
 One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
-touch's name. docs/upstream.md lists them, and tests/train/test_compat.py holds each against the installed versions.
+touch's name. docs/upstream.md lists them, and tests/dms_train/test_compat.py holds each against the installed versions.
 """
 
 import fnmatch

@@ -1,7 +1,7 @@
 """Every touch of what lm-evaluation-harness does not promise.
 
 One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
-touch's name. docs/upstream.md lists them, and tests/evaluation/test_lm_eval_compat.py holds each against the installed version.
+touch's name. docs/upstream.md lists them, and tests/dms/evaluation/test_lm_eval_compat.py holds each against the installed version.
 """
 
 import inspect

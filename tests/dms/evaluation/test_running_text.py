@@ -17,7 +17,7 @@ from dms.evaluation.data.token_bytes import encode_with_sizes
 from dms.evaluation.suites import make_suite
 from dms.io import base_models as models
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROSE = (ROOT / "LICENSE").read_text(encoding="utf-8")
 ODD = "naïve 日本語のテキスト。 🙂👩‍🚀 Łańcucki – 12 €\n\n\tend \u2028 of  it\u00a0\n"
 

@@ -22,7 +22,7 @@ from dms.costs.inference_cost import Machine
 from dms.costs.inference_shapes import measure
 from dms.costs.kv import KV, entries_seen, visible_pairs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 H100 = hardware.load().gpu("h100-80")
 ROOF = roofline.Roof.of(H100)
 

@@ -18,7 +18,7 @@ from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite
 from dms.evaluation.suites import word_counts as words
 from dms.io import base_models as models
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BEGINS = ("return", "raise", "class", "import", "assert")
 ASKING = [name for name in SUITES if name != "text"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"

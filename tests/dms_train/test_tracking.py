@@ -1,6 +1,6 @@
 """What trackers record: a run that is killed and resumed is one run, and no tracker stops it.
 
-`python tests/train/test_tracking.py RUN` lists the offline wandb parts of a run's folder: id, steps and keys.
+`python tests/dms_train/test_tracking.py RUN` lists the offline wandb parts of a run's folder: id, steps and keys.
 """
 
 import importlib.util

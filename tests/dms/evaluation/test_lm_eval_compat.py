@@ -20,7 +20,7 @@ from dms.upstream import UpstreamChanged
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[lmeval]'")
 
-UPSTREAM = Path(__file__).parents[2] / "docs" / "upstream.md"
+UPSTREAM = Path(__file__).parents[3] / "docs" / "upstream.md"
 TEXTS = ("import os\n", "def f(x):\n    return x", "class A:\n    pass")
 
 

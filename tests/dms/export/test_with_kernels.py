@@ -19,7 +19,9 @@ from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.retrofitting import gate_parameters, state_of
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/kernels")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/dms_kernels"
+)
 
 LENGTH, NEW = 64, 8
 

@@ -16,7 +16,7 @@ import dms
 from dms.io import checkpoint
 from dms.io.files import save_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002])

@@ -16,7 +16,7 @@ from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.retrofitting import gate_parameters
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+HELPERS = Path(__file__).resolve().parents[2] / "helpers"
 METHOD = {"window": 8, "scale": 1.0, "offset": 0.0}
 
 
