@@ -24,7 +24,7 @@ site="$(mktemp -d)"
 trap 'rm -rf -- "$site"' EXIT
 cp -r dms "$site/dms"
 cp -r train/dms_train "$site/dms_train"
-cp -r recipes "$site/dms_train/recipes"
+cp -r recipes "$site/dms/recipes"
 cp -r kernels/dms_kernels "$site/dms_kernels"
 
 status=0

@@ -1,17 +1,12 @@
 """Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
 
-import importlib
 from pathlib import Path
 
+from dms.builtin import builtin_models
 from dms.config import nearest
 from dms.io.weights import is_packed
 
 BUILTIN = "builtin:"
-
-
-def builtin_models() -> dict[str, Path]:
-    root = Path(next(iter(importlib.import_module("dms.recipes").__path__)))
-    return {folder.parent.name: folder for folder in root.glob("*/model") if (folder / "config.json").exists()}
 
 
 def resolve_model(name: str) -> str:

@@ -2,7 +2,9 @@ import pytest
 import yaml
 from dms_train.generate_recipe import GenerateRecipe
 from dms_train.recipe import PretrainRecipe, RetrofitRecipe
-from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml, recipes_folder
+from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
+
+from dms.builtin import recipes_folder
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"{inside}/{path.name}" in names
     for path in (ROOT / "recipes").rglob("*"):
         if path.suffix == ".yaml" or "model" in path.relative_to(ROOT / "recipes").parts[:-1]:
-            assert f"dms_train/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
+            assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"dms", "dms_kernels"}
@@ -120,7 +120,7 @@ def test_what_is_imported_is_declared(setup_cfg, packages):
 
 
 def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
-    """./dms is found first; the rest of the package must then come from the wheel, its recipes included."""
+    """./dms is found first; the rest of the package must then come from the wheel, its recipes are the checkout's."""
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
@@ -129,15 +129,15 @@ def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
         import os, sys
         sys.path[1:1] = os.environ["TARGETS"].split(os.pathsep)
         import dms, dms_train, dms_kernels
-        from dms_train.recipe_file import recipes_folder
+        from dms.builtin import recipes_folder
         for module in (dms, dms_train, dms_kernels):
             print(module.__file__)
         print(recipes_folder())
     """
     installed = [path for path in sys.path if path.endswith("site-packages")]
     where = [Path(line) for line in python(code, flags=("-S",), TARGETS=os.pathsep.join([str(target), *installed])).splitlines()]
-    inside = [target / name for name in ("dms_train/__init__.py", "dms_kernels/__init__.py", "dms_train/recipes")]
-    assert where == [ROOT / "dms/__init__.py", *inside]
+    inside = [target / name for name in ("dms_train/__init__.py", "dms_kernels/__init__.py")]
+    assert where == [ROOT / "dms/__init__.py", *inside, ROOT / "recipes"]
     # And from anywhere else it is whole by itself.
     where = python(code, flags=("-S",), cwd=tmp_path, TARGETS=os.pathsep.join([str(target), *installed])).splitlines()
     assert all(Path(line).is_relative_to(target) for line in where)

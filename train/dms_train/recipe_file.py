@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dms.builtin import recipes_folder
 from dms.config import nearest
 from dms.strict_config import explain
 from dms_train.compat import replace_scalars
@@ -57,12 +58,6 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def recipes_folder() -> Path:
-    """Where the recipes that come with the package lie: in the package, as a wheel has them, or at the root of a checkout."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.is_dir())
 
 
 def packaged_recipes() -> dict[str, Path]:
