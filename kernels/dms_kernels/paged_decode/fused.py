@@ -17,7 +17,8 @@ _OTHER_BYTES = 12 * 1024
 @dataclass(frozen=True)
 class Launch:
     """tile: entries at a time; waves: programs a processor; share: tiles that each of them should at least have before there are
-    more programs than processors; parts: of a cut head, merged at a time."""
+    more programs than processors; parts: of a cut head, merged at a time; overlaps: programs take their places while the launch before
+    ends (from compute capability 9.0 on)."""
 
     num_programs: int
     waves: int
@@ -28,6 +29,7 @@ class Launch:
     parts: int
     num_warps: int
     num_stages: int
+    overlaps: bool = False
 
 
 def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
@@ -163,7 +165,8 @@ def decode(
             P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-            STAGES=chosen.num_stages, num_warps=chosen.num_warps,
+            STAGES=chosen.num_stages, OVERLAPS=chosen.overlaps, num_warps=chosen.num_warps,
+            **({"launch_pdl": True} if chosen.overlaps else {}),
         )  # fmt: skip
     return out
 

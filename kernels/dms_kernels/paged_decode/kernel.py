@@ -257,13 +257,16 @@ def decode_kernel(
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
     PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
 
     part_acc [blocks, 2 * programs, PART_ROWS, DP], part_top and part_total [blocks, 2 * programs, PART_ROWS] float32 need no
     values before; tickets [blocks, B * H] int32 are 0 before and after. inner, outer: the scores' factors, in powers of 2.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program, block = tl.program_id(0), tl.program_id(1)
     row0 = block * ROWS
     part_acc += (block * tl.num_programs(0)).to(tl.int64) * (2 * PART_ROWS * DP)
