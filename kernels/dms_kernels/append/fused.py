@@ -7,6 +7,8 @@ import torch
 from dms_kernels import picking
 from dms_kernels.sizes import padded, power_of_two
 
+_MOST_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -20,7 +22,7 @@ class Launch:
 def launch(*, M: int, group: int, dim: int) -> Launch:
     """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded."""
     if M:
-        return Launch(block=min(4096, padded(M)), num_warps=4)
+        return Launch(block=min(_MOST_BLOCK, padded(M)), num_warps=4)
     # One warp has nobody to wait for; the gate's product wants more.
     return Launch(block=16, num_warps=max(1, min(4, group * dim // 512)))
 
