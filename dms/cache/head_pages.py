@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from dms.cache.page_pool import PagePool, outside_inference_mode, reads_are_free, used_places
+from dms.cache.page_pool import PagePool, outside_inference_mode, used_places
 from dms_kernels.cached_attention import Pages, Plan, make_plan
 
 # Page tables grow by so many places.
@@ -28,7 +28,7 @@ class HeadPages:
     def __init__(self, pool: PagePool, batch: int, num_heads: int):
         self.pool = pool
         self.device = pool.rows.device
-        self.reads_are_free = reads_are_free(self.device)
+        self.reads_are_free = pool.reads_are_free
         self.page_table = torch.zeros(batch, num_heads, 0, dtype=torch.int32, device=self.device)
         """[B, H, max_pages] int32: numbers of pages in the pool, oldest first."""
         self.num_kept = torch.zeros(batch, num_heads, dtype=torch.int32, device=self.device)

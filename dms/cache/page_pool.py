@@ -99,6 +99,7 @@ class PagePool:
         quantized: bool = False,
     ):
         self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
+        self.reads_are_free = reads_are_free(device)
         self.rows = torch.zeros(1, head_dim, dtype=torch.int8 if quantized else dtype, device=device)
         """[N * 2 * P + 1, D]: P keys, then P values of each page. The last row is scratch: where entries go that are not kept, so
         that a step needs no branch."""
@@ -238,7 +239,7 @@ class PagePool:
     def growth(self) -> int:
         """How many pages to grow by at least."""
         # A device is asked for its free pages once in a while, so that it has more of them.
-        return self.num_pages // _GROWTH if reads_are_free(self.rows.device) else max(256, self.num_pages // 8)
+        return self.num_pages // _GROWTH if self.reads_are_free else max(256, self.num_pages // 8)
 
     @outside_inference_mode
     def resize(self, num_pages: int) -> None:
