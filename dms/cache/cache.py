@@ -32,6 +32,7 @@ class DMSCache(Cache):
             would exceed it raises CacheFull and leaves the cache as it was.
         kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
             `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
+        state: the retrofitted model's, where `model` is only its decoder; None: `model.dms`.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ def _step_bytes(layer) -> int:
 
 
 class MaskedCache(DynamicCache):
-    """What `masked_cache` makes."""
+    """A cache with masked layers; `masked_cache` makes one."""
 
     def reset(self) -> None:
         super().reset()

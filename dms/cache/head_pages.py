@@ -15,7 +15,7 @@ from dms_kernels.cached_attention import Pages, Plan, make_plan
 # Page tables grow by so many places.
 _TABLE_STEP = 8
 
-Self = TypeVar("Self", bound="HeadPages")
+AnyPages = TypeVar("AnyPages", bound="HeadPages")
 
 
 class HeadPages:
@@ -226,7 +226,7 @@ class HeadPages:
         self._separate_last_pages()
 
     @outside_inference_mode
-    def copy(self: Self) -> Self:
+    def copy(self: AnyPages) -> AnyPages:
         """A second store with the same entries: full pages are shared, own tensors and last pages copied."""
         new = object.__new__(type(self))
         vars(new).update(vars(self) | {name: tensor.clone() for name, tensor in self.tensors().items()})
