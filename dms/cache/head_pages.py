@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from dms.cache.page_pool import PagePool, outside_inference_mode, used_places
 from dms_kernels.cached_attention import Pages, Plan, make_plan
 
-# Page tables grow by so many places.
+# Page tables grow by this many places at a time.
 _TABLE_STEP = 8
 
 AnyPages = TypeVar("AnyPages", bound="HeadPages")
 
 
 class HeadPages:
-    """Page tables of a layer over its pool. A store of ours that other tensors belong to names them in `_own`: they are copied,
-    selected and restored with the tables."""
+    """Page tables of a layer over its pool."""
 
+    # Tensors that are copied, selected and restored together; subclasses name theirs as well.
     _own: tuple[str, ...] = ("page_table", "num_kept")
 
     @outside_inference_mode
@@ -40,7 +40,7 @@ class HeadPages:
         pool.num_holders += 1
         # Last: `__del__` takes it for a sign that the pool counts this store.
         self.plan: Plan | None = None
-        """In which order attention reads the pages; None: to be made anew."""
+        """The order in which attention reads the pages; None: the table has changed since it was made."""
 
     def __del__(self):
         # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
@@ -146,7 +146,7 @@ class HeadPages:
         entry = torch.arange(dropped.shape[2], device=self.device)
         dropped = dropped & (entry < self.num_kept[..., None])
         loses = dropped.any(2)
-        # Where each head's pages are written anew from.
+        # From here on each head's pages are rewritten.
         start = torch.where(loses, dropped.int().argmax(2) // P * P, self.num_kept).int()
         place = torch.arange(self.page_table.shape[2] * P, device=self.device)
         moves = (place >= start[..., None]) & (place < self.num_kept[..., None])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-# Growth copies the pool. A little at a time keeps what is held close to what is used; the copies cost about one read of the
+# Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
 _GROWTH = 32
 # Room that pools leave when they grow ahead of need: it is for what is needed.
@@ -114,7 +114,7 @@ class PagePool:
         """Pages known to be free without asking the device: where it is no CPU, taking pages reads nothing back as long as this
         lasts."""
         self.epoch = 0
-        """How often free pages were counted anew, which voids what stores had reserved."""
+        """How often free pages were counted, which voids what stores had reserved before."""
         self.num_holders = 0
         """Stores that use the pool."""
         self.orphans: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
@@ -204,7 +204,7 @@ class PagePool:
                 self.trim()
 
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """Row of an entry's key in `rows`; its value lies page_size farther."""
+        """Row of an entry's key in `rows`; its value is page_size rows later."""
         return page * (2 * self.page_size) + entry
 
     def read(self, row: torch.Tensor) -> torch.Tensor:
