@@ -17,9 +17,10 @@ from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.evaluation.engine.resume import read_json
 from dms.evaluation.engine.settings import POLICIES, Settings, open_folder
 from dms.evaluation.engine.units import Unit, finished, make_units, run_unit
-from dms.evaluation.present.findings import in_words
+from dms.evaluation.present.findings import Finding, make_findings
 from dms.evaluation.present.tables import comparison_table
 from dms.evaluation.stats.collect import FATAL, make_rows
+from dms.evaluation.stats.rows import ResultRow
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
@@ -133,9 +134,17 @@ def evaluate_folder(
     if chains is not None:
         rows += chains.run(shared, console)
     rows = _with_earlier(rows, out)
-    words = in_words(rows) + (read_json(out / "scaling.json") or {"words": []})["words"]
+    findings = make_findings(map(ResultRow.from_dict, rows))
+    if scaling_words := (read_json(out / "scaling.json") or {"words": []})["words"]:
+        findings.append(Finding(None, None, "Hyper-scaling, at the same KV budget.", tuple(scaling_words)))
+    words = [line for finding in findings for line in finding.lines]
     _write_profile(model, tokenizer, units, settings, out, console)
-    result = {"rows": rows, "words": words, "marks": sorted({mark for row in rows for mark in row["marks"]})}
+    result = {
+        "rows": rows,
+        "findings": [finding.to_dict() for finding in findings],
+        "words": words,
+        "marks": sorted({mark for row in rows for mark in row["marks"]}),
+    }
     (out / "rows.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_result(result, settings, console)
     if card:

@@ -94,6 +94,12 @@ class ResultRow:
     marks: tuple[Mark, ...] = ()
     vs_dense: Comparison | None = None
     vs_dms: Comparison | None = None
+    k: int | None = None
+    """Hyper-scaling: chains that the metric takes (pass@k, majority@k)."""
+    num_chains: int | None = None
+    """Hyper-scaling: chains sampled for each problem."""
+    entries_read: float | None = None
+    """Hyper-scaling: entries a head that k chains read while they are decoded, mean over problems."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

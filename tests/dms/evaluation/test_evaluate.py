@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from dms.evaluation.engine.scoring import predict
 from dms.evaluation.engine.settings import POLICIES
 from dms.evaluation.policies import TRAINING_FREE
 from dms.evaluation.policies.rules import H2O
-from dms.evaluation.present.findings import in_words
+from dms.evaluation.present.findings import Finding, make_findings
+from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
 from dms.evaluation.suites import make_suite
 from dms.io import base_models as models
 from dms.io import checkpoint
@@ -193,18 +195,28 @@ def test_lengths_beyond_training(gated_folder, tmp_path):
     assert "beyond the length that its gates were trained at" in result["words"][0]
 
 
-def test_words_say_what_rows_say():
+def test_findings_say_what_rows_say():
+    same = dict.fromkeys(("model_hash", "recipe_hash", "ci_low", "ci_high", "num_samples", "target_cr", "cr_decided", "bytes"))
+    same |= {"model": "m", "length": 2048, "cr": 6.5, "memory": None, "seed": 7, "versions": {}, "device": "cpu", "seconds": 1.0}
+
     def row(policy, task, value, *, vs_dense=None, vs_dms=None, marks=(), metric="accuracy"):
         def difference(found):
-            return (
-                None
-                if found is None
-                else {"difference": found[0], "ci_low": found[0] - 0.1, "ci_high": found[0] + 0.1, "verdict": found[1]}
-            )
+            if found is None:
+                return None
+            return Comparison(difference=found[0], ci_low=found[0] - 0.1, ci_high=found[0] + 0.1, verdict=Verdict(found[1]))
 
-        versus = {"vs_dense": difference(vs_dense), "vs_dms": difference(vs_dms)}
-        about = {"policy": policy, "task": task, "metric": metric, "value": value, "marks": list(marks), "suite": "records", "cr": 6.5}
-        return {**about, "length": 2048, "evict_bias": None if policy == "dense" else 0.0, **versus}
+        return ResultRow(
+            **same,
+            policy=policy,
+            task=task,
+            metric=metric,
+            value=value,
+            suite="records",
+            evict_bias=0.0,
+            marks=tuple(map(Mark, marks)),
+            vs_dense=difference(vs_dense),
+            vs_dms=difference(vs_dms),
+        )
 
     rows = [
         row("dms", "count", 0.3, vs_dense=(-0.2, "worse")),
@@ -217,7 +229,9 @@ def test_words_say_what_rows_say():
         row("tova", "copy", 0.1, vs_dms=(-0.8, "worse")),
         row("tova", "single", 0.0, vs_dms=(-1.0, "worse"), marks=["few_samples"]),
     ]
-    assert in_words(rows) == [
+    (finding,) = make_findings(rows)
+    assert (finding.length, finding.evict_bias) == (2048, 0.0)
+    assert list(finding.lines) == [
         "At 2048 tokens, dms holds 1/6.50 of the entries.",
         "It loses to dense in count 0.300 (dense 0.500, -0.200 [-0.300, -0.100]).",
         "It is not told apart from dense in copy 0.900 (dense 0.900, +0.000 [-0.100, +0.100]).",
@@ -228,7 +242,9 @@ def test_words_say_what_rows_say():
         "Too few samples to say: single.",
         "Dense itself is at chance in passage: nothing is shown there.",
     ]
-    assert in_words([r | {"marks": ["evicted_nothing"]} for r in rows])[1].startswith("It evicted nothing")
+    assert Finding.from_dict(json.loads(json.dumps(finding.to_dict()))) == finding
+    (nothing,) = make_findings([replace(row, marks=(Mark.EVICTED_NOTHING,)) for row in rows])
+    assert nothing.sentences[0].startswith("It evicted nothing") and len(nothing.sentences) == 1
 
 
 def test_what_settings_refuse(gated_folder, tmp_path):
