@@ -25,8 +25,8 @@ from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
+from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import read_evidence
-from dms.report.operating_points import write_evaluation
 from dms.retrofitting import state_of
 
 # Documents of each suite that the report's profile is made of.
@@ -148,7 +148,7 @@ def evaluate_folder(
     (out / "rows.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_result(result, settings, console)
     if card:
-        console.print(f"wrote the figures into {write_evaluation(read_evidence(out), folder)}", highlight=False)
+        console.print(f"wrote the figures into {write_evaluation_card(read_evidence(out), folder)}", highlight=False)
     console.print(f"wrote {out}/; `dms report {out}` makes a page of it", highlight=False)
     return result
 

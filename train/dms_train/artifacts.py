@@ -15,10 +15,12 @@ from dms import report
 from dms.evaluation.engine import one_pass as evaluation
 from dms.evaluation.engine.gate_profile import trace_document
 from dms.evaluation.present.tables import results_table
+from dms.evaluation.stats.rows import ResultRow
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.weights import base_hash
-from dms.report import card
+from dms.report.cards import write_run_card
+from dms.report.evidence import TrainingFacts
 from dms.retrofitting import retrofit, state_of
 from dms_train.lora import without_adapters
 from dms_train.models import Models
@@ -131,16 +133,13 @@ def finish(
     unnamed = folder / "result.json.new"
     unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
     report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), scores["dms"].rate_LH, trace, names)
-    card.write_card(
+    write_run_card(
         model_folder,
         base_name=recipe.model,
         base_license=_license(recipe.model),
         dms_config=asdict(recipe.dms),
-        rows=rows,
-        run={
-            k: result[k]
-            for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")
-        },
+        rows=[ResultRow.from_dict(row) for row in rows],
+        run=TrainingFacts.from_result(result),
         data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else recipe.data.describe(),
     )
     result["seconds"] = time.perf_counter() - start

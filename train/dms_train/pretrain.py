@@ -221,7 +221,7 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
     from dms.io.base_models import load_base
     from dms.io.files import follow_umask
     from dms.io.weights import weight_files
-    from dms.report import card
+    from dms.report.cards import write_pretrain_card
     from dms.retrofitting import retrofit
 
     model.config.use_cache = model.generation_config.use_cache = True
@@ -252,7 +252,7 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
         "versions": evaluation.versions(),
         "results": figures,
     }
-    card.pretrain_card(saved, facts)
+    write_pretrain_card(saved, facts)
     (folder / "result.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     console.print(
         f"recall {figures['recall']:.3f} over {figures['recall_questions']} questions at {length} tokens, by distance {figures['recall_by_distance']}",

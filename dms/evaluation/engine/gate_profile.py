@@ -13,7 +13,7 @@ import torch
 from dms import masks, report
 from dms.evaluation.data.tasks import Document
 from dms.evaluation.engine.scoring import predict
-from dms.report.document_trace import FORMAT_VERSION
+from dms.report.decisions import FORMAT_VERSION
 from dms.retrofitting import set_mode, state_of
 
 

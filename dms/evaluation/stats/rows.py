@@ -26,6 +26,20 @@ class Mark(str, Enum):
         """Whether a figure is not what it seems; the others say how far it carries."""
         return self in (Mark.EVICTED_NOTHING, Mark.BUDGET_MISSED, Mark.DENSE_AT_CHANCE)
 
+    @property
+    def meaning(self) -> str:
+        """What a reader of marked rows must know."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Mark.EVICTED_NOTHING: "nothing was evicted: these are the dense model's figures, and no saving",
+    Mark.BUDGET_MISSED: "the entries alive miss the budget by more than 3 %: not a comparison at equal memory",
+    Mark.DENSE_AT_CHANCE: "the dense model does no better than guessing: the task tells nothing about eviction",
+    Mark.FEW_SAMPLES: "fewer than 50 samples, or than 25 documents: the interval is wide and may be too narrow still",
+    Mark.BEYOND_TRAINING: "longer than what the gates were trained on",
+}
+
 
 class Verdict(str, Enum):
     """What a paired comparison says at 95 %."""
