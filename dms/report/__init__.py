@@ -8,7 +8,7 @@ from dms.report.decisions import FORMAT_VERSION, DocumentTrace
 from dms.report.document_picture import plot_document
 from dms.report.page import write_document_html
 from dms.report.plots import Rates, plot_eviction, plot_training
-from dms.report.run_metrics import StepMetrics, read_metrics
+from dms.report.run_metrics import LoggedStep, read_metrics
 
 __all__ = ["DocumentTrace", "plot_document", "plot_eviction", "plot_training", "read_metrics", "write_document_html", "write_report"]
 
@@ -18,7 +18,7 @@ _MAX_VALUES = 180_000
 
 def write_report(
     run_dir: str | Path,
-    metrics: Sequence[StepMetrics],
+    metrics: Sequence[LoggedStep],
     rate_LH: Rates,
     trace: DocumentTrace,
     layer_names: Sequence[str] | None = None,

@@ -95,11 +95,7 @@ def write_run_card(
     Raises:
         ValueError: two rows give one figure different values.
     """
-    shown = public_name(base_name)
     figures = _by_variant(rows)
-    window = dms_config.get("window")
-    delayed = f" An evicted entry stays visible for {window} more tokens, and then no longer." if window is not None else ""
-    by = {"head": ", for each token and KV head", "layer": ", for each token and layer"}.get(dms_config.get("granularity", ""), "")
     fields = {
         "base_model": hub_id(base_name),
         "library_name": "transformers",
@@ -110,8 +106,7 @@ def write_run_card(
     lengths = sorted({row.length for row in rows if row.length is not None})
     paragraphs = [
         card_text.title(base_name),
-        f"`{shown}` with gates that learned which entries of the KV cache to evict{by}: Dynamic Memory Sparsification (DMS), "
-        f"{card_text.PAPER}.{delayed}",
+        _summary(public_name(base_name), dms_config),
         f"## {card_text.RESULTS}",
         _results(figures) if any(figures.values()) else "Nothing was measured.",
         f"## {card_text.LOSSES}",
@@ -202,6 +197,13 @@ def write_gates_card(folder: Path, metadata: Mapping[str, str]) -> Path:
     card = Card({"base_model": hub_id(base), "tags": ["kv-cache", "dms"]}, card_text.introduction(base))
     card.set_section(card_text.LOADING, _LOAD_GATES.format(base=public_name(base), hash=metadata.get("base_hash")))
     return card.write(folder)
+
+
+def _summary(shown: str, dms_config: Mapping[str, Any]) -> str:
+    by = {"head": ", for each token and KV head", "layer": ", for each token and layer"}.get(dms_config.get("granularity", ""), "")
+    text = f"`{shown}` with gates that learned which entries of the KV cache to evict{by}: Dynamic Memory Sparsification (DMS), {card_text.PAPER}."
+    window = dms_config.get("window")
+    return text if window is None else f"{text} An evicted entry stays visible for {window} more tokens, and then no longer."
 
 
 def _figure_name(row: ResultRow) -> str:

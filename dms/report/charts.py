@@ -7,7 +7,7 @@ from typing import Any
 
 from dms.evaluation.stats.rows import ResultRow
 from dms.report.decisions import GateProfile
-from dms.report.run_metrics import StepMetrics, is_number
+from dms.report.run_metrics import LoggedStep, is_number
 
 COSTS = (
     ("bytes", "memory", "bytes of the cache at the document's end"),
@@ -226,7 +226,7 @@ def position_charts(profile: GateProfile, target_cr: float | None) -> list[Chart
     ]
 
 
-def training_charts(metrics: Sequence[StepMetrics]) -> list[Chart]:
+def training_charts(metrics: Sequence[LoggedStep]) -> list[Chart]:
     """Target and achieved ratio over the steps, and the divergence from the dense model. Charts without a value are left out."""
     chosen = list(metrics[:: max(1, math.ceil(len(metrics) / _MAX_POINTS))])
     if metrics and chosen[-1] is not metrics[-1]:

@@ -11,7 +11,7 @@ from dms.evaluation.present.findings import Finding
 from dms.evaluation.stats.rows import Mark, ResultRow
 from dms.report import charts
 from dms.report.decisions import FORMAT_VERSION, DocumentTrace, GateProfile
-from dms.report.run_metrics import StepMetrics, read_metrics
+from dms.report.run_metrics import LoggedStep, read_metrics
 
 # Rows of result.json name no suite.
 _RUN_SUITE = "the run's own"
@@ -91,7 +91,7 @@ class Evidence:
     traces: Sequence[DocumentTrace] = ()
     trace_bias: float | None = None
     """The operating point of `traces`."""
-    metrics: Sequence[StepMetrics] = ()
+    metrics: Sequence[LoggedStep] = ()
     training: TrainingFacts | None = None
     missing: Sequence[str] = ()
     """What the report could show and cannot, a sentence each, with the command that measures it."""

@@ -132,64 +132,58 @@ class _Section:
     """HTML."""
 
 
+# (key, title, explanation, key of the data that it shows)
+_SECTIONS = (
+    (
+        "pareto",
+        "Quality against cost",
+        "A curve for each policy over its operating points; the dashed line is the dense model. Higher and further left is better "
+        f"(for bits per byte and KL: lower and further left). {_INTERVAL}",
+        "pareto",
+    ),
+    (
+        "results",
+        "All figures",
+        "The value, its interval, and the paired difference with its verdict: ▲ better, ▼ worse, ≈ not different. Underlined: the best of "
+        "the policies that evict. Click a policy's name to sort by it.",
+        "rows",
+    ),
+    ("heatmap", "Which heads evict", "Layers without gates are not shown. The colours differ in brightness, too.", "profile"),
+    (
+        "positions",
+        "Where in the document",
+        "The gates have one threshold for all positions. Early in a document the ratio is below the target, because the window is kept whole; "
+        "late it may be above it.",
+        "positions",
+    ),
+    (
+        "scaling",
+        "More samples for the same cache",
+        "Hyper-scaling: k answers are sampled for each problem. The axis has the entries that they read or hold together; k stands beside "
+        f"each point. {_INTERVAL}",
+        "scaling",
+    ),
+    ("training", "Training", "From the run's metrics.jsonl.", "training"),
+    (
+        "viewer",
+        "What is kept, token by token",
+        "Choose a head and move the slider. An evicted token stays visible in the window first.",
+        "traces",
+    ),
+)
+
+
 def _sections(evidence: Evidence, data: Mapping[str, Any]) -> list[_Section]:
     """Those that have something to show, then what is missing."""
     profile, bias = evidence.profile, evidence.trace_bias
-    documents = f"; {profile.num_documents} documents of up to {profile.length:,} tokens" if profile else ""
-    point = f" Operating point: evict_bias {bias:+g}." if bias else ""
-    # (key, title, explanation, key of the data, sentences before the figures)
-    known: list[tuple[str, str, str, str, Sequence[str]]] = [
-        (
-            "pareto",
-            "Quality against cost",
-            "A curve for each policy over its operating points; the dashed line is the dense model. Higher and further left is better "
-            f"(for bits per byte and KL: lower and further left). {_INTERVAL}",
-            "pareto",
-            (),
-        ),
-        (
-            "results",
-            "All figures",
-            "The value, its interval, and the paired difference with its verdict: ▲ better, ▼ worse, ≈ not different. Underlined: the best of "
-            "the policies that evict. Click a policy's name to sort by it.",
-            "rows",
-            (),
-        ),
-        (
-            "heatmap",
-            "Which heads evict",
-            f"Layers without gates are not shown{documents}. The colours differ in brightness, too.",
-            "profile",
-            (),
-        ),
-        (
-            "positions",
-            "Where in the document",
-            "The gates have one threshold for all positions. Early in a document the ratio is below the target, because the window is kept whole; "
-            "late it may be above it.",
-            "positions",
-            (),
-        ),
-        (
-            "scaling",
-            "More samples for the same cache",
-            "Hyper-scaling: k answers are sampled for each problem. The axis has the entries that they read or hold together; k stands beside "
-            f"each point. {_INTERVAL}",
-            "scaling",
-            evidence.scaling_sentences,
-        ),
-        ("training", "Training", "From the run's metrics.jsonl.", "training", ()),
-        (
-            "viewer",
-            "What is kept, token by token",
-            f"Choose a head and move the slider. An evicted token stays visible in the window first.{point}",
-            "traces",
-            (),
-        ),
-    ]
+    more = {
+        "heatmap": f" Measured on {profile.num_documents} documents of up to {profile.length:,} tokens." if profile else "",
+        "viewer": f" Operating point: evict_bias {bias:+g}." if bias else "",
+    }
+    sentences = {"scaling": evidence.scaling_sentences}
     found = [
-        _Section(key, title, explanation, _items("verdict", sentences) + f'<div id="{key}"></div>')
-        for key, title, explanation, needed, sentences in known
+        _Section(key, title, explanation + more.get(key, ""), _items("verdict", sentences.get(key, ())) + f'<div id="{key}"></div>')
+        for key, title, explanation, needed in _SECTIONS
         if data[needed]
     ]
     if evidence.missing:

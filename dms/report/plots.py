@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dms.report.charts import Chart, ChartAxis, ChartSeries
-from dms.report.run_metrics import StepMetrics
+from dms.report.run_metrics import LoggedStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ def _make_logarithmic(set_scale: Callable[[str], None], axis: "Axis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot_training(metrics: Sequence[StepMetrics], out_png: str | Path, model_name: str | None = None) -> Path:
+def plot_training(metrics: Sequence[LoggedStep], out_png: str | Path, model_name: str | None = None) -> Path:
     """Target and achieved compression ratio over the steps, the KL on a second axis (logarithmic if it spans more than 10x)."""
     if not metrics:
         raise ValueError("no metrics to plot: metrics.jsonl has no complete row")
@@ -173,7 +173,7 @@ def plot_training(metrics: Sequence[StepMetrics], out_png: str | Path, model_nam
     return save(figure, out_png)
 
 
-def _draw_ratios(axes: "Axes", steps: list[float], metrics: Sequence[StepMetrics]) -> list[Any]:
+def _draw_ratios(axes: "Axes", steps: list[float], metrics: Sequence[LoggedStep]) -> list[Any]:
     from matplotlib.ticker import MaxNLocator
 
     target, decided = _or_nan(row.target_cr for row in metrics), _or_nan(row.cr_decided for row in metrics)

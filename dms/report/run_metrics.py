@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepMetrics:
+class LoggedStep:
     """One optimizer step. None: not recorded, or not finite."""
 
     step: int | None = None
@@ -19,7 +19,7 @@ class StepMetrics:
     cr_decided: float | None = None
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "StepMetrics":
+    def from_dict(cls, row: Mapping[str, Any]) -> "LoggedStep":
         """A line of metrics.jsonl, whose other fields are left."""
         known = {name: row.get(name) for name in cls.__dataclass_fields__}
         return cls(**{name: value for name, value in known.items() if is_number(value)})
@@ -30,7 +30,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_metrics(path: str | Path) -> list[StepMetrics]:
+def read_metrics(path: str | Path) -> list[LoggedStep]:
     """The steps of a metrics.jsonl. A torn last line is skipped; any other bad line is a ValueError."""
     # Only "\n" ends a row: splitlines() would also split at characters that JSON leaves unescaped.
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -50,5 +50,5 @@ def read_metrics(path: str | Path) -> list[StepMetrics]:
             if is_torn:
                 break
             raise ValueError(f"{path}, line {number}: {line.strip()[:40]!r} is not a JSON object")
-        steps.append(StepMetrics.from_dict(row))
+        steps.append(LoggedStep.from_dict(row))
     return steps

@@ -17,7 +17,7 @@ from dms.report.command import MAX_BYTES
 from dms.report.evidence import Conditions, Evidence, describe_marks, read_evidence
 from dms.report.page import write_evaluation_page
 from dms.report.plots import plot_charts
-from dms.report.run_metrics import StepMetrics
+from dms.report.run_metrics import LoggedStep
 
 
 def run(*arguments):
@@ -168,7 +168,7 @@ def test_charts_take_gaps():
     assert charts.pareto_charts([replace(dms, **unknown)]) == [], "no cost was measured"
     (chart,) = charts.pareto_charts([replace(dms, **unknown | {"reads": 12.0}), replace(other, value=float("nan"))])
     assert [s.name for s in chart.series] == ["dms"] and [x.key for x in chart.xs] == ["reads"] and chart.references == []
-    assert charts.training_charts([StepMetrics(step=1)]) == [] and charts.scaling_charts([]) == []
+    assert charts.training_charts([LoggedStep(step=1)]) == [] and charts.scaling_charts([]) == []
 
 
 def test_scaling_charts_are_the_rows():
@@ -195,7 +195,7 @@ def test_position_charts_have_the_target_beside_them():
 
 
 def test_long_runs_are_thinned_and_keep_their_end():
-    metrics = [StepMetrics.from_dict({**row, "kl": 0.02 + row["kl"]}) for row in evaluated.make_metrics(5001)]
+    metrics = [LoggedStep.from_dict({**row, "kl": 0.02 + row["kl"]}) for row in evaluated.make_metrics(5001)]
     ratio, kl = charts.training_charts(metrics)
     for series in (*ratio.series, *kl.series):
         assert len(series.points) <= 402 and series.points[-1].x == {"step": 5001}

@@ -21,7 +21,7 @@ from dms.report import (
     write_document_html,
     write_report,
 )
-from dms.report.run_metrics import StepMetrics
+from dms.report.run_metrics import LoggedStep
 
 NASTY = [
     "<b>",
@@ -58,7 +58,7 @@ def make_trace(tokens=None, answers=((1, 2, True), (3, 5, False))):
 
 
 def make_metrics(num_steps, kl=lambda step: 0.01 * step):
-    return [StepMetrics(step=s, kl=kl(s), target_cr=1 + s / 10, cr_decided=1 + s / 9) for s in range(1, num_steps + 1)]
+    return [LoggedStep(step=s, kl=kl(s), target_cr=1 + s / 10, cr_decided=1 + s / 9) for s in range(1, num_steps + 1)]
 
 
 @pytest.fixture
@@ -100,9 +100,9 @@ def test_import_is_light():
 def test_read_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kl": 0.5, "loss": 2}\n\n{"step": 2, "kl": NaN}\n{"step": 3, "k', encoding="utf-8")
-    assert read_metrics(path) == [StepMetrics(step=1, kl=0.5), StepMetrics(step=2)]
+    assert read_metrics(path) == [LoggedStep(step=1, kl=0.5), LoggedStep(step=2)]
     path.write_text('{"step": 1}\n{"step"', encoding="utf-8")
-    assert read_metrics(path) == [StepMetrics(step=1)]
+    assert read_metrics(path) == [LoggedStep(step=1)]
     path.write_text('{"step": 1}\n{"step": 2}', encoding="utf-8")
     assert len(read_metrics(path)) == 2
     path.write_text("", encoding="utf-8")
@@ -145,7 +145,7 @@ def test_kl_axis_is_logarithmic_beyond_ten(tmp_path, drawn, factor, scale):
 
 def test_plot_training_takes_gaps_zeros_and_long_runs(tmp_path, drawn):
     metrics = make_metrics(120, kl=lambda step: 0.0 if step == 1 else 1.0 if step == 60 else 0.01)
-    metrics[3] = StepMetrics.from_dict({**vars(metrics[3]), "cr_decided": math.inf})
+    metrics[3] = LoggedStep.from_dict({**vars(metrics[3]), "cr_decided": math.inf})
     metrics[4] = replace(metrics[4], target_cr=None)
     metrics[5] = replace(metrics[5], kl=None)
     image(plot_training(metrics, tmp_path / "t.png"))
