@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from dms.evaluation.command import EvaluationResult
 from dms.evaluation.present.findings import Finding, make_findings
 from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
 from dms.report.decisions import FORMAT_VERSION, DocumentTrace, GateProfile, ProfileBin, ProfilePoint
@@ -32,6 +33,7 @@ SUITES = {
 # From dense, which has no such rows.
 DISTANCES = ("kl", "top1_agreement", "divergence_length")
 SCALING_SENTENCES = ["chains, pass@k: dense with 2 chains 0.550, dms with 16 0.930, better (+0.380, +0.200 to +0.500)."]
+SCALING_FINDING = Finding(None, 0.0, "Hyper-scaling on chains at evict_bias +0.", tuple(SCALING_SENTENCES))
 SETTINGS = {
     "format_version": FORMAT_VERSION,
     "model": "runs/cr8/model",
@@ -215,13 +217,7 @@ def make_metrics(num_steps: int = 120) -> list[dict]:
 
 def rows_file(rows: list[ResultRow]) -> dict:
     """rows.json."""
-    findings = [*make_findings(rows), Finding(None, 0.0, "Hyper-scaling on chains at evict_bias +0.", tuple(SCALING_SENTENCES))]
-    return {
-        "rows": [row.to_dict() for row in rows],
-        "findings": [finding.to_dict() for finding in findings],
-        "words": [line for finding in findings for line in finding.lines],
-        "marks": sorted({mark.value for row in rows for mark in row.marks}),
-    }
+    return EvaluationResult(rows, [*make_findings(rows), SCALING_FINDING]).to_dict()
 
 
 def write_evaluation(folder: Path, **changes) -> Path:
@@ -230,7 +226,13 @@ def write_evaluation(folder: Path, **changes) -> Path:
     files = {
         "settings": SETTINGS,
         "rows": rows_file(make_rows()),
-        "scaling": {"rows": [row.to_dict() for row in make_scaling()], "words": SCALING_SENTENCES, "settings": {}, "equal_budget": []},
+        "scaling": {
+            "rows": [row.to_dict() for row in make_scaling()],
+            "settings": {},
+            "equal_budget": [],
+            "findings": [SCALING_FINDING.to_dict()],
+            "words": SCALING_SENTENCES,
+        },
         "profile": make_profile().to_dict(),
         "traces": {"format_version": FORMAT_VERSION, "evict_bias": 0.0, "documents": traces},
         "lm_eval": {"results": {"local": {"acc,none": 0.4}}},

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dms.evaluation.stats.equal_budget import BUDGETS, EqualBudget
 from dms.evaluation.stats.rows import Mark, ResultRow, Verdict
 
 # Recall by distance is left out: these rows are parts of the row `recall`.
@@ -147,3 +148,37 @@ def _difference_from_dense(row: ResultRow, verdict: Verdict) -> str | None:
     dense = _number(row.value - versus.difference)
     interval = f"[{versus.ci_low:+.3f}, {versus.ci_high:+.3f}]"
     return f"{_name(row)} {_number(row.value)} (dense {dense}, {versus.difference:+.3f} {interval})"
+
+
+def scaling_findings(found: Iterable[EqualBudget], task: str) -> list[Finding]:
+    """A finding for each operating point of hyper-scaling on `task`: one sentence for each metric and budget; budgets that come to the same
+    number of chains share one."""
+    groups: dict[float | None, dict[str, dict[str, list[EqualBudget]]]] = {}
+    for one in found:
+        groups.setdefault(one.evict_bias, {}).setdefault(one.metric, {}).setdefault(one.budget, []).append(one)
+    findings = []
+    for bias, by_metric in groups.items():
+        sentences = []
+        for metric, budgets in by_metric.items():
+            names_of: dict[str, list[str]] = {}
+            for budget, compared in budgets.items():
+                names_of.setdefault("; ".join(map(_equal_budget, compared)), []).append(BUDGETS[budget])
+            sentences += [
+                f"{task}, {metric}@k with no more {' and '.join(names)} than dense, at evict_bias {bias:g}: {text}."
+                for text, names in names_of.items()
+            ]
+        findings.append(Finding(None, bias, f"Hyper-scaling on {task} at evict_bias {bias:+g}.", tuple(sentences)))
+    return findings
+
+
+def _equal_budget(found: EqualBudget) -> str:
+    chains = "1 chain" if found.dense_k == 1 else f"{found.dense_k} chains"
+    dense = f"dense with {chains} {found.dense_value:.3f}"
+    versus = found.vs_dense
+    if versus is None:
+        return f"{dense}, and a single chain of dms takes more"
+    number = f"all {found.dms_k}, which take less," if found.capped else str(found.dms_k)
+    return (
+        f"{dense}, dms with {number} {found.dms_value:.3f}, {versus.verdict.value} "
+        f"({versus.difference:+.3f}, {versus.ci_low:+.3f} to {versus.ci_high:+.3f})"
+    )
