@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import dms
-from dms.export import card
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
 from dms.io import base_models as models
 from dms.io.gates_file import check_base, read_config, read_gates
 from dms.io.weights import GATES_FILE, INDEX_FILE, weight_files
+from dms.report.cards import write_export_card, write_gates_card
 
 FORMATS = ("hf", "gates", "merged")
 _AUTO_CLASS = "AutoModelForCausalLM"
@@ -130,7 +130,7 @@ def _write_model(found: Source, out: Path, name: str, max_bytes: int) -> list[Pa
     written.append(out / "config.json")
     if name:
         written += write_code(out, name)
-    written.append(card.write(found.model / "README.md", out, found.metadata, with_code=bool(name)))
+    written.append(write_export_card(found.model / "README.md", out, found.metadata, with_code=bool(name)))
     return written
 
 
@@ -149,4 +149,4 @@ def _config(found: Source, name: str) -> Mapping[str, Any]:
 def _write_gates(found: Source, out: Path) -> list[Path]:
     path = Path(shutil.copyfile(found.gates, out / GATES_FILE))
     _, metadata = read_gates(path)
-    return [path, card.write_gates_card(out, metadata)]
+    return [path, write_gates_card(out, metadata)]

@@ -369,7 +369,7 @@ def test_a_kill_before_the_report_is_written_leaves_the_run_unfinished(recipe_va
         raise Cut
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts.card, "write_card", failing)
+        patched.setattr(artifacts, "write_run_card", failing)
         with pytest.raises(Cut):
             run(recipe_values, save=SAVE)
     folder = Path(recipe_values["output_dir"])

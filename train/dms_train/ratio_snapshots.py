@@ -8,10 +8,8 @@ from safetensors.torch import load_file
 from dms.io.files import save_tensors
 from dms.io.gates_file import read_config, read_gates, write_gates
 from dms.io.weights import GATES_FILE, base_hash, weight_files, write_index
-from dms.report.card_sections import join_card, split_card
+from dms.report.card_text import CARD_FILE, Card
 from dms_train import checkpoints as saving
-
-_CARD = "README.md"
 
 
 def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
@@ -35,7 +33,7 @@ def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
     staged = folder / "model"
     staged.mkdir(parents=True)
     for entry in model.iterdir():
-        if entry.name not in (GATES_FILE, _CARD) and not (trained and entry in weight_files(model)):
+        if entry.name not in (GATES_FILE, CARD_FILE) and not (trained and entry in weight_files(model)):
             (staged / entry.name).symlink_to(entry.resolve())
     if trained:
         _write_weights(model, staged, trained)
@@ -45,7 +43,7 @@ def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
     write_gates(staged, tensors, config, base_digest=base_hash(staged), **common)
     if not trained:
         write_gates(folder / "gates", tensors, config, base_digest=read_gates(run / "gates")[1]["base_hash"], **common)
-    (staged / _CARD).write_text(_card(model / _CARD, saved, cr), encoding="utf-8")
+    _card(model / CARD_FILE, saved, cr).write(staged)
     return folder
 
 
@@ -84,13 +82,13 @@ def _write_weights(model: Path, staged: Path, trained: dict) -> None:
         )
 
 
-def _card(source: Path, saved: saving.Saved, cr: float) -> str:
+def _card(source: Path, saved: saving.Saved, cr: float) -> Card:
     """The run's card without its figures: they are those of the run's end."""
-    fields, body = split_card(source.read_text(encoding="utf-8")) if source.is_file() else ({}, "")
-    fields = {key: value for key, value in fields.items() if key != "model-index"}
-    title = next((line for line in body.splitlines() if line.startswith("# ")), "# A retrofitted model")
+    card = Card.read(source)
+    fields = {key: value for key, value in card.fields.items() if key != "model-index"}
+    title = next((line for line in card.body.splitlines() if line.startswith("# ")), "# A retrofitted model")
     text = (
         f"{title}\n\nThe retrofit as it was at step {saved.position.step}, when its schedule passed compression ratio {cr:g}. This stage was not "
         "evaluated: `dms evaluate FOLDER --card` does that, and writes its figures here.\n"
     )
-    return join_card(fields, text)
+    return Card(fields, text)

@@ -1,42 +1,53 @@
-"""What the gates said about each token of one document. Letters: L layers that have gates, H KV heads, T tokens."""
+"""Decisions of the gates as data: of one document token by token, and of several by layer, head and position.
+
+Shapes: L layers with gates, H KV heads, T tokens.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 FORMAT_VERSION = 1
-# A longer text is more than one scrolls through; of it, the end is shown, where the questions stand.
+"""Of traces.json and profile.json."""
+# More than one scrolls through. Of a longer text the end is shown, where the questions stand.
 _MAX_TOKENS = 4096
 _TOKENS_OF_MANY_HEADS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentTrace:
-    """One document and what the gates said about each of its tokens.
+    """One document and what the gates decided about each of its tokens.
 
-    tokens: decoded text of each token [T]. evict_prob_LHT: sigmoid of the gate's logit as nested lists [L][H][T]; None where
-    the token is undecided (kept, not counted). layer_indices: the model's index of each layer [L]. answers: (start, end,
-    answered right) spans of tokens `start..end-1`, in order. threshold: evicted iff the probability is above it. title: what the
-    document is. window, sinks: as in `DMSConfig` (window None: not known). prompt: tokens that were given, those after it were
-    decoded one by one (None: not known). first: the position of `tokens[0]` where a part is shown. head_indices: the heads that are
-    shown of each layer (None: all). left_out: what is not shown, in words.
-    Raises ValueError where lengths disagree or a probability is outside 0..1.
+    Raises:
+        ValueError: lengths disagree, or a probability is outside 0..1.
     """
 
     tokens: list[str]
+    """Decoded text of each token [T]."""
     evict_prob_LHT: list[list[list[float | None]]]
+    """Sigmoid of the evict logit, as nested lists [L][H][T]; None: undecided, and so kept and not counted."""
     layer_indices: list[int]
+    """The model's index of each layer [L]."""
     answers: Sequence[tuple[int, int, bool]] = ()
+    """(start, end, whether it was answered right) of tokens `start..end-1`, in order."""
     threshold: float = 0.5
+    """A token is evicted if its probability is above it."""
     title: str = ""
+    """What the document is."""
     window: int | None = None
+    """As in `DMSConfig`; None: not known."""
     sinks: int = 0
+    """As in `DMSConfig`."""
     prompt: int | None = None
+    """How many tokens were given; those after it were decoded one by one. None: not known."""
     first: int = 0
+    """The position of `tokens[0]` where a part is shown."""
     head_indices: list[list[int]] | None = None
+    """The heads that are shown of each layer; None: all."""
     left_out: str = ""
+    """What is not shown, in words."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         num_tokens, num_layers = len(self.tokens), len(self.layer_indices)
         if num_tokens == 0 or num_layers == 0:
             raise ValueError(f"a trace needs tokens and layers; given {num_tokens} tokens and {num_layers} layers")
@@ -86,7 +97,8 @@ class DocumentTrace:
 
     def evicted_share(self) -> float:
         """Evicted over decided, ratio of sums."""
-        evicted, decided = map(sum, zip(*map(self.counts, range(len(self.tokens))), strict=True))
+        counts = [self.counts(position) for position in range(len(self.tokens))]
+        evicted, decided = (sum(count) for count in zip(*counts, strict=True))
         return evicted / decided if decided else 0.0
 
     def summary(self) -> str:
@@ -99,7 +111,7 @@ class DocumentTrace:
         return text
 
     def fitted(self, max_values: int) -> "DocumentTrace":
-        """The same with at most about `max_values` probabilities: the end of a long document, and of many heads some, evenly spaced."""
+        """The same with at most about `max_values` probabilities: the end of a long document, and some heads of many, evenly spaced."""
         total, num_tokens = self.num_heads, min(len(self.tokens), _MAX_TOKENS)
         if total * num_tokens > max_values:
             num_tokens = min(num_tokens, max(1, max_values), _TOKENS_OF_MANY_HEADS)
@@ -109,11 +121,11 @@ class DocumentTrace:
         layers = _spread(len(self.layer_indices), max(1, num_heads // heads_of_layer))
         heads = [_spread(len(self.evict_prob_LHT[i]), num_heads) for i in layers]
         names = self.head_indices or [list(range(len(row))) for row in self.evict_prob_LHT]
-        said = []
+        shown = []
         if skipped:
-            said.append(f"the last {num_tokens:,} of {len(self.tokens):,} tokens")
+            shown.append(f"the last {num_tokens:,} of {len(self.tokens):,} tokens")
         if sum(map(len, heads)) < total:
-            said.append(f"{sum(map(len, heads))} of {total} KV heads, from {len(layers)} of {len(self.layer_indices)} layers")
+            shown.append(f"{sum(map(len, heads))} of {total} KV heads, from {len(layers)} of {len(self.layer_indices)} layers")
         return replace(
             self,
             tokens=self.tokens[skipped:],
@@ -122,11 +134,11 @@ class DocumentTrace:
             head_indices=[[names[i][h] for h in row] for i, row in zip(layers, heads, strict=True)],
             answers=[(start - skipped, end - skipped, right) for start, end, right in self.answers if start >= skipped],
             first=self.first + skipped,
-            left_out=f"Shown: {', and '.join(said)}." if said else self.left_out,
+            left_out=f"Shown: {', and '.join(shown)}." if shown else self.left_out,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As traces.json and pages have it; probabilities to four digits."""
+        """As in traces.json and in pages; probabilities to four digits."""
         return {
             "title": self.title,
             "tokens": self.tokens,
@@ -148,9 +160,67 @@ class DocumentTrace:
         given = dict(saved)
         try:
             probs, answers = given.pop("evict_prob"), given.pop("answers")
-            return cls(evict_prob_LHT=probs, answers=[tuple(answer) for answer in answers], **given)
+            return cls(evict_prob_LHT=probs, answers=[(start, end, right) for start, end, right in answers], **given)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a trace of this version ({error}); evaluate again to write it anew") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileBin:
+    """Tokens `start..end-1` of the documents."""
+
+    start: int
+    end: int
+    evicted: float
+    """Share of the decisions in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilePoint:
+    """What the gates evict at one operating point."""
+
+    evict_bias: float
+    layer_indices: list[int]
+    """The model's index of each layer [L]."""
+    evicted_LH: list[list[float]]
+    """Share of the decisions."""
+    cr_LH: list[list[float]]
+    """Tokens seen over entries alive at the end."""
+    bins: list[ProfileBin]
+    """In the order of the text; those without a decision are left out."""
+    positions: list[int]
+    """Some positions in the documents, in order."""
+    cr_at: list[float]
+    """Tokens seen over entries alive when the token at each of `positions` is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateProfile:
+    """What the gates evict where, over several documents: profile.json."""
+
+    window: int
+    sinks: int
+    granularity: str
+    alignment: str
+    num_documents: int
+    length: int
+    """Tokens of the longest document."""
+    points: list[ProfilePoint]
+
+    def usual_point(self) -> ProfilePoint:
+        """`evict_bias` 0, or the nearest to it."""
+        return min(self.points, key=lambda point: abs(point.evict_bias))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in profile.json."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "GateProfile":
+        """Raises TypeError or KeyError where a field is missing or unknown."""
+        given = {name: value for name, value in saved.items() if name != "format_version"}
+        points = [ProfilePoint(**{**point, "bins": [ProfileBin(**part) for part in point["bins"]]}) for point in given.pop("points")]
+        return cls(**given, points=points)
 
 
 def _spread(available: int, wanted: int) -> list[int]:
@@ -161,7 +231,7 @@ def _spread(available: int, wanted: int) -> list[int]:
 
 
 def _short(prob: float | None, threshold: float) -> float | int | None:
-    """Four significant digits, in full where rounding would turn the decision; beyond 1e-4 of certainty, certain."""
+    """Four significant digits, all digits where rounding would turn the decision; within 1e-4 of 0 or 1, that."""
     if prob is None:
         return None
     short = float(f"{prob:.4g}")
