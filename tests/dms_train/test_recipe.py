@@ -1,7 +1,6 @@
 import pytest
 import yaml
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.recipe import PretrainRecipe, RetrofitRecipe
+from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
 from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 from dms.builtin import recipes_folder

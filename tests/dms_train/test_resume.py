@@ -145,7 +145,7 @@ def test_a_run_without_a_checkpoint_begins_anew(recipe_values, cut_at, uninterru
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save=SAVE)
-    assert says(capsys.readouterr().out, "without a checkpoint: it begins anew")
+    assert says(capsys.readouterr().out, "without a checkpoint: it starts over")
     assert trajectory(recipe_values["output_dir"]) == uninterrupted("gates")[0]
 
 

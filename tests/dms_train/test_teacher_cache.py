@@ -15,7 +15,7 @@ from dms_train import cache_teacher, loop
 from dms_train import models as students
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step import HeadLoss, Normalizer, distill_step
-from dms_train.teacher_cache import BATCH_KEYS, row_key
+from dms_train.teacher_cache import BATCH_KEYS, sequence_key
 from jobs import Job, read_metrics
 
 from dms.io import base_models as models
@@ -38,7 +38,7 @@ def cached(make_values, tmp_path_factory):
 
 
 def source_of(recipe):
-    return list(cache_teacher.rows_of(recipe, models.load_tokenizer(recipe.model)))
+    return list(cache_teacher.sequences_of(recipe, models.load_tokenizer(recipe.model)))
 
 
 def batch_of(recipe, numbers):
@@ -138,9 +138,13 @@ def test_runs_share_it_run_no_teacher_and_end_where_exact_ones_do(cached, tmp_pa
 
 def test_a_row_is_known_by_its_content(cached):
     ids, segment = torch.arange(10), torch.tensor([1, 1, 1, 2, 2, 2, 2, 3, 0, 0])
-    key = row_key(ids, segment)
-    assert key == row_key(ids.int(), torch.where(segment > 0, segment + 4, 0).int())
-    others = [row_key(ids + 1, segment), row_key(ids, (segment > 0).long()), row_key(ids, torch.where(segment > 0, segment, 4))]
+    key = sequence_key(ids, segment)
+    assert key == sequence_key(ids.int(), torch.where(segment > 0, segment + 4, 0).int())
+    others = [
+        sequence_key(ids + 1, segment),
+        sequence_key(ids, (segment > 0).long()),
+        sequence_key(ids, torch.where(segment > 0, segment, 4)),
+    ]
     assert len({key, *others}) == 4
 
 

@@ -11,8 +11,8 @@ import pytest
 from dms_train.data.compressed import check_modules, open_file
 from dms_train.data.jsonl import JsonLines
 from dms_train.data.settings import Origin
-from dms_train.data.shards import BLOCK_ROWS, BadShard, TextFiles
-from dms_train.generate_recipe import GenerateRecipe
+from dms_train.data.shards import BLOCK_RECORDS, BadShard, TextFiles
+from dms_train.recipe import GenerateRecipe
 from packed import COMPRESSED, compress, documents_of, texts
 
 
@@ -24,11 +24,11 @@ def shard_of(path):
     return JsonLines(Origin(source="jsonl", path=str(path))).open(0)
 
 
-def all_rows(shard):
+def all_records(shard):
     """To its end, which a shard without a number of blocks shows by a block without rows."""
     if shard.num_blocks is not None:
-        return [row for block in range(shard.num_blocks) for row in shard.rows(block)]
-    return list(itertools.chain.from_iterable(itertools.takewhile(bool, map(shard.rows, itertools.count()))))
+        return [row for block in range(shard.num_blocks) for row in shard.records(block)]
+    return list(itertools.chain.from_iterable(itertools.takewhile(bool, map(shard.records, itertools.count()))))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", *(f"x.jsonl.{kind}" for kind in COMPRESSED)])
@@ -38,7 +38,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
     content += content
     path = tmp_path / name
     path.write_bytes(content) if name == "x.jsonl" else compress(path, content)
-    rows = all_rows(shard_of(path))
+    rows = all_records(shard_of(path))
     assert [row.values for row in rows] == [{"text": text} for text in ("first", "second", "first", "second")]
     assert [row.where for row in rows] == [f"{path}:{number}" for number in range(1, 5)]
 
@@ -47,31 +47,31 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
 def test_text_is_read_compressed_and_without_its_mark(tmp_path, name):
     content = codecs.BOM_UTF8 + "first\r\nsecönd".encode()
     (tmp_path / name).write_bytes(content) if name == "x.txt" else compress(tmp_path / name, content)
-    (row,) = TextFiles(Origin(source="text", path=str(tmp_path))).rows(0)
+    (row,) = TextFiles(Origin(source="text", path=str(tmp_path))).records(0)
     assert row.values == {"text": "first\nsecönd"}
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_a_compressed_file_holds_what_the_plain_one_does(tmp_path, kind):
     """Every row with its line, in blocks of bounded rows and bytes, whichever block is asked for; empty lines count as lines."""
-    content = lines_of(texts(600, low=1, high=3)) + b"\n" * (2 * BLOCK_ROWS) + lines_of(["x" * 300_000] * 9 + ["end"])
+    content = lines_of(texts(600, low=1, high=3)) + b"\n" * (2 * BLOCK_RECORDS) + lines_of(["x" * 300_000] * 9 + ["end"])
     (tmp_path / "x.jsonl").write_bytes(content)
-    plain = all_rows(shard_of(tmp_path / "x.jsonl"))
+    plain = all_records(shard_of(tmp_path / "x.jsonl"))
     shard = shard_of(compress(tmp_path / f"x.jsonl.{kind}", content))
-    blocks = [shard.rows(block) for block in range(6)]
+    blocks = [shard.records(block) for block in range(6)]
     assert [len(rows) for rows in blocks] == [256, 256, 92, 4, 2, 0]
     found = [row for rows in blocks for row in rows]
     assert [row.values for row in found] == [row.values for row in plain]
     assert [row.where.rsplit(":", 1)[1] for row in found] == [row.where.rsplit(":", 1)[1] for row in plain]
     for block in (4, 0, 2, 2, 1, 9, 3):
-        assert shard.rows(block) == (blocks[block] if block < 5 else [])
+        assert shard.records(block) == (blocks[block] if block < 5 else [])
 
 
 def test_several_members_of_a_compressed_file_are_one_text(tmp_path):
     for kind, packed in COMPRESSED.items():
         path = tmp_path / f"x.jsonl.{kind}"
         path.write_bytes(packed(lines_of(["first"])) + packed(lines_of(["second"])))
-        assert [row.values["text"] for row in all_rows(shard_of(path))] == ["first", "second"], kind
+        assert [row.values["text"] for row in all_records(shard_of(path))] == ["first", "second"], kind
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
@@ -86,13 +86,13 @@ def test_a_damaged_compressed_file_is_named_with_its_line_or_left_out(tmp_path, 
     with pytest.raises(BadShard, match=rf"b\.jsonl\.{kind} cannot be read from line \d+ on: \w+: \w+") as raised:
         shard = shard_of(paths["b"])
         for block in range(1000):
-            before += shard.rows(block)
-    assert len(before) == int(str(raised.value).split("from line ")[1].split()[0]) - 1 > BLOCK_ROWS
+            before += shard.records(block)
+    assert len(before) == int(str(raised.value).split("from line ")[1].split()[0]) - 1 > BLOCK_RECORDS
     assert lines_of(row.values["text"] for row in before) == content[: len(lines_of(row.values["text"] for row in before))]
     # It stays as bad as it was, and what stands before the damage can be gone back to.
     with pytest.raises(BadShard, match="cannot be read from line"):
-        shard.rows(block)
-    assert shard.rows(0) == before[:BLOCK_ROWS]
+        shard.records(block)
+    assert shard.records(0) == before[:BLOCK_RECORDS]
 
     paths["b"].write_bytes(whole[:200])
     data = {"source": "jsonl", "path": str(tmp_path / "d"), "length": 256, "fill": "pad"}
@@ -133,7 +133,7 @@ def test_a_list_is_refused_with_the_command_that_converts_it(tmp_path, indent):
         shard_of(path)
     command = str(raised.value).split("Convert it: python ")[1]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
-    assert [row.values for row in all_rows(shard_of(tmp_path / "NEW.jsonl"))] == rows
+    assert [row.values for row in all_records(shard_of(tmp_path / "NEW.jsonl"))] == rows
 
 
 def test_a_folder_says_what_it_holds_and_what_is_read(tmp_path):
@@ -182,5 +182,5 @@ def test_files_are_closed(tmp_path):
 
 def test_generated_rows_have_no_name_of_a_compressed_file():
     values = {"model": "x", "output": "own.jsonl.gz", "prompts": {"source": "builtin", "tokens": 1}, "num_prompts": 1, "max_new_tokens": 1}
-    with pytest.raises(ValueError, match=r"'own\.jsonl\.gz' has the name of a compressed file, and rows are written plainly"):
+    with pytest.raises(ValueError, match=r"'own\.jsonl\.gz' has the suffix of a compressed file, and the file is written uncompressed"):
         GenerateRecipe(**values)

@@ -4,9 +4,8 @@ from random import Random
 
 import pytest
 from dms_train.data import packing as planner
-from dms_train.data.cost import Cost, cost_of
-from dms_train.data.packing import Piece, balance_rows, compose, deal, imbalance, pack
-from dms_train.data.source_reader import Cursor, Document
+from dms_train.data.packing import Cost, Piece, compose, cost_of, deal, group_size, imbalance, pack
+from dms_train.data.source_reader import Cursor, SourceDocument
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,18 +15,18 @@ COST = Cost(token=100.0, pair=0.122)
 
 def documents(lengths):
     for number, length in enumerate(lengths):
-        yield Document(0, Cursor(row=number), length, lambda: None)
+        yield SourceDocument(0, Cursor(record=number), length, lambda: None)
 
 
 def endless(seed, low, high):
     rng, number = Random(seed), 0
     while True:
-        yield Document(0, Cursor(row=number), int(low * (high / low) ** rng.random()), lambda: None)
+        yield SourceDocument(0, Cursor(record=number), int(low * (high / low) ** rng.random()), lambda: None)
         number += 1
 
 
 def tokens(piece):
-    return {(piece.document.cursor.row, place) for place in range(piece.start, piece.stop)}
+    return {(piece.document.cursor.record, place) for place in range(piece.start, piece.stop)}
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,21 +34,21 @@ def tokens(piece):
     seed=st.integers(0, 10_000),
     low=st.integers(1, 40),
     times=st.integers(1, 60),
-    num_rows=st.integers(1, 24),
+    num_sequences=st.integers(1, 24),
     cuts=st.booleans(),
 )
-def test_every_token_drawn_is_packed_once_or_carried(seed, low, times, num_rows, cuts):
+def test_every_token_drawn_is_packed_once_or_carried(seed, low, times, num_sequences, cuts):
     source, drawn, packed, carried = endless(seed, low, low * times), {}, set(), []
 
     def counting():
         for document in source:
-            drawn[document.cursor.row] = document.length
+            drawn[document.cursor.record] = document.length
             yield document
 
     counted = counting()
     for _ in range(3):
-        rows, carried = pack(counted, carried, num_rows=num_rows, length=64, cuts=cuts)
-        assert len(rows) == num_rows
+        rows, carried = pack(counted, carried, num_sequences=num_sequences, length=64, cuts=cuts)
+        assert len(rows) == num_sequences
         for row in rows:
             assert 0 <= sum(piece.length for piece in row) <= 64
             for piece in row:
@@ -62,7 +61,7 @@ def test_every_token_drawn_is_packed_once_or_carried(seed, low, times, num_rows,
 
 
 def test_whole_documents_stay_whole_unless_they_are_longer_than_a_row():
-    rows, carried = pack(endless(0, 5, 60), [], num_rows=64, length=64, cuts=False)
+    rows, carried = pack(endless(0, 5, 60), [], num_sequences=64, length=64, cuts=False)
     assert all(piece.start == 0 and piece.stop == piece.document.length for row in rows for piece in row)
     used = sum(piece.length for row in rows for piece in row)
     assert used / (64 * 64) > 0.97 and len(carried) <= planner.CARRY_LIMIT
@@ -72,23 +71,23 @@ def test_cutting_leaves_next_to_no_padding_where_nothing_fits_together():
     for cuts, most in ((False, 0.45), (True, 0.02)):
         carried, used, source = [], 0, endless(0, 600, 620)
         for _ in range(4):
-            rows, carried = pack(source, carried, num_rows=32, length=1000, cuts=cuts)
+            rows, carried = pack(source, carried, num_sequences=32, length=1000, cuts=cuts)
             used += sum(piece.length for row in rows for piece in row)
         assert 1 - used / (4 * 32 * 1000) < most
         assert cuts or 1 - used / (4 * 32 * 1000) > 0.35
 
 
 def test_a_document_of_many_rows_is_carried_as_one_stretch():
-    rows, carried = pack(documents([10_000, 30]), [], num_rows=4, length=100, cuts=True)
+    rows, carried = pack(documents([10_000, 30]), [], num_sequences=4, length=100, cuts=True)
     assert [(piece.start, piece.stop) for row in rows for piece in row] == [(0, 100), (100, 200), (200, 300), (300, 400)]
     assert [(piece.start, piece.stop) for piece in carried] == [(400, 10_000)]
-    again, carried = pack(documents([]), carried, num_rows=4, length=100, cuts=True)
+    again, carried = pack(documents([]), carried, num_sequences=4, length=100, cuts=True)
     assert again[0][0].start == 400 and carried[0].start == 800
 
 
 def test_what_was_carried_comes_first():
     (document,) = documents([5])
-    rows, carried = pack(endless(1, 60, 64), [Piece(document, 0, 5)], num_rows=4, length=64, cuts=False)
+    rows, carried = pack(endless(1, 60, 64), [Piece(document, 0, 5)], num_sequences=4, length=64, cuts=False)
     assert any(piece.document is document for row in rows for piece in row)
     assert all(piece.document is not document for piece in carried)
 
@@ -114,8 +113,8 @@ def test_rows_of_one_cost_stay_in_order():
 def test_ranks_get_equal_shares_of_a_skewed_mixture(num_groups):
     source, carried, worst, naive = endless(3, 10, 3000), [], [], []
     for window in range(8):
-        rows, carried = pack(source, carried, num_rows=64, length=3276, cuts=True)
-        costs = [COST.of_row([piece.length for piece in row], 3276) for row in rows]
+        rows, carried = pack(source, carried, num_sequences=64, length=3276, cuts=True)
+        costs = [COST.of_sequence([piece.length for piece in row], 3276) for row in rows]
         in_order = [costs[start : start + 8] for start in range(0, 64, 8)]
         naive += [imbalance(step, [list(range(group, 8, num_groups)) for group in range(num_groups)]) for step in in_order]
         for step in compose(costs, 8, 4, str(window)):
@@ -129,17 +128,17 @@ def test_ranks_get_equal_shares_of_a_skewed_mixture(num_groups):
 
 
 def test_balance_rows_divides_the_batch():
-    assert [balance_rows(None, size) for size in (1, 2, 6, 7, 8)] == [1, 2, 3, 1, 4]
-    assert balance_rows(8, 16) == 8
+    assert [group_size(None, size) for size in (1, 2, 6, 7, 8)] == [1, 2, 3, 1, 4]
+    assert group_size(8, 16) == 8
     with pytest.raises(ValueError, match="balance_rows is 3 and batch_size 8"):
-        balance_rows(3, 8)
+        group_size(3, 8)
 
 
 def test_cost_counts_what_attention_sees():
     cost = Cost(token=1.0, pair=10.0, sliding=100.0, window=3)
     sees = [min(query, 3) for query in range(1, 9)]
     assert cost.of_document(8) == 8 + 10 * 36 + 100 * sum(sees)
-    assert cost.of_row([8], 10) == cost.of_document(8) + cost.of_document(2)
+    assert cost.of_sequence([8], 10) == cost.of_document(8) + cost.of_document(2)
 
 
 def test_cost_of_a_llama_is_its_multiplications():
