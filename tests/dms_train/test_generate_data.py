@@ -61,7 +61,7 @@ def test_rows_go_on_from_their_prompts(values, tiny_folder, tmp_path):
 
     data = Data(source="jsonl", path=values["output"], prompt="prompt", completion="completion", loss_on="completions", length=128)
     stream = open_data(
-        tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_sequences=len(tokenizer)
+        tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_embeddings=len(tokenizer)
     )
     (batch,) = stream.next_step().micro_batches
     # A random model's bytes are read back as other tokens; its prompts are still not counted.

@@ -77,7 +77,7 @@ def test_the_method_s_section_is_written_out_and_read_again(write):
 
 def test_duplicate_key(write, recipe_values):
     message = refusal(write(text=yaml.safe_dump(recipe_values) + "\nsteps: 9\n"))
-    assert "'steps' stands twice" in message
+    assert "'steps' is given twice" in message
 
 
 def test_wrong_type(write):

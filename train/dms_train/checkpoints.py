@@ -1,4 +1,4 @@
-"""Checkpoints that a run continues from: written whole or not at all, checked before they are read, nothing pickled.
+"""Checkpoints that a run continues from: written completely or not at all, verified before they are read, nothing pickled.
 
 `checkpoints/step_000050/` holds `gates.safetensors`, `weights.safetensors` (what else trains), the optimizer's state of each
 process that has one, and `manifest.json`, which names every file with its SHA-256. It is written under another name and renamed
@@ -111,14 +111,14 @@ class Saver:
         return None if self.last is None else _step(self.last)
 
     def save(self, engine: Engine, parts: Models, position: Position, *, at_cr: float | None, run_id: str | None) -> bool:
-        """Write a checkpoint. Returns whether it is there: a disk that is full does not end the run."""
+        """Write a checkpoint. Returns whether that worked: a full disk does not end the run."""
         if self.recipe.zero.offload_optimizer == "nvme":
-            # Its state lies in DeepSpeed's swap files; the recipe asked for no checkpoints, and a signal cannot have one either.
+            # The optimizer's state is in DeepSpeed's swap files. The recipe asks for no checkpoints; a signal gets none either.
             return False
         target = self.folder / f"step_{position.step:06d}"
         temporary = self.folder / f".{target.name}.new"
         is_main = self.accelerator.is_main_process
-        # Collective under ZeRO-3, so outside of what may fail.
+        # A collective under ZeRO-3: all processes must get through it, so it comes before anything that may fail.
         gates = _whole(parts.gates)
         files: dict[str, dict[str, Any]] = {}
 
@@ -152,7 +152,7 @@ class Saver:
         return True
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Run `action`; what it returned on every process. Raises OSError on all of them where it failed on one."""
+        """Run `action` -> its results on all processes. Raises OSError on all of them where it failed on one."""
         result, problem = None, None
         try:
             with writing(self.folder):
@@ -190,7 +190,7 @@ class Saver:
         _to_disk(path)
         _to_disk(temporary)
         if target.exists():
-            # Left by a run that was stopped after this step and went back further than this.
+            # Left by a run that had come further, and was continued from an earlier checkpoint.
             _remove(target)
         temporary.rename(target)
         _to_disk(self.folder)
@@ -286,7 +286,7 @@ def _read_tree(path: Path) -> Any:
 
 
 def newest(folder: Path, console: Console) -> Saved | None:
-    """The run's newest checkpoint whose every file is as its manifest says. Damaged ones are named and passed over.
+    """The run's newest checkpoint whose files all match its manifest. Damaged ones are reported and passed over.
 
     Raises:
         ValueError: there are checkpoints, and none is good.
@@ -332,7 +332,7 @@ def _damage(folder: Path, manifest: Manifest) -> str | None:
 
 
 def remove_remains(folder: Path, after: int) -> None:
-    """Delete what a process that was killed while saving left half-written, and what was passed over: checkpoints after that step."""
+    """Delete what a process left half-written that was killed while saving, and checkpoints after that step, which were passed over."""
     for path in (folder / FOLDER).glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
     for path in _folders(folder / FOLDER):
@@ -361,7 +361,7 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def _remove(folder: Path) -> None:
-    # Without its manifest it counts for nothing, however far the rest of the deletion comes.
+    # The manifest first: without it a folder is no checkpoint, however far the rest of the deletion gets.
     (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

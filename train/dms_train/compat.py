@@ -1,7 +1,7 @@
-"""Every touch of what accelerate, DeepSpeed, peft, PyYAML, transformers and wandb do not promise, as far as training has any.
+"""All uses that training makes of internals of accelerate, DeepSpeed, peft, PyYAML, transformers and wandb.
 
-One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
-touch's name. docs/upstream.md lists them, and tests/dms_train/test_compat.py holds each against the installed versions.
+One function each. Its docstring says what it does and what it assumes; where the assumption fails it raises UpstreamChanged with the
+function's name. docs/upstream.md lists them, and tests/dms_train/test_compat.py holds each against the installed versions.
 """
 
 import fnmatch
@@ -118,7 +118,7 @@ def zero_state(optimizer: "torch.optim.Optimizer", stage: int) -> dict[str, Any]
 
 
 def load_zero_state(optimizer: Any, stage: int, saved: dict[str, Any]) -> None:
-    """Put back what `zero_state` gave; what does not change with the run is taken from the optimizer as it stands.
+    """Restore what `zero_state` gave; what does not change during a run is taken from the current optimizer.
 
     Assumes: load_state_dict takes a list of all processes' states and reads its own, with load_optimizer_states and
     load_from_fp32_weights.
@@ -225,7 +225,7 @@ def sharded_models(config: dict[str, Any]) -> Iterator[None]:
 
 
 def switch_off_dropout(model: "PreTrainedModel") -> None:
-    """Leave a model that trains no dropout of its own.
+    """Switch off all dropout of a model that trains.
 
     Assumes: it is in nn.Dropout modules, and in numbers that modules hold under names with "drop", such as attention_dropout.
     """

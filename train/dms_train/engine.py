@@ -185,7 +185,7 @@ def _why_no_compiled_adam(console: Console | None) -> str | None:
 
 
 class Engine:
-    """A module, its optimizer and how they step, whatever lies underneath.
+    """A module, its optimizer and how they step, alike for data parallelism and ZeRO.
 
     The loss handed to `backward` is this process's share of the sum over all.
     """
@@ -207,7 +207,7 @@ class Engine:
             self.module, self.optimizer = accelerator.prepare(module, optimizer)[0], optimizer
 
     def leave_group(self) -> None:
-        """Part from the other processes together, so that none takes another's end for a failure. No steps after it."""
+        """Leave the process group together with all others, so that none takes another's end for a failure. No steps after it."""
         if not torch.distributed.is_initialized():
             return
         torch.distributed.barrier()
@@ -223,14 +223,14 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward: gradients are shared, and the step may be taken, after the step's last micro-batch only."""
+        """Around forward and backward of a micro-batch: gradients are reduced over processes after a step's last one only."""
         if self.is_deepspeed:
             self.module.set_gradient_accumulation_boundary(last)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def backward(self, loss: torch.Tensor) -> None:
-        # Both engines average over processes; the loss is a share of a sum.
+        # Both engines average gradients over processes, and the loss is a share of a sum.
         loss = loss * self.accelerator.num_processes
         if self.is_deepspeed:
             self.module.backward(loss, scale_wrt_gas=False)
@@ -257,6 +257,6 @@ class Engine:
 
 
 def write_config(folder: Path, recipe: RetrofitRecipe, num_processes: int) -> None:
-    """deepspeed.json beside the recipe, for the reader; nothing reads it back."""
+    """Write deepspeed.json into the run's folder, for people: nothing reads it back."""
     if recipe.zero.stage > 0:
         (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(recipe, num_processes), indent=1), encoding="utf-8")

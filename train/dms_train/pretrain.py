@@ -157,7 +157,9 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer(recipe.vocab_size, recipe.architecture.context)
-    model = build_model(recipe, len(tokenizer)).to(device)
+    model = build_model(recipe, len(tokenizer))
+    # transformers' own `to` loses its signature in a wrapper.
+    nn.Module.to(model, device)
     optimizer = _make_optimizer(model, recipe)
     state = PretrainState()
     if checkpoint.is_file():
@@ -262,8 +264,8 @@ def finish(folder: Path, recipe: PretrainRecipe, model: "PreTrainedModel", token
     from dms.report import card
     from dms.retrofitting import retrofit
 
-    for settings in (model.config, model.generation_config):
-        settings.use_cache = True
+    for config in (model.config, model.generation_config):
+        config.use_cache = True
     saved = folder / "model"
     model.half().save_pretrained(saved)
     follow_umask(*weight_files(saved))

@@ -1,4 +1,4 @@
-"""One training step as a pure function: a micro-batch, the two models and the schedule's value in, losses out.
+"""One training step as a pure function: a micro-batch, the two models and the scheduled target in, losses out.
 
 Sums are divided by numbers of the whole optimizer step (valid tokens, sequences), so that micro-batches add up to the same
 loss and gradient however the step is split. Shapes: B sequences, T tokens, M model dim, V vocabulary, L layers, H KV heads.
@@ -51,7 +51,7 @@ class StepOutput:
 
 
 def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
-    """Raises ValueError where the loss's logits would not be the model's own."""
+    """Raises ValueError where the logits that the loss computes would differ from the model's own."""
     set_mode(model, "dense")
     difference = difference_of_head(model, input_ids_BT)
     if difference is not None:
@@ -79,7 +79,7 @@ def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
 class HeadLoss(nn.Module):
     """The distillation loss of two models' hidden states, as a module that owns no weights.
 
-    Under ZeRO-3 weights are whole only around the modules that use them; this one says that it uses the heads'.
+    Under ZeRO-3 weights are whole only around the modules that use them; this one registers the heads' weights as its own use.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int | None):

@@ -31,8 +31,8 @@ def check_trackers(recipe: RetrofitRecipe) -> None:
 class WandbTracker:
     """One wandb run. Offline, each process of it leaves a part, and wandb sync joins the parts that have one id.
 
-    It would move a part that repeats steps behind the earlier one, so steps that an earlier part holds are not logged again; and
-    curves are drawn over `train/step`, which nothing moves.
+    wandb sync would renumber steps that two parts hold, so steps of an earlier part are not logged again; and curves are drawn over
+    `train/step`, which is never renumbered.
     """
 
     def __init__(self, recipe: RetrofitRecipe, folder: Path, say: Callable[[str], None], run_id: str):
@@ -64,7 +64,7 @@ class WandbTracker:
             self.run = start(mode="offline")
         self.run.define_metric("train/step", hidden=True)
         self.run.define_metric("*", step_metric="train/step")
-        # Online, the server says what it has of the parts that were online.
+        # Online, starting_step covers the parts that the server has.
         self.last_step = max([self.run.starting_step - 1, *map(_repair, compat.earlier_parts(self.run, folder))])
         if self.run.offline:
             say(f"wandb is offline; to upload the run, in however many parts: wandb sync {folder}/wandb/offline-run-*")
@@ -118,7 +118,7 @@ class TensorBoardTracker:
 
 
 class Tracker:
-    """The trackers that a recipe asks for. One that fails says so once and is left out from then on; nothing here raises."""
+    """The trackers that a recipe asks for. One that fails is reported once and left out from then on; nothing here raises."""
 
     def __init__(self, recipe: RetrofitRecipe, folder: Path, console: Console, run_id: str | None, step: int):
         self.run_id = run_id
@@ -141,7 +141,7 @@ class Tracker:
         self._last = step, [[layer, head, rate] for layer, rates in layers for head, rate in enumerate(rates)]
         scalars = {f"train/{name}": value for name, value in metrics.items() if name != "step" and isinstance(value, int | float)}
         scalars |= {f"evicted/layer{layer}": sum(rates) / len(rates) for layer, rates in layers}
-        # What goes wrong: heads that evict nothing, and heads that evict all.
+        # The usual failures: heads that evict nothing, and heads that evict everything.
         scalars |= {"evicted/least_head": rate_LH.min().item(), "evicted/most_head": rate_LH.max().item()}
         self._each(lambda tracker: tracker.log(step, scalars, _draw_heatmap(rate_LH, layer_indices, step) if step in self._drawn else None))
 

@@ -128,7 +128,7 @@ def _records(file: Path, numbered: Iterable[tuple[int, bytes]]) -> list[Record]:
 
 def _parse(where: str, line: bytes) -> Record:
     try:
-        # A byte-order mark stands at a file's beginning, and inside of files that were joined.
+        # A byte-order mark may begin a file, or a line within files that were joined.
         values: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Record(where, None, f"cannot be read: {error}")

@@ -51,7 +51,7 @@ class Mixture:
 
     def planned(self, state: State) -> Iterator[PlannedStep]:
         """The steps after `state`, to the run's end."""
-        window = _Window(self, state["window"])
+        window = _PlanningWindow(self, state["window"])
         while window.step < self.steps:
             start = window.state()
             for planned in window.plan():
@@ -59,7 +59,7 @@ class Mixture:
                     yield PlannedStep(planned.step, planned.sequences, {"step": planned.step, "window": start}, planned.counts)
 
 
-class _Window:
+class _PlanningWindow:
     """The steps that are planned together, and what is carried from one window to the next."""
 
     def __init__(self, mixture: Mixture, state: State):

@@ -94,8 +94,8 @@ class Origin(Strict):
     """Instead of `field`: the column of a chat, a list of {role, content}, written out by the tokenizer's chat template, with all that
     a message has besides, such as tool_calls. Arguments of calls reach the template as they are: objects as objects, JSON strings as
     strings. Arrow (parquet, dataset) gives all objects of a column the same keys, with null for those that one did not have, and nothing
-    tells such a null from one that was given: there keys with null are left out, also in `tools`. Elements of lists, entries of maps and
-    what stands in a column of type JSON are kept; so is every null of jsonl."""
+    tells such a null from a given one: there keys with null are left out, also in `tools`. Nulls in lists, in
+    maps and in columns of type JSON are kept; so is every null of jsonl."""
     tools: str | None = None
     """With `messages`: the column of each record's tools, for the chat template: a list of JSON schemas, or JSON of such a list. A record
     without tools has null, "" or [] there."""
@@ -204,7 +204,7 @@ class Prompts(Origin):
         self.check_origin()
         self._refuse(("completion", "loss_on"), "in prompts: the completion is what is generated")
         if self.source == "builtin" and self.tokens is None:
-            raise ValueError("prompts.tokens is missing: a built-in document has no end of its own; say how much of it is the prompt")
+            raise ValueError("prompts.tokens is missing: a built-in document is all prompt otherwise; give the prompt's length")
         if self.messages is not None and self.tokens is not None:
             raise ValueError("prompts.tokens has no effect beside prompts.messages; remove it")
         return self
@@ -241,7 +241,7 @@ class Data(Origin):
         if self.sources is None:
             self.check_trained()
             return self
-        self._refuse(_INLINE, "beside data.sources, where each source says its own")
+        self._refuse(_INLINE, "beside data.sources, where each source has its own")
         knots = sorted({1, *(max(1, int(step)) for source in self.sources for step, _ in source.points)})
         for step in knots:
             if not any(source.weight_at(step) > 0 for source in self.sources):

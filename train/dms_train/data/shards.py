@@ -17,6 +17,7 @@ from dms_train.data.settings import LOCAL, Origin, path_of, suffixes_of
 
 BLOCK_RECORDS = 256
 BLOCK_BYTES = 1 << 20
+_NO_TEXT: tuple[type[Exception], ...] = (*UNREADABLE, UnicodeDecodeError)
 _BLOCK_FILES = 16
 # Of so many files a sample of the content goes into the fingerprint; of all their names and sizes do.
 _SAMPLED_FILES = 16
@@ -146,7 +147,7 @@ class TextFiles:
                 # A text's end of line is one character, whatever wrote it.
                 text = io.TextIOWrapper(opened, encoding="utf-8-sig").read()
             return Record(f"data file {file}", {"text": text})
-        except (*UNREADABLE, UnicodeDecodeError) as error:
+        except _NO_TEXT as error:
             return Record(f"data file {file}", None, f"cannot be read: {error}")
 
 
@@ -214,10 +215,10 @@ class ArrowTable:
 
 
 def _original(value: Any, kind: Any) -> Any:
-    """A value without what Arrow's type (kind) made of it.
+    """A value as it was before Arrow stored it with a type (kind).
 
-    All structs of a column have the keys of each, with null for those that one did not have: keys with null are left out. Elements of
-    lists, entries of maps and what stands in JSON were given as they are.
+    All structs of a column have the keys of each, with null for those that one did not have: keys with null are left out. Nulls in lists,
+    maps and JSON were in the data and are kept.
     """
     if value is None:
         return None

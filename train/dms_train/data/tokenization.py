@@ -243,7 +243,7 @@ class Chats:
         self.is_marked = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         if origin.loss_on == "completions":
             if not tokenizer.is_fast:
-                raise ValueError("data.loss_on: completions needs a fast tokenizer, which says where in the text its tokens stand")
+                raise ValueError("data.loss_on: completions needs a fast tokenizer, which gives the characters of each token")
             self._check_spans()
 
     def _check_options(self, template: str) -> None:
