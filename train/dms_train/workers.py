@@ -92,7 +92,7 @@ def die_with_launcher() -> Callable[[], None]:
 
     def in_child() -> None:
         prctl(set_pdeathsig, number, zero, zero, zero)
-        if os.getppid() != launcher:  # it ended before the kernel was told
+        if os.getppid() != launcher:  # it ended before prctl took effect
             os._exit(1)
 
     return in_child
