@@ -70,7 +70,7 @@ def test_bad_recipes_are_refused_before_any_work(run, recipe, tmp_path, override
 def test_duplicate_key(run, recipe):
     path = recipe()
     path.write_text(path.read_text() + "steps: 3\n")
-    assert_refused(run("retrofit", path), "'steps' stands twice")
+    assert_refused(run("retrofit", path), "'steps' is given twice")
 
 
 def test_recipe_that_is_not_there(run):

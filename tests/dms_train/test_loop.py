@@ -71,9 +71,11 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
 
 
 def test_the_saved_model_generates(finished):
-    from dms_train.generate_command import stream
+    from dms_train.cli import stream_text
 
-    ratios = stream(str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0)
+    ratios = stream_text(
+        str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0
+    )
     assert ratios["seen"] > ratios["alive"] > 0
 
 

@@ -1,7 +1,6 @@
 import pytest
 import yaml
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.recipe import PretrainRecipe, RetrofitRecipe
+from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
 from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 from dms.builtin import recipes_folder
@@ -89,7 +88,7 @@ def test_the_method_s_section_is_written_out_and_read_again(write):
 
 def test_duplicate_key(write, recipe_values):
     message = refusal(write(text=yaml.safe_dump(recipe_values) + "\nsteps: 9\n"))
-    assert "'steps' stands twice" in message
+    assert "'steps' is given twice" in message
 
 
 def test_wrong_type(write):

@@ -1,8 +1,9 @@
-"""The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
+"""The `dms` command. Heavy imports are inside the commands, so that --help is instant."""
 
 import json
 import sys
 import tempfile
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure on this machine what evict mode saves.", no_args_is_help=True)
+bench = typer.Typer(help="Measure on this machine the time and memory that evict mode saves.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -37,7 +38,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as 
 def retrofit(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None
 ) -> None:
-    """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
+    """Train gates that decide which KV entries to evict, by distillation; write the model, its evaluation and a report."""
     from dms_train.recipe import RetrofitRecipe
     from dms_train.recipe_file import load_recipe
 
@@ -54,9 +55,11 @@ def retrofit(
 def cache_teacher(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit; it names teacher_cache.path.")],
     overrides: Overrides = None,
-    part: Annotated[str, typer.Option(help="I/N: take every N-th sequence from the I-th (from 0), one process a device.")] = "0/1",
+    part: Annotated[
+        str, typer.Option(help="I/N: process every N-th sequence from the I-th (from 0), to share the work among N devices.")
+    ] = "0/1",
 ) -> None:
-    """Write down what the teacher says of a recipe's training data, once for all runs on it; repeated, it goes on where it was."""
+    """Cache the teacher's log-probabilities of a recipe's training data, once for all runs on it; repeated, it continues."""
     from dms_train.recipe import RetrofitRecipe
     from dms_train.recipe_file import load_recipe
 
@@ -86,7 +89,7 @@ def plan(
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")] = None,
 ) -> None:
-    """Say before a run what it takes: FLOPs, bytes by kind, seconds and GPU hours of every choice, and which one to take."""
+    """Estimate a run before it starts: FLOPs, memory by kind, seconds and GPU hours of every choice, and which one to take."""
     prepare("auto")
     from dms.console import make_console
     from dms_train.plan_command import run
@@ -114,8 +117,8 @@ def pretrain(
 def generate_data(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/generate.")], overrides: Overrides = None
 ) -> None:
-    """Write the dense model's own completions of prompts as training data; repeated, it goes on where it was."""
-    from dms_train.generate_recipe import GenerateRecipe
+    """Write the dense model's own completions of prompts as training data; repeated, it continues."""
+    from dms_train.recipe import GenerateRecipe
     from dms_train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], GenerateRecipe)
@@ -252,13 +255,51 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
-    kv_dtype: Annotated[str | None, typer.Option(help="int8 keeps what leaves the window in a byte a number.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="int8: entries beyond the window take one byte a number.")] = None,
 ) -> None:
-    """Stream a continuation and say how many KV entries were kept."""
+    """Stream a continuation and print how many KV entries are alive."""
     prepare("bf16" if is_bfloat16(model) else "auto")
-    from dms_train.generate_command import stream
+    stream_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
 
-    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
+
+def stream_text(
+    folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None
+) -> dict:
+    """Generate from a retrofitted folder, printing as it goes -> the cache's report.
+
+    Raises:
+        ValueError: a folder without gates, an empty prompt, or another kv_dtype than int8.
+    """
+    import torch
+    from rich.console import Console
+    from transformers import TextStreamer
+
+    from dms.cache.stats import cache_stats
+    from dms.hf_compat import output_cache
+    from dms.io import base_models, checkpoint
+    from dms.io.vocabulary import check_tokens, num_embeddings
+
+    model = checkpoint.load(folder, evict_bias=evict_bias)
+    model.dms.kv_dtype = kv_dtype
+    tokenizer = base_models.load_tokenizer(folder)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token of text")
+    check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")
+    inputs.pop("token_type_ids", None)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, return_dict_in_generate=True, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
+        )
+    seconds = time.perf_counter() - start
+    cache = output_cache(output)
+    assert cache is not None, "generate was asked for a cache"
+    report = cache_stats(cache, warn=True)
+    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
+    return report.to_dict()
 
 
 @app.command()
@@ -275,19 +316,20 @@ def export(
     ] = ExportFormat.hf,
     max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
     at_cr: Annotated[
-        float | None, typer.Option(help="A run's stage: as it was when its schedule passed this ratio (save.at_cr). Default: its end.")
+        float | None,
+        typer.Option(help="A ratio snapshot: the run as it was when its schedule passed this ratio (save.at_cr). Default: its end."),
     ] = None,
 ) -> None:
-    """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
+    """Write a retrofitted model as a folder to share: with code, without code, or the gates alone."""
     prepare("auto")
     from dms.export.folder import export as write
 
-    with tempfile.TemporaryDirectory() as staged:
+    with tempfile.TemporaryDirectory() as snapshot:
         if at_cr is not None:
-            from dms_train.ratio_snapshots import write_stage
+            from dms_train.ratio_snapshots import write_snapshot
 
-            with writing(staged):
-                source = str(write_stage(source, at_cr, Path(staged) / "run"))
+            with writing(snapshot):
+                source = str(write_snapshot(source, at_cr, Path(snapshot) / "run"))
         with writing(out):
             files = write(source, out, format=format.value, max_shard_size=max_shard_size)
     total = sum(file.stat().st_size for file in files if file.is_file())
@@ -374,7 +416,7 @@ def report(
     ] = False,
     model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
 ) -> None:
-    """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
+    """Write one self-contained page of an evaluation or a run: figures, a table, and which tokens of a document are kept."""
     require("dms report", "matplotlib")
     prepare("auto")
     from dms.console import make_console
@@ -386,7 +428,7 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
+    """Check versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
     from dms import doctor as checks
 
     raise typer.Exit(checks.main())

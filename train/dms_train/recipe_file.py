@@ -1,4 +1,4 @@
-"""Recipes as files: one strict, typed YAML file says everything about a run.
+"""Recipe files: one strict, typed YAML file describes a whole run.
 
 Unknown, misspelt, duplicate or mistyped keys are errors. `extends: NAME` starts from another recipe, one level deep;
 `a.b=c` on the command line overrides with the same types.
@@ -20,7 +20,7 @@ Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
+    """Strict YAML: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
 
 
 replace_scalars(
@@ -40,9 +40,9 @@ def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = F
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a word")
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string")
         if key in mapping:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -51,7 +51,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _n
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Raises ValueError with the place for anything that is not plain, unambiguous YAML."""
+    """Raises ValueError, with line and column, for anything that is not plain, unambiguous YAML."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -134,8 +134,8 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by their dotted names, those of a list's sections by number: a key that has come since, with a default of None
-    or of nothing, makes no difference between two recipes."""
+    """A recipe's values by dotted name; sections in lists are numbered. For comparisons by `get`: a key that an older recipe lacks, and that
+    defaults to None or to an empty section, makes no difference."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):

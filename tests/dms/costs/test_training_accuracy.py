@@ -107,7 +107,8 @@ def build(kind, recipe, device):
     family, shape = kind
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
-        trained, _ = students.equip(model, recipe)
+        gates, base = students.equip(model, recipe)
+        trained = {**gates, **base}
     return model, trained
 
 

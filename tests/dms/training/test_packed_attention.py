@@ -150,7 +150,7 @@ def step(model, teacher, batch, predictions, rows):
         teacher,
         batch if rows is None else rows.divide(batch),
         head_loss=HeadLoss(model, teacher, beta=0.0, chunk=16),
-        rows=rows,
+        attention=rows,
         target=0.9,
         normalizer=Normalizer(predictions, len(batch["number"])),
         seed=3,

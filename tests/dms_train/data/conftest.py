@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from dms_train.data.cost import Cost
 from dms_train.data.loader import open_data
+from dms_train.data.packing import Cost
 from dms_train.data.settings import Data
 
 from dms.io import base_models as models
@@ -33,7 +33,7 @@ def open_stream(tokenizer):
             seed=seed,
             cost=COST,
             say=say,
-            **{"num_rows": len(tokenizer), **changes},
+            **{"num_embeddings": len(tokenizer), **changes},
         )
         opened.append(stream)
         return stream

@@ -6,8 +6,7 @@ import shutil
 import pytest
 import torch
 from dms_train import cache_teacher, generate_data, loop
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe import GenerateRecipe, RetrofitRecipe
 from packed import documents_of, texts
 
 from dms.io import base_models as models
