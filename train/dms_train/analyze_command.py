@@ -41,8 +41,8 @@ def run(
     values, dms = find(name, config)
     from dms.costs import analysis_table as table
     from dms.costs.analysis import analyze, check
-    from dms.costs.inference_cost import Machine
-    from dms.costs.inference_shapes import context_of, measure
+    from dms.costs.inference import Machine
+    from dms.costs.shapes import context_of, measure
 
     check(context_of(values), contexts, ratios)
     dms = dms if window is None else replace(dms, window=window)

@@ -95,8 +95,10 @@ def read_config(model: str, given: str | None = None):
     """
     from transformers import AutoConfig
 
-    own = given is None or model.startswith(models.BUILTIN)
-    path = models.resolve_model(model) if own else _config_file(Path(given).expanduser(), model)
+    if given is None or model.startswith(models.BUILTIN):
+        path = models.resolve_model(model)
+    else:
+        path = _config_file(Path(given).expanduser(), model)
     try:
         # From this machine first: without a network the hub is asked again and again.
         return AutoConfig.from_pretrained(path, local_files_only=True)

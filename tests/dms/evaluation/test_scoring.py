@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import dms
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 from dms.evaluation.engine import scoring
 
 HEADS = {"llama": {}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}

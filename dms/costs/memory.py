@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from dms.costs.activations import Activations
-from dms.costs.job import GIB, Choice, Job
-from dms.costs.training_shapes import ROWS, LayerShape, ModelShape
+from dms.costs.job import Choice, Job
+from dms.costs.shapes import ROWS, LayerShape, ModelShape
 from dms.evaluation.engine.scoring import CHUNK_BYTES
 from dms_kernels.distill_loss import chunk_rows, chunked, fused
 
 # Assumptions, not measured: CUDA's context and libraries; NCCL's buffers where there are several GPUs; and what PyTorch's allocator
 # loses between blocks, as a share of all tensors.
-CONTEXT_BYTES = int(0.8 * GIB)
-NCCL_BYTES = 1 * GIB
+CONTEXT_BYTES = int(0.8 * 2**30)
+NCCL_BYTES = 2**30
 FRAGMENTATION = 0.05
 # DeepSpeed's defaults, in numbers: weights that stage 3 holds gathered at a time, and its buckets for gradients.
 _LIVE_PARAMETERS = 10**9
@@ -28,32 +28,37 @@ _NEAR_LAYERS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Of one GPU; `host`: of one node's memory; evaluation_token: for each token of an evaluation.
-
-    activations: what autograd keeps without checkpointing, or one layer's with it. checkpoints: layers' inputs, kept attention
-    outputs and their log-sum-exps. loss: its chunk, before the layers' backward and so beside what `activations` is before it.
-    """
+    """Of one GPU, by kind; `peak` is less than their sum, since not all is there at once."""
 
     weights: int
     activations: int
+    """What autograd keeps without activation checkpointing, or one layer's with it."""
     checkpoints: int
+    """Layers' inputs, kept attention outputs and their log-sum-exps."""
     loss: int
+    """Its chunk, before the layers' backward and so beside what `activations` is before it."""
     gradients: int
     optimizer: int
     buffers: int
     reserve: int
+    """For what is not tensors."""
     peak: int
     evaluation: int
+    """The peak of the run's own evaluation."""
     evaluation_token: int
+    """For each token of an evaluation."""
     host: int
+    """Of one node's memory."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a number in weights that rest, and in what is computed with."""
+    """Bytes of a number."""
 
     weight: int
+    """In weights that rest."""
     compute: int
+    """In what is computed with."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -67,6 +72,11 @@ class Held:
     def of(cls, job: Job, saved_bfloat16: bool) -> "Held":
         frozen_half = job.trainable != "all" and job.precision == "bf16" and saved_bfloat16
         return cls(2 if frozen_half else 4, 2 if job.precision == "bf16" else 4)
+
+
+def num_trained(shape: ModelShape, job: Job) -> int:
+    """Parameters that train."""
+    return shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
 
 
 def loss_rows(job: Job, shape: ModelShape, held: Held, kernels: bool = True, width: int = 1) -> int:
@@ -118,7 +128,7 @@ def of_choice(
 ) -> Bytes:
     """Bytes by kind. made: of what one GPU has of a micro-batch, as choice.sequence_parallel divides it. reserve: count what is not
     tensors."""
-    trained = shape.gates + shape.adapters + (shape.parameters if job.trainable == "all" else 0)
+    trained = num_trained(shape, job)
     ranks = num_gpus if choice.stage > 0 else 1
     resting = _resting(shape, job, held) // (num_gpus if choice.stage == 3 else 1)
     weights = 0 if choice.offload_param else resting
@@ -160,16 +170,18 @@ def _resting(shape: ModelShape, job: Job, held: Held) -> int:
 
 @dataclass(frozen=True)
 class _Forward:
-    """Of one GPU. outside: what the step holds beside layers. casts: of weights, that autocast keeps until the loss is there.
-    transient: the most above checkpoints at a time."""
+    """What a micro-batch's forward and backward hold on one GPU."""
 
     activations: int
     checkpoints: int
     on_host: int
     loss: int
     outside: int
+    """What the step holds beside layers."""
     casts: int
+    """Of weights, that autocast keeps until the loss is there."""
     transient: int
+    """The most above checkpoints at a time."""
 
 
 def _forward(shape: ModelShape, job: Job, choice: Choice, made: Activations, held: Held, kernels: bool) -> _Forward:
@@ -201,12 +213,13 @@ def checkpoints(shape: ModelShape, job: Job, choice: Choice, made: Activations, 
 
 def _attention_kept(layer: LayerShape, job: Job, choice: Choice, held: Held, kernels: bool) -> list[int]:
     """Output and log-sum-exps; from the kernels, norms of queries and of keys too."""
-    if not layer.gated:
+    attention = layer.attention
+    if attention is None or not attention.gated:
         return []
     tokens = _tokens(job, choice.sequence_parallel)
-    row = 4 * tokens * layer.num_query_heads
-    norms = [row, 4 * tokens * layer.num_heads] if kernels else []
-    return [tokens * layer.num_query_heads * layer.head_dim * held.compute, row, *norms]
+    row = 4 * tokens * attention.num_query_heads
+    norms = [row, 4 * tokens * attention.num_heads] if kernels else []
+    return [tokens * attention.num_query_heads * attention.value_dim * held.compute, row, *norms]
 
 
 def _pinned(size: int) -> int:
@@ -237,9 +250,9 @@ def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held, width: 
     """The dense pass; where transformers attends to packed documents it builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
     if not job.packed or width > 1 or shape.attention in (ROWS, "eager"):
         return made.teacher
-    tokens, widest = job.length * job.micro_batch_size, max(shape.layers, key=lambda layer: layer.num_query_heads * layer.head_dim)
+    tokens, widest = job.length * job.micro_batch_size, max(layer.num_query_heads * layer.key_dim for layer in shape.attentions)
     mask = tokens * job.length * (1 + held.compute)
-    return made.teacher + mask + 2 * tokens * widest.num_query_heads * widest.head_dim * held.compute
+    return made.teacher + mask + 2 * tokens * widest * held.compute
 
 
 def _buffers(shape: ModelShape, choice: Choice, held: Held, trained: int, num_gpus: int) -> int:
