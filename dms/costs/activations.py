@@ -99,7 +99,7 @@ def _far(k_BTHD: torch.Tensor) -> list[torch.Tensor]:
     return [k_BTHD.new_empty(k_BTHD.shape[1], k_BTHD.shape[3], dtype=torch.float32) for _ in range(2)]
 
 
-class _WholeRows:
+class _PackedAttention:
     """As `dms.training.packed_attention.Rows`, for rows that lie in one process."""
 
     def __init__(self, kernels: bool):
@@ -177,7 +177,7 @@ class MicroBatch:
     autocast: bool
     kernels: bool
     """Attention by our kernels, else by the chunked route of a CPU."""
-    by_rows: bool = False
+    packed_attention: bool = False
     """The teacher and layers without gates go by `dms.training.packed_attention`, not by transformers' own attention."""
     evaluated: tuple[int, int] | None = None
     """Batch and length of the run's evaluation; None: as the micro-batch."""
@@ -207,7 +207,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
         evaluation = _without_gradients(model, torch.zeros(given.evaluated or (given.batch, given.length), dtype=torch.long), None)
         for width in widths:
             ids = torch.zeros(given.batch, given.length // width, dtype=torch.long)
-            rows = _WholeRows(given.kernels) if given.by_rows or width > 1 else None
+            rows = _PackedAttention(given.kernels) if given.packed_attention or width > 1 else None
             # Without autocast's cache each layer makes its own casts, the last one's second run too; and the teacher's, which does
             # not train, are not kept in a run either.
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given.autocast, cache_enabled=False):
@@ -312,7 +312,7 @@ class _Student:
     hidden: int
 
 
-def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: _WholeRows | None) -> _Student:
+def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: _PackedAttention | None) -> _Student:
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
@@ -355,7 +355,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: _Whole
     return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
 
 
-def _without_gradients(model: nn.Module, ids_BT: torch.Tensor, rows: _WholeRows | None) -> int:
+def _without_gradients(model: nn.Module, ids_BT: torch.Tensor, rows: _PackedAttention | None) -> int:
     """The most bytes alive in a dense pass without gradients."""
     set_mode(model, "dense")
     state_of(model).rows = rows

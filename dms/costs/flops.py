@@ -6,7 +6,7 @@ Letters: T tokens, w window, D head dim, V vocabulary, M model dim.
 from dataclasses import dataclass
 
 from dms.costs.job import Job
-from dms.costs.shapes import ROWS, AttentionShape, LayerShape, ModelShape
+from dms.costs.shapes import PACKED_ATTENTION, AttentionShape, LayerShape, ModelShape
 
 # QK^T and PV; backward: QK^T again, dV, dP, dQ, dK. Our kernels make the first and the third twice, and need no atomics so.
 FORWARD_PRODUCTS = 2
@@ -115,7 +115,7 @@ def _pairs(layer: LayerShape, shape: ModelShape, job: Job, keep: float) -> tuple
         return 0.0, 0.0
     window = None if layer.gated else layer.attention.window
     slides = window is not None and window < job.length
-    if shape.attention == ROWS:
+    if shape.attention == PACKED_ATTENTION:
         dense = visible_pairs(job.length, window - 1 if window is not None else job.length, 0.0)
     elif job.packed or slides or shape.attention == "eager":
         dense = float(job.length**2)

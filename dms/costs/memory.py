@@ -10,7 +10,7 @@ import torch
 
 from dms.costs.activations import Activations
 from dms.costs.job import Choice, Job
-from dms.costs.shapes import ROWS, LayerShape, ModelShape
+from dms.costs.shapes import PACKED_ATTENTION, LayerShape, ModelShape
 from dms.evaluation.engine.scoring import CHUNK_BYTES
 from dms_kernels.distill_loss import chunk_rows, chunked, fused
 
@@ -248,7 +248,7 @@ def _casts(shape: ModelShape, job: Job, choice: Choice, held: Held) -> int:
 
 def _teacher(shape: ModelShape, job: Job, made: Activations, held: Held, width: int) -> int:
     """The dense pass; where transformers attends to packed documents it builds a mask, hands it to SDPA as numbers and repeats the KV heads."""
-    if not job.packed or width > 1 or shape.attention in (ROWS, "eager"):
+    if not job.packed or width > 1 or shape.attention in (PACKED_ATTENTION, "eager"):
         return made.teacher
     tokens, widest = job.length * job.micro_batch_size, max(layer.num_query_heads * layer.key_dim for layer in shape.attentions)
     mask = tokens * job.length * (1 + held.compute)

@@ -12,7 +12,7 @@ from dms.costs.hardware import Gpu, Hardware
 from dms.costs.job import WIDTHS, Choice, Job, choices
 from dms.costs.memory import Bytes, Held
 from dms.costs.roofline import Seconds
-from dms.costs.shapes import ROWS, ModelShape
+from dms.costs.shapes import PACKED_ATTENTION, ModelShape
 from dms.modes import state_of
 from dms.training.packed_attention import check_sharing, local_rows
 
@@ -105,10 +105,10 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         ValueError: an unknown GPU, or a batch that no choice can share among these GPUs.
     """
     gpu = hardware.gpu(gpu_name)
-    by_rows = local_rows(model, packs=job.packed) is not None
+    packed_attention = local_rows(model, packs=job.packed) is not None
     shape = shapes.measure_training(model)
-    if by_rows:
-        shape = replace(shape, attention=ROWS)
+    if packed_attention:
+        shape = replace(shape, attention=PACKED_ATTENTION)
     held = Held.of(job, saved_bfloat16)
     # Before the model is measured, which leaves it fewer layers.
     possible = _possible(model, job, num_gpus)
@@ -118,7 +118,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         held=held.weight_dtype,
         autocast=job.precision == "bf16",
         kernels=True,
-        by_rows=by_rows,
+        packed_attention=packed_attention,
         evaluated=(job.evaluation_batch_size, job.evaluation_length),
     )
     made = activations.measure(model, shape, given, tuple(sorted({choice.sequence_parallel for choice in possible})))

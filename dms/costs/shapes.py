@@ -31,7 +31,7 @@ _SHORT, _LONG = 256, 512
 # The projection after attention; what else an attention layer multiplies by comes before.
 _OUTPUT_PROJECTION = re.compile(r"o_proj|out_proj|dense|c_proj|\bwo\b")
 # Attention by `dms.training.packed_attention`, which needs no masks; otherwise transformers' own, by its name.
-ROWS = "rows"
+PACKED_ATTENTION = "packed attention"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ModelShape:
     softcap: float | None
     """Of the logits."""
     attention: str | None
-    """What the teacher and layers without gates attend by: a name of transformers', or ROWS; None where only inference was asked about."""
+    """What the teacher and layers without gates attend by: a name of transformers', or PACKED_ATTENTION; None where only inference was asked about."""
     context: int | None
     """As the configuration says; None: it does not."""
     is_encoder: bool

@@ -134,15 +134,18 @@ def make_batch(model: nn.Module, length: int, device: torch.device) -> dict[str,
     }
 
 
-class WholeLogitsLoss(nn.Module):
+class WholeLogitsLoss(HeadLoss):
     """KL(teacher || student) as it is usually written: all logits at once, in float32."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()
-        self.weights = head_parameters(model)
+        super().__init__(model, None, beta=0.0, chunk=None)
 
-    def forward(self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-        log_s_NV, log_t_NV = (nn.functional.linear(x, *self.weights).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
+    def forward(
+        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *known: torch.Tensor
+    ) -> torch.Tensor:
+        assert hidden_t_NM is not None and not known, "the teacher's pass is part of the step"
+        weight, bias = self.weights[0]
+        log_s_NV, log_t_NV = (nn.functional.linear(x, weight, bias).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
         return (log_t_NV.exp() * (log_t_NV - log_s_NV)).sum(-1)[valid_N].sum()
 
 
@@ -150,7 +153,7 @@ def flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
     """`gated_attention` by FlexAttention with the gate in its score_mod and causal blocks, as NVIDIA's code has it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    run: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    run: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
     def attend(q, k, v, log_keep, *, window, scale, **_):
         gate_BHT, group, T = log_keep.transpose(1, 2).contiguous(), q.shape[2] // k.shape[2], q.shape[1]
@@ -171,7 +174,7 @@ def flex_train_attention(attend: Callable[..., torch.Tensor], query, key, value,
     return attend(q, k, v, log_keep_BTH, window=window, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: HeadLoss, optimizer: torch.optim.Optimizer) -> float:
     """Returns the KL per token."""
     tokens, device = batch["input_ids"].numel(), batch["input_ids"].device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -195,7 +198,7 @@ class Contender(NamedTuple):
     """A way to take the step."""
 
     name: str
-    loss: nn.Module
+    loss: HeadLoss
     attention: AbstractContextManager
     """Within which it attends."""
 

@@ -155,14 +155,14 @@ def planned_bytes(kind, recipe):
     model, _ = build(kind, plain, "meta")
     shape = shapes.measure_training(model)
     if recipe.data.packs:
-        shape = replace(shape, attention=shapes.ROWS)
+        shape = replace(shape, attention=shapes.PACKED_ATTENTION)
     given = activations.MicroBatch(
         batch=job.micro_batch_size,
         length=job.length,
         held=torch.float32,
         autocast=recipe.precision == "bf16",
         kernels=False,
-        by_rows=recipe.data.packs,
+        packed_attention=recipe.data.packs,
     )
     made = activations.measure(model, shape, given)[1]
     held = memory.Held.of(job, saved_bfloat16=False)
