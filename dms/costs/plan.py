@@ -112,16 +112,8 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     held = Held.of(job, saved_bfloat16)
     # Before the model is measured, which leaves it fewer layers.
     possible = _possible(model, job, num_gpus)
-    given = activations.MicroBatch(
-        batch=job.micro_batch_size,
-        length=job.length,
-        held=held.weight_dtype,
-        autocast=job.precision == "bf16",
-        kernels=True,
-        packed_attention=packed_attention,
-        evaluated=(job.evaluation_batch_size, job.evaluation_length),
-    )
-    made = activations.measure(model, shape, given, tuple(sorted({choice.sequence_parallel for choice in possible})))
+    widths = tuple(sorted({choice.sequence_parallel for choice in possible}))
+    made = activations.measure(model, shape, _micro_batch(job, held, packed_attention), widths)
     by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
 
     def take(choice: Choice) -> PlannedChoice:
@@ -149,6 +141,18 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     if not plan.shown.choice.activation_checkpointing:
         return plan
     return replace(plan, flops=by_checkpointing[True].times(job.batch_size))
+
+
+def _micro_batch(job: Job, held: Held, packed_attention: bool) -> activations.MicroBatch:
+    return activations.MicroBatch(
+        batch=job.micro_batch_size,
+        length=job.length,
+        held=held.weight_dtype,
+        autocast=job.precision == "bf16",
+        kernels=True,
+        packed_attention=packed_attention,
+        evaluated=(job.evaluation_batch_size, job.evaluation_length),
+    )
 
 
 def _possible(model: nn.Module, job: Job, num_gpus: int) -> list[Choice]:

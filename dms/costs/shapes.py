@@ -1,14 +1,9 @@
 """What a model is made of, measured on the meta device: no formula per family.
 
-The model is built without storage and tokens are passed through it. Its attention is replaced by one that notes what it is asked for
-and computes nothing; all other products are counted as they are called. Plans of training and analyses of inference reckon with the
-same shape.
-
-Letters: B batch, N new tokens, Hq query heads, H KV heads, D head dim.
+The model is built without storage and tokens are passed through it (`dms.costs.meta_passes`). Plans of training and analyses of inference
+reckon with the same shape.
 """
 
-import copy
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +14,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from dms import hf_compat
 from dms.config import DMSConfig
+from dms.costs.meta_passes import AttentionCall, MetaPass, build, run
 from dms.costs.operators import ProductCounter, Weight, tensors_in
 from dms.modes import DMSState, state_of
 from dms.retrofitting import retrofit
 
-_NOTING = "dms_shapes"
 # Tokens of the two passes: what is chunked (linear attention) is chunked by 256 at most.
 _SHORT, _LONG = 256, 512
 # The projection after attention; what else an attention layer multiplies by comes before.
@@ -179,18 +173,18 @@ def measure(config: PreTrainedConfig, dms: DMSConfig) -> ModelShape:
     context = context_of(config)
     if context is not None and dms.window >= context:
         raise ValueError(f"window is {dms.window} and the model's context is {context} tokens; choose a window below the context")
-    model = _build(config)
-    short = _run(model, _SHORT)
+    model = build(config)
+    short = run(model, _SHORT)
     if not short.calls:
         raise ValueError(f"{type(model).__name__} has no softmax attention that calls transformers' interface, and no KV cache to analyse")
     if short.is_encoder:
         # Without a head for language: what encoders are used for needs a small one or none.
-        model = _build(config, headless=True)
-        short = _run(model, _SHORT)
+        model = build(config, headless=True)
+        short = run(model, _SHORT)
     elif model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} is a decoder without a head for language, and what it decodes is not known")
-    long = _run(model, _LONG)
-    decoded = None if short.cache is None else _run(model, 1, short.cache)
+    long = run(model, _LONG)
+    decoded = None if short.cache is None else run(model, 1, short.cache)
     work = InferenceWork(
         prefill=_per_token(short.counted, long.counted),
         decode=None if decoded is None else Work(decoded.counted.flops, decoded.counted.activations),
@@ -213,8 +207,8 @@ def measure_training(model: nn.Module) -> ModelShape:
         ValueError: a model that does not run without storage.
     """
     # Its twin has neither gates nor adapters, and is bfloat16.
-    base = _build(_config_of(model))
-    return _shape(model, base, _run(base, _SHORT), state_of(model).original_attention, None, None)
+    base = build(_config_of(model))
+    return _shape(model, base, run(base, _SHORT), state_of(model).original_attention, None, None)
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
@@ -234,90 +228,6 @@ def _config_of(model: nn.Module) -> PreTrainedConfig:
     return config
 
 
-# Passes through a model without storage.
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one attention layer was asked for; shapes [B, heads, tokens, D]."""
-
-    layer: int
-    query: torch.Size
-    key: torch.Size
-    value: torch.Size
-    causal: bool
-    window: int | None
-
-
-@dataclass(frozen=True)
-class _Run:
-    counted: ProductCounter
-    calls: list[_Call]
-    modules: list[nn.Module]
-    """Whose calls they are."""
-    cache: Cache | None
-
-    @property
-    def is_encoder(self) -> bool:
-        return not any(call.causal for call in self.calls)
-
-
-def _build(config: PreTrainedConfig, headless: bool = False) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
-
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        # It says how the files hold weights; what is analysed computes with them whole.
-        del config.quantization_config
-    makers = {AutoModelForCausalLM: "MODEL_FOR_CAUSAL_LM_MAPPING", AutoModelForImageTextToText: "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
-    fitting = [maker for maker, name in makers.items() if type(config) in getattr(modeling_auto, name)]
-    maker = AutoModel if headless or not fitting else fitting[0]
-    try:
-        # Products of experts run without storage in bfloat16 alone.
-        with torch.device("meta"):
-            model = maker.from_config(config, dtype=torch.bfloat16).eval()
-    except Exception as error:
-        # Each modelling file has errors of its own for values that do not go together.
-        raise ValueError(f"no {config.model_type} model can be built from this configuration: {type(error).__name__}: {error}") from error
-    # Some models look for padding in what they read, and there is nothing to read.
-    model.config.pad_token_id = None
-    return model
-
-
-def _run(model: Any, num_tokens: int, cache: Cache | None = None) -> _Run:
-    """Pass tokens through the model, after those in the cache."""
-    calls: list[_Call] = []
-    modules: list[nn.Module] = []
-
-    def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
-        given = kwargs.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True) if given is None else given)
-        place = getattr(module, "layer_idx", None)
-        window = kwargs.get("sliding_window") or None
-        calls.append(_Call(len(calls) if place is None else int(place), query.shape, key.shape, value.shape, causal, window))
-        modules.append(module)
-        B, Hq, N, _ = query.shape
-        return query.new_empty(B, N, Hq, value.shape[-1]), None
-
-    hf_compat.register_attention(_NOTING, note)
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    if cache is not None:
-        options |= hf_compat.cache_argument(model, cache)
-    counted = ProductCounter(model)
-    try:
-        model.set_attn_implementation(_NOTING)
-        with torch.no_grad(), counted:
-            out = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device="meta"), use_cache=True, **options)
-    except Exception as error:
-        # Modelling files fail in their own ways where they ask tensors for values.
-        raise ValueError(
-            f"{type(model).__name__} does not run on tensors without storage ({type(error).__name__}: {error}), which is how shapes are measured"
-        ) from error
-    keeps = any(call.causal for call in calls)
-    return _Run(counted, calls, modules, hf_compat.output_cache(out) if keeps else None)
-
-
 def _per_token(short: ProductCounter, long: ProductCounter) -> Work:
     """A line through the counts of two lengths."""
     flops = (long.flops - short.flops) / (_LONG - _SHORT)
@@ -334,11 +244,13 @@ def _state(layer: Any) -> list[torch.Tensor]:
 # What was seen, as a shape.
 
 
-def _shape(model: Any, base: nn.Module, run: _Run, attention: str | None, why_dense: str | None, work: InferenceWork | None) -> ModelShape:
+def _shape(
+    model: Any, base: nn.Module, seen: MetaPass, attention: str | None, why_dense: str | None, work: InferenceWork | None
+) -> ModelShape:
     """model: with gates and adapters, where there are any; base: what ran."""
     state: DMSState | None = getattr(model, "dms", None)
     gated = {layer.index for layer in state.layers} if state is not None else set()
-    attentions = [_attention(call, run.cache, gated) for call in run.calls]
+    attentions = [_attention(call, seen.cache, gated) for call in seen.calls]
     config = _config_of(model)
     head = model.get_output_embeddings()
     vocab_size, hidden_size = (0, 0) if head is None else head.weight.shape
@@ -346,8 +258,8 @@ def _shape(model: Any, base: nn.Module, run: _Run, attention: str | None, why_de
     return ModelShape(
         name=type(base).__name__,
         attentions=attentions,
-        layers=_layers(model, base, run, attentions),
-        weights=run.counted.weights,
+        layers=_layers(model, base, seen, attentions),
+        weights=seen.counted.weights,
         tokens=_SHORT,
         gates=sum(numel for name, numel in attached.items() if "dms_gate" in name),
         adapters=sum(numel for name, numel in attached.items() if "lora_" in name),
@@ -356,7 +268,7 @@ def _shape(model: Any, base: nn.Module, run: _Run, attention: str | None, why_de
         softcap=getattr(config.get_text_config(), "final_logit_softcapping", None),
         attention=attention,
         context=context_of(config),
-        is_encoder=run.is_encoder,
+        is_encoder=seen.is_encoder,
         why_dense=why_dense,
         work=work,
     )
@@ -366,7 +278,7 @@ def _is_attached(name: str) -> bool:
     return "dms_gate" in name or "lora_" in name
 
 
-def _attention(call: _Call, cache: Cache | None, gated: set[int]) -> AttentionShape:
+def _attention(call: AttentionCall, cache: Cache | None, gated: set[int]) -> AttentionShape:
     keeper = None if cache is None or call.layer >= len(cache.layers) else cache.layers[call.layer]
     held = getattr(keeper, "keys", None)
     if held is not None and (held.shape[1], held.shape[3]) != (call.key[1], call.key[3]):
@@ -388,15 +300,15 @@ def _attention(call: _Call, cache: Cache | None, gated: set[int]) -> AttentionSh
     )
 
 
-def _layers(model: nn.Module, base: nn.Module, run: _Run, attentions: list[AttentionShape]) -> list[LayerShape]:
+def _layers(model: nn.Module, base: nn.Module, seen: MetaPass, attentions: list[AttentionShape]) -> list[LayerShape]:
     names = {module: name for name, module in base.named_modules()}
-    first = names[run.modules[0]]
-    of_module = dict(zip(run.modules, attentions, strict=True))
+    first = names[seen.modules[0]]
+    of_module = dict(zip(seen.modules, attentions, strict=True))
     blocks = zip(_list_around(model, first), _list_around(base, first), strict=True)
     found = []
     for place, (block, bare) in enumerate(blocks):
         attention = next(((name, of_module[module]) for name, module in bare.named_modules() if module in of_module), None)
-        found.append(_layer(place, block, bare, run.counted, attention))
+        found.append(_layer(place, block, bare, seen.counted, attention))
     return found
 
 

@@ -14,7 +14,7 @@ from dms_train.step import HeadLoss
 
 from dms.attention import train_attention
 from dms.benchmarks.model import qwen3_8b
-from dms.costs.activations import replaced_attention
+from dms.costs.stand_in_attention import replaced_attention
 from dms_kernels import gated_attention
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -35,9 +35,7 @@ def run(
         ValueError: a GPU, model, recipe or configuration that there is not, or values that do not go together.
     """
     card = hardware.load().gpu(gpu)
-    _check_files({"--json": json_file, "--plot": plot})
-    if weight_bits not in (8, 16):
-        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+    _check_options(weight_bits, {"--json": json_file, "--plot": plot})
     values, dms = find(name, config)
     from dms.costs import analysis_table as table
     from dms.costs.analysis import analyze, check
@@ -68,8 +66,10 @@ def run(
             draw(found, title, plot)
 
 
-def _check_files(named: dict[str, str | None]) -> None:
-    for option, file in named.items():
+def _check_options(weight_bits: int, files: dict[str, str | None]) -> None:
+    if weight_bits not in (8, 16):
+        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+    for option, file in files.items():
         if file is not None and not Path(file).expanduser().parent.is_dir():
             raise ValueError(f"{option} {file}: the folder {Path(file).parent} does not exist; make it, or name another")
 

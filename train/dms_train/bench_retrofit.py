@@ -25,8 +25,8 @@ from dms.benchmarks.timing import seconds_of
 from dms.config import DMSConfig
 from dms.console import make_console
 from dms.costs import activations, flops, hardware, memory, shapes
-from dms.costs.activations import replaced_attention
 from dms.costs.job import Choice, Job
+from dms.costs.stand_in_attention import replaced_attention
 from dms.errors import writing
 from dms.evaluation.engine.one_pass import describe_device, versions
 from dms.lm_head import head_parameters

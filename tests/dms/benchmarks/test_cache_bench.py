@@ -1,5 +1,6 @@
 """`dms bench cache`: its rows, what is held, and that nothing is timed that does not answer as it should."""
 
+import importlib
 import json
 import sys
 
@@ -9,7 +10,7 @@ from dms_train import cli
 
 from dms.benchmarks import cache
 from dms.benchmarks import caches as filled
-from dms.benchmarks.model import QUICK, build_model, keep_shares
+from dms.benchmarks.model import QUICK, build_model, keep_shares, qwen3_8b
 
 FIGURES = {"decode_tokens_per_second", "attention_ms", "prefill_tokens_per_second", "bytes"}
 KEYS = {
@@ -132,3 +133,11 @@ def test_the_preallocated_cache_is_the_dense_model(found):
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         cache.run(cache.benchmark_for(quick=True, **options))
+
+
+def test_the_kernels_benchmarks_have_qwen3_8b_too(monkeypatch, request):
+    """They stand alone, and cannot read its configuration."""
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "kernels"))
+    config, given = qwen3_8b(), importlib.import_module("bench.shapes").MODELS["8B"]
+    names = {"Hq": "num_attention_heads", "H": "num_key_value_heads", "D": "head_dim", "M": "hidden_size", "V": "vocab_size"}
+    assert given == {letter: config[name] for letter, name in names.items()}

@@ -237,6 +237,12 @@ def test_an_encoder(tmp_path):
     assert one["attention_flops"] == 4 * 64 * 12 * 12 * 512**2 and one["kv_written_bytes"] == 0
 
 
+def test_an_encoder_whose_output_has_no_field_for_a_cache():
+    config = AutoConfig.for_model("modernbert", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    shape = measure(config, DMSConfig(window=16))
+    assert shape.is_encoder and len(shape.attentions) == 2 and shape.inference.decode is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
