@@ -1,7 +1,8 @@
 """What layers keep for the backward and need besides, from running one of each kind on fake tensors: no formula per family.
 
 The model is on the meta device with its gates attached. Its parameters are replaced by fake ones of the dtypes that they would
-have, its layers by one of each kind, its attention by stand-ins, and one pass of each sort is made under `LiveBytes`.
+have, its layers by one of each kind, and its attention by a stand-in; then it is run once as a student, once as a teacher and once as in an
+evaluation, under `LiveBytes`.
 
 Shapes: B batch, T tokens, M model dim.
 """
@@ -67,7 +68,7 @@ class MicroBatch:
 
     batch: int
     length: int
-    held: torch.dtype
+    weight_dtype: torch.dtype
     """Of the model's frozen and trained weights; gates and adapters are float32."""
     autocast: bool
     kernels: bool
@@ -88,7 +89,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
     Raises:
         ValueError: experts in float32, whose products PyTorch cannot run on fake tensors.
     """
-    if given.held != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
+    if given.weight_dtype != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
         raise ValueError(
             f"{shape.name} has experts, which are planned in bfloat16 alone; set precision=bf16, and train gates or gates+lora"
         )
@@ -97,7 +98,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
     _replace(model, layer_list(model), [*places, places[-1]])
     found = {}
     with fake_tensors():
-        _fake(model, given.held)
+        _fake(model, given.weight_dtype)
         # The run's own evaluation has no autocast.
         evaluation = _without_gradients(model, torch.zeros(given.evaluated or (given.batch, given.length), dtype=torch.long), None)
         for width in widths:
@@ -147,14 +148,14 @@ def _replace(model: nn.Module, layers: nn.ModuleList, places: list[int]) -> None
         config.layer_types = [config.layer_types[place] for place in places]
 
 
-def _fake(model: nn.Module, held: torch.dtype) -> None:
+def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
     """Give every module parameters and buffers without storage, ties kept."""
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
         attached = "dms_gate" in module_name or "lora_" in module_name
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
-                dtype = torch.float32 if attached else held
+                dtype = torch.float32 if attached else weight_dtype
                 made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):

@@ -28,7 +28,7 @@ class Point:
     kv: KV
     batch: int
     context: int
-    spent: PassCost
+    cost: PassCost
     seconds: float
     """Of the step, or of the whole prefill."""
     binds: str
@@ -105,16 +105,16 @@ def _cache_values(kv: KV) -> dict[str, Any]:
 
 def _point_values(one: Point) -> dict[str, Any]:
     place = {"phase": one.phase, **_cache_values(one.kv), "batch": one.batch, "context": one.context}
-    rates = {"bytes": one.spent.bytes, "intensity": one.spent.intensity, "seconds": one.seconds, "tokens_per_second": one.tokens_per_second}
-    moved = {f"{name}_bytes": value for name, value in vars(one.spent).items() if "flops" not in name}
-    flops = {"linear_flops": one.spent.flops, "attention_flops": one.spent.attention_flops}
+    rates = {"bytes": one.cost.bytes, "intensity": one.cost.intensity, "seconds": one.seconds, "tokens_per_second": one.tokens_per_second}
+    moved = {f"{name}_bytes": value for name, value in vars(one.cost).items() if "flops" not in name}
+    flops = {"linear_flops": one.cost.flops, "attention_flops": one.cost.attention_flops}
     return place | flops | moved | rates | {"binds": one.binds, "held_bytes": one.held, "fits": one.fits}
 
 
 def point(shape: ModelShape, phase: Phase, kv: KV, machine: Machine, gpu: Gpu, batch: int, context: int) -> Point:
-    spent = (inference.decode if phase == "decode" else inference.prefill)(shape, kv, machine, batch, context)
+    cost = (inference.decode if phase == "decode" else inference.prefill)(shape, kv, machine, batch, context)
     held, roofline = inference.held(shape, kv, machine, batch, context), Roofline.of(gpu)
-    return Point(phase, kv, batch, context, spent, spent.seconds(roofline).total, spent.binds(roofline), held, held <= gpu.memory)
+    return Point(phase, kv, batch, context, cost, cost.seconds(roofline).total, cost.binds(roofline), held, held <= gpu.memory)
 
 
 def analyze(
@@ -129,7 +129,7 @@ def analyze(
     window: int = 256,
     page_size: int = 64,
 ) -> Analysis:
-    """Reckon all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
+    """Compute all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
     None: one GPU, weights at 16 bits.
 
     Raises:

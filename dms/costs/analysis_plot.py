@@ -45,7 +45,7 @@ def _points(found: Analysis, kv: KV) -> list[tuple[Point, dict]]:
 def _roofline(axes, found: Analysis) -> None:
     roofline = found.roofline
     rate = roofline.flops / 1e12
-    values = [one.spent.intensity for one in found.points if one.kv.bits == 16]
+    values = [one.cost.intensity for one in found.points if one.kv.bits == 16]
     low, high = min(*values, roofline.ridge) / 2, max(*values, roofline.ridge) * 2
     axes.loglog([low, roofline.ridge, high], [low * roofline.memory / 1e12, rate, rate], color=GREY, linewidth=1.5)
     axes.axvline(roofline.ridge, color=GREY, linewidth=0.8, linestyle=":")
@@ -53,8 +53,8 @@ def _roofline(axes, found: Analysis) -> None:
     axes.annotate(f"ridge {roofline.ridge:.0f}", at, xytext=(5, -14), textcoords="offset points", color=GREY, fontsize=9)
     for kv, colour in _caches(found):
         for one, style in _points(found, kv):
-            attained = one.spent.all_flops / one.seconds / 1e12
-            axes.plot(one.spent.intensity, attained, color=colour, markersize=5, alpha=0.85, **style)
+            attained = one.cost.all_flops / one.seconds / 1e12
+            axes.plot(one.cost.intensity, attained, color=colour, markersize=5, alpha=0.85, **style)
     for place, batch in enumerate(found.batches):
         axes.plot([], [], color=INK, marker=_MARKERS[place % len(_MARKERS)], linewidth=0, markersize=5, label=f"batch {batch}")
     if not found.shape.is_encoder:
@@ -69,7 +69,7 @@ def _lanes(axes, found: Analysis, limits: tuple[float, float]) -> None:
     caches = _caches(found)
     for lane, (kv, colour) in enumerate(caches):
         for one, style in _points(found, kv):
-            axes.semilogx(one.spent.intensity, lane, color=colour, markersize=5, alpha=0.85, **style)
+            axes.semilogx(one.cost.intensity, lane, color=colour, markersize=5, alpha=0.85, **style)
     axes.axvline(found.roofline.ridge, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(xlabel="FLOPs a byte; of each batch, a point for each context", xlim=limits, ylim=(len(caches) - 0.5, -0.5))
     axes.set_yticks(range(len(caches)), [kv.name for kv, _ in caches])
@@ -82,9 +82,9 @@ def _wall(axes, found: Analysis) -> None:
         for kv, colour in _caches(found):
             points = [found.point("decode", kv, batch, context) for context in found.contexts]
             axes.loglog(
-                found.contexts, [one.spent.kv_read / 1e9 for one in points], style, color=colour, linewidth=1.8, marker="o", markersize=3
+                found.contexts, [one.cost.kv_read / 1e9 for one in points], style, color=colour, linewidth=1.8, marker="o", markersize=3
             )
-        weights = found.point("decode", found.caches[0], batch, found.contexts[0]).spent.weights / 1e9
+        weights = found.point("decode", found.caches[0], batch, found.contexts[0]).cost.weights / 1e9
         axes.axhline(weights, color=GREY, linestyle=style, linewidth=3, alpha=0.5, zorder=0)
         axes.plot([], [], style, color=INK, label=f"batch {batch}")
     axes.plot([], [], color=GREY, linewidth=3, alpha=0.5, label="weights")

@@ -79,7 +79,7 @@ def _batches(overtaken_at: dict[int, int | None]) -> str:
 
 def _intensity_line(found: Analysis) -> str:
     dense = [one for one in found.points if one.phase == "decode" and one.kv == found.caches[0]]
-    least, most = (f"{pick(one.spent.intensity for one in dense):.1f}" for pick in (min, max))
+    least, most = (f"{pick(one.cost.intensity for one in dense):.1f}" for pick in (min, max))
     computing = [one for one in dense if one.binds == "compute"]
     where = f"computing binds at {len(computing)} of {len(dense)} points" if computing else "memory binds everywhere"
     return f"a dense decoding step does {least if least == most else f'{least} to {most}'} FLOPs a byte, and the ridge is at {found.roofline.ridge:.0f}: {where}"
@@ -139,7 +139,7 @@ def _decode(found: Analysis) -> tuple[str, Table]:
     for batch in found.batches:
         for context in found.contexts:
             points = [found.point("decode", kv, batch, context) for kv in caches]
-            start = [str(batch), _size(context), f"{points[0].spent.intensity:.1f}", _ms(points[0].seconds), points[0].binds]
+            start = [str(batch), _size(context), f"{points[0].cost.intensity:.1f}", _ms(points[0].seconds), points[0].binds]
             table.add_row(*start, *(_rate(one) + ("" if one.fits else " x") for one in points))
         table.add_section()
     return "decode: tokens/s of all sequences, at most", table
@@ -152,9 +152,9 @@ def _prefill(found: Analysis) -> tuple[str, Table]:
     for batch in sorted({found.batches[0], found.batches[-1]} if found.shape.is_encoder else {found.batches[0]}):
         for context in found.contexts:
             points = [found.point("prefill", kv, batch, context) for kv in caches]
-            spent = points[0].spent
-            start = [str(batch), _size(context), _plain(spent.all_flops / 1e12), f"{spent.attention_flops / spent.all_flops:.0%}"]
-            table.add_row(*start, f"{spent.intensity:,.0f}", points[0].binds, *(_ms(one.seconds) for one in points))
+            cost = points[0].cost
+            start = [str(batch), _size(context), _plain(cost.all_flops / 1e12), f"{cost.attention_flops / cost.all_flops:.0%}"]
+            table.add_row(*start, f"{cost.intensity:,.0f}", points[0].binds, *(_ms(one.seconds) for one in points))
     return "prefill: milliseconds of the whole batch, at least", table
 
 

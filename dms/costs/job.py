@@ -1,4 +1,4 @@
-"""What is to be planned, in plain numbers, and the choices that there are for it."""
+"""What a plan is made for: a recipe's numbers, and the choices of where weights, optimizer and activations rest."""
 
 from dataclasses import dataclass
 from typing import Literal

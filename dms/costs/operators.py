@@ -29,7 +29,7 @@ _W = TypeVar("_W", bound="_Watch")
 
 
 class _Watch:
-    """Within it, `_see` is told of every operator; it can be entered again."""
+    """A context within which `_see` is called for every operator; it can be entered again."""
 
     def __init__(self) -> None:
         self._entered = ExitStack()

@@ -10,7 +10,7 @@ from dms.costs import activations, flops, memory, roofline, shapes
 from dms.costs.flops import TrainingFlops
 from dms.costs.hardware import Gpu, Hardware
 from dms.costs.job import WIDTHS, Choice, Job, choices
-from dms.costs.memory import Bytes, Held
+from dms.costs.memory import Bytes, ItemSize
 from dms.costs.roofline import Seconds
 from dms.costs.shapes import PACKED_ATTENTION, ModelShape
 from dms.modes import state_of
@@ -109,19 +109,19 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     shape = shapes.measure_training(model)
     if packed_attention:
         shape = replace(shape, attention=PACKED_ATTENTION)
-    held = Held.of(job, saved_bfloat16)
+    itemsize = ItemSize.of(job, saved_bfloat16)
     # Before the model is measured, which leaves it fewer layers.
     possible = _possible(model, job, num_gpus)
     widths = tuple(sorted({choice.sequence_parallel for choice in possible}))
-    made = activations.measure(model, shape, _micro_batch(job, held, packed_attention), widths)
+    by_width = activations.measure(model, shape, _micro_batch(job, itemsize, packed_attention), widths)
     by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
 
     def take(choice: Choice) -> PlannedChoice:
-        part, work = made[choice.sequence_parallel], by_checkpointing[choice.activation_checkpointing]
-        used = memory.of_choice(shape, job, choice, part, held, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
-        checkpoints = sum(memory.checkpoints(shape, job, choice, part, held)) if choice.activation_checkpointing else 0
+        part, work = by_width[choice.sequence_parallel], by_checkpointing[choice.activation_checkpointing]
+        used = memory.of_choice(shape, job, choice, part, itemsize, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
+        checkpoints = sum(memory.checkpoints(shape, job, choice, part, itemsize)) if choice.activation_checkpointing else 0
         seconds = roofline.of_training_step(
-            shape, job, choice, work, part, held, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus
+            shape, job, choice, work, part, itemsize, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus
         )
         return PlannedChoice(choice, used, seconds, used.peak <= gpu.memory, job.steps * seconds.total * num_gpus / 3600)
 
@@ -132,7 +132,7 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         gpu_key=gpu_name,
         gpu=gpu,
         num_gpus=num_gpus,
-        loss_rows=memory.loss_rows(job, shape, held),
+        loss_rows=memory.loss_rows(job, shape, itemsize),
         flops=by_checkpointing[False].times(job.batch_size),
         outcomes=outcomes,
         own=take(own) if own in possible else None,
@@ -143,11 +143,11 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
     return replace(plan, flops=by_checkpointing[True].times(job.batch_size))
 
 
-def _micro_batch(job: Job, held: Held, packed_attention: bool) -> activations.MicroBatch:
+def _micro_batch(job: Job, itemsize: ItemSize, packed_attention: bool) -> activations.MicroBatch:
     return activations.MicroBatch(
         batch=job.micro_batch_size,
         length=job.length,
-        held=held.weight_dtype,
+        weight_dtype=itemsize.weight_dtype,
         autocast=job.precision == "bf16",
         kernels=True,
         packed_attention=packed_attention,

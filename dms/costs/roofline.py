@@ -10,7 +10,7 @@ from dms.costs.activations import Activations
 from dms.costs.flops import TrainingFlops
 from dms.costs.hardware import Attainable, Gpu, Hardware
 from dms.costs.job import Choice, Job
-from dms.costs.memory import Held, num_trained
+from dms.costs.memory import ItemSize, num_trained
 from dms.costs.shapes import ModelShape
 
 Limit = Literal["compute", "memory", "host", "links"]
@@ -76,29 +76,31 @@ def of_training_step(
     job: Job,
     choice: Choice,
     flops: TrainingFlops,
-    made: Activations,
-    held: Held,
+    activations: Activations,
+    itemsize: ItemSize,
     checkpoint_bytes: int,
     *,
     gpu: Gpu,
     hardware: Hardware,
     num_gpus: int,
 ) -> Seconds:
-    """Seconds of an optimizer step. flops: of one sequence. made, checkpoint_bytes: of one GPU; the latter is what activation
-    checkpointing keeps of a micro-batch."""
+    """Seconds of an optimizer step.
+
+    flops: of one sequence. activations, checkpoint_bytes: of one GPU; the latter is what activation checkpointing keeps of a micro-batch.
+    """
     micro_steps = job.batch_size * choice.sequence_parallel // (job.micro_batch_size * num_gpus)
-    weights = shape.parameters * held.weight
+    weights = shape.parameters * itemsize.weight
     # The student's forward and backward, the recomputation, and the teacher's forward.
     passes = 2 + choice.activation_checkpointing + job.has_teacher_pass
     # What is saved is written once and read once, and about as much is not saved; a recomputation does it again.
-    traffic = 4 * made.saved * (2 if choice.activation_checkpointing else 1)
+    traffic = 4 * activations.saved * (2 if choice.activation_checkpointing else 1)
     trained = num_trained(shape, job)
     roofline = Roofline.of(gpu, precision=job.precision, num_gpus=num_gpus, reached=hardware.attainable)
     seconds = roofline.seconds(
         flops=flops.total * job.batch_size / num_gpus,
         memory=micro_steps * (passes * weights + traffic),
         host=_host_bytes(choice, passes * weights, micro_steps, checkpoint_bytes, trained, num_gpus),
-        links=_link_bytes(shape, job, choice, held, passes, micro_steps, trained, num_gpus),
+        links=_link_bytes(shape, job, choice, itemsize, passes, micro_steps, trained, num_gpus),
     )
     if not choice.offload_optimizer:
         return seconds
@@ -119,18 +121,18 @@ def _host_bytes(choice: Choice, passed: int, micro_steps: int, checkpoint_bytes:
 
 
 def _link_bytes(
-    shape: ModelShape, job: Job, choice: Choice, held: Held, passes: int, micro_steps: int, trained: int, num_gpus: int
+    shape: ModelShape, job: Job, choice: Choice, itemsize: ItemSize, passes: int, micro_steps: int, trained: int, num_gpus: int
 ) -> float:
     """Into one GPU from the others, in the fuller direction."""
     others = (num_gpus - 1) / num_gpus
     # Gradients to where they belong, and back as sums or as weights. DeepSpeed, which divides them, sends them after every micro-step.
     total = ((micro_steps if choice.stage > 0 else 1) + 1) * others * 4 * trained
     if choice.stage == 3:
-        total += micro_steps * passes * others * shape.parameters * held.weight
+        total += micro_steps * passes * others * shape.parameters * itemsize.weight
     width = choice.sequence_parallel
     if width > 1:
         tokens = job.length * job.micro_batch_size / width
         # Queries and outputs, keys and values: forward (again where it is recomputed), backward, and the teacher's forward.
         numbers = sum((layer.num_query_heads + layer.num_heads) * (layer.key_dim + layer.value_dim) for layer in shape.attentions)
-        total += micro_steps * passes * tokens * numbers * held.compute * (width - 1) / width
+        total += micro_steps * passes * tokens * numbers * itemsize.compute * (width - 1) / width
     return total

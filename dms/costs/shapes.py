@@ -1,7 +1,7 @@
 """What a model is made of, measured on the meta device: no formula per family.
 
 The model is built without storage and tokens are passed through it (`dms.costs.meta_passes`). Plans of training and analyses of inference
-reckon with the same shape.
+use the same shape.
 """
 
 import re

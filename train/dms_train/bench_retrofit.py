@@ -145,6 +145,7 @@ class WholeLogitsLoss(HeadLoss):
     ) -> torch.Tensor:
         assert hidden_t_NM is not None and not known, "the teacher's pass is part of the step"
         weight, bias = self.weights[0]
+        assert weight is not None
         log_s_NV, log_t_NV = (nn.functional.linear(x, weight, bias).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
         return (log_t_NV.exp() * (log_t_NV - log_s_NV)).sum(-1)[valid_N].sum()
 
@@ -253,11 +254,11 @@ def expect(settings: StepBenchmark, device: torch.device) -> Expected:
         evaluation_length=settings.length,
         evaluation_batch_size=1,
     )
-    shape, held = shapes.measure_training(model), memory.Held.of(job, saved_bfloat16=is_cuda)
-    given = activations.MicroBatch(batch=1, length=settings.length, held=held.weight_dtype, autocast=is_cuda, kernels=is_cuda)
+    shape, itemsize = shapes.measure_training(model), memory.ItemSize.of(job, saved_bfloat16=is_cuda)
+    given = activations.MicroBatch(batch=1, length=settings.length, weight_dtype=itemsize.weight_dtype, autocast=is_cuda, kernels=is_cuda)
     made = activations.measure(model, shape, given)[1]
     choice = Choice(activation_checkpointing=True)
-    used = memory.of_choice(shape, job, choice, made, held, num_gpus=1, gpus_per_node=8, kernels=is_cuda, reserve=False)
+    used = memory.of_choice(shape, job, choice, made, itemsize, num_gpus=1, gpus_per_node=8, kernels=is_cuda, reserve=False)
     gpu = hardware.load().gpu_of_device(torch.cuda.get_device_name(device)) if is_cuda else None
     return Expected(
         peak_bytes=used.peak,

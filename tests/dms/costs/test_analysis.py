@@ -219,7 +219,7 @@ def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
     config = read("Qwen3-0.6B", 2).to_dict() | {"dms": saved.to_saved()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     measured = []
-    monkeypatch.setattr("dms.costs.shapes.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
+    monkeypatch.setattr("dms_train.analyze_command.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
     result = run(tmp_path, "--batch", 1, "--context", 4096, "--window", 99)
     assert result.exit_code == 0, result.output
     assert measured == [replace(saved, window=99)]

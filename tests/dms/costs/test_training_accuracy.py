@@ -159,14 +159,14 @@ def planned_bytes(kind, recipe):
     given = activations.MicroBatch(
         batch=job.micro_batch_size,
         length=job.length,
-        held=torch.float32,
+        weight_dtype=torch.float32,
         autocast=recipe.precision == "bf16",
         kernels=False,
         packed_attention=recipe.data.packs,
     )
     made = activations.measure(model, shape, given)[1]
-    held = memory.Held.of(job, saved_bfloat16=False)
-    return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
+    itemsize = memory.ItemSize.of(job, saved_bfloat16=False)
+    return memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
 @pytest.mark.parametrize(
