@@ -16,7 +16,7 @@ from torch import nn
 
 from dms import masks
 from dms.costs.operators import LiveBytes
-from dms.costs.shapes import ModelShape, layer_list
+from dms.costs.shapes import ModelShape, is_attached, layer_list
 from dms.costs.stand_in_attention import StandInPackedAttention, replaced_attention, stand_in_attention
 from dms.costs.torch_compat import fake_tensors
 from dms.modes import Forward
@@ -152,7 +152,7 @@ def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
     """Give every module parameters and buffers without storage, ties kept."""
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        attached = "dms_gate" in module_name or "lora_" in module_name
+        attached = is_attached(module_name)
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
                 dtype = torch.float32 if attached else weight_dtype

@@ -80,7 +80,7 @@ def num_trained(shape: ModelShape, job: Job) -> int:
 
 
 def loss_rows(job: Job, shape: ModelShape, itemsize: ItemSize, kernels: bool = True, width: int = 1) -> int:
-    """Rows of logits alive at once. width: GPUs that share a row."""
+    """Rows of logits alive at once. width: GPUs that share a sequence."""
     rows = job.loss_chunk
     if rows is None:
         rows = chunk_rows(
@@ -90,13 +90,13 @@ def loss_rows(job: Job, shape: ModelShape, itemsize: ItemSize, kernels: bool = T
 
 
 def _tokens(job: Job, width: int) -> int:
-    """Of a micro-batch, on each of the GPUs that share its rows."""
+    """Of a micro-batch, on each of the GPUs that share its sequences."""
     return job.length // width * job.micro_batch_size
 
 
 def loss_bytes(job: Job, shape: ModelShape, itemsize: ItemSize, kernels: bool = True, width: int = 1) -> int:
     """What the loss adds to the hidden states of student and teacher: a chunk's buffers and the gradients that it makes. Each of the
-    GPUs that share a row has its own chunk, head's gradient and casts of heads."""
+    GPUs that share a sequence has its own chunk, head's gradient and casts of heads."""
     if kernels:
         row = fused.bytes_per_row(shape.vocab_size, shape.hidden_size, itemsize.compute_dtype)
     else:

@@ -254,7 +254,7 @@ def _shape(
     config = _config_of(model)
     head = model.get_output_embeddings()
     vocab_size, hidden_size = (0, 0) if head is None else head.weight.shape
-    attached = {name: p.numel() for name, p in model.named_parameters() if _is_attached(name)}
+    attached = {name: p.numel() for name, p in model.named_parameters() if is_attached(name)}
     return ModelShape(
         name=type(base).__name__,
         attentions=attentions,
@@ -274,7 +274,8 @@ def _shape(
     )
 
 
-def _is_attached(name: str) -> bool:
+def is_attached(name: str) -> bool:
+    """Whether a module or parameter of this name is no part of the base, but of a gate or an adapter."""
     return "dms_gate" in name or "lora_" in name
 
 
