@@ -348,9 +348,9 @@ def bench_cache(
 ) -> None:
     """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
     prepare("auto")
-    from dms.benchmarks.cache import plan_for, run
+    from dms.benchmarks.cache import benchmark_for, run
 
-    run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
+    run(benchmark_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
 
 
 @bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -1,9 +1,11 @@
-"""`dms plan`: a recipe as the numbers that dms.costs reckons with."""
+"""`dms plan`: reads a recipe and its model's configuration, plans the run, and prints it."""
 
 import json
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedConfig
 
 from dms.costs import hardware
 from dms.costs import plan_table as table
@@ -21,7 +23,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
     """Plan one recipe, or every packaged one (`all`), and print it.
 
     Raises:
-        ValueError: a recipe, GPU or configuration that there is not, or a batch that these GPUs cannot share.
+        ValueError: an unknown recipe, GPU or configuration, or a batch that these GPUs cannot share.
     """
     hardware.load().gpu(gpu)
     names = _every() if name == EVERY else [name]
@@ -87,16 +89,18 @@ def choice_of(recipe: RetrofitRecipe) -> Choice:
     )
 
 
-def read_config(model: str, given: str | None = None):
+def read_config(model: str, given: str | None = None) -> PreTrainedConfig:
     """The configuration of a recipe's model.
 
     Raises:
-        ValueError: none is there, or it cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
     from transformers import AutoConfig
 
-    own = given is None or model.startswith(models.BUILTIN)
-    path = models.resolve_model(model) if own else _config_file(Path(given).expanduser(), model)
+    if given is None or model.startswith(models.BUILTIN):
+        path = models.resolve_model(model)
+    else:
+        path = _config_file(Path(given).expanduser(), model)
     try:
         # From this machine first: without a network the hub is asked again and again.
         return AutoConfig.from_pretrained(path, local_files_only=True)
@@ -121,7 +125,7 @@ def _config_file(path: Path, model: str) -> str:
     raise ValueError(f"--config {path} is neither a file nor a folder with config.json or {model.rpartition('/')[2]}.json")
 
 
-def build_on_meta(recipe: RetrofitRecipe, config):
+def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module:
     """The recipe's student without weights, with gates and adapters."""
     import torch
     from transformers import AutoModelForCausalLM

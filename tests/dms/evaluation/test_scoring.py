@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import dms
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 from dms.evaluation.engine import scoring
 from dms.evaluation.policies import make_policy_cache
 

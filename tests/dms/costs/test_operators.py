@@ -2,7 +2,7 @@
 
 import torch
 
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 
 
 class Keeps(torch.autograd.Function):
