@@ -13,7 +13,7 @@ from dms.cache.cache import DMSCache
 from dms.cache.layer import CompactedLayer
 from dms.cache.page_pool import lasting
 from dms.cache.store import Store
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 from dms.modes import DMSState, state_of
 
 _VERSION = "1"

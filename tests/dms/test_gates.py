@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import dms
-from dms.gates import Gate, keep_log_prob, logistic_noise, straight_through
-from dms.retrofitting import gate_parameters, set_mode
+from dms.gates import Gate
+from dms.modes import set_mode
+from dms.retrofitting import gate_parameters
+from dms.training.soft_decisions import keep_log_prob, logistic_noise, straight_through
 
 SEQUENCES = torch.arange(8)
 

@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 
 import dms
 from dms import hf_compat
-from dms.modes import enable_checkpointing
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
+from dms.training.activation_checkpointing import enable_checkpointing
 from dms.upstream import UpstreamChanged
 
 TOUCHES = [

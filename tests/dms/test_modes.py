@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from dms import attention
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.masked import cache_ratios, masked_cache
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import set_mode
+from dms.retrofitting import gate_parameters
 
 GRID = {
     "alignment": ("own", "next"),
@@ -232,9 +233,12 @@ def test_padding_side_does_not_matter(alignment, mode, build_gated, make_batch):
     outputs = {}
     for name, batch in (("left", left), ("right", right), ("alone", {k: v[1:, 11:] for k, v in left.items()})):
         logits = _whole(model, batch)
-        forward = model.dms.forward
-        counts = [c[-1] for counted in (forward.evicted_count, forward.decided_count) for c in counted.values()]
-        outputs[name] = logits[-1][batch["attention_mask"][-1].bool()], counts
+        forward, real = model.dms.forward, batch["attention_mask"][-1].bool()
+        if mode == "train":
+            decisions = [c[-1] for counted in (forward.evicted_count, forward.decided_count) for c in counted.values()]
+        else:
+            decisions = [evicted[-1, real].float() for evicted in forward.evicted.values()]
+        outputs[name] = logits[-1][real], decisions
     for name in ("left", "right"):
         torch.testing.assert_close(outputs[name][0], outputs["alone"][0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs[name][1], outputs["alone"][1], atol=1e-3, rtol=0)

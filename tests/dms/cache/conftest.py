@@ -8,7 +8,7 @@ import torch
 
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.masked import cache_ratios, masked_cache
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 VOCABULARY = 97
 # Of logits up to 5 in size.

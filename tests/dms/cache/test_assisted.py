@@ -5,7 +5,7 @@ import torch
 
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.masked import masked_cache
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 NEW = 30
 

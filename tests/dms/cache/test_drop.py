@@ -9,7 +9,7 @@ from dms.cache import CacheFull, DMSCache
 from dms.cache.budget import held_bytes
 from dms.cache.fused_store import FusedStore
 from dms.cache.store import Store
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 
 def _drop_reference(kept: list, mask: list) -> list:

@@ -13,7 +13,7 @@ import dms
 from dms.cache import DMSCache
 from dms.evaluation.data.tasks import Document
 from dms.evaluation.engine.one_pass import run_policy
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 
 @pytest.fixture
