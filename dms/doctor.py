@@ -104,10 +104,11 @@ def run_python(code: str, variables: Mapping[str, str]) -> Ran:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where the checks learn what is here. The defaults look at this machine."""
+class Environment:
+    """How the checks look around. The defaults look at this machine and this Python."""
 
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    """Environment variables."""
     version_of: Callable[[str], str | None] = installed
     """The installed version of a package, or None."""
     path_of: Callable[[str], str | None] = shutil.which
@@ -140,35 +141,35 @@ def bfloat16_works(variables: Mapping[str, str] | None = None) -> bool:
     return run_python(BFLOAT16_PROBE, variables or {}).code == 0
 
 
-def collect(machine: Machine | None = None) -> list[Check]:
-    """Every check, in the order of the table. machine: None: this one."""
-    machine = machine or Machine()
-    has_torch = machine.version_of("torch") is not None
-    has_deepspeed = machine.version_of("deepspeed") is not None
+def collect(environment: Environment | None = None) -> list[Check]:
+    """Every check, in the order of the table. environment: None: this one."""
+    environment = environment or Environment()
+    has_torch = environment.version_of("torch") is not None
+    has_deepspeed = environment.version_of("deepspeed") is not None
     # The three probes mostly wait for imports: side by side they take as long as the slowest.
     with ThreadPoolExecutor(max_workers=3) as pool:
-        devices_job = pool.submit(machine.run, DEVICE_PROBE, {}) if has_torch else None
-        bfloat16_job = pool.submit(_bfloat16, machine) if has_torch else None
-        deepspeed_job = pool.submit(machine.run, DEEPSPEED_PROBE, _deepspeed_variables(machine)) if has_deepspeed else None
+        devices_job = pool.submit(environment.run, DEVICE_PROBE, {}) if has_torch else None
+        bfloat16_job = pool.submit(_bfloat16, environment) if has_torch else None
+        deepspeed_job = pool.submit(environment.run, DEEPSPEED_PROBE, _deepspeed_variables(environment)) if has_deepspeed else None
         devices = devices_job.result().answer() if devices_job else None
-        compiler, ninja = _compiler(machine), _ninja(machine)
+        compiler, ninja = _compiler(environment), _ninja(environment)
         checks = [
             _python(),
-            _torch(machine, devices),
-            _package(machine, "transformers", "nothing runs without it", required=True),
-            *(_package(machine, name, cost) for name, cost in _OPTIONAL.items()),
-            _wandb(machine),
+            _torch(environment, devices),
+            _package(environment, "transformers", "nothing runs without it", required=True),
+            *(_package(environment, name, cost) for name, cost in _OPTIONAL.items()),
+            _wandb(environment),
             _cpu(),
-            *_gpus(machine, devices),
+            *_gpus(environment, devices),
             compiler,
             _headers(),
             ninja,
         ]
         if bfloat16_job:
             checks.append(bfloat16_job.result())
-        checks.append(_triton(machine, devices))
+        checks.append(_triton(environment, devices))
         can_build = compiler.status == ninja.status == "ok"
-        checks.extend(_deepspeed(machine, deepspeed_job.result().answer() if deepspeed_job else None, can_build))
+        checks.extend(_deepspeed(environment, deepspeed_job.result().answer() if deepspeed_job else None, can_build))
     return checks
 
 
@@ -199,9 +200,9 @@ def show(checks: list[Check]) -> int:
     return 1 if lost else 0
 
 
-def _package(machine: Machine, name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
+def _package(environment: Environment, name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
     """A package: its version, compared with those that were tested."""
-    label, version, wanted = label or name, machine.version_of(name), tested(name)
+    label, version, wanted = label or name, environment.version_of(name), tested(name)
     if version is None:
         brought_by = f"'{DISTRIBUTION}[{EXTRAS[name]}]'" if name in EXTRAS else name
         status: Status = "missing" if required else "warn"
@@ -219,8 +220,8 @@ def _python() -> Check:
     return Check(name="Python", found=f"{platform.python_version()} ({sys.executable})", status="ok", required=True)
 
 
-def _torch(machine: Machine, devices: dict[str, Any] | None) -> Check:
-    check = _package(machine, "torch", "nothing runs without it", required=True)
+def _torch(environment: Environment, devices: dict[str, Any] | None) -> Check:
+    check = _package(environment, "torch", "nothing runs without it", required=True)
     if check.status != "ok" or devices is None:
         return check
     if "error" in devices:
@@ -231,14 +232,14 @@ def _torch(machine: Machine, devices: dict[str, Any] | None) -> Check:
     return Check(name="torch", found=f"{check.found}, {build}", status="ok", required=True)
 
 
-def _wandb(machine: Machine) -> Check:
-    check = _package(machine, "wandb", "no tracking; metrics.jsonl is written all the same")
+def _wandb(environment: Environment) -> Check:
+    check = _package(environment, "wandb", "no tracking; metrics.jsonl is written all the same")
     if check.status != "ok":
         return check
-    mode = machine.environment.get("WANDB_MODE")
+    mode = environment.variables.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return Check(name="wandb", found=f"{check.found}, WANDB_MODE={mode}", status="ok")
-    if has_wandb_key(machine.environment):
+    if has_wandb_key(environment.variables):
         return Check(name="wandb", found=f"{check.found}, with a key", status="ok")
     return Check(
         name="wandb",
@@ -248,14 +249,14 @@ def _wandb(machine: Machine) -> Check:
     )
 
 
-def has_wandb_key(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether wandb will find a key, in the environment (None: this process's) or in the file of keys."""
-    environment = os.environ if environment is None else environment
-    if environment.get("WANDB_API_KEY"):
+def has_wandb_key(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether wandb will find a key, in environment variables (None: this process's) or in the file of keys."""
+    variables = os.environ if variables is None else variables
+    if variables.get("WANDB_API_KEY"):
         return True
-    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(variables.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(variables.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -275,7 +276,7 @@ def _memory_bytes() -> int:
     return min(memory, int(limit)) if limit.isdigit() else memory
 
 
-def _gpus(machine: Machine, devices: dict[str, Any] | None) -> list[Check]:
+def _gpus(environment: Environment, devices: dict[str, Any] | None) -> list[Check]:
     gpus = (devices or {}).get("gpus", [])
     checks = []
     for index, gpu in enumerate(gpus):
@@ -284,7 +285,7 @@ def _gpus(machine: Machine, devices: dict[str, Any] | None) -> list[Check]:
         checks.append(Check(name=f"GPU {index}", found=found, status="ok"))
     if checks:
         return checks
-    if machine.path_of("nvidia-smi"):
+    if environment.path_of("nvidia-smi"):
         cost = "the driver's tools are here but torch sees no GPU: a CPU build of torch, a driver too old, or CUDA_VISIBLE_DEVICES"
         return [Check(name="GPU", found="not usable", status="warn", cost=cost)]
     return [
@@ -297,11 +298,11 @@ def _gpus(machine: Machine, devices: dict[str, Any] | None) -> list[Check]:
     ]
 
 
-def _compiler(machine: Machine) -> Check:
+def _compiler(environment: Environment) -> Check:
     # The order in which torch's extension builder and DeepSpeed look.
-    chosen = machine.environment.get("CXX")
+    chosen = environment.variables.get("CXX")
     candidates = [chosen] if chosen else ["c++", "g++", "clang++"]
-    path = next((found for name in candidates if (found := machine.path_of(name))), None)
+    path = next((found for name in candidates if (found := environment.path_of(name))), None)
     if path is None:
         cost = "no DeepSpeed CPU ops (offload) and no torch.compile; apt-get install g++"
         return Check(name="C++ compiler", found=f"none of {', '.join(candidates)}", status="missing", cost=cost)
@@ -318,9 +319,9 @@ def _headers() -> Check:
     return Check(name="Python headers", found="no Python.h", status="warn", cost=cost)
 
 
-def _ninja(machine: Machine) -> Check:
+def _ninja(environment: Environment) -> Check:
     cost = "DeepSpeed ops cannot be built"
-    if path := machine.path_of("ninja"):
+    if path := environment.path_of("ninja"):
         return Check(name="ninja", found=path, status="ok")
     beside = Path(sysconfig.get_path("scripts"), "ninja")
     if beside.exists():
@@ -330,27 +331,27 @@ def _ninja(machine: Machine) -> Check:
     return Check(name="ninja", found="", status="warn", cost=f"{cost}; pip install ninja")
 
 
-def _bfloat16(machine: Machine) -> Check:
+def _bfloat16(environment: Environment) -> Check:
     name = "bfloat16 matmul (CPU)"
-    tried = machine.run(BFLOAT16_PROBE, {})
+    tried = environment.run(BFLOAT16_PROBE, {})
     if tried.code == 0:
-        cure = machine.environment.get("ONEDNN_MAX_CPU_ISA")
+        cure = environment.variables.get("ONEDNN_MAX_CPU_ISA")
         return Check(name=name, found=f"works with ONEDNN_MAX_CPU_ISA={cure}" if cure else "works", status="ok")
     died = f"dies of {signal.Signals(-tried.code).name}" if tried.code < 0 else tried.complaint
-    if machine.run(BFLOAT16_PROBE, AMX_CURE).code == 0:
+    if environment.run(BFLOAT16_PROBE, AMX_CURE).code == 0:
         ((variable, value),) = AMX_CURE.items()
         cost = f"precision=bf16 on this CPU needs {variable}={value} in the environment before torch starts; dms commands set it themselves"
         return Check(name=name, found=f"{died}; works with {variable}={value}", status="warn", cost=cost)
     return Check(name=name, found=died, status="warn", cost="precision=bf16 does not work on this CPU; use precision=fp32")
 
 
-def _triton(machine: Machine, devices: dict[str, Any] | None) -> Check:
-    version = machine.version_of("triton")
+def _triton(environment: Environment, devices: dict[str, Any] | None) -> Check:
+    version = environment.version_of("triton")
     if version is None:
         return Check(name="Triton", found="", status="warn", cost="no fused kernels: attention and loss run in plain PyTorch")
-    if machine.environment.get("DMS_KERNELS") == "reference":
+    if environment.variables.get("DMS_KERNELS") == "reference":
         return Check(name="Triton", found=version, status="warn", cost="DMS_KERNELS=reference: fused kernels are turned off; unset it")
-    if machine.environment.get("TRITON_INTERPRET") == "1":
+    if environment.variables.get("TRITON_INTERPRET") == "1":
         cost = "kernels run in Python: right in float32 and float16 only, and slow"
         return Check(name="Triton", found=f"{version}, interpreter", status="warn", cost=cost)
     if (devices or {}).get("gpus"):
@@ -359,15 +360,15 @@ def _triton(machine: Machine, devices: dict[str, Any] | None) -> Check:
     return Check(name="Triton", found=version, status="warn", cost=cost)
 
 
-def _deepspeed_variables(machine: Machine) -> dict[str, str]:
+def _deepspeed_variables(environment: Environment) -> dict[str, str]:
     """On a machine without a GPU DeepSpeed builds nothing unless this variable says so."""
-    if "DS_ACCELERATOR" in machine.environment or machine.path_of("nvidia-smi"):
+    if "DS_ACCELERATOR" in environment.variables or environment.path_of("nvidia-smi"):
         return {}
     return {"DS_ACCELERATOR": "cpu"}
 
 
-def _deepspeed(machine: Machine, ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
-    package = _package(machine, "deepspeed", "no ZeRO: weights and optimizer states must fit on each device", label="DeepSpeed")
+def _deepspeed(environment: Environment, ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
+    package = _package(environment, "deepspeed", "no ZeRO: weights and optimizer states must fit on each device", label="DeepSpeed")
     if not package.found or ops is None:
         return [package]
     if "error" in ops:

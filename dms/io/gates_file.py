@@ -152,29 +152,19 @@ def save_pretrained(
     """
     _refuse(model, options)
     state = state_of(model)
-    own = gate_names(model)
-    given = dict(model.state_dict() if state_dict is None else state_dict)
-    found = onloaded(model, {name: given.pop(name) for name in own if name in given})
-    if gates is None:
-        gates = {own[name]: tensor.float().cpu().contiguous() for name, tensor in found.items()} or gate_tensors(model)
-    if is_main_process and any(tensor.numel() == 0 for tensor in gates.values()):
+    weights, gate_values = _split_state(model, dict(model.state_dict() if state_dict is None else state_dict), gates)
+    if is_main_process and any(tensor.numel() == 0 for tensor in gate_values.values()):
         raise ValueError(
             f"the weights of {type(model).__name__} are divided among processes; gather them on all, and give them: "
             "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)"
         )
-    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
-        # transformers itself reads weights that a device_map keeps elsewhere, a file at a time; tied weights once.
-        ties = hf_compat.tied_weights(model)
-        given = {name: tensor for name, tensor in given.items() if not (tensor.is_meta and ties.get(name) in given)}
-    else:
-        given = onloaded(model, given)
     mode = state.mode, state.noise, state.tokens, state.rows
     # The configuration names the attention function, and in the folder it must be the base's own.
     set_mode(model, "dense")
     model.config.dms = state.config.to_saved()
     try:
         base_class = getattr(type(model), "_own_class", type(model))
-        base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=given, **options)
+        base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=weights, **options)
     finally:
         set_mode(model, *mode)
     if not is_main_process:
@@ -184,13 +174,28 @@ def save_pretrained(
     origin = getattr(model, "dms_origin", {})
     write_gates(
         folder,
-        gates,
+        gate_values,
         state.config,
         base_name=origin.get("base_name") or hf_compat.loaded_from(model.config),
         base_digest=base_hash(folder),
         target_cr=origin.get("target_cr"),
         trained_length=state.trained_length,
     )
+
+
+def _split_state(
+    model: Any, given: dict[str, torch.Tensor], gates: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The weights to save, and the gates by their names in gates.safetensors, of a model's state that may hold both."""
+    own = gate_names(model)
+    found = onloaded(model, {name: given.pop(name) for name in own if name in given})
+    if gates is None:
+        gates = {own[name]: tensor.float().cpu().contiguous() for name, tensor in found.items()} or gate_tensors(model)
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        # transformers itself reads weights that a device_map keeps elsewhere, a file at a time; tied weights once.
+        ties = hf_compat.tied_weights(model)
+        return {name: tensor for name, tensor in given.items() if not (tensor.is_meta and ties.get(name) in given)}, gates
+    return onloaded(model, given), gates
 
 
 def _refuse(model: Any, options: Mapping[str, Any]) -> None:
@@ -227,13 +232,13 @@ def onloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str,
         if tensor.is_meta:
             source = ties.get(name, name)
             if source not in values:
-                values[source] = _value(model, source)
+                values[source] = _offloaded_value(model, source)
             tensor = values[source]
         result[name] = tensor
     return result
 
 
-def _value(model: nn.Module, name: str) -> torch.Tensor:
+def _offloaded_value(model: nn.Module, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     try:

@@ -82,7 +82,7 @@ def test_help_of_every_command_and_doctor_need_no_extra():
         for words in [(), *commands(typer.main.get_command(app))]:
             codes[" ".join(words)] = dms(*words, "--help")
         # What it runs in processes of their own is tested elsewhere.
-        doctor.show(doctor.collect(doctor.Machine(run=lambda code, variables: doctor.Ran(1, err="not run"))))
+        doctor.show(doctor.collect(doctor.Environment(run=lambda code, variables: doctor.Ran(1, err="not run"))))
         tell({"codes": codes, "hidden": sorted(hidden)})
         """
     )

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dms import doctor
-from dms.doctor import BFLOAT16_PROBE, DEEPSPEED_PROBE, DEVICE_PROBE, Machine, Ran
+from dms.doctor import BFLOAT16_PROBE, DEEPSPEED_PROBE, DEVICE_PROBE, Environment, Ran
 
 DIED = Ran(-signal.SIGILL)
 CPU_ALONE = {"cuda": None, "hip": None, "threads": 2, "gpus": []}
@@ -31,7 +31,7 @@ def checks(collected):
     return collected[0]
 
 
-def examine(versions=None, *, devices=None, ops=None, bfloat16=None, environment=None, commands=("c++", "ninja")):
+def examine(versions=None, *, devices=None, ops=None, bfloat16=None, variables=None, commands=("c++", "ninja")):
     """The checks, by name, of a machine with these packages, devices and commands.
 
     devices, ops: what the probes of torch and DeepSpeed print, or how their processes end. bfloat16: how a matmul ends with the variables
@@ -39,16 +39,16 @@ def examine(versions=None, *, devices=None, ops=None, bfloat16=None, environment
     """
     versions = {"torch": "2.13.0", "transformers": "5.24.0"} if versions is None else versions
 
-    def run(code, variables):
+    def run(code, added):
         if code == BFLOAT16_PROBE:
-            return Ran(0) if bfloat16 is None else bfloat16(variables)
+            return Ran(0) if bfloat16 is None else bfloat16(added)
         given = {DEVICE_PROBE: CPU_ALONE if devices is None else devices, DEEPSPEED_PROBE: OPS if ops is None else ops}[code]
         return given if isinstance(given, Ran) else Ran(0, f"a warning\n{json.dumps(given)}\nmore\n")
 
     # The path of a command that exists: the C++ compiler is asked for its version.
     path_of = dict.fromkeys(commands, sys.executable).get
-    machine = Machine(environment=environment or {}, version_of=versions.get, path_of=path_of, run=run)
-    return {check.name: check for check in doctor.collect(machine)}
+    environment = Environment(variables=variables or {}, version_of=versions.get, path_of=path_of, run=run)
+    return {check.name: check for check in doctor.collect(environment)}
 
 
 def test_this_machine_has_what_is_required(checks):
@@ -165,19 +165,19 @@ def test_wandb_says_whether_there_is_a_key(tmp_path, key):
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {key}\n" if key else "")
     netrc.chmod(0o600)
-    found = examine({"wandb": "0.31.0"}, environment={"NETRC": str(netrc)})["wandb"].found
+    found = examine({"wandb": "0.31.0"}, variables={"NETRC": str(netrc)})["wandb"].found
     assert found.endswith("with a key" if key else "no key")
     assert "0000" not in found
-    assert examine({"wandb": "0.31.0"}, environment={"WANDB_API_KEY": "1"})["wandb"].found.endswith("with a key")
-    assert examine({"wandb": "0.31.0"}, environment={"WANDB_MODE": "offline"})["wandb"].found.endswith("WANDB_MODE=offline")
+    assert examine({"wandb": "0.31.0"}, variables={"WANDB_API_KEY": "1"})["wandb"].found.endswith("with a key")
+    assert examine({"wandb": "0.31.0"}, variables={"WANDB_MODE": "offline"})["wandb"].found.endswith("WANDB_MODE=offline")
 
 
 def test_what_kernels_run_on():
     versions = {"torch": "2.13.0", "triton": "3.6.0"}
     assert examine(versions, devices=WITH_GPU)["Triton"].status == "ok"
     assert "no GPU" in examine(versions)["Triton"].cost
-    assert "slow" in examine(versions, environment={"TRITON_INTERPRET": "1"})["Triton"].cost
-    check = examine(versions, devices=WITH_GPU, environment={"DMS_KERNELS": "reference"})["Triton"]
+    assert "slow" in examine(versions, variables={"TRITON_INTERPRET": "1"})["Triton"].cost
+    check = examine(versions, devices=WITH_GPU, variables={"DMS_KERNELS": "reference"})["Triton"]
     assert check.status == "warn" and "unset it" in check.cost
 
 
