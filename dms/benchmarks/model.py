@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dms
-from dms.modes import set_mode, state_of
+from dms.retrofitting import set_mode, state_of
 
 # Tokens that the gates' logits are sampled over; each sequence is no longer than the window, so that nothing is hidden yet.
 _NUM_SAMPLES = 1024

@@ -14,8 +14,8 @@ from dms import masks
 from dms.costs import training_attention as attention
 from dms.costs.live_bytes import LiveBytes
 from dms.costs.training_shapes import ModelShape, layer_list
-from dms.modes import set_mode, state_of
-from dms.training.soft_decisions import TrainPass
+from dms.modes import Forward
+from dms.retrofitting import set_mode, state_of
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: attent
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.
         state.rows = rows
         state.activate("train")
-        state.forward = TrainPass("train", tokens)
+        state.forward = Forward("train", tokens)
 
     def stand_in(module: nn.Module, *_) -> None:
         # The layers of a kind are one object here, which runs more than once in a pass.

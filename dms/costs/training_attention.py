@@ -63,7 +63,7 @@ def _far(k_BTHD: torch.Tensor) -> list[torch.Tensor]:
 
 
 class Rows:
-    """As `dms.training.packed_attention.PackedAttention`, for rows that lie in one process."""
+    """As `dms.training.packed_attention.Rows`, for rows that lie in one process."""
 
     def __init__(self, kernels: bool):
         self.kernels, self.attention_name = kernels, f"dms_planned_rows_{'kernels' if kernels else 'chunked'}"
@@ -80,7 +80,7 @@ class Rows:
 
 
 def gated_attention(query, key, value, *, log_keep_BTH, kernels: bool, s_aux=None, **_) -> torch.Tensor:
-    """As `dms.training.soft_decisions.train_attention`. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
+    """As `dms.attention.train_attention`. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if torch.is_autocast_enabled("cpu"):
         # As the real one does: rotation by float32 angles leaves float32.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dms.modes import state_of
+from dms.retrofitting import state_of
 
 # The projection after attention; what else an attention layer multiplies by comes before.
 _OUTPUT_PROJECTION = re.compile(r"o_proj|out_proj|dense|c_proj|\bwo\b")

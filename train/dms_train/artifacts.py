@@ -18,9 +18,8 @@ from dms.evaluation.present.tables import results_table
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.weights import base_hash
-from dms.modes import state_of
 from dms.report import card
-from dms.retrofitting import retrofit
+from dms.retrofitting import retrofit, state_of
 from dms_train.lora import without_adapters
 from dms_train.models import Models
 from dms_train.recipe import RetrofitRecipe

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 import dms
-import dms.training.soft_decisions
+import dms.attention
 from dms.benchmarks.model import evict_shares, keep_shares
 from dms.config import DMSConfig
 from dms.console import make_console
@@ -34,8 +34,8 @@ from dms.costs.training_shapes import measure as measure_shape
 from dms.errors import writing
 from dms.evaluation.engine.one_pass import describe_device, versions
 from dms.lm_head import head_parameters
+from dms.modes import enable_checkpointing
 from dms.retrofitting import gate_parameters, retrofit
-from dms.training.activation_checkpointing import enable_checkpointing
 from dms_train.step import HeadLoss, Normalizer, distill_step
 
 # As in its config.json.
@@ -162,7 +162,7 @@ def flex_attention(compiled: bool) -> Callable:
 
 @contextmanager
 def _rival_attention() -> Iterator[None]:
-    with patch.object(dms.training.soft_decisions, "gated_attention", flex_attention(compiled=True)):
+    with patch.object(dms.attention, "gated_attention", flex_attention(compiled=True)):
         yield
 
 

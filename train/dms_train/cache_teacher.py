@@ -16,9 +16,8 @@ from dms.io import base_models as models
 from dms.io.vocabulary import num_embeddings, padding_id
 from dms.lm_head import find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.modes import set_mode
-from dms.retrofitting import retrofit
-from dms.training.packed_attention import PackedAttention, local_rows
+from dms.retrofitting import retrofit, set_mode
+from dms.training.packed_attention import Rows, local_rows
 from dms_kernels import top_log_probs
 from dms_train import artifacts
 from dms_train import models as students
@@ -162,7 +161,7 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
 
 @torch.no_grad()
 def _known(
-    model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor]], attention: PackedAttention | None
+    model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor]], attention: Rows | None
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """The teacher's pass over a batch, as the run would take it: by key, ids [T, K], log_probs [T, K] and log_tail [T]."""
     device = next(model.parameters()).device

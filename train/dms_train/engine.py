@@ -18,9 +18,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
-from dms.modes import state_of
 from dms.requirements import missing
-from dms.training.packed_attention import PackedAttention, check_sharing, local_rows
+from dms.retrofitting import state_of
+from dms.training.packed_attention import Rows, check_sharing, local_rows
 from dms_train import compat
 from dms_train.recipe import RetrofitRecipe
 from dms_train.stopping import is_launched
@@ -115,7 +115,7 @@ def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
         raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
 
 
-def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> PackedAttention | None:
+def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> Rows | None:
     """How a step attends to rows of packed documents, or to rows that this process shares with its neighbours. None: each row is
     one document and lies here, or the model has a kind of attention that only transformers computes.
 
@@ -132,7 +132,7 @@ def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Modu
         torch.distributed.new_group(list(range(first, first + size)), timeout=timeout)
         for first in range(0, accelerator.num_processes, size)
     ]
-    return PackedAttention(groups[accelerator.process_index // size])
+    return Rows(groups[accelerator.process_index // size])
 
 
 def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str) -> AbstractContextManager:

@@ -22,8 +22,8 @@ from dms.evaluation.engine.one_pass import Scores, make_documents
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.vocabulary import check_documents, num_embeddings
-from dms.modes import set_mode, state_of
-from dms.training.packed_attention import PackedAttention
+from dms.retrofitting import set_mode, state_of
+from dms.training.packed_attention import Rows
 from dms.training.sharding import num_elements
 from dms_train import artifacts, cache_teacher
 from dms_train import checkpoints as saving
@@ -50,7 +50,7 @@ _NEXT_TO_NOTHING = 0.02
 class Distillation(nn.Module):
     """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, rows: PackedAttention | None):
+    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, rows: Rows | None):
         super().__init__()
         self.rows = rows
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
@@ -94,7 +94,7 @@ class Setup:
     documents: list
     parts: students.Models
     engine: Engine
-    rows: PackedAttention | None
+    rows: Rows | None
     folder: Path
     before: Fingerprint
     teacher_cache: TeacherCache | None

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dms.io import base_models as models
+from dms.modes import enable_checkpointing
 from dms.retrofitting import gate_parameters, retrofit
-from dms.training.activation_checkpointing import enable_checkpointing
 from dms_train import compat
 from dms_train.lora import add_adapters
 from dms_train.recipe import RetrofitRecipe

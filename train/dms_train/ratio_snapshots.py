@@ -5,8 +5,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from dms.io.files import save_tensors
 from dms.io.gates_file import read_config, read_gates, write_gates
-from dms.io.weights import GATES_FILE, base_hash, save_tensors, weight_files, write_index
+from dms.io.weights import GATES_FILE, base_hash, weight_files, write_index
 from dms.report.card_sections import join_card, split_card
 from dms_train import checkpoints as saving
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from dms.lm_head import difference_of_head, find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.modes import Noise, set_mode, state_of
-from dms.training.packed_attention import PackedAttention
+from dms.modes import Noise
+from dms.retrofitting import set_mode, state_of
+from dms.training.packed_attention import Rows
 from dms.training.sharding import is_sharded
 from dms_kernels import distill_loss, distill_loss_topk
 from dms_train.lora import without_adapters
@@ -129,7 +130,7 @@ def distill_step(
     normalizer: Normalizer,
     seed: int,
     compression_weight: float,
-    rows: PackedAttention | None = None,
+    rows: Rows | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
@@ -137,7 +138,7 @@ def distill_step(
     cache says of the teacher needs none. The loss is
     `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
     reference implementation, with straight-through decisions in the count. rows: attention by document and not by
-    transformers' masks; the batch is then what `PackedAttention.divide` made for this process, and what is given back its share of the sums over
+    transformers' masks; the batch is then what `Rows.divide` made for this process, and what is given back its share of the sums over
     all that share its rows.
     """
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
@@ -176,7 +177,7 @@ def distill_step(
     )
 
 
-def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, rows: PackedAttention | None) -> torch.Tensor:
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, rows: Rows | None) -> torch.Tensor:
     """This process's share of the sum over sequences."""
     if rows is None:
         return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()

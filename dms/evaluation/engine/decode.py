@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from dms.cache import CompactedLayer
 from dms.cache.budget import held_bytes
 from dms.hf_compat import cache_argument
-from dms.modes import reading, set_mode, state_of
+from dms.retrofitting import set_mode, state_of
+from dms.rotary import reading
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from dms import masks, report
 from dms.evaluation.data.tasks import Document
 from dms.evaluation.engine.scoring import predict
-from dms.modes import set_mode, state_of
 from dms.report.document_trace import FORMAT_VERSION
+from dms.retrofitting import set_mode, state_of
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from dms.evaluation.data.tasks import RECALL_TASKS
 from dms.evaluation.data.text_sources import StdlibText
 from dms.evaluation.engine.scoring import predict
 from dms.evaluation.suites.records import records
-from dms.modes import set_mode, state_of
+from dms.retrofitting import set_mode, state_of
 
 POLICIES = ("dense", "dms", "sliding_window")
 NUM_QUARTILES = 4

@@ -20,7 +20,7 @@ from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import Settings
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.suites import make_suite
-from dms.modes import state_of
+from dms.retrofitting import state_of
 
 NUM_QUARTILES = 4
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
