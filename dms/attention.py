@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 
 from dms import hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
-from dms.cache.masked import MaskedLayer
-from dms.cache.pending_tokens import PendingGate
+from dms.cache.layer import MaskedLayer
+from dms.cache.store import PendingGate
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
@@ -154,12 +154,11 @@ def compacted_attention(
     """
     try:
         with torch.no_grad():
-            if held.incoming is None or held.incoming.k is None:
+            if held.pending is None:
                 raise RuntimeError(f"a {type(held).__name__} was asked for attention before the pass's keys and values were put into it")
-            if query.shape[2] > 1 and held.incoming.is_packed():
+            if query.shape[2] > 1 and held.pending.is_packed():
                 # Of a sequence's documents the cache keeps the last one; the others are read here and then gone.
-                new = held.incoming
-                assert new.decision is not None, "only single tokens leave their gates to the append kernel"
+                new = held.pending
                 evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
                 out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
                 held.keep_last_documents()

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from dms import attention, hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache
-from dms.cache.masked import MaskedLayer
+from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.generation import with_decoding
@@ -197,7 +197,7 @@ def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | No
     layer = held[0] if held else None
     if isinstance(layer, MaskedLayer):
         return layer.tokens
-    seen = layer.seen() if isinstance(layer, CompactedLayer) else None
+    seen = layer.row_lengths() if isinstance(layer, CompactedLayer) and not layer.is_empty else None
     if seen is None:
         return None
     if len(seen) != batch:

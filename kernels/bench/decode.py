@@ -16,7 +16,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> tup
 
 def _call(shape: Shape, q: Tensor, cache: Cache, page_scales: Tensor | None = None):
     # Kept between calls, as a cache keeps it: the kernel leaves it as it was.
-    tickets = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.int32, device=q.device)
+    tickets = torch.zeros(q.shape[0] * q.shape[1] + 4096, dtype=torch.int32, device=q.device)
     tensors = (q, cache.ring_kv, cache.ring_state, cache.seq_len, cache.pages, cache.page_table, cache.num_kept)
     return lambda: paged_decode(*tensors, window=shape.window, scale=shape.scale, page_scales=page_scales, tickets=tickets)
 

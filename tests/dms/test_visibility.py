@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from passes import CONFIGS, TOLERANCE, name_of, read, read_whole
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dms.cache import DMSCache
-from dms.cache.masked import masked_cache
+from dms.cache import DMSCache, masked_cache
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
 
@@ -177,7 +176,7 @@ def test_turns_padded_on_the_right_continue(alignment, build_gated, make_batch):
         alone = {name: tensor[row : row + 1, valid[row]] for name, tensor in batch.items()}
         assert (read_whole(model, alone)[0] - whole[row, valid[row]]).abs().max() < TOLERANCE
     # The token before the padding is ruled too.
-    ruled = cache.layers[0].decision[1, 20] if alignment == "next" else cache.layers[0].decision[1, 8]
+    ruled = cache.layers[0].decided.decision[1, 20] if alignment == "next" else cache.layers[0].decided.decision[1, 8]
     assert torch.equal(cache.layers[0].evicted()[1, 8], ruled)
     set_mode(model, "train")
     with pytest.raises(ValueError, match="padding between two tokens"):

@@ -153,8 +153,77 @@ def test_a_budget_drops_the_rest_and_says_so(bench):
     assert dropped == [f"loss {shapes[0].name}: plain torch, chunked", f"loss {shapes[0].name}: Liger", f"loss {shapes[1].name}"]
 
 
+def test_variants_differ_from_their_default_in_what_they_say(bench, monkeypatch):
+    """Every change is to a parameter that there is, and groups begin with their default."""
+    from dms_kernels import picking
+    from dms_kernels.append import fused as append
+    from dms_kernels.gated_attention import tiles
+    from dms_kernels.paged_decode import fused as decode
+
+    tune = bench("tune")
+    variants = tune.all_variants()
+    assert len({variant.name for variant in variants}) == len(variants) and {variant.sweep for variant in variants} == set(tune.SWEEPS)
+    begun = set()
+    for variant in variants:
+        assert variant.group in begun or not variant.changes
+        begun.add(variant.group)
+        with tune.picking(variant):
+            launches = {
+                "decode": lambda: decode.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2),
+                "append": lambda: append.launch(M=4096, group=4, dim=128),
+                "attention": lambda: tiles.pick_tile(variant.kernel or "keys", picking.PRETENDED, 128, 4, torch.bfloat16),  # noqa: B023
+            }
+            launch = launches["decode" if variant.sweep == "int8" else variant.sweep]()
+        assert {name: getattr(launch, name) for name in variant.changes} == variant.changes
+        if hasattr(launch, "waves"):
+            assert launch.num_programs % launch.waves == 0
+
+
+def test_variants_are_measured_one_by_one(bench, capsys, tmp_path):
+    """With a stopped clock: rows, lines, what is dropped, and a variant that fails or gives something else."""
+    tune = bench("tune")
+    shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == "decode").tiny()
+    variants = [tune.Variant("decode", shape, changes=changes) for changes in ({}, {"tile": 32}, {"tile": 16}, {"tile": 8}, {"share": 2})]
+
+    class Stub(tune.Bench):
+        def error(self):
+            picked = tune_launch()
+            if picked.tile == 8:
+                raise RuntimeError("out of resource: shared memory")
+            return 0.5 if picked.tile == 16 else super().error()
+
+        def time(self):
+            return {"whole": 2.0 if tune_launch().tile == 64 else 1.0}
+
+    def tune_launch():
+        from dms_kernels import picking
+        from dms_kernels.paged_decode import fused
+
+        return fused.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2)
+
+    looks = iter([0.0, 0.0, 0.0, 0.0, 2.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune.time, "monotonic", lambda: next(looks))
+        rows = tune.run(variants, out=tmp_path / "rows.jsonl", end=1.0, make=lambda *group: Stub(*group, "cpu", torch.float32))
+    printed = capsys.readouterr().out
+    assert [row["ms"] for row in rows] == [2.0, 1.0, 1.0, None] and [row.get("of_default") for row in rows] == [1.0, 0.5, 0.5, None]
+    assert "DIFFERS" in printed.splitlines()[2] and "out of resource" in printed and "dropped for lack of time: from decode" in printed
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    assert tune.best(rows).count("\n") == 0 and "tile 32" in tune.best(rows)
+
+
+@pytest.mark.parametrize("sweep", ["decode", "int8", "attention", "append"])
+def test_what_a_sweep_compares(bench, sweep):
+    """In tiny form: the default's results, twice the same."""
+    operation = "decode" if sweep == "int8" else sweep
+    shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == operation).tiny()
+    assert bench("tune").Bench(sweep, shape, "cpu", torch.float32).error() == 0.0
+
+
 def test_without_a_gpu_it_says_so():
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, "-m", "bench.tune"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "no GPU" in ran.stderr
     ran = subprocess.run([sys.executable, "-m", "bench", "--quick"], env=environment, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "no GPU" in ran.stderr
     ran = subprocess.run([sys.executable, "-m", "bench", "--only", "decode,speed"], env=environment, capture_output=True, text=True)
@@ -163,7 +232,7 @@ def test_without_a_gpu_it_says_so():
 
 def test_nothing_but_torch_and_triton_is_needed():
     code = (
-        "import sys, bench.run, bench.__main__\n"
+        "import sys, bench.run, bench.tune, bench.__main__\n"
         "from bench import append, attention, decode, loss, prefill\n"
         "assert not {'dms', 'transformers', 'yaml', 'pydantic', 'pytest'} & sys.modules.keys()"
     )

@@ -155,14 +155,16 @@ def test_the_reference_is_the_rule(shape):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Runs a case on the kernel: how many programs there are, and how many entries a tile has (None: as on a GPU)."""
+    """Runs a case on the kernel: how many programs there are, how many entries a tile has (None: as on a GPU), and how parts merge."""
     monkeypatch.setenv("DMS_KERNELS", "triton")
     as_on_a_gpu = fused.launch
 
-    def run(case: Case, num_programs: int = 3, waves: int = 1, tile: int | None = None, **changes) -> torch.Tensor:
+    def run(
+        case: Case, num_programs: int = 3, waves: int = 1, tile: int | None = None, merge: dict | None = None, **changes
+    ) -> torch.Tensor:
         def launch(*args, **kwargs):
             chosen = as_on_a_gpu(*args, **kwargs)
-            return replace(chosen, num_programs=num_programs, waves=waves, share=1, tile=tile or chosen.tile)
+            return replace(chosen, num_programs=num_programs, waves=waves, share=1, tile=tile or chosen.tile, **(merge or {}))
 
         monkeypatch.setattr(fused, "launch", launch)
         monkeypatch.setattr(torch, "empty", _poisoned)
@@ -251,6 +253,22 @@ def test_tickets_are_left_at_zero(kernel):
     first = kernel(case, num_programs=4, tile=16, tickets=tickets)
     assert (tickets == 0).all()
     assert torch.equal(first, kernel(case, num_programs=4, tile=16, tickets=tickets))
+
+
+@interpreted
+@pytest.mark.parametrize(("parts", "num_programs"), [(2, 2), (2, 3), (2, 5), (2, 13), (4, 9), (16, 13)])
+def test_parts_are_merged_in_two_steps(kernel, parts, num_programs):
+    """26 tiles of 16, 14 of them of one head: a group or several, whole ones and not, more groups than are merged at a time."""
+    case = make_case(4, P=16, kept=[[200, 0], [3, 100]], length=[40, 7], window=8)
+    tree = {"parts": parts, "tree": True}
+    out = _assert_close(kernel, case, num_programs=num_programs, tile=16, merge=tree)
+    narrow, tickets = case.cast(torch.float32), torch.zeros(4 + 2 * num_programs, dtype=torch.int32)
+    for _ in range(2):
+        assert torch.equal(kernel(narrow, num_programs=num_programs, tile=16, merge=tree, tickets=tickets), out)
+        assert (tickets == 0).all()
+    # A step where there are no tickets for two.
+    few = kernel(narrow, num_programs=num_programs, tile=16, merge=tree, tickets=torch.zeros(4, dtype=torch.int32))
+    torch.testing.assert_close(few, out, atol=1e-5, rtol=1e-5)
 
 
 @interpreted

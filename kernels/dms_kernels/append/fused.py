@@ -1,11 +1,30 @@
 """The host side of the Triton kernel, and the custom operator."""
 
+from dataclasses import dataclass
+
 import torch
 
 from dms_kernels import picking
 from dms_kernels.sizes import padded, power_of_two
 
 _MOST_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block: of the hidden state, multiplied by the gate's weight at a time. overlaps: see `paged_decode.fused.Launch`."""
+
+    block: int
+    num_warps: int
+    overlaps: bool = False
+
+
+def launch(*, M: int, group: int, dim: int) -> Launch:
+    """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded."""
+    if M:
+        return Launch(block=min(_MOST_BLOCK, padded(M)), num_warps=4)
+    # One warp has nobody to wait for; the gate's product wants more.
+    return Launch(block=16, num_warps=max(1, min(4, group * dim // 512)))
 
 
 def problem(k: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor) -> str | None:
@@ -92,8 +111,7 @@ def append_step(
     G = 1 if q is None else q.shape[1] // H
     M = 0 if hidden is None else hidden.shape[1]
     dim, group = padded(D), power_of_two(G)
-    # One warp has nobody to wait for; the gate's product wants more.
-    warps = 4 if hidden is not None else max(1, min(4, group * dim // 512))
+    chosen = launch(M=M, group=group, dim=dim)
     with torch.cuda.device_of(k):
         append_kernel[(H, B)](
             k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
@@ -102,11 +120,12 @@ def append_step(
             *_strides(gate_weight, 1), *_strides(gate_bias, 1),
             ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
             H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
-            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=min(_MOST_BLOCK, padded(M)) if M else 16,
+            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=chosen.block,
             REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-            QUANTIZED=page_scales is not None, num_warps=warps,
+            QUANTIZED=page_scales is not None, OVERLAPS=chosen.overlaps, num_warps=chosen.num_warps,
+            **({"launch_pdl": True} if chosen.overlaps else {}),
             # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -125,9 +125,12 @@ def append_kernel(
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B). States: 0 keep, 1 evict, 2 undecided."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = b * H + h
     dim = tl.arange(0, DP)

@@ -298,9 +298,10 @@ def keys_kernel(
     C: tl.constexpr = BLOCK_M // G
     NEAR: tl.constexpr = NEEDS_K or NEEDS_V
     pid = tl.program_id(0)
-    num_tiles = tl.cdiv(T, BLOCK_N) + HAS_GATE
-    bh = pid // num_tiles
-    tile = pid % num_tiles
+    # Tile after tile of all heads, those with the most queries first: a head after the other would leave its long tiles for the end.
+    num_heads = tl.num_programs(0) // (tl.cdiv(T, BLOCK_N) + HAS_GATE)
+    tile = pid // num_heads
+    bh = pid % num_heads
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     bh = bh.to(tl.int64)

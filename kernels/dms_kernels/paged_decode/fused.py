@@ -17,7 +17,8 @@ _OTHER_BYTES = 12 * 1024
 @dataclass(frozen=True)
 class Launch:
     """tile: entries at a time; waves: programs a processor; share: tiles that each of them should at least have before there are
-    more programs than processors; parts: of a cut head, merged at a time."""
+    more programs than processors; parts: of a cut head, merged at a time; tree: more than those in two steps; overlaps: programs take
+    their places while the launch before ends (from compute capability 9.0 on)."""
 
     num_programs: int
     waves: int
@@ -28,6 +29,8 @@ class Launch:
     parts: int
     num_warps: int
     num_stages: int
+    tree: bool = False
+    overlaps: bool = False
 
 
 def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
@@ -60,8 +63,10 @@ def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: in
 
 def num_tickets(q: torch.Tensor, num_kv_heads: int) -> int:
     """How many tickets a call with these queries takes, at most."""
-    B, Hq, T, _ = q.shape
-    return B * num_kv_heads * ceil_div(Hq // num_kv_heads * T, _MIN_ROWS)
+    B, Hq, T, D = q.shape
+    rows = Hq // num_kv_heads * T
+    chosen = launch(picking.target(q.device), head_dim=D, rows=rows, element_size=q.element_size())
+    return ceil_div(rows, _MIN_ROWS) * (B * num_kv_heads + (2 * chosen.num_programs if chosen.tree else 0))
 
 
 def problem(q: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor | None) -> str | None:
@@ -146,6 +151,8 @@ def decode(
     part = (blocks, 2 * chosen.num_programs, chosen.part_rows)
     part_acc = torch.empty(*part, dim, dtype=torch.float32, device=q.device)
     part_top, part_total = torch.empty(2, *part, dtype=torch.float32, device=q.device)
+    # A caller's tickets may be too few for two steps, which then are one.
+    tree = chosen.tree and tickets.numel() >= blocks * (num_heads + 2 * chosen.num_programs)
     if softcap is None:
         inner, outer = scale * _LOG2E, 0.0
     else:
@@ -163,7 +170,8 @@ def decode(
             P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-            STAGES=chosen.num_stages, num_warps=chosen.num_warps,
+            STAGES=chosen.num_stages, TREE=tree, OVERLAPS=chosen.overlaps, num_warps=chosen.num_warps,
+            **({"launch_pdl": True} if chosen.overlaps else {}),
         )  # fmt: skip
     return out
 

@@ -4,7 +4,8 @@ A tile is TILE entries of one head, and a head's tiles stand in one line with th
 program takes an equal run of that line, whatever the heads hold, and reads all lengths on the device, so that a captured launch
 stays right while the cache grows. Heads that one program reads whole are written at once. Of a head that is cut each program
 leaves its part (a sum of values, a maximum, a sum of weights) in a workspace, and whoever comes last merges the parts, in the
-order of their programs, so that the result does not depend on who that is.
+order of their programs, so that the result does not depend on who that is. Of many parts (TREE) first groups are merged, side by
+side, then what came of them.
 
 Shapes: B batch, H KV heads, G query heads of each, T queries, D head dim, R ring slots, S new tokens, P entries of a page.
 """
@@ -215,18 +216,20 @@ def _write(
 
 
 @triton.jit
-def _merge(part_acc, part_top, part_total, first_program, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of one head as one [ROWS, DP], its maximum and its sum [ROWS]; PARTS of them at a time, each lane adding up its
-    own, so that the loads do not wait for each other."""
+def _merge(
+    part_acc, part_top, part_total, first_program, first, step, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """`num_parts` parts of one head, from its part `first` on every `step`-th, as one [ROWS, DP], its maximum and its sum [ROWS];
+    PARTS of them at a time, each lane adding up its own, so that the loads do not wait for each other."""
     lane, dim = tl.arange(0, PARTS), tl.arange(0, DP)
     acc = tl.zeros([PARTS, ROWS, DP], tl.float32)
     top = tl.full([PARTS, ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PARTS, ROWS], tl.float32)
     for start in range(0, num_parts, PARTS):
-        part = start + lane
+        part = first + (start + lane) * step
         # The program in which the head begins may end another's before it, and keeps this part in its second place.
         at = (2 * (first_program + part) + (part == 0).to(tl.int32))[:, None] * ROWS + row[None, :]
-        there = (part < num_parts)[:, None] & (row >= 0)[None, :]
+        there = (start + lane < num_parts)[:, None] & (row >= 0)[None, :]
         # Around the first-level cache, which does not see what other processors write.
         next_top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
         next_total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
@@ -257,18 +260,23 @@ def decode_kernel(
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
     PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
 
     part_acc [blocks, 2 * programs, PART_ROWS, DP], part_top and part_total [blocks, 2 * programs, PART_ROWS] float32 need no
-    values before; tickets [blocks, B * H] int32 are 0 before and after. inner, outer: the scores' factors, in powers of 2.
+    values before; tickets [blocks, B * H] int32 are 0 before and after, and with TREE so are [blocks, 2 * programs] after them.
+    inner, outer: the scores' factors, in powers of 2.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program, block = tl.program_id(0), tl.program_id(1)
     row0 = block * ROWS
     part_acc += (block * tl.num_programs(0)).to(tl.int64) * (2 * PART_ROWS * DP)
     part_top += block * tl.num_programs(0) * (2 * PART_ROWS)
     part_total += block * tl.num_programs(0) * (2 * PART_ROWS)
+    group_tickets = tickets + tl.num_programs(1) * num_heads + block * (2 * tl.num_programs(0))
     tickets += block * num_heads
 
     all_tiles = 0
@@ -352,12 +360,40 @@ def decode_kernel(
             # Tile t is with the last program p for which p * all_tiles // programs <= t.
             first_program = (((begin + 1) * programs - 1) // all_tiles).to(tl.int32)
             num_parts = ((finish * programs - 1) // all_tiles).to(tl.int32) - first_program + 1
+            part_row = tl.arange(0, PART_ROWS)
             # All threads' parts are written before one of them says so.
             tl.debug_barrier()
-            if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            if TREE:
+                # Groups of PARTS are merged where their last part is made, side by side, and then the groups.
+                group = (program - first_program) // PARTS
+                group_first = group * PARTS
+                num_groups = (num_parts + PARTS - 1) // PARTS
+                in_group = tl.minimum(num_parts - group_first, PARTS)
+                group_place = 2 * (first_program + group_first) + (group == 0).to(tl.int32)
+                if tl.atomic_add(group_tickets + group_place, 1, sem="acq_rel", scope="gpu") == in_group - 1:
+                    tl.store(group_tickets + group_place, 0)
+                    o, whole_top, whole = _merge(
+                        part_acc, part_top, part_total, first_program, group_first, 1, in_group, part_row, DP, PART_ROWS, PARTS
+                    )
+                    if num_groups == 1:
+                        _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                    else:
+                        # In place of the group's first part, which all threads have read.
+                        tl.debug_barrier()
+                        part_place = group_place * PART_ROWS + part_row
+                        tl.store(part_acc + part_place.to(tl.int64)[:, None] * DP + dim[None, :], o)
+                        tl.store(part_top + part_place, whole_top)
+                        tl.store(part_total + part_place, whole)
+                        tl.debug_barrier()
+                        if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_groups - 1:
+                            tl.store(tickets + head, 0)
+                            o, whole_top, whole = _merge(
+                                part_acc, part_top, part_total, first_program, 0, PARTS, num_groups, part_row, DP, PART_ROWS, PARTS
+                            )
+                            _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+            elif tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                 tl.store(tickets + head, 0)
-                part_row = tl.arange(0, PART_ROWS)
-                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, num_parts, part_row, DP, PART_ROWS, PARTS)
+                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
                 _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
         tile = upto
         begin = finish

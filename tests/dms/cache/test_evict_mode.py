@@ -7,8 +7,8 @@ import torch
 from passes import TOLERANCE, read, read_whole
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from dms.cache import CompactedLayer, DMSCache
-from dms.cache.masked import cache_ratios, masked_cache
+from dms.cache import CompactedLayer, DMSCache, masked_cache
+from dms.cache.stats import masked_ratios
 from dms.modes import set_mode
 
 
@@ -27,7 +27,7 @@ def test_cropped_tokens_leave_no_trace(alignment, make_cache, build_gated, make_
     assert (logits - whole[:, 40:]).abs().max() < TOLERANCE
     again = read(model, batch, [60], make_cache(model))[1]
     if make_cache is masked_cache:
-        assert cache_ratios(cache) == cache_ratios(again)
+        assert masked_ratios(cache) == masked_ratios(again)
     else:
         cache.crop(0)
         found, expected = cache.report(), again.report()
@@ -94,7 +94,7 @@ def test_prompt_lookup_decoding(build_gated):
 
 
 @pytest.mark.parametrize("alignment", ["own", "next"])
-def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
+def test_masked_ratios_against_loops(alignment, build_gated, make_batch):
     model = build_gated("llama", alignment=alignment, window=5, sinks=2)
     batch = make_batch(2, 40, left=[0, 7])
     set_mode(model, "evict")
@@ -103,7 +103,7 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
     evicted = decided = seen = alive = 0
     for layer in cache.layers:
         for row, start in ((0, 0), (1, 7)):
-            gates = layer.decision[row, start:].tolist()
+            gates = layer.decided.decision[row, start:].tolist()
             n = len(gates)
             for k, head in itertools.product(range(n), range(2)):
                 gate = k if alignment == "own" else k + 1
@@ -112,7 +112,7 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
                 evicted += evict
                 seen += 1
                 alive += not evict or n - 1 - k <= 5 or k < 2
-    ratios = cache_ratios(cache)
+    ratios = masked_ratios(cache)
     assert (ratios["seen"], ratios["alive"]) == (seen, alive)
     assert ratios["cr"] == pytest.approx(seen / alive) and ratios["cr"] > 1.3
     assert ratios["cr_decided"] == pytest.approx(1 / (1 - evicted / decided)) and ratios["cr_decided"] > 1.3
