@@ -201,7 +201,8 @@ def evict_attention(
     chunk = max(1, _CHUNK_BYTES // (4 * B * Hq * S))
     for start in range(0, T, chunk):
         part = slice(start, min(T, start + chunk))
-        see = masks.visible(query_tokens.map(lambda x, part=part: x[:, part]), key_tokens, evicted_BSH, window=window, sinks=sinks)
+        asking = Tokens(query_tokens.segment_BT[:, part], query_tokens.position_BT[:, part])
+        see = masks.visible(asking, key_tokens, evicted_BSH, window=window, sinks=sinks)
         q = query[:, :, part]
         if softcap is None and s_aux is None:
             # A query without keys (padding) sees key 0 and is zeroed after: softmax over nothing is NaN.

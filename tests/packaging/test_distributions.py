@@ -58,7 +58,7 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"dms", "dms_kernels", "dms_train"}
+    assert tops == {"dms", "dms_train", "dms_kernels"}
 
 
 def test_wheel_holds_data_and_type_information(names):
@@ -100,7 +100,7 @@ def test_all_brings_every_extra_for_users(setup_cfg):
     assert Requirement(everything).extras == set(extras) - {"all", "dev", "serve"}
 
 
-OURS = ("dms", "dms_kernels", "dms_train")
+OURS = ("dms", "dms_train", "dms_kernels")
 # Imported, and installed with a package that we declare and that needs it.
 BROUGHT = {"packaging": "transformers", "jinja2": "torch", "pyarrow": "datasets"}
 
