@@ -172,7 +172,7 @@ def test_an_error_without_words_says_its_type_and_place(run, error, code, word):
     number = wordless.__code__.co_firstlineno + 1
     found, err = run(wordless, "generate", "x", "--prompt", "y")
     assert found == code
-    assert err.startswith(f"dms: {word}: {error.__name__} without a word, at {__file__}:{number} in wordless"), err
+    assert err.startswith(f"dms: {word}: {error.__name__} without a message, at {__file__}:{number} in wordless"), err
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,9 @@ def test_a_teacher_that_sees_across_packed_documents_is_refused():
 def test_packed_documents_beside_padding_are_as_those_documents_alone(student, monkeypatch):
     """A row of 23 and 11 tokens and 6 of padding: the KL is that of the two documents by themselves."""
     # Noise goes by places in the row.
-    monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
+    monkeypatch.setattr(
+        "dms.training.soft_decisions.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads)
+    )
 
     def kl(ids, segment, position):
         batch = {"input_ids": ids, "segment_ids": segment, "position_ids": position, "number": torch.zeros(len(ids), dtype=torch.long)}

@@ -13,7 +13,7 @@ import dms
 from dms.cache import DMSCache
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.run_end import evaluate_run
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
 from dms.evaluation.suites import make_suite
 from dms.io import base_models as models
 from dms.io import checkpoint
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 SMALL = {"suites": ["records", "text"], "lengths": [192], "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
 

@@ -9,7 +9,7 @@ import torch
 
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.policies.cache import PolicyLayer
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 BUDGET = 20
 

@@ -12,8 +12,9 @@ from dms.evaluation.data.tasks import make_document
 from dms.evaluation.data.text_sources import StdlibText
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.io import base_models as models
+from dms.modes import set_mode, state_of
 from dms.report import DocumentTrace
-from dms.retrofitting import gate_parameters, set_mode, state_of
+from dms.retrofitting import gate_parameters
 
 LENGTHS = (96, 130)
 WINDOW, SINKS = 6, 2

@@ -17,7 +17,8 @@ from dms.cache.fused_store import FusedStore
 from dms.export.folder import export
 from dms.io import base_models as models
 from dms.io import checkpoint
-from dms.retrofitting import gate_parameters, state_of
+from dms.modes import state_of
+from dms.retrofitting import gate_parameters
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/dms_kernels"
