@@ -113,11 +113,11 @@ def compacted_attention(query, key, value, *, held, cache, masked, scaling=None,
     """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now."""
     try:
         with torch.no_grad():
-            if held.incoming is None or held.incoming.k is None:
+            if held.pending is None:
                 raise RuntimeError(f"a layer of {type(held).__name__} was to attend, and no keys and values of the pass were put into it")
-            if query.shape[2] > 1 and held.incoming.is_packed():
+            if query.shape[2] > 1 and held.pending.is_packed():
                 # Of several documents in a row the last one goes on; the others are read here and then gone.
-                new = held.incoming
+                new = held.pending
                 evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
                 out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
                 held.keep_last_documents()

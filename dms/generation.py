@@ -2,14 +2,24 @@
 
 import functools
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
 
 from dms import hf_compat
 from dms.cache import DMSCache, compact_layers
 from dms.modes import state_of
 from dms.rotary import reading
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
+
+    class _Model(nn.Module, GenerationMixin):
+        """What `Decoding` comes before."""
+else:
+    _Model = object
 
 
 @functools.cache
@@ -20,20 +30,21 @@ def with_decoding(own: type) -> type:
     return type(own.__name__, (Decoding, own), {"__module__": own.__module__, "__doc__": own.__doc__, "_own_class": own})
 
 
-def _make(own: type):
-    cls = with_decoding(own)
+def _make(own: type) -> Any:
+    """An instance of a retrofitted model's class, for pickle to fill."""
+    cls: Any = with_decoding(own)
     return cls.__new__(cls)
 
 
-class Decoding:
-    """Stands before the model's own class in a retrofitted model's bases. Outside evict mode it changes nothing."""
+class Decoding(_Model):
+    """Comes before the model's own class in a retrofitted model's bases. Outside evict mode it changes nothing."""
 
     def __reduce_ex__(self, protocol):
-        # The class has no name in a module that pickle could find it by.
+        # No module has the class under its name, where pickle would look for it.
         return _make, (self._own_class,), self.__dict__
 
     def generate(self, *args, evict_bias: float | None = None, **kwargs):
-        """As transformers', and a cache may be given as `cache` or as `past_key_values`, whatever the release calls it.
+        """As transformers'. A cache may be given as `cache` or as `past_key_values`, whichever name the release uses.
 
         evict_bias: added to every gate's logit in this call (None: `model.dms.evict_bias`); above 0 evicts more.
         """
@@ -108,13 +119,15 @@ class Decoding:
 
     def _prefill_once(self, input_ids, generation_config, model_kwargs, cache, *args, **kwargs):
         copies, batch = max(generation_config.num_beams, generation_config.num_return_sequences), input_ids.shape[0]
-        held = cache.batch_size
-        if held not in (-1, batch, batch // copies):
-            raise ValueError(f"the cache holds {held} sequences and the prompts are {batch // copies}; give as many, or fork the cache")
+        num_cached = cache.batch_size
+        if num_cached not in (-1, batch, batch // copies):
+            raise ValueError(
+                f"the cache holds {num_cached} sequences and the prompts are {batch // copies}; give as many, or fork the cache"
+            )
         given = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
         # Positions of several kinds (text, height, width) come first in some models.
         batch_dim = {name: 1 if name == "position_ids" and value.dim() == 3 else 0 for name, value in given.items()}
-        if copies == 1 or held == batch or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
+        if copies == 1 or num_cached == batch or any(v.shape[batch_dim[name]] != batch for name, v in given.items()):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         once = model_kwargs | {name: v[:, ::copies] if batch_dim[name] else v[::copies] for name, v in given.items()}
         outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
@@ -140,13 +153,13 @@ def _repeat(value, copies: int):
 
 
 def draw_tokens(logits_BV: torch.Tensor, draw_B: list[float], *, temperature: float, top_p: float) -> torch.Tensor:
-    """[B] int64: of each row the token at which its cumulative probability passes its draw in [0, 1)."""
+    """[B] int64: for each row the token at which the cumulative probability passes its draw in [0, 1)."""
     # From the likeliest on: the tail, where sums are coarse, comes last.
     share_BV, order_BV = torch.sort(torch.softmax(logits_BV.float() / temperature, dim=-1), dim=-1, descending=True)
     below_BV = share_BV.cumsum(dim=-1)
-    # The tokens that make up top_p: all before which less than that has been summed.
-    kept_B1 = (below_BV - share_BV < top_p).sum(dim=-1, keepdim=True)
-    reached_B1 = below_BV.gather(-1, kept_B1 - 1)
+    # How many tokens make up top_p: those before which the sum is still less.
+    num_likely_B1 = (below_BV - share_BV < top_p).sum(dim=-1, keepdim=True)
+    reached_B1 = below_BV.gather(-1, num_likely_B1 - 1)
     drawn_B1 = torch.tensor(draw_B, device=logits_BV.device, dtype=below_BV.dtype)[:, None]
-    place_B1 = torch.minimum(torch.searchsorted(below_BV, drawn_B1 * reached_B1, right=True), kept_B1 - 1)
+    place_B1 = torch.minimum(torch.searchsorted(below_BV, drawn_B1 * reached_B1, right=True), num_likely_B1 - 1)
     return order_BV.gather(-1, place_B1)[:, 0]

@@ -1,9 +1,10 @@
-"""Who sees whom: documents, positions, alignment, visibility. Every other file asks here.
+"""Which tokens see which: documents, positions, alignment of decisions, visibility. Every other file asks here.
 
 Key k is visible to query q iff both belong to one document, k <= q, and (q - k <= w or k is not evicted or k < sinks), in
 positions of the document. Shapes: B batch, T new tokens, S all tokens, H KV heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,15 +13,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where tokens stand. segment_BT [B, T] int32: number of the document in its row, from 1; 0 is padding. position_BT
-    [B, T] int32: place within that document, from 0."""
+    """Document and position of each token."""
 
     segment_BT: torch.Tensor
+    """int32: number of the document in its row, from 1; 0 is padding."""
     position_BT: torch.Tensor
+    """int32: position within that document, from 0."""
 
     @cached_property
     def unpadded(self) -> bool:
-        """Every token is a real one. Reads from the device, once."""
+        """No token is padding. Reads from the device, once."""
         return bool((self.segment_BT > 0).all())
 
     @cached_property
@@ -39,7 +41,7 @@ class Tokens:
     def cat(self, other: "Tokens") -> "Tokens":
         return Tokens(torch.cat([self.segment_BT, other.segment_BT], 1), torch.cat([self.position_BT, other.position_BT], 1))
 
-    def map(self, fn) -> "Tokens":
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
         return Tokens(fn(self.segment_BT), fn(self.position_BT))
 
 
@@ -70,12 +72,12 @@ def locate_tokens(
     if past is not None and past.segment_BT.shape[1] > 0:
         last = past.segment_BT.amax(1, keepdim=True).clamp(min=1)
         in_document = past.segment_BT == last
-        seen = torch.where(in_document, past.position_BT + 1, 0).amax(1, keepdim=True)
+        next_position = torch.where(in_document, past.position_BT + 1, 0).amax(1, keepdim=True)
         segment = torch.where(valid, last, 0)
-        position = torch.where(valid, seen + valid.cumsum(1) - 1, 0)
+        position = torch.where(valid, next_position + valid.cumsum(1) - 1, 0)
         return Tokens(segment.int(), position.int())
     index = torch.arange(num_tokens, device=device)
-    # Each token's predecessor, over padding; -1: it has none and starts a document.
+    # Each token's predecessor, skipping padding; -1: it has none and starts a document.
     previous = torch.full_like(valid, -1, dtype=torch.long)
     previous[:, 1:] = torch.where(valid, index, -1).cummax(1).values[:, :-1]
     starts = valid & (previous < 0)
@@ -91,16 +93,16 @@ def locate_tokens(
 
 
 def require_unbroken(tokens: Tokens) -> None:
-    """Raises ValueError where padding stands between two tokens of a document: training counts distances in rows."""
+    """Raises ValueError where padding is between two tokens of a document: training counts distances in columns."""
     successor, has = _successor(tokens.segment_BT)
     if bool((has & (successor != torch.arange(has.shape[1], device=has.device) + 1)).any()):
         raise ValueError("the attention mask has padding between two tokens of a document; in train mode pad at a row's start or end")
 
 
 def align(decision_BTH: torch.Tensor, segment_BT: torch.Tensor, alignment: str, undecided: float | bool) -> torch.Tensor:
-    """Move decisions from the token whose gate made them to the token that they rule.
+    """Move decisions from the token whose gate made them to the token that they are for.
 
-    Under `next` the gate at k + 1 rules k; a document's last token is `undecided` until its successor comes.
+    Under `next` the gate at k + 1 decides for k; a document's last token is `undecided` until its successor comes.
     """
     if alignment == "own":
         return decision_BTH
@@ -114,7 +116,7 @@ def decided_tokens(segment_BT: torch.Tensor, alignment: str) -> torch.Tensor:
 
 
 def _successor(segment_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the next token over padding, and whether it is one of the same document, both [B, T]."""
+    """Index of the next token that is not padding, and whether it is one of the same document, both [B, T]."""
     last = segment_BT.shape[1] - 1
     index = torch.arange(last + 1, device=segment_BT.device)
     token_from = torch.where(segment_BT > 0, index, last).flip(1).cummin(1).values.flip(1)
@@ -124,7 +126,7 @@ def _successor(segment_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
-    """Visibility [B, H, T, S] bool. Within a document keys stand in order, so that k <= q is a comparison of positions."""
+    """Visibility [B, H, T, S] bool. Within a document keys are in order, so that k <= q is a comparison of positions."""
     q_position, k_position = query.position_BT[:, :, None], key.position_BT[:, None, :]
     causal = (query.segment_BT[:, :, None] == key.segment_BT[:, None, :]) & (key.segment_BT[:, None, :] > 0) & (k_position <= q_position)
     near = (q_position - k_position <= window) | (k_position < sinks)

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 
 from dms import attention, gates, hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
-from dms.cache.masked import MaskedLayer
-from dms.cache.pending_tokens import PendingGate
+from dms.cache.layer import MaskedLayer
+from dms.cache.store import PendingGate
 from dms.config import DMSConfig
 from dms.generation import with_decoding
 from dms.io.weights import refuse_quantized
@@ -210,7 +210,7 @@ def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | No
     layer = held[0] if held else None
     if isinstance(layer, MaskedLayer):
         return layer.tokens
-    seen = layer.seen() if isinstance(layer, CompactedLayer) else None
+    seen = layer.row_lengths() if isinstance(layer, CompactedLayer) and not layer.is_empty else None
     if seen is None:
         return None
     if len(seen) != batch:

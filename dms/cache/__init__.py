@@ -1,9 +1,8 @@
-"""The compacted cache: what is evicted is freed and not read."""
+"""The compacted cache, whose evicted entries are freed and not read, and the masked reference."""
 
-from dms.cache.budget import CacheFull, held_bytes
-from dms.cache.cache import DMSCache
-from dms.cache.convert import compact_layers
-from dms.cache.layer import CompactedLayer
-from dms.cache.stats import Report
+from dms.cache.cache import DMSCache, compact_layers, masked_cache
+from dms.cache.layer import CompactedLayer, MaskedLayer
+from dms.cache.page_pool import CacheFull, held_bytes
+from dms.cache.stats import CacheStats
 
-__all__ = ["CacheFull", "CompactedLayer", "DMSCache", "Report", "compact_layers", "held_bytes"]
+__all__ = ["CacheFull", "CacheStats", "CompactedLayer", "DMSCache", "MaskedLayer", "compact_layers", "held_bytes", "masked_cache"]

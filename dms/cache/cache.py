@@ -1,18 +1,21 @@
-"""`DMSCache`: the KV cache of a retrofitted model, for everything that `generate` does."""
+"""The KV caches of a retrofitted model: `DMSCache`, for everything that `generate` does, and the masked reference."""
 
 import copy
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from dms import hf_compat
-from dms.cache.budget import Budget, CacheFull, held_bytes
-from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer
-from dms.cache.page_pool import PagePool
-from dms.cache.stats import Report, compacted_layers, make_report
+from dms.cache import serialization
+from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
+from dms.cache.page_pool import Budget, CacheFull, PagePool, layer_bytes, outside_inference_mode
+from dms.cache.stats import CacheStats, cache_stats, compacted_layers
+from dms.cache.store import Store
 from dms.modes import DMSState, state_of
 
 
@@ -20,7 +23,7 @@ class DMSCache(Cache):
     """Evicted entries are freed and not read: per layer and head, the last w + 1 tokens and what was kept of those before.
 
     `model.generate` and forwards in evict mode make one by themselves; make one to keep it: `cache = DMSCache(model)`, then
-    pass `past_key_values=cache`. Layers without gates have transformers' own cache layers in it.
+    pass it as `cache` (before transformers 5.24: `past_key_values`). Layers without gates have transformers' own cache layers in it.
 
     Args:
         model: a retrofitted model.
@@ -43,7 +46,7 @@ class DMSCache(Cache):
         state = state or state_of(model)
         if not state.takes_cache:
             raise ValueError(
-                f"{type(model).__name__} works with a cache of its own kind alone; leave out past_key_values, and the one that it makes evicts"
+                f"{type(model).__name__} works with a cache of its own kind alone; give it no cache, and the one that it makes evicts"
             )
         self.budget = Budget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
         self.budget.caches.add(self)
@@ -54,7 +57,7 @@ class DMSCache(Cache):
                 layers[index] = self._make_layer(state, page_size, kv_dtype)
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
-        self._undo: list[dict] | None = None
+        self._undo: list[dict[str, Any]] | None = None
         # Of models whose rotary frequencies depend on it: the length that the keys were rotated for.
         self.rotary_length: int | None = None
 
@@ -64,15 +67,22 @@ class DMSCache(Cache):
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
 
     def compacted_layers(self) -> dict[int, CompactedLayer]:
-        """Those that evict and hold something, by index."""
+        """The layers that evict and hold something, by index."""
         return compacted_layers(self)
+
+    def _stores(self) -> list[Store]:
+        return [layer.store for layer in self.compacted_layers().values()]
+
+    def _layers_without_gates(self) -> list[Any]:
+        """Of transformers' own kinds, each with methods of its own."""
+        return [layer for layer in self.layers if not isinstance(layer, CompactedLayer)]
 
     def fork(self) -> "DMSCache":
         """A second conversation from here on: full pages are shared, ring and last pages copied. `copy.deepcopy` does the same."""
         if self._is_bounded:
-            stores = [layer.store for layer in self.compacted_layers().values()]
-            plain = sum(_plain_bytes(layer) for layer in self.layers)
-            self._make_room(plain + sum(store.own_bytes() for store in stores), [(store.pool, store.num_last_pages()) for store in stores])
+            stores = self._stores()
+            own = layer_bytes(self._layers_without_gates()) + sum(store.own_bytes() for store in stores)
+            self._make_room(own, [(store.pool, store.num_last_pages()) for store in stores])
         new = object.__new__(type(self))
         vars(new).update(vars(self), layers=[], _undo=None)
         for layer in self.layers:
@@ -83,31 +93,47 @@ class DMSCache(Cache):
     def __deepcopy__(self, memo) -> "DMSCache":
         return self.fork()
 
-    def report(self, warn: bool = True) -> Report:
+    def report(self, warn: bool = True) -> CacheStats:
         """What is held, in entries, pages and bytes; warns where nothing was evicted or bytes leave their bound."""
-        return make_report(self, warn)
+        return cache_stats(self, warn)
 
-    def save(self, path) -> None:
-        """Write the cache to a safetensors file, to go on later or elsewhere; what is on trial is kept first."""
-        from dms.cache.serialization import save
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file, to go on later or elsewhere; trial tokens are kept first.
 
-        save(self, path)
+        Raises:
+            ValueError: an empty cache, one whose model is gone, or one with layers that keep something else than keys and values.
+        """
+        state = self.state()
+        if state is None:
+            raise ValueError("the model that made this cache is gone; save a cache while its model lives")
+        if not self.compacted_layers():
+            raise ValueError("the cache is empty; there is nothing to save")
+        serialization.write(serialization.describe(self.layers, state, self.rotary_length), Path(path))
 
     @classmethod
-    def load(cls, path, model, **options) -> "DMSCache":
+    @outside_inference_mode
+    def load(cls, path: str | Path, model, **options) -> "DMSCache":
         """Read what `save` wrote; options as of the constructor.
 
         Raises:
             ValueError: a damaged file, or the cache of another model.
+            CacheFull: max_cache_bytes is below what the cache holds.
         """
-        from dms.cache.serialization import load
-
-        return load(path, model, **options)
+        path, state = Path(path), state_of(model)
+        saved = serialization.read(path)
+        saved.require_model(state, type(model).__name__, path)
+        cache = cls(model, **{"page_size": saved.settings["page_size"], "kv_dtype": saved.settings.get("kv_dtype")} | options)
+        gated = {layer.index: next(layer.module.parameters()).device for layer in state.layers}
+        elsewhere = next(model.parameters()).device
+        saved.fill(cache.layers, [gated.get(index, elsewhere) for index in range(len(cache.layers))])
+        cache.rotary_length = saved.settings.get("rotary_length")
+        cache.budget.check()
+        return cache
 
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 while empty."""
-        return next((layer.store.num_kept.shape[0] for layer in self.compacted_layers().values()), -1)
+        return next((store.num_kept.shape[0] for store in self._stores()), -1)
 
     def reset(self) -> None:
         self._undo = None
@@ -125,27 +151,28 @@ class DMSCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(torch.arange(max(0, self.batch_size))[torch.as_tensor(indices).cpu()])
-        for layer in self.compacted_layers().values():
-            layer.store.pool.trim()
+        for store in self._stores():
+            store.pool.trim()
 
     def _select(self, rows: torch.Tensor) -> None:
         batch = self.batch_size
         if batch < 0:
             return
         if self._is_bounded:
-            more = len(rows) - batch
-            stores = [layer.store for layer in self.compacted_layers().values()]
-            own = sum(_plain_bytes(layer) for layer in self.layers) + sum(layer.own_bytes() for layer in self.compacted_layers().values())
-            self._make_room(-(-own * more // batch), [(store.pool, store.pages_to_select(rows)) for store in stores])
-        # Layers of linear attention know no other change of rows.
-        for layer in self.layers:
+            own = layer_bytes(self._layers_without_gates()) + sum(layer.own_bytes() for layer in self.compacted_layers().values())
+            num_more = len(rows) - batch
+            self._make_room(-(-own * num_more // batch), [(store.pool, store.pages_to_select(rows)) for store in self._stores()])
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            # Layers of linear attention know no other change of rows.
             layer.reorder_cache(rows)
 
     def drop(self, layer: int, dropped_BHS: torch.Tensor) -> None:
-        """Free entries of a layer, for policies of your own: dropped [B, H, S] bool, each head's kept entries in order of age.
+        """Free entries of a layer that are in pages, for policies of your own.
 
-        Kept entries are those that have left the window: S is the most that a head of the layer has, and what stands beyond a
-        head's own number is not read. What forks share stays theirs.
+        dropped [B, H, S] bool: which of each head's entries in pages, in order of age. Those are the kept entries that have left
+        the window: S is the most that a head of the layer has, and what is beyond a head's own number is not read. What forks
+        share stays theirs.
 
         Raises:
             ValueError: a layer that does not evict, or another shape or dtype.
@@ -162,7 +189,7 @@ class DMSCache(Cache):
     # Taking back.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens, and keep the others that were on trial; all layers or none."""
+        """Take back the newest trial tokens, and keep the others; all layers or none."""
         for layer in self.layers:
             if isinstance(layer, CompactedLayer):
                 layer.check_crop(tokens_to_remove)
@@ -170,9 +197,10 @@ class DMSCache(Cache):
             super().crop(tokens_to_remove)
 
     def stop_past_recording(self) -> None:
-        """Keep what is on trial; from now on nothing can be taken back."""
+        """Keep the trial tokens; from now on nothing can be taken back."""
         with self._all_or_nothing():
-            for layer in self.layers:
+            layers: list[Any] = list(self.layers)
+            for layer in layers:
                 if isinstance(layer, CompactedLayer) or (getattr(layer, "record_past", False) and _is_filled(layer)):
                     layer.crop(0)
         for layer in self.layers:
@@ -182,16 +210,16 @@ class DMSCache(Cache):
     # Forward.
 
     def update(self, *args, **kwargs):
-        return self._give(super().update, *args, **kwargs)
+        return self._update_layer(super().update, *args, **kwargs)
 
     def update_conv_state(self, *args, **kwargs):
-        return self._give(super().update_conv_state, *args, **kwargs)
+        return self._update_layer(super().update_conv_state, *args, **kwargs)
 
     def update_recurrent_state(self, *args, **kwargs):
-        return self._give(super().update_recurrent_state, *args, **kwargs)
+        return self._update_layer(super().update_recurrent_state, *args, **kwargs)
 
-    def _give(self, update, *args, **kwargs):
-        """New states to a layer; without room for them the forward is undone."""
+    def _update_layer(self, update, *args, **kwargs):
+        """Give a layer new states; without room for them the forward is undone."""
         state = self.state()
         # A layer without gates would take them in any mode, and be ahead of the others.
         if state is not None and state.mode != "evict":
@@ -213,9 +241,9 @@ class DMSCache(Cache):
         if num_new > 1 or any(getattr(layer, "record_past", False) or not _is_filled(layer) for layer in self.layers):
             self._undo = [_snapshot(layer) for layer in self.layers]
             return
-        stores = [layer.store for layer in self.compacted_layers().values()]
-        grown = sum(store.step_bytes() for store in stores) + sum(_plain_step_bytes(layer) for layer in self.layers)
-        self._make_room(grown, [(store.pool, store.next_pages()) for store in stores])
+        stores = self._stores()
+        growth = sum(store.step_bytes() for store in stores) + sum(_step_bytes(layer) for layer in self._layers_without_gates())
+        self._make_room(growth, [(store.pool, store.next_pages()) for store in stores])
 
     def undo_forward(self) -> None:
         """After a forward that failed half-way: as it was before."""
@@ -243,7 +271,7 @@ class DMSCache(Cache):
                 pool.resize(pool.num_pages + num_pages)
 
     @contextmanager
-    def _all_or_nothing(self):
+    def _all_or_nothing(self) -> Iterator[None]:
         """Where the cache is bounded: all layers change, or none."""
         before = [_snapshot(layer) for layer in self.layers] if self._is_bounded else None
         try:
@@ -252,7 +280,7 @@ class DMSCache(Cache):
             self._restore(before)
             raise
 
-    def _restore(self, snapshots: list[dict] | None) -> None:
+    def _restore(self, snapshots: list[dict[str, Any]] | None) -> None:
         for layer, fields in zip(self.layers, snapshots or [], strict=False):
             if isinstance(layer, CompactedLayer):
                 layer.restore(fields)
@@ -261,7 +289,7 @@ class DMSCache(Cache):
                 vars(layer).update(fields)
 
 
-def _snapshot(layer) -> dict:
+def _snapshot(layer) -> dict[str, Any]:
     if isinstance(layer, CompactedLayer):
         return layer.snapshot()
     # A DynamicLayer makes new tensors when it grows; other kinds may write into theirs.
@@ -271,21 +299,59 @@ def _snapshot(layer) -> dict:
 def _is_filled(layer) -> bool:
     """Whether the layer has made the tensors that it writes to."""
     if isinstance(layer, CompactedLayer):
-        return layer.store is not None
+        return not layer.is_empty
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return hf_compat.linear_state_is_filled(layer)
     return getattr(layer, "is_initialized", True)
 
 
-def _plain_bytes(layer) -> int:
-    """Of a layer without gates."""
-    return 0 if isinstance(layer, CompactedLayer) else held_bytes(SimpleNamespace(layers=[layer]))
-
-
-def _plain_step_bytes(layer) -> int:
+def _step_bytes(layer) -> int:
     """How much a layer without gates grows, at most, by a token a row; linear attention does not."""
-    if isinstance(layer, CompactedLayer) or not isinstance(layer, DynamicLayer):
+    if not isinstance(layer, DynamicLayer):
         return 0
-    tokens = layer.keys.shape[2]
-    needed = sum(x.numel() // tokens * (tokens + 1) * x.element_size() for x in (layer.keys, layer.values))
-    return max(0, needed - sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values)))
+    tensors = [x for x in (layer.keys, layer.values) if x is not None]
+    needed = sum(x.numel() // x.shape[2] * (x.shape[2] + 1) * x.element_size() for x in tensors)
+    return max(0, needed - sum(x.untyped_storage().nbytes() for x in tensors))
+
+
+class MaskedCache(DynamicCache):
+    """What `masked_cache` makes."""
+
+    def reset(self) -> None:
+        super().reset()
+        for layer in self.layers:
+            hf_compat.empty_layer(layer)
+
+
+def masked_cache(model) -> MaskedCache:
+    """An empty cache that hides what is evicted and keeps it, the reference for `DMSCache`: pass it as `cache` in evict mode."""
+    state = state_of(model)
+    cache = MaskedCache(config=model.config)
+    for layer in state.layers:
+        cache.layers[layer.index] = MaskedLayer(state.config)
+    return cache
+
+
+def compact_layers(cache: Cache, state: DMSState) -> None:
+    """Replace the layers with gates of an empty DynamicCache, which a user gave or the model made; those that evict stay.
+
+    Raises:
+        ValueError: a cache whose layers do not grow (static, quantised), or one that was filled without decisions.
+    """
+    layers = cache.layers
+    for index in (layer.index for layer in state.layers):
+        while len(layers) <= index:
+            layers.append(DynamicLayer())
+        layer = layers[index]
+        if isinstance(layer, MaskedLayer | CompactedLayer):
+            continue
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"evict mode needs a DMSCache (or an empty DynamicCache), and layer {index} of the given cache is a {type(layer).__name__}; "
+                "leave out cache_implementation, or pass cache=DMSCache(model)"
+            )
+        if layer.get_seq_length() > 0:
+            raise ValueError(
+                f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
+            )
+        layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -1,18 +1,18 @@
-"""One layer of the compacted cache, as transformers calls it.
+"""The layers of both caches that evict, as transformers calls them: compacted, and masked, the reference that compacting is held to.
 
-A forward pass brings the gates' decisions (`decide`), keys and values (`update`), and queries (`attend`), which reads what is
-stored and the new tokens, and stores those. After `activate_past_recording` new tokens wait on trial until `crop` has said how
-many of them stay. Shapes: B batch, H KV heads, N new tokens, D head dim.
+Shapes: B batch, H KV heads, S cached tokens, N new tokens, D head dim.
 """
 
-import torch
-from transformers.cache_utils import CacheLayerMixin
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from dms.cache.budget import Budget
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
-from dms.cache.page_pool import PagePool
-from dms.cache.pending_tokens import Incoming, PendingGate
-from dms.cache.store import EVICT, Store
+from dms.cache.page_pool import Budget, PagePool
+from dms.cache.store import EVICT, PendingGate, PendingTokens, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.cached_attention import Keys, cached_attention
@@ -24,8 +24,17 @@ WITHOUT_DECISIONS = (
 
 
 class CompactedLayer(CacheLayerMixin):
-    """store: the entries, None while empty. trial: tokens that the next `crop` may take back. columns: tokens stored, padding
-    included, which is what `generate` counts. budget: None: no bound."""
+    """A layer whose evicted entries are freed.
+
+    A forward pass brings the gates' decisions (`decide`), keys and values (`update`), and queries (`attend`), which reads what is
+    stored and the new tokens, and stores those. After `activate_past_recording` new tokens wait on trial until `crop` has said
+    how many of them stay.
+
+    Args:
+        page_size: entries of a page, 16, 32 or 64.
+        budget: None: no bound.
+        kv_dtype: "int8" or None, the model's own dtype, for what is in pages.
+    """
 
     is_croppable = True
     is_sliding = False
@@ -38,45 +47,60 @@ class CompactedLayer(CacheLayerMixin):
         if kv_dtype not in (None, "int8"):
             raise ValueError(f"kv_dtype is {kv_dtype!r}; pages hold the model's own dtype (None) or 'int8'")
         self.dms, self.page_size, self.budget, self.kv_dtype = config, page_size, budget, kv_dtype
-        self.store: Store | None = None
-        self.trial: Incoming | None = None
-        self.incoming: Incoming | None = None
+        self._store: Store | None = None
+        self._decided: tuple[torch.Tensor | PendingGate, Tokens] | None = None
+        """The newest tokens and their decisions, from `decide` until the tokens are stored."""
+        self.pending: PendingTokens | None = None
+        """The same with keys and values, from `update` on."""
+        self.trial: PendingTokens | None = None
+        """Tokens that the next `crop` may take back."""
         self.columns = 0
+        """Tokens stored, padding included, which is what `generate` counts."""
         self.record_past = False
+
+    @property
+    def is_empty(self) -> bool:
+        """No token has come yet: there is no store."""
+        return self._store is None
+
+    @property
+    def store(self) -> Store:
+        """The entries. Raises RuntimeError while the layer is empty."""
+        if self._store is None:
+            raise RuntimeError("this cache layer is empty; what it stores begins with the first token")
+        return self._store
 
     # Forward.
 
     def runs_gate(self, num_tokens: int) -> bool:
-        """Whether `decide` may get a gate instead of its decision, for so many new tokens a row."""
-        return num_tokens == 1 and self.trial is None and not self.record_past and isinstance(self.store, FusedStore)
+        """Whether `decide` may get a gate instead of its decision, for num_tokens new tokens a row."""
+        return num_tokens == 1 and self.trial is None and not self.record_past and isinstance(self._store, FusedStore)
 
     def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
-        """Take the newest tokens' gates, made before their keys and values exist."""
-        if isinstance(decision_BNH, PendingGate):
-            self.incoming = Incoming(None, tokens, gate=decision_BNH)
-        else:
-            self.incoming = Incoming(decision_BNH, tokens)
+        """Take the newest tokens' decisions, made before their keys and values exist."""
+        self._decided, self.pending = (decision_BNH, tokens), None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, H, _, D = key_states.shape
         if value_states.shape[-1] != D:
             raise ValueError(
                 f"keys have {D} dimensions and values {value_states.shape[-1]}, and a page holds both side by side; "
-                "pass past_key_values=dms.cache.masked.masked_cache(model), which hides what is evicted and keeps it"
+                "pass cache=dms.cache.masked_cache(model), which hides what is evicted and keeps it"
             )
-        self.store = self.make_store(B, H, D, value_states.dtype, key_states.device)
-        self.dtype, self.device, self.is_initialized = value_states.dtype, key_states.device, True
+        self.make_store(B, H, D, value_states.dtype, key_states.device)
 
     def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:
-        """An empty one, with a pool of its own."""
+        """Begin with no entries, in a pool of its own."""
         pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8")
-        return make_store(self.dms, pool, batch, num_heads)
+        self._store = make_store(self.dms, pool, batch, num_heads)
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+        return self._store
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the newest tokens' keys and values [B, H, N, D]; they are stored once attention has read them."""
-        if self.incoming is None:
+        if self._decided is None:
             raise ValueError(WITHOUT_DECISIONS)
-        if self.store is None:
+        if self._store is None:
             self.lazy_initialization(key_states, value_states)
         batch, num_heads = self.store.num_kept.shape
         D = self.store.pool.head_dim
@@ -86,68 +110,74 @@ class CompactedLayer(CacheLayerMixin):
                 "use batch_repeat_interleave or batch_select_indices to change the batch, and each model's own cache"
             )
         # Under autocast, rotation leaves keys in float32 and values are narrower.
-        self.incoming.k, self.incoming.v = (x.detach().to(self.dtype) for x in (key_states, value_states))
+        k, v = (x.detach().to(self.dtype) for x in (key_states, value_states))
+        decided, tokens = self._decided
+        self.pending = PendingTokens(decided, tokens, k, v)
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None) -> torch.Tensor:
         """The newest tokens' queries [B, Hq, N, D] -> [B, N, Hq, D]; then the tokens are stored."""
-        new, self.incoming = self.incoming, None
-        store, num_queries = self.store, query.shape[2]
-        options = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-        fused = isinstance(store, FusedStore)
+        new, store, num_queries = self._take_pending(), self.store, query.shape[2]
+        options: dict[str, Any] = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         if num_queries == 1 and self.trial is None and not self.record_past:
-            if fused:
-                self._keep(new)
+            # Stored first, and read from the ring.
+            if isinstance(store, FusedStore):
+                self._push(new)
                 return store.attend_newest(query, new.tokens.real[:, 0], **options)
-            position = None if store.in_step(new) else store.positions(new)
-            self._keep(new)
+            position = None if store.writes_one_slot(new) else store.positions(new)
+            self._push(new)
             return cached_attention(query, position, store.pages(), [store.ring(newest_only=True)], **options)
         whole = new if self.trial is None else self.trial.cat(new)
-        decisions, position = store.decisions(whole), store.positions(whole)
-        recent = [Keys(whole.k, whole.v, position, decisions.state == EVICT)]
+        decisions, positions = store.decisions(whole), store.positions(whole)
+        recent = [Keys(whole.k, whole.v, positions, decisions.state == EVICT)]
         if store.longest > 0:
             recent.insert(0, store.ring(decisions.last))
-        if fused:
-            out = store.attend(query, position, recent, decisions, whole, **options)
+        if isinstance(store, FusedStore):
+            out = store.attend(query, positions, recent, decisions, whole, **options)
         else:
-            out = cached_attention(query, position[:, -num_queries:], store.pages(), recent, **options)
+            out = cached_attention(query, positions[:, -num_queries:], store.pages(), recent, **options)
         if self.record_past:
             self.trial = whole
         else:
-            self._keep(whole)
-        if self.budget is not None:
-            self.budget.check()
+            self._push(whole)
+        self._check_budget()
         return out
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
         """Store tokens whose queries are answered elsewhere, or never."""
         self.decide(decision_BNH, tokens)
         self.update(k, v)
-        new, self.incoming = self.incoming, None
-        self._keep(new)
+        self._push(self._take_pending())
 
     def keep_last_documents(self) -> None:
-        """Store what goes on of rows that hold several documents; their queries are answered elsewhere."""
+        """Of rows that hold several documents, store the last one, which goes on; the rows' queries are answered elsewhere."""
         if self.get_seq_length() > 0 or self.record_past:
             raise ValueError("several documents in a row can be read into an empty cache alone, and not on trial; read them one by one")
-        new, self.incoming = self.incoming, None
-        self._keep(new.last_documents())
+        self._push(self._take_pending().last_documents())
+        self._check_budget()
+
+    def _take_pending(self) -> PendingTokens:
+        new, self.pending, self._decided = self.pending, None, None
+        assert new is not None, "keys and values come before queries"
+        return new
+
+    def _push(self, new: PendingTokens) -> None:
+        self.store.push(new)
+        self.columns += new.num_tokens
+
+    def _check_budget(self) -> None:
         if self.budget is not None:
             self.budget.check()
 
-    def _keep(self, new: Incoming) -> None:
-        self.store.push(new)
-        self.columns += new.k.shape[2]
-
     def drop(self, dropped_BHS: torch.Tensor) -> None:
         """As `DMSCache.drop`."""
-        held = (0, 0, 0) if self.store is None else (*self.store.num_kept.shape, int(self.store.num_kept.max()))
-        if dropped_BHS.dtype != torch.bool or dropped_BHS.dim() != 3 or tuple(dropped_BHS.shape) != held:
+        expected = (0, 0, 0) if self.is_empty else (*self.store.num_kept.shape, int(self.store.num_kept.max()))
+        if dropped_BHS.dtype != torch.bool or dropped_BHS.dim() != 3 or tuple(dropped_BHS.shape) != expected:
             raise ValueError(
-                f"drop was given {dropped_BHS.dtype} {tuple(dropped_BHS.shape)}, and this layer takes torch.bool {held}: "
-                "[sequences, KV heads, most entries that a head has kept]"
+                f"drop was given {dropped_BHS.dtype} {tuple(dropped_BHS.shape)}, and this layer takes torch.bool {expected}: "
+                "[sequences, KV heads, most entries that a head has in pages]"
             )
-        if held[2]:
+        if expected[2]:
             self.store.drop(dropped_BHS.to(self.device))
 
     # Taking back.
@@ -168,15 +198,15 @@ class CompactedLayer(CacheLayerMixin):
         """
         self.check_crop(tokens_to_remove)
         trial, self.trial = self.trial, None
-        if trial is not None and trial.k.shape[2] > -tokens_to_remove:
-            self._keep(trial.columns(slice(0, trial.k.shape[2] + tokens_to_remove)))
+        if trial is not None and trial.num_tokens > -tokens_to_remove:
+            self._push(trial.first(trial.num_tokens + tokens_to_remove))
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises ValueError where `crop` would."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): to take back tokens pass their number below 0, as crop({-tokens_to_remove})")
-        on_trial = 0 if self.trial is None else self.trial.k.shape[2]
-        if self.store is not None and -tokens_to_remove > on_trial:
+        on_trial = 0 if self.trial is None else self.trial.num_tokens
+        if not self.is_empty and -tokens_to_remove > on_trial:
             raise ValueError(
                 f"crop of {-tokens_to_remove} tokens: {on_trial} were appended since the last crop, and of those before it evicted entries can't "
                 "come back; call activate_past_recording before tokens that may be taken back, or fork the cache there"
@@ -185,7 +215,7 @@ class CompactedLayer(CacheLayerMixin):
     # How much there is.
 
     def get_seq_length(self) -> int:
-        return self.columns + (0 if self.trial is None else self.trial.k.shape[2])
+        return self.columns + (0 if self.trial is None else self.trial.num_tokens)
 
     def get_max_length(self) -> int:
         return -1
@@ -193,40 +223,40 @@ class CompactedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
-    def seen(self) -> torch.Tensor | None:
-        """Tokens of each row, padding not counted, [B]; None while empty."""
-        if self.store is None or self.trial is None:
-            return None if self.store is None else self.store.seq_len
-        return self.store.seq_len + (self.trial.tokens.segment_BT > 0).sum(1, dtype=torch.int32)
+    def row_lengths(self) -> torch.Tensor:
+        """[B] tokens of each row's document, padding not counted, trial tokens included."""
+        stored = self.store.seq_len
+        return stored if self.trial is None else stored + self.trial.tokens.real.sum(1, dtype=torch.int32)
 
     def entries_alive(self) -> torch.Tensor:
-        """[B, H] int64, what is on trial included."""
-        return self.store.entries_alive() + (self.seen() - self.store.seq_len)[:, None]
+        """[B, H] int64, those of trial tokens included."""
+        return self.store.entries_alive() + (self.row_lengths() - self.store.seq_len)[:, None]
 
     def own_tensors(self) -> list[torch.Tensor]:
         """All that this cache holds alone."""
-        trial = [] if self.trial is None else list(self.trial.tensors().values())
-        return [*self.store.tensors().values(), *trial] if self.store is not None else []
+        if self.is_empty:
+            return []
+        return [*self.store.tensors().values(), *([] if self.trial is None else self.trial.tensors().values())]
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Own ones and the pool's."""
-        return [*self.own_tensors(), *(self.store.pool.tensors() if self.store is not None else ())]
+        return [] if self.is_empty else [*self.own_tensors(), *self.store.pool.tensors()]
 
     def own_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.own_tensors())
 
     # Undoing a forward that failed.
 
-    def snapshot(self) -> dict:
-        return vars(self) | {"tensors": None if self.store is None else self.store.snapshot()}
+    def snapshot(self) -> dict[str, Any]:
+        return vars(self) | {"tensors": None if self.is_empty else self.store.snapshot()}
 
-    def restore(self, snapshot: dict) -> None:
+    def restore(self, snapshot: dict[str, Any]) -> None:
         fields = dict(snapshot)
         tensors = fields.pop("tensors")
         vars(self).update(fields)
-        self.incoming = None
-        if self.store is not None:
-            self.store.restore(tensors)
+        self._decided = self.pending = None
+        if self._store is not None:
+            self._store.restore(tensors)
 
     # Rows.
 
@@ -234,28 +264,28 @@ class CompactedLayer(CacheLayerMixin):
         """The same entries for another conversation: full pages shared, ring and last pages copied."""
         new = object.__new__(type(self))
         vars(new).update(vars(self))
-        new.store = None if self.store is None else self.store.copy()
+        new._store = None if self.is_empty else self.store.copy()
         return new
 
     def reset(self) -> None:
-        self.store = self.trial = self.incoming = None
+        self._store = self._decided = self.pending = self.trial = None
         self.columns, self.is_initialized, self.record_past = 0, False, False
 
     def _select(self, rows: torch.Tensor) -> None:
-        if self.store is not None:
+        if not self.is_empty:
             rows = rows.to(self.device).long()
             self.store.select(rows)
-            self.trial = None if self.trial is None else self.trial.map(lambda x: x.index_select(0, rows))
+            self.trial = None if self.trial is None else self.trial.select(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.store is not None:
+        if not self.is_empty:
             self._select(torch.arange(self.store.num_kept.shape[0], device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.store is not None:
+        if not self.is_empty:
             rows = torch.arange(self.store.num_kept.shape[0], device=self.device)
             self._select(rows[torch.as_tensor(indices, device=self.device)])
             self.store.pool.trim()
@@ -264,3 +294,75 @@ class CompactedLayer(CacheLayerMixin):
         raise ValueError("a compacted cache is not offloaded: it is small, and attention reads all of it; leave out cache_implementation")
 
     prefetch = offload
+
+
+class DecidedTokens(NamedTuple):
+    """Tokens of a masked cache, with the decisions [B, S, H] bool as their gates made them."""
+
+    decision: torch.Tensor
+    tokens: Tokens
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "DecidedTokens":
+        return DecidedTokens(fn(self.decision), self.tokens.map(fn))
+
+    def cat(self, other: "DecidedTokens") -> "DecidedTokens":
+        return DecidedTokens(torch.cat([self.decision, other.decision], 1), self.tokens.cat(other.tokens))
+
+
+class MaskedLayer(DynamicLayer):
+    """A layer that keeps every entry and remembers what was decided; attention hides what is evicted."""
+
+    def __init__(self, config: DMSConfig):
+        super().__init__()
+        self.dms = config
+        self.decided: DecidedTokens | None = None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """None while empty."""
+        return None if self.decided is None else self.decided.tokens
+
+    def decide(self, decision_BTH: torch.Tensor, tokens: Tokens) -> None:
+        """Append the newest tokens' decisions; their keys and values follow through `update`.
+
+        Raises:
+            ValueError: keys and values came in between without decisions.
+        """
+        num_decided = 0 if self.decided is None else self.decided.decision.shape[1]
+        if num_decided != self.get_seq_length():
+            raise ValueError(
+                f"the given cache holds {self.get_seq_length()} tokens and decisions for {num_decided}: "
+                "it was used in another mode between; start evict mode with an empty cache"
+            )
+        new = DecidedTokens(decision_BTH, tokens)
+        self.decided = new if self.decided is None else self.decided.cat(new)
+
+    def evicted(self) -> torch.Tensor:
+        """[B, S, H] bool, aligned to the tokens that the decisions are for."""
+        assert self.decided is not None, "decisions come first"
+        return masks.align(self.decided.decision, self.decided.tokens.segment_BT, self.dms.alignment, False)
+
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.decided is not None:
+            self.decided = self.decided.map(fn)
+
+    def reset(self) -> None:
+        super().reset()
+        self.decided = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._map(lambda x: x[:, : -abs(tokens_to_remove)])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda x: x[indices, ...])

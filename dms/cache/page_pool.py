@@ -1,17 +1,22 @@
-"""The pages of one layer: a pool with reference counts, shared by every cache that was forked from the first."""
+"""The pages of one layer: a pool with reference counts, shared by every cache that was forked from the first; and the bound in
+bytes for all of those caches together."""
 
+import weakref
 from collections import deque
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-
-from dms.cache.budget import Budget
+from transformers.cache_utils import Cache
 
 # Growth copies the pool. A little at a time keeps what is held close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
 _GROWTH = 32
+# Room that pools leave when they grow ahead of need: it is for what is needed.
+_SPARE = 1 / 16
 
-# For all that makes or changes what is stored: tensors made in inference mode could not be written to after it.
-lasting = torch.inference_mode(False)
+# For everything that makes or changes what a cache stores: tensors made in inference mode could not be written to after it.
+outside_inference_mode = torch.inference_mode(False)
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -19,23 +24,71 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def listed(page_table: torch.Tensor, num_kept: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Which places of a table [B, H, max_pages] hold a page, bool."""
+def used_places(page_table: torch.Tensor, num_kept: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Which places of a page table [B, H, max_pages] hold a page, bool."""
     return torch.arange(page_table.shape[2], device=page_table.device) * page_size < num_kept[..., None]
 
 
-class PagePool:
-    """pages [N, 2, P, D]: keys and values of P entries each. Full pages are never rewritten, so that forks, beams and samples
-    can share them; a page returns to the pool when its last holder lets it go.
+class CacheFull(RuntimeError):
+    """`max_cache_bytes` does not allow what was asked for; the cache is as it was before."""
 
-    num_holders counts the stores that use the pool; `orphans` are tables of stores that are gone, whose pages are collected at
-    the next safe moment. num_free lives on the device. `headroom` is a number of pages known to be free without asking it: where
-    the device is no CPU, taking pages reads nothing back as long as it lasts; `epoch` counts when it was counted anew, which
-    voids what stores had reserved. budget: asked before growing. quantized: entries are int8, each key and each value with a float32
-    scale, max|x| / 127, in row_scales; dtype is what they are read as.
+
+class Budget:
+    """A bound for the bytes of a cache and all its forks together; max_bytes None: no bound."""
+
+    def __init__(self, max_bytes: int | None):
+        self.max_bytes = max_bytes
+        self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    def allows(self, num_bytes: int, with_spare: bool = False) -> bool:
+        """Whether num_bytes more may be held; with_spare: and some room would be left."""
+        return self.max_bytes is None or held_bytes(*self.caches) + num_bytes <= self.max_bytes * (1 - _SPARE * with_spare)
+
+    def check(self, num_bytes: int = 0) -> None:
+        """Raises CacheFull where num_bytes more would be too many."""
+        if not self.allows(num_bytes):
+            raise CacheFull(
+                f"the cache holds {held_bytes(*self.caches):,} bytes and needs {num_bytes:,} more, and max_cache_bytes is {self.max_bytes:,}; it is as it "
+                "was before: end some sequences (batch_select_indices, or drop a fork), evict more (evict_bias), or raise the bound"
+            )
+
+
+def held_bytes(*caches: Cache) -> int:
+    """Bytes of all tensors that the caches hold, each counted once, whichever of them share it."""
+    return layer_bytes(layer for cache in caches for layer in cache.layers)
+
+
+def layer_bytes(layers: Iterable[Any]) -> int:
+    """Bytes of all tensors that cache layers of any kind hold, each counted once."""
+    storages: dict[int, int] = {}
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                add(item)
+
+    for layer in layers:
+        add(layer.held_tensors() if hasattr(layer, "held_tensors") else vars(layer))
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
+class PagePool:
+    """Pages [N, 2, P, D] of keys and values of P entries each, with a reference count for each page.
+
+    Full pages are never rewritten, so that forks, beams and samples can share them; a page returns to the pool when its last
+    holder lets it go.
+
+    Args:
+        dtype: what entries are read as.
+        budget: asked before the pool grows; None: no bound.
+        quantized: entries are int8, each key and each value with a float32 scale, max|x| / 127.
     """
 
-    @lasting
+    @outside_inference_mode
     def __init__(
         self,
         page_size: int,
@@ -46,15 +99,25 @@ class PagePool:
         quantized: bool = False,
     ):
         self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
-        # The last row is scratch: where entries go that are not kept, so that a step needs no branch.
         self.rows = torch.zeros(1, head_dim, dtype=torch.int8 if quantized else dtype, device=device)
+        """[N * 2 * P + 1, D]: P keys, then P values of each page. The last row is scratch: where entries go that are not kept, so
+        that a step needs no branch."""
         self.row_scales = torch.zeros(1, device=device) if quantized else None
+        """A float32 scale for each row, where the pool is quantized."""
         self.references = torch.zeros(1, dtype=torch.int32, device=device)
+        """[N + 1] int32: how many page tables list each page."""
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
+        """[N] int32: a stack of free pages, of which the first num_free count."""
         self.num_free = torch.zeros((), dtype=torch.int64, device=device)
-        self.headroom, self.epoch = 0, 0
+        self.headroom = 0
+        """Pages known to be free without asking the device: where it is no CPU, taking pages reads nothing back as long as this
+        lasts."""
+        self.epoch = 0
+        """How often free pages were counted anew, which voids what stores had reserved."""
         self.num_holders = 0
+        """Stores that use the pool."""
         self.orphans: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        """Page tables and entry counts of stores that are gone, whose pages are collected at the next safe moment."""
 
     @property
     def num_pages(self) -> int:
@@ -95,14 +158,14 @@ class PagePool:
         return [self.rows, *scales, self.references, self.free, self.num_free]
 
     def missing(self, num_pages: int) -> int:
-        """How many pages are free too few; asks the device where it must."""
+        """How many of num_pages are not free; asks the device where it must."""
         self.collect()
         if self.headroom < num_pages:
             self.headroom, self.epoch = int(self.num_free), self.epoch + 1
         return max(0, num_pages - self.headroom)
 
     def reserve(self, num_pages: int) -> None:
-        """Make sure that `take` can give so many; grows the pool where it must."""
+        """Make sure that `take` can give num_pages; grows the pool where it must."""
         missing = self.missing(num_pages)
         if missing:
             self.resize(self.num_pages + self._allowed_growth(missing))
@@ -121,7 +184,7 @@ class PagePool:
         return page
 
     def share(self, page: torch.Tensor) -> None:
-        """One more reference for each of the pages [K]; a page may stand there several times."""
+        """One more reference for each of the pages [K]; a page may occur several times."""
         self.references.index_add_(0, page.long(), torch.ones_like(page, dtype=torch.int32))
 
     def release(self, page: torch.Tensor) -> None:
@@ -129,13 +192,13 @@ class PagePool:
         self.references.index_add_(0, page.long(), -torch.ones_like(page, dtype=torch.int32))
         self._list_free()
 
-    @lasting
+    @outside_inference_mode
     def collect(self) -> None:
         """Take back the pages of stores that are gone."""
         while self.orphans:
             page_table, num_kept = self.orphans.popleft()
             self.num_holders -= 1
-            self.release(page_table[listed(page_table, num_kept, self.page_size)])
+            self.release(page_table[used_places(page_table, num_kept, self.page_size)])
             if not self.orphans:
                 self.trim()
 
@@ -149,16 +212,16 @@ class PagePool:
         return values if self.row_scales is None else (values.float() * self.row_scales[row][..., None]).to(self.dtype)
 
     def write(self, row: torch.Tensor, values: torch.Tensor) -> None:
-        """Write values [K, D] to the rows [K]; a row that stands there twice is scratch."""
+        """Write values [K, D] to the rows [K]; only the scratch row may occur twice."""
         if self.row_scales is not None:
             scale = values.abs().amax(1).float() / 127
             self.row_scales[row] = scale
             values = (values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
         self.rows.index_copy_(0, row, values)
 
-    @lasting
+    @outside_inference_mode
     def trim(self, all_of_it: bool = False) -> None:
-        """Give back what lies free at the pool's end, where it is much."""
+        """Give back the free pages at the pool's end, where they are many."""
         used = (self.references[:-1] > 0).nonzero()[:, 0]
         size = int(used[-1]) + 1 if len(used) else 0
         if self.num_pages - size > (0 if all_of_it else max(self.num_pages // 4, self.growth())) or size == 0:
@@ -177,17 +240,18 @@ class PagePool:
         # A device is asked for its free pages once in a while, so that it has more of them.
         return self.num_pages // _GROWTH if reads_are_free(self.rows.device) else max(256, self.num_pages // 8)
 
-    @lasting
+    @outside_inference_mode
     def resize(self, num_pages: int) -> None:
-        kept = min(num_pages, self.num_pages)
+        """Give the pool num_pages pages; those beyond must be free."""
+        num_copied = min(num_pages, self.num_pages)
         rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
-        rows[: kept * 2 * self.page_size] = self.rows[: kept * 2 * self.page_size]
+        rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]
         if self.row_scales is not None:
             scales = self.row_scales.new_zeros(len(rows))
-            scales[: kept * 2 * self.page_size] = self.row_scales[: kept * 2 * self.page_size]
+            scales[: num_copied * 2 * self.page_size] = self.row_scales[: num_copied * 2 * self.page_size]
             self.row_scales = scales
         references = self.references.new_zeros(num_pages + 1)
-        references[:kept] = self.references[:kept]
+        references[:num_copied] = self.references[:num_copied]
         self.rows, self.references = rows, references
         self._list_free()
 
@@ -197,7 +261,7 @@ class PagePool:
             if pages is not None:
                 pages[target] = pages[source]
 
-    @lasting
+    @outside_inference_mode
     def _list_free(self) -> None:
         # The lowest are taken first: pages stay together, and the end of the pool can be given back.
         self.references[-1] = 0

@@ -1,50 +1,56 @@
-"""What a compacted cache holds: entries, pages, bytes, and their ratios."""
+"""What a cache holds: entries, pages, bytes, and their ratios."""
 
 import warnings
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dms.cache.budget import held_bytes
-from dms.cache.layer import CompactedLayer
+from dms import masks
+from dms.cache.layer import CompactedLayer, MaskedLayer
+from dms.cache.page_pool import held_bytes
 
-# Bytes over those of the entries alive: half a page a head, the ring's and tables' counts, what the pool grows ahead.
+# Bytes over those of the entries alive: half a page a head, the counts of ring and page table, what the pool grows ahead.
 BYTES_BOUND = 1.15
-# A text of so many windows in which nothing was evicted is no accident; of fewer pages a head, rounding rules the bytes.
+# In a text of so many windows something should have been evicted; with fewer pages a head than this, rounding dominates the bytes.
 _LONG_TEXT = 4
 _MANY_PAGES = 8
 
 
 @dataclass
-class Report:
-    """Counts are over the layers with gates, summed over sequences and KV heads, padding not counted.
-
-    logical_tokens: what `generate` counts, padding included. seen, alive: entries. cr = seen / alive, window and sinks included;
-    cr_decided: tokens decided over tokens kept by the gates; cr_model: as cr, over all attention layers. bytes: of all tensors
-    held, pools, tables and layers without gates included; bytes_alive: of the entries alive; bytes_dense: of all entries seen.
-    cr_LH: cr of each layer with gates and each head. memory: "compacted".
-    """
+class CacheStats:
+    """Counts over the layers with gates, summed over sequences and KV heads, padding not counted."""
 
     logical_tokens: int
+    """What `generate` counts, padding included."""
     num_sequences: int
     seen: int
+    """Entries of all tokens read."""
     alive: int
+    """Entries that the cache still holds."""
     cr: float
+    """seen / alive, window and sinks included."""
     cr_decided: float
+    """Tokens decided over tokens kept by the gates."""
     cr_model: float
+    """As cr, over all attention layers."""
     pages_used: int
     pages_held: int
     page_size: int
     bytes: int
+    """Of all tensors held: pools, page tables and layers without gates included."""
     bytes_alive: int
+    """Of the entries alive."""
     bytes_dense: int
+    """Of all entries seen."""
     layer_indices: list[int] = field(default_factory=list)
     cr_LH: list[list[float]] = field(default_factory=list)
+    """cr of each layer with gates and each head."""
     warnings: list[str] = field(default_factory=list)
     memory: str = "compacted"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
@@ -56,50 +62,67 @@ class Report:
 
 
 def compacted_layers(cache: Cache) -> dict[int, CompactedLayer]:
-    """Those that evict and hold something, by index."""
-    return {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompactedLayer) and layer.store is not None}
+    """The layers that evict and hold something, by index."""
+    return {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompactedLayer) and not layer.is_empty}
 
 
-def make_report(cache: Cache, warn: bool) -> Report:
+def cache_stats(cache: Cache, warn: bool) -> CacheStats:
     """As `DMSCache.report`, of any cache with layers that evict."""
-    layers = compacted_layers(cache)
-    report = Report(cache.get_seq_length(), 0, 0, 0, 1.0, 1.0, 1.0, 0, 0, 0, held_bytes(cache), 0, 0)
-    evicted = decided = seen_all = alive_all = expected_pages = 0
+    compacted = compacted_layers(cache)
+    stats = CacheStats(cache.get_seq_length(), 0, 0, 0, 1.0, 1.0, 1.0, 0, 0, 0, held_bytes(cache), 0, 0)
+    evicted = decided = expected_pages = 0
+    seen_without_gates = alive_without_gates = 0
     for index, layer in enumerate(cache.layers):
-        if index not in layers:
-            seen, alive, size = _plain(layer)
-            seen_all, alive_all = seen_all + seen, alive_all + alive
-            report.bytes_alive, report.bytes_dense = report.bytes_alive + alive * size, report.bytes_dense + seen * size
-            continue
-        store, pool = layer.store, layer.store.pool
+        if index not in compacted:
+            seen, alive, size = _layer_without_gates(layer)
+            seen_without_gates, alive_without_gates = seen_without_gates + seen, alive_without_gates + alive
+            stats.bytes_alive, stats.bytes_dense = stats.bytes_alive + alive * size, stats.bytes_dense + seen * size
+    for index, gated in compacted.items():
+        store, pool = gated.store, gated.store.pool
         store.check()
         B, H = store.num_kept.shape
-        seen_B, alive_BH = layer.seen().long(), layer.entries_alive()
+        seen_B, alive_BH = gated.row_lengths().long(), gated.entries_alive()
         seen, alive, size = int(seen_B.sum()) * H, int(alive_BH.sum()), 2 * pool.head_dim * store.ring_kv.element_size()
-        kept = int(store.num_kept.sum())
-        report.num_sequences, report.page_size = B, pool.page_size
-        report.seen, report.alive = report.seen + seen, report.alive + alive
-        report.pages_used, report.pages_held = report.pages_used + pool.num_used, report.pages_held + pool.num_pages
-        report.bytes_alive += (alive - kept) * size + kept * pool.entry_bytes
-        report.bytes_dense += seen * size
-        report.layer_indices.append(index)
-        report.cr_LH.append((seen_B.sum() / alive_BH.sum(0).clamp(min=1)).tolist())
+        in_pages = int(store.num_kept.sum())
+        stats.num_sequences, stats.page_size = B, pool.page_size
+        stats.seen, stats.alive = stats.seen + seen, stats.alive + alive
+        stats.pages_used, stats.pages_held = stats.pages_used + pool.num_used, stats.pages_held + pool.num_pages
+        stats.bytes_alive += (alive - in_pages) * size + in_pages * pool.entry_bytes
+        stats.bytes_dense += seen * size
+        stats.layer_indices.append(index)
+        stats.cr_LH.append((seen_B.sum() / alive_BH.sum(0).clamp(min=1)).tolist())
         evicted, decided = evicted + int(store.evicted.sum()), decided + int(store.decided.sum()) * H
-        expected_pages += _distinct_pages(store) if pool.num_holders == 1 else pool.num_used
-    report.cr = report.seen / max(1, report.alive)
-    report.cr_model = (report.seen + seen_all) / max(1, report.alive + alive_all)
-    report.cr_decided = 1.0 / max(1e-9, 1.0 - evicted / max(1, decided))
-    report.warnings = _warnings(report, layers, evicted, expected_pages)
-    for message in report.warnings if warn else ():
+        # Forks share pages, and their tables are not looked at here.
+        expected_pages += len(torch.unique(store.page_numbers())) if pool.num_holders == 1 else pool.num_used
+    stats.cr = stats.seen / max(1, stats.alive)
+    stats.cr_model = (stats.seen + seen_without_gates) / max(1, stats.alive + alive_without_gates)
+    stats.cr_decided = _decided_ratio(evicted, decided)
+    stats.warnings = _warnings(stats, list(compacted.values()), evicted, expected_pages)
+    for message in stats.warnings if warn else ():
         warnings.warn(message, stacklevel=3)
-    return report
+    return stats
 
 
-def _distinct_pages(store) -> int:
-    return len(torch.unique(store.page_numbers()))
+def masked_ratios(cache: Cache) -> dict[str, float]:
+    """Of a masked cache: `cr_decided`, `cr` (ratios of sums over layers with gates), and the entries behind them: `seen`, `alive`."""
+    evicted = decided = seen = alive = 0
+    for layer in cache.layers:
+        if not isinstance(layer, MaskedLayer) or layer.decided is None:
+            continue
+        tokens, evicted_BSH = layer.decided.tokens, layer.evicted()
+        decided_BSH = masks.decided_tokens(tokens.segment_BT, layer.dms.alignment)[..., None].expand_as(evicted_BSH)
+        evicted += int((evicted_BSH & decided_BSH).sum())
+        decided += int(decided_BSH.sum())
+        seen += int(tokens.real.sum()) * evicted_BSH.shape[-1]
+        alive += int(masks.alive(tokens, evicted_BSH, window=layer.dms.window, sinks=layer.dms.sinks).sum())
+    return {"cr_decided": _decided_ratio(evicted, decided), "cr": seen / max(1, alive), "seen": seen, "alive": alive}
 
 
-def _plain(layer) -> tuple[int, int, int]:
+def _decided_ratio(evicted: int, decided: int) -> float:
+    return 1.0 / max(1e-9, 1.0 - evicted / max(1, decided))
+
+
+def _layer_without_gates(layer) -> tuple[int, int, int]:
     """Entries seen and held by a layer of transformers', and the bytes of one; a layer without keys (linear attention) has none."""
     keys = getattr(layer, "keys", None)
     if isinstance(layer, CompactedLayer) or not isinstance(layer, CacheLayerMixin) or keys is None or keys.dim() != 4:
@@ -108,23 +131,23 @@ def _plain(layer) -> tuple[int, int, int]:
     return layer.get_seq_length() * heads, keys.shape[2] * heads, 2 * keys.shape[3] * keys.element_size()
 
 
-def _warnings(report: Report, layers: dict, evicted: int, expected_pages: int) -> list[str]:
-    found = []
+def _warnings(stats: CacheStats, layers: list[CompactedLayer], evicted: int, expected_pages: int) -> list[str]:
+    messages: list[str] = []
     if not layers:
-        return found
-    window = max(layer.dms.window for layer in layers.values())
-    per_head = report.seen / sum(layer.store.num_kept.numel() for layer in layers.values())
+        return messages
+    window = max(layer.dms.window for layer in layers)
+    num_heads = sum(layer.store.num_kept.numel() for layer in layers)
+    per_head = stats.seen / num_heads
     if evicted == 0 and per_head > _LONG_TEXT * (window + 1):
-        found.append(
+        messages.append(
             f"nothing was evicted over {per_head:.0f} tokens a sequence: the gates keep everything; were they trained, and is evict_bias right?"
         )
-    if report.pages_used != expected_pages:
-        found.append(f"{report.pages_used} pages are in use and the tables list {expected_pages}: pages have leaked; please report this")
-    pages_per_head = report.pages_used / sum(layer.store.num_kept.numel() for layer in layers.values())
-    alone = all(layer.store.pool.num_holders == 1 for layer in layers.values())
-    if alone and pages_per_head > _MANY_PAGES and report.bytes > BYTES_BOUND * report.bytes_alive:
-        found.append(
-            f"{report.bytes:,} bytes are held for {report.bytes_alive:,} bytes of entries, more than {BYTES_BOUND} times; "
+    if stats.pages_used != expected_pages:
+        messages.append(f"{stats.pages_used} pages are in use and the tables list {expected_pages}: pages have leaked; please report this")
+    alone = all(layer.store.pool.num_holders == 1 for layer in layers)
+    if alone and stats.pages_used / num_heads > _MANY_PAGES and stats.bytes > BYTES_BOUND * stats.bytes_alive:
+        messages.append(
+            f"{stats.bytes:,} bytes are held for {stats.bytes_alive:,} bytes of entries, more than {BYTES_BOUND} times; "
             "smaller pages (page_size) waste less"
         )
-    return found
+    return messages

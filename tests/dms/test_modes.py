@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dms import attention
-from dms.cache import CompactedLayer, DMSCache
-from dms.cache.masked import cache_ratios, masked_cache
+from dms.cache import CompactedLayer, DMSCache, masked_cache
+from dms.cache.stats import masked_ratios
 from dms.retrofitting import gate_parameters, set_mode
 
 GRID = {
@@ -279,7 +279,7 @@ def test_cropped_tokens_leave_no_trace(alignment, make_cache, build_gated, make_
     assert (logits - whole[:, 40:]).abs().max() < TOLERANCE
     again = _read(model, batch, [60], make_cache(model))[1]
     if make_cache is masked_cache:
-        assert cache_ratios(cache) == cache_ratios(again)
+        assert masked_ratios(cache) == masked_ratios(again)
     else:
         cache.crop(0)
         found, expected = cache.report(), again.report()
@@ -364,7 +364,7 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
                 evicted += evict
                 seen += 1
                 alive += not evict or n - 1 - k <= 5 or k < 2
-    ratios = cache_ratios(cache)
+    ratios = masked_ratios(cache)
     assert (ratios["seen"], ratios["alive"]) == (seen, alive)
     assert ratios["cr"] == pytest.approx(seen / alive) and ratios["cr"] > 1.3
     assert ratios["cr_decided"] == pytest.approx(1 / (1 - evicted / decided)) and ratios["cr_decided"] > 1.3

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import dms
-from dms.cache.masked import masked_cache
+from dms.cache import masked_cache
 from dms.evaluation.engine.decode import read
 from dms.hf_compat import cache_argument
 from dms.retrofitting import set_mode

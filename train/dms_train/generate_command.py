@@ -21,7 +21,7 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
     import torch
     from transformers import TextStreamer
 
-    from dms.cache.stats import make_report
+    from dms.cache.stats import cache_stats
     from dms.hf_compat import output_cache
 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -36,7 +36,7 @@ def stream(folder: str, prompt: str, *, max_new_tokens: int, temperature: float,
             **inputs, return_dict_in_generate=True, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
         )
     seconds = time.perf_counter() - start
-    report = make_report(output_cache(output), warn=True)
+    report = cache_stats(output_cache(output), warn=True)
     new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
     Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
     return report.to_dict()

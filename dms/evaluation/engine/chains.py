@@ -121,7 +121,7 @@ def count_entries(model: Any, cache: Cache) -> torch.Tensor:
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
         if isinstance(held, CompactedLayer):
-            seen_B, H = held.seen().long(), layer.num_heads
+            seen_B, H = held.row_lengths().long(), layer.num_heads
             counts = held.entries_alive().sum(1), seen_B * H, held.store.evicted.long().sum(1), held.store.decided.long() * H
         else:
             B, H, S = held.keys.shape[:3]

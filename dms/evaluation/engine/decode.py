@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from dms.cache import CompactedLayer
-from dms.cache.budget import held_bytes
+from dms.cache import CompactedLayer, held_bytes
 from dms.hf_compat import cache_argument
 from dms.retrofitting import set_mode, state_of
 from dms.rotary import reading

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from dms.cache.stats import compacted_layers, make_report
+from dms.cache.stats import cache_stats, compacted_layers
 from dms.evaluation.data.document import Document, plain_frame
 from dms.evaluation.data.tasks import RECALL_TASKS
 from dms.evaluation.data.text_sources import StdlibText
@@ -152,7 +152,7 @@ def _count_entries(scores: Scores, state, ids: torch.Tensor, cache: Cache | None
         num_entries = ids.numel() * sum(layer.num_heads for layer in state.layers)
         scores.seen, scores.decided, scores.alive = (n + num_entries for n in (scores.seen, scores.decided, scores.alive))
         return
-    report = make_report(cache, warn=False)
+    report = cache_stats(cache, warn=False)
     scores.seen, scores.alive, scores.cache_bytes = (
         scores.seen + report.seen,
         scores.alive + report.alive,

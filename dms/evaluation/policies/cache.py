@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from dms.cache import CompactedLayer, DMSCache
-from dms.cache.budget import Budget
+from dms.cache.page_pool import Budget
 from dms.config import DMSConfig
 from dms.evaluation.policies.rules import Policy, Seen
 from dms.masks import Tokens

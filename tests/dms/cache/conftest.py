@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dms.cache import CompactedLayer, DMSCache
-from dms.cache.masked import cache_ratios, masked_cache
+from dms.cache import CompactedLayer, DMSCache, masked_cache
+from dms.cache.stats import masked_ratios
 from dms.retrofitting import set_mode
 
 VOCABULARY = 97
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 
 def stores_of(cache) -> list:
-    return [layer.store for layer in cache.layers if isinstance(layer, CompactedLayer) and layer.store is not None]
+    return [layer.store for layer in cache.layers if isinstance(layer, CompactedLayer) and not layer.is_empty]
 
 
 def check_pages(caches) -> None:
@@ -146,7 +146,7 @@ class Lockstep:
 
     def same_counts(self) -> None:
         """Both know as many tokens, and hold as many entries, which on trial may wait to be counted."""
-        found, expected = self.cache.report(warn=False), cache_ratios(self.oracle)
+        found, expected = self.cache.report(warn=False), masked_ratios(self.oracle)
         assert self.cache.get_seq_length() == self.oracle.get_seq_length() == self.mask.shape[1] == found.logical_tokens
         assert found.seen == expected["seen"]
         if not any(getattr(layer, "trial", None) for layer in self.cache.layers):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dms.cache import CompactedLayer, DMSCache
-from dms.cache.masked import masked_cache
+from dms.cache import CompactedLayer, DMSCache, masked_cache
 from dms.retrofitting import set_mode
 
 NEW = 30

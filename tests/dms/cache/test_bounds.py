@@ -24,9 +24,9 @@ def _contents(cache) -> list:
         if not isinstance(layer, CompactedLayer):
             found += [value.clone() if isinstance(value, torch.Tensor) else value for value in _flat(vars(layer))]
             continue
-        found += [layer.columns, layer.record_past, layer.is_initialized, layer.store is None]
+        found += [layer.columns, layer.record_past, layer.is_initialized, layer.is_empty]
         found += [] if layer.trial is None else [tensor.clone() for tensor in layer.trial.tensors().values()]
-        if layer.store is not None:
+        if not layer.is_empty:
             found += [getattr(layer.store, name).clone() for name in ENTRIES]
             batch, heads = layer.store.num_kept.shape
             found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in kept(layer.store, b, h)]
@@ -163,7 +163,7 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(
     bounded = Bounded(first, batch, bound, page_accounts)
     del first
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("pool", "store"):
+        for module in ("page_pool", "head_pages"):
             patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
         for step in steps:
             bounded.take(step)

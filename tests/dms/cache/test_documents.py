@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dms.cache import DMSCache
-from dms.cache.masked import masked_cache
+from dms.cache import DMSCache, masked_cache
 
 
 def _positions(lengths: list[int]) -> torch.Tensor:

@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from dms.cache import CacheFull, DMSCache
-from dms.cache.budget import held_bytes
+from dms.cache import CacheFull, DMSCache, held_bytes
 from dms.cache.fused_store import FusedStore
 from dms.cache.store import Store
 from dms.retrofitting import set_mode

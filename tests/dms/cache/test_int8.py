@@ -31,7 +31,7 @@ def _read(model, cache, ids, chunks):
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @pytest.mark.parametrize("window", [0, 5, 40])
 def test_it_computes_with_rounded_entries(window, alignment, slow_device, evicting, make_batch, rounding, monkeypatch, page_accounts):
-    for module in ("pool", "store"):
+    for module in ("page_pool", "head_pages"):
         monkeypatch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
     model = evicting(window=window, alignment=alignment, sinks=1)
     ids = make_batch(3, 150)["input_ids"]

@@ -7,8 +7,7 @@ import torch
 from contents import kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dms.cache import DMSCache
-from dms.cache.masked import masked_cache
+from dms.cache import DMSCache, masked_cache
 from dms.cache.page_pool import PagePool
 
 aten = torch.ops.aten
@@ -66,7 +65,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def slow_device(monkeypatch):
     """The CPU, taken for a device that it takes long to read from."""
-    for module in ("pool", "store"):
+    for module in ("page_pool", "head_pages"):
         monkeypatch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: False)
 
 
@@ -155,7 +154,7 @@ def test_heads_that_differ(evicting, slow_device):
     tables = {}
     for name, route in (("device", False), ("cpu", True)):
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("pool", "store"):
+            for module in ("page_pool", "head_pages"):
                 patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device, route=route: route)
             cache = DMSCache(model, page_size=16)
             for i in range(100):

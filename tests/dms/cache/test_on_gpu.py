@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dms.cache import DMSCache
+from dms.cache import DMSCache, masked_cache
 from dms.cache.fused_store import FusedStore
-from dms.cache.masked import masked_cache
 from dms.retrofitting import set_mode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

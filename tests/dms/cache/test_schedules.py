@@ -168,7 +168,7 @@ class Runner:
         with pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
                 patch.setenv("DMS_KERNELS", "triton")
-            for module in ("pool", "store"):
+            for module in ("page_pool", "head_pages"):
                 patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
             if slow_device:
                 # Their pools grow by so much that in these texts none would ever run out of pages.

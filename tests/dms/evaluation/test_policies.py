@@ -21,7 +21,7 @@ class Recorder:
         attend = PolicyLayer.attend
 
         def recording(layer, query, **options):
-            k, v = layer.incoming.k.clone(), layer.incoming.v.clone()
+            k, v = layer.pending.k.clone(), layer.pending.v.clone()
             out = attend(layer, query, **options)
             note = {"q": query, "k": k, "v": v, "out": out, "alive": layer.position_BHS.tolist(), "options": options}
             self.layers.setdefault(id(layer), []).append({name: _numpy(value) for name, value in note.items()})

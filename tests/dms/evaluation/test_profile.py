@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dms
-from dms.cache.stats import make_report
+from dms.cache.stats import cache_stats
 from dms.evaluation.data.tasks import make_document
 from dms.evaluation.data.text_sources import StdlibText
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
@@ -102,7 +102,7 @@ def test_the_profile_is_what_the_cache_holds(model, documents, written):
     with torch.no_grad():
         model(input_ids=torch.tensor([documents[1].input_ids]), past_key_values=cache)
     set_mode(model, "dense")
-    assert told["cr_at"][-1] == pytest.approx(make_report(cache, warn=False).cr, rel=1e-4), "the longer document alone reaches the end"
+    assert told["cr_at"][-1] == pytest.approx(cache_stats(cache, warn=False).cr, rel=1e-4), "the longer document alone reaches the end"
 
 
 def test_traces_are_of_the_point_nearest_to_the_training(model, documents, written):

@@ -1,0 +1,263 @@
+"""The entries that a layer's heads keep beyond the ring: for each head of each sequence, a list of pages.
+
+Shapes: B batch, H KV heads, N entries, K entries or pages of any heads, P page size, D head dim.
+"""
+
+import sys
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from dms.cache.page_pool import PagePool, outside_inference_mode, reads_are_free, used_places
+from dms_kernels.cached_attention import Pages, Plan, make_plan
+
+# Page tables grow by so many places.
+_TABLE_STEP = 8
+
+Self = TypeVar("Self", bound="HeadPages")
+
+
+class HeadPages:
+    """Page tables of a layer over its pool. A store of ours that other tensors belong to names them in `_own`: they are copied,
+    selected and restored with the tables."""
+
+    _own: tuple[str, ...] = ("page_table", "num_kept")
+
+    @outside_inference_mode
+    def __init__(self, pool: PagePool, batch: int, num_heads: int):
+        self.pool = pool
+        self.device = pool.rows.device
+        self.reads_are_free = reads_are_free(self.device)
+        self.page_table = torch.zeros(batch, num_heads, 0, dtype=torch.int32, device=self.device)
+        """[B, H, max_pages] int32: numbers of pages in the pool, oldest first."""
+        self.num_kept = torch.zeros(batch, num_heads, dtype=torch.int32, device=self.device)
+        """[B, H] int32: entries in each head's pages."""
+        self.most_kept = 0
+        """A bound known without asking the device: no head has more entries in pages."""
+        self.reserved = (0, pool.epoch)
+        """On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then."""
+        pool.num_holders += 1
+        # Last: `__del__` takes it for a sign that the pool counts this store.
+        self.plan: Plan | None = None
+        """In which order attention reads the pages; None: to be made anew."""
+
+    def __del__(self):
+        # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
+        if not sys.is_finalizing() and getattr(self, "plan", self) is not self:
+            self.pool.orphans.append((self.page_table, self.num_kept))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this store holds alone; pages belong to the pool."""
+        return {name: getattr(self, name) for name in self._own}
+
+    def own_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def pages(self) -> Pages | None:
+        """What attention reads; None where no head has an entry in pages."""
+        if self.most_kept == 0:
+            return None
+        if self.plan is None and self.reads_are_free:
+            self.plan = outside_inference_mode(make_plan)(self.page_table, self.num_kept, self.pool.page_size)
+        return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan, self.pool.scales)
+
+    def page_numbers(self) -> torch.Tensor:
+        """Of all pages that the tables list; a page that several heads list comes once for each."""
+        return self.page_table[self._used_places()]
+
+    def _used_places(self) -> torch.Tensor:
+        """[B, H, max_pages] bool."""
+        return used_places(self.page_table, self.num_kept, self.pool.page_size)
+
+    # One entry a head, as a step of decoding appends.
+
+    def append_to_some(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+        """Append an entry to each head that keeps it, and look at no other head. Reads from the device."""
+        b, h = keep_BH.nonzero(as_tuple=True)
+        if len(b) == 0:
+            return
+        P, num_kept = self.pool.page_size, self.num_kept[b, h].long()
+        place, entry = num_kept // P, num_kept % P
+        begins_page = entry == 0
+        num_new = int(begins_page.sum())
+        if num_new:
+            self.pool.reserve(num_new)
+            self._widen(int(num_kept.max()) + 1)
+            page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
+            self.page_table[b[begins_page], h[begins_page], place[begins_page]] = page.int()
+            self.plan = None
+        row = self.pool.row_of(self.page_table[b, h, place].long(), entry)
+        self.pool.write(torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
+        self.num_kept += keep_BH
+        self.most_kept += 1
+
+    def append_without_reading(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+        """As `append_to_some`, without asking the device which heads keep their entry: the others write to the scratch row."""
+        P = self.pool.page_size
+        self._make_room_for_one()
+        place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
+        begins_page = keep_BH & (entry == 0)
+        page = self.pool.take(begins_page.flatten()).view_as(begins_page).int()
+        place = place.clamp(max=self.page_table.shape[2] - 1)
+        page = torch.where(begins_page, page, self.page_table.gather(2, place)[..., 0])
+        self.page_table.scatter_(2, place, page[..., None])
+        row = self.pool.row_of(page.long(), entry)
+        row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
+        self.pool.write(row.flatten(), kv_BH2D.flatten(0, 2))
+        self.num_kept += keep_BH
+
+    def _make_room_for_one(self) -> None:
+        """Make sure that every head can append an entry; the device is asked once in a while."""
+        self._reserve_ahead(self.num_kept.numel())
+        if self.most_kept + 1 > self.page_table.shape[2] * self.pool.page_size:
+            self.most_kept = int(self.num_kept.max())
+            self._widen(self.most_kept + 1)
+        self.most_kept += 1
+
+    def _reserve_ahead(self, num_heads: int) -> None:
+        """In P steps a head begins one page at most: reserve one for each, and look again after P steps."""
+        steps, epoch = self.reserved
+        if steps == 0 or epoch != self.pool.epoch:
+            self.pool.reserve(num_heads)
+            steps = self.pool.page_size
+        self.reserved = (steps - 1, self.pool.epoch)
+
+    # Many entries.
+
+    @outside_inference_mode
+    def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append entries [K, D] to pages; they come in order of row b [K], then head h [K], then age."""
+        B, H = self.num_kept.shape
+        P, head = self.pool.page_size, b * H + h
+        count = torch.bincount(head, minlength=B * H)
+        # Each entry's number among those of its head.
+        nth = torch.arange(len(head), device=self.device) - (count.cumsum(0) - count)[head]
+        place = self.num_kept.flatten()[head] + nth
+        self._add_pages(self.num_kept + count.view(B, H).int())
+        row = self.pool.row_of(self.page_table[b, h, place // P].long(), place % P)
+        self.pool.write(torch.cat([row, row + P]), torch.cat([k, v]))
+
+    @outside_inference_mode
+    def drop(self, dropped: torch.Tensor) -> None:
+        """Remove entries from pages: dropped [B, H, N] bool, of each head's first N entries in pages, in order of age; the others
+        keep their order. Pages before a head's first dropped entry stay where they are, and shared."""
+        P = self.pool.page_size
+        entry = torch.arange(dropped.shape[2], device=self.device)
+        dropped = dropped & (entry < self.num_kept[..., None])
+        loses = dropped.any(2)
+        # Where each head's pages are written anew from.
+        start = torch.where(loses, dropped.int().argmax(2) // P * P, self.num_kept).int()
+        place = torch.arange(self.page_table.shape[2] * P, device=self.device)
+        moves = (place >= start[..., None]) & (place < self.num_kept[..., None])
+        moves[..., : dropped.shape[2]] &= ~dropped[..., : moves.shape[2]]
+        b, h, n = moves.nonzero(as_tuple=True)
+        row = self.pool.row_of(self.page_table[b, h, n // P].long(), n % P)
+        k, v = self.pool.read(row), self.pool.read(row + P)
+        self.pool.release(self.page_table[self._used_places() & (place[::P] >= start[..., None])])
+        self.num_kept, self.plan, self.reserved = start, None, (0, 0)
+        self.append(b, h, k, v)
+        self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
+        self.pool.trim()
+
+    def _add_pages(self, num_kept: torch.Tensor) -> None:
+        """Give heads the pages for num_kept [B, H] entries."""
+        P = self.pool.page_size
+        have, want = -(-self.num_kept // P), -(-num_kept // P)
+        num_new = int((want - have).sum())
+        self.pool.reserve(num_new)
+        most_kept = int(num_kept.max())
+        self._widen(most_kept)
+        if num_new:
+            place = torch.arange(self.page_table.shape[2], device=self.device)
+            page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
+            self.page_table[(place >= have[..., None]) & (place < want[..., None])] = page.int()
+        self.num_kept, self.most_kept, self.plan, self.reserved = num_kept, most_kept, None, (0, 0)
+
+    def _widen(self, most_kept: int) -> None:
+        """Make room in the table for a head with most_kept entries."""
+        width, step = -(-most_kept // self.pool.page_size), self._table_step()
+        if width > self.page_table.shape[2]:
+            self.page_table = F.pad(self.page_table, (0, -(-width // step) * step - self.page_table.shape[2]))
+
+    def _table_step(self) -> int:
+        return _TABLE_STEP * (1 if self.reads_are_free else 8)
+
+    # Going back to an earlier state.
+
+    @outside_inference_mode
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    @outside_inference_mode
+    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Back to a snapshot since which tokens were only appended."""
+        before = self.page_numbers()
+        vars(self).update(snapshot)
+        self.recount()
+        self.pool.share(self.page_numbers())
+        self.pool.release(before)
+        # What the failed attempt took must not be in the way of a smaller one.
+        self.pool.trim(all_of_it=True)
+
+    # Whole rows.
+
+    def num_last_pages(self) -> int:
+        """Pages that are not full: those that a copy needs."""
+        return int((self.num_kept % self.pool.page_size > 0).sum())
+
+    def pages_to_select(self, rows: torch.Tensor) -> int:
+        """How many more pages `select` takes than it gives back; below 0: it gives back more."""
+        rows = rows.to(self.device)
+        times = torch.bincount(rows, minlength=len(self.num_kept))
+        copies = int(((self.num_kept % self.pool.page_size > 0).sum(1) * (times - 1).clamp(min=0)).sum())
+        gone = self._used_places() & (times == 0)[:, None, None]
+        left = self.pool.references.index_add(0, self.page_table[gone].long(), -torch.ones_like(self.page_table[gone]))
+        return copies - int(((left == 0) & (self.pool.references > 0)).sum())
+
+    @outside_inference_mode
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the given rows [B'] int64, in that order; a row may occur several times, and shares its pages then."""
+        before = self.page_numbers()
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.index_select(0, rows))
+        self.pool.share(self.page_numbers())
+        self.pool.release(before)
+        self._separate_last_pages()
+
+    @outside_inference_mode
+    def copy(self: Self) -> Self:
+        """A second store with the same entries: full pages are shared, own tensors and last pages copied."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self) | {name: tensor.clone() for name, tensor in self.tensors().items()})
+        self.pool.num_holders += 1
+        self.pool.share(new.page_numbers())
+        new._separate_last_pages()
+        return new
+
+    def _separate_last_pages(self) -> None:
+        """Give each head a last page of its own where it is not full and others hold it: only full pages can be shared."""
+        P = self.pool.page_size
+        part = (self.num_kept % P > 0).nonzero()
+        b, h = part[:, 0], part[:, 1]
+        place = (self.num_kept[b, h] // P).long()
+        page = self.page_table[b, h, place].long()
+        # Of several holders here the first keeps the page if nobody else has it.
+        order = page.argsort(stable=True)
+        first = torch.ones_like(page, dtype=torch.bool)
+        first[order[1:]] = page[order[1:]] != page[order[:-1]]
+        holders = torch.bincount(page, minlength=self.pool.num_pages + 1)
+        copies = ~(first & (holders[page] == self.pool.references[page]))
+        num_copies = int(copies.sum())
+        if num_copies:
+            self.pool.reserve(num_copies)
+            fresh = self.pool.take(torch.ones(num_copies, dtype=torch.bool, device=self.device))
+            self.pool.copy_pages(page[copies], fresh)
+            self.page_table[b[copies], h[copies], place[copies]] = fresh.int()
+            self.pool.release(page[copies])
+        self.recount()
+
+    def recount(self) -> None:
+        """After rows have changed: what is known from here on without asking the device."""
+        self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
+        self.plan, self.reserved = None, (0, 0)
