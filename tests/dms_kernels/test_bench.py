@@ -155,9 +155,9 @@ def test_a_budget_drops_the_rest_and_says_so(bench):
 
 def test_variants_differ_from_their_default_in_what_they_say(bench, monkeypatch):
     """Every change is to a parameter that there is, and groups begin with their default."""
-    from dms_kernels import picking
+    from dms_kernels import dispatch
     from dms_kernels.append import fused as append
-    from dms_kernels.gated_attention import tiles
+    from dms_kernels.gated_attention import launch as attention
     from dms_kernels.paged_decode import fused as decode
 
     tune = bench("tune")
@@ -167,11 +167,11 @@ def test_variants_differ_from_their_default_in_what_they_say(bench, monkeypatch)
     for variant in variants:
         assert variant.group in begun or not variant.changes
         begun.add(variant.group)
-        with tune.picking(variant):
+        with tune.launching(variant):
             launches = {
-                "decode": lambda: decode.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2),
+                "decode": lambda: decode.launch(dispatch.PRETENDED, head_dim=128, rows=4, element_size=2),
                 "append": lambda: append.launch(M=4096, group=4, dim=128),
-                "attention": lambda: tiles.pick_tile(variant.kernel or "keys", picking.PRETENDED, 128, 4, torch.bfloat16),  # noqa: B023
+                "attention": lambda: attention.pick_tile(variant.kernel or "keys", dispatch.PRETENDED, 128, 4, torch.bfloat16),  # noqa: B023
             }
             launch = launches["decode" if variant.sweep == "int8" else variant.sweep]()
         assert {name: getattr(launch, name) for name in variant.changes} == variant.changes
@@ -196,10 +196,10 @@ def test_variants_are_measured_one_by_one(bench, capsys, tmp_path):
             return {"whole": 2.0 if tune_launch().tile == 64 else 1.0}
 
     def tune_launch():
-        from dms_kernels import picking
+        from dms_kernels import dispatch
         from dms_kernels.paged_decode import fused
 
-        return fused.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2)
+        return fused.launch(dispatch.PRETENDED, head_dim=128, rows=4, element_size=2)
 
     looks = iter([0.0, 0.0, 0.0, 0.0, 2.0])
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dms.costs.live_bytes import LiveBytes
-from dms_kernels import distill_loss, distill_loss_topk, picking, top_log_probs
+from dms_kernels import dispatch, distill_loss, distill_loss_topk, top_log_probs
 from dms_kernels.distill_loss import LOSS_BYTES, budget, chunk_rows, fused
 from dms_kernels.distill_loss.reference import distill_loss_reference
 
@@ -66,7 +66,7 @@ def test_the_loss_from_a_cache_stays_within_its_budget(dtype, softcap, small_bud
     assert 0.75 * _SMALL < peak < 1.35 * _SMALL
 
 
-@pytest.mark.skipif(not picking.is_interpreted(), reason="runs in Triton's interpreter")
+@pytest.mark.skipif(not dispatch.is_interpreted(), reason="runs in Triton's interpreter")
 def test_the_kernels_stay_within_their_budget(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(budget, "LOSS_BYTES", 150_000)

@@ -110,3 +110,17 @@ def _device_problem(device: torch.device) -> str | None:
     if target(device).capability < 80:
         return f"the kernels need compute capability 8.0 (A100) or later, and this GPU has {target(device).capability / 10}"
     return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(D: int) -> int:
+    """A dimension as Triton's blocks and matrix products take it."""
+    return max(16, power_of_two(D))
