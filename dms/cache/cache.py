@@ -20,7 +20,7 @@ from dms.modes import DMSState, state_of
 
 
 class DMSCache(Cache):
-    """Evicted entries are freed and not read: per layer and head, the last w + 1 tokens and what was kept of those before.
+    """A cache whose evicted entries are freed and not read: each head has the last w + 1 tokens and the kept ones before them.
 
     `model.generate` and forwards in evict mode make one by themselves; make one to keep it: `cache = DMSCache(model)`, then
     pass it as `cache` (before transformers 5.24: `past_key_values`). Layers without gates have transformers' own cache layers in it.
@@ -32,6 +32,7 @@ class DMSCache(Cache):
             would exceed it raises CacheFull and leaves the cache as it was.
         kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
             `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
+        state: the retrofitted model's, where `model` is only its decoder; None: `model.dms`.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class DMSCache(Cache):
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
         self._undo: list[dict[str, Any]] | None = None
-        # Of models whose rotary frequencies depend on it: the length that the keys were rotated for.
         self.rotary_length: int | None = None
+        """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
         budget = None if self.budget.max_bytes is None else self.budget
@@ -94,11 +95,11 @@ class DMSCache(Cache):
         return self.fork()
 
     def report(self, warn: bool = True) -> CacheStats:
-        """What is held, in entries, pages and bytes; warns where nothing was evicted or bytes leave their bound."""
+        """Entries, pages and bytes that the cache holds; warns where nothing was evicted or bytes exceed their bound."""
         return cache_stats(self, warn)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file, to go on later or elsewhere; trial tokens are kept first.
+        """Write the cache to a safetensors file, to go on later or elsewhere; trial tokens are stored first.
 
         Raises:
             ValueError: an empty cache, one whose model is gone, or one with layers that keep something else than keys and values.
@@ -132,7 +133,7 @@ class DMSCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, -1 while empty."""
+        """Number of sequences, -1 while empty."""
         return next((store.num_kept.shape[0] for store in self._stores()), -1)
 
     def reset(self) -> None:
@@ -176,7 +177,7 @@ class DMSCache(Cache):
 
         Raises:
             ValueError: a layer that does not evict, or another shape or dtype.
-            CacheFull: pages that forks share have to be written anew, and the bound leaves no room for that.
+            CacheFull: pages that forks share would have to be copied, and the bound leaves no room for that.
         """
         layers = self.compacted_layers()
         if layer not in layers:
@@ -315,7 +316,7 @@ def _step_bytes(layer) -> int:
 
 
 class MaskedCache(DynamicCache):
-    """What `masked_cache` makes."""
+    """A cache with masked layers; `masked_cache` makes one."""
 
     def reset(self) -> None:
         super().reset()

@@ -26,7 +26,7 @@ def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) ->
 
 
 class FusedStore(Store):
-    """A store whose appends and decode steps are kernels. Tickets are the kernels' own: they find them 0 and leave them 0."""
+    """A store whose appends and decode steps are kernels. Tickets are workspace: kernels find them 0 and leave them 0."""
 
     @outside_inference_mode
     def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
@@ -88,7 +88,7 @@ class FusedStore(Store):
         window: int,
         **options,
     ) -> torch.Tensor:
-        """Queries [B, Hq, T, D] of the newest of `new`, whose positions [B, N] are given and which is not stored yet."""
+        """Queries [B, Hq, T, D] of the last T of `new`, which is not stored yet; position [B, N] of all of them."""
         position, query = position[:, -query.shape[2] :], query.to(self.ring_kv.dtype)
         if query.shape[2] > _MAX_QUERIES:
             # Beside a ring everything is put in order anyway.

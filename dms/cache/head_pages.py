@@ -9,27 +9,27 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from dms.cache.page_pool import PagePool, outside_inference_mode, reads_are_free, used_places
+from dms.cache.page_pool import PagePool, outside_inference_mode, used_places
 from dms_kernels.arguments import PagedKV, ReadOrder
 from dms_kernels.cached_attention import make_read_order
 
-# Page tables grow by so many places.
+# Page tables grow by this many places at a time.
 _TABLE_STEP = 8
 
-Self = TypeVar("Self", bound="HeadPages")
+AnyPages = TypeVar("AnyPages", bound="HeadPages")
 
 
 class HeadPages:
-    """Page tables of a layer over its pool. A store of ours that other tensors belong to names them in `_own`: they are copied,
-    selected and restored with the tables."""
+    """Page tables of a layer over its pool."""
 
+    # Tensors that are copied, selected and restored together; subclasses name theirs as well.
     _own: tuple[str, ...] = ("page_table", "num_kept")
 
     @outside_inference_mode
     def __init__(self, pool: PagePool, batch: int, num_heads: int):
         self.pool = pool
         self.device = pool.rows.device
-        self.reads_are_free = reads_are_free(self.device)
+        self.reads_are_free = pool.reads_are_free
         self.page_table = torch.zeros(batch, num_heads, 0, dtype=torch.int32, device=self.device)
         """[B, H, max_pages] int32: numbers of pages in the pool, oldest first."""
         self.num_kept = torch.zeros(batch, num_heads, dtype=torch.int32, device=self.device)
@@ -41,7 +41,7 @@ class HeadPages:
         pool.num_holders += 1
         # Last: `__del__` takes it for a sign that the pool counts this store.
         self.read_order: ReadOrder | None = None
-        """In which order attention reads the pages; None: to be made anew."""
+        """The order in which attention reads the pages; None: the table has changed since it was made."""
 
     def __del__(self):
         # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
@@ -147,7 +147,7 @@ class HeadPages:
         entry = torch.arange(dropped.shape[2], device=self.device)
         dropped = dropped & (entry < self.num_kept[..., None])
         loses = dropped.any(2)
-        # Where each head's pages are written anew from.
+        # From here on each head's pages are rewritten.
         start = torch.where(loses, dropped.int().argmax(2) // P * P, self.num_kept).int()
         place = torch.arange(self.page_table.shape[2] * P, device=self.device)
         moves = (place >= start[..., None]) & (place < self.num_kept[..., None])
@@ -227,7 +227,7 @@ class HeadPages:
         self._separate_last_pages()
 
     @outside_inference_mode
-    def copy(self: Self) -> Self:
+    def copy(self: AnyPages) -> AnyPages:
         """A second store with the same entries: full pages are shared, own tensors and last pages copied."""
         new = object.__new__(type(self))
         vars(new).update(vars(self) | {name: tensor.clone() for name, tensor in self.tensors().items()})

@@ -4,7 +4,7 @@ Shapes: B batch, H KV heads, S cached tokens, N new tokens, D head dim.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -22,6 +22,8 @@ WITHOUT_DECISIONS = (
     "this cache belongs to evict mode, and tokens came to it without decisions; "
     'call dms.set_mode(model, "evict"), or give dense mode a cache of its own'
 )
+
+AnyLayer = TypeVar("AnyLayer", bound="CompactedLayer")
 
 
 class CompactedLayer(CacheLayerMixin):
@@ -261,7 +263,7 @@ class CompactedLayer(CacheLayerMixin):
 
     # Rows.
 
-    def copy(self) -> "CompactedLayer":
+    def copy(self: AnyLayer) -> AnyLayer:
         """The same entries for another conversation: full pages shared, ring and last pages copied."""
         new = object.__new__(type(self))
         vars(new).update(vars(self))

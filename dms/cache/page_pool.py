@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-# Growth copies the pool. A little at a time keeps what is held close to what is used; the copies cost about one read of the
+# Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
 _GROWTH = 32
 # Room that pools leave when they grow ahead of need: it is for what is needed.
@@ -99,6 +99,7 @@ class PagePool:
         quantized: bool = False,
     ):
         self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
+        self.reads_are_free = reads_are_free(device)
         self.rows = torch.zeros(1, head_dim, dtype=torch.int8 if quantized else dtype, device=device)
         """[N * 2 * P + 1, D]: P keys, then P values of each page. The last row is scratch: where entries go that are not kept, so
         that a step needs no branch."""
@@ -113,7 +114,7 @@ class PagePool:
         """Pages known to be free without asking the device: where it is no CPU, taking pages reads nothing back as long as this
         lasts."""
         self.epoch = 0
-        """How often free pages were counted anew, which voids what stores had reserved."""
+        """How often free pages were counted, which voids what stores had reserved before."""
         self.num_holders = 0
         """Stores that use the pool."""
         self.orphans: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
@@ -203,7 +204,7 @@ class PagePool:
                 self.trim()
 
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """Row of an entry's key in `rows`; its value lies page_size farther."""
+        """Row of an entry's key in `rows`; its value is page_size rows later."""
         return page * (2 * self.page_size) + entry
 
     def read(self, row: torch.Tensor) -> torch.Tensor:
@@ -238,7 +239,7 @@ class PagePool:
     def growth(self) -> int:
         """How many pages to grow by at least."""
         # A device is asked for its free pages once in a while, so that it has more of them.
-        return self.num_pages // _GROWTH if reads_are_free(self.rows.device) else max(256, self.num_pages // 8)
+        return self.num_pages // _GROWTH if self.reads_are_free else max(256, self.num_pages // 8)
 
     @outside_inference_mode
     def resize(self, num_pages: int) -> None:

@@ -152,7 +152,7 @@ def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
     entries, scales, num_kept = own.pop("kept"), own.pop("scales", None), own.pop("num_kept")
     dtype, device = own["ring_kv"].dtype, entries.device
     if scales is not None:
-        # Quantised anew they get the same scales and numbers.
+        # Quantised again they get the same scales and numbers.
         entries = entries.float() * scales[..., None]
     B, H = num_kept.shape
     store = layer.make_store(B, H, entries.shape[-1], dtype, device)

@@ -13,8 +13,9 @@ from dms.cache.page_pool import held_bytes
 
 # Bytes over those of the entries alive: half a page a head, the counts of ring and page table, what the pool grows ahead.
 BYTES_BOUND = 1.15
-# In a text of so many windows something should have been evicted; with fewer pages a head than this, rounding dominates the bytes.
+# In a text of this many windows something should have been evicted.
 _LONG_TEXT = 4
+# With fewer pages a head, rounding to whole pages dominates the bytes.
 _MANY_PAGES = 8
 
 

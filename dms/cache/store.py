@@ -1,7 +1,8 @@
 """What one layer of the compacted cache holds: a private ring of the last w + 1 tokens, and pages of what was kept before them.
 
-A token enters the ring; when it leaves, it is appended to its head's pages if it was kept, and is gone if not. That equals the
-masked reference at every step: what is in the ring is within every later query's window, what is in the pages was kept.
+A token enters the ring. When it leaves, it is appended to its head's pages if the decision was to keep it, and is gone if not.
+That equals the masked reference at every step: the ring is the newest token's window, in which every token is visible, and beyond
+the window only kept tokens are, which are those in pages.
 
 Shapes: B batch, H KV heads, N new tokens, R ring slots (w + 1), D head dim.
 """
@@ -22,7 +23,7 @@ from dms_kernels.arguments import Gate as KernelGate
 from dms_kernels.arguments import Keys
 
 KEEP, EVICT, UNDECIDED = 0, 1, 2
-# The ring starts small and grows to its w + 1 slots, by so many at a time.
+# The ring starts small and grows to its w + 1 slots, by this many at a time.
 _RING_STEP = 64
 
 
@@ -184,7 +185,7 @@ class Store(HeadPages):
         """The ring's entries for attention.
 
         last: the last token's state as new tokens decide it, where that is not stored yet. newest_only: the queries are those of
-        the ring's newest tokens, for which the whole ring lies in the window.
+        the ring's newest tokens, for which the whole ring is in the window.
         """
         k, v = self.ring_kv[:, :, 0], self.ring_kv[:, :, 1]
         if (

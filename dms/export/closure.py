@@ -1,8 +1,8 @@
 """Carry a module elsewhere: it and all of ours that it imports, rewritten as flat sibling modules.
 
 A model folder can bring its code along, but transformers follows no packages there: it copies what stands beside the model's
-file and is named by a line `from .module import name`. So `dms/cache/page_pool.py` becomes `dms_cache_pool.py`, and
-`from dms.cache import PagePool` becomes `from .dms_cache_pool import PagePool`, found through the package's re-export.
+file and is named by a line `from .module import name`. So `dms/cache/page_pool.py` becomes `dms_cache_page_pool.py`, and
+`from dms.cache import PagePool` becomes `from .dms_cache_page_pool import PagePool`, found through the package's re-export.
 """
 
 import ast

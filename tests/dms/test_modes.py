@@ -257,7 +257,7 @@ def test_turns_padded_on_the_right_continue(alignment, build_gated, make_batch):
         alone = {name: tensor[row : row + 1, valid[row]] for name, tensor in batch.items()}
         assert (_whole(model, alone)[0] - whole[row, valid[row]]).abs().max() < TOLERANCE
     # The token before the padding is ruled too.
-    ruled = cache.layers[0].decision[1, 20] if alignment == "next" else cache.layers[0].decision[1, 8]
+    ruled = cache.layers[0].decided.decision[1, 20] if alignment == "next" else cache.layers[0].decided.decision[1, 8]
     assert torch.equal(cache.layers[0].evicted()[1, 8], ruled)
     set_mode(model, "train")
     with pytest.raises(ValueError, match="padding between two tokens"):
@@ -346,7 +346,7 @@ def test_prompt_lookup_decoding(build_gated):
 
 
 @pytest.mark.parametrize("alignment", ["own", "next"])
-def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
+def test_masked_ratios_against_loops(alignment, build_gated, make_batch):
     model = build_gated("llama", alignment=alignment, window=5, sinks=2)
     batch = make_batch(2, 40, left=[0, 7])
     set_mode(model, "evict")
@@ -355,7 +355,7 @@ def test_cache_ratios_against_loops(alignment, build_gated, make_batch):
     evicted = decided = seen = alive = 0
     for layer in cache.layers:
         for row, start in ((0, 0), (1, 7)):
-            gates = layer.decision[row, start:].tolist()
+            gates = layer.decided.decision[row, start:].tolist()
             n = len(gates)
             for k, head in itertools.product(range(n), range(2)):
                 gate = k if alignment == "own" else k + 1

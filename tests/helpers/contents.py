@@ -1,13 +1,25 @@
-"""What a compacted store holds, read plainly."""
+"""What a compacted store holds, read plainly, and the device that it takes the CPU for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 
-def kept(store, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [n, D] of the entries in pages, oldest first, as attention reads them."""
+def entries_in_pages(store, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [n, D] of a head's entries in pages, oldest first, as attention reads them."""
     num_kept, pool = int(store.num_kept[b, h]), store.pool
     table = store.page_table[b, h, : -(-num_kept // pool.page_size)].long()
-    taken = pool.pages[table]
+    pages = pool.pages[table]
     if pool.scales is not None:
-        taken = taken * pool.scales[table][..., None]
-    return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
+        pages = pages * pool.scales[table][..., None]
+    return pages[:, 0].flatten(0, 1)[:num_kept], pages[:, 1].flatten(0, 1)[:num_kept]
+
+
+@contextmanager
+def reads_from_device(free: bool) -> Iterator[None]:
+    """Stores that are made meanwhile take the CPU for a device that answers at once (free) or late."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dms.cache.page_pool.reads_are_free", lambda device: free)
+        yield

@@ -28,18 +28,18 @@ def check_pages(caches) -> None:
         pool, P = stores[0].pool, stores[0].pool.page_size
         # Pages of caches that are gone come back when they are next asked for.
         pool.collect()
-        held: Counter[int] = Counter()
+        holders_of: Counter[int] = Counter()
         for store in stores:
             table, num_kept = store.page_table.tolist(), store.num_kept.tolist()
             for pages, kept in ((table[b][h], num_kept[b][h]) for b in range(len(table)) for h in range(len(table[b]))):
-                held.update(pages[: -(-kept // P)])
+                holders_of.update(pages[: -(-kept // P)])
         for store in stores:
             for pages, kept in zip(store.page_table.flatten(0, 1).tolist(), store.num_kept.flatten().tolist(), strict=True):
-                assert kept % P == 0 or held[pages[kept // P]] == 1, "a last page that is not full is shared"
-        assert pool.references[:-1].tolist() == [held[page] for page in range(pool.num_pages)]
-        assert pool.num_used == len(held)
+                assert kept % P == 0 or holders_of[pages[kept // P]] == 1, "a last page that is not full is shared"
+        assert pool.references[:-1].tolist() == [holders_of[page] for page in range(pool.num_pages)]
+        assert pool.num_used == len(holders_of)
         free = pool.free[: int(pool.num_free)].tolist()
-        assert len(free) == len(set(free)) and set(free) == set(range(pool.num_pages)) - set(held)
+        assert len(free) == len(set(free)) and set(free) == set(range(pool.num_pages)) - set(holders_of)
         assert pool.headroom <= len(free) and pool.num_holders == len(stores)
         assert pool.rows.shape[0] == pool.num_pages * 2 * P + 1
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from contents import kept
+from contents import entries_in_pages, reads_from_device
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def _contents(cache) -> list:
         if not layer.is_empty:
             found += [getattr(layer.store, name).clone() for name in ENTRIES]
             batch, heads = layer.store.num_kept.shape
-            found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in kept(layer.store, b, h)]
+            found += [tensor.clone() for b in range(batch) for h in range(heads) for tensor in entries_in_pages(layer.store, b, h)]
     return found
 
 
@@ -162,9 +162,7 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(
     first = lockstep(evicting(family, alignment=alignment, window=window), page_size=16, max_cache_bytes=bound)
     bounded = Bounded(first, batch, bound, page_accounts)
     del first
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("page_pool", "head_pages"):
-            patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
+    with reads_from_device(free=not slow_device):
         for step in steps:
             bounded.take(step)
     assert bounded.now.largest[0] < 1e-4

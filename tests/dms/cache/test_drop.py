@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from contents import entries_in_pages
 
 from dms.cache import CacheFull, DMSCache, held_bytes
 from dms.cache.fused_store import FusedStore
@@ -91,15 +92,9 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(build_gated, make_batch):
 
 
 def _entries(layer) -> list[list[list[float]]]:
-    """Kept keys and values of each row and head, in order."""
-    store = layer.store
-    P, found = store.pool.page_size, []
-    for b in range(store.num_kept.shape[0]):
-        for h in range(store.num_kept.shape[1]):
-            n = torch.arange(int(store.num_kept[b, h]))
-            row = store.pool.row_of(store.page_table[b, h, n // P].long(), n % P)
-            found.append(torch.cat([store.pool.read(row), store.pool.read(row + P)], 1).tolist())
-    return found
+    """Keys and values in the pages of each row and head, in order."""
+    batch, num_heads = layer.store.num_kept.shape
+    return [torch.cat(entries_in_pages(layer.store, b, h), 1).tolist() for b in range(batch) for h in range(num_heads)]
 
 
 def test_what_drop_refuses(build_gated, make_batch):

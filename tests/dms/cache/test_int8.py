@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contents import kept
+from contents import entries_in_pages, reads_from_device
 
 from dms.cache import CacheFull, DMSCache
 from dms.cache.page_pool import PagePool
@@ -30,19 +30,19 @@ def _read(model, cache, ids, chunks):
 @pytest.mark.parametrize("slow_device", [False, True])
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @pytest.mark.parametrize("window", [0, 5, 40])
-def test_it_computes_with_rounded_entries(window, alignment, slow_device, evicting, make_batch, rounding, monkeypatch, page_accounts):
-    for module in ("page_pool", "head_pages"):
-        monkeypatch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
+def test_it_computes_with_rounded_entries(window, alignment, slow_device, evicting, make_batch, rounding, page_accounts):
     model = evicting(window=window, alignment=alignment, sinks=1)
     ids = make_batch(3, 150)["input_ids"]
     caches = [DMSCache(model, page_size=16, kv_dtype=kv_dtype) for kv_dtype in ("int8", None)]
     chunks = [70, 9, *[1] * 60, 11]
-    found, expected = (_read(model, cache, ids, chunks) for cache in caches)
+    with reads_from_device(free=not slow_device):
+        found, expected = (_read(model, cache, ids, chunks) for cache in caches)
     assert (found - expected).abs().max() < 1e-4
     page_accounts([caches[0]])
     for layer, plain in zip(caches[0].layers, caches[1].layers, strict=True):
         assert layer.store.pool.rows.dtype == torch.int8 and torch.equal(layer.store.num_kept, plain.store.num_kept)
-        for k, rounded in ((kept(layer.store, b, h), kept(plain.store, b, h)) for b in range(3) for h in range(2)):
+        heads = [(b, h) for b in range(3) for h in range(2)]
+        for k, rounded in ((entries_in_pages(layer.store, *head), entries_in_pages(plain.store, *head)) for head in heads):
             torch.testing.assert_close(k, rounded, atol=1e-5, rtol=1e-5)
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from contents import kept
+from contents import entries_in_pages, reads_from_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dms.cache import DMSCache, masked_cache
@@ -63,10 +63,10 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def slow_device(monkeypatch):
-    """The CPU, taken for a device that it takes long to read from."""
-    for module in ("page_pool", "head_pages"):
-        monkeypatch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: False)
+def slow_device():
+    """The CPU, taken for a device that answers late."""
+    with reads_from_device(free=False):
+        yield
 
 
 def _step(model, cache, ids, mask=None):
@@ -148,18 +148,17 @@ def test_forks_do_not_take_what_others_reserved(growth, evicting, lockstep, page
 
 
 @torch.no_grad()
-def test_heads_that_differ(evicting, slow_device):
+def test_heads_that_differ(evicting):
     """Some heads keep everything and others nothing: pages are taken by none, some or all of the heads of a step."""
     model = evicting(window=0)
     tables = {}
-    for name, route in (("device", False), ("cpu", True)):
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("page_pool", "head_pages"):
-                patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device, route=route: route)
+    for name, free in (("device", False), ("cpu", True)):
+        with reads_from_device(free):
             cache = DMSCache(model, page_size=16)
             for i in range(100):
                 _step(model, cache, torch.full((3, 1), 2 + i % 50))
-            tables[name] = [tensor for layer in cache.layers for b in range(3) for h in range(2) for tensor in kept(layer.store, b, h)]
+            heads = [(layer.store, b, h) for layer in cache.layers for b in range(3) for h in range(2)]
+            tables[name] = [tensor for head in heads for tensor in entries_in_pages(*head)]
     for device, cpu in zip(tables["device"], tables["cpu"], strict=True):
         torch.testing.assert_close(device, cpu, atol=1e-5, rtol=0)
     assert len({len(tensor) for tensor in tables["cpu"]}) > 2

@@ -205,3 +205,8 @@ def test_prefix_tuning_is_refused_by_name(build_gated, make_batch):
     set_mode(model, "evict")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     assert torch.equal(adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_an_empty_layer_has_no_store(evicting):
+    with pytest.raises(RuntimeError, match="this cache layer is empty; what it stores begins with the first token"):
+        _ = DMSCache(evicting()).layers[0].store

@@ -1,9 +1,10 @@
-"""Random schedules of everything a cache can be told, with the masked reference in lockstep."""
+"""Random schedules of all calls that a cache takes, with the masked reference in lockstep."""
 
 import os
 
 import pytest
 import torch
+from contents import reads_from_device
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ MAX_ROWS, MAX_COLUMNS, MAX_FORKS = 6, 400, 3
 _seeds = st.integers(0, 999)
 _lengths = st.one_of(st.integers(1, 4), st.integers(5, 40), st.integers(41, 150))
 _rows = st.lists(st.integers(0, 9), min_size=1, max_size=MAX_ROWS)
-# What a step is told is made to fit where it is taken: rows modulo the batch, and so on.
+# A step's arguments are made to fit where it is taken: rows modulo the batch, and so on.
 _steps = st.one_of(
     st.tuples(st.just("read"), _lengths, st.sampled_from(["full", "left", "holes", "some rows"]), _seeds),
     st.tuples(st.just("decode"), st.integers(1, 20), st.sampled_from(["full", "some rows"]), _seeds),
@@ -64,8 +65,8 @@ class Schedule:
 
     def _rows(self) -> int:
         """Of the next tokens: as many as the cache has, even where all of its tokens were taken back."""
-        held = self.now.cache.batch_size
-        return held if held > 0 else self.batch
+        batch = self.now.cache.batch_size
+        return batch if batch > 0 else self.batch
 
     def read(self, length: int, kind: str, seed: int) -> None:
         batch = self._rows()
@@ -165,11 +166,9 @@ class Runner:
         """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter."""
         slow_device = route != "cpu"
         schedule = Schedule(self.lockstep(self.evicting("llama", **config), page_size=page_size), batch, self.path, self.page_accounts)
-        with pytest.MonkeyPatch.context() as patch:
+        with reads_from_device(free=not slow_device), pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
                 patch.setenv("DMS_KERNELS", "triton")
-            for module in ("page_pool", "head_pages"):
-                patch.setattr(f"dms.cache.{module}.reads_are_free", lambda device: not slow_device)
             if slow_device:
                 # Their pools grow by so much that in these texts none would ever run out of pages.
                 patch.setattr(PagePool, "growth", lambda pool: 3)

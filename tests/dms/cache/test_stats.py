@@ -1,4 +1,4 @@
-"""What a cache says of itself: bytes as they are held, counts as the gates decided, and warnings when something is wrong."""
+"""What `cache.report()` gives: bytes of all tensors, counts of decisions and entries, and warnings when something is wrong."""
 
 import gc
 import json
