@@ -175,6 +175,15 @@ install_project() {
     pip install --quiet --constraint "$venv/constraints.txt" ${upgrade[@]+"${upgrade[@]}"} --no-build-isolation --editable "$root${extras:+[$extras]}"
 }
 
+# ZeRO-Offload steps with DeepSpeed's own Adam, which is compiled at its first use; where that fails a run says so and takes torch's.
+compile_adam() {
+    case " $* " in *" deepspeed "* | *" all "*) ;; *) return 0 ;; esac
+    say "compiling DeepSpeed's Adam for the CPU, about a minute, once"
+    has_gpu || local -x DS_ACCELERATOR=cpu
+    PATH="$venv/bin:$PATH" "$python" -c 'from dms_train import compat; compat.op_builder("CPUAdam").load(verbose=False)' >"$venv/adam.log" 2>&1 ||
+        say "that failed, and runs will take torch's Adam; see $venv/adam.log"
+}
+
 if is_done "$@"; then exit 0; fi
 
 # One set-up at a time; the lock is on a file that is there anyway and goes with the process.
@@ -191,5 +200,6 @@ make_venv
 read -ra extras <<<"$(tr ' ' '\n' <<<"$(sed -n 2p "$stamp" 2>/dev/null || true) $*" | sort -u | grep -xF "$(tr ' ' '\n' <<<"${known% }")" | tr '\n' ' ')"
 install_torch
 install_project ${extras[@]+"${extras[@]}"}
+compile_adam ${extras[@]+"${extras[@]}"}
 printf '%s\n%s\n' "$(state)" "${extras[*]-}" >"$stamp.$$"
 mv -f "$stamp.$$" "$stamp"
