@@ -220,6 +220,26 @@ def test_what_a_sweep_compares(bench, sweep):
     assert bench("tune").Bench(sweep, shape, "cpu", torch.float32).error() == 0.0
 
 
+def test_appending_is_reset_before_it_runs_out_of_pages(bench):
+    """As often as a timing repeats it: room for all the steps, and as if none had been taken after a reset."""
+    append, measuring = bench("append"), bench("measuring")
+    shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == "append").tiny()
+    layer = append.Layer(shape, "cpu", torch.float32, steps=40)
+    room = layer.cache.paged.page_table.shape[2] * shape.page - layer.cache.paged.num_kept
+    assert append.STEPS == measuring.MOST_CALLS_BETWEEN_RESETS and room.min() >= 40
+
+    def forty_steps() -> list:
+        for _ in range(40):
+            layer.step(append.reference)
+        return [layer.cache.paged.num_kept.clone(), layer.free_pages.num_free.clone(), layer.counters.evicted.clone()]
+
+    first = forty_steps()
+    assert first[0].sum() > 0 and layer.counters.overflow == 0
+    layer.reset()
+    assert layer.counters.decided.sum() == 0
+    assert all(torch.equal(*pair) for pair in zip(first, forty_steps(), strict=True))
+
+
 def test_without_a_gpu_it_says_so():
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, "-m", "bench.tune"], env=environment, capture_output=True, text=True)
