@@ -76,7 +76,7 @@ class Cache:
 
 
 def filled_cache(shape: Shape, generator: torch.Generator, dtype: torch.dtype, spare_tokens: int = 0) -> Cache:
-    """A cache of shape.tokens tokens a row. spare_tokens: room in the pool and in the table for so many more."""
+    """A cache of shape.tokens tokens a row. spare_tokens: how many more the pool and the table have room for."""
     device, (B, H, D, P) = generator.device, (shape.batch, shape.H, shape.D, shape.page)
     R = shape.window + 1
     num_kept_BH = (kept_shares(shape) * max(shape.tokens - R, 0)).round().to(torch.int32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Beyond the L2 of any GPU of today: rotating through so many bytes reads each set from memory.
+# Larger than the L2 of any GPU of today: where the sets rotated through take this many bytes, each is read from memory.
 _CACHED_BYTES = 400 * 2**20
 # Of calls in a captured graph, at least, and of graphs or calls between two events, at most.
 _LEAST_CAPTURED, _MOST_TOGETHER = 32, 20
@@ -75,7 +75,7 @@ def num_sets(num_bytes: float) -> int:
 
 
 def milliseconds(calls: list[Callable[[], object]], *, graph: bool, seconds: float = 0.4) -> float:
-    """Median time of one call on the GPU, by events, over about so many seconds.
+    """Median time of one call on the GPU, by events, over about `seconds`.
 
     graph: all calls are captured, several times over, and replayed, so that launches cost what they cost in a decode loop.
     A `Resettable` is reset before each batch that is timed.

@@ -224,7 +224,7 @@ class Launches:
             yield self
 
     def milliseconds(self, calls: int) -> dict[str, float]:
-        """Of each kernel in one call, once the device is done with so many."""
+        """Of each kernel in one call, after `calls` of them."""
         found: dict[str, float] = {}
         for name, start, end in self._events:
             found[name] = found.get(name, 0.0) + start.elapsed_time(end) / calls

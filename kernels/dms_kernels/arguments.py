@@ -35,8 +35,8 @@ class Keys(NamedTuple):
     all_visible: bool = False
     """No entry is hidden from any query; position and evicted are not read then."""
 
-    def rules(self) -> tuple[Tensor, Tensor]:
-        """position and evicted, by which visibility goes.
+    def placed(self) -> tuple[Tensor, Tensor]:
+        """position and evicted, which decide what a query sees.
 
         Raises:
             ValueError: they are missing.

@@ -23,12 +23,12 @@ from dms_kernels.arguments import Keys, PagedKV, PageRun, ReadOrder, read_pages
 
 __all__ = ["cached_attention", "make_read_order", "reference"]
 
-# Up to so many rows of scores a KV head, every page is read where it lies; above, its entries are gathered once for all queries.
+# Rows of scores a KV head up to which every page is read where it lies; with more, its entries are gathered once for all queries.
 _MAX_FEW_ROWS = 64
 _HIDDEN = -1e30
 # More pieces of the pool than this are gathered into one: a product over few pages costs more than copying them.
 _MAX_PIECES = 8
-# On a CPU, keys and values are brought into its cache so many bytes at a time: a product with few rows waits for memory at every
+# Bytes of keys and values that are brought into a CPU's cache at a time: a product with few rows waits for memory at every
 # page, and a sweep over the pages before it does not (a quarter less time for a step at 16K tokens).
 _NEAR_BYTES = 2**21
 # Queries of a block, where there are many.
@@ -269,7 +269,7 @@ def attend_many(
     G = Hq // H
     out = q.new_zeros(B, T, Hq, new.v.shape[-1])
     largest = _BLOCK if softcap is None and sink_logits is None else _BLOCK_EXPLICIT
-    new_position, new_evicted = new.rules()
+    new_position, new_evicted = new.placed()
     for b in range(B):
         here = new_position[b] >= 0
         key_at = here.nonzero()[:, 0]
@@ -337,7 +337,7 @@ def _see_band(lo: int, hi: int, band: int, evicted: Tensor, window: int) -> Tens
 
 def _see_ring(position: int, num_queries: int, ring: Keys, b: int, h: int, window: int) -> Tensor:
     query = torch.arange(position, position + num_queries, device=ring.k.device)[:, None]
-    key_position, evicted = ring.rules()
+    key_position, evicted = ring.placed()
     key = key_position[b]
     return (key >= 0) & ((query - key <= window) | ~evicted[b, h])
 
@@ -365,7 +365,7 @@ def visible(q_position: Tensor, keys: Keys, window: int) -> Tensor:
     """[B, H or 1, T, S or 1] bool."""
     if keys.all_visible:
         return (q_position >= 0)[:, None, :, None]
-    position, evicted = keys.rules()
+    position, evicted = keys.placed()
     distance = q_position[:, :, None] - position[:, None, :]
     causal = (distance >= 0) & (position[:, None, :] >= 0)
     return causal[:, None] & ((distance <= window)[:, None] | ~evicted[:, :, None, :])

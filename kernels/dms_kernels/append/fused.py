@@ -21,11 +21,13 @@ _MOST_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Launch:
-    """block: of the hidden state, multiplied by the gate's weight at a time. overlaps: see `paged_decode.fused.Launch`."""
+    """How the kernel is launched."""
 
     block: int
+    """elements of the hidden state that are multiplied by the gate's weight at a time"""
     num_warps: int
     overlaps: bool = False
+    """see `paged_decode.fused.Launch`"""
 
 
 def launch(*, M: int, group: int, dim: int) -> Launch:

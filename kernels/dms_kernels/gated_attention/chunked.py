@@ -423,7 +423,7 @@ class Tiles:
 
 
 class _HeadGrads:
-    """Sums over the blocks of one head, near keys by index and far keys as listed (the same tensor if all are)."""
+    """Sums over the blocks of one head, near keys by index and far keys in the list's order (the same tensor where the list has all keys)."""
 
     def __init__(self, keys: HeadKeys, needs_k: bool, needs_v: bool, needs_bias: bool) -> None:
         self.index_F = keys.far_index_F

@@ -255,7 +255,7 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """Write kept_k and kept_v [B,H,PADDING+T,D]: zeros, then the listed keys one after the other; the rest stays.
+    """Write kept_k and kept_v [B,H,PADDING+T,D]: zeros, then the keys of the list one after the other; the rest stays as it was.
 
     A copy, for the kernels read a row as often as query blocks follow it, and loads that wait for an index are not prefetched.
     """

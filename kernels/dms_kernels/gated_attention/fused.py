@@ -164,7 +164,7 @@ def _list_far_keys(
 
 
 def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[Tensor | None, Tensor | None]:
-    """The listed keys and their values, [B, H, padding + T, D] in their dtype; None without a gate."""
+    """The keys of the compacted list and their values, [B, H, padding + T, D] in their dtype; None without a gate."""
     from dms_kernels.gated_attention.forward import gather_kernel
 
     if not call.has_gate:

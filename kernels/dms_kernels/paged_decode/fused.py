@@ -101,7 +101,7 @@ def _tiles(num_entries, TILE: tl.constexpr):
 
 @triton.jit
 def _tiles_of(seq_len, num_kept, window, num_new, TILE: tl.constexpr):
-    """At least one, so that somebody writes the output of a head that holds nothing."""
+    """At least one, so that a program writes the output of a head that holds nothing."""
     stored = _tiles(tl.minimum(seq_len, window + 1), TILE) + _tiles(num_kept, TILE)
     return tl.maximum(stored + _tiles(num_new, TILE), 1)
 
@@ -132,7 +132,7 @@ def _tiles_of_heads(
 
 @triton.jit
 def _lift(dtype: tl.constexpr):
-    """Weights times the scales of int8 values would leave float16's normal numbers; so many times as high they do not."""
+    """Factor on weights times scales of int8 values, which would otherwise fall below float16's normal numbers."""
     return 64.0 if dtype == tl.float16 else 1.0
 
 

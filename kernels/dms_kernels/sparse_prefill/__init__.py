@@ -201,7 +201,7 @@ def _align(q: Tensor, q_position: Tensor, recent: list[Keys], holes: bool | None
     Raises:
         ValueError: entries came without positions or decisions.
     """
-    positions, decisions = zip(*(keys.rules() for keys in recent), strict=True)
+    positions, decisions = zip(*(keys.placed() for keys in recent), strict=True)
     if len(recent) == 1:
         k, v, position, evicted = recent[0].k, recent[0].v, positions[0], decisions[0]
         if holes is None:

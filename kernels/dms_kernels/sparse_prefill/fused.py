@@ -13,20 +13,22 @@ from dms_kernels.arguments import AttentionCall, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded
 from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
 
-# Entries that a program lists, or looks at for survivors.
+# Entries that a program of list_kept_kernel, and one of store_survivors_kernel, looks at.
 LIST_BLOCK = 2048
 STORE_BLOCK = 256
-# Tiles that are worth a part of their own, and parts that are worth merging.
+# A part has at least this many tiles, and no more than this many parts are merged.
 _LEAST_TILES, _MOST_PARTS = 8, 16
 # Largest magnitude of a quantised component.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a tile, and how it is run."""
+    """Rows and keys of a tile, and how its program is launched."""
 
     block_m: int
+    """rows: queries times query heads of a KV head"""
     block_n: int
+    """keys"""
     num_warps: int
     num_stages: int
 
@@ -49,7 +51,7 @@ def launch(target: dispatch.Target, D: int, rows: int, dtype: torch.dtype) -> La
 
 
 def num_parts(target: dispatch.Target, programs: int, tiles: int) -> int:
-    """Into how many parts to cut what queries see, where they make too few programs for the device. tiles: at most so many."""
+    """Parts that each query's keys are divided into, where queries alone make too few programs for the device. tiles: the most that a query has."""
     return max(1, min(2 * target.num_processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
 
