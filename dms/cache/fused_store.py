@@ -3,17 +3,15 @@
 Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size.
 """
 
-from typing import Any
-
 import torch
 
 from dms.cache.page_pool import PagePool, outside_inference_mode
 from dms.cache.store import Decisions, PendingGate, PendingTokens, Store
 from dms.config import DMSConfig
 from dms_kernels.append import append
-from dms_kernels.cached_attention import Keys
+from dms_kernels.arguments import Counters, FreePages, Keys, NewToken, PagedKV, PendingKV, Ring
+from dms_kernels.dispatch import explain
 from dms_kernels.paged_decode import paged_decode
-from dms_kernels.picking import explain
 from dms_kernels.sparse_prefill import attend, store_survivors
 
 # More queries are read as a prompt is.
@@ -52,84 +50,69 @@ class FusedStore(Store):
             self._make_room_for_one()
         if len(self.append_tickets) != len(self.seq_len):
             self.append_tickets = torch.zeros_like(self.seq_len)
-        decided = new.decided
         # `outside_inference_mode` would let gradients be recorded again.
         with torch.no_grad():
-            self._append(new, {"evict": None, **decided.arguments()} if isinstance(decided, PendingGate) else {"evict": decided[:, 0]})
+            self._append(new)
         self.longest += 1
 
-    def _append(self, new: PendingTokens, decided_by: dict[str, Any]) -> None:
+    def _append(self, new: PendingTokens) -> None:
+        evict = new.decided.kernel_gate() if isinstance(new.decided, PendingGate) else new.decided[:, 0]
         append(
-            new.k[:, :, 0],
-            new.v[:, :, 0],
-            ring_kv=self.ring_kv,
-            ring_state=self.ring_state,
-            seq_len=self.seq_len,
-            num_kept=self.num_kept,
-            page_table=self.page_table,
-            pages=self.pool.pages,
-            references=self.pool.references,
-            free=self.pool.free,
-            num_free=self.pool.num_free,
-            evicted=self.evicted,
-            decided=self.decided,
-            overflow=self.overflow,
-            ticket=self.append_tickets,
-            page_scales=self.pool.scales,
-            window=self.dms.window,
+            NewToken(new.k[:, :, 0], new.v[:, :, 0], evict, real=new.tokens.real[:, 0]),
+            self._ring(),
+            PagedKV(self.pool.pages, self.page_table, self.num_kept, self.pool.scales),
+            FreePages(self.pool.free, self.pool.num_free, self.pool.references),
+            Counters(self.evicted, self.decided, self.overflow, self.append_tickets),
             sinks=self.dms.sinks,
             alignment=self.dms.alignment,
-            real=new.tokens.real[:, 0],
-            **decided_by,
         )
+
+    def _ring(self) -> Ring:
+        return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.window)
 
     # Under autocast, rotation leaves queries in float32 and values are narrower, as what is stored is; what comes out is cast anyway.
 
-    def attend_newest(self, query: torch.Tensor, real_B: torch.Tensor, **options) -> torch.Tensor:
-        """Queries [B, Hq, 1, D] of the rows' newest tokens, which are stored; 0 where a row has no new one."""
+    def attend_newest(self, query: torch.Tensor, real_B: torch.Tensor, *, window: int, **options) -> torch.Tensor:
+        """Queries [B, Hq, 1, D] of the rows' newest tokens, which are stored; 0 where a row has no new one. window: the ring's."""
         query = query.to(self.ring_kv.dtype)
-        return paged_decode(query, real=real_B, **self._entries(query), **options)
+        return paged_decode(query, self._ring(), self.pages(), real=real_B, tickets=self._tickets(query), **options)
 
     def attend(
-        self, query: torch.Tensor, position: torch.Tensor, recent: list[Keys], decisions: Decisions, new: PendingTokens, **options
+        self,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        recent: list[Keys],
+        decisions: Decisions,
+        new: PendingTokens,
+        *,
+        window: int,
+        **options,
     ) -> torch.Tensor:
         """Queries [B, Hq, T, D] of the last T of `new`, which is not stored yet; position [B, N] of all of them."""
         position, query = position[:, -query.shape[2] :], query.to(self.ring_kv.dtype)
         if query.shape[2] > _MAX_QUERIES:
             # Beside a ring everything is put in order anyway.
             holes = new.tokens.has_holes if len(recent) == 1 else None
-            return attend(query, position, self.pages(), recent, holes=holes, **options)
+            return attend(query, position, self.pages(), recent, holes=holes, window=window, **options)
         new_position = recent[-1].position
         assert new_position is not None, "new tokens have positions"
         return paged_decode(
             query,
+            self._ring(),
+            self.pages(),
             q_position=position.contiguous(),
-            new_k=new.k,
-            new_v=new.v,
-            new_position=new_position.contiguous(),
-            new_state=decisions.state.contiguous(),
+            pending=PendingKV(new.k, new.v, new_position.contiguous(), decisions.state.contiguous()),
             last_state=None if decisions.last is None else decisions.last.contiguous(),
-            **self._entries(query),
+            tickets=self._tickets(query),
             **options,
         )
 
     @outside_inference_mode
-    def _entries(self, query: torch.Tensor) -> dict[str, Any]:
-        """What `paged_decode` reads, and its workspace."""
+    def _tickets(self, query: torch.Tensor) -> torch.Tensor:
         num_heads = query.shape[0] * query.shape[1]
         if self.decode_tickets.numel() != num_heads:
             self.decode_tickets = torch.zeros(num_heads, dtype=torch.int32, device=self.device)
-        pages = self.pages()
-        return {
-            "ring_kv": self.ring_kv,
-            "ring_state": self.ring_state,
-            "seq_len": self.seq_len,
-            "pages": None if pages is None else pages.pages,
-            "page_table": None if pages is None else pages.page_table,
-            "num_kept": None if pages is None else pages.num_kept,
-            "page_scales": None if pages is None else pages.scales,
-            "tickets": self.decode_tickets,
-        }
+        return self.decode_tickets
 
     def _make_room_for_one(self) -> None:
         before = self.pool.epoch
@@ -146,8 +129,9 @@ class FusedStore(Store):
         if self.longest > 0:
             index = slot_BR[:, None, None, :, None].expand(*self.ring_kv.shape[:3], -1, self.ring_kv.shape[4])
             ring = self.ring_kv.gather(3, index)
-            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, before, self.page_table, self.pool.pages, self.pool.scales)
-        store_survivors(new.k, new.v, passes_BHN, before + leaving, self.page_table, self.pool.pages, self.pool.scales)
+            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, PagedKV(self.pool.pages, self.page_table, before, self.pool.scales))
+        paged = PagedKV(self.pool.pages, self.page_table, before + leaving, self.pool.scales)
+        store_survivors(new.k, new.v, passes_BHN, paged)
 
     def check(self) -> None:
         """Raises RuntimeError where a step found no page. Enough were reserved, so that this would be an error of ours."""

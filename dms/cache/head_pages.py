@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dms.cache.page_pool import PagePool, outside_inference_mode, used_places
-from dms_kernels.cached_attention import Pages, Plan, make_plan
+from dms_kernels.arguments import PagedKV, ReadOrder
+from dms_kernels.cached_attention import make_read_order
 
 # Page tables grow by this many places at a time.
 _TABLE_STEP = 8
@@ -39,12 +40,12 @@ class HeadPages:
         """On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then."""
         pool.num_holders += 1
         # Last: `__del__` takes it for a sign that the pool counts this store.
-        self.plan: Plan | None = None
+        self.read_order: ReadOrder | None = None
         """The order in which attention reads the pages; None: the table has changed since it was made."""
 
     def __del__(self):
         # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
-        if not sys.is_finalizing() and getattr(self, "plan", self) is not self:
+        if not sys.is_finalizing() and getattr(self, "read_order", self) is not self:
             self.pool.orphans.append((self.page_table, self.num_kept))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -54,13 +55,13 @@ class HeadPages:
     def own_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def pages(self) -> Pages | None:
+    def pages(self) -> PagedKV | None:
         """What attention reads; None where no head has an entry in pages."""
         if self.most_kept == 0:
             return None
-        if self.plan is None and self.reads_are_free:
-            self.plan = outside_inference_mode(make_plan)(self.page_table, self.num_kept, self.pool.page_size)
-        return Pages(self.pool.pages, self.page_table, self.num_kept, self.plan, self.pool.scales)
+        if self.read_order is None and self.reads_are_free:
+            self.read_order = outside_inference_mode(make_read_order)(self.page_table, self.num_kept, self.pool.page_size)
+        return PagedKV(self.pool.pages, self.page_table, self.num_kept, self.pool.scales, self.read_order)
 
     def page_numbers(self) -> torch.Tensor:
         """Of all pages that the tables list; a page that several heads list comes once for each."""
@@ -86,7 +87,7 @@ class HeadPages:
             self._widen(int(num_kept.max()) + 1)
             page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
             self.page_table[b[begins_page], h[begins_page], place[begins_page]] = page.int()
-            self.plan = None
+            self.read_order = None
         row = self.pool.row_of(self.page_table[b, h, place].long(), entry)
         self.pool.write(torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
         self.num_kept += keep_BH
@@ -155,7 +156,7 @@ class HeadPages:
         row = self.pool.row_of(self.page_table[b, h, n // P].long(), n % P)
         k, v = self.pool.read(row), self.pool.read(row + P)
         self.pool.release(self.page_table[self._used_places() & (place[::P] >= start[..., None])])
-        self.num_kept, self.plan, self.reserved = start, None, (0, 0)
+        self.num_kept, self.read_order, self.reserved = start, None, (0, 0)
         self.append(b, h, k, v)
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
         self.pool.trim()
@@ -172,7 +173,7 @@ class HeadPages:
             place = torch.arange(self.page_table.shape[2], device=self.device)
             page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
             self.page_table[(place >= have[..., None]) & (place < want[..., None])] = page.int()
-        self.num_kept, self.most_kept, self.plan, self.reserved = num_kept, most_kept, None, (0, 0)
+        self.num_kept, self.most_kept, self.read_order, self.reserved = num_kept, most_kept, None, (0, 0)
 
     def _widen(self, most_kept: int) -> None:
         """Make room in the table for a head with most_kept entries."""
@@ -260,4 +261,4 @@ class HeadPages:
     def recount(self) -> None:
         """After rows have changed: what is known from here on without asking the device."""
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
-        self.plan, self.reserved = None, (0, 0)
+        self.read_order, self.reserved = None, (0, 0)

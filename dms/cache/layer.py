@@ -15,7 +15,8 @@ from dms.cache.page_pool import Budget, PagePool
 from dms.cache.store import EVICT, PendingGate, PendingTokens, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
-from dms_kernels.cached_attention import Keys, cached_attention
+from dms_kernels.arguments import Keys
+from dms_kernels.cached_attention import cached_attention
 
 WITHOUT_DECISIONS = (
     "this cache belongs to evict mode, and tokens came to it without decisions; "

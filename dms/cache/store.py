@@ -9,18 +9,18 @@ Shapes: B batch, H KV heads, N new tokens, R ring slots (w + 1), D head dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dms import masks
 from dms.cache.head_pages import HeadPages
 from dms.cache.page_pool import PagePool, outside_inference_mode
 from dms.config import DMSConfig
+from dms.gates import Gate
 from dms.masks import Tokens
-from dms_kernels.cached_attention import Keys
+from dms_kernels.arguments import Gate as KernelGate
+from dms_kernels.arguments import Keys
 
 KEEP, EVICT, UNDECIDED = 0, 1, 2
 # The ring starts small and grows to its w + 1 slots, by this many at a time.
@@ -36,22 +36,13 @@ def _ring_slots(num_tokens: int, ring_size: int) -> int:
 class PendingGate:
     """A gate that the append kernel runs by itself: it reads hidden [B, 1, M]; bias is added to its logits."""
 
-    gate: nn.Module
+    gate: Gate
     hidden: torch.Tensor
     bias: float
 
-    def arguments(self) -> dict[str, Any]:
-        """Of `dms_kernels.append`."""
+    def kernel_gate(self) -> KernelGate:
         gate = self.gate
-        return {
-            "hidden": self.hidden[:, 0],
-            "gate_weight": gate.weight,
-            "gate_bias": gate.bias,
-            "gate_scale": gate.scale,
-            "gate_offset": gate.offset,
-            "gate_normalize": gate.normalize,
-            "evict_bias": self.bias,
-        }
+        return KernelGate(self.hidden[:, 0], gate.weight, gate.bias, gate.scale, gate.offset, gate.normalize, self.bias)
 
 
 @dataclass(frozen=True)

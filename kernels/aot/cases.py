@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dms_kernels.arguments import Counters, FreePages, Gate, NewToken, PagedKV, Ring
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CAPABILITIES = (80, 90)
 # A page, a window and lengths as users have them; tiles do not depend on lengths, and little is computed.
@@ -77,73 +79,61 @@ def _gated_attention(case: Case) -> None:
     out.backward(torch.ones_like(out))
 
 
-def _pages(case: Case) -> dict:
-    pages = torch.zeros(8, 2, _P, case.head_dim, dtype=DTYPES[case.kv])
-    table = torch.zeros(1, _H, 8, dtype=torch.int32)
-    scales = torch.ones(8, 2, _P) if case.kv in ("int8", "fp8") else None
-    return {"pages": pages, "page_table": table, "num_kept": torch.full((1, _H), 130, dtype=torch.int32), "page_scales": scales}
+def _paged(case: Case) -> PagedKV:
+    return PagedKV(
+        pages=torch.zeros(8, 2, _P, case.head_dim, dtype=DTYPES[case.kv]),
+        page_table=torch.zeros(1, _H, 8, dtype=torch.int32),
+        num_kept=torch.full((1, _H), 130, dtype=torch.int32),
+        page_scales=torch.ones(8, 2, _P) if case.kv in ("int8", "fp8") else None,
+    )
 
 
-def _ring(case: Case) -> dict:
+def _ring(case: Case) -> Ring:
     kv = _randn(1, _H, 2, _WINDOW + 1, case.head_dim, case=case)
     state = torch.zeros(1, _H, _WINDOW + 1, dtype=torch.uint8)
-    return {"ring_kv": kv, "ring_state": state, "seq_len": torch.full((1,), 400, dtype=torch.int32)}
+    return Ring(kv, state, seq_len=torch.full((1,), 400, dtype=torch.int32), window=_WINDOW)
 
 
 def _sparse_prefill(case: Case) -> None:
     from dms_kernels.sparse_prefill import sparse_prefill, store_survivors
 
-    held = _pages(case)
+    paged = _paged(case)
     q = _randn(1, _H * case.group, _T, case.head_dim, case=case)
     k, v = (_randn(1, _H, _T, case.head_dim, case=case) for _ in range(2))
     evicted = torch.rand(1, _H, _T) < 0.7
-    scales = held.pop("page_scales")
-    sparse_prefill(q, k, v, evicted, None, *held.values(), window=64, scale=0.1, page_scales=scales)
-    store_survivors(k, v, ~evicted, held["num_kept"], held["page_table"], held["pages"], scales)
+    sparse_prefill(q, k, v, evicted, None, paged, window=64, scale=0.1)
+    store_survivors(k, v, ~evicted, paged)
 
 
 def _paged_decode(case: Case) -> None:
     from dms_kernels.paged_decode import paged_decode
 
-    held = _pages(case)
-    scales = held.pop("page_scales")
-    q = _randn(1, _H * case.group, 1, case.head_dim, case=case)
-    options = {"window": _WINDOW, "scale": 0.1, "page_scales": scales}
-    paged_decode(q, **_ring(case), **held, **options)
+    paged_decode(_randn(1, _H * case.group, 1, case.head_dim, case=case), _ring(case), _paged(case), scale=0.1)
 
 
 def _append(case: Case) -> None:
     from dms_kernels.append import append
 
-    held = _pages(case)
     H, D, M = _H, case.head_dim, 512
-    append(
-        _randn(1, H, D, case=case),
-        _randn(1, H, D, case=case),
-        None,
-        **_ring(case),
-        **held,
-        references=torch.zeros(9, dtype=torch.int32),
-        free=torch.arange(8, dtype=torch.int32),
-        num_free=torch.tensor(8),
+    gate = Gate(_randn(1, M, case=case), weight=torch.zeros(H, M), bias=torch.zeros(H), scale=100.0, offset=5.0)
+    token = NewToken(
+        k=_randn(1, H, D, case=case),
+        v=_randn(1, H, D, case=case),
+        evict=gate,
+        q=_randn(1, H * case.group, D, case=case),
+        q_norm=torch.ones(D, dtype=case.dtype),
+        k_norm=torch.ones(D, dtype=case.dtype),
+        cos=torch.ones(1, D, dtype=case.dtype),
+        sin=torch.ones(1, D, dtype=case.dtype),
+    )
+    free_pages = FreePages(free=torch.arange(8, dtype=torch.int32), num_free=torch.tensor(8), references=torch.zeros(9, dtype=torch.int32))
+    counters = Counters(
         evicted=torch.zeros(1, H, dtype=torch.int64),
         decided=torch.zeros(1, dtype=torch.int64),
         overflow=torch.zeros(1, dtype=torch.int32),
         ticket=torch.zeros(1, dtype=torch.int32),
-        window=_WINDOW,
-        q=_randn(1, H * case.group, D, case=case),
-        cos=torch.ones(1, D, dtype=case.dtype),
-        sin=torch.ones(1, D, dtype=case.dtype),
-        q_norm=torch.ones(D, dtype=case.dtype),
-        k_norm=torch.ones(D, dtype=case.dtype),
-        norm_eps=1e-6,
-        hidden=_randn(1, M, case=case),
-        gate_weight=torch.zeros(H, M),
-        gate_bias=torch.zeros(H),
-        gate_scale=100.0,
-        gate_offset=5.0,
-        gate_normalize=False,
     )
+    append(token, _ring(case), _paged(case), free_pages, counters)
 
 
 def _distill_loss(case: Case) -> None:

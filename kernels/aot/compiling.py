@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dms_kernels import picking
+from dms_kernels import dispatch
 
 # Limit of a block, by capability.
 SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -68,7 +68,7 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
     """Inside, launches compile; the list that is given fills with their kernels, each variant once."""
     found: list[Compiled] = []
     seen: set[str] = set()
-    launch, pretended, use_triton = JITFunction.run, picking.PRETENDED, picking.explain
+    launch, pretended, use_triton = JITFunction.run, dispatch.PRETENDED, dispatch.explain
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
@@ -78,13 +78,13 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
         return kernel
 
     JITFunction.run = compile_only
-    picking.PRETENDED = picking.Target(capability, NUM_PROCESSORS[capability], SHARED_BYTES[capability])
-    picking.explain = lambda device, problem=None: ("triton", "compiled ahead of time")
+    dispatch.PRETENDED = dispatch.Target(capability, NUM_PROCESSORS[capability], SHARED_BYTES[capability])
+    dispatch.explain = lambda device, problem=None: ("triton", "compiled ahead of time")
     driver.set_active(_PretendedDriver(capability))
     try:
         yield found
     finally:
-        JITFunction.run, picking.PRETENDED, picking.explain = launch, pretended, use_triton
+        JITFunction.run, dispatch.PRETENDED, dispatch.explain = launch, pretended, use_triton
         driver._active = None
 
 

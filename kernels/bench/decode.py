@@ -1,5 +1,7 @@
 """One decoding step's attention over one layer's compacted cache, read where it lies."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,10 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> tup
     return normal(generator, shape.batch, shape.Hq, 1, shape.D, dtype=dtype), filled_cache(shape, generator, dtype)
 
 
-def _call(shape: Shape, q: Tensor, cache: Cache, page_scales: Tensor | None = None):
+def _call(shape: Shape, q: Tensor, cache: Cache):
     # Kept between calls, as a cache keeps it: the kernel leaves it as it was.
     tickets = torch.zeros(q.shape[0] * q.shape[1] + 4096, dtype=torch.int32, device=q.device)
-    tensors = (q, cache.ring_kv, cache.ring_state, cache.seq_len, cache.pages, cache.page_table, cache.num_kept)
-    return lambda: paged_decode(*tensors, window=shape.window, scale=shape.scale, page_scales=page_scales, tickets=tickets)
+    return lambda: paged_decode(q, cache.ring, cache.paged, scale=shape.scale, tickets=tickets)
 
 
 def _exact(shape: Shape, q: Tensor, cache: Cache) -> Tensor:
@@ -58,9 +59,10 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competito
         calls = []
         for seed in range(num_sets(int8_bytes)):
             q, cache = _inputs(shape, device, dtype, seed)
-            scale_N2P = cache.pages.abs().amax(-1).float().clamp(min=1e-6) / 127
-            cache.pages = (cache.pages / scale_N2P[..., None]).round().to(torch.int8)
-            calls.append(_call(shape, q, cache, scale_N2P))
+            pages = cache.paged.pages
+            scale_N2P = pages.abs().amax(-1).float().clamp(min=1e-6) / 127
+            quantized = replace(cache.paged, pages=(pages / scale_N2P[..., None]).round().to(torch.int8), page_scales=scale_N2P)
+            calls.append(_call(shape, q, replace(cache, paged=quantized)))
         return calls
 
     def dense():
@@ -86,14 +88,14 @@ def _folded(shape: Shape, device: str, dtype: torch.dtype, seed: int, P: int) ->
     most a multiple of P, their numbers [B*H] int32, and where each is used [B*H, most] bool."""
     q, cache = _inputs(shape, device, dtype, seed)
     B, H, D = shape.batch, shape.H, shape.D
-    R = cache.ring_kv.shape[3]
-    length = cache.num_kept.flatten() + R
+    R, num_kept = cache.ring.kv.shape[3], cache.paged.num_kept.flatten()
+    length = num_kept + R
     most = -(-int(length.max()) // P) * P
-    pages = cache.pages[cache.page_table.long()].permute(0, 1, 2, 4, 3, 5).reshape(B * H, -1, 2, D)
+    pages = cache.paged.pages[cache.paged.page_table.long()].permute(0, 1, 2, 4, 3, 5).reshape(B * H, -1, 2, D)
     entries = torch.zeros(B * H, most, 2, D, dtype=dtype, device=device)
     entries[:, : pages.shape[1]] = pages[:, :most]
-    ring = cache.ring_kv.transpose(2, 3).reshape(B * H, R, 2, D)
-    place = cache.num_kept.flatten().long()[:, None] + torch.arange(R, device=device)
+    ring = cache.ring.kv.transpose(2, 3).reshape(B * H, R, 2, D)
+    place = num_kept.long()[:, None] + torch.arange(R, device=device)
     entries[torch.arange(B * H, device=device)[:, None], place] = ring
     used = torch.arange(most, device=device) < length[:, None]
     return q.reshape(B * H, shape.Hq // H, D), entries, length, used

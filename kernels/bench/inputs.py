@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.shapes import Shape
+from dms_kernels.arguments import PagedKV, Ring
 
 # Of a mean share, by head: one that keeps nothing beyond its window, some in between, one that is nearly dense.
 _SHARES = (1.5, 0.1, 0.7, 4.0, 0.5, 0.0, 0.9, 0.3)
@@ -54,32 +55,28 @@ def num_pairs(evicted_BHT: Tensor, window: int) -> int:
 
 @dataclass
 class Cache:
-    """One layer's, as `dms_kernels.paged_decode` takes it."""
+    """One layer's compacted cache, its ring full."""
 
-    ring_kv: Tensor  # [B, H, 2, R, D]
-    ring_state: Tensor  # [B, H, R] uint8
-    seq_len: Tensor  # [B] int32
-    pages: Tensor  # [N, 2, P, D]
-    page_table: Tensor  # [B, H, max_pages] int32
-    num_kept: Tensor  # [B, H] int32
+    ring: Ring
+    paged: PagedKV
     num_pages: int
+    """that its tables list"""
 
     def live(self) -> int:
         """Entries, ring included."""
-        B, H, _, R, _ = self.ring_kv.shape
-        return int(self.num_kept.sum()) + B * H * R
+        return int(self.paged.num_kept.sum()) + self.ring.state.numel()
 
     def entries(self, b: int, h: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one head [S, D], pages first."""
-        num = int(self.num_kept[b, h])
-        listed = self.page_table[b, h, : -(-num // self.pages.shape[2])].long()
-        found = self.pages[listed].transpose(0, 1).flatten(1, 2)[:, :num]
-        key, value = torch.cat([found, self.ring_kv[b, h].to(found.dtype)], dim=1)
+        pages, num = self.paged.pages, int(self.paged.num_kept[b, h])
+        used = self.paged.page_table[b, h, : -(-num // pages.shape[2])].long()
+        found = pages[used].transpose(0, 1).flatten(1, 2)[:, :num]
+        key, value = torch.cat([found, self.ring.kv[b, h].to(found.dtype)], dim=1)
         return key, value
 
 
 def filled_cache(shape: Shape, generator: torch.Generator, dtype: torch.dtype, spare_tokens: int = 0) -> Cache:
-    """A cache of shape.tokens tokens a row. spare_tokens: room in the pool and in the table for so many more."""
+    """A cache of shape.tokens tokens a row. spare_tokens: how many more the pool and the table have room for."""
     device, (B, H, D, P) = generator.device, (shape.batch, shape.H, shape.D, shape.page)
     R = shape.window + 1
     num_kept_BH = (kept_shares(shape) * max(shape.tokens - R, 0)).round().to(torch.int32)
@@ -92,15 +89,18 @@ def filled_cache(shape: Shape, generator: torch.Generator, dtype: torch.dtype, s
     place = torch.arange(int(taken_BH.max()) + spare or 1)
     used = place < taken_BH[:, :, None]
     page_table = torch.where(used, order_N[(first_BH[:, :, None] + place).clamp(max=N - 1)], 0)
-    return Cache(
-        ring_kv=normal(generator, B, H, 2, R, D, dtype=dtype),
-        ring_state=torch.randint(0, 2, (B, H, R), generator=generator, device=device, dtype=torch.uint8),
+    ring = Ring(
+        kv=normal(generator, B, H, 2, R, D, dtype=dtype),
+        state=torch.randint(0, 2, (B, H, R), generator=generator, device=device, dtype=torch.uint8),
         seq_len=torch.full((B,), shape.tokens, dtype=torch.int32, device=device),
+        window=shape.window,
+    )
+    paged = PagedKV(
         pages=normal(generator, N, 2, P, D, dtype=dtype),
         page_table=page_table.to(torch.int32).to(device),
         num_kept=num_kept_BH.to(device),
-        num_pages=num_pages,
     )
+    return Cache(ring, paged, num_pages)
 
 
 def relative_error(actual: Tensor, want: Tensor) -> float:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import torch
 
-# Beyond the L2 of any GPU of today: rotating through so many bytes reads each set from memory.
+# Larger than the L2 of any GPU of today: where the sets rotated through take this many bytes, each is read from memory.
 _CACHED_BYTES = 400 * 2**20
+# Of calls in a captured graph, at least, and of graphs or calls between two events, at most.
+_LEAST_CAPTURED, _MOST_TOGETHER = 32, 20
+# How often a `Resettable` that is timed alone runs before it is reset, at most: a batch, and the calls before the first.
+MOST_CALLS_BETWEEN_RESETS = (_MOST_TOGETHER + 2) * _LEAST_CAPTURED
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,35 @@ class Parity:
         return self.error <= self.bound
 
 
+@dataclass(frozen=True)
+class Resettable:
+    """A call that changes its inputs, so that it cannot be repeated for ever."""
+
+    call: Callable[[], object]
+    reset: Callable[[], None]
+    """puts the inputs back, in place; runs between what is timed"""
+
+    def __call__(self) -> object:
+        return self.call()
+
+
 @dataclass
 class Competitor:
-    """One way to do an operation.
-
-    prepare: makes the inputs and gives calls over different sets of them, each returning its output first. flops, bytes: that
-    it cannot do without. graph: timed as replays of a CUDA graph. same: its output is that of ours. needs_gpu: cannot be built
-    on a CPU.
-    """
+    """One way to do an operation."""
 
     name: str
     prepare: Callable[[], list[Callable[[], object]]]
+    """makes the inputs and gives calls over different sets of them, each returning its output first"""
     flops: float = 0.0
+    """that it cannot do without"""
     bytes: float = 0.0
+    """that it cannot do without"""
     graph: bool = False
+    """timed as replays of a CUDA graph"""
     same: bool = False
+    """its output is that of ours"""
     needs_gpu: bool = False
+    """cannot be built on a CPU"""
 
 
 @dataclass(frozen=True)
@@ -58,15 +75,23 @@ def num_sets(num_bytes: float) -> int:
 
 
 def milliseconds(calls: list[Callable[[], object]], *, graph: bool, seconds: float = 0.4) -> float:
-    """Median time of one call on the GPU, by events, over about so many seconds.
+    """Median time of one call on the GPU, by events, over about `seconds`.
 
     graph: all calls are captured, several times over, and replayed, so that launches cost what they cost in a decode loop.
+    A `Resettable` is reset before each batch that is timed.
     """
+    resets = [call.reset for call in calls if isinstance(call, Resettable)]
+
+    def timed(runs: list[Callable[[], object]]) -> float:
+        for reset in resets:
+            reset()
+        return _timed(runs)
+
     for call in calls:
         call()
     torch.cuda.synchronize()
     if graph:
-        repeats = -(-32 // len(calls))
+        repeats = -(-_LEAST_CAPTURED // len(calls))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -77,19 +102,20 @@ def milliseconds(calls: list[Callable[[], object]], *, graph: bool, seconds: flo
             for _ in range(repeats):
                 for call in calls:
                     call()
-        runs, per_run = [captured.replay], repeats * len(calls)
+        runs: list[Callable[[], object]] = [captured.replay]
+        per_run = repeats * len(calls)
     else:
         runs, per_run = calls, 1
-    once = _timed(runs[:1])
+    once = timed(runs[:1])
     if once > 1e3 * seconds:
-        return statistics.median([once, _timed(runs[:1])]) / per_run
+        return statistics.median([once, timed(runs[:1])]) / per_run
     # So many calls between two events that the host is ahead of the GPU: its own time shows in the first alone.
-    together = max(1, min(20, int(10 / max(once, 1e-3))))
+    together = max(1, min(_MOST_TOGETHER, int(10 / max(once, 1e-3))))
     batches = max(5, min(200, int(seconds * 1e3 / max(once * together, 1e-3))))
     times = []
     for batch in range(batches):
         chosen = [runs[(batch * together + i) % len(runs)] for i in range(together)]
-        times.append(_timed(chosen) / together)
+        times.append(timed(chosen) / together)
     return statistics.median(times) / per_run
 
 

@@ -19,7 +19,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _ours(shape: Shape, q: Tensor, k: Tensor, v: Tensor, evicted: Tensor) -> Tensor:
-    return sparse_prefill(q, k, v, evicted, None, None, None, None, window=shape.window, scale=shape.scale)
+    return sparse_prefill(q, k, v, evicted, None, None, window=shape.window, scale=shape.scale)
 
 
 def parity(shape: Shape, device: str, dtype: torch.dtype) -> Parity:

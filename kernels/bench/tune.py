@@ -167,21 +167,21 @@ def all_variants() -> list[Variant]:
 
 
 @contextmanager
-def picking(variant: Variant) -> Iterator[None]:
+def launching(variant: Variant) -> Iterator[None]:
     """Inside, launches take the variant's parameters."""
     from dms_kernels.append import fused as append
-    from dms_kernels.gated_attention import tiles
+    from dms_kernels.gated_attention import launch as attention
     from dms_kernels.paged_decode import fused as decode
 
     with ExitStack() as stack:
         if variant.changes and variant.sweep == "attention":
-            pick = tiles.pick_tile
+            pick = attention.pick_tile
 
             def pick_tile(kernel, *arguments):
                 tile = pick(kernel, *arguments)
                 return replace(tile, **variant.changes) if kernel == variant.kernel else tile
 
-            stack.enter_context(patch.object(tiles, "pick_tile", pick_tile))
+            stack.enter_context(patch.object(attention, "pick_tile", pick_tile))
         elif variant.changes:
             module = append if variant.sweep == "append" else decode
             launch = module.launch
@@ -224,7 +224,7 @@ class Launches:
             yield self
 
     def milliseconds(self, calls: int) -> dict[str, float]:
-        """Of each kernel in one call, once the device is done with so many."""
+        """Of each kernel in one call, after `calls` of them."""
         found: dict[str, float] = {}
         for name, start, end in self._events:
             found[name] = found.get(name, 0.0) + start.elapsed_time(end) / calls
@@ -245,10 +245,10 @@ def append_results(shape: Shape, device: str, dtype) -> list:
     """The queries and the state after a few steps."""
     from bench import append
 
-    tokens, options, stored = append._arguments(shape, device, dtype, 8)
+    layer = append.Layer(shape, device, dtype, 8)
     for _ in range(3):
-        q = append.append(*tokens, **options)
-    return [q, append._state(shape, options, stored)]
+        q = layer.step()
+    return [q, layer.state()]
 
 
 def attention_call(shape: Shape, device: str, dtype) -> Callable[[], list]:
@@ -299,11 +299,9 @@ class Bench:
         if self.sweep == "attention":
             return self._time_kernels()
         if self.sweep == "append":
-            # The cache grows while it is timed: a fresh one, and no longer than it has room.
             from bench import append
 
-            tokens, options, _ = append._arguments(self.shape, self.device, self.dtype, append._STEPS)
-            return {"whole": milliseconds([lambda: append.append(*tokens, **options)], graph=True, seconds=0.03)}
+            return {"whole": milliseconds([append.steps(self.shape, self.device, self.dtype)], graph=True, seconds=0.03)}
         return {"whole": milliseconds(self.calls, graph=True, seconds=0.1)}
 
     def _time_kernels(self) -> dict[str, float]:
@@ -334,7 +332,7 @@ def measure(bench: Bench, variant: Variant, default: dict[str, float]) -> dict:
     row = {"sweep": variant.sweep, "shape": variant.shape.name, "kernel": variant.kernel, "changes": variant.changes}
     counted = _PRODUCTS.get(variant.kernel, "whole")
     try:
-        with picking(variant):
+        with launching(variant):
             launches = Launches()
             with launches.watched():
                 row["error"] = bench.error()
@@ -455,7 +453,7 @@ def _compile(variant: Variant, kernel: str) -> str | None:
     os.environ["DMS_KERNELS"] = "triton"
     try:
         call = _call_to_compile(variant.sweep, variant.shape)
-        with picking(variant), Launches(compile_only=kernel).watched():
+        with launching(variant), Launches(compile_only=kernel).watched():
             call()
     except FAILURES as failure:
         return f"{variant.name}: {type(failure).__name__}: {failure}".splitlines()[0]

@@ -1,21 +1,25 @@
 """append: its kernel against the plain one step by step, and both against the whole history and the rule of who is seen."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from cache_arguments import append_to, decode_over
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from largest import note
 
-from dms_kernels import picking
-from dms_kernels.append import append, fused
+from dms_kernels import dispatch
+from dms_kernels.append import append
 from dms_kernels.append.reference import gate_logits, norm, reference, rotate
+from dms_kernels.arguments import Gate
 from dms_kernels.paged_decode import reference as decode
 
 pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(not picking.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
+from dms_kernels.append import fused
+
+interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
 
 STALE = float("nan")
 
@@ -82,9 +86,9 @@ class Run:
 
     def step(self, monkeypatch, k, v, evict, **more):
         options = {"window": self.window, **self.options, **more}
-        expected = reference(k, v, evict, **self.other, **options)
+        expected = append_to(reference, self.other, k=k, v=v, evict=evict, **options)
         monkeypatch.setenv("DMS_KERNELS", "triton")
-        rotated = append(k, v, evict, **self.cache, **options)
+        rotated = append_to(append, self.cache, k=k, v=v, evict=evict, **options)
         monkeypatch.delenv("DMS_KERNELS")
         assert_same(self.cache, self.other)
         if expected is None:
@@ -137,10 +141,7 @@ def _follow(monkeypatch, seed, steps, B=2, H=2, G=2, D=16, P=16, window=3, sinks
         history.add(k, v, evict, real)
         q = torch.randn(B, H * G, D, generator=generator)
         cache = run.cache
-        out = decode(
-            q[:, :, None], *(cache[name] for name in ("ring_kv", "ring_state", "seq_len", "pages", "page_table", "num_kept")),
-            window=window, scale=0.25, page_scales=cache.get("page_scales"),
-        )  # fmt: skip
+        out = decode_over(decode, q[:, :, None], cache, window=window, scale=0.25)
         tolerance = 1e-5 if "page_scales" not in cache else 0.05
         expected = history.attend(q, 0.25)
         note(
@@ -265,7 +266,7 @@ def test_the_gate_is_the_model_s():
         torch.nn.init.normal_(gate.weight)
         torch.nn.init.normal_(gate.bias)
         hidden = _normals(2, 24, dtype=torch.bfloat16)
-        logits = gate_logits(hidden, gate.weight, gate.bias, 10.0, 1.5, normalize).expand(2, 3)
+        logits = gate_logits(Gate(hidden, gate.weight, gate.bias, 10.0, 1.5, normalize)).expand(2, 3)
         assert torch.equal(logits, gate(hidden[:, None])[:, 0])
 
 
@@ -277,17 +278,15 @@ def test_the_gate_decides(monkeypatch, num_gates, normalize, alignment):
     """Model dims over several blocks, the bias that evict mode adds, and one gate for all heads."""
     monkeypatch.setattr(fused, "_MOST_BLOCK", 16)
     B, H, M = 2, 3, 40
-    options = {
-        "gate_weight": _normals(num_gates, M, seed=7), "gate_bias": _normals(num_gates, seed=8), "gate_scale": 10.0, "gate_offset": 0.5,
-        "gate_normalize": normalize,
-    }  # fmt: skip
+    gate = Gate(_normals(B, M), _normals(num_gates, M, seed=7), _normals(num_gates, seed=8), 10.0, 0.5, normalize)
     run, seen = Run(empty_cache(B, H), 3, {"alignment": alignment}), set()
     for step in range(3):
         hidden = _normals(B, M, seed=step, dtype=torch.float16)
-        logits = gate_logits(hidden, *options.values())
+        gate = replace(gate, hidden=hidden)
+        logits = gate_logits(gate)
         assert logits.abs().min() > 1e-3, "close calls may go either way"
         for bias in (0.0, -2.0 * float(logits.max()), float("inf")):
-            run.step(monkeypatch, *_normals(2, B, H, 16, seed=step), None, hidden=hidden, evict_bias=bias, **options)
+            run.step(monkeypatch, *_normals(2, B, H, 16, seed=step), replace(gate, evict_bias=bias))
             seen |= set(run.cache["ring_state"].flatten().tolist())
     assert seen == ({0, 1} if alignment == "own" else {0, 1, 2})
 
@@ -344,19 +343,21 @@ def test_any_text(monkeypatch, seed, quantised, **shape):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"evict": None}, "pass either evict or hidden"),
-        ({"hidden": torch.zeros(2, 8)}, "pass either evict or hidden"),
+        ({"evict": None}, "evict is missing"),
+        ({"evict": Gate(torch.zeros(2, 8), torch.zeros(2, 9), torch.zeros(2))}, r"gate.weight is \(2, 9\) and should be \(2, 8\)"),
         ({"alignment": "last"}, "alignment is 'last'"),
         ({"cos": torch.zeros(2, 16)}, "cos and sin come together"),
         ({"cos": torch.zeros(2, 18), "sin": torch.zeros(2, 18)}, "cos has 18 dims"),
-        ({"q": torch.zeros(2, 3, 16)}, "3 query heads do not share 2 KV heads"),
+        ({"q": torch.zeros(2, 3, 16)}, "query heads must be a multiple of KV heads, got Hq=3"),
         ({"q_norm": torch.zeros(16)}, "q_norm belongs to q"),
         ({"num_free": torch.zeros(1, dtype=torch.int64)}, r"num_free is \(1,\) and should be \(\)"),
-        ({"pages": torch.zeros(40, 2, 16, 16, dtype=torch.int8)}, "come with page_scales"),
+        ({"pages": torch.zeros(40, 2, 16, 16, dtype=torch.int8)}, "page_scales is missing"),
         ({"seq_len": torch.zeros(2, dtype=torch.int64)}, "seq_len is torch.int64 and should be torch.int32"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):
     arguments = {"k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16), "evict": torch.zeros(2, 2, dtype=torch.bool), "window": 3}
+    cache = empty_cache()
+    token = {name: x for name, x in changes.items() if name not in cache}
     with pytest.raises(ValueError, match=message):
-        append(**(arguments | empty_cache() | changes))
+        append_to(append, {name: changes.get(name, x) for name, x in cache.items()}, **(arguments | token))

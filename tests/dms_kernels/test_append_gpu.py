@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from cache_arguments import append_to, decode_over
 
 from dms_kernels.append import append, reference
+from dms_kernels.arguments import Gate
 from dms_kernels.paged_decode import paged_decode
 from dms_kernels.paged_decode import reference as plain_decode
 
@@ -88,7 +90,7 @@ def test_step_by_step(window, alignment, page_dtype):
         options = inputs(step) | {"window": window, "alignment": alignment, "sinks": 2}
         if step % 2:
             options["evict"].zero_()
-        rotated, expected = append(**options, **ours), reference(**options, **theirs)
+        rotated, expected = append_to(append, ours, **options), append_to(reference, theirs, **options)
         assert torch.equal(rotated, expected)
     assert_same(ours, theirs)
     assert ours["overflow"] == 0 and ours["num_kept"].max() > 64 and (ours["ticket"] == 0).all()
@@ -101,11 +103,11 @@ def test_norms_and_gates():
     theirs = copy.deepcopy(ours)
     weights = torch.randn(H, M, device="cuda") / 64
     for step in range(100):
-        options = inputs(step) | {"window": 20, "evict": None, "hidden": torch.randn(B, M, device="cuda").bfloat16()}
-        options |= {"gate_weight": weights, "gate_bias": torch.zeros(H, device="cuda"), "gate_scale": 100.0, "gate_offset": 5.0}
-        options |= {"gate_normalize": True, "evict_bias": 0.25, "norm_eps": 1e-6}
+        hidden = torch.randn(B, M, device="cuda").bfloat16()
+        gate = Gate(hidden, weights, torch.zeros(H, device="cuda"), scale=100.0, offset=5.0, normalize=True, evict_bias=0.25)
+        options = inputs(step) | {"window": 20, "evict": gate}
         options |= {name: torch.randn(D, device="cuda").bfloat16() for name in ("q_norm", "k_norm")}
-        rotated, expected = append(**options, **ours), reference(**options, **theirs)
+        rotated, expected = append_to(append, ours, **options), append_to(reference, theirs, **options)
         torch.testing.assert_close(rotated, expected, rtol=2e-2, atol=6e-2)
     # A sum in another order may round the other way before the rotation, where large terms cancel.
     assert_same(ours, theirs, rtol=2e-2, atol=6e-2)
@@ -118,7 +120,7 @@ def test_heads_that_want_the_last_pages_at_once():
     for step in range(3):
         options = inputs(step, B=16) | {"window": 0, "real": None}
         options["evict"].zero_()
-        append(**options, **cache)
+        append_to(append, cache, **options)
     assert cache["overflow"] == 1 and cache["num_free"] == 0
     assert sorted(cache["num_kept"].flatten().tolist()) == [0] * 78 + [2] * 50
     assert len(set(cache["page_table"][:, :, 0][cache["num_kept"] > 0].tolist())) == 50
@@ -129,11 +131,10 @@ def test_a_captured_step_over_growing_lengths():
     window, ours = 20, empty_cache()
     theirs, options = copy.deepcopy(ours), inputs(0) | {"window": window}
     fresh = copy.deepcopy(ours)
-    names = ("ring_kv", "ring_state", "seq_len", "pages", "page_table", "num_kept")
 
     def step():
-        q = append(**options, **ours)
-        return paged_decode(q[:, :, None], *(ours[name] for name in names), window=window, scale=D**-0.5)
+        q = append_to(append, ours, **options)
+        return decode_over(paged_decode, q[:, :, None], ours, window=window, scale=D**-0.5)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -150,10 +151,10 @@ def test_a_captured_step_over_growing_lengths():
         for name, tensor in new.items():
             options[name].copy_(tensor)
         graph.replay()
-        q = reference(**new, window=window, **theirs)
+        q = append_to(reference, theirs, **new, window=window)
         if number % 20 == 0:
-            expected = plain_decode(q[:, :, None].double(), theirs["ring_kv"].double(), *(theirs[n] for n in names[1:3]), theirs["pages"].double(),
-                                    *(theirs[n] for n in names[4:]), window=window, scale=D**-0.5)  # fmt: skip
+            wide = theirs | {name: theirs[name].double() for name in ("ring_kv", "pages")}
+            expected = decode_over(plain_decode, q[:, :, None].double(), wide, window=window, scale=D**-0.5)
             torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
     assert_same(ours, theirs)
     assert ours["num_kept"].max() > 128 and ours["overflow"] == 0
@@ -164,7 +165,7 @@ def test_batch_256():
     theirs = copy.deepcopy(ours)
     for step in range(80):
         options = inputs(step, B=256) | {"window": 4}
-        append(**options, **ours), reference(**options, **theirs)
+        append_to(append, ours, **options), append_to(reference, theirs, **options)
     assert_same(ours, theirs)
 
 
@@ -173,7 +174,7 @@ def test_compiled():
     theirs = copy.deepcopy(ours)
 
     def step(cache, options):
-        return append(**(options | {"k": options["k"] * 2.0}), **cache, window=20) + 0.0
+        return append_to(append, cache, **(options | {"k": options["k"] * 2.0}), window=20) + 0.0
 
     compiled = torch.compile(step, fullgraph=True)
     for number in range(30):

@@ -155,9 +155,9 @@ def test_a_budget_drops_the_rest_and_says_so(bench):
 
 def test_variants_differ_from_their_default_in_what_they_say(bench, monkeypatch):
     """Every change is to a parameter that there is, and groups begin with their default."""
-    from dms_kernels import picking
+    from dms_kernels import dispatch
     from dms_kernels.append import fused as append
-    from dms_kernels.gated_attention import tiles
+    from dms_kernels.gated_attention import launch as attention
     from dms_kernels.paged_decode import fused as decode
 
     tune = bench("tune")
@@ -167,11 +167,11 @@ def test_variants_differ_from_their_default_in_what_they_say(bench, monkeypatch)
     for variant in variants:
         assert variant.group in begun or not variant.changes
         begun.add(variant.group)
-        with tune.picking(variant):
+        with tune.launching(variant):
             launches = {
-                "decode": lambda: decode.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2),
+                "decode": lambda: decode.launch(dispatch.PRETENDED, head_dim=128, rows=4, element_size=2),
                 "append": lambda: append.launch(M=4096, group=4, dim=128),
-                "attention": lambda: tiles.pick_tile(variant.kernel or "keys", picking.PRETENDED, 128, 4, torch.bfloat16),  # noqa: B023
+                "attention": lambda: attention.pick_tile(variant.kernel or "keys", dispatch.PRETENDED, 128, 4, torch.bfloat16),  # noqa: B023
             }
             launch = launches["decode" if variant.sweep == "int8" else variant.sweep]()
         assert {name: getattr(launch, name) for name in variant.changes} == variant.changes
@@ -196,10 +196,10 @@ def test_variants_are_measured_one_by_one(bench, capsys, tmp_path):
             return {"whole": 2.0 if tune_launch().tile == 64 else 1.0}
 
     def tune_launch():
-        from dms_kernels import picking
+        from dms_kernels import dispatch
         from dms_kernels.paged_decode import fused
 
-        return fused.launch(picking.PRETENDED, head_dim=128, rows=4, element_size=2)
+        return fused.launch(dispatch.PRETENDED, head_dim=128, rows=4, element_size=2)
 
     looks = iter([0.0, 0.0, 0.0, 0.0, 2.0])
     with pytest.MonkeyPatch.context() as patch:
@@ -218,6 +218,26 @@ def test_what_a_sweep_compares(bench, sweep):
     operation = "decode" if sweep == "int8" else sweep
     shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == operation).tiny()
     assert bench("tune").Bench(sweep, shape, "cpu", torch.float32).error() == 0.0
+
+
+def test_appending_is_reset_before_it_runs_out_of_pages(bench):
+    """As often as a timing repeats it: room for all the steps, and as if none had been taken after a reset."""
+    append, measuring = bench("append"), bench("measuring")
+    shape = next(shape for shape in bench("shapes").all_shapes() if shape.operation == "append").tiny()
+    layer = append.Layer(shape, "cpu", torch.float32, steps=40)
+    room = layer.cache.paged.page_table.shape[2] * shape.page - layer.cache.paged.num_kept
+    assert append.STEPS == measuring.MOST_CALLS_BETWEEN_RESETS and room.min() >= 40
+
+    def forty_steps() -> list:
+        for _ in range(40):
+            layer.step(append.reference)
+        return [layer.cache.paged.num_kept.clone(), layer.free_pages.num_free.clone(), layer.counters.evicted.clone()]
+
+    first = forty_steps()
+    assert first[0].sum() > 0 and layer.counters.overflow == 0
+    layer.reset()
+    assert layer.counters.decided.sum() == 0
+    assert all(torch.equal(*pair) for pair in zip(first, forty_steps(), strict=True))
 
 
 def test_without_a_gpu_it_says_so():

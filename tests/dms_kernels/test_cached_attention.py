@@ -1,6 +1,6 @@
 """cached_attention on all its routes against its reference, and the reference against the rule spelled out in loops."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dms_kernels.cached_attention import Keys, Pages, cached_attention, make_plan, many_queries, reference
-from dms_kernels.cached_attention.few_queries import attend_few
-from dms_kernels.cached_attention.many_queries import attend_many
+from dms_kernels import cached_attention as module
+from dms_kernels.arguments import Keys, PagedKV
+from dms_kernels.cached_attention import attend_few, attend_many, cached_attention, make_read_order, reference
 
 # What stands in entries that nobody may read: finite, as the pool's are, and seen at once if it is read.
 STALE = 1e30
@@ -23,12 +23,15 @@ class Case:
 
     q: torch.Tensor
     q_position: torch.Tensor
-    pages: Pages | None
+    pages: PagedKV | None
     recent: list[Keys]
     options: dict
 
-    def with_plan(self) -> Pages | None:
-        return self.pages and self.pages._replace(plan=make_plan(*self.pages[1:3], self.pages.pages.shape[2]))
+    def with_read_order(self) -> PagedKV | None:
+        if self.pages is None:
+            return None
+        order = make_read_order(self.pages.page_table, self.pages.num_kept, self.pages.pages.shape[2])
+        return replace(self.pages, read_order=order)
 
     def run(self, attend, pages=None, **changes):
         return attend(self.q, self.q_position, pages, self.recent, **(self.options | changes))
@@ -74,7 +77,7 @@ def _case(
     q_position = torch.where(real, length[:, None] + real.cumsum(1) - 1, -1).int()
     new = Keys(normal(B, H, T, D), normal(B, H, T, D), q_position, torch.rand(B, H, T, generator=generator) < 0.5)
     options = {"window": window, "scale": D**-0.5, "softcap": 3.0 if capped else None, "sink_logits": normal(H * G) if sinks else None}
-    pages = Pages(pool, table.int(), num_kept.int()) if most_pages else None
+    pages = PagedKV(pool, table.int(), num_kept.int()) if most_pages else None
     return Case(normal(B, H * G, T, D), q_position, pages, [ring, new], options)
 
 
@@ -82,7 +85,7 @@ def _cast(case: Case, dtype: torch.dtype) -> Case:
     def to(keys):
         return keys._replace(k=keys.k.to(dtype), v=keys.v.to(dtype))
 
-    pages = case.pages and case.pages._replace(pages=case.pages.pages.to(dtype))
+    pages = case.pages and replace(case.pages, pages=case.pages.pages.to(dtype))
     return Case(case.q.to(dtype), case.q_position, pages, [to(keys) for keys in case.recent], case.options)
 
 
@@ -144,18 +147,18 @@ def test_every_route_equals_the_reference(seed, dtype, shape):
     case = _cast(_case(seed, **shape), dtype)
     exact = _cast(case, torch.float64)
     expected = exact.run(reference, exact.pages)
-    planned = case.with_plan()
+    ordered = case.with_read_order()
     routes = {
-        "few, planned": case.run(attend_few, planned),
+        "few, in order": case.run(attend_few, ordered),
         "few, gathered": case.run(attend_few, case.pages),
-        "many": case.run(attend_many, planned),
-        "chosen": case.run(cached_attention, planned),
+        "many": case.run(attend_many, ordered),
+        "chosen": case.run(cached_attention, ordered),
     }
     with pytest.MonkeyPatch.context() as patch:
         # Blocks shorter than the new tokens, so that some keys lie behind every window of a block.
-        patch.setattr(many_queries, "_BLOCK", 16)
-        patch.setattr(many_queries, "_BLOCK_EXPLICIT", 16)
-        routes["many, in blocks"] = case.run(attend_many, planned)
+        patch.setattr(module, "_BLOCK", 16)
+        patch.setattr(module, "_BLOCK_EXPLICIT", 16)
+        routes["many, in blocks"] = case.run(attend_many, ordered)
     padding = case.q_position < 0
     for name, out in routes.items():
         assert out.dtype == dtype and out.shape == (*case.q_position.shape, case.q.shape[1], case.q.shape[3]), name
@@ -171,7 +174,7 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16(attend, options):
     exact = _cast(case, torch.float64)
     expected = exact.run(reference, exact.pages)
     allowed = (case.run(reference, case.pages).double() - expected).abs().max()
-    assert (case.run(attend, case.with_plan()).double() - expected).abs().max() <= 2 * allowed
+    assert (case.run(attend, case.with_read_order()).double() - expected).abs().max() <= 2 * allowed
 
 
 def test_a_ring_whose_every_entry_is_visible_needs_no_mask():
@@ -185,7 +188,7 @@ def test_a_ring_whose_every_entry_is_visible_needs_no_mask():
         case.recent = [Keys(k, v, torch.arange(7).expand(3, 7), torch.zeros(3, 2, 7, dtype=torch.bool))]
         expected = case.run(reference, case.pages)
         case.recent = [Keys(k, v, all_visible=True)]
-        torch.testing.assert_close(case.run(attend_few, case.with_plan()), expected)
+        torch.testing.assert_close(case.run(attend_few, case.with_read_order()), expected)
 
 
 class _Products(TorchDispatchMode):
@@ -210,14 +213,14 @@ def _shared(num_rows: int, shared_by: list[int], P: int = 16, G: int = 2) -> Cas
         held = [i for i, n in enumerate(shared_by) if n > b]
         table[b, 0, : len(held) + 1] = torch.tensor([*held, len(shared_by) + b])
     pool = torch.randn(len(shared_by) + num_rows, 2, P, 8, dtype=torch.float64)
-    case.pages = Pages(pool, table, num_kept.int())
+    case.pages = PagedKV(pool, table, num_kept.int())
     return case
 
 
 def _products_over_pages(case: Case) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
-    planned = case.with_plan()
+    ordered = case.with_read_order()
     with _Products() as products:
-        out = case.run(attend_few, planned)
+        out = case.run(attend_few, ordered)
     return out, products.shapes
 
 
@@ -234,7 +237,7 @@ def test_shared_pages_are_read_once(num_rows):
 
 
 def test_a_pool_in_pieces_is_gathered_by_the_number_of_sharers():
-    """Pages of 1 and of 4 rows in turn would need one product each."""
+    """PagedKV of 1 and of 4 rows in turn would need one product each."""
     case = _shared(4, [1, 4] * 10)
     out, products = _products_over_pages(case)
     torch.testing.assert_close(out, case.run(reference, case.pages))
@@ -256,14 +259,14 @@ def test_a_wide_gap_is_not_read():
     numbers = torch.tensor([3, 4, 997, 998, 500])
     pool[numbers] = case.pages.pages
     expected = case.run(reference, case.pages)
-    case.pages = Pages(pool, numbers[case.pages.page_table.long()].int(), case.pages.num_kept)
+    case.pages = PagedKV(pool, numbers[case.pages.page_table.long()].int(), case.pages.num_kept)
     out, products = _products_over_pages(case)
     torch.testing.assert_close(out, expected)
     assert sum(n for n, _, _ in products) == 5
 
 
-def test_an_empty_table_has_an_empty_plan():
-    assert make_plan(torch.zeros(2, 2, 3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), 16).runs == []
+def test_an_empty_table_has_an_empty_read_order():
+    assert make_read_order(torch.zeros(2, 2, 3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), 16).runs == []
 
 
 def test_few_queries_take_the_route_that_reads_in_place(monkeypatch):
@@ -273,5 +276,5 @@ def test_few_queries_take_the_route_that_reads_in_place(monkeypatch):
         monkeypatch.setattr(f"dms_kernels.cached_attention.{name}", lambda *args, name=name, **kwargs: taken.append(name))
     for G, T in ((1, 64), (4, 16), (4, 17), (1, 65)):
         case = _case(0, G=G, T=T)
-        case.run(cached_attention, case.with_plan())
+        case.run(cached_attention, case.with_read_order())
     assert taken == ["attend_few", "attend_few", "attend_many", "attend_many"]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dms_kernels import distill_loss, picking
+from dms_kernels import dispatch, distill_loss
 from dms_kernels.distill_loss.chunked import distill_loss_chunked
 from dms_kernels.distill_loss.reference import distill_loss_reference
 
@@ -68,9 +68,9 @@ def test_half_error_is_at_most_twice_plain_torch(case, beta):
     tensors = _inputs(case.pop("N", 1000), 256, case.pop("V"), **case)
     want = _forward_backward(distill_loss_reference, _double(tensors), **options)
     plain = _forward_backward(distill_loss_reference, tensors, **options)
-    picking.reset_calls()
+    dispatch.reset_calls()
     ours = _forward_backward(distill_loss, tensors, **options)
-    assert picking.calls() == {"distill_loss": {"triton": 1}}
+    assert dispatch.calls() == {"distill_loss": {"triton": 1}}
     assert ours["count"] == want["count"]
     for name in want.keys() - {"count"}:
         # The sum is one number, and rounding may happen to cancel in plain torch's.

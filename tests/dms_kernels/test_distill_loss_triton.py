@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from dms_kernels import distill_loss, picking
+from dms_kernels import dispatch, distill_loss
 from dms_kernels.distill_loss import fused
 from dms_kernels.distill_loss.chunked import distill_loss_chunked
 from dms_kernels.distill_loss.reference import distill_loss_reference
 
 pytestmark = [
-    pytest.mark.skipif(not picking.is_interpreted(), reason="these run in Triton's interpreter"),
+    pytest.mark.skipif(not dispatch.is_interpreted(), reason="these run in Triton's interpreter"),
     # From columns past the vocabulary, which are masked afterwards.
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
 ]
@@ -261,7 +261,7 @@ def test_frozen_head_gets_no_sum(monkeypatch):
 def test_the_same_twice_and_under_checkpointing(monkeypatch):
     monkeypatch.setattr(fused, "launch", _small())
     tensors = _inputs(V=40, bias=True)
-    picking.reset_calls()
+    dispatch.reset_calls()
     first = _forward_backward(distill_loss, tensors, beta=0.5, chunk=3)
     again = _forward_backward(distill_loss, tensors, beta=0.5, chunk=3)
 
@@ -270,7 +270,7 @@ def test_the_same_twice_and_under_checkpointing(monkeypatch):
 
     third = _forward_backward(checkpointed, tensors, beta=0.5, chunk=3)
     assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], third[name]) for name in first)
-    assert picking.calls() == {"distill_loss": {"triton": 4}}
+    assert dispatch.calls() == {"distill_loss": {"triton": 4}}
 
 
 def test_compiled_is_the_same(monkeypatch):

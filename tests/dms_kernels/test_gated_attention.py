@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dms_kernels import gated_attention, picking
+from dms_kernels import dispatch, gated_attention
 from dms_kernels.gated_attention import FirstPass
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
 from dms_kernels.gated_attention.reference import gated_attention_reference
@@ -394,9 +394,9 @@ def test_a_recomputation_resumes_and_computes_nothing(gates, needs):
     def checkpointed(**arguments):
         return checkpoint(lambda: gated_attention(**arguments, first_pass=first_pass), use_reentrant=False)
 
-    picking.reset_calls()
+    dispatch.reset_calls()
     actual = _forward_backward(checkpointed, tensors, **options)
-    assert picking.calls() == {"gated_attention": {"reference": 1}}
+    assert dispatch.calls() == {"gated_attention": {"reference": 1}}
     assert first_pass.take() is None
     for name, x in want.items():
         assert (x is None) == (actual[name] is None) and (x is None or torch.equal(actual[name], x)), name

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dms_kernels import gated_attention, picking
+from dms_kernels import dispatch, gated_attention
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
     monkeypatch.setenv("DMS_KERNELS", "triton")
-    assert not picking.is_interpreted(), "unset TRITON_INTERPRET to test on a GPU"
+    assert not dispatch.is_interpreted(), "unset TRITON_INTERPRET to test on a GPU"
 
 
 def _inputs(B, T, H, G, D, *, dtype=torch.bfloat16, gates="trained", evicted=0.75, sink_logits=False, seed=0):

@@ -11,11 +11,11 @@ from largest import note
 
 pytest.importorskip("triton")
 
-from dms_kernels import gated_attention, picking
-from dms_kernels.gated_attention import tiles
+from dms_kernels import dispatch, gated_attention
+from dms_kernels.gated_attention import launch
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
-pytestmark = pytest.mark.skipif(not picking.is_interpreted(), reason="these run in Triton's interpreter")
+pytestmark = pytest.mark.skipif(not dispatch.is_interpreted(), reason="these run in Triton's interpreter")
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -73,7 +73,7 @@ def _ours(function, inputs, grad_out, window, scale):
 @pytest.mark.parametrize(("shape", "window"), [((1, 37, 1, 3, 16), 5), ((2, 26, 2, 1, 8), 0)])
 def test_kernels_equal_stock_attention(monkeypatch, shape, window):
     monkeypatch.setenv("DMS_KERNELS", "triton")
-    monkeypatch.setattr(tiles, "pick_tile", lambda *_: tiles.Tile(16, 16, 4, 2))
+    monkeypatch.setattr(launch, "pick_tile", lambda *_: launch.Tile(16, 16, 4, 2))
     inputs = _inputs(*shape)
     grad_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     want = _stock_attention(*inputs, grad_out, window, 0.4)

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from dms_kernels import gated_attention, picking
-from dms_kernels.gated_attention import FirstPass, backward, far_keys, fused, tiles
+from dms_kernels import dispatch, gated_attention
+from dms_kernels.gated_attention import FirstPass, backward, fused, launch
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
-pytestmark = pytest.mark.skipif(not picking.is_interpreted(), reason="these run in Triton's interpreter")
+pytestmark = pytest.mark.skipif(not dispatch.is_interpreted(), reason="these run in Triton's interpreter")
 
-_PICK = tiles.pick_tile
+_PICK = launch.pick_tile
 _NAMES = ("q", "k", "v", "log_keep", "sink_logits")
 
 
@@ -33,12 +33,12 @@ def _fused_and_poisoned():
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Short inputs cross many tiles."""
-    monkeypatch.setattr(tiles, "pick_tile", _tiles(16, 16))
+    """Short inputs cross many launch."""
+    monkeypatch.setattr(launch, "pick_tile", _tiles(16, 16))
 
 
 def _tiles(rows, keys):
-    return lambda kernel, target, D, G, dtype: tiles.Tile(max(rows, tiles.smallest_rows(G)), keys, 4, 2)
+    return lambda kernel, target, D, G, dtype: launch.Tile(max(rows, launch.smallest_rows(G)), keys, 4, 2)
 
 
 def _inputs(B=1, T=33, H=1, G=2, D=8, dtype=torch.float32, gates="mixed", seed=0, sink_logits=False, trained=_NAMES):
@@ -135,7 +135,7 @@ def test_equals_the_reference(shape, options):
 
 @pytest.mark.parametrize(("rows", "keys"), [(16, 32), (32, 16)])
 def test_tiles_of_other_shapes(monkeypatch, rows, keys):
-    monkeypatch.setattr(tiles, "pick_tile", _tiles(rows, keys))
+    monkeypatch.setattr(launch, "pick_tile", _tiles(rows, keys))
     _assert_small(relative_errors(_inputs(T=50, G=1), segments="packed", window=9))
 
 
@@ -162,7 +162,7 @@ def _cases(longest):
 
 def _check_case(case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "pick_tile", _tiles(*case["tile"]))
+        patch.setattr(launch, "pick_tile", _tiles(*case["tile"]))
         _assert_small(relative_errors(_inputs(**case["shape"]), **case["options"], seed=case["shape"]["seed"]))
 
 
@@ -203,14 +203,14 @@ def test_only_what_is_needed_is_launched(monkeypatch, trained):
 
 def test_keys_are_left_out_only_where_it_is_safe(monkeypatch):
     T, shares = 32, []
-    choose = far_keys.choose
+    choose = fused._list_far_keys
 
     def recorded(call, *args):
         found = choose(call, *args)
         shares.append(float((found.num_before_BH[..., -1] / T).mean()))
         return found
 
-    monkeypatch.setattr(far_keys, "choose", recorded)
+    monkeypatch.setattr(fused, "_list_far_keys", recorded)
     tensors = _inputs(T=T, gates="trained")
     _assert_small(relative_errors(tensors, scale=0.3))
     assert shares[0] < 0.5 and shares[1] <= shares[0]
@@ -267,9 +267,9 @@ def test_compiled_without_a_break():
 
 
 def test_what_is_picked_and_refused(monkeypatch):
-    picking.reset_calls()
+    dispatch.reset_calls()
     gated_attention(**_inputs(T=3), window=1, scale=1.0, segment_ids=None)
-    assert picking.calls()["gated_attention"] == {"triton": 1}
+    assert dispatch.calls()["gated_attention"] == {"triton": 1}
     for shape, message in (({"D": 300}, "head dims up to 256"), ({"dtype": torch.float64}, "float64"), ({"G": 300, "D": 64}, "300 heads")):
         tensors = _inputs(T=2, **shape)
         monkeypatch.setenv("DMS_KERNELS", "triton")
@@ -277,20 +277,20 @@ def test_what_is_picked_and_refused(monkeypatch):
             gated_attention(**tensors, window=1, scale=1.0, segment_ids=None)
         monkeypatch.delenv("DMS_KERNELS")
         gated_attention(**tensors, window=1, scale=1.0, segment_ids=None)
-    assert picking.calls()["gated_attention"] == {"triton": 1, "reference": 3}
+    assert dispatch.calls()["gated_attention"] == {"triton": 1, "reference": 3}
 
 
 @pytest.mark.parametrize("D", [8, 64, 100, 256])
 @pytest.mark.parametrize("G", [1, 4, 7, 32])
 def test_tiles_hold_a_group(D, G):
     for capability, shared_bytes in ((80, 166_912), (89, 101_376), (90, 232_448)):
-        target = picking.Target(capability, 100, shared_bytes)
+        target = dispatch.Target(capability, 100, shared_bytes)
         for kernel in ("forward", "queries", "keys"):
             for dtype in (torch.bfloat16, torch.float32):
                 tile = _PICK(kernel, target, D, G, dtype)
                 assert tile.rows >= G and tile.keys >= 16
                 # What the padding of rows and of the copied keys allows for.
-                assert max(tile.rows, tile.keys) <= tiles.LARGEST
+                assert max(tile.rows, tile.keys) <= launch.LARGEST
 
 
 def test_what_is_no_number_comes_through():
@@ -330,9 +330,9 @@ def test_a_recomputation_resumes_and_launches_no_forward(gates):
     def checkpointed(**arguments):
         return checkpoint(lambda: gated_attention(**arguments, first_pass=first_pass), use_reentrant=False)
 
-    picking.reset_calls()
+    dispatch.reset_calls()
     actual = _forward_backward(checkpointed, tensors, **options)
-    assert picking.calls() == {"gated_attention": {"triton": 1}, "gated_attention_backward": {"triton": 1}}
+    assert dispatch.calls() == {"gated_attention": {"triton": 1}, "gated_attention_backward": {"triton": 1}}
     assert first_pass.take() is None
     assert actual.keys() == want.keys()
     for name, x in want.items():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dms.costs.operators import LiveBytes
-from dms_kernels import distill_loss, distill_loss_topk, picking, top_log_probs
-from dms_kernels.distill_loss import LOSS_BYTES, budget, chunk_rows, fused
+from dms_kernels import dispatch, distill_loss, distill_loss_topk, top_log_probs
+from dms_kernels.distill_loss import LOSS_BYTES, chunk_rows, chunked, fused
 from dms_kernels.distill_loss.reference import distill_loss_reference
 
 _SMALL = 4_000_000
@@ -16,8 +16,8 @@ _SMALL = 4_000_000
 
 @pytest.fixture
 def small_budget(monkeypatch):
-    monkeypatch.setattr(budget, "LOSS_BYTES", _SMALL)
-    monkeypatch.setattr(budget, "_RESERVED_BYTES", 0)
+    monkeypatch.setattr(chunked, "LOSS_BYTES", _SMALL)
+    monkeypatch.setattr(chunked, "_RESERVED_BYTES", 0)
 
 
 def _inputs(N, V, M, dtype=torch.float32):
@@ -66,11 +66,11 @@ def test_the_loss_from_a_cache_stays_within_its_budget(dtype, softcap, small_bud
     assert 0.75 * _SMALL < peak < 1.35 * _SMALL
 
 
-@pytest.mark.skipif(not picking.is_interpreted(), reason="runs in Triton's interpreter")
+@pytest.mark.skipif(not dispatch.is_interpreted(), reason="runs in Triton's interpreter")
 def test_the_kernels_stay_within_their_budget(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(budget, "LOSS_BYTES", 150_000)
-    monkeypatch.setattr(budget, "_RESERVED_BYTES", 0)
+    monkeypatch.setattr(chunked, "LOSS_BYTES", 150_000)
+    monkeypatch.setattr(chunked, "_RESERVED_BYTES", 0)
     hidden_s, hidden_t, weight, valid = _inputs(50, 1000, 4)
     valid[7] = False
     rows = chunk_rows(1000, 4, torch.float32, beta=0.5, softcap=None, is_fused=True)

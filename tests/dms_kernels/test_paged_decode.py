@@ -4,16 +4,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from cache_arguments import decode_over
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from largest import note
 
-from dms_kernels import picking
+from dms_kernels import dispatch
 from dms_kernels.append.reference import quantize
-from dms_kernels.paged_decode import fused, paged_decode, reference
+from dms_kernels.paged_decode import paged_decode, reference
 
 pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(not picking.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
+from dms_kernels.paged_decode import fused
+
+interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
 
 # What stands where nothing may be read.
 STALE = float("nan")
@@ -34,7 +37,7 @@ class Case:
         return Case(*({name: to(name, x) for name, x in part.items()} for part in (self.stored, self.options)))
 
     def run(self, attend, **changes):
-        return attend(*self.stored.values(), **(self.options | changes))
+        return decode_over(attend, self.stored["q"], self.stored, **(self.options | changes))
 
 
 def make_case(
@@ -350,8 +353,12 @@ def test_the_operator_is_sound(kernel):
     names = ("pages", "page_table", "num_kept")
     given_ = {**{name: case.stored[name] for name in names}, "page_scales": None, **case.options}
     order = "pages page_table num_kept page_scales q_position real new_k new_v new_position new_state last_state sink_logits window scale softcap"
-    args = [*list(case.stored.values())[:4], torch.zeros(2, dtype=torch.int32), *(given_.get(name) for name in order.split())]
-    small = replace(fused.launch(picking.PRETENDED, head_dim=16, rows=4, element_size=4), num_programs=2, waves=1)
+    args = [
+        *(case.stored[name] for name in ("q", "ring_kv", "ring_state", "seq_len")),
+        torch.zeros(2, dtype=torch.int32),
+        *(given_.get(name) for name in order.split()),
+    ]
+    small = replace(fused.launch(dispatch.PRETENDED, head_dim=16, rows=4, element_size=4), num_programs=2, waves=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "launch", lambda *a, **k: small)
         torch.library.opcheck(fused.decode, args, test_utils=("test_schema", "test_faketensor"))
@@ -388,15 +395,15 @@ def test_any_case(kernel, seed, dtype, num_programs, waves, tile, shape):
     "changes, message",
     [
         ({"q_position": None, "q": torch.zeros(2, 4, 2, 16)}, "2 queries without q_position"),
-        ({"window": -1}, "window is -1"),
+        ({"window": -1}, "ring.window must be an integer of 0 or more, got -1"),
         ({"q_position": torch.zeros(2, 1).int(), "real": torch.ones(2).bool()}, "real goes with queries"),
-        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"softcap": 0.0}, "softcap must be a finite number above 0, got 0.0"),
         ({"seq_len": torch.zeros(2)}, "seq_len is torch.float32 and should be torch.int32"),
         ({"num_kept": None}, "num_kept is missing"),
         ({"pages": torch.zeros(3, 2, 8, 16)}, "a page holds 8 entries"),
-        ({"pages": torch.zeros(3, 2, 16, 16, dtype=torch.int8)}, "quantised pages come with page_scales"),
-        ({"new_k": torch.zeros(2, 2, 1, 16)}, "need q_position"),
-        ({"sink_logits": torch.zeros(3)}, r"sink_logits is \(3,\) and should be \(4,\)"),
+        ({"pages": torch.zeros(3, 2, 16, 16, dtype=torch.int8)}, "page_scales is missing"),
+        ({"last_state": torch.zeros(2, 2).to(torch.uint8)}, "need q_position"),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits must be floating point \[Hq=4\]"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):
@@ -404,12 +411,30 @@ def test_what_does_not_go_together_is_refused(changes, message):
     stored = {name: changes.get(name, x) for name, x in case.stored.items()}
     options = case.options | {name: x for name, x in changes.items() if name not in stored}
     with pytest.raises(ValueError, match=message):
-        paged_decode(*stored.values(), **options)
+        decode_over(paged_decode, stored["q"], stored, **options)
 
 
-def test_what_the_kernel_cannot_take():
-    q, ring = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 2, 4, 16)
-    assert fused.problem(q, ring, None) is None
-    assert "float64" in fused.problem(q.double(), ring, None)
-    assert "256" in fused.problem(torch.zeros(1, 1, 1, 257), ring, None)
-    assert "ring" in fused.problem(q, ring.half(), None)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q": torch.zeros(2, 4, 1, 16).double(), "ring_kv": torch.zeros(2, 2, 2, 21, 16).double()}, "float64"),
+        ({"q": torch.zeros(2, 4, 1, 257), "ring_kv": torch.zeros(2, 2, 2, 21, 257)}, "head dims up to 256"),
+        ({"ring_kv": torch.zeros(2, 2, 2, 21, 16).half()}, "the ring in q's dtype"),
+    ],
+)
+@interpreted
+def test_what_the_kernel_cannot_take(monkeypatch, changes, message):
+    monkeypatch.setenv("DMS_KERNELS", "triton")
+    case = make_case(most_pages=0).cast(torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        Case(case.stored | changes, case.options).run(paged_decode)
+
+
+@interpreted
+@pytest.mark.parametrize("num_programs", [1, 5])
+def test_a_sink_logit_of_minus_infinity(kernel, num_programs):
+    """As without the sink; queries that see nothing beside it give 0."""
+    case = make_case(6, B=3, sinks=True, P=16, length=[0, 30, 40])
+    case.options["sink_logits"][::2] = -torch.inf
+    out = _assert_close(kernel, case, num_programs=num_programs, tile=16)
+    assert (out[0] == 0).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cache_arguments import decode_over
 
 from dms_kernels.append.reference import quantize
 from dms_kernels.paged_decode import paged_decode, reference
@@ -43,6 +44,14 @@ def make_cache(
     return stored, options
 
 
+NAMES = ("q", "ring_kv", "ring_state", "seq_len", "pages", "page_table", "num_kept")
+
+
+def run(stored: list, options: dict, function=paged_decode) -> torch.Tensor:
+    cache = dict(zip(NAMES, stored, strict=True))
+    return decode_over(function, cache["q"], cache, **options)
+
+
 def on_trial(stored: list, options: dict, num_new: int) -> dict:
     q, ring, _, seq_len = stored[:4]
     B, H, D = *ring.shape[:2], ring.shape[4]
@@ -73,7 +82,7 @@ def exact(stored: list, options: dict) -> torch.Tensor:
         if "page_scales" in options:
             row_options["page_scales"] = options["page_scales"][table[row, :, :used].long().flatten()]
         outs.append(
-            reference(q[row].double(), ring[row].double(), state[row], seq_len[row], own.double(), numbers, kept[row], **row_options)
+            run([q[row].double(), ring[row].double(), state[row], seq_len[row], own.double(), numbers, kept[row]], row_options, reference)
         )
     return torch.cat(outs)
 
@@ -112,14 +121,14 @@ def test_bfloat16_is_as_exact_as_pytorch_s(P, D):
     stored, options = make_cache(P=P, D=D)
     expected = exact(stored, options)
     allowed = error(same_precision(stored, options), expected)
-    assert error(paged_decode(*stored, **options), expected) <= 2 * allowed
+    assert error(run(stored, options), expected) <= 2 * allowed
 
 
 @pytest.mark.parametrize("G", [1, 3, 5, 8, 32])
 @pytest.mark.parametrize("B, H, most_kept", [(1, 1, 20_000), (1, 8, 5000), (64, 2, 300), (40, 64, 40)])
 def test_heads_of_all_sizes(B, H, G, most_kept):
     stored, options = make_cache(B=B, H=H, G=G, most_kept=most_kept, window=100)
-    assert error(paged_decode(*stored, **options), exact(stored, options)) < 5e-3
+    assert error(run(stored, options), exact(stored, options)) < 5e-3
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)])
@@ -127,7 +136,7 @@ def test_heads_of_all_sizes(B, H, G, most_kept):
 def test_tokens_on_trial(T, dtype, limit):
     stored, options = make_cache(T=T, dtype=dtype)
     options = on_trial(stored, options | {"softcap": 3.0, "sink_logits": torch.randn(32, device="cuda")}, T + 3)
-    out = paged_decode(*stored, **options)
+    out = run(stored, options)
     assert error(out, exact(stored, options)) < limit
     assert (out[options["q_position"] < 0] == 0).all()
 
@@ -138,14 +147,14 @@ def test_quantised_pages(page_dtype, D, P):
     if page_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("float8 needs compute capability 8.9")
     stored, options = make_cache(D=D, P=P, page_dtype=page_dtype)
-    assert error(paged_decode(*stored, **options), exact(stored, options)) < 8e-3
+    assert error(run(stored, options), exact(stored, options)) < 8e-3
 
 
 def test_64k_tokens_at_batch_256():
     """More than 2^31 bytes and elements of pages; a few sequences are looked at."""
     stored, options = make_cache(B=256, H=8, window=512, most_kept=8192)
     assert stored[4].numel() > 2**31
-    out = paged_decode(*stored, **options)
+    out = run(stored, options)
     rows = [0, 100, 255]
     some = [stored[0][rows], stored[1][rows], stored[2][rows], stored[3][rows], stored[4], stored[5][rows], stored[6][rows]]
     assert error(out[rows], exact(some, options)) < 5e-3
@@ -155,9 +164,9 @@ def test_the_result_is_the_same_every_time():
     """Whichever program comes last."""
     stored, options = make_cache(B=3, most_kept=6000)
     tickets = torch.zeros(3 * 32, dtype=torch.int32, device="cuda")
-    first = paged_decode(*stored, **options, tickets=tickets)
+    first = run(stored, options | {"tickets": tickets})
     for _ in range(200):
-        assert torch.equal(paged_decode(*stored, **options, tickets=tickets), first)
+        assert torch.equal(run(stored, options | {"tickets": tickets}), first)
     assert (tickets == 0).all()
 
 
@@ -170,18 +179,18 @@ def test_a_captured_launch_follows_the_lengths(own_tickets):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        paged_decode(*stored, **options)
+        run(stored, options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_decode(*stored, **options)
+        out = run(stored, options)
     all_kept = kept.clone()
     for length, share in ((0, 0.0), (1, 0.0), (70, 0.0), (600, 0.01), (5000, 0.3), (30_000, 1.0)):
         seq_len.fill_(length)
         kept.copy_((all_kept * share).int())
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(out, paged_decode(*stored, **options))
+        assert torch.equal(out, run(stored, options))
         if length == 0:
             assert (out == 0).all()
         else:
@@ -192,7 +201,7 @@ def test_compiled():
     stored, options = make_cache()
 
     def step(q, *rest):
-        return paged_decode(q * 1.0, *rest, **options) + 0.0
+        return run([q * 1.0, *rest], options) + 0.0
 
     compiled = torch.compile(step, fullgraph=True)
     assert torch.equal(compiled(*stored), step(*stored))

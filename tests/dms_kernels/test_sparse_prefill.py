@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from cache_arguments import prefill_over
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from largest import note
 
-from dms_kernels import picking
+from dms_kernels import dispatch
 from dms_kernels.sparse_prefill import reference, sparse_prefill
 
 pytest.importorskip("triton")
@@ -14,7 +15,7 @@ from sparse_prompts import TOLERANCE, Case, by_loops, error, in_float64, make_ca
 
 from dms_kernels.sparse_prefill import fused
 
-interpreted = pytest.mark.skipif(not picking.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
+interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
 
 LAUNCH = fused.launch
 # An example takes a second: one that fails is small enough.
@@ -33,9 +34,9 @@ def _small_tiles(monkeypatch):
 
 def check(case: Case, dtype=torch.float32) -> float:
     case = case.cast(dtype)
-    before = picking.calls().get("sparse_prefill", {}).get("triton", 0)
+    before = dispatch.calls().get("sparse_prefill", {}).get("triton", 0)
     found = case.run(sparse_prefill)
-    assert picking.calls()["sparse_prefill"]["triton"] == before + 1
+    assert dispatch.calls()["sparse_prefill"]["triton"] == before + 1
     assert found.dtype == dtype
     worst = error(found, case.cast(torch.float64).run(in_float64(reference)))
     note(f"sparse_prefill {dtype}", out=worst)
@@ -109,7 +110,7 @@ def test_small_scales_in_float16():
 
 def test_tiles_are_powers_of_two():
     for shared in (101_376, 166_912, 232_448):
-        target = picking.Target(capability=90, num_processors=132, shared_bytes=shared)
+        target = dispatch.Target(capability=90, num_processors=132, shared_bytes=shared)
         for D in (16, 64, 80, 128, 256):
             for rows in (1, 64, 65, 4096):
                 for dtype in (torch.float16, torch.float32):
@@ -194,15 +195,15 @@ def test_operators_hold_what_they_promise():
 
 def test_plain_pytorch_where_it_is_asked_for(monkeypatch):
     monkeypatch.setenv("DMS_KERNELS", "reference")
-    picking.reset_calls()
+    dispatch.reset_calls()
     case = make_case(kept=(20,))
     torch.testing.assert_close(case.run(sparse_prefill), by_loops(case))
-    assert picking.calls() == {"sparse_prefill": {"reference": 1}}
+    assert dispatch.calls() == {"sparse_prefill": {"reference": 1}}
 
 
 @interpreted
 def test_what_the_kernel_cannot_take():
-    for case, problem in ((make_case(), "float64"), (make_case(D=272, S=24).cast(torch.float32), "head dimensions up to 256")):
+    for case, problem in ((make_case(), "float64"), (make_case(D=272, S=24).cast(torch.float32), "head dims up to 256")):
         with pytest.raises(RuntimeError, match=problem):
             case.run(sparse_prefill)
 
@@ -212,17 +213,17 @@ WRONG = {
         lambda c: c | {"k": c["k"][:, :, :20], "v": c["v"][:, :, :20], "evicted": c["evicted"][:, :, :20]},
         "24 queries",
     ),
-    "heads": (lambda c: c | {"q": c["q"][:, :3]}, "multiple of H"),
+    "heads": (lambda c: c | {"q": c["q"][:, :3]}, "multiple of KV heads"),
     "dtypes": (lambda c: c | {"v": c["v"].half()}, "one dtype"),
     "decisions": (lambda c: c | {"evicted": c["evicted"].int()}, "must be bool"),
     "start": (lambda c: c | {"start": torch.zeros(2, dtype=torch.int32)}, "start must be int32"),
-    "a table alone": (lambda c: c | {"pages": None}, "pages is None"),
-    "pages": (lambda c: c | {"pages": c["pages"][:, :1]}, "pages must be"),
-    "strided pages": (lambda c: c | {"pages": c["pages"].transpose(0, 2)}, "pages must be"),
-    "no table": (lambda c: c | {"page_table": None}, "page_table must be"),
-    "counts": (lambda c: c | {"num_kept": c["num_kept"].long()}, "num_kept must be"),
-    "no scales": (lambda c: c | {"pages": c["pages"].to(torch.int8)}, "page_scales must be"),
-    "scales": (lambda c: c | {"page_scales": torch.zeros(2)}, "no page_scales"),
+    "pages": (lambda c: c | {"pages": c["pages"][:, :1]}, "pages is .* and should be"),
+    "strided pages": (lambda c: c | {"pages": c["pages"].flip(3).transpose(2, 3).contiguous().transpose(2, 3)}, "pages is not contiguous"),
+    "no table": (lambda c: c | {"page_table": None}, "page_table is missing"),
+    "counts": (lambda c: c | {"num_kept": c["num_kept"].long()}, "num_kept is torch.int64 and should be"),
+    "no scales": (lambda c: c | {"pages": c["pages"].to(torch.int8)}, "page_scales is missing"),
+    "scales": (lambda c: c | {"page_scales": torch.zeros(2)}, "page_scales belong to pages of int8"),
+    "pages of another dtype": (lambda c: c | {"pages": c["pages"].half()}, "pages are torch.float16 beside entries of torch.float32"),
     "window": (lambda c: c | {"window": -1}, "window must be"),
     "scale": (lambda c: c | {"scale": 0.0}, "scale must be"),
     "sinks": (lambda c: c | {"sink_logits": torch.zeros(3)}, "sink_logits must be"),
@@ -234,4 +235,4 @@ def test_wrong_arguments(change, message):
     case = make_case(kept=(20,)).cast(torch.float32)
     names = ("q", "k", "v", "evicted", "start", "pages", "page_table", "num_kept")
     with pytest.raises(ValueError, match=message):
-        sparse_prefill(**change(dict(zip(names, case.tensors, strict=True)) | case.options))
+        prefill_over(sparse_prefill, **change(dict(zip(names, case.tensors, strict=True)) | case.options))

@@ -1,17 +1,19 @@
 """sparse_prefill as the cache uses it: rings, padding anywhere, and survivors on their way into pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dms_kernels import picking
-from dms_kernels.cached_attention import Keys, Pages
+from dms_kernels import dispatch
+from dms_kernels.arguments import Keys, PagedKV
 from dms_kernels.cached_attention import reference as cached_reference
-from dms_kernels.sparse_prefill import alignment, attend, reference, store_survivors
+from dms_kernels.sparse_prefill import _align, attend, reference, store_survivors
 
 pytest.importorskip("triton")
 from sparse_prompts import STALE, TOLERANCE, error, in_float64, make_case, use_tiles
 
-interpreted = pytest.mark.skipif(not picking.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
+interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def test_survivors_lie_where_the_reference_puts_them(monkeypatch, P, page_dtype)
     for name in ("reference", "triton"):
         monkeypatch.setenv("DMS_KERNELS", name)
         pages, scales = empty_pages(40, P, D, page_dtype)
-        store_survivors(k, v, keep, num_kept, table, pages, scales)
+        store_survivors(k, v, keep, PagedKV(pages, table, num_kept, scales))
         stored[name] = (pages, scales)
     (expected, expected_scales), (pages, scales) = stored.values()
     if page_dtype == torch.int8:
@@ -79,8 +81,9 @@ def test_survivors_lie_where_the_reference_puts_them(monkeypatch, P, page_dtype)
 def test_nothing_survives():
     pages, _ = empty_pages(1, 16, 16, torch.float32)
     k, none = torch.randn(1, 1, 8, 16), torch.zeros(1, 1, dtype=torch.int32)
-    store_survivors(k, k, torch.zeros(1, 1, 8, dtype=torch.bool), none, torch.zeros(1, 1, 0, dtype=torch.int32), pages)
-    store_survivors(k[:, :, :0], k[:, :, :0], torch.zeros(1, 1, 0, dtype=torch.bool), none, torch.zeros(1, 1, 0, dtype=torch.int32), pages)
+    paged = PagedKV(pages, torch.zeros(1, 1, 0, dtype=torch.int32), none)
+    store_survivors(k, k, torch.zeros(1, 1, 8, dtype=torch.bool), paged)
+    store_survivors(k[:, :, :0], k[:, :, :0], torch.zeros(1, 1, 0, dtype=torch.bool), paged)
     assert pages.isnan().all()
 
 
@@ -121,7 +124,7 @@ def check_attend(recent, q_position, pages=None, G=2, window=6, **options) -> No
     finite = [keys._replace(k=keys.k.nan_to_num(), v=keys.v.nan_to_num()) for keys in recent]
     if pages is not None:
         table = pages.page_table.clamp(max=len(pages.pages) - 1)
-        wide = pages._replace(pages=pages.pages.double().nan_to_num(), page_table=table)
+        wide = replace(pages, pages=pages.pages.double().nan_to_num(), page_table=table)
     else:
         wide = None
     expected = cached_reference(q.double(), q_position, wide, finite, **{name: x for name, x in options.items() if name != "holes"})
@@ -130,10 +133,9 @@ def check_attend(recent, q_position, pages=None, G=2, window=6, **options) -> No
     assert (found[q_position < 0] == 0).all()
 
 
-def make_pages(B, H, D, P=16) -> Pages:
+def make_pages(B, H, D, P=16) -> PagedKV:
     case = make_case(B=B, H=H, T=1, S=1, D=D, P=P, kept=(20, 0, 16))
-    pages, table, num_kept = case.cast(torch.float32).tensors[5:]
-    return Pages(pages, table, num_kept)
+    return case.cast(torch.float32).paged()
 
 
 @interpreted
@@ -159,11 +161,11 @@ def test_attend_reads_tokens_in_place():
     """Without ring and holes nothing is gathered, whether that is known or asked."""
     q_position, recent, _ = make_recent(ring=False, padding="left")
     for holes in (None, False):
-        aligned = alignment.align(recent[0].k, q_position, recent, holes)
+        aligned = _align(recent[0].k, q_position, recent, holes)
         assert aligned.k is recent[0].k and aligned.v is recent[0].v and aligned.column is None
-    assert alignment.align(recent[0].k, q_position, recent, True).column is not None
+    assert _align(recent[0].k, q_position, recent, True).column is not None
     turned = [recent[0]._replace(position=recent[0].position.flip(1))]
-    assert alignment.align(recent[0].k, turned[0].position, turned, None).column is not None
+    assert _align(recent[0].k, turned[0].position, turned, None).column is not None
 
 
 def test_attend_needs_positions():
@@ -194,10 +196,10 @@ def test_chunks_equal_the_whole(page_dtype):
             ring = Keys(k[:, :, position], v[:, :, position], position.int().expand(B, -1), evicted[:, :, position])
             recent.insert(0, ring)
         options = {"window": window, "scale": D**-0.5}
-        out.append(attend(q[:, :, new], recent[-1].position, Pages(pages, table, num_kept, scales=scales), recent, **options))
+        out.append(attend(q[:, :, new], recent[-1].position, PagedKV(pages, table, num_kept, scales), recent, **options))
         leaving = slice(max(0, seen - R), max(0, seen + length - R))
         keep = ~evicted[:, :, leaving]
-        store_survivors(k[:, :, leaving], v[:, :, leaving], keep, num_kept, table, pages, scales)
+        store_survivors(k[:, :, leaving], v[:, :, leaving], keep, PagedKV(pages, table, num_kept, scales))
         num_kept = num_kept + keep.sum(2, dtype=torch.int32)
         seen += length
     assert int(num_kept.max()) > P

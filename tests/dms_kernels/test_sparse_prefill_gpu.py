@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from cache_arguments import prefill_over
 
 from dms_kernels.append.reference import quantize
-from dms_kernels.cached_attention import Keys, Pages
+from dms_kernels.arguments import Keys, PagedKV
 from dms_kernels.sparse_prefill import attend, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
 
@@ -69,8 +70,8 @@ def same_precision(q, k, v, evicted, start, pages, table, num_kept, *, window, s
 
 def check(tensors: list, **options) -> None:
     """Root mean square error against float64: at most twice that of the same precision; the largest likewise."""
-    expected = reference(*wide(tensors), **options)
-    found, plain = sparse_prefill(*tensors, **options).double(), same_precision(*tensors, **options).double()
+    expected = prefill_over(reference, *wide(tensors), **options)
+    found, plain = prefill_over(sparse_prefill, *tensors, **options).double(), same_precision(*tensors, **options).double()
     assert found.isfinite().all()
     assert (found - expected).square().mean().sqrt() <= 2 * (plain - expected).square().mean().sqrt()
     assert (found - expected).abs().max() <= 2 * (plain - expected).abs().max()
@@ -115,13 +116,13 @@ def test_few_queries_over_many_pages(T):
     pages, _ = make_pages(B=1, most_kept=20_000)
     tensors = [*make_prompt(B=1, T=T), None, *pages]
     check(tensors, window=50, scale=128**-0.5)
-    assert torch.equal(*(sparse_prefill(*tensors, window=50, scale=128**-0.5) for _ in range(2)))
+    assert torch.equal(*(prefill_over(sparse_prefill, *tensors, window=50, scale=128**-0.5) for _ in range(2)))
 
 
 def test_float32():
     tensors = [*make_prompt(T=300, dtype=torch.float32), None, None, None, None]
-    expected = reference(*wide(tensors), window=50, scale=0.1)
-    torch.testing.assert_close(sparse_prefill(*tensors, window=50, scale=0.1).double(), expected, rtol=1e-5, atol=1e-5)
+    expected = prefill_over(reference, *wide(tensors), window=50, scale=0.1)
+    torch.testing.assert_close(prefill_over(sparse_prefill, *tensors, window=50, scale=0.1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -129,7 +130,7 @@ def test_a_long_prompt(D):
     """32K tokens, one of eight kept, window 512: sampled queries against dense masked attention in float64."""
     S, G, window = 32_768, 4, 512
     q, k, v, evicted = make_prompt(B=1, H=8, G=G, T=S, D=D)
-    out = sparse_prefill(q, k, v, evicted, None, None, None, None, window=window, scale=D**-0.5)
+    out = sparse_prefill(q, k, v, evicted, None, None, window=window, scale=D**-0.5)
     at = torch.cat([torch.arange(0, 8), torch.randint(0, S, (48,)), torch.arange(S - 8, S)]).cuda()
     key = torch.arange(S, device="cuda")
     for h in range(8):
@@ -153,7 +154,7 @@ def test_survivors_of_a_long_prompt(page_dtype):
     for store in (store_survivors, store_survivors_reference):
         pages = torch.zeros(B * H * max_pages, 2, P, D, dtype=page_dtype, device="cuda")
         scales = torch.zeros(B * H * max_pages, 2, P, device="cuda") if quantized else None
-        store(k, v, ~evicted, num_kept, table, pages, scales)
+        store(k, v, ~evicted, PagedKV(pages, table, num_kept, scales))
         stored.append((pages, scales))
     (pages, scales), (expected, expected_scales) = stored
     if quantized:
@@ -172,10 +173,10 @@ def test_nothing_is_read_back():
     new = Keys(k, v, position + 65, evicted)
 
     def run():
-        sparse_prefill(*tensors, None, *pages, window=64, scale=0.1)
-        store_survivors(k, v, torch.zeros_like(evicted), *(pages[i] for i in (2, 1, 0)))
-        attend(q, position + 65, Pages(*pages), [ring, new], window=64, scale=0.1)
-        attend(q, position, Pages(*pages), [new._replace(position=position)], window=64, scale=0.1, holes=False)
+        sparse_prefill(*tensors, None, PagedKV(*pages), window=64, scale=0.1)
+        store_survivors(k, v, torch.zeros_like(evicted), PagedKV(*pages))
+        attend(q, position + 65, PagedKV(*pages), [ring, new], window=64, scale=0.1)
+        attend(q, position, PagedKV(*pages), [new._replace(position=position)], window=64, scale=0.1, holes=False)
 
     run()
     torch.cuda.set_sync_debug_mode("error")
@@ -189,7 +190,7 @@ def test_captured_and_compiled_give_the_same():
     tensors, (pages, _) = make_prompt(), make_pages()
 
     def run():
-        return sparse_prefill(*tensors, None, *pages, window=64, scale=0.1)
+        return sparse_prefill(*tensors, None, PagedKV(*pages), window=64, scale=0.1)
 
     expected = run()
     side = torch.cuda.Stream()

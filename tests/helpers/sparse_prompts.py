@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from cache_arguments import prefill_over
 
 from dms_kernels.append.reference import quantize
+from dms_kernels.arguments import PagedKV
 from dms_kernels.sparse_prefill import fused
 
 # What stands where nothing may be read.
@@ -33,7 +35,10 @@ class Case:
         return Case([to(x) for x in self.tensors], {name: to(x) for name, x in self.options.items()})
 
     def run(self, attention) -> torch.Tensor:
-        return attention(*self.tensors, **self.options)
+        return prefill_over(attention, *self.tensors, **self.options)
+
+    def paged(self) -> PagedKV:
+        return PagedKV(*self.tensors[5:], self.options.get("page_scales"))
 
 
 def make_case(
@@ -101,13 +106,14 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def in_float64(attention):
-    def run(*tensors, **options):
-        def widened(x):
-            return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize in (2, 4) else x
+    """The same function, of all arguments in float64, those in dataclasses too."""
 
-        return attention(*map(widened, tensors), **{name: widened(x) for name, x in options.items()})
+    def widened(x):
+        if isinstance(x, PagedKV):
+            return PagedKV(*(widened(getattr(x, name)) for name in ("pages", "page_table", "num_kept", "page_scales")))
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize in (2, 4) else x
 
-    return run
+    return lambda *tensors, **options: attention(*map(widened, tensors), **{name: widened(x) for name, x in options.items()})
 
 
 def by_loops(case: Case) -> torch.Tensor:

@@ -1,51 +1,261 @@
-"""The host side of the Triton kernel, and the custom operator."""
+"""The Triton kernel of `append`, its launch parameters, and the custom operator.
+
+Shapes: B batch, H KV heads, G query heads of each, D head dim, R ring slots, N pages of a pool, P entries of a page, M model dim.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
-from dms_kernels import picking
-from dms_kernels.sizes import padded, power_of_two
+from dms_kernels import dispatch
+from dms_kernels.arguments import Counters, FreePages, Gate, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise RuntimeError("this needs Triton; install it (pip install triton)") from error
 
 _MOST_BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Launch:
-    """block: of the hidden state, multiplied by the gate's weight at a time. overlaps: see `paged_decode.fused.Launch`."""
+    """How the kernel is launched."""
 
     block: int
+    """elements of the hidden state that are multiplied by the gate's weight at a time"""
     num_warps: int
     overlaps: bool = False
+    """see `paged_decode.fused.Launch`"""
 
 
 def launch(*, M: int, group: int, dim: int) -> Launch:
     """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded."""
     if M:
-        return Launch(block=min(_MOST_BLOCK, padded(M)), num_warps=4)
+        return Launch(block=min(_MOST_BLOCK, dispatch.padded(M)), num_warps=4)
     # One warp has nobody to wait for; the gate's product wants more.
     return Launch(block=16, num_warps=max(1, min(4, group * dim // 512)))
 
 
-def problem(k: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor) -> str | None:
-    """What keeps the kernel from taking these arguments, which are valid otherwise."""
-    for name, tensor in (("k", k), ("ring_kv", ring_kv)):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"the kernel takes float32, float16 or bfloat16, and {name} is {tensor.dtype}"
-    if k.shape[2] > 256:
-        return f"the kernel takes head dims up to 256, and this is {k.shape[2]}"
-    if pages.dtype == torch.float8_e4m3fn and picking.target(k.device).capability < 89:
-        return "pages in float8 need compute capability 8.9 or later"
-    return None
+@triton.jit
+def _gate_logit(hidden, weight, bias, M, scale, offset, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """scale * (x w + b) - offset in float32, x divided by its RMS first under NORMALIZE."""
+    product = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden + at, mask=at < M, other=0.0).to(tl.float32)
+        product += x * tl.load(weight + at, mask=at < M, other=0.0).to(tl.float32)
+        square += x * x
+    logit = tl.sum(product, 0)
+    if NORMALIZE:
+        logit *= tl.rsqrt(tl.sum(square, 0) / M + 1e-6)
+    return scale * (logit + tl.load(bias).to(tl.float32)) - offset
 
 
-def _strides(x: torch.Tensor | None, num_dims: int) -> list[int]:
-    """Of the first dims. Those of a single element may have any stride: each would be compiled for, and a row that all share has 0."""
-    return [0] * num_dims if x is None else [0 if x.shape[i] == 1 else x.stride(i) for i in range(num_dims)]
+@triton.jit
+def _rounded(x, like, ROUNDS: tl.constexpr):
+    """Through the dtype of `like` where PyTorch, one operation at a time, would go through it."""
+    if ROUNDS:
+        x = x.to(like).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _rotate(
+    rows, there, norm, cos, sin, eps,
+    D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, NORM: tl.constexpr, NORM_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm over D, then rotation of the first ROT dims in halves, of what lies at rows [n] of pointers -> [n, DP] float32.
+
+    A weight, or angles, of a wider dtype than x's leave the product in float32: NORM_ROUNDS and ROPE_ROUNDS are False then.
+    """
+    dim = tl.arange(0, DP)
+    # The other half of the pair that dim rotates in; the rest stands still.
+    partner = tl.where(dim < ROT // 2, dim + ROT // 2, tl.where(dim < ROT, dim - ROT // 2, dim))
+    mask = there[:, None] & (dim < D)[None, :]
+    x = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if ROT > 0:
+        other = tl.load(rows[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        weight = tl.load(norm + dim, mask=dim < D, other=0.0).to(tl.float32)[None, :]
+        x = _rounded(x * factor, dtype, True)
+        x = _rounded(x * weight, dtype, NORM_ROUNDS)
+        if ROT > 0:
+            weight = tl.load(norm + partner, mask=dim < D, other=0.0).to(tl.float32)[None, :]
+            other = _rounded(other * factor, dtype, True)
+            other = _rounded(other * weight, dtype, NORM_ROUNDS)
+    if ROT > 0:
+        c = tl.load(cos + dim, mask=dim < ROT, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(sin + dim, mask=dim < ROT, other=0.0).to(tl.float32)[None, :]
+        other = tl.where(dim < ROT // 2, -1.0, 1.0)[None, :] * other
+        x = _rounded(x * c, dtype, NORM_ROUNDS and ROPE_ROUNDS) + _rounded(other * s, dtype, NORM_ROUNDS and ROPE_ROUNDS)
+    return x
+
+
+@triton.jit
+def _quantize(x, dtype: tl.constexpr):
+    """One token's numbers [1, DP] as dtype, and their scale."""
+    x = x.to(tl.float32)
+    if dtype == tl.int8:
+        most = 127.0
+    else:
+        most = 448.0
+    scale = tl.max(tl.abs(x)) / most
+    x = x * (1.0 / tl.where(scale > 0, scale, 1.0))
+    if dtype == tl.int8:
+        x = tl.floor(x + 0.5)
+    x = tl.minimum(tl.maximum(x, -most), most)
+    return x.to(dtype), scale
+
+
+@triton.jit
+def _write_entry(at, scales, scale_at, x, within, QUANTIZED: tl.constexpr):
+    if QUANTIZED:
+        numbers, scale = _quantize(x, at.dtype.element_ty)
+        tl.store(at, numbers, mask=within)
+        tl.store(scales + scale_at, scale)
+    else:
+        tl.store(at, x, mask=within)
+
+
+@triton.jit
+def _take_page(place, entry, table_row, max_pages, references, free, num_free):
+    """Number of the page that entry `entry` of the head's page `place` goes to, taken from the free ones where it is the
+    page's first; -1: there is none."""
+    page = -1
+    if place < max_pages:
+        if entry == 0:
+            top = tl.atomic_add(num_free, -1) - 1
+            if top >= 0:
+                page = tl.load(free + top)
+                tl.store(references + page, 1)
+                tl.store(table_row + place, page)
+            else:
+                tl.atomic_add(num_free, 1)
+        else:
+            page = tl.load(table_row + place)
+    return page
+
+
+# These change while a cache grows, and what is compiled should not.
+@triton.jit(do_not_specialize=["num_slots", "max_pages"])
+def append_kernel(
+    k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
+    ring, ring_state, seq_len, num_kept, table, pages, scales, references, free, num_free, evicted, decided, overflow, ticket,
+    k_stride_b, k_stride_h, v_stride_b, v_stride_h, evict_stride_b, evict_stride_h, q_stride_b, q_stride_h,
+    cos_stride_b, sin_stride_b, hidden_stride_b, weight_stride_h, bias_stride_h,
+    num_slots, window, sinks, max_pages, M, eps, gate_scale, gate_offset, evict_bias,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
+    QUANTIZED: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, B). States: 0 keep, 1 evict, 2 undecided."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = b * H + h
+    dim = tl.arange(0, DP)
+    within = (dim < D)[None, :]
+    one = tl.arange(0, 1)
+    ring_k = ring + head * 2 * num_slots * D
+    state_row = ring_state + head * num_slots
+    table_row = table + head * max_pages
+
+    # What was there before, all of it before anything is changed.
+    length = tl.load(seq_len + b)
+    kept = tl.load(num_kept + head)
+    evicted_before = tl.load(evicted + head)
+    decided_before = tl.load(decided + b)
+    present = length >= 0
+    if REAL:
+        present = present & (tl.load(real + b) != 0)
+    slot, last = length % (window + 1), tl.maximum(length - 1, 0) % (window + 1)
+    fits = slot < num_slots
+    if present & (fits == 0):
+        tl.atomic_max(overflow, 1)
+    present = present & fits
+    leaves = present & (length > window)
+    leaving_state = tl.load(state_row + slot, mask=leaves, other=1).to(tl.int32)
+    slot_k = ring_k + slot * D + (one * num_slots)[:, None] + dim[None, :]
+    slot_v = slot_k + num_slots * D
+    leaving = (dim < tl.where(leaves, D, 0))[None, :]
+    leaving_k = tl.load(slot_k, mask=leaving, other=0.0)
+    leaving_v = tl.load(slot_v, mask=leaving, other=0.0)
+
+    # The gate.
+    if GATE:
+        logit = _gate_logit(
+            hidden + b * hidden_stride_b, gate_weight + h * weight_stride_h, gate_bias + h * bias_stride_h, M, gate_scale, gate_offset,
+            NORMALIZE, BLOCK,
+        )  # fmt: skip
+        evicts = (logit + evict_bias > 0).to(tl.int32)
+    else:
+        evicts = (tl.load(evict + b * evict_stride_b + h * evict_stride_h) != 0).to(tl.int32)
+    if NEXT:
+        # It rules the ring's last token, and the new one waits for its successor.
+        rules = present & (length > 0)
+        last_state = evicts * (length > sinks).to(tl.int32)
+        leaving_state = tl.where(last == slot, last_state, leaving_state)
+        state = 2
+    else:
+        rules = present
+        state = evicts * (length >= sinks).to(tl.int32)
+
+    # Queries, keys and values.
+    cos_row, sin_row = cos, sin
+    if ROT > 0:
+        cos_row, sin_row = cos + b * cos_stride_b, sin + b * sin_stride_b
+    if QUERY:
+        g = tl.arange(0, GP)
+        turned = _rotate(
+            q + b * q_stride_b + (h * G + g).to(tl.int64) * q_stride_h, g < G, q_norm, cos_row, sin_row, eps, D, DP, ROT, Q_NORM, Q_ROUNDS, ROPE_ROUNDS,
+        )  # fmt: skip
+        at = rotated + (head * G + g)[:, None] * D + dim[None, :]
+        tl.store(at, turned.to(rotated.dtype.element_ty), mask=(g < G)[:, None] & within)
+    new_k = _rotate(
+        k + b * k_stride_b + h * k_stride_h + one, one == 0, k_norm, cos_row, sin_row, eps, D, DP, ROT, K_NORM, K_ROUNDS, ROPE_ROUNDS,
+    )  # fmt: skip
+    new_k = new_k.to(k.dtype.element_ty).to(ring.dtype.element_ty)
+    new_v = tl.load(v + b * v_stride_b + h * v_stride_h + one[:, None] + dim[None, :], mask=within, other=0.0).to(ring.dtype.element_ty)
+
+    # Loads of one thread and stores of another meet at the same addresses.
+    tl.debug_barrier()
+
+    if leaves & (leaving_state != 1):
+        page = _take_page(kept // P, kept % P, table_row, max_pages, references, free, num_free)
+        if page >= 0:
+            page_k = pages + page.to(tl.int64) * (2 * P * D) + kept % P * D + dim[None, :]
+            scale_at = page.to(tl.int64) * (2 * P) + kept % P
+            _write_entry(page_k, scales, scale_at, leaving_k, within, QUANTIZED)
+            _write_entry(page_k + P * D, scales, scale_at + P, leaving_v, within, QUANTIZED)
+            tl.store(num_kept + head, kept + 1)
+        else:
+            tl.atomic_max(overflow, 1)
+    coming = (dim < tl.where(present, D, 0))[None, :]
+    tl.store(slot_k, new_k, mask=coming)
+    tl.store(slot_v, new_v, mask=coming)
+    if NEXT:
+        tl.store(state_row + last, last_state.to(tl.uint8), mask=rules)
+    tl.store(state_row + slot, tl.zeros([], tl.uint8) + state, mask=present)
+    tl.store(evicted + head, evicted_before + evicts, mask=rules)
+
+    # The row's length changes once all its programs have read it.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket + b, 1, sem="acq_rel", scope="gpu") == H - 1:
+        tl.store(ticket + b, 0)
+        tl.store(seq_len + b, length + 1, mask=present)
+        tl.store(decided + b, decided_before + 1, mask=rules)
 
 
 @torch.library.custom_op(
-    f"{picking.NAMESPACE}::append",
+    f"{dispatch.NAMESPACE}::append",
     mutates_args=(
         "ring_kv", "ring_state", "seq_len", "num_kept", "page_table", "pages", "references", "num_free", "evicted", "decided", "overflow",
         "ticket", "page_scales",
@@ -88,36 +298,29 @@ def append_step(
     evict_bias: float,
 ) -> torch.Tensor:
     """The rotated queries, or no elements where there are none."""
-    from dms_kernels.append.kernel import append_kernel
-
-    picking.count("append", "triton")
+    dispatch.count("append", "triton")
     B, H, D = k.shape
     rotated = k.new_empty(0) if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if k.numel() == 0:
         return rotated
-    for name, tensor in {
-        "ring_kv": ring_kv, "ring_state": ring_state, "seq_len": seq_len, "num_kept": num_kept, "page_table": page_table, "pages": pages,
-        "page_scales": page_scales, "references": references, "free": free, "evicted": evicted, "decided": decided,
-    }.items():  # fmt: skip
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is not contiguous, strides {tensor.stride()}; the kernel changes it where it lies: hand it over contiguous"
-            )
-    k, v, q, cos, sin, hidden, gate_weight = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (k, v, q, cos, sin, hidden, gate_weight)
-    )
+    expect_contiguous(
+        ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, num_kept=num_kept, page_table=page_table, pages=pages,
+        page_scales=page_scales, references=references, free=free, evicted=evicted, decided=decided,
+    )  # fmt: skip
+    k, v = with_dense_rows(k), with_dense_rows(v)
+    q, cos, sin, hidden, gate_weight = (None if x is None else with_dense_rows(x) for x in (q, cos, sin, hidden, gate_weight))
     evict = evict if evict is None else evict.view(torch.uint8)
     real = real if real is None else real.contiguous().view(torch.uint8)
     G = 1 if q is None else q.shape[1] // H
     M = 0 if hidden is None else hidden.shape[1]
-    dim, group = padded(D), power_of_two(G)
+    dim, group = dispatch.padded(D), dispatch.power_of_two(G)
     chosen = launch(M=M, group=group, dim=dim)
     with torch.cuda.device_of(k):
         append_kernel[(H, B)](
             k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
             ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, references, free, num_free, evicted, decided, overflow, ticket,
-            *_strides(k, 2), *_strides(v, 2), *_strides(evict, 2), *_strides(q, 2), *_strides(cos, 1), *_strides(sin, 1), *_strides(hidden, 1),
-            *_strides(gate_weight, 1), *_strides(gate_bias, 1),
+            *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),
+            *strides(gate_weight, 1), *strides(gate_bias, 1),
             ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
             H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
             GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=chosen.block,
@@ -138,3 +341,47 @@ def _(
     ticket, window, sinks, next_alignment, real, q, *rest,
 ):  # fmt: skip
     return k.new_empty(0) if q is None else q.new_empty(q.shape)
+
+
+def launch_append(
+    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str
+) -> torch.Tensor | None:
+    """`append` of arguments that were checked. An operator takes tensors and numbers alone."""
+    gate = token.evict if isinstance(token.evict, Gate) else None
+    rotated = append_step(
+        k=token.k,
+        v=token.v,
+        evict=None if isinstance(token.evict, Gate) else token.evict,
+        ring_kv=ring.kv,
+        ring_state=ring.state,
+        seq_len=ring.seq_len,
+        num_kept=paged.num_kept,
+        page_table=paged.page_table,
+        pages=paged.pages,
+        page_scales=paged.page_scales,
+        references=free_pages.references,
+        free=free_pages.free,
+        num_free=free_pages.num_free,
+        evicted=counters.evicted,
+        decided=counters.decided,
+        overflow=counters.overflow,
+        ticket=counters.ticket,
+        window=ring.window,
+        sinks=sinks,
+        next_alignment=alignment == "next",
+        real=token.real,
+        q=token.q,
+        cos=token.cos,
+        sin=token.sin,
+        q_norm=token.q_norm,
+        k_norm=token.k_norm,
+        norm_eps=token.norm_eps,
+        hidden=None if gate is None else gate.hidden,
+        gate_weight=None if gate is None else gate.weight,
+        gate_bias=None if gate is None else gate.bias,
+        gate_scale=1.0 if gate is None else gate.scale,
+        gate_offset=0.0 if gate is None else gate.offset,
+        gate_normalize=False if gate is None else gate.normalize,
+        evict_bias=0.0 if gate is None else gate.evict_bias,
+    )
+    return None if token.q is None else rotated

@@ -6,10 +6,18 @@ Letters: N tokens, M model dim, V vocabulary.
 import torch
 from torch import Tensor
 
-from dms_kernels import picking
+from dms_kernels import dispatch
 from dms_kernels.distill_loss import chunked, fused
-from dms_kernels.distill_loss.budget import LOSS_BYTES, rows_within_budget
-from dms_kernels.distill_loss.checking import check_chunk, check_head, check_hidden, check_like, check_valid
+from dms_kernels.distill_loss.chunked import (
+    LOSS_BYTES,
+    autocast_dtype,
+    check_chunk,
+    check_head,
+    check_hidden,
+    check_like,
+    check_valid,
+    rows_within_budget,
+)
 from dms_kernels.distill_loss.topk import distill_loss_topk, top_log_probs
 
 __all__ = ["LOSS_BYTES", "chunk_rows", "distill_loss", "distill_loss_topk", "top_log_probs"]
@@ -63,24 +71,42 @@ def distill_loss(
         ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
         RuntimeError: DMS_KERNELS=triton where the kernels cannot serve.
     """
-    tensors = {
-        "hidden_s": hidden_s,
-        "hidden_t": hidden_t,
-        "head_weight": head_weight,
-        "head_bias": head_bias,
-        "teacher_head_weight": teacher_head_weight,
-        "teacher_head_bias": teacher_head_bias,
-    }
-    if torch.is_autocast_enabled(hidden_s.device.type) and hidden_s.dtype != torch.float64:
-        half = torch.get_autocast_dtype(hidden_s.device.type)
-        tensors = {name: None if x is None else x.to(half) for name, x in tensors.items()}
-    _check(tensors, valid, beta, chunk, logit_scale, softcap)
-    is_fused = picking.use_triton("distill_loss", tensors["hidden_s"], fused.problem_of(tensors["hidden_s"]))
+    half = autocast_dtype(hidden_s)
+    if half is not None:
+        hidden_s, hidden_t, head_weight = hidden_s.to(half), hidden_t.to(half), head_weight.to(half)
+        head_bias, teacher_head_weight, teacher_head_bias = (
+            None if x is None else x.to(half) for x in (head_bias, teacher_head_weight, teacher_head_bias)
+        )
+    check_hidden("hidden_s", hidden_s)
+    if hidden_t.shape != hidden_s.shape:
+        raise ValueError(f"hidden_t must be {list(hidden_s.shape)}, got {list(hidden_t.shape)}")
+    check_like(hidden_s, "hidden_t", hidden_t)
+    others = {"head_bias": head_bias, "teacher_head_weight": teacher_head_weight, "teacher_head_bias": teacher_head_bias}
+    check_head(hidden_s, head_weight, others, logit_scale, softcap)
+    check_valid(hidden_s, valid)
+    if teacher_head_bias is not None and teacher_head_weight is None:
+        raise ValueError("teacher_head_bias was given without teacher_head_weight; give both or neither")
+    if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), got {beta!r}")
+    check_chunk(chunk)
+    is_fused = dispatch.use_triton("distill_loss", hidden_s, fused.problem_of(hidden_s))
     if chunk is None:
-        weight = tensors["head_weight"]
-        chunk = chunk_rows(*weight.shape, weight.dtype, beta=beta, softcap=softcap, is_fused=is_fused)
+        V, M = head_weight.shape
+        chunk = chunk_rows(V, M, head_weight.dtype, beta=beta, softcap=softcap, is_fused=is_fused)
     route = fused.distill_loss_fused if is_fused else chunked.distill_loss_chunked
-    return route(**tensors, logit_scale=logit_scale, softcap=softcap, beta=beta, valid=valid, chunk=chunk)
+    return route(
+        hidden_s,
+        hidden_t,
+        head_weight,
+        head_bias=head_bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        beta=beta,
+        valid=valid,
+        chunk=chunk,
+        teacher_head_weight=teacher_head_weight,
+        teacher_head_bias=teacher_head_bias,
+    )
 
 
 def chunk_rows(vocab_size: int, model_dim: int, dtype: torch.dtype, *, beta: float, softcap: float | None, is_fused: bool) -> int:
@@ -92,20 +118,3 @@ def chunk_rows(vocab_size: int, model_dim: int, dtype: torch.dtype, *, beta: flo
     if is_fused:
         return rows_within_budget(fused.bytes_per_row(vocab_size, model_dim, dtype))
     return rows_within_budget(chunked.bytes_per_row(vocab_size, dtype, beta=beta, softcap=softcap))
-
-
-def _check(
-    tensors: dict[str, Tensor | None], valid: Tensor, beta: float, chunk: int | None, logit_scale: float, softcap: float | None
-) -> None:
-    hidden_s, hidden_t = tensors["hidden_s"], tensors["hidden_t"]
-    check_hidden("hidden_s", hidden_s)
-    if hidden_t.shape != hidden_s.shape:
-        raise ValueError(f"hidden_t must be {list(hidden_s.shape)}, got {list(hidden_t.shape)}")
-    check_like(hidden_s, "hidden_t", hidden_t)
-    check_head(hidden_s, {name: x for name, x in tensors.items() if "head" in name}, logit_scale, softcap)
-    check_valid(hidden_s, valid)
-    if tensors["teacher_head_bias"] is not None and tensors["teacher_head_weight"] is None:
-        raise ValueError("teacher_head_bias was given without teacher_head_weight; give both or neither")
-    if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
-        raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), got {beta!r}")
-    check_chunk(chunk)

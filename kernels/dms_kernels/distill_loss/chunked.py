@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# What a loss may hold at once beyond its inputs and their gradients.
+LOSS_BYTES = 1_500_000_000
+# Of it for what goes by tokens instead of rows (indices, the rows' losses) and what an allocator rounds up.
+_RESERVED_BYTES = 50_000_000
 # Of a chunk's rows, by index, and the student's logits: the sum of their losses, and its gradient by the logits, in whose place
 # it may be written.
 RowsLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -38,12 +42,12 @@ def distill_loss_chunked(
     if teacher_head_weight is None:
         teacher_head_weight, teacher_head_bias = head_weight, head_bias
     head = HeadLogits(logit_scale=logit_scale, softcap=softcap)
-    teacher = [None if x is None else x.detach() for x in (teacher_head_weight, teacher_head_bias)]
+    weight_t, bias_t = teacher_head_weight.detach(), None if teacher_head_bias is None else teacher_head_bias.detach()
 
     def rows_loss(index_n: Tensor, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
         # In their place: whoever hands the logits over still holds them.
         log_s_nV = logits_nV.copy_(torch.log_softmax(logits_nV, dim=-1))
-        log_t_nV = torch.log_softmax(head.logits(hidden_t.detach()[index_n], *teacher), dim=-1)
+        log_t_nV = torch.log_softmax(head.logits(hidden_t.detach()[index_n], weight_t, bias_t), dim=-1)
         return _divergence(log_s_nV, log_t_nV, float(beta))
 
     return chunked_loss(hidden_s, head_weight, head_bias, head, valid, chunk, rows_loss)
@@ -168,3 +172,65 @@ def _against(log_s_nV: Tensor, log_p_nV: Tensor) -> tuple[Tensor, Tensor]:
     excess_nV = log_s_nV.sub_(log_p_nV)
     kl_n1 = torch.mul(s_nV, excess_nV, out=log_p_nV).sum(-1, keepdim=True)
     return kl_n1.sum(), excess_nV.sub_(kl_n1).mul_(s_nV)
+
+
+def rows_within_budget(bytes_per_row: int) -> int:
+    """Rows of a chunk, 1 or more; see the routes' `bytes_per_row`."""
+    return max(1, (LOSS_BYTES - _RESERVED_BYTES) // bytes_per_row)
+
+
+def check_hidden(name: str, hidden: Tensor) -> None:
+    """Raises ValueError unless this is [N, M] of floating point."""
+    if hidden.ndim != 2:
+        raise ValueError(f"{name} must be [N, M], got {tuple(hidden.shape)}; flatten batch and tokens first")
+    if not hidden.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {hidden.dtype}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, others: dict[str, Tensor | None], logit_scale: float, softcap: float | None) -> None:
+    """Raises ValueError unless head_weight [V, M] goes with hidden [N, M], and each of the others that is there, by its name, has the
+    weight's shape or [V]."""
+    M = hidden.shape[1]
+    if weight.ndim != 2 or weight.shape[1] != M or weight.shape[0] == 0:
+        raise ValueError(f"head_weight must be [V, M={M}], got {tuple(weight.shape)}")
+    for name, tensor in {"head_weight": weight, **others}.items():
+        if tensor is None:
+            continue
+        shape = weight.shape if name.endswith("weight") else weight.shape[:1]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        check_like(hidden, name, tensor)
+    if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be a finite number other than 0, got {logit_scale!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be None or a finite number above 0, got {softcap!r}")
+
+
+def check_like(hidden_s: Tensor, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless a tensor has the student's dtype and device."""
+    if tensor.dtype != hidden_s.dtype:
+        raise ValueError(f"{name} must have the dtype of hidden_s, {hidden_s.dtype}, got {tensor.dtype}")
+    if tensor.device != hidden_s.device:
+        raise ValueError(f"{name} is on {tensor.device} but hidden_s is on {hidden_s.device}")
+
+
+def check_valid(hidden_s: Tensor, valid: Tensor) -> None:
+    """Raises ValueError unless `valid` is bool [N]."""
+    N = hidden_s.shape[0]
+    if valid.shape != (N,) or valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool [N={N}], got {valid.dtype} {list(valid.shape)}")
+    if valid.device != hidden_s.device:
+        raise ValueError(f"valid is on {valid.device} but hidden_s is on {hidden_s.device}")
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raises ValueError unless this is a number of rows, or None."""
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"chunk must be None or an integer of 1 or more, got {chunk!r}")
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast would have a linear layer compute in; None: nothing is cast."""
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(hidden.device.type)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dms_kernels import picking
+from dms_kernels import dispatch
 
 # Programs that share a row.
 _MOST_PARTS = 64
@@ -56,7 +56,7 @@ def distill_loss_fused(
 
 
 def problem_of(hidden: Tensor) -> str | None:
-    """Why the kernels cannot take such hidden states, for `picking`."""
+    """Why the kernels cannot take such hidden states, for `dispatch`."""
     if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, and the hidden states are {hidden.dtype}"
     if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
@@ -71,7 +71,7 @@ def bytes_per_row(vocab_size: int, model_dim: int, dtype: torch.dtype) -> int:
     return logits + 3 * model_dim * dtype.itemsize + statistics
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::distill_loss", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::distill_loss", mutates_args=())
 def _distill_loss(
     hidden_s: Tensor,
     hidden_t: Tensor,
@@ -92,10 +92,10 @@ def _distill_loss(
 
     weight_t None: the student's head, bias included, is the teacher's.
     """
-    picking.count("distill_loss", "triton")
+    dispatch.count("distill_loss", "triton")
     grad_hidden_NM = torch.zeros_like(hidden_s) if needs_hidden else hidden_s.new_empty(0)
     grad_weight_VM = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
-    grad_bias_V = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else weight.new_empty(0)
+    grad_bias_V = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else weight.new_empty(0)
     with torch.cuda.device_of(hidden_s), torch.autocast(hidden_s.device.type, enabled=False):
         index_K, live_K = _rows(valid)
         loss_K = torch.empty(index_K.numel(), dtype=torch.float32, device=hidden_s.device)
@@ -176,7 +176,7 @@ class Launch:
     parts: int
 
 
-def launch(target: picking.Target, itemsize: int, num_rows: int, V: int) -> Launch:
+def launch(target: dispatch.Target, itemsize: int, num_rows: int, V: int) -> Launch:
     """parts: programs of a row; several waves of them over the processors, and each long enough to be worth starting."""
     unroll, lanes, num_warps = 2, 256, 8
     wanted = -(-target.num_processors * 64 // max(num_rows, 1))
@@ -206,7 +206,7 @@ class _Chunk:
         self.hidden_2nM = weight.new_empty(2 * rows, M)
         self.logits_2nV = weight.new_empty(2 * rows, _row_stride(V))[:, :V]
         self.width = 16 // weight.element_size()
-        self.launch = launch(picking.target(weight.device), weight.element_size(), rows, V)
+        self.launch = launch(dispatch.target(weight.device), weight.element_size(), rows, V)
         self.tile = self.launch.unroll * self.launch.lanes * self.width
         self.tiles = -(-V // (self.launch.parts * self.tile))
         self.parts = -(-V // (self.tiles * self.tile))

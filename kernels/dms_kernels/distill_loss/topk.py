@@ -1,4 +1,4 @@
-"""Distillation from what was written down of a teacher: its K most probable tokens and the mass of all others together.
+"""Distillation from a teacher cache: the teacher's K most probable tokens and the mass of all others together.
 
 Plain PyTorch on every device, a chunk of tokens at a time as in `chunked`.
 
@@ -8,10 +8,18 @@ Letters: N tokens, n tokens of a chunk, M model dim, V vocabulary, K tokens know
 import torch
 from torch import Tensor
 
-from dms_kernels import picking
-from dms_kernels.distill_loss.budget import rows_within_budget
-from dms_kernels.distill_loss.checking import check_chunk, check_head, check_hidden, check_valid
-from dms_kernels.distill_loss.chunked import HeadLogits, accumulation_dtype, chunked_loss
+from dms_kernels import dispatch
+from dms_kernels.distill_loss.chunked import (
+    HeadLogits,
+    accumulation_dtype,
+    autocast_dtype,
+    check_chunk,
+    check_head,
+    check_hidden,
+    check_valid,
+    chunked_loss,
+    rows_within_budget,
+)
 
 
 def distill_loss_topk(
@@ -48,13 +56,13 @@ def distill_loss_topk(
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
     """
-    hidden_s, head_weight, head_bias = _as_a_head_has_them(hidden_s, head_weight, head_bias)
+    hidden_s, head_weight, head_bias = _cast(hidden_s, head_weight, head_bias)
     check_hidden("hidden_s", hidden_s)
-    check_head(hidden_s, {"head_weight": head_weight, "head_bias": head_bias}, logit_scale, softcap)
+    check_head(hidden_s, head_weight, {"head_bias": head_bias}, logit_scale, softcap)
     check_valid(hidden_s, valid)
     check_chunk(chunk)
     _check_known(hidden_s, topk_ids, topk_log_probs, log_tail, head_weight.shape[0])
-    picking.count("distill_loss_topk", "reference")
+    dispatch.count("distill_loss_topk", "reference")
     if chunk is None:
         chunk = rows_within_budget(bytes_per_row(head_weight.shape[0], hidden_s.dtype, softcap=softcap))
     dtype = accumulation_dtype(hidden_s.dtype)
@@ -83,9 +91,9 @@ def top_log_probs(
     Raises:
         ValueError: as `distill_loss_topk`; k is not from 1 to V - 1.
     """
-    hidden, head_weight, head_bias = _as_a_head_has_them(hidden, head_weight, head_bias)
+    hidden, head_weight, head_bias = _cast(hidden, head_weight, head_bias)
     check_hidden("hidden", hidden)
-    check_head(hidden, {"head_weight": head_weight, "head_bias": head_bias}, logit_scale, softcap)
+    check_head(hidden, head_weight, {"head_bias": head_bias}, logit_scale, softcap)
     check_chunk(chunk)
     V = head_weight.shape[0]
     if not isinstance(k, int) or isinstance(k, bool) or not 0 < k < V:
@@ -101,7 +109,8 @@ def top_log_probs(
             log_rest_n1 = highest_n1 + rest_n1.log()
             log_total_n1 = torch.logaddexp(log_rest_n1, top_nk.logsumexp(-1, keepdim=True))
             found.append((ids_nk, top_nk - log_total_n1, (log_rest_n1 - log_total_n1).squeeze(1)))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    ids, log_probs, log_tail = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, log_probs, log_tail
 
 
 def bytes_per_row(vocab_size: int, dtype: torch.dtype, *, softcap: float | None) -> int:
@@ -139,13 +148,12 @@ def _expected(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * value, 0.0).sum()
 
 
-def _as_a_head_has_them(*tensors: Tensor | None) -> list[Tensor | None]:
+def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, cast as a linear layer's arguments would be."""
-    hidden = tensors[0]
-    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
-        return list(tensors)
-    half = torch.get_autocast_dtype(hidden.device.type)
-    return [None if x is None else x.to(half) for x in tensors]
+    half = autocast_dtype(hidden)
+    if half is None:
+        return hidden, weight, bias
+    return hidden.to(half), weight.to(half), None if bias is None else bias.to(half)
 
 
 def _check_known(hidden: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor, vocab_size: int) -> None:

@@ -3,14 +3,12 @@
 Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from dms_kernels import picking
-from dms_kernels.gated_attention.chunked import gated_attention_chunked
-from dms_kernels.gated_attention.first_pass import FirstPass
+from dms_kernels import dispatch
+from dms_kernels.arguments import check_count, check_devices, check_heads, check_scores
+from dms_kernels.gated_attention.chunked import FirstPass, gated_attention_chunked
 from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 
 __all__ = ["FirstPass", "gated_attention"]
@@ -37,7 +35,7 @@ def gated_attention(
     document. Its bias counts iff q - k > window and its position in its document is `sinks` or more.
     Nothing of size T x T is held, forward or backward; results are deterministic. Plain PyTorch computes half inputs in
     float32, float64 stays float64; the kernels multiply half inputs as they are and sum in float32. Under autocast q, k
-    and v are cast as SDPA's would be; log_keep is not. On what it runs: `dms_kernels.picking`.
+    and v are cast as SDPA's would be; log_keep is not. On what it runs: `dms_kernels.dispatch`.
 
     Args:
         q: [B, T, Hq, D], float16, bfloat16, float32 or float64.
@@ -67,10 +65,12 @@ def gated_attention(
         half = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(half), k.to(half), v.to(half)
     _check_tensors(q, k, v, log_keep, segment_ids, sink_logits)
-    _check_numbers(window, scale, sinks, softcap)
+    check_count("window", window)
+    check_count("sinks", sinks)
+    check_scores(scale, softcap, sink_logits, q.shape[2])
     function = None if first_pass is None else first_pass.function
     if function is None:
-        function = gated_attention_fused if picking.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
+        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
     return function(
         q,
         k,
@@ -96,8 +96,7 @@ def _check_tensors(
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, T, D):
         raise ValueError(f"k must be [B={B}, T={T}, H, D={D}] as q is {tuple(q.shape)}, got {tuple(k.shape)}")
     H = k.shape[2]
-    if H == 0 or Hq % H:
-        raise ValueError(f"query heads must be a multiple of KV heads, got Hq={Hq} in q and H={H} in k")
+    check_heads(Hq, H)
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -115,20 +114,4 @@ def _check_tensors(
             raise ValueError(f"segment_ids must be [B={B}, T={T}], got {tuple(segment_ids.shape)}")
         if segment_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"segment_ids must be int32, got {segment_ids.dtype}")
-    if sink_logits is not None and (sink_logits.shape != (Hq,) or not sink_logits.is_floating_point()):
-        raise ValueError(f"sink_logits must be floating point [Hq={Hq}], got {sink_logits.dtype} {tuple(sink_logits.shape)}")
-    given = {"k": k, "v": v, "log_keep": log_keep, "segment_ids": segment_ids, "sink_logits": sink_logits}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
-
-
-def _check_numbers(window: int, scale: float, sinks: int, softcap: float | None) -> None:
-    for name, number in {"window": window, "sinks": sinks}.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise ValueError(f"{name} must be an integer of 0 or more, got {number!r}")
-    for name, number in {"scale": scale, "softcap": softcap}.items():
-        if number is None and name == "softcap":
-            continue
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
-            raise ValueError(f"{name} must be a finite number above 0, got {number!r}")
+    check_devices(q, k=k, log_keep=log_keep, segment_ids=segment_ids, sink_logits=sink_logits)

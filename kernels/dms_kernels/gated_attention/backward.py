@@ -3,7 +3,7 @@
 Keys go in tiles of those that far queries see and tiles of those that only near ones do (the two ends of the head's list).
 So each key belongs to one program, which sums over all its queries and over the G query heads, and writes it once.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block; M, N see `scores`.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block; M, N see `forward`.
 """
 
 try:
@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise RuntimeError("this needs Triton; install it (pip install triton)") from error
 
-from dms_kernels.gated_attention.scores import NEG, NEVER, load_rows, near_tiles, score, store_rows
+from dms_kernels.gated_attention.forward import NEG, NEVER, load_rows, near_tiles, score, store_rows
 
 
 @triton.jit

@@ -1,6 +1,11 @@
-"""Fused gated attention, forward: one program for a block of positions and the G query heads of one KV head.
+"""Kernels of the fused gated attention's forward, and what the backward's share with them.
 
-Keys come in three loops, so that only the narrow last one pays for masks:
+Lists. A far key j can be left out if no query gives it weight: |q_i| |k_j| scale + log_keep_j < floor_i - margin for all i, where
+floor_i bounds query i's log-sum-exp from below. Over i, |q_i| scale x - floor_i is convex in x = |k_j|, so its values at x = 0
+and at the longest key bound it between them by a straight line. Gates of a trained model are nearly binary: most evicted keys go.
+
+Attention. One program for a block of positions and the G query heads of one KV head. Keys come in three loops, so that only the
+narrow last one pays for masks:
 
     far     the head's list of kept keys, copied together: a bias per key
     band    inside every query's window, before the block: nothing to add
@@ -8,7 +13,8 @@ Keys come in three loops, so that only the narrow last one pays for masks:
 
 Far and band know nothing of documents. Where one begins inside the block, its rows are set back before the masked loop.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block; M, N see `scores`.
+All scores are in base 2. Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block,
+M rows of a tile (position c, query head g of the group: row c * G + g), N keys of a tile.
 """
 
 try:
@@ -17,7 +23,257 @@ try:
 except ImportError as error:
     raise RuntimeError("this needs Triton; install it (pip install triton)") from error
 
-from dms_kernels.gated_attention.scores import NEG, NEVER, load_rows, near_tiles, score, store_rows
+# A masked score. Finite: a row that has only seen masked keys holds garbage, never NaN, which its own key wipes out.
+NEG = tl.constexpr(-1e30)
+# In place of a log-sum-exp: the row's probabilities become 0.
+NEVER = tl.constexpr(1e30)
+
+
+@triton.jit
+def load_rows(pointers, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BLOCK_D] from offsets `stride` of rows; zeros beyond D, and where `is_row` is false if MASKED."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = pointers + stride[:, None] + d[None, :]
+    if MASKED and D != BLOCK_D:
+        return tl.load(pointers, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+    elif D != BLOCK_D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(pointers, stride, is_row, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    pointers = pointers + stride[:, None] + d[None, :]
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def tanh(x2):
+    """tanh(x) from x2 = 2 log2(e) x; right at both ends, where exp2 is 0 or infinite."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x2))
+
+
+@triton.jit
+def score(a, b, scale2, cap_in, cap_out, HAS_SOFTCAP: tl.constexpr):
+    """Rows of a against rows of b: base-2 scores, and the softcap's slope (with no softcap something to be ignored).
+
+    scale2 = log2(e) scale, or with a softcap cap_in = 2 log2(e) scale / softcap and cap_out = log2(e) softcap.
+    """
+    x = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if HAS_SOFTCAP:
+        bent = tanh(x * cap_in)
+        return bent * cap_out, 1.0 - bent * bent
+    else:
+        return x * scale2, x
+
+
+@triton.jit
+def near_tiles(i0, i_last, first, window, BLOCK_N: tl.constexpr):
+    """The keys near a block of queries [i0, i_last], in tiles of BLOCK_N from `begin` on.
+
+    Tiles [0, num_edge) may hold keys that some query has left behind its window, [num_edge, diagonal) need no mask
+    but the documents', [diagonal, num) hold keys that are the future of some query. `diagonal` is never below `num_edge`.
+    """
+    begin = tl.maximum(i0 - window, first)
+    num_edge = tl.cdiv(tl.maximum(i_last - window - begin, 0), BLOCK_N)
+    diagonal = tl.maximum((i0 - begin) // BLOCK_N, num_edge)
+    num = tl.cdiv(i_last + 1 - begin, BLOCK_N)
+    return begin, num_edge, diagonal, num
+
+
+@triton.jit(do_not_specialize=["window", "sinks"])
+def measure_kernel(
+    q,
+    k,
+    log_keep,
+    first,
+    last,
+    norm_q,
+    norm_k,
+    floor,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    gate_stride_b,
+    gate_stride_t,
+    gate_stride_h,
+    T,
+    H,
+    window,
+    sinks,
+    scale,
+    cap_in,
+    softcap,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Write norm_q [B,H,T,G], norm_k [B,H,T] and floor [B,H,T,G], all float32 (floor in nats).
+
+    The floor is the larger of two scores that the query surely sees: its own key's and that of its document's first,
+    to which trained models give much of their attention.
+    """
+    C: tl.constexpr = BLOCK_M // G
+    num_blocks = tl.cdiv(T, C)
+    pid = tl.program_id(0)
+    bh = (pid // num_blocks).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    i0 = (pid % num_blocks) * C
+    r_M = tl.arange(0, BLOCK_M)
+    i_M = i0 + r_M // G
+    is_row_M = (r_M < C * G) & (i_M < T)
+    q += b * q_stride_b + i0.to(tl.int64) * q_stride_t + h * G * q_stride_h
+    q_MD = load_rows(q, (r_M // G) * q_stride_t + (r_M % G) * q_stride_h, is_row_M, D, BLOCK_D, True).to(tl.float32)
+    k += b * k_stride_b + h * k_stride_h
+    own_MD = load_rows(k + i0.to(tl.int64) * k_stride_t, (r_M // G) * k_stride_t, is_row_M, D, BLOCK_D, True).to(tl.float32)
+    if HAS_SEGMENTS:
+        first_M = tl.load(first + b * T + i_M, mask=is_row_M, other=0)
+    else:
+        first_M = tl.zeros([BLOCK_M], tl.int32)
+    head_MD = load_rows(k, first_M.to(tl.int64) * k_stride_t, is_row_M, D, BLOCK_D, True).to(tl.float32)
+    own_M = tl.sum(q_MD * own_MD, 1)
+    head_M = tl.sum(q_MD * head_MD, 1)
+    if HAS_SOFTCAP:
+        own_M = tanh(own_M * cap_in) * softcap
+        head_M = tanh(head_M * cap_in) * softcap
+    else:
+        own_M *= scale
+        head_M *= scale
+    gate = log_keep + b * gate_stride_b + h * gate_stride_h
+    gate_M = tl.load(gate + first_M.to(tl.int64) * gate_stride_t, mask=is_row_M, other=0.0)
+    head_M += tl.where((i_M - first_M > window) & (sinks == 0), tl.maximum(gate_M, NEG, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    floor_M = tl.maximum(own_M, head_M, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_SEGMENTS:
+        floor_M = tl.where(tl.load(last + b * T + i_M, mask=is_row_M, other=0) < 0, NEVER, floor_M)
+    rows = (bh * T + i0) * G + r_M
+    tl.store(floor + rows, floor_M, mask=is_row_M)
+    tl.store(norm_q + rows, tl.sqrt(tl.sum(q_MD * q_MD, 1)), mask=is_row_M)
+    tl.store(norm_k + bh * T + i_M, tl.sqrt(tl.sum(own_MD * own_MD, 1)), mask=is_row_M & (r_M % G == 0))
+
+
+@triton.jit(do_not_specialize=["sinks"])
+def list_kernel(
+    log_keep,
+    first,
+    norm_k,
+    limits,
+    log2_keep,
+    kept,
+    kept_log2_keep,
+    num_before,
+    gate_stride_b,
+    gate_stride_t,
+    gate_stride_h,
+    T,
+    H,
+    sinks,
+    margin,
+    cap_in,
+    softcap,
+    BLOCK: tl.constexpr,
+    PADDING: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One program for each sequence and head, over all its tokens in order.
+
+    limits [B,H,3]: see `fused._list_far_keys`. Writes log2_keep [B,H,T], the bias of each token (0 for sinks, finite); kept [B,H,T]
+    int32, the keys worth their while from the front, the others from the back; kept_log2_keep [B,H,PADDING+T], the bias of
+    the former in that order, after a padding that weighs nothing; num_before [B,H,T+1] int32, how many of the former come
+    before a token.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    log_keep += b * gate_stride_b + (bh % H) * gate_stride_h
+    base = tl.load(limits + bh * 3)
+    slope = tl.load(limits + bh * 3 + 1)
+    reach = tl.load(limits + bh * 3 + 2)
+    norm_k += bh * T
+    log2_keep += bh * T
+    kept += bh * T
+    kept_log2_keep += bh * (PADDING + T)
+    tl.store(kept_log2_keep + tl.arange(0, PADDING), tl.full([PADDING], NEG, tl.float32))
+    kept_log2_keep += PADDING
+    num_before += bh * (T + 1)
+    num_kept = tl.zeros([], tl.int32)
+    for at in range(0, T, BLOCK):
+        j = at + tl.arange(0, BLOCK)
+        is_key = j < T
+        bias = tl.load(log_keep + j.to(tl.int64) * gate_stride_t, mask=is_key, other=0.0)
+        bias = tl.maximum(bias, NEG, propagate_nan=tl.PropagateNan.ALL)
+        if HAS_SEGMENTS:
+            position = j - tl.load(first + b * T + j, mask=is_key, other=0)
+        else:
+            position = j
+        bias = tl.where(position < sinks, 0.0, bias)
+        norm = tl.load(norm_k + j, mask=is_key, other=0.0)
+        ceiling = base + slope * norm
+        if HAS_SOFTCAP:
+            ceiling = tl.minimum(ceiling, base + tanh(norm * reach * cap_in) * softcap)
+        # Worded so that a NaN keeps the key and comes through.
+        is_kept = is_key & ~(ceiling + bias < -margin)
+        after = num_kept + tl.cumsum(is_kept.to(tl.int32), 0)
+        before = after - is_kept.to(tl.int32)
+        bias2 = bias * 1.4426950408889634
+        tl.store(log2_keep + j, bias2, mask=is_key)
+        tl.store(num_before + j, before, mask=is_key)
+        tl.store(kept + tl.where(is_kept, before, T - 1 - (j - before)), j, mask=is_key)
+        tl.store(kept_log2_keep + before, bias2, mask=is_kept)
+        num_kept += tl.sum(is_kept.to(tl.int32), 0)
+    tl.store(num_before + T, num_kept)
+
+
+@triton.jit
+def gather_kernel(
+    k,
+    v,
+    kept,
+    num_before,
+    kept_k,
+    kept_v,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    T,
+    H,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """Write kept_k and kept_v [B,H,PADDING+T,D]: zeros, then the keys of the list one after the other; the rest stays as it was.
+
+    A copy, for the kernels read a row as often as query blocks follow it, and loads that wait for an index are not prefetched.
+    """
+    num_tiles = tl.cdiv(PADDING + T, BLOCK_N)
+    pid = tl.program_id(0)
+    bh = (pid // num_tiles).to(tl.int64)
+    num_kept = tl.load(num_before + bh * (T + 1) + T)
+    row_N = (pid % num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_written_N = row_N < PADDING + num_kept
+    is_kept_N = (row_N >= PADDING) & is_written_N
+    index_N = tl.load(kept + bh * T + row_N - PADDING, mask=is_kept_N, other=0).to(tl.int64)
+    k += (bh // H) * k_stride_b + (bh % H) * k_stride_h
+    v += (bh // H) * v_stride_b + (bh % H) * v_stride_h
+    k_ND = load_rows(k, index_N * k_stride_t, is_kept_N, D, BLOCK_D, True)
+    v_ND = load_rows(v, index_N * v_stride_t, is_kept_N, D, BLOCK_D, True)
+    head = bh * (PADDING + T) * D
+    store_rows(kept_k + head, row_N.to(tl.int64) * D, is_written_N, k_ND, D, BLOCK_D)
+    store_rows(kept_v + head, row_N.to(tl.int64) * D, is_written_N, v_ND, D, BLOCK_D)
 
 
 @triton.jit
@@ -73,7 +329,7 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """q [B,T,Hq,D], k and v [B,T,H,D] by strides; out [B,T,Hq,D] and lse2 [B,H,T,G] contiguous; lists: see `lists`."""
+    """q [B,T,Hq,D], k and v [B,T,H,D] by strides; out [B,T,Hq,D] and lse2 [B,H,T,G] contiguous; lists: see `list_kernel`."""
     C: tl.constexpr = BLOCK_M // G
     num_blocks = tl.cdiv(T, C)
     pid = tl.program_id(0)

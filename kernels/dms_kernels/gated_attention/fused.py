@@ -1,31 +1,38 @@
 """Gated attention in Triton: two custom operators, so that torch.compile, checkpointing and CUDA graphs see it whole.
 
 Saved for the backward: q, k, v, log_keep, out, a log-sum-exp and a length for each query and head, a length for each key.
-Keys that weigh nothing for far queries are left out by a list made on the device (`lists`). The backward makes a shorter
+Keys that weigh nothing for far queries are left out by a list made on the device (see `forward`). The backward makes a shorter
 one, now that it knows the log-sum-exps.
 
 Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R = T * G rows of a KV head.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dms_kernels import picking
-from dms_kernels.gated_attention import far_keys, tiles
-from dms_kernels.gated_attention.call import LOG2_E, Call, with_dense_rows
-from dms_kernels.gated_attention.first_pass import FirstPass
-from dms_kernels.sizes import ceil_div, padded
+from dms_kernels import dispatch
+from dms_kernels.arguments import LOG2_E, kernel_problem, strides, with_dense_rows
+from dms_kernels.dispatch import ceil_div, padded
+from dms_kernels.gated_attention import launch
+from dms_kernels.gated_attention.chunked import FirstPass
+from dms_kernels.gated_attention.launch import Call
+
+# Tokens that a program takes at once in making the list.
+_LIST_BLOCK = 4096
+# Rows that a program copies.
+_COPY_ROWS = 64
 
 
 def problem(q: Tensor, k: Tensor) -> str | None:
     """What keeps the kernels from taking these; None if nothing does."""
-    if q.dtype == torch.float64:
-        return "the kernels compute in float32, and these inputs are float64"
-    if q.shape[3] > tiles.MAX_HEAD_DIM:
-        return f"the kernels hold head dims up to {tiles.MAX_HEAD_DIM}, and this one is {q.shape[3]}"
+    found = kernel_problem(q)
+    if found is not None:
+        return found
     G = q.shape[2] // k.shape[2]
-    if tiles.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > tiles.LARGEST_GROUP_BYTES:
+    if launch.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > launch.LARGEST_GROUP_BYTES:
         return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"
     return None
 
@@ -69,7 +76,120 @@ def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return first_BT, last_BT.masked_fill(is_padding_BT, -1)
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::gated_attention_forward", mutates_args=())
+@dataclass(frozen=True)
+class _FarKeys:
+    """The keys that far queries are to see, as `forward.list_kernel` writes them. All None without a gate."""
+
+    log2_keep_BHT: Tensor | None = None
+    """the bias of each token in base 2"""
+    kept_BHT: Tensor | None = None
+    kept_log2_keep_BH: Tensor | None = None
+    num_before_BH: Tensor | None = None
+
+
+def _measure_keys(
+    call: Call, q: Tensor, k: Tensor, log_keep: Tensor, first_BT: Tensor | None, last_BT: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of the queries [B, H, R] and keys [B, H, T], and a lower bound [B, H, R] of each log-sum-exp in nats; float32."""
+    from dms_kernels.gated_attention.forward import measure_kernel
+
+    norm_k_BHT = q.new_empty(call.B, call.H, call.T, dtype=torch.float32)
+    norm_q_BHR, floor_BHR = (q.new_empty(call.B, call.H, call.T * call.G, dtype=torch.float32) for _ in range(2))
+    rows = launch.rows_to_read(call.G)
+    measure_kernel[(call.num_blocks(rows),)](
+        q,
+        k,
+        log_keep,
+        first_BT,
+        last_BT,
+        norm_q_BHR,
+        norm_k_BHT,
+        floor_BHR,
+        *strides(q, 3),
+        *strides(k, 3),
+        *strides(log_keep, 3),
+        call.T,
+        call.H,
+        call.window,
+        call.sinks,
+        call.scale,
+        call.cap_in,
+        call.softcap or 0.0,
+        BLOCK_M=rows,
+        HAS_SEGMENTS=call.has_segments,
+        HAS_SOFTCAP=call.softcap is not None,
+        **call.of_heads(),
+    )
+    return norm_q_BHR, norm_k_BHT, floor_BHR
+
+
+def _list_far_keys(
+    call: Call, log_keep: Tensor, first_BT: Tensor | None, norm_q_BHR: Tensor, norm_k_BHT: Tensor, floor_BHR: Tensor
+) -> _FarKeys:
+    """List the keys that may weigh something for a far query, given what `_measure_keys` found, or a tighter floor."""
+    from dms_kernels.gated_attention.forward import list_kernel
+
+    longest_BH = norm_k_BHT.amax(2)
+    base_BH = -floor_BHR.amin(2)
+    top_BH = (norm_q_BHR * (longest_BH * call.scale)[..., None] - floor_BHR).amax(2)
+    slope_BH = (top_BH - base_BH) / longest_BH.clamp(min=1e-30)
+    limits_BH3 = torch.stack([base_BH, slope_BH, norm_q_BHR.amax(2)], dim=2)
+    kept_BHT = torch.empty_like(norm_k_BHT, dtype=torch.int32)
+    kept_log2_keep_BH = norm_k_BHT.new_empty(call.B, call.H, call.padding + call.T)
+    num_before_BH = kept_BHT.new_empty(call.B, call.H, call.T + 1)
+    found = _FarKeys(torch.empty_like(norm_k_BHT), kept_BHT, kept_log2_keep_BH, num_before_BH)
+    list_kernel[(call.B * call.H,)](
+        log_keep,
+        first_BT,
+        norm_k_BHT,
+        limits_BH3,
+        found.log2_keep_BHT,
+        kept_BHT,
+        kept_log2_keep_BH,
+        num_before_BH,
+        *strides(log_keep, 3),
+        call.T,
+        call.H,
+        call.sinks,
+        call.margin,
+        call.cap_in,
+        call.softcap or 0.0,
+        BLOCK=_LIST_BLOCK,
+        PADDING=call.padding,
+        HAS_SEGMENTS=call.has_segments,
+        HAS_SOFTCAP=call.softcap is not None,
+        num_warps=8,
+    )
+    return found
+
+
+def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[Tensor | None, Tensor | None]:
+    """The keys of the compacted list and their values, [B, H, padding + T, D] in their dtype; None without a gate."""
+    from dms_kernels.gated_attention.forward import gather_kernel
+
+    if not call.has_gate:
+        return None, None
+    kept_k, kept_v = (k.new_empty(call.B, call.H, call.padding + call.T, call.D) for _ in range(2))
+    gather_kernel[(call.B * call.H * ceil_div(call.padding + call.T, _COPY_ROWS),)](
+        k,
+        v,
+        far.kept_BHT,
+        far.num_before_BH,
+        kept_k,
+        kept_v,
+        *strides(k, 3),
+        *strides(v, 3),
+        call.T,
+        call.H,
+        D=call.D,
+        BLOCK_D=call.block_d,
+        BLOCK_N=_COPY_ROWS,
+        PADDING=call.padding,
+    )
+    return kept_k, kept_v
+
+
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_attention_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -84,7 +204,7 @@ def _forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B,T,Hq,D] in q's dtype; float32: lse2 [B,H,R] in base 2, norm_q [B,H,R] and norm_k [B,H,T] (empty without a gate)."""
-    picking.count("gated_attention", "triton")
+    dispatch.count("gated_attention", "triton")
     with torch.cuda.device_of(q):
         return _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap)
 
@@ -97,29 +217,29 @@ def _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, s
     q, k, v = (with_dense_rows(x) for x in (q, k, v))
     if log_keep is None:
         norm_q_BHR, norm_k_BHT = _no_norms(q)
-        far = far_keys.FarKeys()
+        far = _FarKeys()
     else:
-        norm_q_BHR, norm_k_BHT, floor_BHR = far_keys.measure(call, q, k, log_keep, first_BT, last_BT)
-        far = far_keys.choose(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, floor_BHR)
+        norm_q_BHR, norm_k_BHT, floor_BHR = _measure_keys(call, q, k, log_keep, first_BT, last_BT)
+        far = _list_far_keys(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, floor_BHR)
     out_BTHqD = q.new_empty(q.shape)
     lse2_BHR = q.new_empty(call.B, call.H, call.T * call.G, dtype=torch.float32)
-    tile = tiles.pick_tile("forward", picking.target(q.device), call.D, call.G, q.dtype)
+    tile = launch.pick_tile("forward", dispatch.target(q.device), call.D, call.G, q.dtype)
     forward_kernel[(call.num_blocks(tile.rows),)](
         q,
         k,
         v,
         far.log2_keep_BHT,
         far.kept_log2_keep_BH,
-        *far_keys.gather(call, k, v, far),
+        *_gather_far_keys(call, k, v, far),
         far.num_before_BH,
         first_BT,
         last_BT,
         sink_logits,
         out_BTHqD,
         lse2_BHR,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, 3),
+        *strides(k, 3),
+        *strides(v, 3),
         call.T,
         call.H,
         call.window,
@@ -146,7 +266,7 @@ def _no_norms(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::gated_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor,
     q: Tensor,
@@ -167,7 +287,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_keep and sink_logits, empty where `needs` says no; only what they need is launched."""
-    picking.count("gated_attention_backward", "triton")
+    dispatch.count("gated_attention_backward", "triton")
     if last_BT is not None:
         # Nothing comes of padding, whatever is handed in for it.
         grad_out = grad_out.masked_fill((last_BT < 0)[:, :, None, None], 0.0)
@@ -199,7 +319,7 @@ def _launch_backward(
 
     call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
     q, k, v, grad_out = (with_dense_rows(x) for x in (q, k, v, grad_out))
-    grads = _empty_grads((q, k, v, log_keep, sink_logits), needs)
+    grads = _empty_grads(q, (k, v, log_keep, sink_logits), needs)
     grad_q, grad_k, grad_v, grad_gate, grad_sink = grads
     needs_q, needs_k, needs_v, needs_gate, needs_sink = needs
     delta_BH, padded_lse2_BH = _row_sums(call, grad_out, out_BTHqD, lse2_BHR)
@@ -209,14 +329,14 @@ def _launch_backward(
         grad_sink.copy_(-(sink_BHTG * delta_BH[:, :, rows].unflatten(2, (-1, call.G))).sum((0, 2)).flatten())
     if not any(needs[:4]):
         return grads
-    far = far_keys.FarKeys()
+    far = _FarKeys()
     if log_keep is not None:
-        far = far_keys.choose(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, far_keys.nats(lse2_BHR))
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3]
+        far = _list_far_keys(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, lse2_BHR / LOG2_E)
+    all_strides = *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(grad_out, 3)
     factors = call.scale, call.scale2, call.cap_in, call.cap_out
-    target = picking.target(q.device)
+    target = dispatch.target(q.device)
     if needs_q:
-        tile = tiles.pick_tile("queries", target, call.D, call.G, q.dtype)
+        tile = launch.pick_tile("queries", target, call.D, call.G, q.dtype)
         queries_kernel[(call.num_blocks(tile.rows),)](
             q,
             k,
@@ -224,13 +344,13 @@ def _launch_backward(
             grad_out,
             far.log2_keep_BHT,
             far.kept_log2_keep_BH,
-            *far_keys.gather(call, k, v, far),
+            *_gather_far_keys(call, k, v, far),
             far.num_before_BH,
             first_BT,
             padded_lse2_BH,
             delta_BH,
             grad_q,
-            *strides,
+            *all_strides,
             call.T,
             call.H,
             call.window,
@@ -238,7 +358,7 @@ def _launch_backward(
             **call.of_products(tile),
         )
     if needs_k or needs_v or needs_gate:
-        tile = tiles.pick_tile("keys", target, call.D, call.G, q.dtype)
+        tile = launch.pick_tile("keys", target, call.D, call.G, q.dtype)
         # Kept and other keys do not share a tile: one more may be begun.
         num_tiles = ceil_div(call.T, tile.keys) + call.has_gate
         keys_kernel[(call.B * call.H * num_tiles,)](
@@ -256,7 +376,7 @@ def _launch_backward(
             grad_k,
             grad_v,
             grad_gate,
-            *strides,
+            *all_strides,
             call.T,
             call.H,
             call.window,
@@ -272,11 +392,12 @@ def _launch_backward(
 
 @_backward.register_fake
 def _(grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out, lse2, norm_q, norm_k, window, scale, sinks, softcap, needs):
-    return _empty_grads((q, k, v, log_keep, sink_logits), needs)
+    return _empty_grads(q, (k, v, log_keep, sink_logits), needs)
 
 
-def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) if needed else inputs[0].new_empty(0) for x, needed in zip(inputs, needs, strict=True))
+def _empty_grads(q: Tensor, others: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Of q and the others, with no elements where `needs` says no."""
+    return tuple(q.new_empty(0) if x is None or not needed else x.new_empty(x.shape) for x, needed in zip((q, *others), needs, strict=True))
 
 
 def _row_sums(call: Call, grad_out: Tensor, out_BTHqD: Tensor, lse2_BHR: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,14 +406,14 @@ def _row_sums(call: Call, grad_out: Tensor, out_BTHqD: Tensor, lse2_BHR: Tensor)
 
     num_rows = call.T * call.G + call.padding
     delta_BH, padded_lse2_BH = (lse2_BHR.new_empty(call.B, call.H, num_rows) for _ in range(2))
-    rows = tiles.rows_to_read(call.G)
+    rows = launch.rows_to_read(call.G)
     delta_kernel[(call.B * call.H * ceil_div(num_rows, rows // call.G * call.G),)](
         grad_out,
         out_BTHqD,
         lse2_BHR,
         delta_BH,
         padded_lse2_BH,
-        *grad_out.stride()[:3],
+        *strides(grad_out, 3),
         call.T,
         call.H,
         BLOCK_M=rows,

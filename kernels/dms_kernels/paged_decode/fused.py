@@ -1,13 +1,31 @@
-"""The host side of the Triton kernel: launch parameters, workspace, and the custom operator."""
+"""The Triton kernel of `paged_decode`, its launch parameters, and the custom operator.
+
+A fixed number of programs share out all tiles of all heads evenly. A tile is TILE entries of one head, and a head's tiles stand in
+one line with the next head's: pending tokens, ring, pages. Every program takes an equal run of that line, whatever the heads hold,
+and reads all lengths on the device, so that a captured launch stays right while the cache grows. Heads that one program reads whole
+are written at once. Of a head that is cut each program leaves its part (a sum of values, a maximum, a sum of weights) in a workspace,
+and whoever comes last merges the parts, in the order of their programs, so that the result does not depend on who that is. Of many
+parts (TREE) first groups are merged, side by side, then what came of them.
+
+Shapes: B batch, H KV heads, G query heads of each, T queries, D head dim, R ring slots, S pending tokens, P entries of a page.
+"""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
+from torch import Tensor
 
-from dms_kernels import picking
-from dms_kernels.sizes import ceil_div, padded, power_of_two
+from dms_kernels import dispatch
+from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
+from dms_kernels.dispatch import ceil_div, padded, power_of_two
 
-_LOG2E = 1.4426950408889634
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise RuntimeError("this needs Triton; install it (pip install triton)") from error
+
 # Rows of queries that a program holds at a time; heads with more take several blocks, and read their keys as often.
 _MIN_ROWS, _MOST_ROWS = 16, 64
 # Of shared memory, beside keys and values: queries, weights, and what reductions exchange.
@@ -16,24 +34,30 @@ _OTHER_BYTES = 12 * 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """tile: entries at a time; waves: programs a processor; share: tiles that each of them should at least have before there are
-    more programs than processors; parts: of a cut head, merged at a time; tree: more than those in two steps; overlaps: programs take
-    their places while the launch before ends (from compute capability 9.0 on)."""
+    """How the kernel is launched."""
 
     num_programs: int
     waves: int
+    """programs a processor"""
     share: int
+    """tiles that each program should at least have before there are more programs than processors"""
     tile: int
+    """entries at a time"""
     rows: int
+    """of queries, that a program holds at a time"""
     part_rows: int
+    """of those, that a part of a cut head stores"""
     parts: int
+    """of a cut head, merged at a time"""
     num_warps: int
     num_stages: int
     tree: bool = False
+    """merge more parts than those in two steps"""
     overlaps: bool = False
+    """programs take their places while the launch before ends (from compute capability 9.0 on)"""
 
 
-def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
+def launch(target: dispatch.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
     """rows: G * T. element_size: of the queries, in bytes."""
     dim = padded(head_dim)
     row_tile = min(_MOST_ROWS, max(_MIN_ROWS, power_of_two(rows)))
@@ -41,10 +65,11 @@ def launch(target: picking.Target, *, head_dim: int, rows: int, element_size: in
     # Two programs a processor hide each other's waits. Of the tiles in a program's buffers one is being read from, the others are on
     # their way.
     room = target.shared_bytes // 2 - _OTHER_BYTES
+    entry_bytes = 2 * dim * element_size
     tile = 64
-    while tile > 16 and room // _tile_bytes(tile, dim, element_size) < 2:
+    while tile > 16 and room // (tile * entry_bytes) < 2:
         tile //= 2
-    stages = max(2, min(5, 1 + room // _tile_bytes(tile, dim, element_size)))
+    stages = max(2, min(5, 1 + room // (tile * entry_bytes)))
     # 64 registers a thread for the merged sum.
     parts = max(1, min(16, 8192 // (part_rows * dim)))
     warps = 4 if row_tile * dim < 32 * 128 else 8
@@ -65,108 +90,460 @@ def num_tickets(q: torch.Tensor, num_kv_heads: int) -> int:
     """How many tickets a call with these queries takes, at most."""
     B, Hq, T, D = q.shape
     rows = Hq // num_kv_heads * T
-    chosen = launch(picking.target(q.device), head_dim=D, rows=rows, element_size=q.element_size())
+    chosen = launch(dispatch.target(q.device), head_dim=D, rows=rows, element_size=q.element_size())
     return ceil_div(rows, _MIN_ROWS) * (B * num_kv_heads + (2 * chosen.num_programs if chosen.tree else 0))
 
 
-def problem(q: torch.Tensor, ring_kv: torch.Tensor, pages: torch.Tensor | None) -> str | None:
-    """What keeps the kernel from taking these arguments, which are valid otherwise."""
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernel computes in float32, float16 or bfloat16, and q is {q.dtype}"
-    if q.shape[3] > 256:
-        return f"the kernel takes head dims up to 256, and this is {q.shape[3]}"
-    if ring_kv.dtype != q.dtype:
-        return f"the kernel wants the ring in q's dtype {q.dtype}, and it is {ring_kv.dtype}"
-    if pages is not None and pages.dtype == torch.float8_e4m3fn and picking.target(q.device).capability < 89:
-        return "pages in float8 need compute capability 8.9 or later"
-    return None
+@triton.jit
+def _tiles(num_entries, TILE: tl.constexpr):
+    return (num_entries + TILE - 1) // TILE
 
 
-def _tile_bytes(tile: int, dim: int, element_size: int) -> int:
-    return 2 * tile * dim * element_size
+@triton.jit
+def _tiles_of(seq_len, num_kept, window, num_new, TILE: tl.constexpr):
+    """At least one, so that a program writes the output of a head that holds nothing."""
+    stored = _tiles(tl.minimum(seq_len, window + 1), TILE) + _tiles(num_kept, TILE)
+    return tl.maximum(stored + _tiles(num_new, TILE), 1)
 
 
-def _strides(x: torch.Tensor | None) -> tuple[int, int, int]:
-    """Of the first three dims. Those of a single element may have any stride, and each would be compiled for."""
-    return (0, 0, 0) if x is None else tuple(0 if x.shape[i] == 1 else x.stride(i) for i in range(3))
+@triton.jit
+def _lengths(head, b, there, seq_len, num_kept, real, PAGES: tl.constexpr, REAL: tl.constexpr):
+    """seq_len and num_kept of heads; a row that is not real has nothing."""
+    if REAL:
+        there = there & (tl.load(real + b, mask=there, other=0) != 0)
+    length = tl.load(seq_len + b, mask=there, other=0)
+    kept = length * 0
+    if PAGES:
+        kept = tl.load(num_kept + head, mask=there, other=0)
+    return length, kept
 
 
-def _contiguous(**tensors: torch.Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is not contiguous, strides {tensor.stride()}; the kernel reads it where it lies: hand it over contiguous"
-            )
+@triton.jit
+def _tiles_of_heads(
+    first, seq_len, num_kept, real, num_heads, H, window, num_new,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """[CHUNK]: the tiles of the heads from `first` on, 0 behind the last."""
+    head = first + tl.arange(0, CHUNK)
+    there = head < num_heads
+    length, kept = _lengths(head, head // H, there, seq_len, num_kept, real, PAGES, REAL)
+    return tl.where(there, _tiles_of(length, kept, window, num_new, TILE), 0)
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::paged_decode", mutates_args=("tickets",))
+@triton.jit
+def _lift(dtype: tl.constexpr):
+    """Factor on weights times scales of int8 values, which would otherwise fall below float16's normal numbers."""
+    return 64.0 if dtype == tl.float16 else 1.0
+
+
+@triton.jit
+def _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr):
+    """One tile more into the running softmax. total [rows, TILE] is summed over the tiles alone: a sum over its columns would
+    make the warps wait for each other at every tile."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if QUANTIZED:
+        s *= k_scale[None, :]
+    s *= inner
+    if CAPPED:
+        # tanh, in a form that does not overflow.
+        s = outer * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+    s = tl.where(visible, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    # While a row has seen nothing, any finite number will do.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade[:, None] + p
+    if QUANTIZED:
+        p *= v_scale[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _see(position, state, q_position, window):
+    """[rows, TILE] bool; q_position -1 sees nothing, as no position is negative there."""
+    distance = q_position[:, None] - position[None, :]
+    return (distance >= 0) & ((distance <= window) | (state != 1)[None, :])
+
+
+@triton.jit
+def _read_new(
+    acc, top, total, q, q_position, first, last, k_row, v_row, position_row, state_row, num_new, stride_k, stride_v, window, inner, outer,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the new tokens."""
+    offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
+    for tile in range(first, last):
+        at = tile * TILE + offs
+        there = at < num_new
+        mask = there[:, None] & (dim < D)[None, :]
+        k = tl.load(k_row + at.to(tl.int64)[:, None] * stride_k + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_row + at.to(tl.int64)[:, None] * stride_v + dim[None, :], mask=mask, other=0.0)
+        position = tl.load(position_row + at, mask=there, other=-1)
+        state = tl.load(state_row + at, mask=there, other=0)
+        visible = _see(position, state, q_position, window) & (position >= 0)[None, :]
+        acc, top, total = _absorb(acc, top, total, q, k, v, visible, 0.0, 0.0, inner, outer, CAPPED, False)
+    return acc, top, total
+
+
+@triton.jit
+def _page_of(table_row, place, num_pages, offs, TILE: tl.constexpr, P: tl.constexpr):
+    """Where tile `place` of a head's pages lies: a number where a tile lies in one page, [TILE] otherwise; 0 outside of them."""
+    # Division rounds towards 0, which would put half a tile before the first page into it.
+    from_0 = tl.maximum(place, 0)
+    if P % TILE == 0:
+        at = from_0 * TILE // P
+    else:
+        at = (from_0 * TILE + offs) // P
+    return tl.load(table_row + at, mask=at < tl.where(place >= 0, num_pages, 0), other=0)
+
+
+@triton.jit
+def _read_stored(
+    acc, top, total, q, q_position, first, last,
+    ring_head, state_row, length, num_slots, window, last_state,
+    pages, table_row, kept, scales, inner, outer,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, RING: tl.constexpr, PAGES: tl.constexpr,
+    POSITIONS: tl.constexpr, LAST: tl.constexpr, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the ring and of the pages that follow it, in one loop, so that loads run ahead from one into the
+    other. Pages of another dtype than the ring's are read by a second call."""
+    offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
+    in_ring = tl.minimum(length, window + 1)
+    ring_tiles = _tiles(in_ring, TILE)
+    num_pages = _tiles(kept, P)
+    # The last token and its slot.
+    end = tl.maximum(length - 1, 0)
+    newest = end % (window + 1)
+    if PAGES:
+        # One tile ahead of its use.
+        page = _page_of(table_row, first - ring_tiles, num_pages, offs, TILE, P)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        place = tile - ring_tiles
+        is_ring = tile < ring_tiles
+        # Pointers are chosen as scalars: of a choice between tensors the compiler does not see that rows are contiguous.
+        if PAGES:
+            if P % TILE == 0:
+                page_base = pages + page.to(tl.int64) * (2 * P * D) + place * TILE % P * D
+                row = offs * D
+            else:
+                page_base = pages
+                # Of ring tiles the page is 0, and rows follow one another.
+                row = page.to(tl.int64) * (2 * P * D) + (offs - offs // P * P * (1 - is_ring.to(tl.int32))) * D
+            base, to_v, num_here = page_base, P * D, kept - place * TILE
+            if RING:
+                base = tl.where(is_ring, ring_head + tile * (TILE * D), page_base)
+                to_v = tl.where(is_ring, num_slots * D, P * D)
+                num_here = tl.where(is_ring, in_ring - tile * TILE, kept - place * TILE)
+        else:
+            base, to_v, num_here = ring_head + tile * (TILE * D), num_slots * D, in_ring - tile * TILE
+            row = offs * D
+        k_row = base + row
+        there = offs < num_here
+        if DP == D:
+            mask = there[:, None]
+        else:
+            mask = there[:, None] & (dim < D)[None, :]
+        k = tl.load(k_row[:, None] + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(k_row[:, None] + (to_v + dim[None, :]), mask=mask, other=0.0)
+        visible = there[None, :]
+        if POSITIONS:
+            if RING:
+                slot = tile * TILE + offs
+                age = newest - slot
+                position = end - tl.where(age < 0, age + window + 1, age)
+                state = tl.load(state_row + slot, mask=slot < in_ring, other=0).to(tl.int32)
+                if LAST:
+                    state = tl.where((position == end) & (last_state != 2), last_state, state)
+                if PAGES:
+                    # Entries of pages are as kept tokens of the beginning.
+                    position, state = tl.where(is_ring, position, 0), tl.where(is_ring, state, 0)
+                visible = visible & _see(position, state, q_position, window)
+            else:
+                visible = visible & (q_position >= 0)[:, None]
+        k_scale, v_scale = 0.0, 0.0
+        if QUANTIZED:
+            scale_row = scales + page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P
+            k_scale = tl.load(scale_row, mask=there, other=0.0)
+            v_scale = tl.load(scale_row + P, mask=there, other=0.0) * _lift(q.dtype)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        if PAGES:
+            page = _page_of(table_row, place + 1, num_pages, offs, TILE, P)
+        acc, top, total = _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED, QUANTIZED)
+    return acc, top, total
+
+
+@triton.jit
+def _write(
+    out, o, top, total, sink, row, row0, b, h, Hq, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SINK: tl.constexpr
+):
+    """o / total to the output [B, T, Hq, D]; rows that see nothing become 0. Row t * G + g of the head is query t of its head g."""
+    dim = tl.arange(0, DP)
+    t, head = (row0 + row) // G, h * G + (row0 + row) % G
+    real = row0 + row < G * T
+    if SINK:
+        logit = tl.load(sink + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+        new_top = tl.maximum(top, logit)
+        # A row that sees nothing, beside a sink logit of -inf: any finite number will do.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade = tl.exp2(top - shift)
+        o, total = o * fade[:, None], total * fade + tl.exp2(logit - shift)
+    o = o / tl.where(total > 0, total, 1.0)[:, None]
+    at = (b.to(tl.int64) * T + t) * Hq + head
+    tl.store(out + at[:, None] * D + dim[None, :], o.to(out.dtype.element_ty), mask=real[:, None] & (dim < D)[None, :])
+
+
+@triton.jit
+def _merge(
+    part_acc, part_top, part_total, first_program, first, step, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """`num_parts` parts of one head, from its part `first` on every `step`-th, as one [ROWS, DP], its maximum and its sum [ROWS];
+    PARTS of them at a time, each lane adding up its own, so that the loads do not wait for each other."""
+    lane, dim = tl.arange(0, PARTS), tl.arange(0, DP)
+    acc = tl.zeros([PARTS, ROWS, DP], tl.float32)
+    top = tl.full([PARTS, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([PARTS, ROWS], tl.float32)
+    for start in range(0, num_parts, PARTS):
+        part = first + (start + lane) * step
+        # The program in which the head begins may end another's before it, and keeps this part in its second place.
+        at = (2 * (first_program + part) + (part == 0).to(tl.int32))[:, None] * ROWS + row[None, :]
+        there = (start + lane < num_parts)[:, None] & (row >= 0)[None, :]
+        # Around the first-level cache, which does not see what other processors write.
+        next_top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        next_total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            part_acc + at.to(tl.int64)[:, :, None] * DP + dim[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, next_top)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, weight = tl.exp2(top - shift), tl.exp2(next_top - shift)
+        acc = acc * fade[:, :, None] + values * weight[:, :, None]
+        total = total * fade + next_total * weight
+        top = new_top
+    whole_top = tl.max(top, 0)
+    shift = tl.where(whole_top == float("-inf"), 0.0, whole_top)
+    weight = tl.exp2(top - shift[None, :])
+    return tl.sum(acc * weight[:, :, None], 0), whole_top, tl.sum(total * weight, 0)
+
+
+# These change while a cache grows, and what is compiled should not.
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "num_new", "max_pages"])
+@no_type_check
+def decode_kernel(
+    q, ring, ring_state, seq_len, pages, table, num_kept, scales, q_position, real,
+    new_k, new_v, new_position, new_state, last_state, sink,
+    out, part_acc, part_top, part_total, tickets,
+    num_heads, H, num_slots, window, num_new, max_pages, num_processors,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    inner, outer,
+    G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
+    PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
+
+    part_acc [blocks, 2 * programs, PART_ROWS, DP], part_top and part_total [blocks, 2 * programs, PART_ROWS] float32 need no
+    values before; tickets [blocks, B * H] int32 are 0 before and after, and with TREE so are [blocks, 2 * programs] after them.
+    inner, outer: the scores' factors, in powers of 2.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    program, block = tl.program_id(0), tl.program_id(1)
+    row0 = block * ROWS
+    part_acc += (block * tl.num_programs(0)).to(tl.int64) * (2 * PART_ROWS * DP)
+    part_top += block * tl.num_programs(0) * (2 * PART_ROWS)
+    part_total += block * tl.num_programs(0) * (2 * PART_ROWS)
+    group_tickets = tickets + tl.num_programs(1) * num_heads + block * (2 * tl.num_programs(0))
+    tickets += block * num_heads
+
+    all_tiles = 0
+    for start in range(0, num_heads, CHUNK):
+        all_tiles += tl.sum(_tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL))
+    # As many programs as processors unless each then has several shares: every cut costs a part, and parts cost a merge.
+    programs = num_processors * tl.maximum(1, tl.minimum(WAVES, all_tiles // (SHARE * num_processors)))
+    programs = tl.minimum(programs, _tiles(all_tiles, 2)).to(tl.int64)
+    tile = (program * all_tiles.to(tl.int64) // programs).to(tl.int32)
+    end = tl.minimum((program + 1) * all_tiles.to(tl.int64) // programs, all_tiles).to(tl.int32)
+
+    # The head of the first tile, and where its tiles begin.
+    head, begin, before = 0, 0, 0
+    for start in range(0, num_heads, CHUNK):
+        tiles = _tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL)
+        passed = (before + tl.cumsum(tiles, 0) <= tile) & (start + tl.arange(0, CHUNK) < num_heads)
+        head += tl.sum(passed.to(tl.int32))
+        begin += tl.sum(tl.where(passed, tiles, 0))
+        before += tl.sum(tiles)
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DP)
+    used = row0 + row < G * T
+    t, g = (row0 + row) // G, (row0 + row) % G
+    while tile < end:
+        b, h = head // H, head % H
+        length, kept = _lengths(head, b, head >= 0, seq_len, num_kept, real, PAGES, REAL)
+        finish = begin + _tiles_of(length, kept, window, num_new, TILE)
+        upto = tl.minimum(finish, end)
+        q_at = q + b.to(tl.int64) * q_stride_b + (h * G + g)[:, None].to(tl.int64) * q_stride_h + t[:, None] * q_stride_t + dim[None, :]
+        query = tl.load(q_at, mask=used[:, None] & (dim < D)[None, :], other=0.0)
+        at_position = row
+        if POSITIONS:
+            at_position = tl.load(q_position + b * T + t, mask=used, other=-1)
+        ruled = 2
+        if LAST:
+            ruled = tl.load(last_state + head).to(tl.int32)
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS, TILE], tl.float32)
+        first, last = tile - begin, upto - begin
+        if NEW:
+            new_tiles = _tiles(num_new, TILE)
+            acc, top, total = _read_new(
+                acc, top, total, query, at_position, first, tl.minimum(last, new_tiles),
+                new_k + b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h,
+                new_v + b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h,
+                new_position + b * num_new, new_state + head.to(tl.int64) * num_new,
+                num_new, k_stride_s, v_stride_s, window, inner, outer, D, DP, TILE, CAPPED,
+            )  # fmt: skip
+            first, last = tl.maximum(first - new_tiles, 0), last - new_tiles
+        ring_head = ring + head.to(tl.int64) * 2 * num_slots * D
+        state_row = ring_state + head.to(tl.int64) * num_slots
+        table_row = table
+        if PAGES:
+            table_row = table + head.to(tl.int64) * max_pages
+        ring_last = last
+        if QUANTIZED:
+            ring_last = tl.minimum(last, _tiles(tl.minimum(length, window + 1), TILE))
+        acc, top, total = _read_stored(
+            acc, top, total, query, at_position, first, ring_last, ring_head, state_row, length, num_slots, window, ruled,
+            pages, table_row, kept, scales, inner, outer,
+            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES,
+        )  # fmt: skip
+        if QUANTIZED:
+            acc *= _lift(query.dtype)
+            acc, top, total = _read_stored(
+                acc, top, total, query, at_position, tl.maximum(first, ring_last), last, ring_head, state_row, length, num_slots, window, ruled,
+                pages, table_row, kept, scales, inner, outer,
+                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES,
+            )  # fmt: skip
+            acc *= 1.0 / _lift(query.dtype)
+        weight = tl.sum(total, 1)
+        if (tile == begin) & (upto == finish):
+            _write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
+        else:
+            place = (2 * program + (tile == begin).to(tl.int32)) * PART_ROWS + row
+            tl.store(part_acc + place.to(tl.int64)[:, None] * DP + dim[None, :], acc, mask=(row < PART_ROWS)[:, None] & (dim >= 0)[None, :])
+            tl.store(part_top + place, top, mask=row < PART_ROWS)
+            tl.store(part_total + place, weight, mask=row < PART_ROWS)
+            # Tile t is with the last program p for which p * all_tiles // programs <= t.
+            first_program = (((begin + 1) * programs - 1) // all_tiles).to(tl.int32)
+            num_parts = ((finish * programs - 1) // all_tiles).to(tl.int32) - first_program + 1
+            part_row = tl.arange(0, PART_ROWS)
+            # All threads' parts are written before one of them says so.
+            tl.debug_barrier()
+            if TREE:
+                # Groups of PARTS are merged where their last part is made, side by side, and then the groups.
+                group = (program - first_program) // PARTS
+                group_first = group * PARTS
+                num_groups = (num_parts + PARTS - 1) // PARTS
+                in_group = tl.minimum(num_parts - group_first, PARTS)
+                group_place = 2 * (first_program + group_first) + (group == 0).to(tl.int32)
+                if tl.atomic_add(group_tickets + group_place, 1, sem="acq_rel", scope="gpu") == in_group - 1:
+                    tl.store(group_tickets + group_place, 0)
+                    o, whole_top, whole = _merge(
+                        part_acc, part_top, part_total, first_program, group_first, 1, in_group, part_row, DP, PART_ROWS, PARTS
+                    )
+                    if num_groups == 1:
+                        _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                    else:
+                        # In place of the group's first part, which all threads have read.
+                        tl.debug_barrier()
+                        part_place = group_place * PART_ROWS + part_row
+                        tl.store(part_acc + part_place.to(tl.int64)[:, None] * DP + dim[None, :], o)
+                        tl.store(part_top + part_place, whole_top)
+                        tl.store(part_total + part_place, whole)
+                        tl.debug_barrier()
+                        if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_groups - 1:
+                            tl.store(tickets + head, 0)
+                            o, whole_top, whole = _merge(
+                                part_acc, part_top, part_total, first_program, 0, PARTS, num_groups, part_row, DP, PART_ROWS, PARTS
+                            )
+                            _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+            elif tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                tl.store(tickets + head, 0)
+                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
+                _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+        tile = upto
+        begin = finish
+        head += 1
+
+
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::paged_decode", mutates_args=("tickets",))
 def decode(
-    q: torch.Tensor,
-    ring_kv: torch.Tensor,
-    ring_state: torch.Tensor,
-    seq_len: torch.Tensor,
-    tickets: torch.Tensor,
-    pages: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    num_kept: torch.Tensor | None,
-    page_scales: torch.Tensor | None,
-    q_position: torch.Tensor | None,
-    real: torch.Tensor | None,
-    new_k: torch.Tensor | None,
-    new_v: torch.Tensor | None,
-    new_position: torch.Tensor | None,
-    new_state: torch.Tensor | None,
-    last_state: torch.Tensor | None,
-    sink_logits: torch.Tensor | None,
+    q: Tensor,
+    ring_kv: Tensor,
+    ring_state: Tensor,
+    seq_len: Tensor,
+    tickets: Tensor,
+    pages: Tensor | None,
+    page_table: Tensor | None,
+    num_kept: Tensor | None,
+    page_scales: Tensor | None,
+    q_position: Tensor | None,
+    real: Tensor | None,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+    new_position: Tensor | None,
+    new_state: Tensor | None,
+    last_state: Tensor | None,
+    sink_logits: Tensor | None,
     window: int,
     scale: float,
     softcap: float | None,
-) -> torch.Tensor:
-    from dms_kernels.paged_decode.kernel import decode_kernel
-
-    picking.count("paged_decode", "triton")
+) -> Tensor:
+    dispatch.count("paged_decode", "triton")
     B, Hq, T, D = q.shape
     H, num_slots = ring_kv.shape[1], ring_kv.shape[3]
-    G = Hq // H
+    call = AttentionCall(B, T, H, Hq // H, D, scale, softcap)
+    G = call.G
     num_heads = B * H
     out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    _contiguous(
+    expect_contiguous(
         ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, pages=pages, page_table=page_table, num_kept=num_kept,
         page_scales=page_scales, q_position=q_position, real=real, new_position=new_position, new_state=new_state, last_state=last_state,
         sink_logits=sink_logits, tickets=tickets,
     )  # fmt: skip
-    if pages is not None and page_table.shape[2] == 0:
+    max_pages = 0 if page_table is None else page_table.shape[2]
+    if max_pages == 0:
         pages = page_table = num_kept = page_scales = None
     real = real if real is None else real.view(torch.uint8)
-    q, new_k, new_v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, new_k, new_v))
-    chosen = launch(picking.target(q.device), head_dim=D, rows=G * T, element_size=q.element_size())
+    q = with_dense_rows(q)
+    new_k, new_v = (None if x is None else with_dense_rows(x) for x in (new_k, new_v))
+    chosen = launch(dispatch.target(q.device), head_dim=D, rows=G * T, element_size=q.element_size())
     blocks = ceil_div(G * T, chosen.rows)
-    dim = padded(D)
     if tickets.numel() < blocks * num_heads:
         raise ValueError(
             f"tickets has {tickets.numel()} elements; {B} rows of {H} heads with {blocks} blocks of queries each need {blocks * num_heads}"
         )
     part = (blocks, 2 * chosen.num_programs, chosen.part_rows)
-    part_acc = torch.empty(*part, dim, dtype=torch.float32, device=q.device)
+    part_acc = torch.empty(*part, call.block_d, dtype=torch.float32, device=q.device)
     part_top, part_total = torch.empty(2, *part, dtype=torch.float32, device=q.device)
     # A caller's tickets may be too few for two steps, which then are one.
     tree = chosen.tree and tickets.numel() >= blocks * (num_heads + 2 * chosen.num_programs)
-    if softcap is None:
-        inner, outer = scale * _LOG2E, 0.0
-    else:
-        inner, outer = 2 * scale / softcap * _LOG2E, softcap * _LOG2E
     with torch.cuda.device_of(q):
         decode_kernel[(chosen.num_programs, blocks)](
             q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, q_position, real,
             new_k, new_v, new_position, new_state, last_state, sink_logits,
             out, part_acc, part_top, part_total, tickets,
-            num_heads, H, num_slots, window, 0 if new_k is None else new_k.shape[2], 0 if page_table is None else page_table.shape[2],
+            num_heads, H, num_slots, window, 0 if new_k is None else new_k.shape[2], max_pages,
             chosen.num_programs // chosen.waves,
-            *_strides(q), *_strides(new_k), *_strides(new_v),
-            inner, outer,
-            G=G, T=T, D=D, DP=dim, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
+            *strides(q, 3), *strides(new_k, 3), *strides(new_v, 3),
+            call.factor, call.cap_out,
+            G=G, T=T, D=D, DP=call.block_d, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
             P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
@@ -180,3 +557,27 @@ def decode(
 def _(q, ring_kv, *rest):
     B, Hq, T, D = q.shape
     return q.new_empty(B, T, Hq, D)
+
+
+def launch_decode(
+    q: Tensor,
+    ring: Ring,
+    paged: PagedKV | None,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    q_position: Tensor | None,
+    real: Tensor | None,
+    pending: PendingKV | None,
+    last_state: Tensor | None,
+    tickets: Tensor | None,
+) -> Tensor:
+    """`paged_decode` of arguments that were checked. An operator takes tensors and numbers alone."""
+    if tickets is None:
+        tickets = torch.zeros(num_tickets(q, ring.kv.shape[1]), dtype=torch.int32, device=q.device)
+    pages = (None,) * 4 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales)
+    new = (None,) * 4 if pending is None else (pending.k, pending.v, pending.position, pending.state)
+    queries = (q_position, real)
+    return decode(
+        q, ring.kv, ring.state, ring.seq_len, tickets, *pages, *queries, *new, last_state, sink_logits, ring.window, scale, softcap
+    )

@@ -1,20 +1,19 @@
 """Attention of many new queries over what eviction has left, exactly, with work in proportion to the pairs that are visible.
 
-Letters: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D head dim, N pages of a pool, P entries of a page.
+Letters: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D head dim.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dms_kernels import picking
-from dms_kernels.sparse_prefill.alignment import align
+from dms_kernels import dispatch
+from dms_kernels.arguments import Keys, PagedKV, check_count, check_devices, check_heads, check_scores, kernel_problem
 from dms_kernels.sparse_prefill.reference import reference, store_survivors_reference
 
 __all__ = ["attend", "reference", "sparse_prefill", "store_survivors"]
 
-_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -24,15 +23,12 @@ def sparse_prefill(
     v: Tensor,
     evicted: Tensor,
     start: Tensor | None,
-    pages: Tensor | None,
-    page_table: Tensor | None,
-    num_kept: Tensor | None,
+    paged: PagedKV | None,
     *,
     window: int,
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    page_scales: Tensor | None = None,
 ) -> Tensor:
     """Attend causally to the entries within the window, to those before it that are kept, and to everything in the pages.
 
@@ -47,15 +43,11 @@ def sparse_prefill(
         v: [B, H, S, D], dtype of q.
         evicted: [B, H, S] bool.
         start: [B] int32, entries of each row that are padding, on the left; their queries give 0. None: none are.
-        pages: [N, 2, P, D] contiguous, keys and values of entries before all of k; of q's dtype, int8 or
-            float8_e4m3fn. None: there are no pages, page_table and num_kept are None too.
-        page_table: [B, H, max_pages] int32, pages of each head in order; beyond num_kept it is not read.
-        num_kept: [B, H] int32, entries of each head in pages.
+        paged: entries of each head from before all of k, which every query sees. None: there are none.
         window: how far back every entry is visible; 0 leaves only the query's own.
         scale: factor on q.k, usually D ** -0.5.
         softcap: scores become softcap * tanh(scale * q.k / softcap). None: off.
         sink_logits: [Hq], a logit per query head that joins the softmax's denominator with no value (gpt_oss).
-        page_scales: [N, 2, P] float32, what the components of an entry of quantised pages are to be multiplied by.
 
     Returns:
         [B, T, Hq, D] in q's dtype.
@@ -64,34 +56,24 @@ def sparse_prefill(
         ValueError: a shape, dtype, device or number is not as above; the message says which and what was given.
     """
     _check_entries(q, k, v, evicted, start)
-    _check_pages(k, pages, page_table, num_kept, page_scales)
-    _check_options(q, window, scale, softcap, sink_logits)
-    if picking.use_triton("sparse_prefill", q, _problem(q, pages)):
-        from dms_kernels.sparse_prefill.fused import prefill
+    check_count("window", window)
+    check_scores(scale, softcap, sink_logits, q.shape[1])
+    check_devices(q, k=k, start=start, sink_logits=sink_logits)
+    _check_pages(k, paged)
+    if not dispatch.use_triton("sparse_prefill", q, kernel_problem(q, None if paged is None else paged.pages)):
+        return reference(q, k, v, evicted, start, paged, window=window, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    from dms_kernels.sparse_prefill.fused import prefill
 
-        return prefill(q, k, v, evicted, start, pages, page_table, num_kept, sink_logits, page_scales, window, scale, softcap)
-    return reference(
-        q,
-        k,
-        v,
-        evicted,
-        start,
-        pages,
-        page_table,
-        num_kept,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        page_scales=page_scales,
-    )
+    pages = (None,) * 3 if paged is None else (paged.pages, paged.page_table, paged.num_kept)
+    page_scales = None if paged is None else paged.page_scales
+    return prefill(q, k, v, evicted, start, *pages, sink_logits, page_scales, window, scale, softcap)
 
 
 def attend(
     q: Tensor,
     q_position: Tensor,
-    pages,
-    recent: list,
+    paged: PagedKV | None,
+    recent: list[Keys],
     *,
     window: int,
     scale: float,
@@ -107,72 +89,63 @@ def attend(
     Args:
         q: [B, Hq, T, D].
         q_position: [B, T] int, -1 for padding, which gives 0. The queries are those of their row's last entries.
-        pages: `cached_attention.Pages` or None; its plan is not needed.
-        recent: `cached_attention.Keys` with positions and decisions: a ring or none, then the new tokens.
+        paged: as in `sparse_prefill`.
+        recent: with positions and decisions: a ring or none, then the new tokens.
         window, scale, softcap, sink_logits: as in `sparse_prefill`.
         holes: whether padding may stand anywhere but before a row's first new token. None: asked of the device, which waits
-            for it once, where there is no ring; under graph capture or torch.compile taken to be so.
+            for it once, where there is no ring; under graph capture or torch.compile it is assumed.
 
     Returns:
         [B, T, Hq, D] in q's dtype.
     """
-    aligned = align(q, q_position, recent, holes)
-    if pages is not None and pages.page_table.shape[2] == 0:
-        pages = None
+    aligned = _align(q, q_position, recent, holes)
+    if paged is not None and paged.page_table.shape[2] == 0:
+        paged = None
     out = sparse_prefill(
         aligned.q.to(aligned.k.dtype),
         aligned.k,
         aligned.v,
         aligned.evicted,
         aligned.start,
-        *((None, None, None) if pages is None else (pages.pages, pages.page_table, pages.num_kept)),
+        paged,
         window=window,
         scale=scale,
         softcap=softcap,
         sink_logits=sink_logits,
-        page_scales=None if pages is None else pages.scales,
     )
     return aligned.restore(out).to(q.dtype)
 
 
-def store_survivors(
-    k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None = None
-) -> None:
+def store_survivors(k: Tensor, v: Tensor, keep: Tensor, paged: PagedKV) -> None:
     """Write the entries that stay to their pages, in order, behind those that are there. Reads nothing back from a GPU.
 
     Args:
         k: [B, H, S, D], v: [B, H, S, D]; views as in `sparse_prefill`.
         keep: [B, H, S] bool, the entries to write.
-        num_kept: [B, H] int32, entries of each head in pages before; the caller adds the new ones.
-        page_table: [B, H, max_pages] int32; lists a page of their own for all entries of a head, the new ones included.
-        pages: [N, 2, P, D] contiguous, written to. int8 and float8_e4m3fn: each entry's key and value are divided by
-            their largest magnitude / 127 or 448, and rounded.
-        page_scales: [N, 2, P] float32 contiguous, written to; for quantised pages alone.
+        paged: its pages and page_scales are written to. num_kept is that of before, and the caller adds the new entries; the table
+            lists a page of their own for all entries of a head, the new ones included. In quantised pages each entry's key and value
+            are divided by their largest magnitude / 127 or 448, and rounded.
 
     Raises:
         ValueError: a shape, dtype or device is not as above.
     """
     _check_shapes(k, v, keep, "keep")
-    _check_pages(k, pages, page_table, num_kept, page_scales)
+    _check_pages(k, paged)
     if k.shape[2] == 0:
         return
-    if picking.use_triton("store_survivors", k, _problem(k, pages)):
-        from dms_kernels.sparse_prefill.fused import store
+    if not dispatch.use_triton("store_survivors", k, kernel_problem(k, paged.pages)):
+        store_survivors_reference(k, v, keep, paged)
+        return
+    from dms_kernels.sparse_prefill.fused import store
 
-        store(k, v, keep, num_kept, page_table, pages, page_scales)
-    else:
-        store_survivors_reference(k, v, keep, num_kept, page_table, pages, page_scales)
+    store(k, v, keep, paged.num_kept, paged.page_table, paged.pages, paged.page_scales)
 
 
-def _problem(x: Tensor, pages: Tensor | None) -> str | None:
-    """What keeps the kernels from taking such entries."""
-    if x.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    if x.shape[3] > 256:
-        return f"the kernels take head dimensions up to 256, and this is {x.shape[3]}"
-    if pages is not None and pages.dtype == torch.float8_e4m3fn and picking.target(x.device).capability < 89:
-        return "float8 pages need compute capability 8.9 or later"
-    return None
+def _check_pages(k: Tensor, paged: PagedKV | None) -> None:
+    if paged is not None:
+        B, H, _, D = k.shape
+        paged.check(B, H, D, k.dtype)
+        check_devices(k, pages=paged.pages)
 
 
 def _check_shapes(k: Tensor, v: Tensor, flags: Tensor, name: str) -> None:
@@ -190,57 +163,81 @@ def _check_entries(q: Tensor, k: Tensor, v: Tensor, evicted: Tensor, start: Tens
         raise ValueError(f"q must be [B, Hq, T, D] with no empty dimension, got shape {tuple(q.shape)}")
     _check_shapes(k, v, evicted, "evicted")
     B, Hq, T, D = q.shape
-    if (k.shape[0], k.shape[3]) != (B, D) or k.shape[1] == 0 or Hq % k.shape[1]:
-        raise ValueError(
-            f"k must be [{B}, H, S, {D}] with {Hq} query heads a multiple of H, as q is {tuple(q.shape)}; got {tuple(k.shape)}"
-        )
+    if (k.shape[0], k.shape[3]) != (B, D):
+        raise ValueError(f"k must be [{B}, H, S, {D}] as q is {tuple(q.shape)}, got {tuple(k.shape)}")
+    check_heads(Hq, k.shape[1])
     if k.shape[2] < T:
         raise ValueError(f"the queries are those of the last entries, and there are {T} queries and {k.shape[2]} entries")
     if q.dtype not in _FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have one dtype of {', '.join(map(str, _FLOATS))}; got {q.dtype}, {k.dtype} and {v.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"k is on {k.device} but q is on {q.device}; move them to one device")
-    if start is not None and (start.shape != (B,) or start.dtype != torch.int32 or start.device != q.device):
-        raise ValueError(f"start must be int32 [{B}] on {q.device}, got {start.dtype} {tuple(start.shape)} on {start.device}")
+    if start is not None and (start.shape != (B,) or start.dtype != torch.int32):
+        raise ValueError(f"start must be int32 [{B}], got {start.dtype} {tuple(start.shape)}")
 
 
-def _check_pages(k: Tensor, pages: Tensor | None, page_table: Tensor | None, num_kept: Tensor | None, page_scales: Tensor | None) -> None:
-    if pages is None:
-        if page_table is not None or num_kept is not None or page_scales is not None:
-            raise ValueError("page_table, num_kept and page_scales belong to pages, and pages is None")
-        return
-    B, H, _, D = k.shape
-    if pages.ndim != 4 or pages.shape[1] != 2 or pages.shape[3] != D or not pages.is_contiguous():
-        raise ValueError(f"pages must be [N, 2, P, {D}] and contiguous as k is {tuple(k.shape)}, got {tuple(pages.shape)}")
-    if page_table is None or page_table.ndim != 3 or page_table.shape[:2] != (B, H) or page_table.dtype != torch.int32:
-        raise ValueError(f"page_table must be int32 [{B}, {H}, max_pages] beside pages, got {_described(page_table)}")
-    if num_kept is None or num_kept.shape != (B, H) or num_kept.dtype != torch.int32:
-        raise ValueError(f"num_kept must be int32 [{B}, {H}] beside pages, got {_described(num_kept)}")
-    if pages.dtype in _QUANTIZED:
-        if page_scales is None or page_scales.shape != pages.shape[:3] or page_scales.dtype != torch.float32:
-            raise ValueError(f"page_scales must be float32 {tuple(pages.shape[:3])} for {pages.dtype} pages, got {_described(page_scales)}")
-        if not page_scales.is_contiguous():
-            raise ValueError("page_scales must be contiguous")
-    elif pages.dtype != k.dtype or page_scales is not None:
-        raise ValueError(f"pages must have k's {k.dtype} and no page_scales, or be quantised; got {pages.dtype}")
-    for name, tensor in {"pages": pages, "page_table": page_table, "num_kept": num_kept, "page_scales": page_scales}.items():
-        if tensor is not None and tensor.device != k.device:
-            raise ValueError(f"{name} is on {tensor.device} but k is on {k.device}; move them to one device")
+class _Aligned(NamedTuple):
+    """q [B, Hq, T, D], k and v [B, H, S, D], evicted [B, H, S], start [B] int32 as `sparse_prefill` takes them.
+
+    column [B, T] int64: where each query went, -1 for padding; None: they stand where they stood.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    evicted: Tensor
+    start: Tensor
+    column: Tensor | None
+
+    def restore(self, out_BTHqD: Tensor) -> Tensor:
+        """The answers in the queries' old order."""
+        if self.column is None:
+            return out_BTHqD
+        rows = torch.arange(len(out_BTHqD), device=out_BTHqD.device)[:, None]
+        return out_BTHqD[rows, self.column.clamp(min=0)].masked_fill_((self.column < 0)[:, :, None, None], 0.0)
 
 
-def _check_options(q: Tensor, window: int, scale: float, softcap: float | None, sink_logits: Tensor | None) -> None:
-    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
-        raise ValueError(f"window must be an integer of 0 or more, got {window!r}")
-    for name, number in {"scale": scale, "softcap": softcap}.items():
-        if number is None and name == "softcap":
-            continue
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
-            raise ValueError(f"{name} must be a finite number above 0, got {number!r}")
-    if sink_logits is not None and (sink_logits.shape != q.shape[1:2] or not sink_logits.is_floating_point()):
-        raise ValueError(f"sink_logits must be floating point [{q.shape[1]}], got {_described(sink_logits)}")
-    if sink_logits is not None and sink_logits.device != q.device:
-        raise ValueError(f"sink_logits is on {sink_logits.device} but q is on {q.device}; move them to one device")
+def _align(q: Tensor, q_position: Tensor, recent: list[Keys], holes: bool | None) -> _Aligned:
+    """As `attend` takes its arguments.
+
+    Raises:
+        ValueError: entries came without positions or decisions.
+    """
+    positions, decisions = zip(*(keys.placed() for keys in recent), strict=True)
+    if len(recent) == 1:
+        k, v, position, evicted = recent[0].k, recent[0].v, positions[0], decisions[0]
+        if holes is None:
+            holes = _unknowable(q.device) or bool(_has_holes(position, q_position))
+        if not holes:
+            return _Aligned(q, k, v, evicted, (position < 0).sum(1, dtype=torch.int32), None)
+    position = torch.cat(positions, 1)
+    last = position.amax(1, keepdim=True)
+    entry_at, _ = _order(position, last, position.shape[1])
+    query_at, column = _order(q_position, last, q_position.shape[1])
+    rows = torch.arange(len(q), device=q.device)[:, None]
+    k, v = (torch.cat(x, 2)[rows, :, entry_at].transpose(1, 2) for x in ([keys.k for keys in recent], [keys.v for keys in recent]))
+    evicted = torch.cat(decisions, 2)
+    evicted = evicted.gather(2, entry_at[:, None].expand(evicted.shape))
+    start = (position < 0).sum(1, dtype=torch.int32)
+    return _Aligned(q[rows, :, query_at].transpose(1, 2), k, v, evicted, start, column)
 
 
-def _described(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+def _order(position: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Which column goes to each place when those with positions stand in order and end with `last` [B, 1], and the place of each
+    column, -1 for none. Both [B, length] int64. Places before the first have column 0."""
+    place = length - 1 - (last - position).long()
+    there = position >= 0
+    columns = torch.arange(length, device=position.device).expand(place.shape)
+    # One place more, for columns that go nowhere.
+    at = torch.zeros(len(position), length + 1, dtype=torch.long, device=position.device)
+    at.scatter_(1, torch.where(there, place, length), columns)
+    return at[:, :length], torch.where(there, place, -1)
+
+
+def _has_holes(position: Tensor, q_position: Tensor) -> Tensor:
+    """Whether padding follows a token, or the last queries are not the last tokens', [] bool."""
+    follows = [(x[:, 1:] < 0) & (x[:, :-1] >= 0) for x in (position, q_position)]
+    return follows[0].any() | follows[1].any() | (position[:, -1] != q_position[:, -1]).any()
+
+
+def _unknowable(device: torch.device) -> bool:
+    """Whether a number can't be read from the device now."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -3,36 +3,37 @@
 Letters: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq/H, D head dim, N pages, P entries a page.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dms_kernels import picking
-from dms_kernels.sizes import ceil_div, padded
+from dms_kernels import dispatch
+from dms_kernels.arguments import AttentionCall, strides, with_dense_rows
+from dms_kernels.dispatch import ceil_div, padded
 from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
 
-_LOG2_E = 1.0 / math.log(2.0)
-# Entries that a program lists, or looks at for survivors.
+# Entries that a program of list_kept_kernel, and one of store_survivors_kernel, looks at.
 LIST_BLOCK = 2048
 STORE_BLOCK = 256
-# Tiles that are worth a part of their own, and parts that are worth merging.
+# A part has at least this many tiles, and no more than this many parts are merged.
 _LEAST_TILES, _MOST_PARTS = 8, 16
 # Largest magnitude of a quantised component.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a tile, and how it is run."""
+    """Rows and keys of a tile, and how its program is launched."""
 
     block_m: int
+    """rows: queries times query heads of a KV head"""
     block_n: int
+    """keys"""
     num_warps: int
     num_stages: int
 
 
-def launch(target: picking.Target, D: int, rows: int, dtype: torch.dtype) -> Launch:
+def launch(target: dispatch.Target, D: int, rows: int, dtype: torch.dtype) -> Launch:
     """rows: T * G, so that few queries do not pay for a large tile."""
     room = target.shared_bytes
     if dtype == torch.float32:
@@ -49,12 +50,12 @@ def launch(target: picking.Target, D: int, rows: int, dtype: torch.dtype) -> Lau
     return Launch(128, 64 if room > 150_000 else 32, 8, 3)
 
 
-def num_parts(target: picking.Target, programs: int, tiles: int) -> int:
-    """Into how many parts to cut what queries see, where they make too few programs for the device. tiles: at most so many."""
+def num_parts(target: dispatch.Target, programs: int, tiles: int) -> int:
+    """Parts that each query's keys are divided into, where queries alone make too few programs for the device. tiles: the most that a query has."""
     return max(1, min(2 * target.num_processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::sparse_prefill", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::sparse_prefill", mutates_args=())
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -71,23 +72,24 @@ def prefill(
     softcap: float | None,
 ) -> Tensor:
     """`sparse_prefill` of arguments that were checked."""
-    picking.count("sparse_prefill", "triton")
+    dispatch.count("sparse_prefill", "triton")
     B, Hq, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
-    G = Hq // H
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    call = AttentionCall(B, T, H, Hq // H, D, scale, softcap)
+    G = call.G
+    q, k, v = (with_dense_rows(x) for x in (q, k, v))
     evicted = evicted.view(torch.uint8)
     start, page_table, num_kept, sink_logits = (None if x is None else x.contiguous() for x in (start, page_table, num_kept, sink_logits))
     window = min(window, S)
     # Entries that some query has beyond its window.
     F = S - window
     out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
-    target = picking.target(q.device)
+    target = dispatch.target(q.device)
     shape = launch(target, D, T * G, q.dtype)
     heads = min(G, shape.block_m)
     num_blocks = ceil_div(T, shape.block_m // heads)
     programs = num_blocks * B * H * ceil_div(G, heads)
-    P, max_pages = (16, 0) if pages is None else (pages.shape[2], page_table.shape[2])
+    P, max_pages = (16, 0) if pages is None or page_table is None else (pages.shape[2], page_table.shape[2])
     parts = num_parts(target, programs, (max_pages * P + S) // shape.block_n)
     sums, state = out, None
     if parts > 1:
@@ -118,12 +120,12 @@ def prefill(
             max_pages,
             num_blocks,
             parts,
-            scale * _LOG2_E if softcap is None else 2 * scale * _LOG2_E / softcap,
-            None if softcap is None else softcap * _LOG2_E,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *evicted.stride(),
+            call.factor,
+            None if softcap is None else call.cap_out,
+            *strides(q, 3),
+            *strides(k, 3),
+            *strides(v, 3),
+            *strides(evicted, 3),
             D=D,
             G=G,
             P=P,
@@ -133,7 +135,7 @@ def prefill(
             HEADS=heads,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
-            BLOCK_D=padded(D),
+            BLOCK_D=call.block_d,
             STAGES=shape.num_stages,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -156,17 +158,17 @@ def _list_kept(evicted: Tensor, start: Tensor | None, F: int) -> tuple[Tensor, T
     num_before = torch.empty_like(kept)
     num_blocks = ceil_div(F, LIST_BLOCK)
     list_kept_kernel[(num_blocks * B * H,)](
-        evicted, start, kept, num_before, F, num_blocks, H, *evicted.stride(), BLOCK=LIST_BLOCK, num_warps=8
+        evicted, start, kept, num_before, F, num_blocks, H, *strides(evicted, 3), BLOCK=LIST_BLOCK, num_warps=8
     )
     return kept, num_before
 
 
-@torch.library.custom_op(f"{picking.NAMESPACE}::store_survivors", mutates_args=("pages", "page_scales"))
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::store_survivors", mutates_args=("pages", "page_scales"))
 def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None) -> None:
     """`store_survivors` of arguments that were checked."""
-    picking.count("store_survivors", "triton")
+    dispatch.count("store_survivors", "triton")
     B, H, S, D = k.shape
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    k, v = with_dense_rows(k), with_dense_rows(v)
     keep, num_kept, page_table = keep.view(torch.uint8), num_kept.contiguous(), page_table.contiguous()
     num_blocks = ceil_div(S, STORE_BLOCK)
     with torch.cuda.device_of(k):
@@ -182,9 +184,9 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
             H,
             page_table.shape[2],
             num_blocks,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *keep.stride(),
+            *strides(k, 3),
+            *strides(v, 3),
+            *strides(keep, 3),
             D=D,
             P=pages.shape[2],
             LARGEST=_LARGEST.get(pages.dtype, 1.0),

@@ -308,15 +308,15 @@ def prefill_kernel(
     if kept is not None:
         num_far = tl.load(num_before + bh.to(tl.int64) * F + tl.maximum(i_first - window, 0))
         kept += bh.to(tl.int64) * F
-    num_listed = num_far // BLOCK_N
+    num_list_tiles = num_far // BLOCK_N
     column = tl.arange(0, BLOCK_N)
     # One loop for list and band, so that memory is waited for once.
-    begin, end = _part(num_listed + num_band, part, parts, SPLIT)
+    begin, end = _part(num_list_tiles + num_band, part, parts, SPLIT)
     for tile in tl.range(begin, end, num_stages=STAGES if kept is None else LOOKED_UP):
-        s = edge + (tile - num_listed) * BLOCK_N + column
+        s = edge + (tile - num_list_tiles) * BLOCK_N + column
         if kept is not None:
-            listed = tl.load(kept + tile * BLOCK_N + column, mask=tile * BLOCK_N + column < num_listed * BLOCK_N, other=0)
-            s = tl.where(tile < num_listed, listed, s)
+            list_entry = tl.load(kept + tile * BLOCK_N + column, mask=tile * BLOCK_N + column < num_list_tiles * BLOCK_N, other=0)
+            s = tl.where(tile < num_list_tiles, list_entry, s)
         at = s.to(tl.int64)
         k_ND = _rows(k + (at * stride_ks)[:, None] + d[None, :], d, None, D, False)
         v_ND = _rows(v + (at * stride_vs)[:, None] + d[None, :], d, None, D, False)
@@ -324,16 +324,16 @@ def prefill_kernel(
         acc, total, top = _take(scores, factor if cap is None else 1.0, v_ND, None, acc, total, top)
 
     # What is left of the list, the edge, the diagonal.
-    num_rest = tl.cdiv(num_far, BLOCK_N) - num_listed
+    num_rest = tl.cdiv(num_far, BLOCK_N) - num_list_tiles
     num_edge = tl.cdiv(edge - near, BLOCK_N)
     num_diagonal = tl.cdiv(tl.maximum(i_last + 1 - diagonal, 0), BLOCK_N)
     num_masked = num_rest + num_edge + num_diagonal
     # What follows from the rows is reckoned anew, rather than held in registers: no number is below 0, which the compiler can't know.
     i = i_first + (tl.minimum(num_diagonal, 0) + tl.arange(0, BLOCK_M)) // HEADS
-    rest = num_listed * BLOCK_N
-    listed = column
+    rest = num_list_tiles * BLOCK_N
+    list_entry = column
     if kept is not None:
-        listed = tl.load(kept + rest + column, mask=rest + column < num_far, other=0)
+        list_entry = tl.load(kept + rest + column, mask=rest + column < num_far, other=0)
     for tile in tl.range(0, tl.where(is_last, num_masked, 0), num_stages=STAGES):
         in_list, in_edge = tile < num_rest, tile < num_rest + num_edge
         begin = tl.where(in_edge, near + (tile - num_rest) * BLOCK_N, diagonal + (tile - num_rest - num_edge) * BLOCK_N)
@@ -341,11 +341,11 @@ def prefill_kernel(
         end = tl.where(in_list, num_far, tl.where(in_edge, edge, i_last + 1))
         s = begin + column
         inside = s < end
-        at = tl.where(in_list, listed, s).to(tl.int64)
+        at = tl.where(in_list, list_entry, s).to(tl.int64)
         k_ND = _rows(k + (at * stride_ks)[:, None] + d[None, :], d, inside, D, True)
         v_ND = _rows(v + (at * stride_vs)[:, None] + d[None, :], d, inside, D, True)
         # Queries so far behind an entry see it; one before it, or before an entry at S, is behind by a huge unsigned number.
-        # What is listed is kept, and its number in the list is no larger than its entry.
+        # Entries of the list are kept, and an entry's number in the list is no larger than its entry.
         leaves = tl.load(evicted + s.to(tl.int64) * stride_es, mask=s < tl.where(in_list, 0, end), other=0)
         reach = tl.where(leaves == 0, S, window).to(tl.uint32)
         s = tl.where(inside, s, S)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels.append.reference import quantize
+from dms_kernels.arguments import PagedKV, read_pages
 
 
 def reference(
@@ -15,15 +16,12 @@ def reference(
     v: Tensor,
     evicted: Tensor,
     start: Tensor | None,
-    pages: Tensor | None,
-    page_table: Tensor | None,
-    num_kept: Tensor | None,
+    paged: PagedKV | None,
     *,
     window: int,
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    page_scales: Tensor | None = None,
 ) -> Tensor:
     """As `sparse_prefill`; float64 where q is, else float32."""
     B, Hq, T, D = q.shape
@@ -36,8 +34,9 @@ def reference(
     see_BHTS = (key <= query) & (key >= first[:, None, None, None]) & ((query - key <= window) | ~evicted[:, :, None])
     # What padding left behind may be NaN.
     k, v = k.to(compute), v.to(compute).masked_fill(key[:, None] < first[:, None, None, None], 0.0)
-    if pages is not None:
-        page_k, page_v, held_BHK = _entries(pages, page_table, num_kept, page_scales, compute)
+    if paged is not None:
+        page_k, page_v, held_BHK = read_pages(paged, compute)
+        page_k, page_v = (x.masked_fill(~held_BHK[..., None], 0.0) for x in (page_k, page_v))
         k, v = torch.cat([page_k, k], 2), torch.cat([page_v, v], 2)
         see_BHTS = torch.cat([(held_BHK[:, :, None] & there_BT1[:, None]), see_BHTS], 3)
     scores = torch.einsum("bhgtd,bhsd->bhgts", q.reshape(B, H, Hq // H, T, D).to(compute), k) * scale
@@ -54,30 +53,14 @@ def reference(
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
 
 
-def _entries(pages: Tensor, page_table: Tensor, num_kept: Tensor, page_scales: Tensor | None, dtype: torch.dtype):
-    """k and v [B, H, K, D] of all table slots, 0 where there is no entry, and where there is one [B, H, K] bool."""
-    B, H, max_pages = page_table.shape
-    P, D = pages.shape[2:]
-    held = torch.arange(max_pages * P, device=pages.device) < num_kept[..., None]
-    listed = torch.arange(max_pages, device=pages.device) * P < num_kept[..., None]
-    chosen = page_table.long().masked_fill(~listed, 0)
-    taken = pages[chosen].to(dtype)
-    if page_scales is not None:
-        taken = taken * page_scales[chosen].to(dtype)[..., None]
-    k, v = (taken[:, :, :, i].reshape(B, H, max_pages * P, D).masked_fill(~held[..., None], 0.0) for i in (0, 1))
-    return k, v, held
-
-
-def store_survivors_reference(
-    k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None = None
-) -> None:
+def store_survivors_reference(k: Tensor, v: Tensor, keep: Tensor, paged: PagedKV) -> None:
     """As `store_survivors`. Reads back how many there are."""
-    P = pages.shape[2]
+    P = paged.pages.shape[2]
     b, h, s = keep.nonzero(as_tuple=True)
-    place = (num_kept[..., None] + keep.cumsum(2) - 1)[b, h, s]
-    page, entry = page_table[b, h, place // P].long(), place % P
+    place = (paged.num_kept[..., None] + keep.cumsum(2) - 1)[b, h, s]
+    page, entry = paged.page_table[b, h, place // P].long(), place % P
     for i, x in enumerate((k, v)):
         rows = x[b, h, s]
-        if page_scales is not None:
-            rows, page_scales[page, i, entry] = quantize(rows, pages.dtype)
-        pages[page, i, entry] = rows.to(pages.dtype)
+        if paged.page_scales is not None:
+            rows, paged.page_scales[page, i, entry] = quantize(rows, paged.pages.dtype)
+        paged.pages[page, i, entry] = rows.to(paged.pages.dtype)

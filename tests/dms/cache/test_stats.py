@@ -37,7 +37,7 @@ def _plans(cache) -> int:
             for item in value:
                 add(item)
 
-    add([layer.store.plan for layer in cache.compacted_layers().values()])
+    add([layer.store.read_order for layer in cache.compacted_layers().values()])
     return sum(found.values())
 
 

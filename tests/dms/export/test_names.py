@@ -20,8 +20,8 @@ for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     package = next(cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers_modules")).rpartition(".")[0]
     operators = [importlib.import_module(f"{package}.{path.stem}") for path in sorted(Path(folder).glob("dms_kernels_*fused.py"))]
-    picking = importlib.import_module(f"{package}.dms_kernels_picking")
-    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{picking.NAMESPACE}::")]
+    dispatch = importlib.import_module(f"{package}.dms_kernels_dispatch")
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{dispatch.NAMESPACE}::")]
     found[Path(folder).name] = [model.dms.mode, len(operators), len(registered)]
 import json
 print(json.dumps(found))

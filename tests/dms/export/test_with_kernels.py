@@ -145,15 +145,15 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
 ids = torch.randint(2, 2000, (1, length), generator=torch.Generator().manual_seed(0))
-picking = next(module for name, module in sys.modules.items() if name.endswith("dms_kernels_picking"))
+dispatch = next(module for name, module in sys.modules.items() if name.endswith("dms_kernels_dispatch"))
 found, tokens = {}, {}
 for implementation in ("reference", "triton"):
     os.environ["DMS_KERNELS"] = implementation
-    picking.reset_calls()
+    dispatch.reset_calls()
     tokens[implementation] = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[0, length:].contiguous()
-    found[implementation] = picking.calls()
+    found[implementation] = dispatch.calls()
 save_file(tokens, out)
-print(json.dumps({"calls": found, "ours": [name for name in sys.modules if name.split(".")[0] in ("dms", "dms_kernels")], "from": picking.__name__}))
+print(json.dumps({"calls": found, "ours": [name for name in sys.modules if name.split(".")[0] in ("dms", "dms_kernels")], "from": dispatch.__name__}))
 """
 
 

@@ -9,7 +9,7 @@ from dms.masks import Tokens
 from dms.modes import Noise, set_mode
 from dms.retrofitting import gate_parameters
 from dms.training import offload
-from dms_kernels import picking
+from dms_kernels import dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 
@@ -47,12 +47,12 @@ def forward(model):
 
 def gradients(model, backwards=1):
     """Gradients of everything that trains, and how often attention's forward ran in each gated layer."""
-    picking.reset_calls()
+    dispatch.reset_calls()
     model.zero_grad()
     loss, _ = forward(model)
     for left in reversed(range(backwards)):
         loss.backward(retain_graph=left > 0)
-    number = picking.calls()["gated_attention"]["reference"] / len(model.dms.layers)
+    number = dispatch.calls()["gated_attention"]["reference"] / len(model.dms.layers)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, number
 
 

@@ -1,8 +1,8 @@
 """Which implementation an operation runs on: plain PyTorch ("reference") or a Triton kernel ("triton").
 
-By itself: Triton on NVIDIA GPUs of compute capability 8.0 and later, plain PyTorch elsewhere. `DMS_KERNELS=reference|triton`
-overrides; forced onto arguments that it cannot take, a kernel refuses and says why. On a CPU, Triton runs in its interpreter
-alone (`TRITON_INTERPRET=1`), which is for tests. `explain` says what would be picked, `calls` counts what was.
+Without a setting: Triton on NVIDIA GPUs of compute capability 8.0 and later, plain PyTorch elsewhere. `DMS_KERNELS=reference|triton`
+overrides; forced onto arguments that it cannot take, a kernel refuses and says why. On a CPU, Triton only runs in its interpreter
+(`TRITON_INTERPRET=1`), which is for tests. `explain` says which one would run, `calls` counts which ones did.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 IMPLEMENTATIONS = ("reference", "triton")
-# Of custom operators, which PyTorch wants in ASCII. A copy of this package elsewhere, as exported folders have, registers its own.
+# Of the custom operators; PyTorch wants it in ASCII. A copy of this package, such as exported folders have, registers its own.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__, flags=re.ASCII)
 
 # Found once, at import: torch.compile traces what runs at a call, and refuses the machinery of imports.
@@ -25,14 +25,16 @@ _calls: Counter[tuple[str, str]] = Counter()
 
 @dataclass(frozen=True)
 class Target:
-    """What launch parameters depend on. capability: 90 for sm_90; shared_bytes: that a block may have."""
+    """What launch parameters depend on."""
 
     capability: int
+    """90 for sm_90"""
     num_processors: int
     shared_bytes: int
+    """shared memory that a block may have"""
 
 
-# Where no GPU is, for the interpreter: few processors, since it runs one program after another.
+# Without a GPU, for the interpreter: few processors, since it runs one program after another.
 PRETENDED = Target(capability=90, num_processors=3, shared_bytes=232_448)
 
 
@@ -76,10 +78,10 @@ def explain(device: torch.device | str, problem: str | None = None) -> tuple[str
 
 def use_triton(operation: str, tensor: torch.Tensor, problem: str | None = None) -> bool:
     """Whether to call the kernel for arguments such as `tensor`; see `explain`. Counts the call if not: kernels count their own."""
-    picked, _ = explain(tensor.device, problem)
-    if picked == "reference":
+    implementation, _ = explain(tensor.device, problem)
+    if implementation == "reference":
         count(operation, "reference")
-    return picked == "triton"
+    return implementation == "triton"
 
 
 def count(operation: str, implementation: str) -> None:
@@ -110,3 +112,17 @@ def _device_problem(device: torch.device) -> str | None:
     if target(device).capability < 80:
         return f"the kernels need compute capability 8.0 (A100) or later, and this GPU has {target(device).capability / 10}"
     return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(D: int) -> int:
+    """A dimension as Triton's blocks and matrix products take it."""
+    return max(16, power_of_two(D))

@@ -1,17 +1,18 @@
-"""Tile sizes of the fused gated attention: one small function of the GPU, the head dim, the group and the dtype.
+"""How the fused gated attention is launched: tile sizes by GPU, head dim, group and dtype; and one call's sizes and factors.
 
 A tile of rows holds C = rows // G consecutive positions times the G query heads of one KV head, row c * G + g, so that a
 key is read once for all of them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from dms_kernels.picking import Target
-from dms_kernels.sizes import padded, power_of_two
+from dms_kernels.arguments import AttentionCall
+from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two
 
-MAX_HEAD_DIM = 256
 # Of rows or keys in a tile, unless a group is larger still.
 LARGEST = 128
 # Of the rows that a group takes at the least, in a tile: what leaves room for the rest on the smallest GPUs.
@@ -20,10 +21,12 @@ LARGEST_GROUP_BYTES = 32_768
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: of packed queries; keys: beside them; warps and stages as Triton's launch takes them."""
+    """What a program works on at a time, and how it is launched."""
 
     rows: int
+    """of packed queries"""
     keys: int
+    """beside them"""
     warps: int
     stages: int
 
@@ -77,3 +80,69 @@ _FLOAT32 = {
     "queries": {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
     "keys": {64: Tile(32, 16, 4, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
+
+
+@dataclass(frozen=True)
+class Call(AttentionCall):
+    """One call as the kernels take it; window and sinks are at most T."""
+
+    window: int
+    sinks: int
+    margin: float
+    """nats below the floor at which a far key is left out, so that all that are left out together weigh less than a rounding"""
+    padding: int
+    """rows that a tile may reach beyond either end"""
+    has_gate: bool
+    has_segments: bool
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        log_keep: Tensor | None,
+        first_BT: Tensor | None,
+        window: int,
+        scale: float,
+        sinks: int,
+        softcap: float | None,
+    ) -> "Call":
+        B, T, Hq, D = q.shape
+        H = k.shape[2]
+        # e^-10 = 4.5e-5 of a half result is far below its rounding.
+        rounding = 10.0 if q.dtype != torch.float32 else -math.log(torch.finfo(torch.float32).eps)
+        return Call(
+            B=B,
+            T=T,
+            H=H,
+            G=Hq // H,
+            D=D,
+            scale=scale,
+            softcap=softcap,
+            window=min(window, T),
+            sinks=min(sinks, T),
+            margin=math.log(T) + rounding,
+            padding=max(LARGEST, smallest_rows(Hq // H)),
+            has_gate=log_keep is not None,
+            has_segments=first_BT is not None,
+        )
+
+    def num_blocks(self, rows: int) -> int:
+        """Programs for all rows of queries, `rows` of them each (fewer where G does not divide them)."""
+        return self.B * self.H * ceil_div(self.T, rows // self.G)
+
+    def of_heads(self) -> dict[str, int]:
+        return {"G": self.G, "D": self.D, "BLOCK_D": self.block_d}
+
+    def of_products(self, tile: Tile) -> dict[str, int | bool]:
+        """For the kernels with matrix products, and how they are launched."""
+        return {
+            **self.of_heads(),
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.keys,
+            "PADDING": self.padding,
+            "HAS_GATE": self.has_gate,
+            "HAS_SEGMENTS": self.has_segments,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
