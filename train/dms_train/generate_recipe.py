@@ -22,6 +22,7 @@ class GenerateRecipe(Strict):
     samples: int = Field(default=1, ge=1)
     """Completions of each prompt."""
     max_new_tokens: int = Field(ge=1)
+    """Most tokens of a completion."""
     temperature: float = Field(default=1.0, ge=0.0)
     """0: the likeliest token each time."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -31,6 +32,7 @@ class GenerateRecipe(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as the model is saved, on a CPU fp32."""
     seed: int = 0
+    """Of sampling."""
     bad_shards: Literal["refuse", "skip"] = "refuse"
     """A file or row that cannot be read: an error that names it, or left out and counted."""
     overwrite: bool = False
