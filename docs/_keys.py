@@ -16,6 +16,8 @@ import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -71,8 +73,9 @@ def _fields(settings: type) -> list[tuple[str, Any, str | None, str]]:
             shown = None if default is dataclasses.MISSING else _value(default)
             found.append((field.name, hints[field.name], shown, documented.get(field.name, "")))
         return found
+    assert issubclass(settings, BaseModel), settings
     found = []
-    for name, info in settings.model_fields.items():  # type: ignore[attr-defined]  # a pydantic model, by what the page names
+    for name, info in settings.model_fields.items():
         shown = None if info.is_required() else _value(info.get_default(call_default_factory=True))
         found.append((name, info.annotation, shown, documented.get(name, "") or (info.description or "")))
     return found
@@ -87,9 +90,10 @@ def _docstrings(settings: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
-            named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                found[field.target.id] = " ".join(text.value.value.split())  # type: ignore[union-attr]  # a name, checked above
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                found[field.target.id] = " ".join(text.value.value.split())
     return found
 
 
@@ -107,7 +111,7 @@ def _section(annotation: Any) -> type | None:
     annotation = _without_none(annotation)
     parts = typing.get_args(annotation) if typing.get_origin(annotation) in (list, tuple, dict) else [annotation]
     for part in parts:
-        if isinstance(part, type) and (dataclasses.is_dataclass(part) or hasattr(part, "model_fields")):
+        if isinstance(part, type) and (dataclasses.is_dataclass(part) or issubclass(part, BaseModel)):
             return part
     return None
 
@@ -133,7 +137,7 @@ def _type(annotation: Any) -> str:
 def _value(default: Any) -> str:
     if default is None:
         return "none"
-    if dataclasses.is_dataclass(default) or hasattr(default, "model_fields"):
+    if dataclasses.is_dataclass(default) or isinstance(default, BaseModel):
         return ""
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
