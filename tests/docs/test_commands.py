@@ -196,7 +196,6 @@ RUN = sorted((block for block in BLOCKS if block.mark == "run"), key=lambda bloc
 def test_marked_blocks_run(sandbox):
     """In one test, because they build on each other's files."""
     for block in RUN:
-        import time; print(block.page, block.text[:50], time.perf_counter())
         place = f"{block.page}:{block.line}"
         if block.language == "python":
             exec(compile(block.text, place, "exec"), {"__name__": "__main__"})

@@ -277,7 +277,7 @@ def test_workflows_run_scripts_that_exist(workflow):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     jobs = yaml.safe_load(workflow.read_text())["jobs"]
     for job in jobs.values():
-        assert job["timeout-minutes"] and set([job.get("needs")]) <= {None, *jobs}
+        assert job["timeout-minutes"] and {job.get("needs")} <= {None, *jobs}
         choices = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
         for step in job["steps"]:
             if "uses" in step:
