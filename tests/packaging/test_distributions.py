@@ -58,7 +58,7 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"dms", "dms_kernels"}
+    assert tops == {"dms", "dms_kernels", "dms_train"}
 
 
 def test_wheel_holds_data_and_type_information(names):
@@ -97,7 +97,7 @@ def test_sdist_holds_every_file_of_the_tree(sdist):
 def test_all_brings_every_extra_for_users(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     (everything,) = lines(extras["all"])
-    assert Requirement(everything).extras == set(extras) - {"all", "dev", "serve"}
+    assert Requirement(everything).extras == set(extras) - {"all", "dev", "docs", "serve"}
 
 
 # Imported, and brought by one of ours that cannot do without it.
