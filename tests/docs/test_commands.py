@@ -120,6 +120,13 @@ def check_dms(arguments: tuple[str, ...]) -> None:
         command, rest = command.commands[rest[0]], rest[1:]
     context = command.make_context(arguments[0], rest)
     schema = {"generate-data": GenerateRecipe, "pretrain": PretrainRecipe}.get(arguments[0], RetrofitRecipe)
+    if context.params.get("settings"):
+        from dms.evaluation.engine.settings import EvaluationSettings
+
+        told = context.params["settings"]
+        assert not [word for word in told if word.startswith("-")], f"no such option: {told}"
+        files = [word for word in told if "=" not in word]
+        load_recipe(files[0] if files else None, [word for word in told if "=" in word], EvaluationSettings)
     if "recipe" in context.params and context.params["recipe"] != "all":
         load_recipe(context.params["recipe"], context.params["overrides"] or [], schema)
 
