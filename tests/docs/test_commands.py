@@ -103,6 +103,9 @@ def workplace(tmp_path_factory):
     whole = {block.text for block in BLOCKS if block.mark == "recipe"}
     assert len(whole) == 1, "README and docs show different recipes as my.yaml"
     (folder / "my.yaml").write_text(whole.pop())
+    for block in BLOCKS:
+        if block.mark == "settings":
+            (folder / "my-evaluation.yaml").write_text(block.text)
     return folder
 
 
