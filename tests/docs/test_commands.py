@@ -4,6 +4,7 @@ A fence may have a mark on the line above it: `<!-- run -->` (it runs here, in o
 parses, and needs WHAT to run: gpu, nodes, hub or release), and for YAML `<!-- recipe -->` (a whole recipe) or `<!-- recipe: part -->`.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -109,11 +110,16 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def schema(name: str) -> type:
+    """A settings class, from the module in which the pages find its keys."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    (module,) = set(re.findall(rf"^<!-- keys: (\S+):{name} -->$", pages, re.M))
+    return getattr(importlib.import_module(module), name)
+
+
 def check_dms(arguments: tuple[str, ...]) -> None:
     """The command line takes these arguments, and the recipe loads with these overrides."""
     from dms_train.cli import app
-    from dms_train.generate_recipe import GenerateRecipe
-    from dms_train.recipe import PretrainRecipe, RetrofitRecipe
     from dms_train.recipe_file import load_recipe
     from typer.main import get_command
 
@@ -122,16 +128,14 @@ def check_dms(arguments: tuple[str, ...]) -> None:
         assert rest and rest[0] in command.commands, f"no command {' '.join(arguments)}"
         command, rest = command.commands[rest[0]], rest[1:]
     context = command.make_context(arguments[0], rest)
-    schema = {"generate-data": GenerateRecipe, "pretrain": PretrainRecipe}.get(arguments[0], RetrofitRecipe)
+    name = {"generate-data": "GenerateRecipe", "pretrain": "PretrainRecipe"}.get(arguments[0], "RetrofitRecipe")
     if context.params.get("settings"):
-        from dms.evaluation.engine.settings import EvaluationSettings
-
         told = context.params["settings"]
         assert not [word for word in told if word.startswith("-")], f"no such option: {told}"
         files = [word for word in told if "=" not in word]
-        load_recipe(files[0] if files else None, [word for word in told if "=" in word], EvaluationSettings)
+        load_recipe(files[0] if files else None, [word for word in told if "=" in word], schema("EvaluationSettings"))
     if "recipe" in context.params and context.params["recipe"] != "all":
-        load_recipe(context.params["recipe"], context.params["overrides"] or [], schema)
+        load_recipe(context.params["recipe"], context.params["overrides"] or [], schema(name))
 
 
 def check(words: tuple[str, ...]) -> None:
