@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,7 +226,9 @@ def test_marked_blocks_run(sandbox):
 def test_launching_says_what_it_would_do(sandbox):
     """`--dry-run` of the launcher, as the page on many GPUs offers it."""
     command = [str(ROOT / "scripts/launch_node.sh"), "tiny/retrofit", "--dry-run"]
-    done = subprocess.run(command, cwd=sandbox, env={**os.environ, "DMS_SKIP_SETUP": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=sandbox, env={**os.environ, "DMS_SKIP_SETUP": "1", "DMS_VENV": sys.prefix}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "tiny/retrofit" in done.stdout + done.stderr, done.stderr
 
 
