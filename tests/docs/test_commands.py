@@ -207,7 +207,6 @@ def run_in_process(words: tuple[str, ...]) -> None:
 RUN = sorted((block for block in BLOCKS if block.mark == "run"), key=lambda block: block.page != "docs/quickstart.md")
 
 
-@pytest.mark.xdist_group("docs")
 def test_marked_blocks_run(sandbox):
     """In one test, because they build on each other's files."""
     for block in RUN:
