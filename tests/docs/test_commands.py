@@ -1,7 +1,8 @@
 """What README and docs tell people to type: every command parses, and those marked `<!-- run -->` really run.
 
-A fence may have a mark on the line above it: `<!-- run -->` (it runs here, in order, in a folder of its own), `<!-- needs: WHAT -->` (it
-parses, and needs WHAT to run: gpu, nodes, hub or release), and for YAML `<!-- recipe -->` (a whole recipe) or `<!-- recipe: part -->`.
+Each fence of commands has a mark on the line above it: `<!-- run -->` (it runs here, in order, in a folder of its own), `<!-- runs in: PATHS -->`
+(other tests or stages run it, there), or `<!-- needs: WHAT -->` (gpu, nodes, hub or release). YAML is `<!-- recipe -->` (a whole recipe),
+`<!-- recipe: part -->` or `<!-- settings -->` (of an evaluation).
 """
 
 import importlib
@@ -83,12 +84,15 @@ def test_commands_stand_in_marked_fences_alone():
             )
     for block in BLOCKS:
         allowed = {
-            "bash": {"", "run", *(f"needs: {what}" for what in NEEDS)},
+            "bash": {"run", *(f"needs: {what}" for what in NEEDS)},
             "yaml": {"recipe", "recipe: part", "settings"},
             "python": {"", "run"},
             "mermaid": {""},
         }
-        assert block.mark in allowed[block.language], f"{block.page}:{block.line}: {block.mark!r} is no mark of {block.language}"
+        elsewhere = block.language == "bash" and block.mark.startswith("runs in: ")
+        assert elsewhere or block.mark in allowed[block.language], (
+            f"{block.page}:{block.line}: {block.mark!r} is no mark of {block.language}"
+        )
 
 
 def test_there_are_commands():
@@ -179,6 +183,20 @@ def extras() -> set[str]:
 def test_every_command_parses(command, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     check(command.words)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.mark.startswith("runs in: ")], ids=lambda command: command.place)
+def test_what_is_said_to_run_elsewhere_is_named_there(command):
+    program, *rest = command.words
+    named = (
+        rest[0] if program == "dms" else {"make": "make", "pip": "pip install"}.get(program, (rest[0] if program == "python" else program))
+    )
+    texts = []
+    for path in command.mark.removeprefix("runs in: ").split():
+        assert (ROOT / path).exists(), f"{command.place}: {path}"
+        files = [ROOT / path] if (ROOT / path).is_file() else [file for file in (ROOT / path).rglob("*") if file.suffix in (".py", ".yml")]
+        texts += [file.read_text(encoding="utf-8") for file in files]
+    assert any(Path(named).name in text for text in texts), f"{command.place}: {named} is in none of {command.mark}"
 
 
 @pytest.fixture(scope="module")
