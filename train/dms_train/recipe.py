@@ -25,11 +25,15 @@ class Optimizer(Strict):
     """AdamW, warmed up linearly."""
 
     lr: float = Field(gt=0.0)
+    """The largest learning rate, of the gates."""
     base_lr: float | None = Field(default=None, gt=0.0)
     """`trainable: all` and `gates+lora` only: the learning rate of all that is not a gate; `lr` is then that of the gates."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    """AdamW's decay rates of the two moments."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
     grad_clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of all gradients together."""
     final_lr: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -40,11 +44,13 @@ class Evaluation(Strict):
     """The run's own evaluation: held-out documents of the built-in source."""
 
     num_documents: int = Field(default=56, ge=1)
+    """Documents, read by dense, dms and sliding_window alike."""
     length: int | None = Field(default=None, ge=64)
     """Tokens of a document; None: `data.length`."""
     num_items: int = Field(default=24, ge=1)
     """Tasks planted in each."""
     batch_size: int = Field(default=4, ge=1)
+    """Documents of one forward."""
 
 
 class Tracking(Strict):
@@ -55,11 +61,15 @@ class Tracking(Strict):
     tensorboard: bool = False
     """Write TensorBoard event files to `output_dir`/tensorboard."""
     project: str = "dms"
+    """The project in the tracker."""
     name: str | None = None
     """None: the name of `output_dir`."""
     entity: str | None = None
+    """The user or team in wandb; None: wandb's default."""
     group: str | None = None
+    """A group of runs in wandb; None: no group."""
     tags: list[str] = Field(default=[])
+    """Tags in wandb."""
 
 
 class Zero(Strict):
@@ -68,6 +78,7 @@ class Zero(Strict):
     stage: Literal[0, 2, 3] = 0
     """0: plain data parallelism, no DeepSpeed; 2: optimizer state and gradients are divided; 3: weights as well."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state rests; nvme needs stage 3."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Stage 3 only: where weights are kept between their uses."""
     nvme_path: str | None = None
@@ -96,6 +107,7 @@ class Lora(Strict):
     """`trainable: gates+lora`: low-rank adapters on the base's linear layers, merged into its weights at the end."""
 
     rank: int = Field(default=16, ge=1)
+    """The adapters' inner dimension."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The adapters' product is multiplied by alpha / rank."""
     target_modules: list[str] | None = None
@@ -131,12 +143,14 @@ class RetrofitRecipe(Strict):
     model: str
     """A folder, a hub id, or `builtin:tiny`."""
     output_dir: str
+    """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
     """The compression ratio of decided tokens at the end; it rises linearly from 1 ([P] section 3.2)."""
     dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(asdict)]
     data: Data
     optimizer: Optimizer
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     ramp: float = Field(default=0.8, gt=0.0, le=1.0)
     """The share of the steps over which the ratio rises; then it stays."""
     batch_size: int = Field(ge=1)
@@ -153,6 +167,7 @@ class RetrofitRecipe(Strict):
     compression_weight: float = Field(default=1.0, gt=0.0)
     """Factor of the hinge on the share of evicted tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast to bfloat16; gates and the loss stay float32."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Processes that share each sequence, `data.length` / this many tokens each; 1: a sequence is in one process."""
     teacher_cache: TeacherCacheSettings | None = None
@@ -164,6 +179,7 @@ class RetrofitRecipe(Strict):
     loss_chunk: int | None = Field(default=None, ge=1)
     """Tokens whose logits are alive at once in the loss; None: as many as keep it within 1.5 GB."""
     seed: int = 0
+    """Of noise, data order and initialisation."""
     zero: Zero = Zero()
     save: Save = Save()
     resume: Literal["auto", "never"] = "auto"
@@ -226,29 +242,43 @@ class PretrainStage(Strict):
     """A part of pre-training with documents of one length."""
 
     length: int = Field(ge=64)
+    """Tokens of a document."""
     batch_size: int = Field(ge=1)
+    """Documents of an optimizer step."""
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     items: list[int] = Field(min_length=2, max_length=2)
+    """How many tasks are planted in a document, from and to."""
 
 
 class Architecture(Strict):
     """A Llama: tied embeddings, grouped-query attention."""
 
     hidden_size: int = Field(ge=32)
+    """Model dimension."""
     num_layers: int = Field(ge=1)
+    """Decoder layers."""
     num_heads: int = Field(ge=1)
+    """Query heads."""
     num_kv_heads: int = Field(ge=1)
+    """KV heads."""
     head_dim: int = Field(ge=8)
+    """Dimension of a head."""
     intermediate_size: int = Field(ge=32)
+    """Inner dimension of the MLP."""
     context: int = Field(ge=64)
+    """Longest text in tokens."""
     rope_theta: float = Field(default=100000.0, gt=0.0)
+    """Base of the rotary frequencies."""
 
 
 class PretrainRecipe(Strict):
     """`dms pretrain`: make a small language model and its tokenizer from the built-in source."""
 
     output_dir: str
+    """The folder to write; repeated, the command continues there."""
     vocab_size: int = Field(ge=1024)
+    """Tokens of the tokenizer that is trained."""
     architecture: Architecture
     stages: list[PretrainStage] = Field(min_length=1)
     optimizer: Optimizer
@@ -257,8 +287,11 @@ class PretrainRecipe(Strict):
     planted_weight: float = Field(default=0.3, ge=0.0)
     """Loss weight of planted names and values, which cannot be predicted."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast to bfloat16."""
     compile: bool = False
+    """Whether the model runs under torch.compile."""
     seed: int = 0
+    """Of data and initialisation."""
     save_minutes: float = Field(default=5.0, gt=0.0)
     """Minutes between checkpoints; the same command continues from the last one."""
     evaluation: Evaluation = Evaluation()

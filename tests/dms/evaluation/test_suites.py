@@ -42,7 +42,7 @@ def wordpiece():
 
 @pytest.fixture(scope="module")
 def prose():
-    return GivenText([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "LICENSE"])
+    return GivenText([*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "LICENSE"])
 
 
 @pytest.mark.parametrize("kind", ["embedded", "wordpiece"])

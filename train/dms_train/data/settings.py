@@ -38,12 +38,19 @@ class Condition(Strict):
     """What a column's value must be; all that is given must hold. A record whose value is missing (null) is left out."""
 
     eq: Value | None = None
+    """Equal to this."""
     ne: Value | None = None
+    """Not equal to this."""
     one_of: list[Value] | None = Field(default=None, min_length=1)
+    """One of these."""
     lt: float | None = None
+    """Less than."""
     le: float | None = None
+    """At most."""
     gt: float | None = None
+    """Greater than."""
     ge: float | None = None
+    """At least."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -56,7 +63,9 @@ class Filter(Strict):
     """Which documents are read. min_chars, max_chars, matches and excludes look at the whole text, chat turns joined."""
 
     min_chars: int | None = Field(default=None, ge=1)
+    """Least length in characters."""
     max_chars: int | None = Field(default=None, ge=1)
+    """Greatest length in characters."""
     matches: Annotated[str, AfterValidator(_pattern)] | None = None
     """A regular expression that the text must contain a match of."""
     excludes: Annotated[str, AfterValidator(_pattern)] | None = None
@@ -104,6 +113,7 @@ class Origin(Strict):
     prompt: str | None = None
     """Instead of `field`: the column of a prompt, with `completion`."""
     completion: str | None = None
+    """The column of the completion, with `prompt`."""
     loss_on: Literal["all", "completions"] = "all"
     """completions: the loss counts the predictions of assistant turns, or of the completion, alone."""
     items: list[int] = Field(default=[20, 40], min_length=2, max_length=2)
