@@ -22,7 +22,7 @@ from dms.benchmarks.model import DEFAULT, QUICK, Shape, build_model
 from dms.cache import held_bytes
 from dms.console import make_console
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import describe_device, versions
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.hf_compat import cache_argument
 
 # Whether more is better.

@@ -17,6 +17,7 @@ from packaging.version import Version
 from rich.console import Console
 
 from dms.evaluation.present.tables import results_table
+from dms.evaluation.stats.collect import RunFigures
 
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),
@@ -323,8 +324,10 @@ def test_the_notes_of_the_present_version_can_be_released():
     ids=["good", "nothing evicted", "another size", "a row is missing"],
 )
 def test_the_table_is_read(tmp_path, cr, complaint):
-    figures = {"bits_per_byte": 1.3, "recall": 1.0, "recall_by_distance": [1.0, None, 0.4, 0.0], "cr_decided": None, "memory": "compacted"}
-    table = results_table({name: figures | {"cr": value} for name, value in cr.items()}, "builtin:tiny at 512 tokens, target CR 4")
+    figures = {"bits_per_byte": 1.3, "recall": 1.0, "recall_by_distance": [1.0, None, 0.4, 0.0], "recall_questions": 9, "by_task": {}}
+    figures |= {"cr_decided": None, "bytes": 1000, "seconds": 1.0}
+    by_policy = {name: RunFigures(**figures, cr=value, memory=None if name == "dense" else "compacted") for name, value in cr.items()}
+    table = results_table(by_policy, "builtin:tiny at 512 tokens, target CR 4")
     with (tmp_path / "table.txt").open("w") as file:
         Console(file=file, width=100).print(table)
     done = subprocess.run([sys.executable, ROOT / ".ci/check_table.py", tmp_path / "table.txt"], capture_output=True, text=True)

@@ -32,7 +32,7 @@ from dms.costs.training_flops import of_sequence
 from dms.costs.training_memory import Held, of_choice
 from dms.costs.training_shapes import measure as measure_shape
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import describe_device, versions
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.lm_head import head_parameters
 from dms.modes import enable_checkpointing
 from dms.retrofitting import gate_parameters, retrofit

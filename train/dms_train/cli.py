@@ -1,5 +1,6 @@
 """The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
 
+import json
 import sys
 import tempfile
 from enum import Enum
@@ -125,11 +126,48 @@ def generate_data(
         run(loaded)
 
 
-@app.command()
+# Options of `dms evaluate` that are settings now, and their keys.
+_MOVED = {
+    "--num-documents": "num_documents",
+    "--batch-size": "batch_size",
+    "--prefill-chunk": "prefill_chunk",
+    "--chat-template": "chat",
+    "--seed": "seed",
+    "--lm-eval-limit": "lm_eval.limit",
+    "--num-fewshot": "lm_eval.num_fewshot",
+    "--problems": "scaling.problems",
+    "--num-problems": "scaling.num_problems",
+    "--max-k": "scaling.max_k",
+    "--chains-at-once": "scaling.chains_at_once",
+    "--temperature": "scaling.temperature",
+    "--top-p": "scaling.top_p",
+    "--stop": "scaling.stop",
+    "--max-new-tokens": "scaling.max_new_tokens",
+    "--answer-pattern": "scaling.answer_pattern",
+}
+
+
+# Unknown options reach the command, which says where one that moved is now.
+@app.command(context_settings={"ignore_unknown_options": True})
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SETTINGS.yaml] [key=value ...]",
+            help="A settings file, or a packaged one such as tiny/evaluate, which lists all keys; and overrides, such as "
+            "num_documents=32 scaling.max_k=8. Where an option below sets the same thing, the option wins.",
+            show_default=False,
+        ),
+    ] = None,
     policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
-    tasks: Annotated[str, typer.Option(help="Of needle, records, passages, classification, words, text; or none. Default: all.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Suites (the key `suites`): of needle, records, passages, classification, words, text, one_pass; or none. "
+            "Default: all but one_pass, which is the evaluation at a run's end."
+        ),
+    ] = "",
     lengths: Annotated[
         str, typer.Option(help="Tokens of a document. Default: half of the model's context and all of it, up to 8192.")
     ] = "",
@@ -137,32 +175,16 @@ def evaluate(
         list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
-    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 50).")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents read at once. Default: 16 (--quick: 25).")] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
-    chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,
-    seed: Annotated[int, typer.Option()] = 7,
-    lm_eval: Annotated[str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag.")] = "",
-    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents of each.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")] = None,
-    include_path: Annotated[str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own.")] = None,
+    lm_eval: Annotated[
+        str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag (lm_eval.tasks).")
+    ] = "",
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own (lm_eval.include_path).")
+    ] = None,
     scaling: Annotated[
-        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read.")
+        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read (scaling.*).")
     ] = False,
-    problems: Annotated[
-        str | None, typer.Option(metavar="FILE.jsonl", help="Problems to sample chains for: prompt or messages, and answer.")
-    ] = None,
-    num_problems: Annotated[int | None, typer.Option(min=1, help="Of --scaling. Default: 64.")] = None,
-    max_k: Annotated[int | None, typer.Option(min=1, help="Chains sampled for each problem. Default: 16.")] = None,
-    chains_at_once: Annotated[int | None, typer.Option(min=1, help="Decoded as one batch. Default: all of a problem's.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a chain; repeat it.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a chain. Default: 1024; built-in problems: 24.")] = None,
-    answer_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression of a chain's answer. Default: a box, else the last number.")
-    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: fewer documents, at one length.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
@@ -170,57 +192,57 @@ def evaluate(
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
+    name, overrides = _settings_arguments(settings or [])
+    # As overrides after all others: an option wins over a file and a key.
+    for key, value in {
+        "policies": _words(policies) or None,
+        "suites": [] if tasks == "none" else _words(tasks) or None,
+        "lengths": _numbers("--lengths", lengths) or None,
+        "evict_bias": evict_bias or None,
+        "text": text,
+        "lm_eval.tasks": _words(lm_eval) or None,
+        "lm_eval.include_path": include_path,
+        "quick": quick or None,
+    }.items():
+        if value is not None:
+            # JSON is YAML.
+            overrides.append(f"{key}={json.dumps(value)}")
     prepare("auto")
-    from dms.evaluation.command import default_out, evaluate_folder, failures, make_settings
-    from dms.evaluation.engine.extras import LmEval, Scaling
+    from dms.evaluation.command import default_out, evaluate_folder, failures
+    from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
+    from dms_train.recipe_file import load_recipe
 
-    sampling = {
-        "problems": problems,
-        "num_problems": num_problems,
-        "max_k": max_k,
-        "chains_at_once": chains_at_once,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "answer_pattern": answer_pattern,
-        "stop": tuple(stop) if stop else None,
-    }
-    given = {name: value for name, value in sampling.items() if value is not None}
-    if given and not scaling:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for hyper-scaling; add --scaling")
-    if problems is None and (answer_pattern is not None or stop):
-        raise ValueError("--answer-pattern and --stop are for problems of your own; name them with --problems FILE.jsonl")
-    if not lm_eval and (lm_eval_limit is not None or num_fewshot is not None or include_path is not None):
-        raise ValueError("--lm-eval-limit, --num-fewshot and --include-path are for lm-evaluation-harness; add --lm-eval TASKS")
-    settings = make_settings(
-        model,
-        policies=_words(policies),
-        suites=[] if tasks == "none" else _words(tasks) or None,
-        lengths=_numbers("--lengths", lengths),
-        evict_bias=evict_bias or [0.0],
-        num_documents=num_documents,
-        quick=quick,
-        batch_size=batch_size,
-        prefill_chunk=prefill_chunk,
-        text=text,
-        chat=chat_template,
-        seed=seed,
-    )
-    harness = None
-    if lm_eval:
-        harness = LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
+    loaded = load_recipe(name, overrides, EvaluationSettings)
+    if scaling and loaded.scaling is None:
+        loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
     with writing(out or default_out(model)):
-        result = evaluate_folder(
-            model,
-            settings,
-            out=out,
-            scaling=Scaling(**given) if scaling else None,
-            lm_eval=harness,
-            card=card,
-        )
+        result = evaluate_folder(model, loaded, out=out, card=card)
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _settings_arguments(given: list[str]) -> tuple[str | None, list[str]]:
+    """The settings file, if one is named, and the overrides.
+
+    Raises:
+        ValueError: an option that is a setting now, or two files.
+    """
+    for place, argument in enumerate(given):
+        if not argument.startswith("-"):
+            continue
+        option, equals, value = argument.partition("=")
+        if option not in _MOVED:
+            raise typer.BadParameter(f"no such option: {option}")
+        if not equals:
+            following = given[place + 1] if place + 1 < len(given) else ""
+            value = "true" if option == "--chat-template" else following
+        value = f'["{value}"]' if option == "--stop" else value
+        raise ValueError(f"{option} moved to the settings: write {_MOVED[option]}={value or '...'} after the model, or in a SETTINGS.yaml")
+    files = [argument for argument in given if "=" not in argument]
+    if len(files) > 1:
+        raise ValueError(f"{', '.join(files)}: one settings file is read; give other settings as key=value")
+    return (files[0] if files else None), [argument for argument in given if "=" in argument]
 
 
 @app.command()

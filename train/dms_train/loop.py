@@ -18,7 +18,8 @@ from torch import nn
 
 from dms.console import make_console
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import Scores, make_documents
+from dms.evaluation.engine.run_end import make_documents
+from dms.evaluation.stats.results import PolicyResult
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.vocabulary import check_documents, num_embeddings
@@ -98,7 +99,7 @@ class Setup:
     folder: Path
     before: Fingerprint
     teacher_cache: TeacherCache | None
-    dense: Scores | None
+    dense: PolicyResult | None
     saver: Saver
     tracker: Any
     position: Position
@@ -187,7 +188,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     teacher_cache = _open_teacher_cache(recipe, accelerator, tokenizer, parts)
     dense = None
     if recipe.trainable == "all" and parts.teacher is None and (is_main or recipe.zero.stage == 3):
-        dense = artifacts.scores_of_base(recipe, parts, documents)
+        dense = artifacts.result_of_base(recipe, parts, documents)
 
     # A model from the hub was fetched meanwhile.
     facts = {
@@ -362,7 +363,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
     is_main, divided = setup.accelerator.is_main_process, recipe.zero.stage == 3
     dense = setup.dense
     if dense is None and (is_main or divided):
-        dense = artifacts.dense_scores(recipe, parts, setup.documents)
+        dense = artifacts.dense_result(recipe, parts, setup.documents)
     merge_adapters(parts.student)
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
     if not divided:

@@ -38,7 +38,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate")]
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate")]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:

@@ -18,7 +18,9 @@ from dms.errors import writing
 from dms.evaluation.data.names import FIRST_WORDS, SECOND_WORDS, VALUES
 from dms.evaluation.data.tasks import DISTRACTOR, EVENT, QUESTION, RECORD, make_document
 from dms.evaluation.data.text_sources import StdlibText, stdlib_files
-from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.engine.run_end import make_documents, read_dense
+from dms.evaluation.stats.collect import RunFigures, collect
+from dms.evaluation.stats.rows import describe_device, versions
 from dms_train.recipe import PretrainRecipe, Stage
 from dms_train.recipe_file import dump_recipe
 from dms_train.step import learning_rate
@@ -231,11 +233,11 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
     tokenizer.save_pretrained(saved)
     settings = recipe.evaluation
     length = settings.length or recipe.architecture.context
-    documents = evaluation.make_documents(tokenizer, num_documents=settings.num_documents, length=length, num_items=settings.num_items)
+    documents = make_documents(tokenizer, num_documents=settings.num_documents, length=length, num_items=settings.num_items)
     # The evaluation reads a retrofitted model; in dense mode that is the model itself.
     dense = retrofit(load_base(str(saved), "float32"), DMSConfig(window=0))
-    scores = evaluation.run_policy(dense, documents, "dense", batch_size=settings.batch_size)
-    figures = evaluation.summary(scores)
+    measured = read_dense(dense, documents, batch_size=settings.batch_size)
+    figures = RunFigures.of("dense", collect([measured]))
     shape = recipe.architecture
     facts = {
         "architecture": f"Llama, {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}",
@@ -248,15 +250,15 @@ def finish(folder: Path, recipe: PretrainRecipe, model: nn.Module, tokenizer, st
         "steps": state["step"],
         "loss": state["loss"],
         "seconds": state["seconds"],
-        "device": evaluation.describe_device(),
-        "versions": evaluation.versions(),
-        "results": figures,
+        "device": describe_device(),
+        "versions": versions(),
+        "results": figures.to_dict(),
     }
     card.pretrain_card(saved, facts)
     (folder / "result.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     console.print(
-        f"recall {figures['recall']:.3f} over {figures['recall_questions']} questions at {length} tokens, by distance {figures['recall_by_distance']}",
+        f"recall {figures.recall:.3f} over {figures.recall_questions} questions at {length} tokens, by distance {figures.recall_by_distance}",
         highlight=False,
     )
-    console.print(f"bits per byte {figures['bits_per_byte']:.4f}; by task {figures['by_task']}; wrote {saved}", highlight=False)
+    console.print(f"bits per byte {figures.bits_per_byte:.4f}; by task {figures.by_task}; wrote {saved}", highlight=False)
     return facts

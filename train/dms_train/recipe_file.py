@@ -77,15 +77,15 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     raise ValueError(f"recipe {name!r} is neither a file nor a packaged recipe{nearest(short, known)}; packaged: {', '.join(known)}")
 
 
-def load_recipe(name: str, overrides: list[str], schema: type[Recipe]) -> Recipe:
-    """Read, extend, override and validate a recipe.
+def load_recipe(name: str | None, overrides: list[str], schema: type[Recipe]) -> Recipe:
+    """Read, extend, override and validate a recipe. name: None: the overrides are all that is given.
 
     Raises:
         ValueError: naming the file, the key, what was given and what is allowed.
     """
-    path = find_recipe(name)
-    values = _read_mapping(path)
-    if "extends" in values:
+    path = None if name is None else find_recipe(name)
+    values = {} if path is None else _read_mapping(path)
+    if path is not None and "extends" in values:
         parent_path = find_recipe(str(values.pop("extends")), path.parent)
         parent = _read_mapping(parent_path)
         if "extends" in parent:
@@ -99,7 +99,7 @@ def load_recipe(name: str, overrides: list[str], schema: type[Recipe]) -> Recipe
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"recipe {name}: {explain(error, schema)}") from None
+        raise ValueError(f"{'settings' if name is None else f'recipe {name}'}: {explain(error, schema)}") from None
 
 
 def _read_mapping(path: Path) -> dict:
@@ -119,7 +119,10 @@ def _merge(base: dict, changes: dict) -> dict:
 
 def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        # A section that is switched off (null) is switched on.
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {key} is not a section")
     values[keys[-1]] = value

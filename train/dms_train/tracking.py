@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dms.doctor import has_wandb_key
-from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.report.plots import new_figure
 from dms.requirements import explain, missing
 from dms_train import compat
@@ -51,7 +51,7 @@ class WandbTracker:
             dir=str(folder),
             name=tracking.name or folder.name,
             **tracking.model_dump(include={"project", "entity", "group", "tags"}),
-            config={**recipe.model_dump(), "versions": evaluation.versions(), "device": evaluation.describe_device()},
+            config={**recipe.model_dump(), "versions": versions(), "device": describe_device()},
             settings={"silent": True, "console": "off", **compat.prompt_flush(), **patience},
         )
         try:

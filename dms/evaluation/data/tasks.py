@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from dms.evaluation.data.document import Answer, Document, Frame, Text, Tokenizer, encode, padding, plain_frame
+from dms.evaluation.data.document import Answer, EvaluationDocument, Frame, Text, Tokenizer, encode, padding, plain_frame
 from dms.evaluation.data.names import VALUES, draw_names
 
 RECALL_TASKS = ("single", "multi_key", "multi_value", "multi_query")
@@ -80,7 +80,7 @@ def make_document(
     unseen_names: bool = False,
     strict: bool = True,
     frame: Frame | None = None,
-) -> Document:
+) -> EvaluationDocument:
     """Plant up to `num_items` items in running text so that the document has exactly `length` tokens.
 
     mix: weight of each task (None: `DEFAULT_MIX`). questions: where they stand; "end" makes their distances uniform up to the
@@ -204,7 +204,7 @@ def _fill(tokenizer: Tokenizer, lines: list[str], room: int) -> tuple[list[_Bloc
     return [_Block((i + 0.5) / len(taken), tokens, [0] * len(tokens)) for i, tokens in enumerate(taken)], num_bytes, room
 
 
-def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int | None) -> Document:
+def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int | None) -> EvaluationDocument:
     """prompt: None: the questions are at the end, and what stands before them is given."""
     input_ids: list[int] = []
     role: list[int] = []
@@ -224,4 +224,4 @@ def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int 
     ]
     if prompt is None:
         prompt = sum(len(block.tokens) for block in blocks if block.place < 1.0)
-    return Document(input_ids, role, answers, num_bytes, prompt)
+    return EvaluationDocument(input_ids, role, answers, num_bytes, prompt)

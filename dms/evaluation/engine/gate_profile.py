@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from dms import masks, report
-from dms.evaluation.data.tasks import Document
+from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.scoring import predict
 from dms.report.document_trace import FORMAT_VERSION
 from dms.retrofitting import set_mode, state_of
 
 
 @torch.no_grad()
-def trace_document(model, tokenizer, document: Document, title: str = "") -> "report.DocumentTrace":
+def trace_document(model, tokenizer, document: EvaluationDocument, title: str = "") -> "report.DocumentTrace":
     """Run one document in evict mode and collect each gate's probability, aligned to the token that it rules."""
     set_mode(model, "evict")
     state, device = state_of(model), next(model.parameters()).device
@@ -37,7 +37,7 @@ def trace_document(model, tokenizer, document: Document, title: str = "") -> "re
         title=title,
         window=state.config.window,
         sinks=state.config.sinks,
-        prompt=getattr(document, "prompt", None),
+        prompt=document.prompt,
     )
 
 
@@ -67,7 +67,7 @@ class _Sums:
 def write_profile(
     model,
     tokenizer,
-    documents: Sequence[Document],
+    documents: Sequence[EvaluationDocument],
     out: str | Path,
     *,
     points: Sequence[float],
@@ -120,7 +120,7 @@ def num_passes(num_documents: int, num_points: int) -> int:
     return num_documents * num_points + min(NUM_TRACED, num_documents)
 
 
-def _traced(documents: Sequence[Document]) -> list[int]:
+def _traced(documents: Sequence[EvaluationDocument]) -> list[int]:
     """Which documents are shown: spread over all, so that different suites have a chance."""
     count = min(NUM_TRACED, len(documents))
     return sorted({i * len(documents) // count for i in range(count)})
@@ -132,7 +132,7 @@ def _method(state) -> dict:
 
 
 @torch.no_grad()
-def _profile(model, documents: Sequence[Document], point: float, length: int, progress) -> dict:
+def _profile(model, documents: Sequence[EvaluationDocument], point: float, length: int, progress) -> dict:
     state, device = state_of(model), next(model.parameters()).device
     set_mode(model, "evict")
     state.evict_bias = point

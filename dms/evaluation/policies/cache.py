@@ -13,7 +13,7 @@ import torch
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.budget import Budget
 from dms.config import DMSConfig
-from dms.evaluation.policies.rules import Policy, Seen
+from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
 from dms.masks import Tokens
 
 
@@ -102,6 +102,19 @@ class PolicyLayer(CompactedLayer):
         raise ValueError(f"{type(self.policy).__name__} keeps its rows as they are; read a prompt once for each sample")
 
 
+class WindowLayer(CompactedLayer):
+    """A compacted layer that evicts all that leaves its window, whatever the gates say."""
+
+    def __init__(self, policy: SlidingWindow, config: DMSConfig, page_size: int):
+        super().__init__(replace(config, window=policy.window, sinks=policy.sinks, alignment="own"), page_size)
+
+    def runs_gate(self, num_tokens: int) -> bool:
+        return False
+
+    def decide(self, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
+        super().decide(torch.ones_like(decision_BNH), tokens)
+
+
 class PolicyCache(DMSCache):
     """Pass it as `past_key_values` in evict mode: layers with gates evict by a policy instead. make_policy: of a layer's index."""
 
@@ -111,8 +124,11 @@ class PolicyCache(DMSCache):
         # A bound would have to undo what was dropped.
         self.budget = Budget(None)
 
-    def _make_layer(self, state, page_size, kv_dtype) -> PolicyLayer:
-        return PolicyLayer(self._make_policy(next(self._indices)), state.config, state.page_size)
+    def _make_layer(self, state, page_size, kv_dtype) -> CompactedLayer:
+        policy = self._make_policy(next(self._indices))
+        if isinstance(policy, SlidingWindow):
+            return WindowLayer(policy, state.config, state.page_size)
+        return PolicyLayer(policy, state.config, state.page_size)
 
 
 def _now(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import pytest
 from dms.evaluation.data.names import is_unseen
 from dms.evaluation.data.tasks import TASKS
 from dms.evaluation.data.text_sources import GivenText, StdlibText, stdlib_files
-from dms.evaluation.engine.one_pass import make_documents
+from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite
 from dms.evaluation.suites import word_counts as words
 from dms.io import base_models as models
