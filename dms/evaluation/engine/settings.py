@@ -45,7 +45,9 @@ class ScalingSettings(Strict):
     chains_at_once: int | None = Field(default=None, ge=1)
     """Chains of a problem that are decoded as one batch; None: all of them."""
     temperature: float = 1.0
+    """Sampling temperature of the chains."""
     top_p: float = 1.0
+    """Chains draw from the likeliest tokens that make up this share."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Of a chain; None: 24 for the built-in problems, 1024 for others."""
     answer_pattern: str | None = None
@@ -102,6 +104,7 @@ class EvaluationSettings(Strict):
     chat: bool = False
     """Ask through the tokenizer's chat template."""
     seed: int = 7
+    """Of documents, random eviction and sampling."""
     quick: bool = False
     """Minutes on two cores: for settings that are not given, fewer documents and suites, at half of the model's context."""
     scaling: ScalingSettings | None = None
