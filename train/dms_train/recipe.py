@@ -310,6 +310,7 @@ class GenerateRecipe(Strict):
     samples: int = Field(default=1, ge=1)
     """Completions of each prompt."""
     max_new_tokens: int = Field(ge=1)
+    """Most tokens of a completion."""
     temperature: float = Field(default=1.0, ge=0.0)
     """0: the most probable token each time."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -319,6 +320,7 @@ class GenerateRecipe(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as the model is saved, on a CPU fp32."""
     seed: int = 0
+    """Of sampling."""
     bad_shards: Literal["refuse", "skip"] = "refuse"
     """A file or record that cannot be read: an error that names it, or left out and counted."""
     overwrite: bool = False
