@@ -155,12 +155,12 @@ def _run_units(
     with make_progress(console) as shown:
         task = shown.add_task("", total=len(units) * len(settings.points()))
         for unit in units:
-            place = f"{unit.suite}, {unit.length} tokens, batch {unit.number + 1}"
             file = UnitFile(unit, out / "done", digest)
-            progress = Progress(
-                step=lambda running, place=place: shown.update(task, description=f"{running}: {place}"),
-                done=lambda: shown.advance(task),
-            )
+
+            def step(running: str, unit: Unit = unit) -> None:
+                shown.update(task, description=f"{running}: {unit.suite}, {unit.length} tokens, batch {unit.number + 1}")
+
+            progress = Progress(step=step, done=lambda: shown.advance(task))
             results = run_unit(model, unit, settings, finished=file.read(), save=file.write, progress=progress)
             found.setdefault((unit.suite, unit.length), []).append(results)
     return found

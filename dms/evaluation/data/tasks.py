@@ -150,10 +150,10 @@ def _make_item(task: str, names: list[str], rng: Random, code_line: str) -> _Ite
         return _Item(task, [f"{RECORD}{key}{value}\n" for key, value in pairs], pairs, [[i] for i in range(len(pairs))])
     if task in CHAIN_TASKS:
         hops = int(task[-1])
-        chain, value = [names.pop() for _ in range(hops + 1)], rng.choice(VALUES)
+        chain, end = [names.pop() for _ in range(hops + 1)], rng.choice(VALUES)
         records = [f"{RECORD} ${a} ${b}\n" for a, b in itertools.pairwise(chain)]
-        records.append(f"{RECORD} ${chain[-1]} {value}\n")
-        answer = "".join(f" ${name}" for name in chain[1:]) + f" {value}"
+        records.append(f"{RECORD} ${chain[-1]} {end}\n")
+        answer = "".join(f" ${name}" for name in chain[1:]) + f" {end}"
         return _Item(task, records, [(f" ${chain[0]}", answer)], [list(range(len(records)))])
     if task == "count":
         key, number = names.pop(), rng.randint(1, 6)
@@ -209,18 +209,18 @@ def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int 
     input_ids: list[int] = []
     role: list[int] = []
     starts: dict[tuple[int, int], int] = {}
-    asked: list[tuple[_Block, int]] = []
+    asked: list[tuple[_Block, int, int]] = []
     for block in blocks:
-        if block.record is not None:
+        if block.item is not None and block.record is not None:
             starts[block.item, block.record] = len(input_ids)
         elif block.item is not None:
-            asked.append((block, len(input_ids)))
+            asked.append((block, block.item, len(input_ids)))
         input_ids += block.tokens
         role += block.role
     answers = [
-        Answer(items[block.item].task, at + start, at + end, min(starts[block.item, index] for index in needs))
-        for block, at in asked
-        for (start, end), needs in zip(block.spans, items[block.item].needs, strict=True)
+        Answer(items[item].task, at + start, at + end, min(starts[item, index] for index in needs))
+        for block, item, at in asked
+        for (start, end), needs in zip(block.spans, items[item].needs, strict=True)
     ]
     if prompt is None:
         prompt = sum(len(block.tokens) for block in blocks if block.place < 1.0)

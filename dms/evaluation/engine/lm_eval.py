@@ -125,7 +125,8 @@ def prepare_lm_eval(
     with quiet():
         harness = Harness(model, tokenizer, batch_size)
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
-        _build(harness, run, dict.fromkeys(unit["task"] for unit in units if store.read(unit) is None), wanted.num_fewshot)
+        unfinished = [str(unit["task"]) for unit in units if store.read(unit) is None]
+        _build(harness, run, dict.fromkeys(unfinished), wanted.num_fewshot)
     return PreparedLmEval(harness, run, units, store, options, wanted.include_path)
 
 

@@ -69,10 +69,10 @@ class Harness(HFLM):
     @torch.no_grad()
     def _model_call(self, inps: torch.Tensor, attn_mask=None, labels=None) -> torch.Tensor:
         state = state_of(self.model)
-        evicts = state.mode == "evict"
-        output = self.model(inps, use_cache=evicts and state.takes_cache)
-        if evicts and state.takes_cache:
-            self.counted.add(count_entries(self.model, output_cache(output)), inps.shape[1], "compacted")
+        output = self.model(inps, use_cache=state.mode == "evict" and state.takes_cache)
+        cache = output_cache(output) if state.mode == "evict" and state.takes_cache else None
+        if cache is not None:
+            self.counted.add(count_entries(self.model, cache), inps.shape[1], "compacted")
         else:
             self.counted.add(_without_cache(state, *inps.shape), inps.shape[1], "masked")
         return output.logits
@@ -100,8 +100,9 @@ class Harness(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings) -> torch.Tensor:
         output = harness_step("_model_generate")(self, context, max_length, stop, return_dict_in_generate=True, **settings)
         state, length = state_of(self.model), output.sequences.shape[1]
-        if state.mode == "evict":
-            self.counted.add(count_entries(self.model, output_cache(output)), length, "compacted")
+        cache = output_cache(output) if state.mode == "evict" else None
+        if cache is not None:
+            self.counted.add(count_entries(self.model, cache), length, "compacted")
         else:
             # The last token was not read any more.
             seen_B = settings["attention_mask"].sum(1).cpu() + length - context.shape[1] - 1

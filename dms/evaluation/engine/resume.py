@@ -93,8 +93,9 @@ class ResultStore:
         if self.folder is None:
             return None
         found = read_json(self._path(self.folder, settings))
-        same = isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings))
-        return found["result"] if same else None
+        if not isinstance(found, dict) or found.get("settings") != json.loads(json.dumps(settings)):
+            return None
+        return found["result"]
 
     def write(self, settings: dict[str, Any], result: Any) -> None:
         if self.folder is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 from dms.hf_compat import cache_argument, output_cache
@@ -33,7 +32,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, ids_BT: torch.Tensor, *, use_cache: bool, cache: Cache | None = None) -> Predictions:
+def predict(model: Any, ids_BT: torch.Tensor, *, use_cache: bool, cache: Cache | None = None) -> Predictions:
     """One forward pass over `ids_BT` [B, T] in the model's mode. cache: None: of the model's own making, if it uses one."""
     outputs = _forward(model, ids_BT, _knows_head(model, ids_BT), use_cache=use_cache, cache=cache)
     nll_BT, right_BT = _score_outputs(model, outputs, ids_BT[:, 1:])
@@ -41,7 +40,7 @@ def predict(model: nn.Module, ids_BT: torch.Tensor, *, use_cache: bool, cache: C
 
 
 @torch.no_grad()
-def predict_in_parts(model: nn.Module, ids_BT: torch.Tensor, cache: Cache, *, num_given: int, chunk: int) -> Predictions:
+def predict_in_parts(model: Any, ids_BT: torch.Tensor, cache: Cache, *, num_given: int, chunk: int) -> Predictions:
     """The same over a cache that evicts after each forward pass: the first `num_given` tokens in parts of `chunk`, then one at a time."""
     knows_head, parts = _knows_head(model, ids_BT), []
     T = ids_BT.shape[1]
@@ -56,19 +55,19 @@ def predict_in_parts(model: nn.Module, ids_BT: torch.Tensor, cache: Cache, *, nu
     return Predictions(nll_BT, right_BT, cache)
 
 
-def _knows_head(model: nn.Module, ids_BT: torch.Tensor) -> bool:
+def _knows_head(model: Any, ids_BT: torch.Tensor) -> bool:
     """Whether logits can be made from hidden states part by part: of a family whose head is not known, its own logits are taken, all at once."""
     return difference_of_head(model, ids_BT[:1, :_SAMPLE]) is None
 
 
-def _forward(model: nn.Module, ids_BT: torch.Tensor, knows_head: bool, *, use_cache: bool, cache: Cache | None = None) -> Any:
+def _forward(model: Any, ids_BT: torch.Tensor, knows_head: bool, *, use_cache: bool, cache: Cache | None = None) -> Any:
     """Hidden states where the head is known, else logits. cache: None: the model makes its own, if it uses one."""
     module = model.get_decoder() if knows_head else model
     given = {} if cache is None else cache_argument(module, cache)
     return module(input_ids=ids_BT, use_cache=use_cache, **given)
 
 
-def _score_outputs(model: nn.Module, outputs: Any, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_outputs(model: Any, outputs: Any, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """nll and right [B, T'] of the T' targets, which are the tokens after the first T' of the forward pass."""
     T, target_N = target_BT.shape[1], target_BT.flatten()
     if hasattr(outputs, "logits"):

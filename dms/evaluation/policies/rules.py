@@ -11,17 +11,21 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer's entries in order of age, the newest last, before anything is dropped.
-
-    position_BHS [B, H, S] int64: where they stand in the text. k_BHSD: their keys, as they are stored (rotated). num_new: how many
-    came in this forward. weights_BHGQS float32: attention of the last Q queries over these entries, None for policies that
-    look at none.
-    """
+    """A layer's entries in order of age, the newest last, before anything is dropped."""
 
     position_BHS: torch.Tensor
+    """int64: where they stand in the text."""
     k_BHSD: torch.Tensor
+    """Their keys, as they are stored (rotated)."""
     num_new: int
-    weights_BHGQS: torch.Tensor | None
+    """How many came in this forward."""
+    weights: torch.Tensor | None
+    """[B, H, G, Q, S] float32: attention of the last Q queries over these entries; None for policies that look at none."""
+
+    @property
+    def weights_BHGQS(self) -> torch.Tensor:
+        assert self.weights is not None, "the policy's num_queries asks for them"
+        return self.weights
 
 
 class Policy:

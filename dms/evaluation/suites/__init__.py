@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from dms.config import nearest
 from dms.evaluation.data.document import EvaluationDocument, Text, plain_frame
@@ -70,12 +71,14 @@ def make_suite(
     if name == "text":
         if chat:
             raise ValueError("the suite 'text' is running text and has no turns; evaluate it without chat")
+        options: dict[str, Any] = dict(settings)
     else:
-        settings["frame"] = chat_frame(tokenizer, _MODULES[name].INSTRUCTION) if chat else plain_frame(tokenizer)
+        frame = chat_frame(tokenizer, _MODULES[name].INSTRUCTION) if chat else plain_frame(tokenizer)
+        options = {**settings, "frame": frame}
     text = text or StdlibText(held_out=True)
     if isinstance(text, GivenText) and name in _NUM_CHARS:
         text = _without_sharing(text, name, _NUM_CHARS[name](length), num_documents, Random(f"{name}:{seed}:{length}"))
-    return SUITES[name](tokenizer, length=length, num_documents=num_documents, seed=seed, text=text, **settings)
+    return SUITES[name](tokenizer, length=length, num_documents=num_documents, seed=seed, text=text, **options)
 
 
 def _without_sharing(text: GivenText, name: str, num_chars: int, num_documents: int, rng: Random) -> OnceText:

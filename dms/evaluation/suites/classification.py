@@ -58,7 +58,7 @@ def classification(
 
 def _make(make: Callable[..., EvaluationDocument], *arguments: Any) -> EvaluationDocument:
     """The document of the first stretch of text that fills one."""
-    failed = None
+    failed: ValueError | None = None
     for _ in range(_TRIALS):
         try:
             return make(*arguments)
@@ -67,6 +67,7 @@ def _make(make: Callable[..., EvaluationDocument], *arguments: Any) -> Evaluatio
             # Another kind of fault, or a given text that has no further stretch.
             if not isinstance(error, _TooFewLines):
                 break
+    assert failed is not None, "at least one stretch was tried"
     raise failed
 
 
