@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache
 
 from dms import hf_compat, masks
@@ -23,7 +24,7 @@ from dms.cache.store import PendingGate
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
-from dms.modes import AttentionFunction, DMSState, ForwardPass
+from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
 
 # Scores of one chunk of queries are the largest temporary of the masked reference.
 _CHUNK_BYTES = 64 * 2**20
@@ -116,6 +117,13 @@ class EvictPass(ForwardPass):
             evicted = self.evicted[layer.index] = held.evicted()
             return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
         return functools.partial(compacted_attention, held=held, cache=cache, masked=masked)
+
+
+def evict_pass(model: nn.Module) -> EvictPass:
+    """The latest pass of a model in evict mode, with what its gates decided."""
+    forward = state_of(model).forward
+    assert isinstance(forward, EvictPass), "the latest pass was in evict mode"
+    return forward
 
 
 def _evict_logits(gate: Gate, hidden_BTM: torch.Tensor, bias: float) -> torch.Tensor:

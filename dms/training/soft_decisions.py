@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache
 
 from dms import masks
@@ -18,7 +19,7 @@ from dms.attention import scale_of
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
-from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise
+from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise, state_of
 from dms.training.activation_checkpointing import follow_passes
 from dms.training.offload import HostStore
 from dms_kernels import gated_attention
@@ -99,6 +100,13 @@ class TrainPass(ForwardPass):
         first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
         self.first_passes[layer] = first_pass
         return first_pass
+
+
+def train_pass(model: nn.Module) -> TrainPass:
+    """The latest pass of a model in train mode, with the counts of its decisions."""
+    forward = state_of(model).forward
+    assert isinstance(forward, TrainPass), "the latest pass was in train mode"
+    return forward
 
 
 def train_attention(
