@@ -278,16 +278,3 @@ def reading(model: nn.Module, length: int) -> Iterator[None]:
         yield
     finally:
         rotary.length = before
-
-
-def __getattr__(name: str):
-    # For the time of a merge: old places of what only training needs.
-    if name == "enable_checkpointing":
-        from dms.training.activation_checkpointing import enable_checkpointing
-
-        return enable_checkpointing
-    if name == "Forward":
-        from dms.training.soft_decisions import TrainPass
-
-        return TrainPass
-    raise AttributeError(name)

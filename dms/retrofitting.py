@@ -22,7 +22,6 @@ from dms.generation import with_decoding
 from dms.io.weights import refuse_quantized
 from dms.layer_discovery import AttentionLayer, find_layers
 from dms.modes import DMSState, RotaryLengths, state_of
-from dms.modes import set_mode as set_mode  # its old place, for the time of a merge
 
 
 def retrofit(model: Any, config: DMSConfig) -> Any:

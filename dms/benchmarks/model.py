@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import dms
 from dms import hf_compat
+from dms.attention import evict_pass
 from dms.gates import Gate
-from dms.retrofitting import set_mode, state_of
+from dms.modes import set_mode, state_of
 
 # Tokens that the gates' logits are sampled over; each sequence is no longer than the window, so that nothing is hidden yet.
 _NUM_SAMPLES = 1024
@@ -62,9 +63,9 @@ def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
     length = min(state.config.window, _NUM_SAMPLES)
     ids = torch.randint(config.get_text_config().vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
     state.decoder(input_ids=ids, use_cache=False)
-    assert state.forward is not None
+    passed = evict_pass(model)
     for layer, keep_H in zip(state.layers, keep_LH.to(device), strict=True):
-        logits = state.forward.logits[layer.index].flatten(0, 1).sort(0).values
+        logits = passed.logits[layer.index].flatten(0, 1).sort(0).values
         least = logits.gather(0, (keep_H * len(logits)).long().clamp(max=len(logits) - 1)[None])[0]
         # A head that keeps nothing must not keep a token beyond the sample either.
         least = torch.where(keep_H > 0, least, logits[0] - 100 * state.config.scale)

@@ -19,8 +19,8 @@ from dms.costs.operators import LiveBytes
 from dms.costs.shapes import ModelShape, is_attached, layer_list
 from dms.costs.stand_in_attention import StandInPackedAttention, replaced_attention, stand_in_attention
 from dms.costs.torch_compat import fake_tensors
-from dms.modes import Forward
-from dms.retrofitting import set_mode, state_of
+from dms.modes import set_mode, state_of
+from dms.training.soft_decisions import TrainPass
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandI
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
-    current = Forward("train", tokens)
+    current = TrainPass("train", tokens)
 
     def enter(*_) -> None:
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.

@@ -13,6 +13,7 @@ from torch import nn
 
 from dms import hf_compat
 from dms.modes import state_of
+from dms.training.packed_attention import PackedAttention
 
 # Scores of one block of the chunked route, as `dms_kernels.gated_attention.chunked` sizes it on a CPU.
 _CHUNKED_TILE, _CHUNKED_ROWS = 2**18, (16, 128)
@@ -44,10 +45,11 @@ def stand_in_attention(query, key, value, *, log_keep_BTH, kernels: bool, s_aux=
     return _StandIn.apply(q, k, v, log_keep_BTH, s_aux, kernels)
 
 
-class StandInPackedAttention:
-    """As `dms.training.packed_attention.Rows`, for rows that lie in one process."""
+class StandInPackedAttention(PackedAttention):
+    """As `PackedAttention`, for sequences that lie in one process."""
 
     def __init__(self, kernels: bool):
+        super().__init__()
         self.kernels, self.attention_name = kernels, f"dms_planned_rows_{'kernels' if kernels else 'chunked'}"
         hf_compat.register_attention(self.attention_name, self._attention)
 

@@ -31,9 +31,9 @@ from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
+from dms.modes import state_of
 from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import read_evidence
-from dms.retrofitting import state_of
 
 # Documents of each suite that the report's profile is made of.
 _PROFILED = 4

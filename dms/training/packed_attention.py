@@ -246,7 +246,3 @@ def check_sharing(model: Any, size: int, num_tokens: int, skipped: dict[str, str
 
 def _divides(heads: int, kv_heads: int, size: int) -> bool:
     return heads % size == 0 and max(kv_heads, size) % min(kv_heads, size) == 0
-
-
-# For the time of a merge: the old name.
-Rows = PackedAttention

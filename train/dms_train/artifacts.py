@@ -21,9 +21,10 @@ from dms.evaluation.stats.rows import RowContext, describe_device, versions
 from dms.io import base_models as models
 from dms.io import checkpoint
 from dms.io.weights import base_hash
+from dms.modes import state_of
 from dms.report.cards import write_run_card
 from dms.report.evidence import TrainingFacts
-from dms.retrofitting import retrofit, state_of
+from dms.retrofitting import retrofit
 from dms_train.lora import without_adapters
 from dms_train.models import Models
 from dms_train.recipe import RetrofitRecipe

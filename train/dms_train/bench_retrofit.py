@@ -30,8 +30,8 @@ from dms.costs.stand_in_attention import replaced_attention
 from dms.errors import writing
 from dms.evaluation.stats.rows import describe_device, versions
 from dms.lm_head import head_parameters
-from dms.modes import enable_checkpointing
 from dms.retrofitting import gate_parameters, retrofit
+from dms.training.activation_checkpointing import enable_checkpointing
 from dms_train.step import HeadLoss, Normalizer, distill_step
 
 # Changes to Qwen3-8B that make it small enough for a test.

@@ -16,8 +16,9 @@ from dms.io import base_models
 from dms.io.vocabulary import num_embeddings, padding_id
 from dms.lm_head import find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.retrofitting import retrofit, set_mode
-from dms.training.packed_attention import Rows, local_rows
+from dms.modes import set_mode
+from dms.retrofitting import retrofit
+from dms.training.packed_attention import PackedAttention, local_rows
 from dms_kernels import top_log_probs
 from dms_train import artifacts, models, preflight
 from dms_train.data.loader import all_sequences, open_mixture
@@ -176,7 +177,7 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
     return counts
 
 
-def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tuple[Any, Rows | None]:
+def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tuple[Any, PackedAttention | None]:
     """The dense model as the run loads it, and its attention over packed sequences. Raises ValueError for one that cannot be distilled."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
@@ -191,7 +192,9 @@ def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tu
 
 
 @torch.no_grad()
-def _top_k(model: Any, recipe: RetrofitRecipe, sequences: dict[str, dict[str, torch.Tensor]], attention: Rows | None) -> dict[str, TopK]:
+def _top_k(
+    model: Any, recipe: RetrofitRecipe, sequences: dict[str, dict[str, torch.Tensor]], attention: PackedAttention | None
+) -> dict[str, TopK]:
     """The teacher's forward pass over a batch, as the run would take it -> its most probable tokens, by key."""
     device = next(model.parameters()).device
     names = ("input_ids", "position_ids", "segment_ids")

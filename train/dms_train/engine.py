@@ -18,9 +18,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
+from dms.modes import state_of
 from dms.requirements import missing
-from dms.retrofitting import state_of
-from dms.training.packed_attention import Rows, check_sharing, local_rows
+from dms.training.packed_attention import PackedAttention, check_sharing, local_rows
 from dms_train import compat
 from dms_train.recipe import RetrofitRecipe
 from dms_train.stopping import is_launched
@@ -116,7 +116,7 @@ def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
         raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
 
 
-def make_attention(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> Rows | None:
+def make_attention(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> PackedAttention | None:
     """Attention over packed sequences, or over sequences that this process shares with its neighbours.
 
     None: each sequence is one document and is in one process, or the model has a kind of attention that only transformers computes.
@@ -134,7 +134,7 @@ def make_attention(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn
         torch.distributed.new_group(list(range(first, first + size)), timeout=timeout)
         for first in range(0, accelerator.num_processes, size)
     ]
-    return Rows(groups[accelerator.process_index // size])
+    return PackedAttention(groups[accelerator.process_index // size])
 
 
 def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str) -> AbstractContextManager:

@@ -22,8 +22,8 @@ from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.stats.results import PolicyResult
 from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_documents, num_embeddings
-from dms.retrofitting import set_mode, state_of
-from dms.training.packed_attention import Rows
+from dms.modes import set_mode, state_of
+from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
 from dms_train import artifacts, cache_teacher, checkpoints, models, preflight
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
@@ -48,7 +48,7 @@ _NEXT_TO_NOTHING = 0.02
 class Distillation(nn.Module):
     """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, parts: Models, recipe: RetrofitRecipe, attention: Rows | None):
+    def __init__(self, parts: Models, recipe: RetrofitRecipe, attention: PackedAttention | None):
         super().__init__()
         self.attention = attention
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
@@ -93,7 +93,7 @@ class Setup:
     """For the evaluation at the end."""
     parts: Models
     engine: Engine
-    attention: Rows | None
+    attention: PackedAttention | None
     """Attention over packed sequences, and over those that several processes share; None: transformers' own."""
     folder: Path
     """The run's."""
@@ -240,7 +240,7 @@ def _open_stream(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: An
 
 def _build_engine(
     recipe: RetrofitRecipe, accelerator: Accelerator, parts: Models, stream: Stream, console: Console
-) -> tuple[Rows | None, Engine]:
+) -> tuple[PackedAttention | None, Engine]:
     """Attention and engine. Raises ValueError for a model whose loss or packing would come out wrong."""
     # A checkpoint of the optimizer names its groups by number: gates are always group 0.
     groups: list[dict[str, Any]] = [{"params": list(parts.gates.values()), "peak_lr": recipe.optimizer.lr}]

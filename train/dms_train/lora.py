@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dms.modes import state_of
 from dms.requirements import missing
-from dms.retrofitting import state_of
 from dms.training.sharding import gathered
 from dms_train import compat
 

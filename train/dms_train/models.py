@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dms.io import base_models
-from dms.modes import enable_checkpointing
-from dms.retrofitting import gate_parameters, retrofit, state_of
+from dms.modes import state_of
+from dms.retrofitting import gate_parameters, retrofit
+from dms.training.activation_checkpointing import enable_checkpointing
 from dms.training.sharding import gathered
 from dms_train import compat
 from dms_train.lora import add_adapters

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from dms.retrofitting import state_of
+from dms.modes import state_of
 from dms.training.sharding import num_elements, resident_bytes
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step_metrics import StepMetrics

@@ -15,10 +15,10 @@ from torch import nn
 
 from dms.lm_head import difference_of_head, find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.modes import Noise
-from dms.retrofitting import set_mode, state_of
-from dms.training.packed_attention import Rows
+from dms.modes import Noise, set_mode
+from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import is_sharded
+from dms.training.soft_decisions import train_pass
 from dms_kernels import distill_loss, distill_loss_topk
 from dms_train.lora import without_adapters
 from dms_train.teacher_cache import BATCH_KEYS
@@ -140,7 +140,7 @@ def distill_step(
     normalizer: Normalizer,
     seed: int,
     compression_weight: float,
-    attention: Rows | None = None,
+    attention: PackedAttention | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
@@ -171,8 +171,7 @@ def distill_step(
     # The student, whose gates decide with noise.
     set_mode(student, "train", Noise(seed, batch["number"]), tokens=tokens if whole is None else whole, rows=attention)
     hidden_s = hidden_states(student, inputs)
-    forward = state_of(student).forward
-    assert forward is not None
+    forward = train_pass(student)
     set_mode(student, "dense")
 
     kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *topk)
@@ -195,7 +194,7 @@ def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return reduce(torch.add, tensors)
 
 
-def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, attention: Rows | None) -> torch.Tensor:
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, attention: PackedAttention | None) -> torch.Tensor:
     """This process's share of the sum over sequences."""
     if attention is None:
         return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()

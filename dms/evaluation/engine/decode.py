@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer, held_bytes
 from dms.hf_compat import cache_argument
-from dms.retrofitting import set_mode, state_of
+from dms.modes import set_mode, state_of
 from dms.rotary import reading
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from dms import masks, report
+from dms.attention import evict_pass
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.scoring import predict
+from dms.modes import set_mode, state_of
 from dms.report.decisions import FORMAT_VERSION
-from dms.retrofitting import set_mode, state_of
 
 
 @torch.no_grad()
@@ -25,8 +26,7 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
     ids = torch.tensor([document.input_ids], device=device)
     right = predict(model, ids, use_cache=False).right_BT[0].tolist()
     shift = state.config.alignment == "next"
-    assert state.forward is not None, "evict mode keeps the pass that has just run"
-    logits = state.forward.logits
+    logits = evict_pass(model).logits
     probabilities = []
     for index in sorted(logits):
         prob_HT = torch.sigmoid(logits[index][0].float()).T.tolist()

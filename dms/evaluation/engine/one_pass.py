@@ -20,8 +20,7 @@ from dms.evaluation.engine.scoring import predict, predict_in_parts
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.stats.collect import NUM_QUARTILES
 from dms.evaluation.stats.results import PolicyResult, Sums
-from dms.modes import DMSState
-from dms.retrofitting import set_mode, state_of
+from dms.modes import DMSState, set_mode, state_of
 
 
 def read_in_one_pass(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.modes import state_of
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import set_mode, state_of
+from dms.retrofitting import gate_parameters
 
 
 def operate(model: Any, policy: str, evict_bias: float | None) -> None:

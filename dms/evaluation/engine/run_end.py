@@ -12,7 +12,7 @@ from dms.evaluation.stats.collect import RunFigures, collect, make_rows
 from dms.evaluation.stats.results import Point, PolicyResult, UnitResults
 from dms.evaluation.stats.rows import ResultRow, RowContext
 from dms.evaluation.suites import make_suite
-from dms.retrofitting import state_of
+from dms.modes import state_of
 
 POLICIES = ("dense", "dms", "sliding_window")
 _SUITE = "one_pass"

@@ -21,7 +21,7 @@ from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.stats.results import Point, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
-from dms.retrofitting import state_of
+from dms.modes import state_of
 
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
 
