@@ -242,10 +242,10 @@ def _settings_arguments(given: list[str]) -> tuple[str | None, list[str]]:
             value = "true" if option == "--chat-template" else following
         value = f'["{value}"]' if option == "--stop" else value
         raise ValueError(f"{option} moved to the settings: write {_MOVED[option]}={value or '...'} after the model, or in a SETTINGS.yaml")
-    files = [argument for argument in given if "=" not in argument]
+    files = [argument for argument in given if "=" not in argument or Path(argument).is_file()]
     if len(files) > 1:
         raise ValueError(f"{', '.join(files)}: one settings file is read; give other settings as key=value")
-    return (files[0] if files else None), [argument for argument in given if "=" in argument]
+    return (files[0] if files else None), [argument for argument in given if argument not in files]
 
 
 @app.command()
