@@ -62,7 +62,13 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
 
 
 def test_wheel_holds_data_and_type_information(names):
-    assert {"dms/py.typed", "dms_train/py.typed", "dms_kernels/py.typed", "dms/costs/hardware.yaml"} <= names
+    assert {
+        "dms/py.typed",
+        "dms_train/py.typed",
+        "dms_kernels/py.typed",
+        "dms/costs/hardware.yaml",
+        "dms/benchmarks/Qwen3-8B.json",
+    } <= names
     assets = {f"dms/report/assets/{path.name}" for path in (ROOT / "dms/report/assets").iterdir()}
     assert assets and assets <= names
 
@@ -70,7 +76,7 @@ def test_wheel_holds_data_and_type_information(names):
 def test_wheel_holds_nothing_else(names):
     """No test, nothing that a build left, no document that lies beside a module."""
     kinds = {PurePosixPath(name).suffix for name in names if ".dist-info/" not in name and "/tiny/model/" not in name}
-    assert kinds == {".py", ".yaml", ".typed", ".js", ".css"}
+    assert kinds == {".py", ".yaml", ".typed", ".json", ".js", ".css"}
     assert not [name for name in names if {"tests", "__pycache__"} & set(PurePosixPath(name).parts) or "/test_" in name]
 
 
