@@ -27,8 +27,7 @@ from dms.evaluation.present.tables import comparison_table, scaling_table
 from dms.evaluation.stats.collect import make_rows
 from dms.evaluation.stats.results import UnitResults
 from dms.evaluation.stats.rows import Mark, ResultRow, describe_device, versions
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
 from dms.modes import state_of
@@ -93,7 +92,7 @@ def evaluate_folder(
 
     # All that cannot be measured is refused here, before the folder is touched.
     _check_model(model, about, settings)
-    tokenizer, num_rows = models.load_tokenizer(folder), num_embeddings(model.config)
+    tokenizer, num_rows = base_models.load_tokenizer(folder), num_embeddings(model.config)
     check_tokenizer(tokenizer, num_rows)
     units = list(make_units(tokenizer, settings))
     scaling = None if settings.scaling is None else prepare_scaling(model, tokenizer, settings, settings.scaling)
@@ -226,7 +225,7 @@ def _write_profile(model: Any, tokenizer: Any, units: Sequence[Unit], settings: 
 def _announce(folder: str, out: Path, settings: EvaluationSettings, about: EvaluatedModel, console: Console) -> None:
     """What a reader of the figures must know beforehand."""
     said = [f"evaluating {folder} into {out}/; chat template: {'on' if settings.chat else 'off'}"]
-    if settings.suites and settings.text is None and not str(about.base_name).startswith(models.BUILTIN):
+    if settings.suites and settings.text is None and not str(about.base_name).startswith(base_models.BUILTIN):
         said.append(
             "text: Python's standard library, which the base has surely been trained on: what is evicted may be known by heart. "
             "--text names text of your own"

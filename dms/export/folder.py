@@ -16,7 +16,7 @@ from typing import Any
 import dms
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.io.gates_file import check_base, read_config, read_gates
 from dms.io.weights import GATES_FILE, INDEX_FILE, weight_files
 from dms.report.cards import write_export_card, write_gates_card
@@ -89,7 +89,7 @@ def _require_untrained_base(found: Exportable) -> None:
     _, metadata = read_gates(found.gates)
     name = metadata.get("base_name") or ""
     try:
-        base = models.local_folder(name)
+        base = base_models.local_folder(name)
     except ValueError:
         # A folder that is not on this machine.
         base = None

@@ -19,7 +19,7 @@ from dms_train.generated_file import GeneratedFile
 from dms_train.recipe import GenerateRecipe
 from said import says
 
-from dms.io import base_models as models
+from dms.io import base_models
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def generate(values, **changes):
 
 def test_rows_go_on_from_their_prompts(values, tiny_folder, tmp_path):
     rows = generate(values)
-    tokenizer = models.load_tokenizer(str(tiny_folder))
+    tokenizer = base_models.load_tokenizer(str(tiny_folder))
     assert [row["number"] for row in rows] == list(range(10))
     assert {row["prompt_tokens"] for row in rows} == {96} and len({row["completion"] for row in rows}) == 10
     for row in rows:
@@ -219,7 +219,7 @@ def test_draws_follow_the_models_probabilities():
 
 
 def test_a_chats_prompt_is_all_before_the_last_answer(tiny_folder):
-    tokenizer = models.load_tokenizer(str(tiny_folder))
+    tokenizer = base_models.load_tokenizer(str(tiny_folder))
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )

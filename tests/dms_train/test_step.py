@@ -6,14 +6,14 @@ from dms_train.step import HeadLoss, Normalizer, check_head, check_packing, dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.lm_head import find_head
 from dms.retrofitting import gate_parameters
 
 
 @pytest.fixture
 def student(tiny_folder):
-    model = models.load_base(str(tiny_folder), "float32")
+    model = base_models.load_base(str(tiny_folder), "float32")
     dms.retrofit(model, dms.DMSConfig(window=4))
     generator = torch.Generator().manual_seed(1)
     for parameter in gate_parameters(model).values():
@@ -94,7 +94,7 @@ def test_noise_belongs_to_the_sequence_not_to_its_row(student):
 
 
 def test_a_separate_teacher_gives_the_same_loss_and_gets_no_gradient(student, tiny_folder):
-    teacher = models.load_base(str(tiny_folder), "float32").requires_grad_(False)
+    teacher = base_models.load_base(str(tiny_folder), "float32").requires_grad_(False)
     arguments = dict(target=0.5, normalizer=Normalizer(96, 2), seed=0, compression_weight=1.0)
     own = distill_step(student, None, make_batch(2), head_loss=HeadLoss(student, None, beta=1.0, chunk=64), **arguments)
     other = distill_step(student, teacher, make_batch(2), head_loss=HeadLoss(student, teacher, beta=1.0, chunk=64), **arguments)

@@ -18,8 +18,7 @@ from dms.evaluation.engine.run_end import evaluate_run, read_dense
 from dms.evaluation.present.tables import results_table
 from dms.evaluation.stats.results import PolicyResult
 from dms.evaluation.stats.rows import RowContext, describe_device, versions
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 from dms.io.weights import base_hash
 from dms.modes import state_of
 from dms.report.cards import write_run_card
@@ -33,8 +32,8 @@ from dms_train.recipe_file import dump_recipe
 
 def saved_dtype(name: str) -> torch.dtype | None:
     """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
-    config = models.load_config(name)
-    if models.is_saved_bfloat16(config):
+    config = base_models.load_config(name)
+    if base_models.is_saved_bfloat16(config):
         return torch.bfloat16
     dtype = getattr(config, "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -171,4 +170,4 @@ def result_of_base(recipe: RetrofitRecipe, parts: Models, documents: list[Evalua
 
 
 def _license(name: str) -> str | None:
-    return "apache-2.0" if name.startswith(models.BUILTIN) else None
+    return "apache-2.0" if name.startswith(base_models.BUILTIN) else None

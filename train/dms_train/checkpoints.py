@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dms.errors import describe, writing
 from dms.io import checkpoint
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 from dms.training.sharding import gathered
 from dms_train import compat
 from dms_train.engine import Engine

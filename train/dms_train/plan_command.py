@@ -12,7 +12,7 @@ from dms.costs import plan_table as table
 from dms.costs.job import Choice, Job
 from dms.costs.plan import Plan, make_plan
 from dms.errors import writing
-from dms.io import base_models as models
+from dms.io import base_models
 from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import load_recipe, packaged_recipes
 
@@ -46,7 +46,7 @@ def _every() -> list[str]:
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
     """Plan a recipe. config: a config.json, a folder that holds one, or one with a NAME.json for each model; None: the model's own."""
     values = read_config(recipe.model, config)
-    saved_bfloat16 = models.is_saved_bfloat16(values)
+    saved_bfloat16 = base_models.is_saved_bfloat16(values)
     return make_plan(
         build_on_meta(recipe, values),
         job_of(recipe),
@@ -97,8 +97,8 @@ def read_config(model: str, given: str | None = None) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    if given is None or model.startswith(models.BUILTIN):
-        path = models.resolve_model(model)
+    if given is None or model.startswith(base_models.BUILTIN):
+        path = base_models.resolve_model(model)
     else:
         path = _config_file(Path(given).expanduser(), model)
     try:
@@ -130,7 +130,7 @@ def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dms_train import models as students
+    from dms_train import models
     from dms_train.lora import check_lora
 
     check_lora(recipe)
@@ -139,5 +139,5 @@ def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        students.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
+        models.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
     return model

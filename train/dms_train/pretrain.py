@@ -261,8 +261,7 @@ def finish(folder: Path, recipe: PretrainRecipe, model: "PreTrainedModel", token
     """Save in half precision and measure what was saved."""
     from dms.config import DMSConfig
     from dms.io.base_models import load_base
-    from dms.io.files import follow_umask
-    from dms.io.weights import weight_files
+    from dms.io.weights import follow_umask, weight_files
     from dms.report.cards import write_pretrain_card
     from dms.retrofitting import retrofit
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dms.io.files import save_tensors
 from dms.io.gates_file import read_config, read_gates, write_gates
-from dms.io.weights import GATES_FILE, base_hash, weight_files, write_index
+from dms.io.weights import GATES_FILE, base_hash, save_tensors, weight_files, write_index
 from dms.report.card_text import CARD_FILE, Card
 from dms_train import checkpoints
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -21,8 +21,7 @@ from dms.cache import CompactedLayer, DMSCache
 from dms.evaluation.data.problems import STOP_TOKENS
 from dms.generation import draw_tokens
 from dms.hf_compat import cache_argument
-from dms.modes import state_of
-from dms.rotary import reading
+from dms.modes import reading, state_of
 
 
 @dataclass(frozen=True)

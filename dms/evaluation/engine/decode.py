@@ -14,8 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer, held_bytes
 from dms.hf_compat import cache_argument
-from dms.modes import set_mode, state_of
-from dms.rotary import reading
+from dms.modes import reading, set_mode, state_of
 
 
 @dataclass(frozen=True)

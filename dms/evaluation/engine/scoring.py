@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from dms.hf_compat import cache_argument, output_cache
 from dms.lm_head import difference_of_head, make_logits
-from dms.rotary import reading
+from dms.modes import reading
 
 # Float32 logits that are alive at once; what is made of them is as large again.
 CHUNK_BYTES = 2**28

@@ -19,8 +19,7 @@ from dms.evaluation.policies.rules import H2O
 from dms.evaluation.present.findings import Finding, make_findings
 from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
 from dms.evaluation.suites import make_suite
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 from dms.modes import set_mode
 
 SMALL = {"suites": ["records", "text"], "lengths": [192], "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
@@ -73,7 +72,7 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
 def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
     """Reading in parts and decoding step by step gives dense and dms what one pass over the whole document gives."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
     set_mode(model, mode)
     policy = "dense" if mode == "dense" else "dms"
     where = {} if mode == "dense" else {"evict_bias": 0.0}
@@ -94,7 +93,7 @@ def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
 def test_agreement_with_dense(evaluated, gated_folder):
     """KL by the logits of two plain forwards; a policy that keeps everything agrees entirely."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
     windows = make_suite("text", tokenizer, length=192, num_documents=3)
     ids, sums, agreed, count = torch.tensor([d.input_ids for d in windows]), 0.0, 0, 0
     logits = {}
@@ -298,7 +297,7 @@ def test_the_suite_of_a_runs_end(gated_folder, tmp_path):
     """`one_pass` under `dms evaluate` gives the figures of a run's end, whatever the batches."""
     settings = small(suites=["one_pass"], policies=["dense", "dms", "sliding_window", "tova"])
     result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
     documents = make_suite("one_pass", tokenizer, length=192, num_documents=3)
     assert figure(result.rows, "dms", "recall").num_samples == sum(a.task in RECALL_TASKS for d in documents for a in d.answers)
     for policy, figures in evaluate_run(model, documents, batch_size=2).figures.items():

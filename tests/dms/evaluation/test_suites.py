@@ -16,7 +16,7 @@ from dms.evaluation.data.text_sources import GivenText, StdlibText, stdlib_files
 from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite
 from dms.evaluation.suites import word_counts as words
-from dms.io import base_models as models
+from dms.io import base_models
 
 ROOT = Path(__file__).resolve().parents[3]
 BEGINS = ("return", "raise", "class", "import", "assert")
@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{
 
 @pytest.fixture(scope="module")
 def embedded():
-    return models.load_tokenizer("builtin:tiny")
+    return base_models.load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")

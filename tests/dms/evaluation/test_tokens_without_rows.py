@@ -9,7 +9,7 @@ from dms_train import cli
 from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder
 from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
-from dms.io import base_models as models
+from dms.io import base_models
 
 EXTRA = "<extra>"
 
@@ -19,7 +19,7 @@ def extended(gated_folder, tmp_path_factory):
     """The embedded model, of 2,048 rows, with a token more in its tokenizer."""
     folder = tmp_path_factory.mktemp("extended") / "model"
     shutil.copytree(gated_folder, folder)
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = base_models.load_tokenizer(str(folder))
     assert tokenizer.add_tokens([EXTRA]) == 1
     tokenizer.save_pretrained(folder)
     return folder

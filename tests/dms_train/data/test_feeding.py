@@ -44,7 +44,7 @@ def skewed(tmp_path_factory):
 def setting():
     from transformers import LlamaConfig
 
-    from dms.io import base_models as models
+    from dms.io import base_models
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -56,7 +56,7 @@ def setting():
         vocab_size=128_256,
     )
     return {
-        "tokenizer": models.load_tokenizer("builtin:tiny"),
+        "tokenizer": base_models.load_tokenizer("builtin:tiny"),
         "batch_size": BATCH,
         "steps": STEPS,
         "seed": 0,

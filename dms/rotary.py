@@ -1,3 +1,0 @@
-"""For the time of a merge: the old place of `reading`."""
-
-from dms.modes import RotaryLengths, reading  # noqa: F401
