@@ -35,7 +35,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(base_models, "load_base", load)
 
 
 @pytest.fixture
