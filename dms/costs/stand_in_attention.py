@@ -22,7 +22,7 @@ _CHUNKED_TILE, _CHUNKED_ROWS = 2**18, (16, 128)
 @contextmanager
 def replaced_attention(model: nn.Module, attend: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Within it gated layers of a retrofitted model attend in training by a function of the same arguments as
-    `dms.attention.train_attention`, in recomputations too."""
+    `dms.training.soft_decisions.train_attention`, in recomputations too."""
 
     def replace(module: Any, *_) -> None:
         if module.dms_pending is not None:
@@ -37,7 +37,7 @@ def replaced_attention(model: nn.Module, attend: Callable[..., torch.Tensor]) ->
 
 
 def stand_in_attention(query, key, value, *, log_keep_BTH, kernels: bool, s_aux=None, **_) -> torch.Tensor:
-    """As `dms.attention.train_attention`. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
+    """As `dms.training.soft_decisions.train_attention`. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if torch.is_autocast_enabled("cpu"):
         # As the real one does: rotation by float32 angles leaves float32.

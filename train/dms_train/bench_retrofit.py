@@ -170,7 +170,7 @@ def flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
 
 
 def flex_train_attention(attend: Callable[..., torch.Tensor], query, key, value, *, log_keep_BTH, window, scaling=None, **_):
-    """As `dms.attention.train_attention`."""
+    """As `dms.training.soft_decisions.train_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v, log_keep_BTH, window=window, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
 
