@@ -124,11 +124,11 @@ def make_batch(recipe):
 
 def take_step(model, teacher, batch, recipe):
     B, T = batch["input_ids"].shape
-    rows = local_rows(model, packs=True) if recipe.data.packs else None
-    options = {"normalizer": Normalizer(B * T, B), "attention": rows, "target": 0.5, "seed": 0, "compression_weight": 1.0}
+    attention = local_rows(model, packs=True) if recipe.data.packs else None
+    options = {"normalizer": Normalizer(B * T, B), "attention": attention, "target": 0.5, "seed": 0, "compression_weight": 1.0}
     head_loss = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss = distill_step(model, teacher, batch if rows is None else rows.divide(batch), head_loss=head_loss, **options).loss
+        loss = distill_step(model, teacher, batch if attention is None else attention.divide(batch), head_loss=head_loss, **options).loss
     loss.backward()
 
 
