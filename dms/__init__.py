@@ -16,7 +16,7 @@ _LAZY = {
     "retrofit": "dms.retrofitting",
     "load": "dms.io.checkpoint",
     "save": "dms.io.checkpoint",
-    "set_mode": "dms.retrofitting",
+    "set_mode": "dms.modes",
 }
 __all__ = ["DMSCache", "DMSConfig", "load", "retrofit", "save", "set_mode"]
 

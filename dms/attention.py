@@ -1,16 +1,30 @@
-"""The attention function that transformers calls in gated layers, and the masked reference of evict mode.
+"""Attention in gated layers: what transformers calls, the hard decisions of evict mode, and the attention that follows from them.
 
-Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H, D head dim, C queries of a chunk.
+A gated layer's decision waits on its module, as the attention function to call (`dms_pending`), from the hook before the layer until
+transformers calls the attention interface.
+
+Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H, D head dim, M model dim, C queries of a chunk.
 """
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 
 from dms import hf_compat, masks
-from dms.cache import DMSCache
+from dms.cache import CompactedLayer, DMSCache, compact_layers
+from dms.cache.layer import MaskedLayer
+from dms.cache.store import PendingGate
+from dms.gates import Gate
+from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
-from dms_kernels import gated_attention
+from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
 
 # Scores of one chunk of queries are the largest temporary of the masked reference.
 _CHUNK_BYTES = 64 * 2**20
@@ -23,7 +37,7 @@ def register(original: str, all_gated: bool) -> str:
     """
     name = f"dms_over_{original}" + ("" if all_gated else "_mixed")
 
-    def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    def attention(module: Any, query, key, value, attention_mask, **kwargs):
         pending = take_decision(module)
         if pending is None:
             # Eager attention is a function of each modelling file, not an entry of the table.
@@ -35,12 +49,12 @@ def register(original: str, all_gated: bool) -> str:
     return name
 
 
-# What stands in the place of a decision that attention has taken.
+# In the place of a decision that attention has taken.
 _TAKEN = object()
 
 
-def take_decision(module: nn.Module):
-    """What the gate of an attention layer left for its attention function, once; None where it has no gate, or gates are off.
+def take_decision(module: Any) -> AttentionFunction | None:
+    """The attention function that waits on an attention layer, once; None where the layer has no gate, or gates are off.
 
     Raises:
         RuntimeError: the layer's attention was called twice for one decision.
@@ -56,49 +70,69 @@ def take_decision(module: nn.Module):
     return pending
 
 
-def release_decision(module: nn.Module) -> bool:
+def release_decision(module: Any) -> bool:
     """After a layer's pass: whether attention has taken its decision, or there was none."""
     pending, module.dms_pending = getattr(module, "dms_pending", None), None
     return pending is None or pending is _TAKEN
 
 
-def train_attention(
-    query,
-    key,
-    value,
-    *,
-    log_keep_BTH,
-    tokens: Tokens,
-    window: int,
-    sinks: int,
-    first_pass=None,
-    scaling=None,
-    softcap=None,
-    s_aux=None,
-    **_,
-):
-    """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"train mode reads whole documents: {query.shape[2]} queries met {key.shape[2]} keys; call the model with use_cache=False"
-        )
-    return gated_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        log_keep_BTH,
-        window=window,
-        scale=_scale(scaling, query),
-        segment_ids=tokens.segment_BT,
-        sinks=sinks,
-        softcap=softcap,
-        sink_logits=s_aux,
-        first_pass=first_pass,
-    )
+@dataclass(frozen=True)
+class EvictPass(ForwardPass):
+    """One pass in evict mode. The dictionaries collect by layer index, where there is no compacted cache."""
+
+    evicted: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, T, H] bool, aligned: which tokens are evicted."""
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, T, H] evict logits, without a cache alone."""
+
+    @classmethod
+    def begin(cls, state: DMSState, tokens: Tokens, *, has_cache: bool) -> EvictPass:
+        return cls("evict", tokens, has_cache=has_cache)
+
+    def decide(
+        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+    ) -> AttentionFunction:
+        """Raises RuntimeError where the model keeps the cache that it was given from its attention layers."""
+        if cache is None and self.has_cache:
+            raise RuntimeError(
+                f"{layer.name} ({type(layer.module).__name__}) was called without the cache that the model was given: what its gate evicts would "
+                "be kept there or lost; such a model cannot be retrofitted"
+            )
+        config, tokens = state.config, self.tokens.to(hidden_BTM.device)
+        masked = functools.partial(evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
+        if cache is None:
+            logits = self.logits[layer.index] = _evict_logits(gate, hidden_BTM, state.evict_bias)
+            evicted = self.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)
+            return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
+        held: Any = cache.layers[layer.index] if layer.index < len(cache.layers) else None
+        if not isinstance(held, MaskedLayer | CompactedLayer):
+            compact_layers(cache, state)
+            held = cache.layers[layer.index]
+        # The append kernel can run the gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
+        if isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden_BTM.shape[1]):
+            held.decide(PendingGate(gate, hidden_BTM, state.evict_bias), tokens)
+        else:
+            held.decide(_evict_logits(gate, hidden_BTM, state.evict_bias) > 0, tokens)
+        if isinstance(held, MaskedLayer):
+            evicted = self.evicted[layer.index] = held.evicted()
+            return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
+        return functools.partial(compacted_attention, held=held, cache=cache, masked=masked)
+
+
+def evict_pass(model: nn.Module) -> EvictPass:
+    """The latest pass of a model in evict mode, with what its gates decided."""
+    forward = state_of(model).forward
+    assert isinstance(forward, EvictPass), "the latest pass was in evict mode"
+    return forward
+
+
+def _evict_logits(gate: Gate, hidden_BTM: torch.Tensor, bias: float) -> torch.Tensor:
+    logits = gate(hidden_BTM)
+    return logits + bias if bias else logits
 
 
 class _Inference(torch.autograd.Function):
-    """Passes a result on and says, where a gradient is asked of it, that there is none."""
+    """Hands a result on, and refuses a gradient of it."""
 
     @staticmethod
     def forward(ctx, out, query):
@@ -109,14 +143,29 @@ class _Inference(torch.autograd.Function):
         raise RuntimeError("evict mode with a cache is for inference and has no gradient; call the model with use_cache=False")
 
 
-def compacted_attention(query, key, value, *, held, cache, masked, scaling=None, softcap=None, s_aux=None, **_):
-    """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now."""
+def compacted_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    held: CompactedLayer,
+    cache: Cache,
+    masked: AttentionFunction,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_,
+) -> torch.Tensor:
+    """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now.
+
+    masked: `evict_attention` with the pass's tokens, window and sinks.
+    """
     try:
         with torch.no_grad():
             if held.pending is None:
-                raise RuntimeError(f"a layer of {type(held).__name__} was to attend, and no keys and values of the pass were put into it")
+                raise RuntimeError(f"a {type(held).__name__} was asked for attention before the pass's keys and values were put into it")
             if query.shape[2] > 1 and held.pending.is_packed():
-                # Of several documents in a row the last one goes on; the others are read here and then gone.
+                # Of a sequence's documents the cache keeps the last one; the others are read here and then gone.
                 new = held.pending
                 evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
                 out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
@@ -124,7 +173,7 @@ def compacted_attention(query, key, value, *, held, cache, masked, scaling=None,
             else:
                 # Under autocast the projections were cast; scores and sums stay float32.
                 with torch.autocast(query.device.type, enabled=False):
-                    out = held.attend(query, scale=_scale(scaling, query), softcap=softcap, sink_logits=s_aux)
+                    out = held.attend(query, scale=scale_of(scaling, query), softcap=softcap, sink_logits=s_aux)
     except BaseException:
         if isinstance(cache, DMSCache):
             cache.undo_forward()
@@ -133,36 +182,38 @@ def compacted_attention(query, key, value, *, held, cache, masked, scaling=None,
 
 
 def evict_attention(
-    query,
-    key,
-    value,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     *,
-    evicted_BSH,
+    evicted_BSH: torch.Tensor,
     query_tokens: Tokens,
     key_tokens: Tokens,
     window: int,
     sinks: int,
-    scaling=None,
-    softcap=None,
-    s_aux=None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_,
-):
-    """Hard decisions, masked: the oracle that caches and kernels are held to. Shapes as `train_attention`, with S keys.
+) -> torch.Tensor:
+    """Hard decisions, masked: the reference that caches and kernels are compared with.
 
-    Rows of padding give 0.
+    query [B, Hq, T, D], key and value [B, H, S, D] -> [B, T, Hq, D]; queries of padding give 0. scaling, softcap, s_aux: as transformers'
+    attention interface gives them.
     """
     B, Hq, T, D = query.shape
     H, S = key.shape[1], key.shape[2]
     G = Hq // H
-    scale = _scale(scaling, query)
+    scale = scale_of(scaling, query)
     out = query.new_empty(B, T, Hq, value.shape[-1])
     chunk = max(1, _CHUNK_BYTES // (4 * B * Hq * S))
     for start in range(0, T, chunk):
         part = slice(start, min(T, start + chunk))
-        see = masks.visible(query_tokens.map(lambda x, part=part: x[:, part]), key_tokens, evicted_BSH, window=window, sinks=sinks)
+        asking = Tokens(query_tokens.segment_BT[:, part], query_tokens.position_BT[:, part])
+        see = masks.visible(asking, key_tokens, evicted_BSH, window=window, sinks=sinks)
         q = query[:, :, part]
         if softcap is None and s_aux is None:
-            # A row without keys (padding) sees key 0 and is zeroed after: softmax over nothing is NaN.
+            # A query without keys (padding) sees key 0 and is zeroed after: softmax over nothing is NaN.
             any_key = see.any(-1, keepdim=True)
             mask = (see | (~any_key & (torch.arange(S, device=see.device) == 0))).repeat_interleave(G, 1)
             y = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale, enable_gqa=G > 1)
@@ -194,5 +245,6 @@ def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | Non
     return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
 
 
-def _scale(scaling, query) -> float:
+def scale_of(scaling: float | None, query: torch.Tensor) -> float:
+    """What scores are multiplied by."""
     return query.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def recipes_folder() -> Path:
-    """Where they lie: in the package, as a wheel has them, or at the root of a checkout."""
+    """The folder of recipes: in the package, where a wheel has it, or at the root of a checkout."""
     package = Path(__file__).parent
     return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
 

@@ -1,4 +1,4 @@
-"""`DMSConfig`: everything about the method that a checkpoint must remember. Symbols as in arXiv 2506.05345 (cited as [P])."""
+"""`DMSConfig`: the settings of the method, as checkpoints store them. Symbols as in arXiv 2506.05345 (cited as [P])."""
 
 import difflib
 import math
@@ -17,7 +17,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DMSConfig:
-    """How decisions are made and what they mean.
+    """How gates decide, and what their decisions mean.
 
     Raises:
         ValueError: unknown, misspelt or mistyped fields, or values out of range; all of them in one message.
@@ -28,18 +28,18 @@ class DMSConfig:
     granularity: Literal["head", "layer"] = "head"
     """One decision per token and KV head, or one per token for all heads of a layer."""
     alignment: Literal["own", "next"] = "own"
-    """Which token a gate rules: `own`, the token that it reads ([P]); `next`, the one before it (NVIDIA's checkpoints)."""
+    """Which token a gate decides for: `own`, the token that it reads ([P]); `next`, the one before it (NVIDIA's checkpoints)."""
     tau: float = field(default=0.1, metadata={"above": 0})
     """Temperature of the Gumbel-sigmoid in training (not in [P]; NVIDIA's reference implementation uses 0.1)."""
     scale: float = field(default=100.0, metadata={"above": 0})
-    """The gate's logit is `scale * (x w + b) - offset`: a learning rate of its own for the gate (NVIDIA's reference: 100)."""
+    """The gate's logit is `scale * (x w + b) - offset`; the scale acts as a learning rate of the gate's own (NVIDIA's reference: 100)."""
     offset: float = 5.0
-    """Minus the logit at the start, w = b = 0: sigmoid(-5) = 0.7 %, nothing is evicted at first ([P] section 3.1)."""
+    """Minus the logit at the start, where w = b = 0: sigmoid(-5) = 0.7 %, so that nothing is evicted at first ([P] section 3.1)."""
     sinks: int = field(default=0, metadata={"least": 0})
-    """The first tokens of each document are always visible."""
+    """How many first tokens of each document are never evicted."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
-        # Checked before the generated __init__, which would answer an unknown name with a TypeError of its own.
+        # Checked before the generated __init__, which would raise TypeError for an unknown name.
         known = {f.name: f for f in fields(cls)}
         problems = [
             _problem(known[name], value) if name in known else f"unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}"
@@ -76,11 +76,11 @@ class DMSConfig:
         return {**asdict(self), "format_version": FORMAT_VERSION}
 
 
-def _problem(f: Field, value: Any) -> str | None:
-    """What is wrong with a field's value, worded as in recipes, or None."""
+def _problem(f: Field[Any], value: Any) -> str | None:
+    """What is wrong with a field's value, in the words that recipes' errors use, or None."""
     bounds, allowed = f.metadata, None
     if f.type in (int, float):
-        # A bool is an int to Python and no number to anyone else.
+        # To Python a bool is an int.
         if isinstance(value, bool) or not isinstance(value, int if f.type is int else (int, float)):
             allowed = "a valid integer" if f.type is int else "a valid number"
         elif not math.isfinite(value):

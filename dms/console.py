@@ -1,4 +1,4 @@
-"""The console that commands print to."""
+"""Where commands print: the console, its progress bars, and an encoding that never fails."""
 
 import io
 import sys
@@ -8,9 +8,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 def replace_unprintable() -> None:
-    """Have standard output and error replace letters that their encoding lacks, for a finished run must not fail at its last line.
+    """Have standard output and error replace letters that their encoding lacks, so that a finished run does not fail at its last line.
 
-    A way to replace them that was chosen, as in PYTHONIOENCODING=ascii:backslashreplace, stays.
+    An error handler that the user chose, as in PYTHONIOENCODING=ascii:backslashreplace, stays.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -18,12 +18,12 @@ def replace_unprintable() -> None:
 
 
 def make_console() -> Console:
-    """As wide as the terminal; 110 columns in files and pipes, where rich would assume 80 and cut the table."""
+    """A console as wide as the terminal, or 110 columns wide in files and pipes, where rich would assume 80 and cut tables."""
     console = Console()
     return console if console.is_terminal else Console(width=110)
 
 
 def make_progress(console: Console) -> Progress:
-    """What is running, how far it is, and how long it will take; nothing in files and pipes."""
+    """A progress bar with the time that is left; nothing in files and pipes."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)

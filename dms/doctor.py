@@ -1,6 +1,7 @@
 """`dms doctor`: what works on this machine, and what each missing piece costs.
 
-Importing this module is cheap. Whatever is slow, noisy or may die (torch, DeepSpeed, a bfloat16 matmul) runs in processes of its own.
+Importing this module is cheap. Whatever is slow, prints much or may die (torch, DeepSpeed, a bfloat16 matmul) runs in processes of its
+own.
 """
 
 import json
@@ -12,8 +13,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -23,20 +25,20 @@ from dms.requirements import DISTRIBUTION, EXTRAS, fits, installed, tested
 # Some virtual machines advertise AMX but cannot run it: any bfloat16 matmul then dies with SIGILL inside oneDNN. This keeps oneDNN off it.
 AMX_CURE = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
 
-# What does not run without each of them.
+# What each optional package is for.
 _OPTIONAL = {
     "accelerate": "no `dms retrofit` and no `dms cache-teacher`",
-    "matplotlib": "no `dms retrofit`, which draws its course, and no `dms report`",
+    "matplotlib": "no `dms retrofit`, which plots its metrics, and no `dms report`",
     "datasets": "recipes cannot name data sets of the hub; local files and the built-in data still work",
     "peft": "no `trainable: gates+lora`",
     "lm_eval": "no `dms evaluate --lm-eval`",
     "tensorboard": "no `tracking.tensorboard`",
 }
 
-# Against a hang only: a probe takes one or two seconds, on an overloaded machine many times that.
+# Only against a hang: a probe takes one or two seconds, on an overloaded machine many times that.
 _PROBE_SECONDS = 300
 
-_BFLOAT16_PROBE = """
+BFLOAT16_PROBE = """
 import torch
 torch.set_num_threads(1)
 a = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
@@ -44,7 +46,7 @@ exact = a @ a.T
 assert (a.bfloat16() @ a.T.bfloat16()).float().sub(exact).abs().max() < 0.05 * exact.abs().max()
 """
 
-_DEVICE_PROBE = """
+DEVICE_PROBE = """
 import json, torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 print(json.dumps({
@@ -55,11 +57,66 @@ print(json.dumps({
 }), flush=True)
 """
 
-_DEEPSPEED_PROBE = """
+DEEPSPEED_PROBE = """
 import json
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 print(json.dumps({"adam": CPUAdamBuilder().is_compatible(verbose=False), "aio": AsyncIOBuilder().is_compatible(verbose=False)}), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a Python process."""
+
+    code: int
+    """Its exit code; negative: killed by that signal."""
+    out: str = ""
+    err: str = ""
+
+    @property
+    def complaint(self) -> str:
+        """The last line of what it wrote to standard error, or its exit code."""
+        return (self.err.strip().splitlines() or [f"exit code {self.code}"])[-1][:200]
+
+    def answer(self) -> dict[str, Any]:
+        """The JSON line in what it printed, or `{"error": its complaint}`."""
+        for line in reversed(self.out.splitlines()):
+            if line.startswith("{"):
+                return json.loads(line)
+        return {"error": self.complaint}
+
+
+def run_python(code: str, variables: Mapping[str, str]) -> Ran:
+    """Run code in a Python of its own, with variables added to this process's environment."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Ran(124, err=f"no answer within {_PROBE_SECONDS} s")
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """How the checks look around. The defaults look at this machine and this Python."""
+
+    variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    """Environment variables."""
+    version_of: Callable[[str], str | None] = installed
+    """The installed version of a package, or None."""
+    path_of: Callable[[str], str | None] = shutil.which
+    """The path of a command, or None."""
+    run: Callable[[str, Mapping[str, str]], Ran] = run_python
+
+
+Status = Literal["ok", "warn", "missing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,60 +126,65 @@ class Check:
     name: str
     found: str
     """Version, device or reason; empty when there is nothing to say."""
-    status: Literal["ok", "warn", "missing"]
+    status: Status
     cost: str = ""
-    """What it costs without it, and the cure; empty when nothing is lost."""
+    """What does not work without it, and the cure; empty when nothing is lost."""
     required: bool = False
     """Whether nothing works without it."""
 
 
-def bfloat16_works(env: dict[str, str] | None = None) -> bool:
-    """Whether a bfloat16 matmul survives on this CPU and is right, tried in a process of its own (about two seconds).
+def bfloat16_works(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether a bfloat16 matmul works on this CPU and is right, tried in a process of its own (about two seconds).
 
-    env: variables laid over this process's environment for the trial, such as `AMX_CURE`; None lays nothing.
+    variables: added to the environment for the trial, such as `AMX_CURE`.
     """
-    return _run(_BFLOAT16_PROBE, env)[0] == 0
+    return run_python(BFLOAT16_PROBE, variables or {}).code == 0
 
 
-def collect() -> list[Check]:
-    """Every check, in the order of the table."""
-    has_torch = installed("torch") is not None
-    has_deepspeed = installed("deepspeed") is not None
+def collect(environment: Environment | None = None) -> list[Check]:
+    """Every check, in the order of the table. environment: None: this one."""
+    environment = environment or Environment()
+    has_torch = environment.version_of("torch") is not None
+    has_deepspeed = environment.version_of("deepspeed") is not None
     # The three probes mostly wait for imports: side by side they take as long as the slowest.
     with ThreadPoolExecutor(max_workers=3) as pool:
-        devices_job = pool.submit(_run, _DEVICE_PROBE) if has_torch else None
-        bfloat16_job = pool.submit(_bfloat16) if has_torch else None
-        deepspeed_job = pool.submit(_run, _DEEPSPEED_PROBE, _deepspeed_env()) if has_deepspeed else None
-        devices = _answer(devices_job.result()) if devices_job else None
-        compiler, ninja = _compiler(), _ninja()
+        devices_job = pool.submit(environment.run, DEVICE_PROBE, {}) if has_torch else None
+        bfloat16_job = pool.submit(_bfloat16, environment) if has_torch else None
+        deepspeed_job = pool.submit(environment.run, DEEPSPEED_PROBE, _deepspeed_variables(environment)) if has_deepspeed else None
+        devices = devices_job.result().answer() if devices_job else None
+        compiler, ninja = _compiler(environment), _ninja(environment)
         checks = [
             _python(),
-            _torch(devices),
-            _package("transformers", "nothing runs without it", required=True),
-            *(_package(name, cost) for name, cost in _OPTIONAL.items()),
-            _wandb(),
+            _torch(environment, devices),
+            _package(environment, "transformers", "nothing runs without it", required=True),
+            *(_package(environment, name, cost) for name, cost in _OPTIONAL.items()),
+            _wandb(environment),
             _cpu(),
-            *_gpus(devices),
+            *_gpus(environment, devices),
             compiler,
             _headers(),
             ninja,
         ]
         if bfloat16_job:
             checks.append(bfloat16_job.result())
-        checks.append(_triton(devices))
+        checks.append(_triton(environment, devices))
         can_build = compiler.status == ninja.status == "ok"
-        checks.extend(_deepspeed(_answer(deepspeed_job.result()) if deepspeed_job else None, can_build))
+        checks.extend(_deepspeed(environment, deepspeed_job.result().answer() if deepspeed_job else None, can_build))
     return checks
 
 
 def main() -> int:
     """Print the table; the exit code is 1 when something required is missing, else 0."""
+    return show(collect())
+
+
+def show(checks: list[Check]) -> int:
+    """Print checks as a table; the exit code of the command."""
     from rich.table import Table
     from rich.text import Text
 
     from dms.console import make_console
 
-    checks = collect()
     table = Table(title="dms doctor", title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("found", overflow="fold")
@@ -138,39 +200,12 @@ def main() -> int:
     return 1 if lost else 0
 
 
-def _run(code: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Exit code (negative: killed by that signal), stdout and stderr of a Python process that runs the code."""
-    command = [sys.executable, "-c", code]
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PROBE_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {_PROBE_SECONDS} s"
-    return done.returncode, done.stdout, done.stderr
-
-
-def _answer(result: tuple[int, str, str]) -> dict[str, Any]:
-    """The JSON line among a probe's prints, or `{"error": the last line of its complaint}`."""
-    code, out, err = result
-    for line in reversed(out.splitlines()):
-        if line.startswith("{"):
-            return json.loads(line)
-    return {"error": (err.strip().splitlines() or [f"exit code {code}"])[-1][:200]}
-
-
-def _package(name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
-    """A package by its version, beside those that were tested."""
-    label, version, wanted = label or name, installed(name), tested(name)
+def _package(environment: Environment, name: str, cost: str, *, required: bool = False, label: str | None = None) -> Check:
+    """A package: its version, compared with those that were tested."""
+    label, version, wanted = label or name, environment.version_of(name), tested(name)
     if version is None:
         brought_by = f"'{DISTRIBUTION}[{EXTRAS[name]}]'" if name in EXTRAS else name
-        status = "missing" if required else "warn"
+        status: Status = "missing" if required else "warn"
         return Check(name=label, found="", status=status, cost=f"{cost}; pip install {brought_by}", required=required)
     found, cure = f"{version} (tested: {wanted})" if wanted else version, f"pip install '{name}{wanted}'"
     if not fits(name, version, floor_only=True):
@@ -185,8 +220,8 @@ def _python() -> Check:
     return Check(name="Python", found=f"{platform.python_version()} ({sys.executable})", status="ok", required=True)
 
 
-def _torch(devices: dict[str, Any] | None) -> Check:
-    check = _package("torch", "nothing runs without it", required=True)
+def _torch(environment: Environment, devices: dict[str, Any] | None) -> Check:
+    check = _package(environment, "torch", "nothing runs without it", required=True)
     if check.status != "ok" or devices is None:
         return check
     if "error" in devices:
@@ -197,14 +232,14 @@ def _torch(devices: dict[str, Any] | None) -> Check:
     return Check(name="torch", found=f"{check.found}, {build}", status="ok", required=True)
 
 
-def _wandb() -> Check:
-    check = _package("wandb", "no tracking; metrics.jsonl is written all the same")
+def _wandb(environment: Environment) -> Check:
+    check = _package(environment, "wandb", "no tracking; metrics.jsonl is written all the same")
     if check.status != "ok":
         return check
-    mode = os.environ.get("WANDB_MODE")
+    mode = environment.variables.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return Check(name="wandb", found=f"{check.found}, WANDB_MODE={mode}", status="ok")
-    if has_wandb_key():
+    if has_wandb_key(environment.variables):
         return Check(name="wandb", found=f"{check.found}, with a key", status="ok")
     return Check(
         name="wandb",
@@ -214,12 +249,14 @@ def _wandb() -> Check:
     )
 
 
-def has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+def has_wandb_key(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether wandb will find a key, in environment variables (None: this process's) or in the file of keys."""
+    variables = os.environ if variables is None else variables
+    if variables.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(variables.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(variables.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -239,7 +276,7 @@ def _memory_bytes() -> int:
     return min(memory, int(limit)) if limit.isdigit() else memory
 
 
-def _gpus(devices: dict[str, Any] | None) -> list[Check]:
+def _gpus(environment: Environment, devices: dict[str, Any] | None) -> list[Check]:
     gpus = (devices or {}).get("gpus", [])
     checks = []
     for index, gpu in enumerate(gpus):
@@ -248,7 +285,7 @@ def _gpus(devices: dict[str, Any] | None) -> list[Check]:
         checks.append(Check(name=f"GPU {index}", found=found, status="ok"))
     if checks:
         return checks
-    if shutil.which("nvidia-smi"):
+    if environment.path_of("nvidia-smi"):
         cost = "the driver's tools are here but torch sees no GPU: a CPU build of torch, a driver too old, or CUDA_VISIBLE_DEVICES"
         return [Check(name="GPU", found="not usable", status="warn", cost=cost)]
     return [
@@ -261,10 +298,11 @@ def _gpus(devices: dict[str, Any] | None) -> list[Check]:
     ]
 
 
-def _compiler() -> Check:
+def _compiler(environment: Environment) -> Check:
     # The order in which torch's extension builder and DeepSpeed look.
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    path = next((found for name in candidates if (found := shutil.which(name))), None)
+    chosen = environment.variables.get("CXX")
+    candidates = [chosen] if chosen else ["c++", "g++", "clang++"]
+    path = next((found for name in candidates if (found := environment.path_of(name))), None)
     if path is None:
         cost = "no DeepSpeed CPU ops (offload) and no torch.compile; apt-get install g++"
         return Check(name="C++ compiler", found=f"none of {', '.join(candidates)}", status="missing", cost=cost)
@@ -281,9 +319,9 @@ def _headers() -> Check:
     return Check(name="Python headers", found="no Python.h", status="warn", cost=cost)
 
 
-def _ninja() -> Check:
+def _ninja(environment: Environment) -> Check:
     cost = "DeepSpeed ops cannot be built"
-    if path := shutil.which("ninja"):
+    if path := environment.path_of("ninja"):
         return Check(name="ninja", found=path, status="ok")
     beside = Path(sysconfig.get_path("scripts"), "ninja")
     if beside.exists():
@@ -293,27 +331,27 @@ def _ninja() -> Check:
     return Check(name="ninja", found="", status="warn", cost=f"{cost}; pip install ninja")
 
 
-def _bfloat16() -> Check:
+def _bfloat16(environment: Environment) -> Check:
     name = "bfloat16 matmul (CPU)"
-    code, _, err = _run(_BFLOAT16_PROBE)
-    if code == 0:
-        cure = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    tried = environment.run(BFLOAT16_PROBE, {})
+    if tried.code == 0:
+        cure = environment.variables.get("ONEDNN_MAX_CPU_ISA")
         return Check(name=name, found=f"works with ONEDNN_MAX_CPU_ISA={cure}" if cure else "works", status="ok")
-    died = f"dies of {signal.Signals(-code).name}" if code < 0 else (err.strip().splitlines() or [f"exit code {code}"])[-1][:200]
-    if bfloat16_works(AMX_CURE):
+    died = f"dies of {signal.Signals(-tried.code).name}" if tried.code < 0 else tried.complaint
+    if environment.run(BFLOAT16_PROBE, AMX_CURE).code == 0:
         ((variable, value),) = AMX_CURE.items()
         cost = f"precision=bf16 on this CPU needs {variable}={value} in the environment before torch starts; dms commands set it themselves"
         return Check(name=name, found=f"{died}; works with {variable}={value}", status="warn", cost=cost)
     return Check(name=name, found=died, status="warn", cost="precision=bf16 does not work on this CPU; use precision=fp32")
 
 
-def _triton(devices: dict[str, Any] | None) -> Check:
-    version = installed("triton")
+def _triton(environment: Environment, devices: dict[str, Any] | None) -> Check:
+    version = environment.version_of("triton")
     if version is None:
         return Check(name="Triton", found="", status="warn", cost="no fused kernels: attention and loss run in plain PyTorch")
-    if os.environ.get("DMS_KERNELS") == "reference":
+    if environment.variables.get("DMS_KERNELS") == "reference":
         return Check(name="Triton", found=version, status="warn", cost="DMS_KERNELS=reference: fused kernels are turned off; unset it")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if environment.variables.get("TRITON_INTERPRET") == "1":
         cost = "kernels run in Python: right in float32 and float16 only, and slow"
         return Check(name="Triton", found=f"{version}, interpreter", status="warn", cost=cost)
     if (devices or {}).get("gpus"):
@@ -322,15 +360,15 @@ def _triton(devices: dict[str, Any] | None) -> Check:
     return Check(name="Triton", found=version, status="warn", cost=cost)
 
 
-def _deepspeed_env() -> dict[str, str]:
-    """On a machine without a GPU DeepSpeed must be told so, or it builds nothing."""
-    if "DS_ACCELERATOR" in os.environ or shutil.which("nvidia-smi"):
+def _deepspeed_variables(environment: Environment) -> dict[str, str]:
+    """On a machine without a GPU DeepSpeed builds nothing unless this variable says so."""
+    if "DS_ACCELERATOR" in environment.variables or environment.path_of("nvidia-smi"):
         return {}
     return {"DS_ACCELERATOR": "cpu"}
 
 
-def _deepspeed(ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
-    package = _package("deepspeed", "no ZeRO: weights and optimizer states must fit on each device", label="DeepSpeed")
+def _deepspeed(environment: Environment, ops: dict[str, Any] | None, can_build: bool) -> list[Check]:
+    package = _package(environment, "deepspeed", "no ZeRO: weights and optimizer states must fit on each device", label="DeepSpeed")
     if not package.found or ops is None:
         return [package]
     if "error" in ops:

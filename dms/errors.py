@@ -1,4 +1,4 @@
-"""What a person is told of an error that carries too little: where it came from, which file it was about, what to do."""
+"""Error messages for people, where an exception says too little: which file it was about, and what to do."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Faults that only writing has. Python names no file for them, as it knows only open ones by then.
+# Errors that only writing gives. Python names no file for them: they come from a file that is open already.
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _CURES = {
     errno.ENOSPC: "free space there, or write to another place",
@@ -22,16 +22,16 @@ _CURES = {
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """A context that writes `path`, or files within it: the error of a full disk names it, unless it names one already.
+    """Within it `path` is written, or files in it: the error of a full disk then names the path, unless it names a file already.
 
     Raises:
-        OSError: in place of what safetensors and tokenizers raise, too.
+        OSError: also in place of the errors of safetensors and tokenizers.
     """
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        # Errors out of Rust have the system's number among their words.
+        # Errors from Rust have the system's number in their text.
         if number is None and (words := re.search(r"\(os error (\d+)\)", str(error))):
             number = int(words[1])
         if number not in _OF_WRITING or getattr(error, "filename", None) is not None:
@@ -40,13 +40,13 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """What an error says, in a line or more: with a cure for what the file system refused; and of one without words its type and place."""
+    """The text of an error: with a cure where the file system refused, and with its type and place where it has no text."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.errno in _CURES:
         text = f"{error.strerror}: {error.filename or _place(error)}; {_CURES[error.errno]}"
-    return text or f"{type(error).__name__} without a word, {_place(error)}"
+    return text or f"{type(error).__name__} without a message, {_place(error)}"
 
 
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    return f"at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "raised nowhere"
+    return f"at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "never raised"

@@ -10,8 +10,7 @@ from transformers.utils import ModelOutput
 
 from dms import hf_compat
 from dms.cache import DMSCache, compact_layers
-from dms.modes import state_of
-from dms.rotary import reading
+from dms.modes import reading, state_of
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin
@@ -71,7 +70,7 @@ class Decoding(_Model):
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options):
         """As transformers'. The gates go into gates.safetensors beside the weights, so that `dms.load` and transformers read the folder."""
         # What it needs imports this module.
-        from dms.io.model_folder import save_pretrained
+        from dms.io.gates_file import save_pretrained
 
         save_pretrained(self, save_directory, is_main_process, state_dict, **options)
 

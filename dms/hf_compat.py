@@ -1,12 +1,13 @@
-"""Every touch of what transformers, accelerate and torch do not promise, as far as `dms` and exported folders have any.
+"""What `dms` and exported folders use of transformers, accelerate and torch although it is not documented.
 
-One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
+One function for each such *touch*. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
 touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds each against the installed versions.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def cache_argument(module: nn.Module, cache: Cache | None) -> dict[str, Cache | 
     return {cache_name(module): cache}
 
 
-def output_cache(output) -> Cache | None:
+def output_cache(output: Any) -> Cache | None:
     """The cache in what a model's forward or `generate` returned, None where there is none.
 
     Assumes: outputs have a field "cache" or "past_key_values".
@@ -58,7 +59,7 @@ def generation_cache_name() -> str:
     return _named("generation_cache_name", getattr(GenerationMixin, "prepare_inputs_for_generation", None))
 
 
-def generation_method(own: type, name: str) -> Callable:
+def generation_method(own: type, name: str) -> Callable[..., Any]:
     """A method of GenerationMixin that a retrofitted model's class overrides and calls: `_prepare_cache_for_generation` or `_prefill`.
 
     Assumes: the class has it, `generate` calls it, and its first parameters are those of _GENERATION_METHODS.
@@ -102,7 +103,7 @@ def change_class(model: nn.Module, cls: type) -> None:
         raise changed("hf_compat.change_class", "transformers", f"{type(model).__name__}.__class__ that can be assigned") from error
 
 
-def attention_name(config) -> str:
+def attention_name(config: Any) -> str:
     """The name of the attention function that a configuration asks for.
 
     Assumes: PreTrainedConfig._attn_implementation.
@@ -113,7 +114,7 @@ def attention_name(config) -> str:
     return name
 
 
-def set_attention(config, name: str) -> str:
+def set_attention(config: Any, name: str | None) -> str | None:
     """Make one configuration ask for another attention function, and return the one before.
 
     Assumes: PreTrainedConfig._attn_implementation reads `_attn_implementation_internal`. The public setter would hand the name on to
@@ -137,7 +138,7 @@ def register_attention(name: str, function: Callable, mask: Callable | str | Non
     AttentionMaskInterface.register(name, mask if callable(mask) else _no_mask if mask is None else mask_function(mask))
 
 
-def _no_mask(*args, **kwargs) -> None:
+def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -174,7 +175,7 @@ def eager_attention(module: nn.Module) -> Callable:
     """
     for cls in type(module).__mro__:
         if "forward" in vars(cls):
-            found = getattr(inspect.unwrap(cls.forward), "__globals__", {}).get("eager_attention_forward")
+            found = getattr(inspect.unwrap(vars(cls)["forward"]), "__globals__", {}).get("eager_attention_forward")
             if found is not None:
                 return found
     raise changed("hf_compat.eager_attention", "transformers", f"eager_attention_forward beside {type(module).__name__}")
@@ -221,7 +222,7 @@ def rotary_changes(decoder: nn.Module) -> dict[nn.Module, list[tuple[str, int]]]
     return found
 
 
-def _known(touch: str, what: str, value) -> int:
+def _known(touch: str, what: str, value: int | None) -> int:
     if value is None:
         raise changed(f"hf_compat.{touch}", "transformers", what)
     return int(value)
@@ -240,7 +241,7 @@ def forget_rotary_length(module: nn.Module) -> None:
         setattr(module, name, module.original_max_seq_len)
 
 
-def makes_default_cache(model: nn.Module) -> bool:
+def makes_default_cache(model: Any) -> bool:
     """Whether a model works with a DynamicCache that it did not make (minimax does not).
 
     Assumes: GenerationMixin._supports_default_dynamic_cache says so. Models that cannot generate have no such method.
@@ -253,7 +254,7 @@ def makes_default_cache(model: nn.Module) -> bool:
     return bool(method())
 
 
-def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+def wrap_checkpointing(module: Any, wrap: Callable[[Callable], Callable]) -> None:
     """Replace the function by which a checkpointed layer runs itself under activation checkpointing; nothing on other modules.
 
     wrap: the function -> what to call instead.
@@ -272,7 +273,7 @@ def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable], Callable]) 
     module._gradient_checkpointing_func = wrap(function)
 
 
-def needs_no_input_gradients(model: nn.Module) -> None:
+def needs_no_input_gradients(model: Any) -> None:
     """Take back that embeddings ask for gradients, which only checkpointing of the reentrant kind needs.
 
     Assumes: PreTrainedModel.enable_input_require_grads leaves `_require_grads_hook`, and disable_input_require_grads takes it away.
@@ -283,7 +284,7 @@ def needs_no_input_gradients(model: nn.Module) -> None:
         model.disable_input_require_grads()
 
 
-def forget_weight_conversions(model: nn.Module) -> None:
+def forget_weight_conversions(model: Any) -> None:
     """Let `save_pretrained` write weights under the names that they have in memory, not under those of the packed file they came from.
 
     Assumes: saving turns names and values back as the model's `_weight_conversions` say, where it has any.
@@ -306,7 +307,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: Any) -> bool:
     """Whether transformers' own `add_adapter` or `load_adapter` was used on a model.
 
     Assumes: PreTrainedModel._hf_peft_config_loaded.
@@ -316,7 +317,7 @@ def has_adapters(model: nn.Module) -> bool:
     return bool(model._hf_peft_config_loaded)
 
 
-def loaded_from(config) -> str:
+def loaded_from(config: Any) -> str:
     """The folder or hub id that a configuration was loaded from; empty where it was made here.
 
     Assumes: PreTrainedConfig._name_or_path.
@@ -327,7 +328,7 @@ def loaded_from(config) -> str:
     return found
 
 
-def empty_layer(layer) -> None:
+def empty_layer(layer: Any) -> None:
     """Forget what a cache layer that grows still holds after its `reset`: until 5.18 that only zeroes it, and it would go on growing.
 
     Assumes: a DynamicLayer that is not initialised makes its tensors anew.
@@ -340,7 +341,7 @@ def empty_layer(layer) -> None:
         raise changed("hf_compat.empty_layer", "transformers", "DynamicLayer.is_initialized that says whether it holds anything")
 
 
-def linear_state_is_filled(layer) -> bool:
+def linear_state_is_filled(layer: Any) -> bool:
     """Whether a cache layer of linear attention has made the tensors that it writes to.
 
     Assumes: LinearAttentionCacheLayerMixin.is_conv_states_initialized is a dictionary of them.
@@ -352,7 +353,7 @@ def linear_state_is_filled(layer) -> bool:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether someone watches a module's calls: under ZeRO-3 hooks bring its weights.
+    """Whether a module's calls have hooks: under ZeRO-3 they bring its weights.
 
     Assumes: torch.nn.Module keeps hooks in _forward_hooks and _forward_pre_hooks.
     """

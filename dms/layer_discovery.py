@@ -4,21 +4,21 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from dms import hf_compat
+from dms.gates import Gate
 
 _PROBE = "dms_probe"
 
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """One attention layer in one pass. num_calls: of the attention interface; the other numbers are those of its first call.
-
-    cached_heads: KV heads that it wrote to its own layer of the cache, None: it has none there.
-    """
+    """What one attention layer did in one pass. The numbers are those of its first call of the attention interface."""
 
     num_calls: int
     num_query_heads: int
@@ -26,30 +26,31 @@ class LayerCalls:
     key_dim: int
     value_dim: int
     cached_heads: int | None
+    """KV heads that it wrote to its own layer of the cache; None: it has none there."""
 
 
-def probe(model: nn.Module) -> dict[str, LayerCalls] | None:
-    """Layers that called transformers' attention interface, by module name; None where such a model does not run without storage.
+def probe(model: Any) -> dict[str, LayerCalls] | None:
+    """Run a copy of the model on fake tensors, and return the layers that called transformers' attention interface, by module name.
 
-    Takes milliseconds for each layer, whatever the model's size.
+    None where the modelling file does not run on fake tensors. Takes milliseconds for each layer, whatever the model's size.
     """
-    calls: dict[nn.Module, tuple] = {}
+    shapes: dict[nn.Module, tuple[torch.Size, torch.Size, torch.Size]] = {}
     times: Counter[nn.Module] = Counter()
 
     def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
         times[module] += 1
-        calls.setdefault(module, (query.shape, key.shape, value.shape))
+        shapes.setdefault(module, (query.shape, key.shape, value.shape))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     hf_compat.register_attention(_PROBE, note)
     dtype = torch.get_default_dtype()
     try:
-        # Products of experts run without storage in bfloat16 alone.
+        # On fake tensors, products of experts run in bfloat16 alone.
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("meta"), torch.no_grad():
             twin = type(model)(copy.deepcopy(model.config)).eval()
             twin.set_attn_implementation(_PROBE)
-            # Some models look for padding in what they read, and there is nothing to read.
+            # Some models would look for padding in the tokens, which have no values here.
             for module in twin.modules():
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
             cache = hf_compat.output_cache(twin(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True))
@@ -58,10 +59,10 @@ def probe(model: nn.Module) -> dict[str, LayerCalls] | None:
     finally:
         torch.set_default_dtype(dtype)
     names = {module: name for name, module in twin.named_modules()}
-    return {names[m]: LayerCalls(times[m], q[1], k[1], k[3], v[3], _cached_heads(cache, m)) for m, (q, k, v) in calls.items()}
+    return {names[m]: LayerCalls(times[m], q[1], k[1], k[3], v[3], _cached_heads(cache, m)) for m, (q, k, v) in shapes.items()}
 
 
-def _cached_heads(cache, module: nn.Module) -> int | None:
+def _cached_heads(cache: Cache | None, module: nn.Module) -> int | None:
     layers = getattr(cache, "layers", ())
     index = getattr(module, "layer_idx", None)
     keys = getattr(layers[index], "keys", None) if index is not None and index < len(layers) else None
@@ -74,77 +75,103 @@ _NOT_BEFORE_ATTENTION = re.compile(r"post|ffn|feedforward|feed_forward|mlp|final
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """A layer that can carry a gate. `normalized_input`: its decoder layer normalises what attention reads."""
+    """A layer that can carry a gate."""
 
     index: int
+    """Its `layer_idx`: its place in a cache."""
     name: str
+    """Of the module within the model."""
     module: nn.Module
     num_heads: int
+    """KV heads."""
     num_query_heads: int
     normalized_input: bool
+    """Its decoder layer normalises what attention reads."""
+
+    @property
+    def gate(self) -> Gate:
+        """Its gate, in a model that was retrofitted."""
+        gate = self.module.get_submodule("dms_gate")
+        assert isinstance(gate, Gate)
+        return gate
 
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """`decoder` owns the layers; `gated` in order; `skipped` maps a layer's name to why it is left alone."""
+    """What `find_layers` found."""
 
     decoder: nn.Module
+    """The module that owns the layers."""
     gated: list[AttentionLayer]
+    """Those that can carry gates, in order."""
     skipped: dict[str, str]
+    """Why the others are left alone, by name."""
 
 
-def find_layers(model: nn.Module) -> DecoderLayers:
+def find_layers(model: Any) -> DecoderLayers:
     """Look through the model for its decoder's attention layers.
 
     Raises:
         ValueError: a model that gates cannot be attached to, by name and with the reason.
     """
+    try:
+        return _find_layers(model)
+    except _NoDecoder as reason:
+        raise ValueError(
+            f"{type(model).__name__} cannot be retrofitted: {reason}; what works is a Hugging Face decoder whose layers call transformers' "
+            "attention interface"
+        ) from None
+
+
+class _NoDecoder(Exception):
+    """Why a model cannot have gates."""
+
+
+def _find_layers(model: Any) -> DecoderLayers:
     config = getattr(model, "config", None)
-    name = type(model).__name__
-
-    def refuse(reason: str) -> ValueError:
-        return ValueError(
-            f"{name} cannot be retrofitted: {reason}; what works is a Hugging Face decoder whose layers call transformers' attention interface"
-        )
-
     if config is None or not hasattr(config, "get_text_config"):
-        raise refuse("it is not a transformers model")
+        raise _NoDecoder("it is not a transformers model")
     if getattr(config, "is_encoder_decoder", False):
-        raise refuse("it is an encoder-decoder")
+        raise _NoDecoder("it is an encoder-decoder")
     text = config.get_text_config()
-    found = [(path, module) for path, module in model.named_modules() if _is_decoder_attention(module, text)]
+    found = {path: module for path, module in model.named_modules() if _is_decoder_attention(module, text)}
     if not found:
-        raise refuse("no attention layer with a layer_idx was found in its decoder")
-    modules = dict(model.named_modules())
+        raise _NoDecoder("no attention layer with a layer_idx was found in its decoder")
     probed = probe(model)
-    gated, skipped = [], {}
     if probed and all(calls.cached_heads is None for calls in probed.values()):
-        raise refuse("it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set)")
-    for path, module in found:
-        reason = _bounded_cache(module, text)
-        if reason:
-            skipped[path] = reason
+        raise _NoDecoder("it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set)")
+
+    modules = dict(model.named_modules())
+    gated: list[AttentionLayer] = []
+    skipped: dict[str, str] = {}
+    for path, module in found.items():
+        if bounded := _bounded_cache(module, text):
+            skipped[path] = bounded
             continue
         calls = _from_attributes(module, text) if probed is None else probed.get(path)
-        if reason := _why_no_gate(path, module, calls):
-            raise refuse(reason)
-        block = modules[path.rsplit(".", 1)[0]]
-        layer = AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, _normalizes_input(block))
-        gated.append(layer)
+        if calls is None:
+            raise _NoDecoder(f"{path} ({type(module).__name__}) computes attention by itself")
+        if reason := _why_no_gate(calls):
+            raise _NoDecoder(f"{path} ({type(module).__name__}) {reason}")
+        normalized = _normalizes_input(modules[path.rsplit(".", 1)[0]])
+        gated.append(AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, normalized))
     num_other = int(text.num_hidden_layers) - len(found)
     if num_other > 0:
         skipped[f"{num_other} other layers"] = "no softmax attention (linear attention, state space or convolution)"
+
     if not gated:
-        raise refuse("no layer has full attention, and a cache that grows without bound (" + "; ".join(sorted(set(skipped.values()))) + ")")
+        raise _NoDecoder(
+            "no layer has full attention, and a cache that grows without bound (" + "; ".join(sorted(set(skipped.values()))) + ")"
+        )
     indices = [layer.index for layer in gated]
     if twice := next((layer for layer in gated if indices.count(layer.index) > 1), None):
-        raise refuse(f"{sum(i == twice.index for i in indices)} attention modules have layer_idx {twice.index}, such as {twice.name}")
+        raise _NoDecoder(f"{indices.count(twice.index)} attention modules have layer_idx {twice.index}, such as {twice.name}")
     layers_path = re.sub(r"\.\d+\..*$", "", gated[0].name)
     decoder = modules[layers_path.rsplit(".", 1)[0]] if "." in layers_path else model
     return DecoderLayers(decoder, gated, skipped)
 
 
-def _is_decoder_attention(module: nn.Module, text) -> bool:
+def _is_decoder_attention(module: nn.Module, text: Any) -> bool:
     if not type(module).__name__.endswith("Attention") or getattr(module, "layer_idx", None) is None:
         return False
     own = getattr(module, "config", text)
@@ -152,7 +179,7 @@ def _is_decoder_attention(module: nn.Module, text) -> bool:
     return own is text or type(own) is type(text)
 
 
-def _from_attributes(module: nn.Module, text) -> LayerCalls | None:
+def _from_attributes(module: nn.Module, text: Any) -> LayerCalls | None:
     """What `probe` would have found, by what modelling files call things; None where the layer computes attention by itself."""
     if not hf_compat.calls_attention_interface(module):
         return None
@@ -164,27 +191,22 @@ def _from_attributes(module: nn.Module, text) -> LayerCalls | None:
     return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), kv_heads)
 
 
-def _why_no_gate(path: str, module: nn.Module, calls: LayerCalls | None) -> str | None:
+def _why_no_gate(calls: LayerCalls) -> str | None:
     """Why a full-attention layer cannot have a gate, or None."""
-    named = f"{path} ({type(module).__name__})"
-    if calls is None:
-        return f"{named} computes attention by itself"
     if calls.num_calls != 1:
-        return f"{named} calls attention {calls.num_calls} times in a pass, and its gate decides once"
+        return f"calls attention {calls.num_calls} times in a pass, and its gate decides once"
     if calls.cached_heads is None:
-        return f"{named} has no keys and values of its own in the cache: it reads another layer's, which that layer's gate would evict"
+        return "has no keys and values of its own in the cache: it reads another layer's, which that layer's gate would evict"
     if calls.key_dim != calls.value_dim:
-        return (
-            f"{named} has keys of {calls.key_dim} numbers and values of {calls.value_dim}, and a page of the cache holds both at one width"
-        )
+        return f"has keys of {calls.key_dim} numbers and values of {calls.value_dim}, and a page of the cache holds both at one width"
     if calls.cached_heads != calls.num_heads:
-        return f"{named} caches {calls.cached_heads} KV heads and attends to {calls.num_heads}"
+        return f"caches {calls.cached_heads} KV heads and attends to {calls.num_heads}"
     if calls.num_query_heads % calls.num_heads:
-        return f"{named} has {calls.num_query_heads} query heads, which {calls.num_heads} KV heads do not divide"
+        return f"has {calls.num_query_heads} query heads, which {calls.num_heads} KV heads do not divide"
     return None
 
 
-def _bounded_cache(module: nn.Module, text) -> str | None:
+def _bounded_cache(module: Any, text: Any) -> str | None:
     """Why this layer's cache is bounded already, or None for full attention."""
     layer_types = getattr(text, "layer_types", None)
     if layer_types:

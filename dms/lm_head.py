@@ -1,9 +1,10 @@
-"""How a model turns hidden states into logits, so that losses and scores need never hold all logits at once.
+"""The LM head: from final hidden states to logits, so that losses and scores need never hold all logits at once.
 
 Shapes: B batch, T tokens, M model dim, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: Any) -> Head:
     """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides)."""
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
@@ -34,18 +35,19 @@ def find_head(model: nn.Module) -> Head:
     return Head(scale, getattr(text, "final_logit_softcapping", None))
 
 
-def head_parameters(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def head_parameters(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [V, M] and bias [V], if there is one."""
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
 
 
-def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Final hidden states [B, T, M] of the text decoder, after the last norm and before the head."""
-    # Not the base model: around the decoders of multimodal ones it asks for what text has not.
+    # Not the base model, which in multimodal models asks for images too.
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
-def make_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def make_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """[..., M] -> [..., V]. Under ZeRO-3 all processes call it together."""
     weight, bias = head_parameters(model)
     with gathered(parameter for parameter in (weight, bias) if parameter is not None):
@@ -53,9 +55,9 @@ def make_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def difference_of_head(model: nn.Module, input_ids_BT: torch.Tensor) -> float | None:
+def difference_of_head(model: Any, input_ids_BT: torch.Tensor) -> float | None:
     """The largest difference between the model's own logits and those of `find_head`; None where they are the same but for rounding."""
-    found = make_logits(model, hidden_states(model, {"input_ids": input_ids_BT}))
+    logits = make_logits(model, hidden_states(model, {"input_ids": input_ids_BT}))
     own = model(input_ids=input_ids_BT, use_cache=False).logits
-    difference = (found.float() - own.float()).abs().max().item()
+    difference = (logits.float() - own.float()).abs().max().item()
     return None if difference <= 1e-2 * max(1.0, own.float().abs().max().item()) else difference

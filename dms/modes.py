@@ -1,65 +1,85 @@
-"""What a retrofitted model is doing now: one explicit state, fixed for a forward and for its recomputation."""
+"""The modes of a retrofitted model, and its state: what is fixed between passes, and what one pass collects.
+
+"dense" is the untouched model, bit for bit. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
+prefill as in decode.
+"""
+
+from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from dms import hf_compat
 from dms.config import DMSConfig
+from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
-from dms.rotary import RotaryLengths
-from dms.training.offload import HostStore
-from dms_kernels.gated_attention import FirstPass
+
+if TYPE_CHECKING:
+    from dms.training.offload import HostStore
+    from dms.training.packed_attention import PackedAttention
 
 Mode = Literal["dense", "train", "evict"]
+
+AttentionFunction = Callable[..., torch.Tensor]
+"""query [B, Hq, T, D], key and value [B, H, S, D], and what transformers' attention interface gives by name -> [B, T, Hq, D]."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Names the noise of one training forward: the run's seed and the number [B] int64 of each of its sequences."""
+    """Names the noise of one training pass."""
 
     seed: int
+    """The run's."""
     sequence_B: torch.Tensor
+    """[B] int64: the number of each sequence among all sequences of the run."""
 
 
 @dataclass(frozen=True)
-class Forward:
-    """One forward pass: fixed at its start. rows: as in DMSState; `tokens` are then those of whole rows. The dictionaries collect what its layers decided, by layer index.
+class ForwardPass:
+    """One pass of the decoder with its gates on: fixed when it begins, and collecting what its layers decide.
 
-    evicted_count / decided_count: [B] sums over heads and tokens (train: straight-through, with the gate's gradient).
-    head_rate: [H] share of decided tokens evicted, detached. evicted: [B, T, H] bool, logits: [B, T, H] (evict mode without a cache).
-    has_cache: the pass was given a cache, or made one. entered: layers whose attention was called. first_passes: what attention made in checkpointed layers, for their recomputation. keeps: this is such a layer's first pass.
-    store: where activations rest until the backward; None: where they are.
+    Each mode has a subclass: `dms.attention.EvictPass`, `dms.training.soft_decisions.TrainPass`.
     """
 
     mode: Mode
     tokens: Tokens
-    noise: Noise | None = None
-    rows: Any = None
+    """Where the pass's tokens stand; of whole sequences where processes share them."""
     has_cache: bool = False
-    entered: set[int] = field(default_factory=set)
-    evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
-    decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
-    head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
-    evicted: dict[int, torch.Tensor] = field(default_factory=dict)
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    first_passes: dict[int, FirstPass] = field(default_factory=dict)
-    keeps: bool = False
+    """The pass was given a cache, or made one."""
+    rows: PackedAttention | None = None
+    """As in DMSState."""
     store: HostStore | None = None
+    """Where the activations of checkpointed layers rest until the backward; None: where they are."""
+    entered: set[int] = field(default_factory=set)
+    """Indices of the layers whose attention was called."""
 
-    def as_first_pass(self) -> "Forward":
+    @classmethod
+    def begin(cls, state: DMSState, tokens: Tokens, *, has_cache: bool) -> ForwardPass:
+        """The pass that a model is about to make."""
+        raise NotImplementedError
+
+    def decide(
+        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+    ) -> AttentionFunction:
+        """Run a layer's gate on what its attention reads, and return the attention function that follows from its decision."""
+        raise NotImplementedError
+
+    def as_first_pass(self) -> ForwardPass:
         """The same pass inside a layer that activation checkpointing will run again."""
-        return replace(self, keeps=True)
+        return self
 
-    def as_recomputation(self) -> "Forward":
+    def as_recomputation(self) -> ForwardPass:
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
-        return Forward(self.mode, self.tokens, self.noise, self.rows, first_passes=self.first_passes)
+        return type(self)(self.mode, self.tokens)
 
     def enter(self, layer: AttentionLayer) -> None:
         """Note that a layer's attention is called; raises RuntimeError where it was called in this pass before."""
@@ -70,108 +90,117 @@ class Forward:
             )
         self.entered.add(layer.index)
 
-    def first_pass(self, layer: int) -> FirstPass | None:
-        """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it."""
-        if not self.keeps:
-            return self.first_passes.pop(layer, None)
-        first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
-        self.first_passes[layer] = first_pass
-        return first_pass
-
 
 @dataclass
 class DMSState:
-    """Lives at `model.dms`. Change `mode` with `dms.set_mode`; `noise` names the next training forward's noise, `tokens` where its
-    tokens stand (None: found from attention mask and positions). rows: a `dms.training.packed_attention.Rows` where rows are divided
-    among processes.
-
-    layers: those with gates. skipped: why the others are left alone, by name. decoder: what owns the layers. model_configs: the transformers configurations
-    that name the attention function. takes_cache: the model works with a cache that it did not make (minimax does not). evict_bias is added to the logits in evict mode. page_size, max_cache_bytes
-    and kv_dtype (None or "int8", for pages) are for the caches that evict mode makes by itself; prefill_chunk is how many tokens of a prompt `generate` reads at a time (None: all).
-    offload_activations: in training, inputs and attention outputs of checkpointed layers rest in host memory until the backward.
-    trained_length: tokens of the rows that the gates were trained on, None: not known.
-    rotary: of decoders whose rotary frequencies depend on the length read so far.
-    decoder_is_inside: it is part of a model of more than text, which turns the attention mask that it is given into others; given_mask: that mask.
-    """
+    """The state of a retrofitted model, at `model.dms`. Change the mode with `dms.set_mode`."""
 
     config: DMSConfig
     layers: list[AttentionLayer]
+    """Those with gates."""
     skipped: dict[str, str]
+    """Why the other layers have no gates, by name."""
     decoder: nn.Module
-    model_configs: list
+    """The module that owns the layers."""
+    decoder_is_inside: bool
+    """The decoder is part of a model of more than text, which turns the attention mask that it is given into others."""
+    model_configs: list[Any]
+    """The transformers configurations that name the attention function."""
     original_attention: str
     attention_name: str
+    """Ours, which transformers calls while gates are on."""
+    rotary: RotaryLengths
     takes_cache: bool = True
-    mode: Mode = "dense"
-    noise: Noise | None = None
-    tokens: Tokens | None = None
-    rows: Any = None
+    """The model works with a cache that it did not make (minimax does not)."""
+    trained_length: int | None = None
+    """Tokens of the sequences that the gates were trained on; None: not known."""
+
     evict_bias: float = 0.0
+    """Added to every gate's logit in evict mode; above 0 evicts more."""
     page_size: int = 64
+    """Of the caches that evict mode makes by itself, as the next three."""
     max_cache_bytes: int | None = None
     kv_dtype: str | None = None
+    """None or "int8", for pages."""
     prefill_chunk: int | None = None
+    """Tokens of a prompt that `generate` reads at a time; None: all."""
     offload_activations: bool = False
-    trained_length: int | None = None
-    decoder_is_inside: bool = False
+    """In training, inputs and attention outputs of checkpointed layers rest in host memory until the backward."""
+
+    mode: Mode = "dense"
+    noise: Noise | None = None
+    """Of the next training passes."""
+    tokens: Tokens | None = None
+    """Where the tokens of the next training passes stand; None: found from attention mask and positions."""
+    rows: PackedAttention | None = None
+    """Computes the attention of packed sequences in training, of the teacher's dense passes too; None: transformers' own masks."""
     given_mask: torch.Tensor | None = None
-    rotary: RotaryLengths | None = None
-    forward: Forward | None = None
+    """The attention mask that a model around the decoder was given in the running pass."""
+    forward: ForwardPass | None = None
+    """The latest pass with gates on; None after a dense one."""
 
     @cached_property
     def decoder_signature(self) -> inspect.Signature:
         return inspect.signature(self.decoder.forward)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # The last pass is no part of a copy, and what it holds cannot always be copied.
         return {name: value for name, value in vars(self).items() if name != "decoder_signature"} | {"forward": None}
 
     def activate(self, mode: Mode) -> None:
-        """Choose the attention function. Only the text decoder's: the public setter would hand it on to vision towers."""
+        """Choose the mode and the attention function. Only the text decoder's: the public setter would hand it on to vision towers.
+
+        Raises:
+            RuntimeError: train mode in an exported folder, whose code lacks what only training needs.
+        """
+        _pass_type(mode)
         self.mode = mode
         name = self.original_attention if mode == "dense" else self.attention_name
         for config in self.model_configs:
             hf_compat.set_attention(config, name if self.rows is None else self.rows.attention_name)
 
-    def checkpoint_contexts(self):
-        """`context_fn` for torch.utils.checkpoint: the pass as a layer's first one, and later the same again, recomputed."""
-        if self.forward is None:
-            return nullcontext(), nullcontext()
-        return CurrentPass(self, self.forward.as_first_pass()), CurrentPass(self, self.forward.as_recomputation())
+    def begin(self, tokens: Tokens, *, has_cache: bool) -> None:
+        """Begin a pass in the current mode, with its gates on."""
+        kind = _pass_type(self.mode)
+        assert kind is not None, "in dense mode no pass begins"
+        self.forward = kind.begin(self, tokens, has_cache=has_cache)
 
 
-class CurrentPass:
-    """Makes `forward` the current pass, as activation checkpointing's recomputation needs, whatever ran since.
+def _pass_type(mode: Mode) -> type[ForwardPass] | None:
+    """The class of a mode's passes. Imported here, since both import this module, and exported folders come without `dms.training`."""
+    if mode == "evict":
+        from dms.attention import EvictPass
 
-    Entered once for each backward: a retained graph has several.
+        return EvictPass
+    if mode == "train":
+        from dms.training.soft_decisions import TrainPass
+
+        return TrainPass
+    return None
+
+
+def set_mode(
+    model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: Tokens | None = None, rows: PackedAttention | None = None
+) -> None:
+    """Switch a retrofitted model to "dense", "train" or "evict".
+
+    noise: of the training passes; None: none. tokens: where the tokens of training passes stand, which packed documents beside padding
+    need; None: found from attention mask and positions. rows: computes the attention of packed sequences; `tokens` are then those of
+    whole sequences.
+
+    Raises:
+        ValueError: an unknown mode, or a model without gates.
+        RuntimeError: train mode in an exported folder, which comes without the code that only training needs.
     """
-
-    def __init__(self, state: DMSState, forward: Forward):
-        self.state, self.forward = state, forward
-
-    def __enter__(self) -> None:
-        state, forward = self.state, self.forward
-        self.before = state.mode, state.forward, state.rows
-        forward.entered.clear()
-        state.forward, state.rows = forward, forward.rows
-        if state.rows is not None:
-            state.rows.tokens = forward.tokens
-        state.activate(forward.mode)
-
-    def __exit__(self, *_) -> None:
-        mode, self.state.forward, self.state.rows = self.before
-        self.state.activate(mode)
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Activation checkpointing of the kind that the count's gradient survives."""
-    # transformers renames this: the older name is deprecated where the newer exists.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Whatever stands before the first gate would be differentiated for nothing.
-    hf_compat.needs_no_input_gradients(model)
+    state = state_of(model)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
+    state.noise, state.tokens, state.rows = noise, tokens, rows
+    if rows is not None:
+        if mode == "evict" or tokens is None:
+            raise ValueError("set_mode was given rows, which are for mode 'train' and the teacher's 'dense' passes, and need tokens too")
+        rows.tokens = tokens
+    state.activate(mode)
 
 
 def state_of(model: nn.Module) -> DMSState:
@@ -182,3 +211,70 @@ def state_of(model: nn.Module) -> DMSState:
             f"{type(model).__name__} has no gates; attach them with dms.retrofit(model, dms.DMSConfig(...)) or load a retrofitted folder with dms.load"
         )
     return state
+
+
+class RotaryLengths:
+    """The rotary frequencies of a decoder that depend on the length read so far (longrope, dynamic NTK).
+
+    transformers chooses them anew in each pass, by the largest position in it: a text read in parts would have keys of two kinds in its
+    cache. Within `reading` all passes take the frequencies of the whole text's length, so that parts equal one pass; a pass that needs
+    others than the cache was filled with is refused.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self.length: int | None = None
+        """Tokens of the text that is being read in parts; None: not known."""
+        self.changes = hf_compat.rotary_changes(decoder)
+        """By module: where each of its sets of frequencies changes, "switch" once or "grow" from there on. Empty for most models."""
+        for module in self.changes:
+            module.register_forward_pre_hook(self._add_last_position, with_kwargs=True)
+            module.register_forward_hook(self._drop_last_position)
+
+    def frequencies_of(self, length: int) -> tuple[bool | int, ...]:
+        """What tells apart the frequencies that texts of different lengths get."""
+        found: list[bool | int] = []
+        for kinds in self.changes.values():
+            found += [length > limit if kind == "switch" else max(length, limit) for kind, limit in kinds]
+        return tuple(found)
+
+    def check(self, model_name: str, held_length: int, new_length: int, decodes: bool) -> None:
+        """Raises ValueError where keys of another kind would join those in a cache.
+
+        held_length: the length whose frequencies the held keys have; new_length: the same of the new ones. decodes: frequencies that
+        grow may go on growing, as they do in transformers' own decoding.
+        """
+        held, new = self.frequencies_of(held_length), self.frequencies_of(new_length)
+        switches = any(a != b for a, b in zip(held, new, strict=True) if isinstance(a, bool))
+        if held == new or (decodes and not switches):
+            return
+        limits = sorted({limit for kinds in self.changes.values() for _, limit in kinds})
+        raise ValueError(
+            f"the rotary frequencies of {model_name} depend on a text's length beyond {', '.join(map(str, limits))} tokens: the cache holds keys "
+            f"for a text of {held_length} and the new ones are for {new_length}, which do not go together; read the whole text in one pass or in "
+            "one call of generate, or, where you read it in parts yourself, within dms.modes.reading(model, its tokens)"
+        )
+
+    def _add_last_position(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if self.length is None:
+            return None
+        if any(kind == "grow" and self.length > limit for kind, limit in self.changes[module]):
+            hf_compat.forget_rotary_length(module)
+        name = "position_ids"
+        positions = kwargs[name] if name in kwargs else args[1]
+        last = torch.full_like(positions[..., :1], self.length - 1)
+        longer = torch.cat([positions, last], -1)
+        return (args, {**kwargs, name: longer}) if name in kwargs else ((args[0], longer, *args[2:]), kwargs)
+
+    def _drop_last_position(self, module: nn.Module, args: tuple, output):
+        return output if self.length is None else tuple(part[..., :-1, :] for part in output)
+
+
+@contextmanager
+def reading(model: nn.Module, length: int) -> Iterator[None]:
+    """Within it a text of `length` tokens is read in parts into one cache, in any mode: rotary frequencies are those of its length."""
+    rotary = state_of(model).rotary
+    before, rotary.length = rotary.length, length
+    try:
+        yield
+    finally:
+        rotary.length = before

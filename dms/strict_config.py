@@ -1,4 +1,4 @@
-"""Strict settings for recipes: frozen, typed, an unknown key is an error that names the nearest."""
+"""Strict settings, for recipes: frozen, typed, and an unknown key is an error that names the nearest known one."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ class Strict(BaseModel):
             raise ValueError(explain(error, type(self))) from None
 
 
-def fields_at(model: type[BaseModel], path: tuple) -> list[str]:
-    """Names of the fields of the section that `path` (of a validation error) points into."""
+def fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `path`, which is the path of a validation error."""
     for part in path:
         info = model.model_fields.get(part) if isinstance(part, str) else None
         annotation = info.annotation if info is not None else None
@@ -30,7 +30,7 @@ def fields_at(model: type[BaseModel], path: tuple) -> list[str]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """One line per problem: the key, what was given, what is allowed."""
+    """The problems of a validation error, with "; " between: for each the key, what was given and what is allowed. where: before each key."""
     lines = []
     for problem in error.errors():
         path = tuple(problem["loc"])

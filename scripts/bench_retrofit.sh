@@ -11,7 +11,7 @@ cd -- "$root"
 
 python="${PYTHON:-}"
 if [[ -z "$python" ]]; then
-    if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
+    if [[ -x .venv/bin/python ]]; then python="$root/.venv/bin/python"; else python=python3; fi
 fi
 if [[ " $* " != *" --quick "* ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     printf 'bench_retrofit: no GPU here, and there is nothing to measure without one (--quick shows that it works)\n' >&2

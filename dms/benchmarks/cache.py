@@ -5,88 +5,46 @@ one such step (all layers; queries, keys and values are ready), tokens/s of pref
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal, TypeVar, get_args
 
 import torch
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from dms.benchmarks.competitors import Competitor, NewToken, check_equal, competitors, fill, new_tokens
-from dms.benchmarks.model import DEFAULT, QUICK, Shape, build_model
+from dms.benchmarks.caches import MeasuredCache, NewToken, check_equal, fill, measured_caches, new_tokens, ratio_of
+from dms.benchmarks.model import DEFAULT, QUICK, RandomLlama, build_model
+from dms.benchmarks.timing import seconds_in_turns, seconds_of
 from dms.cache import held_bytes
 from dms.console import make_console
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import describe_device, versions
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.hf_compat import cache_argument
 
-# Whether more is better.
-FIGURES = {"decode_tokens_per_second": True, "attention_ms": False, "prefill_tokens_per_second": True, "bytes": False}
+Metric = Literal["decode_tokens_per_second", "attention_ms", "prefill_tokens_per_second", "bytes"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+_MORE_IS_BETTER = ("decode_tokens_per_second", "prefill_tokens_per_second")
 _TITLES = ("decode tok/s", "attention ms", "prefill tok/s", "MiB")
 _DENSE = {"dynamic": "DynamicCache", "preallocated": "preallocated"}
-
-
-def cache_table(rows: list[dict], title: str) -> Table:
-    """rows: of one run, as it returns them."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE,
-        caption="attention: cache update and attention of one token step, all layers; prefill at the smallest batch; "
-        "x: how many times better the compacted cache is",
-    )
-    for name in ("batch", "context", "cache", "cr", *_TITLES):
-        table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        cases.setdefault((row["batch"], row["length"], row["policy"], row["evicted"]), {})[row["metric"]] = row
-    before = None
-    for (batch, context, policy, evicted), found in cases.items():
-        if before not in (None, (batch, context)):
-            table.add_section()
-        where = (str(batch), f"{context:,}") if before != (batch, context) else ("", "")
-        before = (batch, context)
-        name = _DENSE.get(policy) or f"compacted, {evicted:.1%} evicted"
-        cr = f"{found['bytes']['cr']:.2f}" if policy == "dms" else ""
-        table.add_row(*where, name, cr, *(_figure(found, metric) for metric in FIGURES))
-        for other in _DENSE if policy == "dms" else ():
-            gains = (found.get(f"{metric}_gain_over_{other}") for metric in FIGURES)
-            table.add_row(
-                "", "", f"  over {_DENSE[other]}", "", *("-" if gain is None else f"{gain['value']:.2f}x" for gain in gains), style="dim"
-            )
-    return table
-
-
-def _figure(found: dict[str, dict], metric: str) -> str:
-    if metric not in found:
-        return "-"
-    value = found[metric]["value"]
-    if metric == "bytes":
-        return f"{value / 2**20:,.1f}"
-    return f"{value:,.2f}" if metric == "attention_ms" else f"{value:,.1f}"
-
-
 # Above so many tokens a prefill is measured once.
 _LONG_PREFILL = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is measured. Figures are medians of `repeats` turns; in a turn each cache takes `steps` tokens, one after the other.
+class CacheBenchmark:
+    """What is measured. Prefill is measured at the smallest batch alone."""
 
-    Prefill is measured at the smallest batch alone.
-    """
-
-    shape: Shape = DEFAULT
+    shape: RandomLlama = DEFAULT
     batch: tuple[int, ...] = (1, 4)
     context: tuple[int, ...] = (4096, 8192, 16384)
     evicted: tuple[float, ...] = (0.75, 0.875)
     repeats: int = 7
+    """Turns, whose medians the figures are; in a turn each cache takes `steps` tokens, one after the other."""
     steps: int = 8
     prefill: bool = True
     seed: int = 7
@@ -104,20 +62,46 @@ class Plan:
         return 2 * self.steps * (self.repeats + 1) + 2
 
 
-QUICK_PLAN = Plan(shape=QUICK, batch=(2,), context=(768,), evicted=(0.75,), repeats=3, steps=4)
+QUICK_BENCHMARK = CacheBenchmark(shape=QUICK, batch=(2,), context=(768,), evicted=(0.75,), repeats=3, steps=4)
 
 
-@dataclass
-class Sample:
-    """A figure: the median of num_samples, what measuring them took in all, and the cache's compression meanwhile."""
+@dataclass(frozen=True, kw_only=True)
+class CacheRow:
+    """One figure, as the JSON file has it: a result row, with what is particular to this benchmark."""
+
+    model: str
+    task: str
+    length: int
+    batch: int
+    threads: int
+    seed: int
+    versions: dict[str, str]
+    device: str
+    policy: str
+    evicted: float | None
+    memory: str
+    metric: str
+    value: float
+    num_samples: int
+    cr: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A figure, and how it came to be."""
 
     value: float
+    """The median of `num_samples`."""
+    cr: float
+    """The cache's compression meanwhile."""
     num_samples: int = 1
     seconds: float = 0.0
-    cr: float = 1.0
+    """What measuring took in all."""
 
 
-def plan_for(
+def benchmark_for(
     *,
     batch: Sequence[int] | None = None,
     context: Sequence[int] | None = None,
@@ -125,16 +109,27 @@ def plan_for(
     layers: int | None = None,
     prefill: bool = True,
     quick: bool = False,
-) -> Plan:
+) -> CacheBenchmark:
     """What the command's options ask for; None: as it is by default."""
-    plan = QUICK_PLAN if quick else Plan()
-    given = {"batch": batch, "context": context, "evicted": evicted}
-    lists = {name: tuple(sorted(set(values))) for name, values in given.items() if values}
-    shape = plan.shape if layers is None else replace(plan.shape, layers=layers)
-    return replace(plan, shape=shape, prefill=prefill, **lists)
+    given = QUICK_BENCHMARK if quick else CacheBenchmark()
+    return replace(
+        given,
+        shape=given.shape if layers is None else replace(given.shape, layers=layers),
+        prefill=prefill,
+        batch=_sorted(batch) or given.batch,
+        context=_sorted(context) or given.context,
+        evicted=_sorted(evicted) or given.evicted,
+    )
 
 
-def run(plan: Plan, out: str | None = None) -> list[dict]:
+_N = TypeVar("_N", int, float)
+
+
+def _sorted(values: Sequence[_N] | None) -> tuple[_N, ...]:
+    return tuple(sorted(set(values or ())))
+
+
+def run(benchmark: CacheBenchmark, out: str | None = None) -> list[CacheRow]:
     """Measure, print the table, and return (and write to `out`) the rows.
 
     Raises:
@@ -143,115 +138,170 @@ def run(plan: Plan, out: str | None = None) -> list[dict]:
     """
     console, rows = make_console(), []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = competitors(build_model(plan.shape, plan.seed, device), plan.shape, plan.evicted, plan.seed)
-    cases = [(batch, context) for context in plan.context for batch in plan.batch]
+    model = build_model(benchmark.shape, benchmark.seed, device)
+    found = measured_caches(model, benchmark.shape, benchmark.evicted, benchmark.seed)
+    cases = [(batch, context) for context in benchmark.context for batch in benchmark.batch]
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for batch, context in progress.track(cases, description="measuring"):
-            rows += _rows(plan, batch, context, found, _measure(plan, found, batch, context, device))
-    console.print(cache_table(rows, f"{plan.shape}; {describe_device()}, float32"))
+            rows += _rows(benchmark, batch, context, found, _measure(benchmark, found, batch, context, device))
+    console.print(cache_table(rows, f"{benchmark.shape}; {describe_device()}, float32"))
     if out:
+        values = {"model": str(benchmark.shape), "rows": [asdict(row) for row in rows]}
         with writing(out):
-            Path(out).write_text(json.dumps({"model": str(plan.shape), "rows": rows}, indent=1), encoding="utf-8")
+            Path(out).write_text(json.dumps(values, indent=1), encoding="utf-8")
     return rows
 
 
+# Measuring.
+
+_Figures = dict[Metric, Measurement]
+_G = TypeVar("_G")
+
+
 @torch.no_grad()
-def _measure(plan: Plan, found: list[Competitor], batch: int, context: int, device: torch.device) -> list[dict[str, Sample]]:
-    """One case: the figures of each competitor."""
-    shape, generator = plan.shape, torch.Generator(device).manual_seed(plan.seed)
-    figures: list[dict[str, Sample]] = [{} for _ in found]
-    fill(found, shape, batch, context, context + plan.num_new, generator)
+def _measure(benchmark: CacheBenchmark, found: list[MeasuredCache], batch: int, context: int, device: torch.device) -> list[_Figures]:
+    """One case: the figures of each cache."""
+    shape, steps, generator = benchmark.shape, benchmark.steps, torch.Generator(device).manual_seed(benchmark.seed)
+    fill(found, shape, batch, context, context + benchmark.num_new, generator)
     check_equal(found, shape, batch, generator)
-    seconds = _in_turns(plan, found, lambda: new_tokens(found, shape, batch, plan.steps, generator), _attend, device)
+    attending = _in_turns(benchmark, found, lambda: new_tokens(found, shape, batch, steps, generator), _attend, device)
     check_equal(found, shape, batch, generator)
-    for figure, turns in zip(figures, seconds, strict=True):
-        figure["attention_ms"] = Sample(1e3 * median(turns) / plan.steps, len(turns), sum(turns))
-    seconds = _in_turns(plan, found, lambda: _ids(plan, batch, plan.steps, generator), _decode, device)
-    for one, figure, turns in zip(found, figures, seconds, strict=True):
-        figure["decode_tokens_per_second"] = Sample(batch * plan.steps / median(turns), len(turns), sum(turns))
-        figure["bytes"] = Sample(held_bytes(one.cache))
-        for sample in figure.values():
-            sample.cr = _cr(one, one.cache)
-        one.cache, one.decisions = None, []
-    if plan.prefill and batch == min(plan.batch):
-        for figure, sample in zip(figures, _prefill(plan, found, batch, context, generator), strict=True):
-            figure["prefill_tokens_per_second"] = sample
+    decoding = _in_turns(benchmark, found, lambda: _ids(shape, batch, steps, generator), _decode, device)
+    figures: list[_Figures] = []
+    for one, attended, decoded in zip(found, attending, decoding, strict=True):
+        cr = one.ratio
+        figures.append(
+            {
+                "attention_ms": Measurement(1e3 * median(attended) / steps, cr, len(attended), sum(attended)),
+                "decode_tokens_per_second": Measurement(batch * steps / median(decoded), cr, len(decoded), sum(decoded)),
+                "bytes": Measurement(held_bytes(one.cache), cr),
+            }
+        )
+        one.forget()
+    if benchmark.prefill and batch == min(benchmark.batch):
+        for figure, measured in zip(figures, _prefill(shape, found, batch, context, generator), strict=True):
+            figure["prefill_tokens_per_second"] = measured
     return figures
 
 
-def _cr(one: Competitor, cache) -> float:
-    return cache.report().cr if one.keep_LH is not None else 1.0
-
-
 def _in_turns(
-    plan: Plan, found: list[Competitor], prepare: Callable[[], Any], work: Callable[[Competitor, Any], None], device: torch.device
+    benchmark: CacheBenchmark,
+    found: list[MeasuredCache],
+    prepare: Callable[[], _G],
+    work: Callable[[MeasuredCache, _G], None],
+    device: torch.device,
 ) -> list[list[float]]:
-    """Seconds of each competitor's turns: what disturbs the machine hits all alike. The first turn warms up."""
-    seconds: list[list[float]] = [[] for _ in found]
-    for turn in range(plan.repeats + 1):
+    """Seconds of each cache's turns. The first turn warms up."""
+    turns = []
+    for turn in range(benchmark.repeats + 1):
         given = prepare()
-        for i in range(len(found)):
-            which = (i + turn) % len(found)
-            seconds[which].append(_time(lambda which=which, given=given: work(found[which], given), device))
-    return [turns[1:] for turns in seconds]
+        turns.append(seconds_in_turns([partial(work, one, given) for one in found], device, first=turn))
+    return [list(seconds) for seconds in zip(*turns[1:], strict=True)]
 
 
-def _time(work: Callable[[], Any], device: torch.device) -> float:
-    _finish(device)
-    start = time.perf_counter()
-    work()
-    _finish(device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _attend(one: Competitor, tokens: list[NewToken]) -> None:
+def _attend(one: MeasuredCache, tokens: list[NewToken]) -> None:
     for n, token in enumerate(tokens):
         # All layers in turn, as in a model: between two steps a layer's entries leave the processor's cache.
         for layer, decisions in enumerate(one.decisions):
             one.attend(layer, token, decisions[n - len(tokens)] if decisions else None)
 
 
-def _ids(plan: Plan, batch: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(plan.shape.vocabulary, (batch, count), generator=generator, device=generator.device)
+def _ids(shape: RandomLlama, batch: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(shape.vocabulary, (batch, count), generator=generator, device=generator.device)
 
 
-def _decode(one: Competitor, ids: torch.Tensor) -> None:
+def _decode(one: MeasuredCache, ids: torch.Tensor) -> None:
     for n in range(ids.shape[1]):
         one.model(input_ids=ids[:, n : n + 1], use_cache=True, **cache_argument(one.model, one.cache))
 
 
-def _prefill(plan: Plan, found: list[Competitor], batch: int, context: int, generator: torch.Generator) -> list[Sample]:
+def _prefill(shape: RandomLlama, found: list[MeasuredCache], batch: int, context: int, generator: torch.Generator) -> list[Measurement]:
     """Each reads a context into an empty cache as `generate` does; gates decide what is evicted."""
     seconds: list[list[float]] = [[] for _ in found]
-    cr = [1.0 for _ in found]
+    ratios = [1.0 for _ in found]
     for _ in range(3 if context <= _LONG_PREFILL else 1):
-        ids = _ids(plan, batch, context, generator)
-        for i, one in enumerate(found):
+        ids = _ids(shape, batch, context, generator)
+        for place, one in enumerate(found):
             cache = one.empty_cache(context)
-            given = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1, **cache_argument(one.model, cache)}
-            seconds[i].append(_time(lambda one=one, given=given: one.model(**given), generator.device))
-            cr[i] = _cr(one, cache)
-    return [Sample(batch * context / median(s), len(s), sum(s), c) for s, c in zip(seconds, cr, strict=True)]
+            read = partial(one.model, input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(one.model, cache))
+            seconds[place].append(seconds_of(read, generator.device))
+            ratios[place] = ratio_of(cache)
+    return [Measurement(batch * context / median(s), cr, len(s), sum(s)) for s, cr in zip(seconds, ratios, strict=True)]
 
 
-def _rows(plan: Plan, batch: int, context: int, found: list[Competitor], figures: list[dict[str, Sample]]) -> list[dict]:
+# Rows and table.
+
+
+def _rows(benchmark: CacheBenchmark, batch: int, context: int, found: list[MeasuredCache], figures: list[_Figures]) -> list[CacheRow]:
     """One row a figure, and for a compacted cache one more beside each dense cache: how many times better it is."""
-    common = {"model": str(plan.shape), "task": "bench_cache", "length": context, "batch": batch, "threads": torch.get_num_threads()}
-    common |= {"seed": plan.seed, "versions": versions(), "device": describe_device()}
-    dense = {one.policy: figure for one, figure in zip(found, figures, strict=True) if one.keep_LH is None}
+    dense = {one.policy: figure for one, figure in zip(found, figures, strict=True) if one.is_dense}
     rows = []
     for one, figure in zip(found, figures, strict=True):
-        whose = {"policy": one.policy, "evicted": one.evicted, "memory": "dense" if one.keep_LH is None else "compacted"}
-        for metric, sample in figure.items():
-            values = {metric: sample.value}
-            for name, other in dense.items() if one.keep_LH is not None else ():
-                gain = sample.value / other[metric].value
-                values[f"{metric}_gain_over_{name}"] = gain if FIGURES[metric] else 1.0 / gain
-            rest = {"num_samples": sample.num_samples, "cr": sample.cr, "bytes": figure["bytes"].value, "seconds": sample.seconds}
-            rows += [{**common, **whose, "metric": name, "value": value, **rest} for name, value in values.items()]
+        for metric, measured in figure.items():
+            values: dict[str, float] = {metric: measured.value}
+            for name, other in {} if one.is_dense else dense.items():
+                gain = measured.value / other[metric].value
+                values[f"{metric}_gain_over_{name}"] = gain if metric in _MORE_IS_BETTER else 1.0 / gain
+            rows += [
+                CacheRow(
+                    model=str(benchmark.shape),
+                    task="bench_cache",
+                    length=context,
+                    batch=batch,
+                    threads=torch.get_num_threads(),
+                    seed=benchmark.seed,
+                    versions=versions(),
+                    device=describe_device(),
+                    policy=one.policy,
+                    evicted=one.evicted,
+                    memory="dense" if one.is_dense else "compacted",
+                    metric=name,
+                    value=value,
+                    num_samples=measured.num_samples,
+                    cr=measured.cr,
+                    bytes=figure["bytes"].value,
+                    seconds=measured.seconds,
+                )
+                for name, value in values.items()
+            ]
     return rows
+
+
+def cache_table(rows: Iterable[CacheRow], title: str) -> Table:
+    """rows: of one run, as it returns them."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE,
+        caption="attention: cache update and attention of one token step, all layers; prefill at the smallest batch; "
+        "x: how many times better the compacted cache is",
+    )
+    for name in ("batch", "context", "cache", "cr", *_TITLES):
+        table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
+    cases: dict[tuple[int, int, str, float | None], dict[str, CacheRow]] = {}
+    for row in rows:
+        cases.setdefault((row.batch, row.length, row.policy, row.evicted), {})[row.metric] = row
+    before = None
+    for (batch, context, policy, evicted), found in cases.items():
+        if before not in (None, (batch, context)):
+            table.add_section()
+        where = (str(batch), f"{context:,}") if before != (batch, context) else ("", "")
+        before = (batch, context)
+        name = _DENSE.get(policy) or f"compacted, {evicted:.1%} evicted"
+        cr = f"{found['bytes'].cr:.2f}" if policy == "dms" else ""
+        table.add_row(*where, name, cr, *(_figure(found, metric) for metric in METRICS))
+        for other in _DENSE if policy == "dms" else ():
+            gains = (found.get(f"{metric}_gain_over_{other}") for metric in METRICS)
+            table.add_row(
+                "", "", f"  over {_DENSE[other]}", "", *("-" if gain is None else f"{gain.value:.2f}x" for gain in gains), style="dim"
+            )
+    return table
+
+
+def _figure(found: dict[str, CacheRow], metric: Metric) -> str:
+    if metric not in found:
+        return "-"
+    value = found[metric].value
+    if metric == "bytes":
+        return f"{value / 2**20:,.1f}"
+    return f"{value:,.2f}" if metric == "attention_ms" else f"{value:,.1f}"

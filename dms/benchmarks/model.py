@@ -1,17 +1,23 @@
-"""Gates that evict a given share of tokens, unevenly over heads as trained ones do.
+"""Random models to measure, and gates that evict a given share of tokens, unevenly over heads as trained ones do.
 
 Shapes: L layers, H KV heads.
 """
 
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import dms
-from dms.retrofitting import set_mode, state_of
+from dms import hf_compat
+from dms.attention import evict_pass
+from dms.gates import Gate
+from dms.modes import set_mode, state_of
 
 # Tokens that the gates' logits are sampled over; each sequence is no longer than the window, so that nothing is hidden yet.
 _NUM_SAMPLES = 1024
@@ -42,28 +48,33 @@ def keep_shares(num_layers: int, num_heads: int, evicted: float, seed: int) -> t
 @torch.no_grad()
 def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
     """Set the gates of a retrofitted model so that each head keeps its share of random tokens. It is in evict mode after."""
-    state, text = state_of(model), model.config.get_text_config()
+    state, config = state_of(model), model.config
+    assert isinstance(config, PreTrainedConfig)
     set_mode(model, "evict")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    gates: dict[int, Gate] = {}
     for layer in state.layers:
-        weight = layer.module.dms_gate.weight
-        weight.copy_(torch.randn(weight.shape, generator=generator).div(weight.shape[1] ** 0.5))
-        weight.requires_grad_(False)
+        gate = layer.module.dms_gate
+        assert isinstance(gate, Gate)
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator).div(gate.weight.shape[1] ** 0.5))
+        gate.weight.requires_grad_(False)
+        gates[layer.index] = gate
     length = min(state.config.window, _NUM_SAMPLES)
-    ids = torch.randint(text.vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
+    ids = torch.randint(config.get_text_config().vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
     state.decoder(input_ids=ids, use_cache=False)
+    passed = evict_pass(model)
     for layer, keep_H in zip(state.layers, keep_LH.to(device), strict=True):
-        logits = state.forward.logits[layer.index].flatten(0, 1).sort(0).values
+        logits = passed.logits[layer.index].flatten(0, 1).sort(0).values
         least = logits.gather(0, (keep_H * len(logits)).long().clamp(max=len(logits) - 1)[None])[0]
         # A head that keeps nothing must not keep a token beyond the sample either.
         least = torch.where(keep_H > 0, least, logits[0] - 100 * state.config.scale)
-        layer.module.dms_gate.bias.copy_(-least / state.config.scale).requires_grad_(False)
+        gates[layer.index].bias.copy_(-least / state.config.scale).requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A Llama of 0.5 billion parameters: the attention of a model of 1 billion, half as deep, so that it fits beside its caches."""
+class RandomLlama:
+    """By default of 0.5 billion parameters: the attention of a model of 1 billion, half as deep, so that it fits beside its caches."""
 
     hidden: int = 2048
     mlp: int = 5632
@@ -82,12 +93,12 @@ class Shape:
         )
 
 
-DEFAULT = Shape()
+DEFAULT = RandomLlama()
 # Small enough for a test.
-QUICK = Shape(hidden=64, mlp=96, layers=2, query_heads=4, kv_heads=2, head_dim=16, vocabulary=97, window=32, page_size=16)
+QUICK = RandomLlama(hidden=64, mlp=96, layers=2, query_heads=4, kv_heads=2, head_dim=16, vocabulary=97, window=32, page_size=16)
 
 
-def build_model(shape: Shape, seed: int, device: torch.device) -> LlamaForCausalLM:
+def build_model(shape: RandomLlama, seed: int, device: torch.device) -> LlamaForCausalLM:
     """Random float32 weights, SDPA attention."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -99,19 +110,28 @@ def build_model(shape: Shape, seed: int, device: torch.device) -> LlamaForCausal
         head_dim=shape.head_dim,
         vocab_size=shape.vocabulary,
         max_position_embeddings=2**20,
-        attn_implementation="sdpa",
     )
+    hf_compat.set_attention(config, "sdpa")
     with device:
         return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def share_weights(model: nn.Module) -> nn.Module:
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def share_weights(model: _M) -> _M:
     """A second model over the same weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def with_gates(model: LlamaForCausalLM, shape: Shape, keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
+def with_gates(model: LlamaForCausalLM, shape: RandomLlama, keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
     """The model retrofitted, over the same weights, in evict mode: each head's gate keeps its share of random tokens."""
-    gated = dms.retrofit(share_weights(model), dms.DMSConfig(window=shape.window))
+    gated = share_weights(model)
+    dms.retrofit(gated, dms.DMSConfig(window=shape.window))
     evict_shares(gated, keep_LH, seed)
     return gated
+
+
+def qwen3_8b() -> dict[str, Any]:
+    """Qwen3-8B's configuration, as it is published."""
+    return json.loads(Path(__file__).with_name("Qwen3-8B.json").read_text(encoding="utf-8"))

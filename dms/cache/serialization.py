@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.layer import CompactedLayer
 from dms.cache.store import Store
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 from dms.modes import DMSState
 
 _VERSION = "1"

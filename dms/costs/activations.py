@@ -1,31 +1,38 @@
 """What layers keep for the backward and need besides, from running one of each kind on fake tensors: no formula per family.
 
 The model is on the meta device with its gates attached. Its parameters are replaced by fake ones of the dtypes that they would
-have, its layers by one of each kind, and one pass of each sort is made under `LiveBytes`.
+have, its layers by one of each kind, and its attention by a stand-in; then it is run once as a student, once as a teacher and once as in an
+evaluation, under `LiveBytes`.
+
+Shapes: B batch, T tokens, M model dim.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dms import masks
-from dms.costs import training_attention as attention
-from dms.costs.live_bytes import LiveBytes
-from dms.costs.training_shapes import ModelShape, layer_list
-from dms.modes import Forward
-from dms.retrofitting import set_mode, state_of
+from dms.costs.operators import LiveBytes
+from dms.costs.shapes import ModelShape, is_attached, layer_list
+from dms.costs.stand_in_attention import StandInPackedAttention, replaced_attention, stand_in_attention
+from dms.costs.torch_compat import fake_tensors
+from dms.modes import set_mode, state_of
+from dms.training.soft_decisions import TrainPass
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer, in bytes. saved: what its forward leaves for the backward, its output included. forward, backward: the most that
-    lives above what there was when each began."""
+    """Of one layer, in bytes."""
 
     saved: int
+    """What its forward leaves for the backward, its output included."""
     forward: int
+    """The most that lives above what there was when its forward began."""
     backward: int
+    """As `forward`, of its backward."""
 
     @property
     def alone(self) -> int:
@@ -35,87 +42,72 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of what one GPU has of a micro-batch. layers: by position. before, after: what the forward leaves outside of layers (embeddings,
-    positions, the last norm). teacher: the most that its pass takes. evaluation: the most that the dense pass of an evaluation takes,
-    by the model's own attention. hidden: hidden states [B, T, M] as layers hand them on."""
+    """Bytes of what one GPU has of a micro-batch."""
 
     layers: list[LayerBytes]
+    """By position."""
     before: int
+    """What the forward leaves before the first layer: embeddings, positions."""
     after: int
+    """What it leaves after the last one: the last norm."""
     teacher: int
+    """The most that the teacher's pass takes."""
     evaluation: int
+    """The most that the dense pass of an evaluation takes, by the model's own attention."""
     hidden: int
+    """Hidden states [B, T, M] as layers hand them on."""
 
     @property
     def saved(self) -> int:
         return self.before + sum(layer.saved for layer in self.layers) + self.after
 
 
-def measure(
-    model: nn.Module,
-    shape: ModelShape,
-    *,
-    batch: int,
-    length: int,
-    held: torch.dtype,
-    autocast: bool,
-    kernels: bool,
-    by_rows: bool = False,
-    evaluated: tuple[int, int] | None = None,
-) -> Activations:
-    """Pass a micro-batch of fake tokens through a model on the meta device. The model is of no use afterwards.
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What is passed through a model, and how."""
 
-    held: dtype of its frozen and trained weights; gates and adapters are float32. kernels: attention by our kernels, else by the
-    chunked route of a CPU. by_rows: the teacher and layers without gates go by `dms.training.packed_attention`, not by transformers' own attention.
-    evaluated: batch and length of the run's evaluation; None: as the micro-batch.
+    batch: int
+    length: int
+    weight_dtype: torch.dtype
+    """Of the model's frozen and trained weights; gates and adapters are float32."""
+    autocast: bool
+    kernels: bool
+    """Attention by our kernels, else by the chunked route of a CPU."""
+    packed_attention: bool = False
+    """The teacher and layers without gates go by `dms.training.packed_attention`, not by transformers' own attention."""
+    evaluated: tuple[int, int] | None = None
+    """Batch and length of the run's evaluation; None: as the micro-batch."""
+
+
+def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tuple[int, ...] = (1,)) -> dict[int, Activations]:
+    """Pass a micro-batch of fake tokens through a model on the meta device, by how many GPUs share a sequence: what one of them has.
+    The model is of no use afterwards.
+
+    Of what is kept some goes by tokens and some does not (casts of weights), so each width is run at its own length. In
+    attention a GPU has all tokens of some heads instead of some tokens of all: as many numbers.
 
     Raises:
         ValueError: experts in float32, whose products PyTorch cannot run on fake tensors.
     """
-    options = {"held": held, "autocast": autocast, "kernels": kernels, "by_rows": by_rows, "evaluated": evaluated}
-    return measure_shared(model, shape, [1], batch=batch, length=length, **options)[1]
-
-
-def measure_shared(
-    model: nn.Module,
-    shape: ModelShape,
-    widths: list[int],
-    *,
-    batch: int,
-    length: int,
-    held: torch.dtype,
-    autocast: bool,
-    kernels: bool,
-    by_rows: bool = False,
-    evaluated: tuple[int, int] | None = None,
-) -> dict[int, Activations]:
-    """As `measure`, by how many GPUs share a row of `length` tokens: what one of them has.
-
-    Of what is kept some goes by tokens and some does not (casts of weights), so each width is run at its own length. In
-    attention a GPU has all tokens of some heads instead of some tokens of all: as many numbers.
-    """
-    if held != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
+    if given.weight_dtype != torch.bfloat16 and any(layer.has_experts for layer in shape.layers):
         raise ValueError(
             f"{shape.name} has experts, which are planned in bfloat16 alone; set precision=bf16, and train gates or gates+lora"
         )
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     places = _one_of_each(shape)
-    layers = layer_list(model)
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
-    _replace(model, layers, [*places, places[-1]])
+    _replace(model, layer_list(model), [*places, places[-1]])
     found = {}
-    with FakeTensorMode():
-        _fake(model, held)
+    with fake_tensors():
+        _fake(model, given.weight_dtype)
         # The run's own evaluation has no autocast.
-        evaluation = _without_gradients(model, torch.zeros(evaluated or (batch, length), dtype=torch.long), None)
+        evaluation = _without_gradients(model, torch.zeros(given.evaluated or (given.batch, given.length), dtype=torch.long), None)
         for width in widths:
-            ids = torch.zeros(batch, length // width, dtype=torch.long)
-            rows = attention.Rows(kernels) if by_rows or width > 1 else None
+            ids = torch.zeros(given.batch, given.length // width, dtype=torch.long)
+            rows = StandInPackedAttention(given.kernels) if given.packed_attention or width > 1 else None
             # Without autocast's cache each layer makes its own casts, the last one's second run too; and the teacher's, which does
             # not train, are not kept in a run either.
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
-                student = _student(model, ids, kernels, rows)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given.autocast, cache_enabled=False):
+                student = _student(model, ids, given.kernels, rows)
                 teacher = _without_gradients(model, ids, rows)
             model.zero_grad(set_to_none=True)
             by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
@@ -150,27 +142,24 @@ def _replace(model: nn.Module, layers: nn.ModuleList, places: list[int]) -> None
         for name, child in module.named_children():
             if child is layers:
                 setattr(module, name, chosen)
-    config = state_of(model).decoder.config
+    config: Any = state_of(model).decoder.config
     config.num_hidden_layers = len(chosen)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[place] for place in places]
 
 
-def _fake(model: nn.Module, held: torch.dtype) -> None:
+def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
     """Give every module parameters and buffers without storage, ties kept."""
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        attached = "dms_gate" in module_name or "lora_" in module_name
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        attached = is_attached(module_name)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
-                dtype = torch.float32 if attached else held
+                dtype = torch.float32 if attached else weight_dtype
                 made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _Marks:
@@ -219,36 +208,36 @@ class _Student:
     hidden: int
 
 
-def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: attention.Rows | None) -> _Student:
+def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandInPackedAttention | None) -> _Student:
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
+
+    current = TrainPass("train", tokens)
 
     def enter(*_) -> None:
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.
         state.rows = rows
         state.activate("train")
-        state.forward = Forward("train", tokens)
+        state.forward = current
 
-    def stand_in(module: nn.Module, *_) -> None:
+    def leave(*_) -> None:
         # The layers of a kind are one object here, which runs more than once in a pass.
-        state.forward.entered.clear()
-        decided = module.dms_pending.keywords["log_keep_BTH"]
-        module.dms_pending = functools.partial(attention.gated_attention, log_keep_BTH=decided, kernels=kernels)
+        current.entered.clear()
 
     live = LiveBytes(*model.parameters(), *model.buffers())
     weights, marks = live.now, _Marks(live)
     layers = layer_list(model)
     hooks = [state.decoder.register_forward_pre_hook(enter, with_kwargs=True)]
-    hooks += [layer.module.register_forward_pre_hook(stand_in, with_kwargs=True) for layer in state.layers]
+    hooks += [layer.module.register_forward_pre_hook(leave) for layer in state.layers]
     for layer in {id(layer): layer for layer in layers}.values():
         hooks += [layer.register_forward_pre_hook(marks.before, with_kwargs=True), layer.register_forward_hook(marks.after)]
     set_mode(model, "dense")
     try:
-        with live:
+        with live, replaced_attention(model, functools.partial(stand_in_attention, kernels=kernels)):
             hidden = state.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
             marks.end()
             kept, size = live.now, hidden.untyped_storage().nbytes()
-            outputs = [hidden, *state.forward.evicted_count.values()]
+            outputs = [hidden, *current.evicted_count.values()]
             torch.autograd.backward([x for x in outputs if x.requires_grad], [torch.empty_like(x) for x in outputs if x.requires_grad])
             marks.end_backward()
     finally:
@@ -262,7 +251,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: attent
     return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
 
 
-def _without_gradients(model: nn.Module, ids_BT: torch.Tensor, rows: attention.Rows | None) -> int:
+def _without_gradients(model: nn.Module, ids_BT: torch.Tensor, rows: StandInPackedAttention | None) -> int:
     """The most bytes alive in a dense pass without gradients."""
     set_mode(model, "dense")
     state_of(model).rows = rows

@@ -5,31 +5,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from dms.costs import inference_cost as cost
-from dms.costs import inference_roofline as roofline
+from dms.costs import inference
 from dms.costs.hardware import Gpu
-from dms.costs.inference_cost import Cost, Machine
-from dms.costs.inference_roofline import Roof
-from dms.costs.inference_shapes import InferenceShape
+from dms.costs.inference import Machine, PassCost
 from dms.costs.kv import KV
+from dms.costs.roofline import Roofline
+from dms.costs.shapes import ModelShape
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 8, 32, 64)
 RATIOS = (2.0, 4.0, 8.0, 16.0)
 
 
+Phase = Literal["prefill", "decode"]
+
+
 @dataclass(frozen=True)
 class Point:
-    """One phase at one place. seconds: of the step, or of the whole prefill. held: bytes while such sequences are decoded."""
+    """One phase at one place."""
 
-    phase: Literal["prefill", "decode"]
+    phase: Phase
     kv: KV
     batch: int
     context: int
-    spent: Cost
+    cost: PassCost
     seconds: float
+    """Of the step, or of the whole prefill."""
     binds: str
     held: float
+    """Bytes while such sequences are decoded."""
     fits: bool
 
     @property
@@ -40,18 +44,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one kind of cache. overtaken_at: by batch, the context at which KV reads overtake weight reads. largest_batch: by context;
-    largest_context: by batch, whatever the model's own is. None: never, or any."""
+    """Of one kind of cache."""
 
     kv: KV
     overtaken_at: dict[int, int | None]
+    """By batch, the context at which KV reads overtake weight reads; None: never."""
     largest_batch: dict[int, int]
+    """By context."""
     largest_context: dict[int, int | None]
+    """By batch, whatever the model's own is; None: any."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    shape: InferenceShape
+    """Every number, and what they are of."""
+
+    shape: ModelShape
     gpu: Gpu
     gpu_name: str
     machine: Machine
@@ -63,26 +71,27 @@ class Analysis:
     notes: list[str]
 
     @property
-    def roof(self) -> Roof:
-        return Roof.of(self.gpu)
+    def roofline(self) -> Roofline:
+        return Roofline.of(self.gpu)
 
-    def point(self, phase: str, kv: KV, batch: int, context: int) -> Point:
-        return point(self.shape, phase, kv, self.machine, self.roof, batch, context)
+    def point(self, phase: Phase, kv: KV, batch: int, context: int) -> Point:
+        return point(self.shape, phase, kv, self.machine, self.gpu, batch, context)
 
     def as_dict(self) -> dict[str, Any]:
         """Every number, for a JSON file."""
-        shape, machine = self.shape, self.machine
+        shape, machine, roofline = self.shape, self.machine, self.roofline
+        rates = {"rate": roofline.flops, "bandwidth": roofline.memory, "memory": self.gpu.memory, "ridge": roofline.ridge}
         return {
             "format_version": 1,
             "model": shape.name,
             "parameters": shape.parameters,
-            "gate_parameters": shape.gate_parameters,
+            "gate_parameters": shape.gates,
             "context": shape.context,
             "encoder": shape.is_encoder,
             "why_dense": shape.why_dense,
             "attention": [asdict(layer) for layer in shape.attentions],
-            "weights_bytes": cost.resident_weights(shape, KV(), machine),
-            "gpu": {"name": self.gpu_name, "num": machine.num, **asdict(self.roof), "ridge": self.roof.ridge},
+            "weights_bytes": inference.resident_weights(shape, KV(), machine),
+            "gpu": {"name": self.gpu_name, "num": machine.num, **rates},
             "weight_bits": machine.weight_bits,
             "notes": self.notes,
             "limits": [_cache_values(one.kv) | {k: v for k, v in vars(one).items() if k != "kv"} for one in self.limits],
@@ -96,20 +105,20 @@ def _cache_values(kv: KV) -> dict[str, Any]:
 
 def _point_values(one: Point) -> dict[str, Any]:
     place = {"phase": one.phase, **_cache_values(one.kv), "batch": one.batch, "context": one.context}
-    rates = {"bytes": one.spent.bytes, "intensity": one.spent.intensity, "seconds": one.seconds, "tokens_per_second": one.tokens_per_second}
-    moved = {f"{name}_bytes": value for name, value in vars(one.spent).items() if "flops" not in name}
-    flops = {"linear_flops": one.spent.flops, "attention_flops": one.spent.attention_flops}
+    rates = {"bytes": one.cost.bytes, "intensity": one.cost.intensity, "seconds": one.seconds, "tokens_per_second": one.tokens_per_second}
+    moved = {f"{name}_bytes": value for name, value in vars(one.cost).items() if "flops" not in name}
+    flops = {"linear_flops": one.cost.flops, "attention_flops": one.cost.attention_flops}
     return place | flops | moved | rates | {"binds": one.binds, "held_bytes": one.held, "fits": one.fits}
 
 
-def point(shape: InferenceShape, phase: str, kv: KV, machine: Machine, roof: Roof, batch: int, context: int) -> Point:
-    spent = (cost.decode if phase == "decode" else cost.prefill)(shape, kv, machine, batch, context)
-    held = cost.held(shape, kv, machine, batch, context)
-    return Point(phase, kv, batch, context, spent, roof.seconds(spent), roof.binds(spent), held, held <= roof.memory)
+def point(shape: ModelShape, phase: Phase, kv: KV, machine: Machine, gpu: Gpu, batch: int, context: int) -> Point:
+    cost = (inference.decode if phase == "decode" else inference.prefill)(shape, kv, machine, batch, context)
+    held, roofline = inference.held(shape, kv, machine, batch, context), Roofline.of(gpu)
+    return Point(phase, kv, batch, context, cost, cost.seconds(roofline).total, cost.binds(roofline), held, held <= gpu.memory)
 
 
 def analyze(
-    shape: InferenceShape,
+    shape: ModelShape,
     gpu_name: str,
     gpu: Gpu,
     *,
@@ -120,7 +129,7 @@ def analyze(
     window: int = 256,
     page_size: int = 64,
 ) -> Analysis:
-    """Reckon all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
+    """Compute all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
     None: one GPU, weights at 16 bits.
 
     Raises:
@@ -129,10 +138,27 @@ def analyze(
     machine = machine or Machine()
     check(shape.context, contexts, ratios)
     _check_heads(shape, machine)
-    roof, notes = Roof.of(gpu), []
+    notes: list[str] = []
     contexts = sorted(set(contexts)) or _usual_contexts(shape, notes)
     batches = sorted(set(batches)) or list(BATCHES)
-    dense = KV(window=window, page_size=page_size)
+    notes += _notes(shape)
+    caches = _caches(shape, ratios, KV(window=window, page_size=page_size))
+    _check_fits(shape, caches[0], machine, gpu, contexts[0])
+    phases: tuple[Phase, ...] = ("prefill",) if shape.is_encoder else ("decode", "prefill")
+    points = [
+        point(shape, phase, kv, machine, gpu, batch, context)
+        for phase in phases
+        for kv in caches
+        for batch in batches
+        for context in contexts
+    ]
+    limits = [_limits(shape, kv, machine, gpu, contexts, batches) for kv in caches]
+    return Analysis(shape, gpu, gpu_name, machine, contexts, batches, caches, points, limits, notes)
+
+
+def _notes(shape: ModelShape) -> list[str]:
+    """What to know of a model beside its figures."""
+    notes = []
     everyone = next((weight.num_experts for weight in shape.weights if weight.use == "product" and weight.num_experts > 1), None)
     if everyone:
         notes.append(
@@ -140,22 +166,15 @@ def analyze(
         )
     if shape.why_dense is not None:
         notes.append(f"dense only: {shape.why_dense}")
-        if ratios:
-            raise ValueError(f"ratios are given ({', '.join(f'{ratio:g}' for ratio in ratios)}) for what cannot evict: {shape.why_dense}")
+    return notes
+
+
+def _caches(shape: ModelShape, ratios: Sequence[float], dense: KV) -> list[KV]:
+    """The dense cache first, those of each ratio, and all of them again at 8 bits."""
+    if shape.why_dense is not None and ratios:
+        raise ValueError(f"ratios are given ({', '.join(f'{ratio:g}' for ratio in ratios)}) for what cannot evict: {shape.why_dense}")
     chosen = [None] if shape.why_dense is not None else [None, *(sorted(set(ratios)) or RATIOS)]
-    widths = (16,) if shape.is_encoder else (16, 8)
-    caches = [KV(cr=ratio, bits=bits, window=window, page_size=page_size) for bits in widths for ratio in chosen]
-    _check_fits(shape, dense, machine, roof, gpu, contexts[0])
-    phases = ("prefill",) if shape.is_encoder else ("decode", "prefill")
-    points = [
-        point(shape, phase, kv, machine, roof, batch, context)
-        for phase in phases
-        for kv in caches
-        for batch in batches
-        for context in contexts
-    ]
-    limits = [_limits(shape, kv, machine, roof, contexts, batches) for kv in caches]
-    return Analysis(shape, gpu, gpu_name, machine, contexts, batches, caches, points, limits, notes)
+    return [replace(dense, cr=ratio, bits=bits) for bits in ((16,) if shape.is_encoder else (16, 8)) for ratio in chosen]
 
 
 def check(context: int | None, contexts: Sequence[int], ratios: Sequence[float]) -> None:
@@ -170,38 +189,38 @@ def check(context: int | None, contexts: Sequence[int], ratios: Sequence[float])
         )
 
 
-def _check_heads(shape: InferenceShape, machine: Machine) -> None:
+def _check_heads(shape: ModelShape, machine: Machine) -> None:
     heads = min(layer.num_query_heads for layer in shape.attentions)
     if machine.num > heads:
         raise ValueError(f"num is {machine.num} GPUs, and {shape.name} has {heads} query heads to divide among them; take at most {heads}")
 
 
-def _usual_contexts(shape: InferenceShape, notes: list[str]) -> list[int]:
+def _usual_contexts(shape: ModelShape, notes: list[str]) -> list[int]:
     if shape.context is None or shape.context >= CONTEXTS[-1]:
         return list(CONTEXTS)
     notes.append(f"contexts go up to the model's own, {shape.context:,} tokens")
     return sorted({context for context in CONTEXTS if context <= shape.context} | {shape.context})
 
 
-def _check_fits(shape: InferenceShape, kv: KV, machine: Machine, roof: Roof, gpu: Gpu, context: int) -> None:
-    need = cost.held(shape, kv, machine, 1, context)
-    if need <= roof.memory:
+def _check_fits(shape: ModelShape, kv: KV, machine: Machine, gpu: Gpu, context: int) -> None:
+    need = inference.held(shape, kv, machine, 1, context)
+    if need <= gpu.memory:
         return
     heads = min(layer.num_query_heads for layer in shape.attentions)
-    enough = [n for n in range(machine.num + 1, heads + 1) if cost.held(shape, kv, replace(machine, num=n), 1, context) <= roof.memory]
-    weights = cost.resident_weights(shape, kv, machine) / 1e9
+    enough = [n for n in range(machine.num + 1, heads + 1) if inference.held(shape, kv, replace(machine, num=n), 1, context) <= gpu.memory]
+    weights = inference.resident_weights(shape, kv, machine) / 1e9
     cure = f"{enough[0]} such GPUs would hold it (--num {enough[0]})" if enough else "no number of such GPUs holds it"
     raise ValueError(
-        f"{shape.name} does not fit {machine.num} x {gpu.name} ({roof.memory / 1e9:.0f} GB): {weights:.1f} GB of weights on each, and "
+        f"{shape.name} does not fit {machine.num} x {gpu.name} ({gpu.memory / 1e9:.0f} GB): {weights:.1f} GB of weights on each, and "
         f"{need / 1e9:.1f} GB with one sequence of {context:,} tokens; {cure}, or take a larger one (--gpu), shorter contexts (--context), "
         "or weights as bytes (--weight-bits 8)"
     )
 
 
-def _limits(shape: InferenceShape, kv: KV, machine: Machine, roof: Roof, contexts: list[int], batches: list[int]) -> Limits:
+def _limits(shape: ModelShape, kv: KV, machine: Machine, gpu: Gpu, contexts: list[int], batches: list[int]) -> Limits:
     return Limits(
         kv,
-        {} if shape.is_encoder else {batch: roofline.overtaken_at(shape, kv, machine, batch) for batch in batches},
-        {context: roofline.largest_batch(shape, kv, machine, roof, context) for context in contexts},
-        {batch: roofline.largest_context(shape, kv, machine, roof, batch) for batch in batches},
+        {} if shape.is_encoder else {batch: inference.overtaken_at(shape, kv, machine, batch) for batch in batches},
+        {context: inference.largest_batch(shape, kv, machine, gpu.memory, context) for context in contexts},
+        {batch: inference.largest_context(shape, kv, machine, gpu.memory, batch) for batch in batches},
     )

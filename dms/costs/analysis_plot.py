@@ -17,10 +17,10 @@ def draw(found: Analysis, name: str, out_png: str | Path) -> Path:
     alone = found.shape.is_encoder
     figure = new_figure(7.4 if alone else 13.4, 6.4)
     grid = figure.add_gridspec(2, 1 if alone else 2, height_ratios=(1.5, 1), hspace=0.06)
-    roof, lanes = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    _roofline(roof, found)
-    _lanes(lanes, found, roof.get_xlim())
-    roof.tick_params(labelbottom=False)
+    upper, lanes = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    _roofline(upper, found)
+    _lanes(lanes, found, upper.get_xlim())
+    upper.tick_params(labelbottom=False)
     if not alone:
         _wall(figure.add_subplot(grid[:, 1]), found)
     num = f"{found.machine.num} x " if found.machine.num > 1 else ""
@@ -43,22 +43,23 @@ def _points(found: Analysis, kv: KV) -> list[tuple[Point, dict]]:
 
 
 def _roofline(axes, found: Analysis) -> None:
-    roof = found.roof
-    values = [one.spent.intensity for one in found.points if one.kv.bits == 16]
-    low, high = min(*values, roof.ridge) / 2, max(*values, roof.ridge) * 2
-    axes.loglog([low, roof.ridge, high], [low * roof.bandwidth / 1e12, roof.rate / 1e12, roof.rate / 1e12], color=GREY, linewidth=1.5)
-    axes.axvline(roof.ridge, color=GREY, linewidth=0.8, linestyle=":")
-    at = (roof.ridge, roof.rate / 1e12)
-    axes.annotate(f"ridge {roof.ridge:.0f}", at, xytext=(5, -14), textcoords="offset points", color=GREY, fontsize=9)
+    roofline = found.roofline
+    rate = roofline.flops / 1e12
+    values = [one.cost.intensity for one in found.points if one.kv.bits == 16]
+    low, high = min(*values, roofline.ridge) / 2, max(*values, roofline.ridge) * 2
+    axes.loglog([low, roofline.ridge, high], [low * roofline.memory / 1e12, rate, rate], color=GREY, linewidth=1.5)
+    axes.axvline(roofline.ridge, color=GREY, linewidth=0.8, linestyle=":")
+    at = (roofline.ridge, rate)
+    axes.annotate(f"ridge {roofline.ridge:.0f}", at, xytext=(5, -14), textcoords="offset points", color=GREY, fontsize=9)
     for kv, colour in _caches(found):
         for one, style in _points(found, kv):
-            attained = one.spent.all_flops / one.seconds / 1e12
-            axes.plot(one.spent.intensity, attained, color=colour, markersize=5, alpha=0.85, **style)
+            attained = one.cost.all_flops / one.seconds / 1e12
+            axes.plot(one.cost.intensity, attained, color=colour, markersize=5, alpha=0.85, **style)
     for place, batch in enumerate(found.batches):
         axes.plot([], [], color=INK, marker=_MARKERS[place % len(_MARKERS)], linewidth=0, markersize=5, label=f"batch {batch}")
     if not found.shape.is_encoder:
         axes.plot([], [], color=INK, marker="o", linewidth=0, fillstyle="none", markersize=5, label="hollow: prefill")
-    axes.set(ylabel="TFLOP/s, at most", title="Roofline", xlim=(low, high), ylim=(None, roof.rate / 1e12 * 2))
+    axes.set(ylabel="TFLOP/s, at most", title="Roofline", xlim=(low, high), ylim=(None, rate * 2))
     axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     axes.grid(True, which="major", linewidth=0.3, alpha=0.6)
 
@@ -68,8 +69,8 @@ def _lanes(axes, found: Analysis, limits: tuple[float, float]) -> None:
     caches = _caches(found)
     for lane, (kv, colour) in enumerate(caches):
         for one, style in _points(found, kv):
-            axes.semilogx(one.spent.intensity, lane, color=colour, markersize=5, alpha=0.85, **style)
-    axes.axvline(found.roof.ridge, color=GREY, linewidth=0.8, linestyle=":")
+            axes.semilogx(one.cost.intensity, lane, color=colour, markersize=5, alpha=0.85, **style)
+    axes.axvline(found.roofline.ridge, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(xlabel="FLOPs a byte; of each batch, a point for each context", xlim=limits, ylim=(len(caches) - 0.5, -0.5))
     axes.set_yticks(range(len(caches)), [kv.name for kv, _ in caches])
     axes.grid(True, which="major", axis="x", linewidth=0.3, alpha=0.6)
@@ -81,9 +82,9 @@ def _wall(axes, found: Analysis) -> None:
         for kv, colour in _caches(found):
             points = [found.point("decode", kv, batch, context) for context in found.contexts]
             axes.loglog(
-                found.contexts, [one.spent.kv_read / 1e9 for one in points], style, color=colour, linewidth=1.8, marker="o", markersize=3
+                found.contexts, [one.cost.kv_read / 1e9 for one in points], style, color=colour, linewidth=1.8, marker="o", markersize=3
             )
-        weights = found.point("decode", found.caches[0], batch, found.contexts[0]).spent.weights / 1e9
+        weights = found.point("decode", found.caches[0], batch, found.contexts[0]).cost.weights / 1e9
         axes.axhline(weights, color=GREY, linestyle=style, linewidth=3, alpha=0.5, zorder=0)
         axes.plot([], [], style, color=INK, label=f"batch {batch}")
     axes.plot([], [], color=GREY, linewidth=3, alpha=0.5, label="weights")

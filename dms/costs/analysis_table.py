@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dms.costs import inference_cost as cost
+from dms.costs import inference
 from dms.costs.analysis import Analysis, Limits, Point
 from dms.costs.kv import KV, held_bytes
 
@@ -38,7 +38,7 @@ def headlines(name: str, found: Analysis) -> list[str]:
 
 def _model_line(name: str, found: Analysis) -> str:
     shape, layers = found.shape, found.shape.attentions
-    weights = cost.resident_weights(shape, KV(), replace(found.machine, num=1))
+    weights = inference.resident_weights(shape, KV(), replace(found.machine, num=1))
     bounded, gated = sum(layer.window is not None for layer in layers), sum(layer.gated for layer in layers)
     parts = [
         f"{name}: {shape.name}, {_count(shape.parameters)} parameters, {_count(weights)}B of weights at {found.machine.weight_bits} bits",
@@ -49,7 +49,7 @@ def _model_line(name: str, found: Analysis) -> str:
     if not shape.is_encoder:
         # One more token far out, where sliding layers grow no more.
         grows = sum(layer.num_heads * (held_bytes(layer, KV(), 2**20) - held_bytes(layer, KV(), 2**20 - 1)) for layer in layers)
-        state = f", {shape.state / 2**20:.1f} MiB of state a sequence" if shape.state else ""
+        state = f", {shape.inference.state / 2**20:.1f} MiB of state a sequence" if shape.inference.state else ""
         parts.append(f"{grows / 1024:,.0f} KiB of KV a token{state}")
     experts = next((weight for weight in shape.weights if weight.use == "experts"), None)
     if experts:
@@ -58,11 +58,11 @@ def _model_line(name: str, found: Analysis) -> str:
 
 
 def _gpu_line(found: Analysis) -> str:
-    roof, num = found.roof, found.machine.num
+    roofline, num = found.roofline, found.machine.num
     divided = f"; {num} GPUs share weights and heads; FLOPs and bytes are of one, links between them not counted" if num > 1 else ""
     return (
-        f"{num} x {found.gpu.name}: {roof.rate / 1e12:.0f} TFLOP/s at 16 bits, {roof.bandwidth / 1e12:.2f} TB/s, {roof.memory / 1e9:.0f} GB; ridge point "
-        f"{roof.ridge:.0f} FLOPs a byte. Bounds from datasheets, not measured{divided}"
+        f"{num} x {found.gpu.name}: {roofline.flops / 1e12:.0f} TFLOP/s at 16 bits, {roofline.memory / 1e12:.2f} TB/s, {found.gpu.memory / 1e9:.0f} GB; ridge point "
+        f"{roofline.ridge:.0f} FLOPs a byte. Bounds from datasheets, not measured{divided}"
     )
 
 
@@ -79,13 +79,14 @@ def _batches(overtaken_at: dict[int, int | None]) -> str:
 
 def _intensity_line(found: Analysis) -> str:
     dense = [one for one in found.points if one.phase == "decode" and one.kv == found.caches[0]]
-    least, most = (f"{pick(one.spent.intensity for one in dense):.1f}" for pick in (min, max))
+    least, most = (f"{pick(one.cost.intensity for one in dense):.1f}" for pick in (min, max))
     computing = [one for one in dense if one.binds == "compute"]
     where = f"computing binds at {len(computing)} of {len(dense)} points" if computing else "memory binds everywhere"
-    return f"a dense decoding step does {least if least == most else f'{least} to {most}'} FLOPs a byte, and the ridge is at {found.roof.ridge:.0f}: {where}"
+    return f"a dense decoding step does {least if least == most else f'{least} to {most}'} FLOPs a byte, and the ridge is at {found.roofline.ridge:.0f}: {where}"
 
 
 def _gain_lines(found: Analysis) -> list[str]:
+    """Tokens a second, dense and evicting: of one batch, and of as many sequences as fit."""
     evicting, dense = _evicting(found), found.caches[0]
     context, batch = _nearest(found.contexts, _CONTEXT), _nearest(found.batches, _BATCH)
     if evicting is None:
@@ -108,7 +109,7 @@ def _gain_lines(found: Analysis) -> list[str]:
 
 def _evicting(found: Analysis) -> KV | None:
     ratios = [kv for kv in found.caches if kv.cr is not None and kv.bits == 16]
-    return min(ratios, key=lambda kv: abs(kv.cr - _RATIO), default=None)
+    return min(ratios, key=lambda kv: abs(kv.ratio - _RATIO), default=None)
 
 
 def _nearest(values: list[int], wanted: int) -> int:
@@ -138,7 +139,7 @@ def _decode(found: Analysis) -> tuple[str, Table]:
     for batch in found.batches:
         for context in found.contexts:
             points = [found.point("decode", kv, batch, context) for kv in caches]
-            start = [str(batch), _size(context), f"{points[0].spent.intensity:.1f}", _ms(points[0].seconds), points[0].binds]
+            start = [str(batch), _size(context), f"{points[0].cost.intensity:.1f}", _ms(points[0].seconds), points[0].binds]
             table.add_row(*start, *(_rate(one) + ("" if one.fits else " x") for one in points))
         table.add_section()
     return "decode: tokens/s of all sequences, at most", table
@@ -151,9 +152,9 @@ def _prefill(found: Analysis) -> tuple[str, Table]:
     for batch in sorted({found.batches[0], found.batches[-1]} if found.shape.is_encoder else {found.batches[0]}):
         for context in found.contexts:
             points = [found.point("prefill", kv, batch, context) for kv in caches]
-            spent = points[0].spent
-            start = [str(batch), _size(context), _plain(spent.all_flops / 1e12), f"{spent.attention_flops / spent.all_flops:.0%}"]
-            table.add_row(*start, f"{spent.intensity:,.0f}", points[0].binds, *(_ms(one.seconds) for one in points))
+            cost = points[0].cost
+            start = [str(batch), _size(context), _plain(cost.all_flops / 1e12), f"{cost.attention_flops / cost.all_flops:.0%}"]
+            table.add_row(*start, f"{cost.intensity:,.0f}", points[0].binds, *(_ms(one.seconds) for one in points))
     return "prefill: milliseconds of the whole batch, at least", table
 
 

@@ -1,23 +1,19 @@
-"""What is to be planned, in plain numbers, and the choices that there are for it."""
+"""What a plan is made for: a recipe's numbers, and the choices of where weights, optimizer and activations rest."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-GIB = 2**30
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A retrofit's recipe as far as it costs anything. Fields as in recipes; length T in tokens.
-
-    packed: sequences hold several documents. loss_chunk None: as
-    many as the loss chooses. has_teacher_pass False: a cache answers for the teacher.
-    """
+    """A retrofit's recipe as far as it costs anything. Fields as in recipes."""
 
     trainable: Literal["gates", "gates+lora", "all"]
     precision: Literal["fp32", "bf16"]
     length: int
+    """Tokens of a sequence."""
     packed: bool
+    """Sequences hold several documents."""
     steps: int
     ramp: float
     target_cr: float
@@ -26,9 +22,11 @@ class Job:
     micro_batch_size: int
     beta: float
     loss_chunk: int | None
+    """None: as many tokens as the loss chooses."""
     evaluation_length: int
     evaluation_batch_size: int
     has_teacher_pass: bool = True
+    """False: a cache answers for the teacher."""
 
     @property
     def tokens(self) -> int:
@@ -75,27 +73,34 @@ class Choice:
         )
 
 
-ZERO_CHOICES = (
-    {"stage": 0},
-    {"stage": 2},
-    {"stage": 2, "offload_optimizer": True},
-    {"stage": 3},
-    {"stage": 3, "offload_param": True},
-    {"stage": 3, "offload_optimizer": True, "offload_param": True},
-)
-ACTIVATION_CHOICES = ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "offload_activations": True})
-
-
-# Numbers of GPUs that share a row.
+# Numbers of GPUs that share a sequence.
 WIDTHS = (1, 2, 4, 8)
+# Where weights and optimizer may rest: stage, offload_optimizer, offload_param.
+_ZERO: tuple[tuple[Literal[0, 2, 3], bool, bool], ...] = (
+    (0, False, False),
+    (2, False, False),
+    (2, True, False),
+    (3, False, False),
+    (3, False, True),
+    (3, True, True),
+)
+# What becomes of activations: activation_checkpointing, offload_activations.
+_ACTIVATIONS = ((False, False), (True, False), (True, True))
 
 
 def choices(job: Job, widths: list[int], num_gpus: int) -> list[Choice]:
-    """Every choice that this job and this number of GPUs allow. widths: of WIDTHS those that can share the model's rows."""
+    """Every choice that this job and this number of GPUs allow. widths: of WIDTHS those that can share the model's sequences."""
     shared = [width for width in widths if num_gpus % width == 0 and job.batch_size % (job.micro_batch_size * (num_gpus // width)) == 0]
     return [
-        Choice(**zero, **activations, sequence_parallel=width)
+        Choice(
+            stage=stage,
+            offload_optimizer=optimizer,
+            offload_param=param,
+            activation_checkpointing=checkpointing,
+            offload_activations=offloaded,
+            sequence_parallel=width,
+        )
         for width in shared
-        for zero in ZERO_CHOICES
-        for activations in ACTIVATION_CHOICES
+        for stage, optimizer, param in _ZERO
+        for checkpointing, offloaded in _ACTIVATIONS
     ]

@@ -6,7 +6,8 @@ Letters: T tokens of the context, the query's own included, w window, P entries 
 
 from dataclasses import dataclass
 
-from dms.costs.inference_shapes import Attention
+from dms.costs.flops import visible_pairs
+from dms.costs.shapes import AttentionShape
 
 # What dms/cache holds beside entries. A ring grows by so many slots; a place in a page table is an int32, and tables of a GPU are
 # widened by so many places; a page has a reference count and a place on the free list.
@@ -19,13 +20,19 @@ _SCALE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class KV:
-    """A cache. cr: of decided tokens; None: dense, everything is kept. bits: 16, or 8: a byte a number and a float32 scale for each
-    key and each value, of all that is in pages (of a dense cache: of all that layers with full attention hold). window: w."""
+    """A KV cache."""
 
     cr: float | None = None
+    """Of decided tokens; None: dense, everything is kept."""
     bits: int = 16
+    """16, or 8: a byte a number and a float32 scale for each key and each value, of all that is in pages (of a dense cache: of all that
+    layers with full attention hold)."""
     window: int = 256
     page_size: int = 64
+
+    @property
+    def ratio(self) -> float:
+        return 1.0 if self.cr is None else self.cr
 
     @property
     def name(self) -> str:
@@ -35,27 +42,18 @@ class KV:
     def label(self) -> str:
         return self.name + (", KV 8-bit" if self.bits == 8 else "")
 
-    def evicts(self, layer: Attention) -> bool:
+    def evicts(self, layer: AttentionShape) -> bool:
         return self.cr is not None and layer.gated
 
 
-def visible_pairs(tokens: int, window: int, keep: float, causal: bool = True) -> float:
-    """Pairs of a query and a key that each query head computes: all keys at most `window` back, and `keep` of those farther."""
-    near = min(window + 1, tokens)
-    band = near * tokens - near * (near - 1) / 2
-    far = (tokens - near) * (tokens - near + 1) / 2
-    # Without a direction each pair is there twice, but for a token and itself.
-    return band + keep * far if causal else 2 * (band + keep * far) - tokens
-
-
-def prompt_pairs(layer: Attention, kv: KV, tokens: int) -> float:
+def prompt_pairs(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """Of a whole prompt, for each query head."""
     if kv.evicts(layer):
-        return visible_pairs(tokens, kv.window, 1 / kv.cr)
+        return visible_pairs(tokens, kv.window, 1 / kv.ratio)
     return visible_pairs(tokens, tokens if layer.window is None else layer.window - 1, 0.0, layer.causal)
 
 
-def entries_seen(layer: Attention, kv: KV, tokens: int) -> float:
+def entries_seen(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """That the newest of T tokens attends to, for each KV head: min(T, (T - w - 1) / CR + w + 1)."""
     if kv.evicts(layer):
         return min(tokens, kv.window + 1) + _in_pages(kv, tokens)
@@ -63,20 +61,20 @@ def entries_seen(layer: Attention, kv: KV, tokens: int) -> float:
 
 
 def _in_pages(kv: KV, tokens: int) -> float:
-    return max(0, tokens - kv.window - 1) / kv.cr
+    return max(0, tokens - kv.window - 1) / kv.ratio
 
 
-def _entry_bytes(layer: Attention, bits: int) -> int:
+def _entry_bytes(layer: AttentionShape, bits: int) -> int:
     numbers = layer.key_dim + layer.value_dim
     return numbers * _NUMBER if bits == 16 else numbers + 2 * _SCALE
 
 
-def _plain_bits(layer: Attention, kv: KV) -> int:
+def _plain_bits(layer: AttentionShape, kv: KV) -> int:
     """Of a layer that does not evict: bounded ones, and all that stand beside gates, are transformers' own and know no int8."""
     return kv.bits if kv.cr is None and layer.window is None else 16
 
 
-def read_bytes(layer: Attention, kv: KV, tokens: int) -> float:
+def read_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """By the newest of T tokens, for each KV head."""
     if not kv.evicts(layer):
         return entries_seen(layer, kv, tokens) * _entry_bytes(layer, _plain_bits(layer, kv))
@@ -85,17 +83,17 @@ def read_bytes(layer: Attention, kv: KV, tokens: int) -> float:
     return min(tokens, kv.window + 1) * _entry_bytes(layer, 16) + kept * _entry_bytes(layer, kv.bits) + places
 
 
-def written_bytes(layer: Attention, kv: KV, tokens: int) -> float:
+def written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """By the newest of T tokens, for each KV head: it enters the ring, and what leaves it moves to a page if it is kept."""
     if not layer.holds:
         return 0.0
     if not kv.evicts(layer):
         return _entry_bytes(layer, _plain_bits(layer, kv))
-    moved = _entry_bytes(layer, kv.bits) / kv.cr if tokens > kv.window + 1 else 0.0
+    moved = _entry_bytes(layer, kv.bits) / kv.ratio if tokens > kv.window + 1 else 0.0
     return _entry_bytes(layer, 16) + moved
 
 
-def held_bytes(layer: Attention, kv: KV, tokens: int) -> float:
+def held_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """After T tokens, for each KV head of a sequence; as `dms.cache.held_bytes` counts them after one prefill.
 
     Not in here: while decoding, pools grow ahead of need by up to an eighth on a GPU; and between a prompt and the first step
@@ -105,8 +103,8 @@ def held_bytes(layer: Attention, kv: KV, tokens: int) -> float:
         return 0.0
     if not kv.evicts(layer):
         # A sliding layer keeps one fewer than it sees: the query brings its own.
-        kept = tokens if layer.window is None else min(tokens, layer.window - 1)
-        return kept * _entry_bytes(layer, _plain_bits(layer, kv))
+        num_held = tokens if layer.window is None else min(tokens, layer.window - 1)
+        return num_held * _entry_bytes(layer, _plain_bits(layer, kv))
     slots = min(kv.window + 1, -(-tokens // RING_STEP) * RING_STEP)
     ring = slots * (_entry_bytes(layer, 16) + 1)
     kept = _in_pages(kv, tokens)
@@ -116,7 +114,7 @@ def held_bytes(layer: Attention, kv: KV, tokens: int) -> float:
     return ring + pages * (kv.page_size * _entry_bytes(layer, kv.bits) + PAGE_EXTRA) + places * PLACE_BYTES + HEAD_COUNTS
 
 
-def prompt_written_bytes(layer: Attention, kv: KV, tokens: int) -> float:
+def prompt_written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """By a whole prompt, for each KV head: what is held after it."""
     if not layer.holds:
         return 0.0

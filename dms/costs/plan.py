@@ -6,37 +6,43 @@ from typing import Any
 
 from torch import nn
 
-from dms.costs import activations as layers
-from dms.costs import training_flops as flops
-from dms.costs import training_memory as memory
-from dms.costs import training_roofline as roofline
-from dms.costs import training_shapes as shapes
+from dms.costs import activations, flops, memory, roofline, shapes
+from dms.costs.flops import TrainingFlops
 from dms.costs.hardware import Gpu, Hardware
 from dms.costs.job import WIDTHS, Choice, Job, choices
-from dms.costs.training_flops import Flops
-from dms.costs.training_memory import Bytes, Held
-from dms.costs.training_roofline import Seconds
-from dms.costs.training_shapes import ModelShape
+from dms.costs.memory import Bytes, ItemSize
+from dms.costs.roofline import Seconds
+from dms.costs.shapes import PACKED_ATTENTION, ModelShape
+from dms.modes import state_of
 from dms.training.packed_attention import check_sharing, local_rows
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a choice takes. fits: the steps, on the GPU; evaluation can be made smaller. gpu_hours: of the whole run's steps."""
+class PlannedChoice:
+    """What a choice takes."""
 
     choice: Choice
     bytes: Bytes
     seconds: Seconds
     fits: bool
+    """The steps, on the GPU; evaluation can be made smaller."""
     gpu_hours: float
+    """Of the whole run's steps."""
+
+    def as_dict(self) -> dict[str, Any]:
+        seconds = asdict(self.seconds) | {"step": self.seconds.total, "limit": self.seconds.limit}
+        return {
+            "choice": asdict(self.choice),
+            "bytes": asdict(self.bytes),
+            "seconds": seconds,
+            "fits": self.fits,
+            "gpu_hours": self.gpu_hours,
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """recommended: the fastest that fits, of equally fast ones the simplest; None: nothing fits. own: the recipe's choice.
-
-    flops: of one optimizer step on all GPUs, with activation checkpointing or without, as the recommended (or own) choice has it.
-    """
+    """Every choice of a job, and the one to take."""
 
     job: Job
     shape: ModelShape
@@ -44,19 +50,27 @@ class Plan:
     gpu: Gpu
     num_gpus: int
     loss_rows: int
-    flops: Flops
-    outcomes: list[Outcome]
-    own: Outcome | None
-    recommended: Outcome | None
+    """Rows of logits that the loss has alive at once."""
+    flops: TrainingFlops
+    """Of one optimizer step on all GPUs, with activation checkpointing or without, as the recommended (or own) choice has it."""
+    outcomes: list[PlannedChoice]
+    own: PlannedChoice | None
+    """The recipe's; None: it is none of the possible ones."""
+    recommended: PlannedChoice | None
+    """The fastest that fits, of equally fast ones the simplest; None: nothing fits."""
+
+    @property
+    def shown(self) -> PlannedChoice:
+        """The recommended one, or what comes next to it."""
+        return self.recommended or self.own or self.outcomes[0]
 
     @property
     def trained(self) -> int:
-        return self.shape.gates + self.shape.adapters + (self.shape.parameters if self.job.trainable == "all" else 0)
+        """Parameters that train."""
+        return memory.num_trained(self.shape, self.job)
 
-    @property
-    def evaluation_length(self) -> int:
-        """The most tokens, a power of two, that documents of an evaluation one by one may have beside the recommended choice."""
-        used = self.recommended.bytes
+    def evaluation_length(self, used: Bytes) -> int:
+        """The most tokens, a power of two, that documents of an evaluation one by one may have beside a choice. used: what it takes."""
         tokens = self.job.evaluation_batch_size * self.job.evaluation_length
         room = self.gpu.memory - (used.evaluation - tokens * used.evaluation_token)
         most = min(room / used.evaluation_token, self.job.evaluation_length)
@@ -64,19 +78,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON. Bytes, seconds and FLOPs as plain numbers."""
-
-        def row(outcome: Outcome | None) -> dict[str, Any] | None:
-            if outcome is None:
-                return None
-            seconds = asdict(outcome.seconds) | {"step": outcome.seconds.total, "limit": outcome.seconds.limit}
-            return {
-                "choice": asdict(outcome.choice),
-                "bytes": asdict(outcome.bytes),
-                "seconds": seconds,
-                "fits": outcome.fits,
-                "gpu_hours": outcome.gpu_hours,
-            }
-
         shape = self.shape
         return {
             "model": shape.name,
@@ -91,9 +92,9 @@ class Plan:
             "loss_rows": self.loss_rows,
             "flops_per_step": asdict(self.flops) | {"total": self.flops.total},
             "job": asdict(self.job),
-            "recipe": row(self.own),
-            "recommended": row(self.recommended),
-            "choices": [row(outcome) for outcome in self.outcomes],
+            "recipe": None if self.own is None else self.own.as_dict(),
+            "recommended": None if self.recommended is None else self.recommended.as_dict(),
+            "choices": [outcome.as_dict() for outcome in self.outcomes],
         }
 
 
@@ -104,12 +105,58 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
         ValueError: an unknown GPU, or a batch that no choice can share among these GPUs.
     """
     gpu = hardware.gpu(gpu_name)
-    by_rows = local_rows(model, packs=job.packed) is not None
-    shape = shapes.measure(model)
-    if by_rows:
-        shape = replace(shape, attention=shapes.ROWS)
-    held = Held.of(job, saved_bfloat16)
+    packed_attention = local_rows(model, packs=job.packed) is not None
+    shape = shapes.measure_training(model)
+    if packed_attention:
+        shape = replace(shape, attention=PACKED_ATTENTION)
+    itemsize = ItemSize.of(job, saved_bfloat16)
     # Before the model is measured, which leaves it fewer layers.
+    possible = _possible(model, job, num_gpus)
+    widths = tuple(sorted({choice.sequence_parallel for choice in possible}))
+    by_width = activations.measure(model, shape, _micro_batch(job, itemsize, packed_attention), widths)
+    by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
+
+    def take(choice: Choice) -> PlannedChoice:
+        part, work = by_width[choice.sequence_parallel], by_checkpointing[choice.activation_checkpointing]
+        used = memory.of_choice(shape, job, choice, part, itemsize, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
+        checkpoints = sum(memory.checkpoints(shape, job, choice, part, itemsize)) if choice.activation_checkpointing else 0
+        seconds = roofline.of_training_step(
+            shape, job, choice, work, part, itemsize, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus
+        )
+        return PlannedChoice(choice, used, seconds, used.peak <= gpu.memory, job.steps * seconds.total * num_gpus / 3600)
+
+    outcomes = [take(choice) for choice in possible]
+    plan = Plan(
+        job=job,
+        shape=shape,
+        gpu_key=gpu_name,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        loss_rows=memory.loss_rows(job, shape, itemsize),
+        flops=by_checkpointing[False].times(job.batch_size),
+        outcomes=outcomes,
+        own=take(own) if own in possible else None,
+        recommended=min((one for one in outcomes if one.fits), key=_preference, default=None),
+    )
+    if not plan.shown.choice.activation_checkpointing:
+        return plan
+    return replace(plan, flops=by_checkpointing[True].times(job.batch_size))
+
+
+def _micro_batch(job: Job, itemsize: ItemSize, packed_attention: bool) -> activations.MicroBatch:
+    return activations.MicroBatch(
+        batch=job.micro_batch_size,
+        length=job.length,
+        weight_dtype=itemsize.weight_dtype,
+        autocast=job.precision == "bf16",
+        kernels=True,
+        packed_attention=packed_attention,
+        evaluated=(job.evaluation_batch_size, job.evaluation_length),
+    )
+
+
+def _possible(model: nn.Module, job: Job, num_gpus: int) -> list[Choice]:
+    """Raises ValueError where these GPUs cannot share the batch."""
     widths = _shareable(model, job)
     possible = choices(job, widths, num_gpus)
     if not possible:
@@ -118,49 +165,23 @@ def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, 
             "batch_size must be a multiple of micro_batch_size x GPUs / sequence_parallel, which for this model and data.length can be "
             f"{', '.join(map(str, widths))}: change one of them"
         )
-    made = layers.measure_shared(
-        model,
-        shape,
-        sorted({choice.sequence_parallel for choice in possible}),
-        batch=job.micro_batch_size,
-        length=job.length,
-        held=held.weight_dtype,
-        autocast=job.precision == "bf16",
-        kernels=True,
-        by_rows=by_rows,
-        evaluated=(job.evaluation_batch_size, job.evaluation_length),
-    )
-    by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
-
-    def outcome(choice: Choice) -> Outcome:
-        part, work = made[choice.sequence_parallel], by_checkpointing[choice.activation_checkpointing]
-        used = memory.of_choice(shape, job, choice, part, held, num_gpus=num_gpus, gpus_per_node=gpu.gpus_per_node)
-        checkpoints = sum(memory.checkpoints(shape, job, choice, part, held)) if choice.activation_checkpointing else 0
-        seconds = roofline.of_step(shape, job, choice, work, part, held, checkpoints, gpu=gpu, hardware=hardware, num_gpus=num_gpus)
-        return Outcome(choice, used, seconds, used.peak <= gpu.memory, job.steps * seconds.total * num_gpus / 3600)
-
-    outcomes = [outcome(choice) for choice in possible]
-    recommended = min((o for o in outcomes if o.fits), key=_preference, default=None)
-    mine = outcome(own) if own in possible else None
-    shown = (recommended or mine or outcomes[0]).choice
-    work = Flops(**{name: value * job.batch_size for name, value in vars(by_checkpointing[shown.activation_checkpointing]).items()})
-    return Plan(job, shape, gpu_name, gpu, num_gpus, memory.loss_rows(job, shape, held), work, outcomes, mine, recommended)
+    return possible
 
 
 def _shareable(model: nn.Module, job: Job) -> list[int]:
-    """How many GPUs can share a row: what a run would not refuse."""
+    """How many GPUs can share a sequence: what a run would not refuse."""
     widths = []
     for width in WIDTHS:
         try:
             if width > 1:
-                check_sharing(model, width, job.length, model.dms.skipped)
+                check_sharing(model, width, job.length, state_of(model).skipped)
         except ValueError:
             continue
         widths.append(width)
     return widths
 
 
-def _preference(outcome: Outcome) -> tuple[int, int]:
+def _preference(outcome: PlannedChoice) -> tuple[int, int]:
     """Fastest first; within two per cent the simpler one."""
     return round(math.log(outcome.seconds.total) / 0.02), outcome.choice.complexity
 
@@ -178,5 +199,5 @@ def recipe_lines(plan: Plan) -> list[str]:
     lines += ["offload_activations: true"] if choice.offload_activations else []
     lines += [f"sequence_parallel: {choice.sequence_parallel}"] if choice.sequence_parallel > 1 else []
     if plan.recommended.bytes.evaluation > plan.gpu.memory:
-        lines.append(f"evaluation: {{batch_size: 1, length: {plan.evaluation_length}}}")
+        lines.append(f"evaluation: {{batch_size: 1, length: {plan.evaluation_length(plan.recommended.bytes)}}}")
     return lines

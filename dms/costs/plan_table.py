@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dms.costs.plan import Outcome, Plan, recipe_lines
+from dms.costs.plan import Plan, PlannedChoice, recipe_lines
 
 _GB = 1e9
 _WIDE = 136
@@ -44,7 +44,7 @@ def _share(part: float, whole: float) -> str:
 
 
 def _choices_table(plan: Plan) -> Table:
-    width = (plan.recommended or plan.own or plan.outcomes[0]).choice.sequence_parallel
+    width = plan.shown.choice.sequence_parallel
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"GB of each GPU by kind, sequence_parallel {width}"
     table.add_column("zero", no_wrap=True)
@@ -58,11 +58,9 @@ def _choices_table(plan: Plan) -> Table:
     return table
 
 
-def _row(plan: Plan, outcome: Outcome) -> list[str]:
-    used, mark = (
-        outcome.bytes,
-        ("*" if outcome is plan.recommended else "") + ("=" if plan.own and outcome.choice == plan.own.choice else ""),
-    )
+def _row(plan: Plan, outcome: PlannedChoice) -> list[str]:
+    used = outcome.bytes
+    mark = ("*" if outcome is plan.recommended else "") + ("=" if plan.own and outcome.choice == plan.own.choice else "")
     kinds = (used.weights, used.activations, used.checkpoints, used.loss, used.gradients, used.optimizer)
     numbers = [_gb(value) for value in (*kinds, used.buffers + used.reserve, used.peak, used.evaluation, used.host)]
     numbers[7] += "" if outcome.fits else "x"
@@ -90,7 +88,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
 
 
-def _style(plan: Plan, outcome: Outcome) -> str:
+def _style(plan: Plan, outcome: PlannedChoice) -> str:
     return "bold" if outcome is plan.recommended else "" if outcome.fits else "dim"
 
 

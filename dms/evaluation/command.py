@@ -1,9 +1,14 @@
-"""`dms evaluate`: a retrofit beside dense and beside what users would pick instead, at the same measured budget."""
+"""`dms evaluate`: a retrofit beside dense, and beside training-free policies at the same measured budget.
+
+settings (engine/settings.py) -> documents (suites/) -> units, read under every policy (engine/units.py) -> result rows
+(stats/collect.py) -> findings and tables (present/) -> OUT/rows.json
+"""
 
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +16,47 @@ import torch
 from rich.console import Console
 
 from dms.console import make_console, make_progress
-from dms.evaluation.engine import one_pass as evaluation
-from dms.evaluation.engine.extras import LmEval, Scaling, prepare_harness, prepare_scaling
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
+from dms.evaluation.engine.lm_eval import PreparedLmEval, prepare_lm_eval
 from dms.evaluation.engine.resume import read_json
-from dms.evaluation.engine.settings import POLICIES, Settings, open_folder
-from dms.evaluation.engine.units import Unit, finished, make_units, run_unit
-from dms.evaluation.present.findings import in_words
-from dms.evaluation.present.tables import comparison_table
-from dms.evaluation.stats.collect import FATAL, make_rows
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.evaluation.engine.scaling import PreparedScaling, prepare_scaling
+from dms.evaluation.engine.settings import EvaluatedModel, EvaluationSettings, open_folder
+from dms.evaluation.engine.units import Progress, Unit, UnitFile, make_units, run_unit
+from dms.evaluation.present.findings import Finding, make_findings
+from dms.evaluation.present.tables import comparison_table, scaling_table
+from dms.evaluation.stats.collect import make_rows
+from dms.evaluation.stats.results import UnitResults
+from dms.evaluation.stats.rows import Mark, ResultRow, describe_device, versions
+from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
+from dms.modes import state_of
+from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import read_evidence
-from dms.report.operating_points import write_evaluation
-from dms.retrofitting import state_of
 
 # Documents of each suite that the report's profile is made of.
 _PROFILED = 4
-# The longest documents of an evaluation that names no lengths.
-MAX_DEFAULT_LENGTH = 8192
-QUICK = {"num_documents": 50, "batch_size": 25, "suites": ("needle", "records", "text")}
 
 
-def make_settings(
-    folder: str,
-    *,
-    policies: Sequence[str] = (),
-    suites: Sequence[str] | None = None,
-    lengths: Sequence[int] = (),
-    num_documents: int | None = None,
-    batch_size: int | None = None,
-    quick: bool = False,
-    **others: Any,
-) -> Settings:
-    """Settings with defaults for what is left out (empty; suites: None); `others` as of Settings. quick: smaller defaults."""
-    from dms.evaluation.suites import SUITES
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What rows.json holds: rows of this call and of earlier calls on the same folder, and what they say."""
 
-    if not lengths:
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} holds no model (config.json is missing); name a folder that `dms retrofit` wrote, such as RUN/model"
-            )
-        from transformers import AutoConfig
+    rows: list[ResultRow]
+    findings: list[Finding]
 
-        context = min(AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings, MAX_DEFAULT_LENGTH)
-        lengths = [context // 2] if quick else [context // 2, context]
-    return Settings.make(
-        policies=policies or POLICIES,
-        suites=suites if suites is not None else QUICK["suites"] if quick else SUITES,
-        lengths=lengths,
-        num_documents=num_documents or (QUICK["num_documents"] if quick else 64),
-        batch_size=batch_size or (QUICK["batch_size"] if quick else 16),
-        **others,
-    )
+    @property
+    def marks(self) -> list[Mark]:
+        return sorted({mark for row in self.rows for mark in row.marks})
+
+    def to_dict(self) -> dict[str, Any]:
+        """words: the findings' lines, for plain text."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "words": [line for finding in self.findings for line in finding.lines],
+            "marks": [mark.value for mark in self.marks],
+        }
 
 
 def default_out(folder: str | Path) -> Path:
@@ -78,84 +68,141 @@ def default_out(folder: str | Path) -> Path:
 
 def evaluate_folder(
     folder: str,
-    settings: Settings,
+    settings: EvaluationSettings,
     *,
     out: str | Path | None = None,
-    scaling: Scaling | None = None,
-    lm_eval: LmEval | None = None,
     card: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    out: None: `default_out`. scaling, lm_eval: also those, their rows merged. card: also fill the folder's README.md from the rows.
+    out: None: `default_out`. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
     """
     console = console or make_console()
-    if not settings.suites and scaling is None and lm_eval is None:
+    if not settings.suites and settings.scaling is None and settings.lm_eval is None:
         raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     # On a CPU half precision is emulated, and slower.
-    model = checkpoint.load(folder, dtype="auto" if device == "cuda" else "float32")
+    model = checkpoint.load(folder, dtype="auto" if torch.cuda.is_available() else "float32")
     about = describe(folder, model)
-    if too_long := [length for length in settings.lengths if length > about["context"]]:
-        raise ValueError(f"--lengths has {too_long} and the model's context is {about['context']} tokens; shorten them")
-    if not state_of(model).takes_cache:
-        raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
+    settings = settings.completed(about.context)
     out = Path(out) if out is not None else default_out(folder)
-    tokenizer, num_rows = models.load_tokenizer(folder), num_embeddings(model.config)
-    # Before the folder is touched: what cannot be measured is said here.
+
+    # All that cannot be measured is refused here, before the folder is touched.
+    _check_model(model, about, settings)
+    tokenizer, num_rows = base_models.load_tokenizer(folder), num_embeddings(model.config)
     check_tokenizer(tokenizer, num_rows)
     units = list(make_units(tokenizer, settings))
-    chains = None if scaling is None else prepare_scaling(model, tokenizer, settings, scaling)
-    check_documents(
-        itertools.chain(*(unit.documents for unit in units), () if chains is None else chains.problems.problems), tokenizer, num_rows
-    )
+    scaling = None if settings.scaling is None else prepare_scaling(model, tokenizer, settings, settings.scaling)
+    problems = [] if scaling is None else scaling.problems.problems
+    check_documents(itertools.chain(*(unit.documents for unit in units), problems), tokenizer, num_rows)
     digest = open_folder(out, settings, about)
-    harness = None if lm_eval is None else prepare_harness(model, tokenizer, settings, lm_eval, about["versions"], out)
-    _announce(folder, out, settings, about, console)
-    _run(model, units, settings, out, digest, console)
+    lm_eval = _prepare_lm_eval(model, tokenizer, settings, about, out)
 
-    common = {
-        **{name: about[name] for name in ("model", "model_hash", "target_cr", "versions", "device")},
-        "recipe_hash": about["recipe_hash"],
-        "seed": settings.seed,
-    }
-    read: dict[tuple[str, int], list] = {}
-    for unit in units:
-        read.setdefault((unit.suite, unit.length), []).append(finished(out / "done" / unit.file_name, unit.key(digest)))
-    rows = make_rows(read, settings, common=common, trained_length=about["trained_length"])
-    shared = {"common": common, "out": out, "trained_length": about["trained_length"]}
-    if harness is not None:
-        rows += harness.run(shared, console)
-    if chains is not None:
-        rows += chains.run(shared, console)
-    rows = _with_earlier(rows, out)
-    words = in_words(rows) + (read_json(out / "scaling.json") or {"words": []})["words"]
+    _announce(folder, out, settings, about, console)
+    results = _run_units(model, units, settings, out, digest, console)
+    context = about.row_context(settings.seed)
+    rows = make_rows(results, settings.points(), context=context, trained_length=about.trained_length, num_greedy=settings.num_greedy)
+    if lm_eval is not None:
+        rows += _run_extra(lm_eval, "lm-evaluation-harness", about, settings, out, console)
+    if scaling is not None:
+        chains = _run_extra(scaling, scaling.title, about, settings, out, console)
+        console.print(scaling_table(chains, scaling.title))
+        rows += chains
     _write_profile(model, tokenizer, units, settings, out, console)
-    result = {"rows": rows, "words": words, "marks": sorted({mark for row in rows for mark in row["marks"]})}
-    (out / "rows.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    rows = _with_earlier(rows, out)
+    result = EvaluationResult(rows, make_findings(rows) + _findings_of_scaling(out))
+    (out / "rows.json").write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
     print_result(result, settings, console)
     if card:
-        console.print(f"wrote the figures into {write_evaluation(read_evidence(out), folder)}", highlight=False)
+        console.print(f"wrote the figures into {write_evaluation_card(read_evidence(out), folder)}", highlight=False)
     console.print(f"wrote {out}/; `dms report {out}` makes a page of it", highlight=False)
     return result
 
 
-def _with_earlier(rows: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Beside what was asked for now, what earlier calls on the folder have measured."""
-    earlier = (read_json(out / "rows.json") or {"rows": []})["rows"]
+def _check_model(model: Any, about: EvaluatedModel, settings: EvaluationSettings) -> None:
+    if too_long := [length for length in settings.lengths if length > about.context]:
+        raise ValueError(f"--lengths has {too_long} and the model's context is {about.context} tokens; shorten them")
+    if not state_of(model).takes_cache:
+        raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
 
-    def figure(row: dict[str, Any]) -> tuple:
-        return tuple(row[name] for name in ("suite", "length", "task", "metric", "policy", "evict_bias"))
+
+def _prepare_lm_eval(model: Any, tokenizer: Any, settings: EvaluationSettings, about: EvaluatedModel, out: Path) -> PreparedLmEval | None:
+    if settings.lm_eval is None:
+        return None
+    return prepare_lm_eval(
+        model,
+        tokenizer,
+        settings.lm_eval,
+        # The others have no place in a likelihood's single forward pass.
+        policies=[policy for policy in settings.policies if policy in ("dense", "dms")],
+        points=settings.evict_bias,
+        batch_size=settings.batch_size,
+        chat=settings.chat,
+        versions=about.versions,
+        out=out,
+    )
+
+
+def _run_units(
+    model: Any, units: Sequence[Unit], settings: EvaluationSettings, out: Path, digest: str, console: Console
+) -> dict[tuple[str, int], list[UnitResults]]:
+    """Results of each suite and length, unit by unit; what earlier calls have finished is read."""
+    found: dict[tuple[str, int], list[UnitResults]] = {}
+    with make_progress(console) as shown:
+        task = shown.add_task("", total=len(units) * len(settings.points()))
+        for unit in units:
+            file = UnitFile(unit, out / "done", digest)
+
+            def step(running: str, unit: Unit = unit) -> None:
+                shown.update(task, description=f"{running}: {unit.suite}, {unit.length} tokens, batch {unit.number + 1}")
+
+            progress = Progress(step=step, done=lambda: shown.advance(task))
+            results = run_unit(model, unit, settings, finished=file.read(), save=file.write, progress=progress)
+            found.setdefault((unit.suite, unit.length), []).append(results)
+    return found
+
+
+def _run_extra(
+    prepared: PreparedLmEval | PreparedScaling,
+    title: str,
+    about: EvaluatedModel,
+    settings: EvaluationSettings,
+    out: Path,
+    console: Console,
+) -> list[ResultRow]:
+    with make_progress(console) as shown:
+        task = shown.add_task(title, total=prepared.num_runs)
+        return prepared.run(
+            context=about.row_context(settings.seed),
+            out=out,
+            trained_length=about.trained_length,
+            progress=lambda n: shown.advance(task, n),
+        )
+
+
+def _with_earlier(rows: list[ResultRow], out: Path) -> list[ResultRow]:
+    """Beside what was asked for now, what earlier calls on the folder have measured."""
+    earlier = [ResultRow.from_dict(row) for row in (read_json(out / "rows.json") or {"rows": []})["rows"]]
+
+    def figure(row: ResultRow) -> tuple:
+        return row.suite, row.length, row.task, row.metric, row.policy, row.evict_bias
 
     known = set(map(figure, rows))
     return [row for row in earlier if figure(row) not in known] + rows
 
 
-def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, out: Path, console: Console) -> None:
+def _findings_of_scaling(out: Path) -> list[Finding]:
+    """Of this call, or of an earlier one. Versions before wrote sentences alone."""
+    content = read_json(out / "scaling.json") or {"words": []}
+    if "findings" in content:
+        return [Finding.from_dict(finding) for finding in content["findings"]]
+    return [Finding(None, None, "Hyper-scaling.", tuple(content["words"]))] if content["words"] else []
+
+
+def _write_profile(model: Any, tokenizer: Any, units: Sequence[Unit], settings: EvaluationSettings, out: Path, console: Console) -> None:
     """For the report: what the gates do where, on documents of the longest length."""
     longest = max(settings.lengths)
     first = [unit for unit in units if unit.length == longest and unit.number == 0]
@@ -175,85 +222,78 @@ def _write_profile(model, tokenizer, units: Sequence[Unit], settings: Settings, 
         )
 
 
-def _announce(folder: str, out: Path, settings: Settings, about: dict[str, Any], console: Console) -> None:
+def _announce(folder: str, out: Path, settings: EvaluationSettings, about: EvaluatedModel, console: Console) -> None:
     """What a reader of the figures must know beforehand."""
     said = [f"evaluating {folder} into {out}/; chat template: {'on' if settings.chat else 'off'}"]
-    if settings.suites and settings.text is None and not str(about["base_name"]).startswith(models.BUILTIN):
+    if settings.suites and settings.text is None and not str(about.base_name).startswith(base_models.BUILTIN):
         said.append(
             "text: Python's standard library, which the base has surely been trained on: what is evicted may be known by heart. "
             "--text names text of your own"
         )
-    if about["trained_length"] is None:
+    if about.trained_length is None:
         said.append("at which length the gates were trained is not recorded: lengths beyond it cannot be marked")
     for line in said:
         console.print(line, highlight=False)
 
 
-def describe(folder: str, model) -> dict[str, Any]:
-    """What settings.json says of the model and of where it runs."""
+def describe(folder: str, model: Any) -> EvaluatedModel:
     _, metadata = checkpoint.read_gates(folder)
     state, run_dir = state_of(model), Path(folder).resolve().parent
     is_run = (run_dir / "result.json").is_file() and Path(folder).name == "model"
     recipe = run_dir / "recipe.yaml"
-    return {
-        "model": str(folder),
-        "model_hash": metadata["base_hash"],
-        "gates_hash": hashlib.sha256((Path(folder) / GATES_FILE).read_bytes()).hexdigest()[:16],
-        "recipe_hash": hashlib.sha256(recipe.read_bytes()).hexdigest()[:16] if is_run and recipe.is_file() else None,
-        "base_name": metadata.get("base_name"),
-        "run_dir": str(run_dir) if is_run else None,
-        "target_cr": float(metadata["target_cr"]) if metadata.get("target_cr") else None,
-        "trained_length": int(metadata["trained_length"]) if metadata.get("trained_length") else None,
-        **{name: getattr(state.config, name) for name in ("window", "sinks", "granularity", "alignment")},
-        "context": model.config.get_text_config().max_position_embeddings,
-        "device_type": next(model.parameters()).device.type,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": evaluation.versions(),
-        "device": evaluation.describe_device(),
-    }
+    parameter = next(model.parameters())
+    return EvaluatedModel(
+        model=str(folder),
+        model_hash=metadata["base_hash"],
+        gates_hash=hashlib.sha256((Path(folder) / GATES_FILE).read_bytes()).hexdigest()[:16],
+        recipe_hash=hashlib.sha256(recipe.read_bytes()).hexdigest()[:16] if is_run and recipe.is_file() else None,
+        base_name=metadata.get("base_name"),
+        run_dir=str(run_dir) if is_run else None,
+        target_cr=float(metadata["target_cr"]) if metadata.get("target_cr") else None,
+        trained_length=int(metadata["trained_length"]) if metadata.get("trained_length") else None,
+        window=state.config.window,
+        sinks=state.config.sinks,
+        granularity=state.config.granularity,
+        alignment=state.config.alignment,
+        context=model.config.get_text_config().max_position_embeddings,
+        device_type=parameter.device.type,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        versions=versions(),
+        device=describe_device(),
+    )
 
 
-def _run(model, units: Sequence[Unit], settings: Settings, out: Path, digest: str, console: Console) -> None:
-    with make_progress(console) as progress:
-        task = progress.add_task("", total=len(units) * len(settings.points()))
-        for unit in units:
-            place = f"{unit.suite}, {unit.length} tokens, batch {unit.number + 1}"
-            run_unit(
-                model,
-                unit,
-                settings,
-                out / "done",
-                digest,
-                step=lambda what, place=place: progress.update(task, description=f"{what}: {place}"),
-                done=lambda: progress.advance(task),
-            )
-
-
-def print_result(result: dict[str, Any], settings: Settings, console: Console) -> None:
-    rows = result["rows"]
+def print_result(result: EvaluationResult, settings: EvaluationSettings, console: Console) -> None:
+    """Tables of what this call measured, and the findings of all rows."""
     for length in settings.lengths if settings.suites else ():
         for bias in settings.evict_bias:
-            here = [
-                row for row in rows if row["length"] == length and row["evict_bias"] in (None, bias) and row["suite"] in settings.suites
-            ]
-            point = f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
-            console.print(comparison_table(here, f"{length} tokens{point}"))
+            here = [row for row in _rows_at(result, bias) if row.length == length and row.suite in settings.suites]
+            console.print(comparison_table(here, f"{length} tokens{_point(bias, settings)}"))
     for bias in settings.evict_bias:
-        here = [row for row in rows if row["suite"] == "lm_eval" and row["evict_bias"] in (None, bias)]
+        here = [row for row in _rows_at(result, bias) if row.suite == "lm_eval"]
         if here:
-            point = f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
-            console.print(comparison_table(here, f"lm-evaluation-harness{point}"))
-    for sentence in result["words"]:
-        console.print(sentence, highlight=False)
-    if result["marks"]:
-        console.print(f"marks: {', '.join(result['marks'])}", style="bold", highlight=False)
+            console.print(comparison_table(here, f"lm-evaluation-harness{_point(bias, settings)}"))
+    for finding in result.findings:
+        for line in finding.lines:
+            console.print(line, highlight=False)
+    if result.marks:
+        console.print(f"marks: {', '.join(mark.value for mark in result.marks)}", style="bold", highlight=False)
 
 
-def failures(result: dict[str, Any]) -> list[str]:
+def _rows_at(result: EvaluationResult, bias: float) -> list[ResultRow]:
+    """Those of an operating point, and dense's."""
+    return [row for row in result.rows if row.evict_bias in (None, bias)]
+
+
+def _point(bias: float, settings: EvaluationSettings) -> str:
+    return f", evict_bias {bias:+g}" if len(settings.evict_bias) > 1 else ""
+
+
+def failures(result: EvaluationResult) -> list[str]:
     """What `--strict` does not let pass, a line for each mark and policy."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in result["rows"]:
-        for mark in row["marks"]:
-            if mark in FATAL:
-                found.setdefault((mark, row["policy"]), []).append(f"{row['task']} at {row['length']}")
-    return [f"{mark}: {policy}: {', '.join(dict.fromkeys(places))}" for (mark, policy), places in found.items()]
+    found: dict[tuple[Mark, str], list[str]] = {}
+    for row in result.rows:
+        for mark in row.marks:
+            if mark.is_fatal:
+                found.setdefault((mark, row.policy), []).append(f"{row.task} at {row.length}")
+    return [f"{mark.value}: {policy}: {', '.join(dict.fromkeys(places))}" for (mark, policy), places in found.items()]

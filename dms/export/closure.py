@@ -1,8 +1,10 @@
 """Carry a module elsewhere: it and all of ours that it imports, rewritten as flat sibling modules.
 
-A model folder can bring its code along, but transformers follows no packages there: it copies what stands beside the model's
-file and is named by a line `from .module import name`. So `dms/cache/page_pool.py` becomes `dms_cache_page_pool.py`, and
-`from dms.cache import PagePool` becomes `from .dms_cache_page_pool import PagePool`, found through the package's re-export.
+A model folder can bring its code along, but transformers follows no packages there: it copies the files beside the model's file that
+are named by a line `from .module import name`. So `dms/cache/cache.py` becomes `dms_cache_cache.py`, and
+`from dms.cache import DMSCache` becomes `from .dms_cache_cache import DMSCache`, found through the package's re-export.
+
+What only training needs stays at home: an import of it within a function becomes an error that says so.
 """
 
 import ast
@@ -13,7 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OURS = ("dms", "dms_kernels")
-# What an exported model may need; the rest stands in try/except ImportError.
+# A part of the source, and what becomes of it.
+_Edit = tuple[ast.stmt | ast.expr, str]
+# Packages and modules of ours that are not carried.
+AT_HOME = ("dms.training", "dms.requirements")
+_NOT_HERE = (
+    "is not part of this folder, whose code is for inference; to train its gates install dms-retrofit and load the folder with dms.load"
+)
+# What an exported model may need; anything else must be imported within try/except ImportError.
 ALLOWED = ("torch", "transformers", "safetensors")
 
 
@@ -22,8 +31,8 @@ def flat_name(module: str) -> str:
 
 
 @dataclass(frozen=True)
-class Module:
-    """A module's source. `package`: what relative imports in it start from."""
+class SourceModule:
+    """A module's source."""
 
     name: str
     path: Path
@@ -36,20 +45,25 @@ class Module:
 
     @property
     def package(self) -> str:
+        """What relative imports in it start from."""
         return self.name if self.is_package else self.name.rpartition(".")[0]
 
 
-def flatten(entry: str, ours: tuple[str, ...] = OURS, allowed: tuple[str, ...] = ALLOWED) -> dict[str, Module]:
+def flatten(
+    entry: str, ours: tuple[str, ...] = OURS, allowed: tuple[str, ...] = ALLOWED, at_home: tuple[str, ...] = AT_HOME
+) -> dict[str, SourceModule]:
     """`entry` and all modules of `ours` that it imports, anywhere in them, by flat name and with flat imports; entry first.
 
     Nothing is imported for it. Packages' `__init__` come along where a name is imported that they define; names that they only
-    hand on are taken from where they are defined.
+    hand on are taken from where they are defined. at_home: packages and modules that are not carried; an import of them within a function
+    becomes an ImportError, and one for type checkers nothing.
 
     Raises:
-        RuntimeError: code that cannot be carried: an import that cannot be followed, or one that a plain installation lacks.
+        RuntimeError: code that cannot be carried: an import that cannot be followed, one that a plain installation lacks, or one of a
+            module at home outside functions.
     """
-    sources = _Sources(ours)
-    carried: dict[str, Module] = {}
+    sources = _Sources(ours, at_home)
+    carried: dict[str, SourceModule] = {}
     waiting = [entry]
     while waiting:
         name = waiting.pop(0)
@@ -69,12 +83,16 @@ def flatten(entry: str, ours: tuple[str, ...] = OURS, allowed: tuple[str, ...] =
 class _Sources:
     """Finds modules of `ours` by name, without importing them."""
 
-    def __init__(self, ours: tuple[str, ...]):
-        self.ours = ours
-        self._read: dict[str, Module] = {}
+    def __init__(self, ours: tuple[str, ...], at_home: tuple[str, ...]):
+        self.ours, self.at_home = ours, at_home
+        self._read: dict[str, SourceModule] = {}
 
     def owns(self, name: str) -> bool:
         return name.split(".")[0] in self.ours
+
+    def stays(self, name: str) -> bool:
+        """Whether a module is at home, or in a package that is."""
+        return any(f"{name}.".startswith(f"{one}.") for one in self.at_home)
 
     def find(self, name: str) -> Path | None:
         top, *rest = name.split(".")
@@ -86,13 +104,13 @@ class _Sources:
                     return candidate
         return None
 
-    def read(self, name: str) -> Module:
+    def read(self, name: str) -> SourceModule:
         if name not in self._read:
             path = self.find(name)
             if path is None:
                 raise RuntimeError(f"there is no module {name}")
             text = path.read_text(encoding="utf-8")
-            self._read[name] = Module(name, path, text, ast.parse(text, str(path)))
+            self._read[name] = SourceModule(name, path, text, ast.parse(text, str(path)))
         return self._read[name]
 
     def resolve(self, module: str, name: str, where: str) -> tuple[str, str | None]:
@@ -114,7 +132,7 @@ class _Sources:
         raise RuntimeError(f"{where}: {module} does not define {name!r} itself; import it from the module that does")
 
 
-def _absolute(module: Module, node: ast.ImportFrom) -> str:
+def _absolute(module: SourceModule, node: ast.ImportFrom) -> str:
     if not node.level:
         return node.module or ""
     parents = module.package.split(".")
@@ -134,7 +152,7 @@ def _bound(node: ast.stmt) -> set[str]:
     return set()
 
 
-def _check_dependencies(module: Module, ours: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+def _check_dependencies(module: SourceModule, ours: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     """transformers refuses a model whose code imports, outside try, what is not installed; even inside a function."""
     known = {*sys.stdlib_module_names, *ours, *allowed}
     for node in _outside_try(module.tree):
@@ -155,15 +173,20 @@ def _outside_try(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
             yield from _outside_try(child)
 
 
-def _rewrite(module: Module, sources: _Sources) -> tuple[str, list[str]]:
+def _rewrite(module: SourceModule, sources: _Sources) -> tuple[str, list[str]]:
     """The module's text with flat imports, and the names of the modules that it imports."""
-    edits: list[tuple[ast.AST, str]] = []
+    edits: list[_Edit] = []
     needed: list[str] = []
     dotted: dict[str, str] = {}
     text = module.text.encode()
     starts = _line_starts(text)
     for node in ast.walk(module.tree):
-        where = f"{module.name}, line {getattr(node, 'lineno', 0)}"
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        where = f"{module.name}, line {node.lineno}"
+        if home := [name for name in _imported(module, node) if sources.stays(name)]:
+            edits.append((node, _instead(module, node, home[0], where)))
+            continue
         if isinstance(node, ast.ImportFrom) and sources.owns(origin := _absolute(module, node)):
             statements, found = _flat_from(node, origin, sources, where)
         elif isinstance(node, ast.Import) and any(sources.owns(alias.name) for alias in node.names):
@@ -178,6 +201,26 @@ def _rewrite(module: Module, sources: _Sources) -> tuple[str, list[str]]:
     if dotted:
         edits += _flat_uses(module, dotted)
     return _apply(text, starts, edits), needed
+
+
+def _imported(module: SourceModule, node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Full names of all that an import may name: modules, and names in modules."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    origin = _absolute(module, node)
+    return [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+
+
+def _instead(module: SourceModule, node: ast.stmt, name: str, where: str) -> str:
+    """The statement in place of an import of a module at home."""
+    if any(
+        node in ast.walk(function) for function in ast.walk(module.tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ):
+        return f'raise ImportError("{name} {_NOT_HERE}")'
+    for branch in ast.walk(module.tree):
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test) and node in branch.body:
+            return "pass"
+    raise RuntimeError(f"{where}: {name} stays at home; import it within a function, or under `if TYPE_CHECKING:`")
 
 
 def _flat_from(node: ast.ImportFrom, origin: str, sources: _Sources, where: str) -> tuple[list[str], list[str]]:
@@ -212,10 +255,11 @@ def _flat_import(node: ast.Import, sources: _Sources, dotted: dict[str, str]) ->
     return statements, needed
 
 
-def _flat_uses(module: Module, dotted: dict[str, str]) -> list[tuple[ast.AST, str]]:
+def _flat_uses(module: SourceModule, dotted: dict[str, str]) -> list[_Edit]:
     """`a.b.c.f(x)`, after `import a.b.c`, becomes `a_b_c.f(x)`."""
     tops = {name.split(".")[0] for name in dotted}
-    edits, done = [], set()
+    edits: list[_Edit] = []
+    done = set()
     for node in ast.walk(module.tree):
         # Outermost first: the longest module name wins.
         if isinstance(node, (ast.Attribute, ast.Name)) and (name := _chain(node)) in dotted:
@@ -229,6 +273,7 @@ def _flat_uses(module: Module, dotted: dict[str, str]) -> list[tuple[ast.AST, st
 
 
 def _chain(node: ast.expr) -> str | None:
+    """`a.b.c` as text; None for any other expression."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -243,8 +288,9 @@ def _line_starts(text: bytes) -> list[int]:
     return starts
 
 
-def _apply(text: bytes, starts: list[int], edits: list[tuple[ast.AST, str]]) -> str:
-    def span(node) -> tuple[int, int]:
+def _apply(text: bytes, starts: list[int], edits: list[_Edit]) -> str:
+    def span(node: ast.stmt | ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None and node.end_col_offset is not None, "what was parsed from a text has an end"
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
 
     for node, replacement in sorted(edits, key=lambda edit: span(edit[0]), reverse=True):

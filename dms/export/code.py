@@ -1,4 +1,4 @@
-"""The code files of an exported folder: the model's class, and the modules of ours that it needs."""
+"""The code in an exported folder: the model's class, and the modules of ours that it needs."""
 
 from pathlib import Path
 

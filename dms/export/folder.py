@@ -1,4 +1,4 @@
-"""`dms export`: one retrofitted folder in, one folder for others out, in one of three formats.
+"""`dms export`: turn a retrofitted folder into one for others, in one of three formats.
 
 hf      weights, gates and code: transformers loads it with trust_remote_code=True, evicting, without dms; without
         trust_remote_code it is the dense model.
@@ -14,25 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import dms
-from dms.export import card
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.io.gates_file import check_base, read_config, read_gates
 from dms.io.weights import GATES_FILE, INDEX_FILE, weight_files
+from dms.report.cards import write_export_card, write_gates_card
 
 FORMATS = ("hf", "gates", "merged")
 _AUTO_CLASS = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
-class Source:
-    """model: a folder of weights and gates. gates: the file that goes with the named base, from the run if there is one."""
+class Exportable:
+    """What is exported."""
 
     model: Path
+    """A folder of weights and gates."""
     gates: Path
+    """The gates file that goes with the named base: the run's, if there is one."""
     config: dict[str, Any]
+    """The model's config.json."""
     metadata: dict[str, str]
+    """Of the gates in the model's folder."""
 
 
 def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard_size: str = "5GB") -> list[Path]:
@@ -57,14 +61,14 @@ def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard
     try:
         return _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
     except BaseException:
-        # Half a folder would be taken for one.
+        # A half-written folder could be taken for a whole one.
         shutil.rmtree(out)
         if existed:
             out.mkdir()
         raise
 
 
-def find_source(path: str | Path) -> Source:
+def find_source(path: str | Path) -> Exportable:
     """Raises ValueError where `path` is neither a run nor a model folder with gates."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -77,17 +81,17 @@ def find_source(path: str | Path) -> Source:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     read_config(metadata, config.get("dms"), model)
     beside = folder / "gates" / GATES_FILE
-    return Source(model, beside if is_run and beside.is_file() else model / GATES_FILE, config, metadata)
+    return Exportable(model, beside if is_run and beside.is_file() else model / GATES_FILE, config, metadata)
 
 
-def _require_untrained_base(found: Source) -> None:
-    """Gates alone go with the base as it was: refused where that is known to be another than the folder's weights."""
+def _require_untrained_base(found: Exportable) -> None:
+    """Raises ValueError where the base was trained too: gates alone go with the base as it was."""
     _, metadata = read_gates(found.gates)
     name = metadata.get("base_name") or ""
     try:
-        base = models.local_folder(name)
+        base = base_models.local_folder(name)
     except ValueError:
-        # A folder that is not here.
+        # A folder that is not on this machine.
         base = None
     if base is not None:
         try:
@@ -110,8 +114,8 @@ def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
     return out, existed
 
 
-def _write_model(found: Source, out: Path, name: str, max_bytes: int) -> list[Path]:
-    """`name`: the class that the code builds on; "": no code."""
+def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> list[Path]:
+    """Write weights, gates, configuration, card, and the code. name: the class that the code builds on; "": no code."""
     left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", *(file.name for file in weight_files(found.model))}
     written = []
     for entry in sorted(found.model.iterdir()):
@@ -130,11 +134,11 @@ def _write_model(found: Source, out: Path, name: str, max_bytes: int) -> list[Pa
     written.append(out / "config.json")
     if name:
         written += write_code(out, name)
-    written.append(card.write(found.model / "README.md", out, found.metadata, with_code=bool(name)))
+    written.append(write_export_card(found.model / "README.md", out, found.metadata, with_code=bool(name)))
     return written
 
 
-def _config(found: Source, name: str) -> Mapping[str, Any]:
+def _config(found: Exportable, name: str) -> Mapping[str, Any]:
     config = {key: value for key, value in found.config.items() if key not in ("auto_map", "dms_version")}
     others = {key: value for key, value in found.config.get("auto_map", {}).items() if key != _AUTO_CLASS}
     auto_map = {**others, _AUTO_CLASS: f"{Path(MODEL_FILE).stem}.{name}"} if name else others
@@ -146,7 +150,7 @@ def _config(found: Source, name: str) -> Mapping[str, Any]:
     }
 
 
-def _write_gates(found: Source, out: Path) -> list[Path]:
+def _write_gates(found: Exportable, out: Path) -> list[Path]:
     path = Path(shutil.copyfile(found.gates, out / GATES_FILE))
     _, metadata = read_gates(path)
-    return [path, card.write_gates_card(out, metadata)]
+    return [path, write_gates_card(out, metadata)]

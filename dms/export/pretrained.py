@@ -1,27 +1,34 @@
-"""What the model class of an exported folder adds to transformers': gates come from beside the weights.
+"""The model class of an exported folder, as far as it is ours: it loads the gates beside the weights, and evicts.
 
 `dms export` carries this module into the folder with all that it imports, so that it works where dms is not installed.
 """
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import cached_file
 
 from dms import hf_compat
 from dms.io.gates_file import attach, check_base, read_config, read_gates
 from dms.io.weights import GATES_FILE
-from dms.retrofitting import set_mode
+from dms.modes import DMSState, set_mode
 
 # What `from_pretrained` and the hub's cache both understand.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class GatedPretrained:
-    """Stands before a transformers model class. Loaded models evict; `model.dms` tells how, and holds `evict_bias`."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
 
-    # transformers saves the code of such a class beside its weights.
-    _auto_class = "AutoModelForCausalLM"
+
+class GatedPretrained(_Base):
+    """A base class before a transformers model class. Loaded models evict; `model.dms` is their state, with `evict_bias`."""
+
+    # Tells transformers to save the code of this class beside its weights.
+    _auto_class: Any = "AutoModelForCausalLM"
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -29,8 +36,8 @@ class GatedPretrained:
         return False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, evict_bias: float = 0.0, **kwargs):
-        """As transformers' own, and with gates, in evict mode.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, evict_bias: float = 0.0, **kwargs: Any) -> Any:
+        """As transformers' own, with gates and in evict mode.
 
         evict_bias is added to every gate's logit: above 0 evicts more than was trained, below 0 less. `model.dms.evict_bias`
         changes it later.
@@ -39,11 +46,13 @@ class GatedPretrained:
             ValueError: gates of another base or of an unknown format, or damaged files.
             OSError: no gates.safetensors there.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # With output_loading_info there are two things.
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # With output_loading_info it is the model and a dictionary.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
-        path = Path(cached_file(pretrained_model_name_or_path, GATES_FILE, **options))
+        file = cached_file(pretrained_model_name_or_path, GATES_FILE, **options)
+        assert file is not None, "cached_file raises OSError where there is none"
+        path = Path(file)
         tensors, metadata = read_gates(path)
         check_base(path.parent, metadata, str(pretrained_model_name_or_path))
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
@@ -55,17 +64,17 @@ class GatedPretrained:
         return loaded
 
 
-def _name_attention(state) -> None:
-    """A name for this folder's attention function: other folders may bring other versions of it into the same process."""
+def _name_attention(state: DMSState) -> None:
+    """Give this folder's attention function a name of its own: other folders may bring other versions of it into the same process."""
     name = f"{state.attention_name}_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
     hf_compat.register_attention(name, hf_compat.attention_function(state.attention_name), mask=state.attention_name)
     state.attention_name = name
 
 
-def _follow_offloading(model) -> None:
-    """Where accelerate keeps a layer's weights elsewhere between uses, its gate stays where the layer computes."""
+def _follow_offloading(model: Any) -> None:
+    """Put the gates of layers whose weights accelerate keeps elsewhere between uses on the device where the layer computes."""
     for layer in model.dms.layers:
         if all(p.device.type == "meta" for name, p in layer.module.named_parameters() if not name.startswith("dms_gate.")):
             device = hf_compat.execution_device(layer.module)
             if device is not None:
-                layer.module.dms_gate.to(device)
+                layer.gate.to(device)

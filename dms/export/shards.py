@@ -1,4 +1,4 @@
-"""Weights from one folder to another, tensor by tensor: never the whole model in memory, every bit as it was."""
+"""Copy weights from one folder to another, unchanged, with at most one shard in memory."""
 
 import re
 import shutil
@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from dms.io.files import save_tensors
-from dms.io.weights import INDEX_FILE, tensor_spans, weight_files, write_index
+from dms.io.weights import INDEX_FILE, save_tensors, tensor_spans, weight_files, write_index
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", start=1)}
@@ -18,7 +17,7 @@ def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" ...
 
     Raises:
-        ValueError: anything else, and nothing.
+        ValueError: anything else, and 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
@@ -61,7 +60,7 @@ def _divide(files: list[Path], max_bytes: int) -> list[list[tuple[Path, str]]]:
 
 
 def _read(shard: list[tuple[Path, str]]) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(file for file, _ in shard):
         with safe_open(str(file), framework="pt") as f:
             tensors |= {name: f.get_tensor(name) for of, name in shard if of == file}

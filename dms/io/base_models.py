@@ -1,6 +1,7 @@
 """Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
 
 from pathlib import Path
+from typing import Any
 
 from dms.builtin import builtin_models
 from dms.config import nearest
@@ -35,14 +36,14 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def is_saved_bfloat16(config) -> bool:
+def is_saved_bfloat16(config: Any) -> bool:
     """Whether a configuration's weights are bfloat16; those in MXFP4 (gpt-oss) are, once they are unpacked."""
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
 
 
 def local_folder(name: str) -> Path | None:
-    """Where a model's weights lie on this machine: its folder, or the hub's cache once they were fetched."""
+    """The folder of a model's weights on this machine: its own, or the hub's cache if they were downloaded; None where there is none."""
     from transformers.utils import cached_file
 
     from dms.io.weights import weight_files
@@ -50,14 +51,17 @@ def local_folder(name: str) -> Path | None:
     path = Path(resolve_model(name))
     if not path.is_dir():
         try:
-            path = Path(cached_file(str(path), "config.json", local_files_only=True)).parent
+            config_file = cached_file(str(path), "config.json", local_files_only=True)
         except OSError:
             return None
+        if config_file is None:
+            return None
+        path = Path(config_file).parent
     return path if weight_files(path) else None
 
 
-def load_config(name: str):
-    """A base's configuration, before its weights are read.
+def load_config(name: str) -> Any:
+    """The configuration of a base, read without its weights.
 
     Raises:
         ValueError: a model that is not there, cannot be read, or that AutoModelForCausalLM does not load.
@@ -69,7 +73,7 @@ def load_config(name: str):
         config = AutoConfig.from_pretrained(path)
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    # A model that brings its own code gets transformers' own words about that.
+    # For a model that brings its own code, transformers has a message of its own.
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
     text = config.get_text_config()
@@ -84,18 +88,20 @@ def load_config(name: str):
     raise ValueError(f"model {name!r} is not supported yet: {why} (AutoModelForCausalLM of transformers {__version__} does not load it)")
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None):
-    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16".
+def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
 
     Raises:
         ValueError: a model that is not there, cannot be read, or is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
     from dms import hf_compat
 
     options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(load_config(name)) else {}
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
@@ -104,12 +110,12 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None):
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if options:
-        # Else save_pretrained would write what was unpacked under the names of packed weights.
+        # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> Any:
     """Raises ValueError where the tokenizer is missing or unreadable."""
     from transformers import AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""Save and load what a retrofit leaves: a Hugging Face folder with gates beside its weights, or the gates alone.
+"""Save and load retrofitted models: a Hugging Face folder with gates beside its weights, or the gates alone.
 
-A model folder is an ordinary one plus `gates.safetensors` (float32, `layers.{i}.gate.*`) and `config.json["dms"]`. Without
-dms installed it loads as the dense model that it was.
+A model folder is an ordinary one plus `gates.safetensors` (float32, `layers.{i}.gate.*`) and `config.json["dms"]`. Where dms is not
+installed, it loads as the dense model.
 """
 
 import json
@@ -10,29 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dms.io.base_models import load_base, local_folder
-from dms.io.gates_file import attach, check_base, gate_tensors, read_config, read_gates, set_gates, write_gates
-from dms.io.model_folder import gate_names, onloaded, save_pretrained
+from dms.io.gates_file import (
+    attach,
+    check_base,
+    gate_names,
+    gate_tensors,
+    onloaded,
+    read_config,
+    read_gates,
+    save_pretrained,
+    set_gates,
+    write_gates,
+)
 from dms.io.weights import refuse_quantized
-from dms.retrofitting import set_mode, state_of
+from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights, whole and on the CPU: by name in the base's dtype or another, and the gates in float32.
-
-    Tensors that the model ties are one object here.
-    """
+    """A model's weights, whole and on the CPU. Tensors that the model ties are one object here."""
 
     base: dict[str, torch.Tensor]
+    """By their names in the model."""
     gates: dict[str, torch.Tensor]
+    """By their names in gates.safetensors, in float32."""
 
 
 @torch.no_grad()
-def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
-    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; keep=False takes part only."""
+def collect(model: nn.Module, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
+    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; with keep=False it returns nothing."""
     gates = gate_names(model)
     # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
     converted: dict[int, torch.Tensor] = {}
@@ -46,17 +56,17 @@ def collect(model, dtype: torch.dtype | None = None, keep: bool = True) -> Weigh
                 continue
             if id(tensor) not in converted:
                 cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
-                # What is gathered is gone afterwards.
+                # Of a divided tensor only this copy is whole afterwards.
                 converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast.cpu()
             weights.base[name] = converted[id(tensor)]
     return weights
 
 
 def save(
-    model,
+    model: Any,
     folder: str | Path,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     base_name: str,
     target_cr: float | None = None,
     dtype: torch.dtype | None = None,
@@ -64,7 +74,7 @@ def save(
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
-    weights: what `collect` gathered; None: gathered here.
+    base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
@@ -84,8 +94,8 @@ def save(
     return folder
 
 
-def load_gates(model, folder: str | Path) -> None:
-    """Give a retrofitted model the gates of a folder, in place: what transformers' Trainer leaves out where it goes on from one.
+def load_gates(model: nn.Module, folder: str | Path) -> None:
+    """Give a retrofitted model the gates of a folder, in place: transformers' Trainer leaves them out where it resumes from a checkpoint.
 
     Raises:
         ValueError: no gates there, or of another configuration, names or shapes than the model's.
@@ -98,7 +108,7 @@ def load_gates(model, folder: str | Path) -> None:
 
 
 def save_gates(
-    model,
+    model: nn.Module,
     folder: str | Path,
     *,
     base_name: str,
@@ -108,7 +118,7 @@ def save_gates(
 ) -> Path:
     """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig.
 
-    tensors: the gates' values by name, where the model itself does not hold them whole (ZeRO-3).
+    base_digest: the base's hash. tensors: the gates' values by name, where the model does not hold them whole (ZeRO-3).
     """
     tensors = gate_tensors(model) if tensors is None else tensors
     state = state_of(model)
@@ -129,9 +139,9 @@ def load(
     base: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    mode: str = "evict",
+    mode: Mode = "evict",
     evict_bias: float = 0.0,
-):
+) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
     path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
@@ -145,14 +155,16 @@ def load(
         raise ValueError(f"{folder} does not exist; name a folder that `dms retrofit` wrote, such as RUN/model")
     tensors, metadata = read_gates(folder)
     name = base if base is not None else str(folder)
+    in_config = None
     if base is None and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
-    in_config = json.loads((folder / "config.json").read_text()).get("dms") if base is None else None
+    if base is None:
+        in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
     checked = _check_base(name, metadata)
     model = load_base(name, dtype, device)
     if not checked:
-        # From the hub: now its files are here.
+        # From the hub: its files are on this machine only now.
         _check_base(name, metadata)
     attach(model, config, tensors, metadata, folder)
     set_mode(model, mode)

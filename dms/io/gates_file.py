@@ -1,7 +1,8 @@
-"""gates.safetensors: the gates' parameters in float32, `layers.{i}.gate.*`, and in its metadata what they belong to.
+"""gates.safetensors beside a base's weights: written and read, tied to its base, and written by `save_pretrained` of a retrofitted model.
 
-Metadata: base_name, base_hash, target_cr ("" where there is none), format_version, trained_length (tokens of the rows that the
-gates were trained on; may be missing), and dms, the DMSConfig as JSON.
+The file holds the gates' parameters in float32, `layers.{i}.gate.*`. Its metadata: base_name, base_hash, target_cr ("" where there is
+none), format_version, trained_length (tokens of the sequences that the gates were trained on; may be missing), and dms, the DMSConfig
+as JSON.
 """
 
 import json
@@ -11,11 +12,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from dms import hf_compat
 from dms.config import FORMAT_VERSION, DMSConfig
-from dms.io.files import save_tensors
-from dms.io.weights import GATES_FILE, base_hash
+from dms.io.weights import GATES_FILE, base_hash, follow_umask, refuse_quantized, save_tensors, weight_files, write_index
+from dms.modes import set_mode, state_of
 from dms.retrofitting import gate_parameters, retrofit
+
+# Options of transformers' `save_pretrained` that would write weights without their gates beside them.
+_REFUSED = {
+    "push_to_hub": "would upload the model without its gates; call model.push_to_hub(...)",
+    "variant": "writes weights under a name that dms.load does not read; leave it out, and choose another folder",
+    "distributed_checkpoint": "writes weights in parts that no gates can lie beside; leave it out",
+}
 
 
 def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -62,7 +72,7 @@ def write_gates(
     return save_tensors(tensors, folder / GATES_FILE, metadata)
 
 
-def gate_tensors(model) -> dict[str, torch.Tensor]:
+def gate_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The gates' values as they are written: by name, float32, on the CPU."""
     return {name: p.detach().float().cpu().contiguous() for name, p in gate_parameters(model).items()}
 
@@ -96,7 +106,7 @@ def check_base(folder: str | Path, metadata: Mapping[str, str], name: str) -> No
         )
 
 
-def attach(model, config: DMSConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str | Path):
+def attach(model: Any, config: DMSConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str | Path) -> Any:
     """Retrofit a model and give its gates their values; dense mode. `model.dms_origin` then says what they were trained on, and for.
 
     Raises:
@@ -110,7 +120,7 @@ def attach(model, config: DMSConfig, tensors: Mapping[str, torch.Tensor], metada
     return model
 
 
-def set_gates(model, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+def set_gates(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
     """Give a retrofitted model's gates their values. Raises ValueError for others than it has."""
     parameters = gate_parameters(model)
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
@@ -120,3 +130,124 @@ def set_gates(model, tensors: Mapping[str, torch.Tensor], folder: str | Path) ->
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+@torch.no_grad()
+def save_pretrained(
+    model: Any,
+    folder: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    *,
+    gates: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """As transformers' own, with gates.safetensors, `config.json["dms"]`, and an index that leaves the gates out.
+
+    state_dict: the weights, and perhaps the gates, under their modules' names; None: the model's. gates: by their names in
+    gates.safetensors; None: those of state_dict, or the model's. options: transformers'.
+
+    Raises:
+        ValueError: a quantised model, adapters that are not merged, weights that are not here, or an option that gates cannot follow.
+    """
+    _refuse(model, options)
+    state = state_of(model)
+    weights, gate_values = _split_state(model, dict(model.state_dict() if state_dict is None else state_dict), gates)
+    if is_main_process and any(tensor.numel() == 0 for tensor in gate_values.values()):
+        raise ValueError(
+            f"the weights of {type(model).__name__} are divided among processes; gather them on all, and give them: "
+            "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)"
+        )
+    mode = state.mode, state.noise, state.tokens, state.rows
+    # The configuration names the attention function, and in the folder it must be the base's own.
+    set_mode(model, "dense")
+    model.config.dms = state.config.to_saved()
+    try:
+        base_class = getattr(type(model), "_own_class", type(model))
+        base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=weights, **options)
+    finally:
+        set_mode(model, *mode)
+    if not is_main_process:
+        return
+    follow_umask(*weight_files(folder))
+    write_index(folder)
+    origin = getattr(model, "dms_origin", {})
+    write_gates(
+        folder,
+        gate_values,
+        state.config,
+        base_name=origin.get("base_name") or hf_compat.loaded_from(model.config),
+        base_digest=base_hash(folder),
+        target_cr=origin.get("target_cr"),
+        trained_length=state.trained_length,
+    )
+
+
+def _split_state(
+    model: Any, given: dict[str, torch.Tensor], gates: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The weights to save, and the gates by their names in gates.safetensors, of a model's state that may hold both."""
+    own = gate_names(model)
+    found = onloaded(model, {name: given.pop(name) for name in own if name in given})
+    if gates is None:
+        gates = {own[name]: tensor.float().cpu().contiguous() for name, tensor in found.items()} or gate_tensors(model)
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        # transformers itself reads weights that a device_map keeps elsewhere, a file at a time; tied weights once.
+        ties = hf_compat.tied_weights(model)
+        return {name: tensor for name, tensor in given.items() if not (tensor.is_meta and ties.get(name) in given)}, gates
+    return onloaded(model, given), gates
+
+
+def _refuse(model: Any, options: Mapping[str, Any]) -> None:
+    refuse_quantized(model.config, type(model).__name__)
+    for name, why in _REFUSED.items():
+        if options.get(name):
+            raise ValueError(f"save_pretrained({name}={options[name]!r}) {why}")
+    if hf_compat.has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} carries adapters, which would be saved without it and without its gates; merge them first"
+        )
+
+
+def gate_names(model: nn.Module) -> dict[str, str]:
+    """What the gates' parameters are called in a model's state, and in gates.safetensors."""
+    return {
+        f"{layer.name}.dms_gate.{name}": f"layers.{layer.index}.gate.{name}"
+        for layer in state_of(model).layers
+        for name, _ in layer.gate.named_parameters()
+    }
+
+
+def onloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state by name, with the values of those that accelerate keeps elsewhere (on disk) read to the CPU.
+
+    Raises:
+        ValueError: a tensor without values (on the meta device), and nothing that says where they are.
+    """
+    # Weights that the model ties are one object here, as they were before accelerate made two of them.
+    ties = hf_compat.tied_weights(model)
+    values: dict[str, torch.Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            source = ties.get(name, name)
+            if source not in values:
+                values[source] = _offloaded_value(model, source)
+            tensor = values[source]
+        result[name] = tensor
+    return result
+
+
+def _offloaded_value(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    try:
+        from accelerate.utils import align_module_device, has_offloaded_params
+    except ImportError:
+        offloaded = False
+    else:
+        offloaded = has_offloaded_params(module)
+    if not offloaded:
+        raise ValueError(f"{name} has no values here (it is on the meta device); load the model's weights before it is saved")
+    with align_module_device(module, "cpu"):
+        return getattr(module, leaf).detach().clone()

@@ -1,14 +1,41 @@
-"""Weights on disk: which files hold them, the index that names those, and the hash that ties gates to their base."""
+"""Weights on disk: how safetensors files are written, which of them hold weights, their index, and the hash that ties gates to a base."""
 
 import hashlib
 import json
+import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 GATES_FILE = "gates.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors, contiguous ones of any device, as safetensors, with the mode that other files get. metadata: safetensors' own."""
+    path = Path(path)
+    save_file(dict(tensors), path, metadata)
+    follow_umask(path)
+    return path
+
+
+def follow_umask(*paths: Path) -> None:
+    """Give files the mode that `open` gives in their folder: safetensors renames a temporary file, which has mode 0600 whatever the umask."""
+    for path in paths:
+        # A file made here shows the umask and the folder's rules; reading the umask would change it for all threads.
+        sample = path.with_name(f".{path.name}.{os.getpid()}.mode")
+        sample.touch()
+        try:
+            mode = stat.S_IMODE(sample.stat().st_mode)
+        finally:
+            sample.unlink()
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -18,15 +45,16 @@ def weight_files(folder: str | Path) -> list[Path]:
 def write_index(folder: str | Path) -> Path:
     """Write the index of a folder's weights, of a single file too, unless it is there and right.
 
-    Servers read every `*.safetensors` file of a folder but those that an index leaves out, as this one does with the gates.
+    Servers read every `*.safetensors` file of a folder but those that an index leaves out, and this one leaves out the gates.
     """
-    path, weight_map, size = Path(folder, INDEX_FILE), {}, 0
+    path, size = Path(folder, INDEX_FILE), 0
+    weight_map: dict[str, str] = {}
     for file in weight_files(folder):
         spans = tensor_spans(file)
         weight_map |= dict.fromkeys(spans, file.name)
         size += sum(end - begin for begin, end in spans.values())
     if _indexed(path) != weight_map:
-        # Not through a link into the folder that a stage was taken from.
+        # A link into another folder is replaced, not followed.
         path.unlink(missing_ok=True)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -41,7 +69,7 @@ def _indexed(path: Path) -> dict[str, str] | None:
 
 
 def tensor_spans(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies, first byte and end, from a file's header; in the order of the data."""
+    """The first byte and the end of each tensor, from a file's header; in the order of the data."""
     with open(file, "rb") as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
@@ -81,7 +109,7 @@ def _raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def quant_method(config) -> str | None:
+def quant_method(config: Any) -> str | None:
     """How a configuration's weights are quantised, such as "fp8", "gptq" or "bitsandbytes"; None: they are not."""
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None)
@@ -91,12 +119,12 @@ def quant_method(config) -> str | None:
     return None
 
 
-def is_packed(config) -> bool:
+def is_packed(config: Any) -> bool:
     """Whether weights are saved in MXFP4, four bits and a scale for each 32: `load_base` unpacks them."""
     return quant_method(config) == "mxfp4"
 
 
-def refuse_quantized(config, name: str) -> None:
+def refuse_quantized(config: Any, name: str) -> None:
     """Raises ValueError where the weights of `name` are quantised: saving would not give back a model that loads."""
     method = quant_method(config)
     if method is not None:

@@ -1,24 +1,24 @@
-"""Pictures and pages: of one retrofit run in RUN/report/, and of an evaluation, `dms report`."""
+"""Pictures, pages and model cards: of a run (RUN/report/ and its card), and of an evaluation (`dms report`)."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dms.report.curves import Rates, plot_eviction, plot_training, read_metrics
+from dms.report.decisions import FORMAT_VERSION, DocumentTrace
 from dms.report.document_picture import plot_document
-from dms.report.document_trace import FORMAT_VERSION, DocumentTrace
 from dms.report.page import write_document_html
+from dms.report.plots import Rates, plot_eviction, plot_training
+from dms.report.run_metrics import LoggedStep, read_metrics
 
 __all__ = ["DocumentTrace", "plot_document", "plot_eviction", "plot_training", "read_metrics", "write_document_html", "write_report"]
 
-# Of one document as a run leaves it; evaluations divide as much among several.
 _MAX_VALUES = 180_000
+"""Probabilities in traces.json of a run, which has one document; an evaluation divides as many among several."""
 
 
 def write_report(
     run_dir: str | Path,
-    metrics: Sequence[dict[str, Any]],
+    metrics: Sequence[LoggedStep],
     rate_LH: Rates,
     trace: DocumentTrace,
     layer_names: Sequence[str] | None = None,
@@ -28,7 +28,7 @@ def write_report(
     """Write training.png, eviction.png, document.png, document.html and traces.json to RUN/report/ and return their paths."""
     folder = Path(run_dir) / "report"
     shown = trace.fitted(_MAX_VALUES)
-    pictures = [
+    written = [
         plot_training(metrics, folder / "training.png", model_name),
         plot_eviction(rate_LH, folder / "eviction.png", layer_names),
         plot_document(trace, folder / "document.png"),
@@ -36,4 +36,4 @@ def write_report(
     ]
     saved = folder / "traces.json"
     saved.write_text(json.dumps({"format_version": FORMAT_VERSION, "evict_bias": 0.0, "documents": [shown.to_dict()]}), encoding="utf-8")
-    return [*pictures, saved]
+    return [*written, saved]

@@ -2,19 +2,21 @@
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dms.report.document_trace import DocumentTrace
+from dms.report.decisions import DocumentTrace
 from dms.report.plots import GREEN, GREY, INK, VERMILLION, new_figure, save
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _KEPT_RGB, _PAPER_RGB = (0x8E, 0xC6, 0xEC), (0xFF, 0xFF, 0xFF)
 _INK_RGB, _FADED_RGB = (0x10, 0x10, 0x10), (0x78, 0x78, 0x78)
-_ANSWER_STYLES = {True: (GREEN, "-"), False: (VERMILLION, (0, (2, 1)))}
-# The page of the document's picture, in points and in characters.
+_ANSWER_STYLES: dict[bool, tuple[str, Any]] = {True: (GREEN, "-"), False: (VERMILLION, (0, (2, 1)))}
+# Size of the text in points; columns of a panel where there is one, or two; columns between two; rows up to which there is one.
 _FONT_SIZE, _ONE_PANEL, _TWO_PANELS, _PANEL_GAP, _ROWS_OF_ONE_PANEL = 8.5, 108, 74, 5, 36
 # (row, column, text, width in cells) of one token's piece on one line.
 _Run = tuple[int, int, str, int]
@@ -41,17 +43,17 @@ def _layout(tokens: Sequence[str], columns: int) -> tuple[list[list[_Run]], int]
         start, text, width = column, "", 0
         for char in shown:
             if char in "\n\r\f\v":
-                # The line end is a cell of its own: it, too, is an entry that is kept or evicted.
+                # The line end gets a cell: it, too, is an entry that is kept or evicted.
                 text, width = text + "↵", width + 1
                 runs.append((row, start, text, width))
                 row, column, start, text, width = row + 1, 0, 0, "", 0
                 continue
-            wide = _cell_width(char)
-            if column + wide > columns:
+            char_width = _cell_width(char)
+            if column + char_width > columns:
                 if text:
                     runs.append((row, start, text, width))
                 row, column, start, text, width = row + 1, 0, 0, "", 0
-            text, width, column = text + (char if char.isprintable() else "·"), width + wide, column + wide
+            text, width, column = text + (char if char.isprintable() else "·"), width + char_width, column + char_width
         if text:
             runs.append((row, start, text, width))
         placed.append(runs)
@@ -63,61 +65,87 @@ def plot_document(trace: DocumentTrace, out_png: str | Path, max_tokens: int = 9
 
     Of a document longer than `max_tokens` the beginning and the end are drawn. A long text is set in two panels.
     """
-    from matplotlib.collections import LineCollection, PatchCollection
+    sheet = _make_sheet(trace, max_tokens)
+    # Inches: a glyph of DejaVu Sans Mono is 0.602 em wide.
+    cell, line, margin, head = 0.602 * _FONT_SIZE / 72, 1.55 * _FONT_SIZE / 72, 0.3, 1.2
+    num_columns = sheet.panels * sheet.columns + (sheet.panels - 1) * _PANEL_GAP
+    width, height = 2 * margin + num_columns * cell, head + sheet.num_rows * line + margin
+    figure = new_figure(width, height)
+    axes = figure.add_axes((margin / width, margin / height, num_columns * cell / width, sheet.num_rows * line / height))
+    axes.set_xlim(0, num_columns)
+    axes.set_ylim(sheet.num_rows, 0)
+    axes.axis("off")
+    _draw_text(axes, trace, sheet)
+    _draw_answers(axes, trace, sheet)
+    _draw_legend(figure, trace, width, height, margin)
+    return save(figure, out_png)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """Where the text stands, in characters."""
+
+    runs: dict[int, list[_Run]]
+    """By position in the document, as on one long panel; tokens that are left out have none."""
+    note: tuple[int, str] | None
+    """(row, text) where tokens are left out."""
+    columns: int
+    """Of a panel."""
+    panels: int
+    num_rows: int
+    """Of a panel."""
+
+    def at(self, row: int, column: int) -> tuple[int, int]:
+        """(row, column) among the panels of a place on one long panel."""
+        return row % self.num_rows, column + row // self.num_rows * (self.columns + _PANEL_GAP)
+
+    def runs_of(self, start: int, end: int) -> list[_Run]:
+        """Of tokens `start..end-1`, among the panels."""
+        return [(*self.at(row, column), text, width) for i in range(start, end) for row, column, text, width in self.runs.get(i, [])]
+
+
+def _make_sheet(trace: DocumentTrace, max_tokens: int) -> _Sheet:
+    columns, panels = _ONE_PANEL, 1
+    runs, num_rows, note = _place(trace, max_tokens, columns)
+    if num_rows > _ROWS_OF_ONE_PANEL:
+        columns, panels = _TWO_PANELS, 2
+        runs, num_rows, note = _place(trace, max_tokens, columns)
+    return _Sheet(runs, note, columns, panels, -(-num_rows // panels))
+
+
+def _draw_text(axes: "Axes", trace: DocumentTrace, sheet: _Sheet) -> None:
+    from matplotlib.collections import PatchCollection
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.patches import Rectangle
 
-    columns, panels = _ONE_PANEL, 1
-    placed, num_rows, note = _place(trace, max_tokens, columns)
-    if num_rows > _ROWS_OF_ONE_PANEL:
-        columns, panels = _TWO_PANELS, 2
-        placed, num_rows, note = _place(trace, max_tokens, columns)
-    num_rows = -(-num_rows // panels)
-
     font = FontProperties(family="DejaVu Sans Mono", size=_FONT_SIZE)
     face = get_font(findfont(font))
-    # Inches: a glyph of DejaVu Sans Mono is 0.602 em wide.
-    cell, line, margin, head = 0.602 * _FONT_SIZE / 72, 1.55 * _FONT_SIZE / 72, 0.3, 1.2
-    num_columns = panels * columns + (panels - 1) * _PANEL_GAP
-    width, height = 2 * margin + num_columns * cell, head + num_rows * line + margin
-    figure = new_figure(width, height)
-    axes = figure.add_axes((margin / width, margin / height, num_columns * cell / width, num_rows * line / height))
-    axes.set_xlim(0, num_columns)
-    axes.set_ylim(num_rows, 0)
-    axes.axis("off")
-
-    def at(row: int, column: int) -> tuple[int, int]:
-        return row % num_rows, column + row // num_rows * (columns + _PANEL_GAP)
-
     boxes, fills = [], []
     for position, keep in enumerate(trace.keep_share_T()):
-        for run in placed.get(position, []):
-            row, column = at(run[0], run[1])
-            boxes.append(Rectangle((column, row + 0.04), run[3], 0.92))
+        for row, column, text, width in sheet.runs_of(position, position + 1):
+            boxes.append(Rectangle((column, row + 0.04), width, 0.92))
             fills.append(_mix(_KEPT_RGB, _PAPER_RGB, keep))
-            drawn = "".join(char if face.get_char_index(ord(char)) else "□" for char in run[2])
+            drawn = "".join(char if face.get_char_index(ord(char)) else "□" for char in text)
             if drawn.strip():
                 # No mathtext: code is full of dollar signs.
                 axes.text(
                     column, row + 0.5, drawn, font=font, color=_mix(_INK_RGB, _FADED_RGB, keep), va="center_baseline", parse_math=False
                 )
     axes.add_collection(PatchCollection(boxes, facecolors=fills, edgecolors="white", linewidths=0.6))
-    if note is not None:
-        row, column = at(note[0], 0)
-        axes.text(column, row + 0.5, note[1], font=font, color=INK, va="center_baseline")
-    for panel in range(1, panels):
-        axes.axvline(panel * (columns + _PANEL_GAP) - _PANEL_GAP / 2, color="#D8D8D8", linewidth=0.8)
+    if sheet.note is not None:
+        row, column = sheet.at(sheet.note[0], 0)
+        axes.text(column, row + 0.5, sheet.note[1], font=font, color=INK, va="center_baseline")
+    for panel in range(1, sheet.panels):
+        axes.axvline(panel * (sheet.columns + _PANEL_GAP) - _PANEL_GAP / 2, color="#D8D8D8", linewidth=0.8)
+
+
+def _draw_answers(axes: "Axes", trace: DocumentTrace, sheet: _Sheet) -> None:
+    from matplotlib.collections import LineCollection
 
     for right in (True, False):
-        edges = []
-        for start, end, is_right in trace.answers:
-            if is_right == right:
-                runs = [(*at(run[0], run[1]), run[2], run[3]) for i in range(start, end) for run in placed.get(i, [])]
-                edges += _outline(runs)
+        edges = [edge for start, end, is_right in trace.answers if is_right == right for edge in _outline(sheet.runs_of(start, end))]
         colour, style = _ANSWER_STYLES[right]
         axes.add_collection(LineCollection(edges, colors=colour, linewidths=1.4, linestyles=[style], zorder=5))
-    _document_legend(figure, trace, width, height, margin)
-    return save(figure, out_png)
 
 
 def _place(trace: DocumentTrace, max_tokens: int, columns: int) -> tuple[dict[int, list[_Run]], int, tuple[int, str] | None]:
@@ -130,13 +158,13 @@ def _place(trace: DocumentTrace, max_tokens: int, columns: int) -> tuple[dict[in
     tail = total - (max_tokens - head)
     before, note_row = _layout(trace.tokens[:head], columns)
     after, num_after = _layout(trace.tokens[tail:], columns)
-    below = [[(row + note_row + 1, *rest) for row, *rest in runs] for runs in after]
+    below = [[(row + note_row + 1, column, text, width) for row, column, text, width in runs] for runs in after]
     note = f"···  {total - max_tokens:,} tokens left out  ···"
     return {**dict(enumerate(before)), **dict(enumerate(below, start=tail))}, note_row + 1 + num_after, (note_row, note)
 
 
 def _outline(runs: list[_Run]) -> list[list[tuple[float, float]]]:
-    """Closed boxes around runs of cells, one for each line; a leading space stays outside, so that no glyph is touched."""
+    """Closed boxes around runs, one for each line. A leading space stays outside, so that the box touches no glyph."""
     boxes = []
     for row in sorted({run[0] for run in runs}):
         in_row = [run for run in runs if run[0] == row]
@@ -146,7 +174,7 @@ def _outline(runs: list[_Run]) -> list[list[tuple[float, float]]]:
     return boxes
 
 
-def _document_legend(figure: "Figure", trace: DocumentTrace, width: float, height: float, margin: float) -> None:
+def _draw_legend(figure: "Figure", trace: DocumentTrace, width: float, height: float, margin: float) -> None:
     """Title, one line of figures, and what shades and outlines mean; in inches from the top left corner."""
     from matplotlib.patches import Rectangle
 

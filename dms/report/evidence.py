@@ -1,45 +1,109 @@
-"""What there is to report on: the files of an evaluation folder or of a run, read strictly, and what is missing, in words."""
+"""What a report is made of: the files of an evaluation folder and of a run folder, read strictly into types, and a list of what is missing."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dms.evaluation.present.findings import Finding
+from dms.evaluation.stats.rows import Mark, ResultRow
 from dms.report import charts
-from dms.report.curves import read_metrics
-from dms.report.document_trace import FORMAT_VERSION, DocumentTrace
+from dms.report.decisions import FORMAT_VERSION, DocumentTrace, GateProfile
+from dms.report.run_metrics import LoggedStep, read_metrics
 
-Row = dict[str, Any]
-_NEEDED = ("policy", "task", "metric", "value")
-_OWN_SUITE = "the run's own"
+# Rows of result.json name no suite.
+_RUN_SUITE = "the run's own"
+_T = TypeVar("_T")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What was evaluated and how: settings.json of an evaluation, or what a run's result.json says of the same. None: not known."""
+
+    model: str | None = None
+    model_hash: str | None = None
+    """Of the base's weights."""
+    gates_hash: str | None = None
+    base_name: str | None = None
+    run_dir: str | None = None
+    """The run that trained the gates."""
+    target_cr: float | None = None
+    window: int | None = None
+    sinks: int | None = None
+    granularity: str | None = None
+    alignment: str | None = None
+    trained_length: int | None = None
+    """Tokens of a document that the gates were trained on."""
+    context: int | None = None
+    """The base's `max_position_embeddings`."""
+    lengths: Sequence[int] = ()
+    evict_bias: Sequence[float] = ()
+    """Operating points."""
+    num_samples: int | None = None
+    """Documents of each suite and length."""
+    seed: int | None = None
+    chat_template: bool | None = None
+    dtype: str | None = None
+    device: str | None = None
+    versions: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """How a retrofit was trained, as its result.json says. None: not known."""
+
+    target_cr: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    training_seconds: float | None = None
+    device: str | None = None
+    versions: Mapping[str, str] | None = None
+    trainable: str | None = None
+    beta: float | None = None
+    alignment: str | None = None
+    window: int | None = None
+    granularity: str | None = None
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> "TrainingFacts":
+        """result: what result.json holds; its other fields are left."""
+        return cls(**_known(cls, result))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that a report is made of; what is not there is None or empty, and `missing` says how to get it.
-
-    settings: settings.json, or what a run's result.json says of the same. words, scaling_words: sentences. traces: documents for the viewer,
-    at `trace_bias`. metrics: rows of metrics.jsonl. run: result.json.
-    """
+    """All that a report is made of. What was not measured is empty or None."""
 
     folder: Path
-    settings: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    scaling: list[Row] = field(default_factory=list)
-    scaling_words: list[str] = field(default_factory=list)
-    lm_eval: dict[str, Any] | None = None
-    profile: dict[str, Any] | None = None
-    traces: list[DocumentTrace] = field(default_factory=list)
+    """The folder that was named: of an evaluation or of a run."""
+    conditions: Conditions
+    rows: Sequence[ResultRow] = ()
+    """By suite, in each the headline first."""
+    findings: Sequence[Finding] = ()
+    """Those of hyper-scaling are in `scaling_sentences`."""
+    scaling: Sequence[ResultRow] = ()
+    """Hyper-scaling; `rows` has these too."""
+    scaling_sentences: Sequence[str] = ()
+    has_lm_eval: bool = False
+    profile: GateProfile | None = None
+    traces: Sequence[DocumentTrace] = ()
     trace_bias: float | None = None
-    metrics: list[Row] = field(default_factory=list)
-    run: dict[str, Any] | None = None
-    missing: list[str] = field(default_factory=list)
+    """The operating point of `traces`."""
+    metrics: Sequence[LoggedStep] = ()
+    training: TrainingFacts | None = None
+    missing: Sequence[str] = ()
+    """What the report could show and cannot, a sentence each, with the command that measures it."""
+
+    def usual_findings(self) -> list[Finding]:
+        """Those of what was trained: `evict_bias` 0, or the operating point nearest to it; and those that have no operating point."""
+        usual = min((finding.evict_bias for finding in self.findings if finding.evict_bias is not None), key=abs, default=None)
+        return [finding for finding in self.findings if finding.evict_bias in (None, usual)]
 
 
 def read_evidence(folder: str | Path) -> Evidence:
-    """Read an evaluation's folder (rows.json), or a run's folder with or without an evaluation in it.
+    """Read an evaluation folder (which has rows.json), or a run folder with or without an evaluation in it.
 
     Raises:
         ValueError: a folder that is neither, an evaluation that has not ended, several to choose from, or a file that is damaged or
@@ -48,64 +112,87 @@ def read_evidence(folder: str | Path) -> Evidence:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name what `dms evaluate --out` wrote, or a run's folder")
-    evaluation, run_dir = _places(folder)
-    run = _run_result(run_dir)
+    evaluation, run_dir = _locate(folder)
     if evaluation is None:
-        evidence = Evidence(folder=folder, settings=_settings_of_run(run_dir, run), run=run)
-        evidence.rows = _in_order([_own_row(row) for row in (run or {}).get("rows", [])])
+        assert run_dir is not None  # `_locate` finds one of the two.
+        result = _read_json(run_dir / "result.json")
+        evidence = Evidence(folder=folder, conditions=_run_conditions(run_dir, result), rows=_run_rows(run_dir, result))
     else:
-        evidence = _evaluated(folder, evaluation)
-        run_dir = run_dir or _named_run(evaluation, evidence.settings)
-        evidence.run = run or _run_result(run_dir)
-    if not evidence.traces and run_dir is not None:
-        evidence.traces, evidence.trace_bias = _traces(run_dir / "report" / "traces.json")
-    if run_dir is not None and (run_dir / "metrics.jsonl").is_file():
-        evidence.metrics = read_metrics(run_dir / "metrics.jsonl")
-    evidence.missing = _missing(evidence, evaluation)
-    return evidence
+        evidence = _read_evaluation(folder, evaluation)
+        run_dir = run_dir or _run_of(evaluation, evidence.conditions)
+        result = None if run_dir is None else _read_json(run_dir / "result.json")
+    if run_dir is not None:
+        if not evidence.traces:
+            traces, bias = _read_traces(run_dir / "report" / "traces.json")
+            evidence = replace(evidence, traces=traces, trace_bias=bias)
+        if (run_dir / "metrics.jsonl").is_file():
+            evidence = replace(evidence, metrics=read_metrics(run_dir / "metrics.jsonl"))
+    evidence = replace(evidence, training=None if result is None else TrainingFacts.from_result(result))
+    return replace(evidence, missing=_missing(evidence, evaluation))
 
 
-def _places(folder: Path) -> tuple[Path | None, Path | None]:
-    """The evaluation's folder and the run's, of which one is `folder`."""
+def describe_marks(rows: Sequence[ResultRow]) -> list[str]:
+    """A sentence for each mark that rows bear, the severe ones first: how many rows, of which policies, tasks and lengths."""
+    counts = Counter(mark for row in rows for mark in row.marks)
+    order = sorted(counts, key=lambda mark: not mark.is_severe)
+    return [f"{_marked_places(rows, mark)} ({counts[mark]} of {len(rows)} figures): {mark.meaning}." for mark in order]
+
+
+def _marked_places(rows: Sequence[ResultRow], mark: Mark) -> str:
+    """The lengths where a mark belongs to whole lengths, else tasks and policies."""
+    bearing = [row for row in rows if mark in row.marks]
+    lengths = sorted({row.length for row in bearing if row.length is not None})
+    if mark is Mark.BEYOND_TRAINING and lengths:
+        return " and ".join(f"{length:,} tokens" for length in lengths)
+    policies = list(dict.fromkeys(row.policy for row in bearing))
+    tasks = list(dict.fromkeys(row.task for row in bearing))
+    who = "all policies" if len(policies) > 3 else ", ".join(policies)
+    what = f"{len(tasks)} tasks" if len(tasks) > 4 else ", ".join(tasks)
+    return f"{what}, {who}"
+
+
+def _locate(folder: Path) -> tuple[Path | None, Path | None]:
+    """The evaluation folder and the run folder, one of which is `folder`."""
     if (folder / "rows.json").is_file():
         return folder, None
     if (folder / "settings.json").is_file():
-        raise ValueError(f"{folder} has settings.json and no rows.json: the evaluation has not ended; repeat its command, it goes on")
+        raise ValueError(f"{folder} has settings.json and no rows.json: the evaluation has not ended; repeat its command to go on")
     if not any((folder / name).is_file() for name in ("metrics.jsonl", "result.json")):
-        raise ValueError(f"{folder} has neither rows.json (an evaluation) nor metrics.jsonl (a run); nothing there can be reported")
+        raise ValueError(f"{folder} has neither rows.json (an evaluation) nor metrics.jsonl (a run); there is nothing to report")
     found = sorted(path.parent for path in folder.glob("*/rows.json"))
     if len(found) > 1:
         raise ValueError(f"{folder} has several evaluations: {', '.join(path.name for path in found)}; name one of them")
     return (found[0] if found else None), folder
 
 
-def _evaluated(folder: Path, evaluation: Path) -> Evidence:
-    settings = _json(evaluation / "settings.json", versioned=True) or {}
-    saved = _json(evaluation / "rows.json")
-    evidence = Evidence(
+def _read_evaluation(folder: Path, evaluation: Path) -> Evidence:
+    saved = _read_json(evaluation / "rows.json") or {}
+    scaling = _read_json(evaluation / "scaling.json") or {"rows": []}
+    scaling_sentences = list(scaling.get("words") or [])
+    profile = _read_json(evaluation / "profile.json", versioned=True)
+    traces, bias = _read_traces(evaluation / "traces.json")
+    return Evidence(
         folder=folder,
-        settings=settings,
-        rows=_checked(saved.get("rows"), evaluation / "rows.json"),
-        words=list(saved.get("words") or []),
-        lm_eval=_json(evaluation / "lm_eval.json"),
-        profile=_json(evaluation / "profile.json", versioned=True),
+        conditions=Conditions(**_known(Conditions, _read_json(evaluation / "settings.json", versioned=True) or {})),
+        rows=_read_rows(saved.get("rows"), evaluation / "rows.json"),
+        findings=_read_findings(saved, scaling_sentences),
+        scaling=_read_rows(scaling.get("rows"), evaluation / "scaling.json"),
+        scaling_sentences=scaling_sentences,
+        has_lm_eval=_read_json(evaluation / "lm_eval.json") is not None,
+        profile=None if profile is None else _parse(GateProfile.from_dict, profile, evaluation / "profile.json"),
+        traces=traces,
+        trace_bias=bias,
     )
-    evidence.traces, evidence.trace_bias = _traces(evaluation / "traces.json")
-    scaling = _json(evaluation / "scaling.json")
-    if scaling is not None:
-        evidence.scaling = _checked(scaling.get("rows"), evaluation / "scaling.json")
-        evidence.scaling_words = list(scaling.get("words") or [])
-    return evidence
 
 
-def _named_run(evaluation: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The run that the evaluation names, or the folder around it: a run may have moved with what lies in it."""
-    named = settings.get("run_dir")
-    places = ([Path(named)] if named else []) + [evaluation.resolve().parent]
+def _run_of(evaluation: Path, conditions: Conditions) -> Path | None:
+    """The run that the evaluation names, or the folder around it: a run may have been moved with the evaluation in it."""
+    places = ([Path(conditions.run_dir)] if conditions.run_dir else []) + [evaluation.resolve().parent]
     return next((place for place in places if (place / "metrics.jsonl").is_file()), None)
 
 
-def _json(path: Path, *, versioned: bool = False) -> dict[str, Any] | None:
+def _read_json(path: Path, *, versioned: bool = False) -> dict[str, Any] | None:
+    """None where there is no such file. versioned: `format_version` may not be absent."""
     if not path.is_file():
         return None
     try:
@@ -120,59 +207,70 @@ def _json(path: Path, *, versioned: bool = False) -> dict[str, Any] | None:
     return content
 
 
-def _checked(rows: Any, path: Path) -> list[Row]:
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values that a dataclass has fields for."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def _parse(parse: Callable[[Mapping[str, Any]], _T], values: Mapping[str, Any], place: object) -> _T:
+    try:
+        return parse(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{place}: {what}; evaluate again to write it anew") from None
+
+
+def _read_rows(rows: Any, path: Path) -> list[ResultRow]:
     if not isinstance(rows, list):
         raise ValueError(f"{path} has no list of rows; evaluate again to write it anew")
-    for number, row in enumerate(rows):
-        lacks = [key for key in _NEEDED if not isinstance(row, dict) or key not in row]
-        if lacks:
-            raise ValueError(f"{path}, row {number}: no {', '.join(lacks)}; evaluate again to write it anew")
-    return _in_order([{**row, "suite": row.get("suite") or row["task"]} for row in rows])
+    return _in_order([_parse(ResultRow.from_dict, row, f"{path}, row {number}") for number, row in enumerate(rows)])
 
 
-def _in_order(rows: list[Row]) -> list[Row]:
+def _read_findings(saved: Mapping[str, Any], scaling_sentences: Sequence[str]) -> list[Finding]:
+    """Without those of hyper-scaling, which belong to its figures. Folders of earlier versions have sentences alone: one finding."""
+    if "findings" in saved:
+        found = [Finding.from_dict(finding) for finding in saved["findings"]]
+        return [finding for finding in found if not finding.sentences or not set(finding.sentences) <= set(scaling_sentences)]
+    sentences = [sentence for sentence in saved.get("words") or [] if sentence not in scaling_sentences]
+    return [Finding(None, None, "", tuple(sentences))] if sentences else []
+
+
+def _in_order(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Suites as they come, in each its headline first, then tasks by name; what a task's rows are among themselves stays."""
     chosen = charts.headlines(rows)
     suites = list(chosen)
-    return sorted(rows, key=lambda row: (suites.index(row["suite"]), (row["task"], row["metric"]) != chosen[row["suite"]], row["task"]))
+    return sorted(rows, key=lambda row: (suites.index(row.suite), (row.task, row.metric) != chosen[row.suite], row.task))
 
 
-def _traces(path: Path) -> tuple[list[DocumentTrace], float | None]:
-    saved = _json(path, versioned=True)
+def _read_traces(path: Path) -> tuple[list[DocumentTrace], float | None]:
+    saved = _read_json(path, versioned=True)
     if saved is None:
         return [], None
-    try:
-        return [DocumentTrace.from_dict(document) for document in saved["documents"]], saved.get("evict_bias")
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return [_parse(DocumentTrace.from_dict, document, path) for document in saved.get("documents", [])], saved.get("evict_bias")
 
 
-def _run_result(run_dir: Path | None) -> dict[str, Any] | None:
-    return None if run_dir is None else _json(run_dir / "result.json")
+def _run_rows(run_dir: Path, result: Mapping[str, Any] | None) -> list[ResultRow]:
+    """Rows of result.json as an evaluation has them: a run measures one operating point, as trained."""
+    rows = [] if result is None else _read_rows(result.get("rows", []), run_dir / "result.json")
+    return [
+        replace(row, suite=row.suite or _RUN_SUITE, evict_bias=None if row.policy == "dense" else row.evict_bias or 0.0) for row in rows
+    ]
 
 
-def _own_row(row: Row) -> Row:
-    """A row of result.json in the form of an evaluation's: the run measures one point, as trained."""
-    bias = None if row["policy"] == "dense" else 0.0
-    return {**row, "suite": row.get("suite") or _OWN_SUITE, "evict_bias": row.get("evict_bias", bias)}
-
-
-def _settings_of_run(run_dir: Path, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    if run is None:
-        return {"run_dir": str(run_dir)}
-    known = {key: run.get(key) for key in ("target_cr", "window", "granularity", "alignment", "device", "versions")}
-    row = next(iter(run.get("rows") or []), {})
-    return {**known, "model": run.get("model"), "run_dir": str(run_dir), "model_hash": row.get("model_hash"), "seed": row.get("seed")}
+def _run_conditions(run_dir: Path, result: Mapping[str, Any] | None) -> Conditions:
+    result = result or {}
+    row: Mapping[str, Any] = next(iter(result.get("rows") or []), {})
+    known = {name: row.get(name) for name in ("model_hash", "seed")}
+    known |= {name: result.get(name) for name in ("model", "target_cr", "window", "granularity", "alignment", "device", "versions")}
+    return Conditions(**_known(Conditions, {**known, "run_dir": str(run_dir)}))
 
 
 def _missing(evidence: Evidence, evaluation: Path | None) -> list[str]:
-    """What this report could show and cannot, with the command that measures it."""
-    model = evidence.settings.get("model") or "MODEL"
     if evaluation is None:
-        folder = evidence.folder
-        model, again = f"{folder}/model", f"dms evaluate {folder}/model --out {folder}/evaluation"
+        again = f"dms evaluate {evidence.folder}/model --out {evidence.folder}/evaluation"
     else:
-        again = f"dms evaluate {model} --out {evaluation}"
+        again = f"dms evaluate {evidence.conditions.model or 'MODEL'} --out {evaluation}"
     found = []
     if not evidence.rows:
         found.append(f"No rows: nothing was measured yet. {again}")
@@ -184,8 +282,8 @@ def _missing(evidence: Evidence, evaluation: Path | None) -> list[str]:
         found.append(f"No traces: there is no document to look into. {again}")
     if not evidence.scaling:
         found.append(f"No hyper-scaling was run. {again} --scaling")
-    if evidence.lm_eval is None:
+    if not evidence.has_lm_eval:
         found.append(f"No task of lm-evaluation-harness was run. {again} --lm-eval TASK")
     if not evidence.metrics:
-        found.append("No training curves: the run's folder with metrics.jsonl was not at hand.")
+        found.append("No training curves: the run folder with metrics.jsonl was not found.")
     return found

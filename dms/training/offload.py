@@ -16,25 +16,29 @@ _STILL_NEAR = 1
 
 
 class Resting:
-    """One tensor. near: on its device, until its group has left and from when it is on its way back. far: in host memory.
-    copied: the last of the side stream's copies of it (None on a CPU). given: it was handed out, and comes back again only if asked for."""
+    """One tensor, in host memory and at times on its device."""
 
     def __init__(self, near: torch.Tensor, far: torch.Tensor, copied: "torch.cuda.Event | None", group: int):
         self.near: torch.Tensor | None = near
-        self.far, self.copied, self.group = far, copied, group
+        """On its device: until its group has left, and again once it is on its way back."""
+        self.far, self.group = far, group
+        """In host memory."""
+        self.copied = copied
+        """The last of the side stream's copies of it; None on a CPU."""
         self.given = False
+        """It was handed out, and comes back again only if asked for."""
         self.device = near.device
 
 
 class HostStore:
-    """Holds the tensors of one forward; a tensor is gone once whoever put it drops what he got for it."""
+    """Holds the tensors of one pass; a tensor is freed once the `Resting` that `put` returned is dropped."""
 
     def __init__(self) -> None:
         # Weak, so that host memory is freed as the backward goes, and at once where there is none.
         self._groups: list[list[weakref.ref[Resting]]] = [[]]
 
     def begin_group(self) -> None:
-        """What is put from here on belongs to the next layer."""
+        """Tensors that are put from here on belong to the next layer."""
         self._groups.append([])
         for resting in self._alive(len(self._groups) - 2 - _STILL_NEAR):
             _wait_for(resting)
@@ -61,12 +65,13 @@ class HostStore:
                 if not other.given:
                     self._begin_return(other)
         _wait_for(resting)
-        # Kept far: a retained graph asks again.
         near, resting.near, resting.given = resting.near, None, True
+        assert near is not None, "_begin_return has made it"
+        # What is far stays: a retained graph asks again.
         return near
 
     def hooks(self) -> AbstractContextManager:
-        """Around the call of a checkpoint: what it saves, the inputs of its layer, rests here."""
+        """For the call of a checkpointed layer: the inputs that it saves rest here."""
 
         def pack(tensor: torch.Tensor):
             return self.put(tensor) if tensor.is_floating_point() and tensor.numel() else tensor
@@ -87,7 +92,7 @@ class HostStore:
             resting.near = resting.far.clone()
             return
         resting.near = torch.empty_like(resting.far, device=resting.device)
-        # Made on the main stream and written on the other, which may not have ended where nobody comes to ask for it.
+        # Allocated on the main stream and written on the other: its memory must not be used anew before that copy ended.
         resting.near.record_stream(_side_stream(resting.device))
         resting.copied = _copy_aside(resting.device, resting.near, resting.far)
 

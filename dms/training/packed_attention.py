@@ -1,59 +1,61 @@
-"""Attention over rows of packed documents in training: by segments and not by masks, in one process or divided among several.
+"""Attention over packed sequences in training: by segments instead of masks, in one process or with sequence parallelism.
 
 Transformers would give packed documents a mask of T x T, or (gpt_oss, opt) let them see each other, and eager attention makes scores
 of T x T. Here the teacher's pass and the layers without gates run on `gated_attention` as well.
 
-Divided, each process holds a stretch of every row, and attention trades tokens for heads, after DeepSpeed-Ulysses (arXiv 2309.14509):
-an all-to-all turns [T/N tokens, all heads] into [all tokens, heads/N], after it another turns back. Gates are computed where their
-token lies and travel beside the keys; alignment, windows and documents are then those of whole rows, so that a border between two
-processes means nothing. All else in a decoder works token by token.
+With sequence parallelism each process holds a part of every sequence, and attention trades tokens for heads, after DeepSpeed-Ulysses
+(arXiv 2309.14509): an all-to-all turns [T/N tokens, all heads] into [all tokens, heads/N], and another one turns the result back. Gates
+are computed where their token is and travel beside the keys; alignment, windows and documents are then those of whole sequences, so that
+a border between two processes means nothing. All else in a decoder works token by token.
 
-Shapes: B batch, T tokens of a row, N processes that share it, S = T / N tokens held here, Hq query heads, H KV heads, D head dim.
+Shapes: B batch, T tokens of a sequence, N processes that share it, S = T / N tokens held here, Hq query heads, H KV heads, D head dim.
 """
 
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from dms import hf_compat, masks
-from dms.attention import take_decision
+from dms.attention import scale_of, take_decision
 from dms.masks import Tokens
+from dms.modes import state_of
 from dms_kernels import gated_attention
+from dms_kernels.gated_attention import FirstPass
 
 # What a layer that carries no gate may be; its attention is then a window of the kernel's.
 _KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
 _numbers = itertools.count()
 
 
-class Rows:
-    """This process's place among the N that share rows, and the attention that they compute.
-
-    tokens: of the whole rows [B, T] of the pass that is running; `set_mode` and recomputation set it.
-    """
+class PackedAttention:
+    """This process's place among the N that share sequences, and the attention that they compute."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        """group: the processes that share rows; None: this one has them whole."""
+        """group: the processes that share sequences; None: this one has them whole."""
         self.group, self.rank, self.size = group, 0, 1
         if group is not None:
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.tokens: Tokens | None = None
-        self.attention_name = f"dms_rows_{next(_numbers)}"
+        """Of the whole sequences [B, T] of the running pass; `set_mode` and recomputation set it."""
+        self.attention_name = f"dms_packed_{next(_numbers)}"
         hf_compat.register_attention(self.attention_name, self._attention)
 
     def part(self, num_tokens: int) -> slice:
-        """Which of a row's tokens lie here."""
+        """Which of a sequence's tokens are here."""
         size = num_tokens // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def held(self, whole_BT: torch.Tensor) -> torch.Tensor:
+        """The part of whole sequences that is here, [B, S]."""
         return whole_BT[:, self.part(whole_BT.shape[1])]
 
     def divide(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch of whole rows -> this process's part of each, with the rows' segments and positions beside it."""
+        """A batch of whole sequences -> this process's part of each, with the whole sequences' segments and positions beside it."""
         parts = {name: self.held(value) if value.dim() >= 2 else value for name, value in batch.items()}
         return {**parts, "row_segment_ids": batch["segment_ids"], "row_position_ids": batch["position_ids"]}
 
@@ -66,8 +68,8 @@ class Rows:
         return part + (whole - part.detach())
 
     @contextmanager
-    def serving(self, model: nn.Module) -> Iterator[None]:
-        """Within it a model without gates, such as a teacher's copy, attends over whole rows."""
+    def serving(self, model: Any) -> Iterator[None]:
+        """Within it a model without gates, such as a teacher that is another model, attends over whole sequences."""
         config = model.config.get_text_config()
         before = hf_compat.set_attention(config, self.attention_name)
         try:
@@ -75,25 +77,38 @@ class Rows:
         finally:
             hf_compat.set_attention(config, before)
 
-    def train_attention(self, query, key, value, *, log_keep_BSH, tokens: Tokens, window: int, sinks: int, alignment: str, **kwargs):
-        """Noisy soft masking over whole rows. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].
+    def train_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        log_keep_BSH: torch.Tensor,
+        tokens: Tokens,
+        window: int,
+        sinks: int,
+        alignment: str,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Noisy soft masking over whole sequences. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].
 
-        log_keep_BSH: of the tokens held here, by the token whose gate decided. tokens: of the whole rows.
+        log_keep_BSH: of the tokens held here, by the token whose gate decided. tokens: of the whole sequences.
         """
         return self._attend(query, key, value, log_keep_BSH, tokens, window=window, sinks=sinks, alignment=alignment, **kwargs)
 
-    def _attention(self, module: nn.Module, query, key, value, attention_mask, sliding_window=None, scaling=None, **kwargs):
-        """What transformers calls while rows are divided: with a decision waiting, train mode; else dense, or a sliding window."""
+    def _attention(self, module: Any, query, key, value, attention_mask, sliding_window=None, scaling=None, **kwargs):
+        """What transformers calls: in train mode the attention that waits on the layer; else dense attention, or a sliding window."""
         pending = take_decision(module)
         if pending is not None:
             return pending(query, key, value, scaling=scaling, **kwargs), None
         if sliding_window is None and _kind(module) == "sliding_attention":
             raise RuntimeError(
-                f"{type(module).__name__} does not tell its attention function of its sliding window; it cannot be trained on packed rows"
+                f"{type(module).__name__} does not tell its attention function of its sliding window; it cannot be trained on packed sequences"
             )
+        assert self.tokens is not None, "set_mode gives the tokens with this attention"
         log_keep, window = None, 0
         if sliding_window is not None:
-            # Every key leaves with the window, the query's own token counted in it.
+            # Every key leaves with the window, in which the query's own token is counted.
             window = int(sliding_window) - 1
             log_keep = torch.full((*key.shape[:1], key.shape[2], key.shape[1]), float("-inf"), device=key.device)
         out = self._attend(query, key, value, log_keep, self.tokens, window=window, sinks=0, alignment="own", scaling=scaling, **kwargs)
@@ -101,19 +116,19 @@ class Rows:
 
     def _attend(
         self,
-        query,
-        key,
-        value,
-        log_keep_BSH,
-        tokens,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_keep_BSH: torch.Tensor | None,
+        tokens: Tokens,
         *,
-        window,
-        sinks,
-        alignment,
-        first_pass=None,
-        scaling=None,
-        softcap=None,
-        s_aux=None,
+        window: int,
+        sinks: int,
+        alignment: str,
+        first_pass: FirstPass | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **_,
     ) -> torch.Tensor:
         q_BTHD = self._to_heads(query.transpose(1, 2))
@@ -129,7 +144,7 @@ class Rows:
             v_BTHD,
             log_keep_BTH,
             window=window,
-            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            scale=scale_of(scaling, query),
             segment_ids=tokens.segment_BT,
             sinks=sinks,
             softcap=softcap,
@@ -181,12 +196,13 @@ def _trade(x: torch.Tensor, group: dist.ProcessGroup, to_heads: bool) -> torch.T
     return received.permute(1, 2, 0, 3, 4).reshape(B, T // N, N * H, D)
 
 
-def _kind(module: nn.Module) -> str | None:
+def _kind(module: Any) -> str | None:
+    """The kind of an attention layer, as its configuration names it."""
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     return kinds[module.layer_idx] if kinds and getattr(module, "layer_idx", None) is not None else None
 
 
-def other_attention(model: nn.Module, skipped: dict[str, str]) -> list[str]:
+def other_attention(model: Any, skipped: dict[str, str]) -> list[str]:
     """Kinds of layers whose attention is not computed here. skipped: layers without gates, and why."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if kinds:
@@ -194,16 +210,16 @@ def other_attention(model: nn.Module, skipped: dict[str, str]) -> list[str]:
     return sorted(set(skipped.values()))
 
 
-def local_rows(model: nn.Module, *, packs: bool) -> Rows | None:
-    """For rows that lie in one process. None: transformers' own attention serves as well (a document a row, no eager attention), or
-    it alone can."""
-    state = model.dms
+def local_rows(model: nn.Module, *, packs: bool) -> PackedAttention | None:
+    """For sequences that one process has whole. None: transformers' own attention serves as well (one document a sequence, no eager
+    attention), or a layer needs it."""
+    state = state_of(model)
     gains = packs or state.original_attention == "eager"
-    return Rows() if gains and not other_attention(model, state.skipped) else None
+    return PackedAttention() if gains and not other_attention(model, state.skipped) else None
 
 
-def check_sharing(model: nn.Module, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
-    """Raises ValueError where `size` processes cannot share this model's rows of `num_tokens` tokens."""
+def check_sharing(model: Any, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
+    """Raises ValueError where `size` processes cannot share this model's sequences of `num_tokens` tokens."""
     text = model.config.get_text_config()
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -220,7 +236,8 @@ def check_sharing(model: nn.Module, size: int, num_tokens: int, skipped: dict[st
             f"sequence_parallel is {size}, and {type(model).__name__} has layers whose attention is not computed here ({', '.join(other)}), "
             "which would see this process's tokens alone; set sequence_parallel: 1"
         )
-    if model.dms.rotary.frequencies_of(num_tokens) != model.dms.rotary.frequencies_of(1):
+    rotary = state_of(model).rotary
+    if rotary.frequencies_of(num_tokens) != rotary.frequencies_of(1):
         raise ValueError(
             f"sequence_parallel is {size}, and the rotary frequencies of {type(model).__name__} depend on a text's length, of which each process "
             f"sees its part alone; set sequence_parallel: 1, or a data.length below {num_tokens} that needs no other frequencies"

@@ -1,14 +1,15 @@
-"""Weights that DeepSpeed's ZeRO-3 has divided among processes, seen whole for a moment. Without ZeRO-3 nothing happens here."""
+"""Weights that DeepSpeed's ZeRO-3 has divided among processes, made whole for a moment. Without ZeRO-3 these functions change nothing."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from dms.upstream import changed
 
-# What DeepSpeed gives a divided parameter: a number, its elements, and the part that lies here.
+# Attributes that DeepSpeed gives a divided parameter: a number, the number of its elements, and this process's part.
 _MARKS = ("ds_id", "ds_numel", "ds_tensor")
 
 
@@ -25,8 +26,8 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return bool(marked)
 
 
-def num_elements(parameter: torch.Tensor) -> int:
-    """Elements of the whole parameter, however little of it lies here."""
+def num_elements(parameter: Any) -> int:
+    """Elements of the whole parameter, however little of it this process holds."""
     return parameter.ds_numel if is_sharded(parameter) else parameter.numel()
 
 
@@ -46,6 +47,7 @@ def gathered(parameters: Iterable[torch.Tensor], modify: bool = False) -> Abstra
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of parameters that this process holds: its shards and whatever is gathered now."""
     total = 0
+    parameter: Any
     for parameter in model.parameters():
         total += parameter.numel() * parameter.element_size()
         if is_sharded(parameter):

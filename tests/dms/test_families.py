@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import dms
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import set_mode
+from dms.retrofitting import gate_parameters
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_oss", "gpt_neox", "starcoder2")
 MORE = (

@@ -12,7 +12,8 @@ import dms
 from dms import layer_discovery as adapter
 from dms.hf_compat import CACHE_NAMES, cache_argument
 from dms.layer_discovery import find_layers
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import set_mode
+from dms.retrofitting import gate_parameters
 
 
 def test_gates_are_named_by_layer(build_model):
@@ -335,7 +336,7 @@ def test_a_layer_that_does_not_fill_its_cache_is_noticed(build_gated, make_batch
 
     monkeypatch.setattr(dms.DMSCache, "update", skipping)
     set_mode(model, "evict")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="no keys and values of the pass were put into it"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="before the pass's keys and values were put into it"):
         model(**make_batch(2, 16), use_cache=True)
 
 

@@ -10,8 +10,7 @@ import dms
 from dms.cache import masked_cache
 from dms.evaluation.engine.decode import read
 from dms.hf_compat import cache_argument
-from dms.retrofitting import set_mode
-from dms.rotary import reading
+from dms.modes import reading, set_mode
 
 LIMIT = 64
 _PAIRS = 8

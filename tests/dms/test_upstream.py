@@ -2,34 +2,29 @@
 
 import pytest
 
-from dms import upstream
+from dms import requirements, upstream
 
-ASKED = [
-    "torch<2.14,>=2.11",
-    'lm_eval<0.5,>=0.4.9; extra == "evaluate"',
-    "transformers!=5.21,>=5.17",
-    'datasets[vision]~=5.2; extra == "train"',
-]
+ASKED = ["torch<2.14,>=2.11", 'lm_eval<0.5,>=0.4.9; extra == "evaluate"', 'datasets[vision]~=5.2; extra == "train"']
 
 
-@pytest.mark.parametrize(
-    ("package", "versions"),
-    [("torch", "<2.14,>=2.11"), ("lm-eval", "<0.5,>=0.4.9"), ("Datasets", "~=5.2"), ("transformers", None), ("wandb", None)],
-)
-def test_tested_versions_are_those_that_this_package_asks_for(monkeypatch, package, versions):
-    monkeypatch.setattr(upstream.metadata, "requires", lambda name: ASKED if name == "dms-retrofit" else None)
-    assert upstream.tested_versions(package) == versions
-
-
-def test_the_error_names_package_touch_need_and_cure(monkeypatch):
-    monkeypatch.setattr(upstream.metadata, "requires", lambda name: ASKED)
+@pytest.fixture
+def versions(monkeypatch):
     monkeypatch.setattr(upstream.metadata, "version", lambda name: "2.15.0")
-    error = upstream.changed("compat.set_world_group", "torch", "torch.new_group")
+
+
+@pytest.mark.parametrize(("package", "tested"), [("torch", ">=2.11,<2.14"), ("lm-eval", ">=0.4.9,<0.5"), ("Datasets", "~=5.2")])
+def test_the_error_names_package_touch_need_and_cure(distribution, versions, package, tested):
+    distribution(ASKED)
+    error = upstream.changed("compat.set_world_group", package, "torch.new_group")
     assert isinstance(error, RuntimeError)
     assert str(error) == (
-        "torch 2.15.0: compat.set_world_group needs torch.new_group, which is not there any more; "
-        "install torch <2.14,>=2.11, which this version was tested with, or see docs/upstream.md"
+        f"{package} 2.15.0: compat.set_world_group needs torch.new_group, which is not there any more; "
+        f"install {package} {tested}, which this version was tested with, or see docs/upstream.md"
     )
+
+
+def test_a_package_without_bounds(distribution, versions):
+    distribution(ASKED)
     assert (
         str(upstream.changed("compat.x", "wandb", "y"))
         == "wandb 2.15.0: compat.x needs y, which is not there any more; see docs/upstream.md"
@@ -37,9 +32,10 @@ def test_the_error_names_package_touch_need_and_cure(monkeypatch):
 
 
 def test_without_metadata_it_is_said_as_well(monkeypatch):
-    def missing(name):
-        raise upstream.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(upstream.metadata, "requires", missing)
-    monkeypatch.setattr(upstream.metadata, "version", missing)
-    assert str(upstream.changed("compat.x", "torch", "y")).startswith("torch of unknown version: compat.x needs y")
+    monkeypatch.setattr(requirements, "DISTRIBUTION", "not-installed-here")
+    requirements._ranges.cache_clear()
+    error = upstream.changed("compat.x", "not-installed-either", "y")
+    requirements._ranges.cache_clear()
+    assert str(error).startswith("not-installed-either of unknown version: compat.x needs y") and str(error).endswith(
+        "see docs/upstream.md"
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 from dms_kernels import dispatch, distill_loss, distill_loss_topk, top_log_probs
 from dms_kernels.distill_loss import LOSS_BYTES, chunk_rows, chunked, fused
 from dms_kernels.distill_loss.reference import distill_loss_reference

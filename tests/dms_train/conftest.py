@@ -1,7 +1,17 @@
 """A tiny random model folder with a real tokenizer, and a recipe for it."""
 
+import signal
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c():
+    """Tests that a shell runs in the background inherit that SIGINT is ignored, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from dms_train import bench_retrofit as bench
 from dms_train.step import HeadLoss
 
+from dms.attention import train_attention
+from dms.benchmarks.model import qwen3_8b
+from dms.costs.stand_in_attention import replaced_attention
 from dms_kernels import gated_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +23,7 @@ NOT_ON_A_BARE_MACHINE = ("pydantic", "typer", "accelerate", "datasets", "wandb",
 
 @pytest.fixture(scope="module")
 def model():
-    return bench.build(bench.Settings(config=bench.QUICK, length=128, window=16), torch.device("cpu"))
+    return bench.build(bench.StepBenchmark(config=qwen3_8b() | bench.TINY, length=128, window=16), torch.device("cpu"))
 
 
 def test_gates_evict_their_share(model):
@@ -45,6 +49,40 @@ def test_flex_attention_is_the_same_attention():
     with torch.no_grad():
         ours, theirs = gated_attention(q, k, v, log_keep, **options), bench.flex_attention(compiled=False)(q, k, v, log_keep, **options)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def _step(model):
+    batch = bench.make_batch(model, 128, torch.device("cpu"))
+    loss = HeadLoss(model, None, beta=0.0, chunk=None)
+    options = {"target": 1.0, "normalizer": bench.Normalizer(128, 1), "seed": 0, "compression_weight": 1.0}
+    return bench.distill_step(model, None, batch, head_loss=loss, **options)
+
+
+def test_a_step_by_flex_attention_is_the_same_step(model):
+    """Forward alone: FlexAttention has no backward on a CPU."""
+    with torch.no_grad():
+        ours = _step(model)
+        with replaced_attention(model, partial(bench.flex_train_attention, bench.flex_attention(compiled=False))):
+            theirs = _step(model)
+    torch.testing.assert_close(theirs.kl, ours.kl, rtol=1e-3, atol=1e-6)
+
+
+def test_replaced_attention_is_called_in_recomputations_too_and_goes_again(model):
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(1)
+        return train_attention(*args, **kwargs)
+
+    ours = _step(model).loss
+    with replaced_attention(model, attend):
+        theirs = _step(model).loss
+        assert len(calls) == bench.TINY["num_hidden_layers"]
+        theirs.backward()
+    assert len(calls) == 2 * bench.TINY["num_hidden_layers"] and torch.equal(theirs, ours)
+    model.zero_grad(set_to_none=True)
+    _step(model)
+    assert len(calls) == 2 * bench.TINY["num_hidden_layers"]
 
 
 def test_the_loss_over_whole_logits_is_the_same_loss(model):

@@ -70,7 +70,7 @@ def test_bad_recipes_are_refused_before_any_work(run, recipe, tmp_path, override
 def test_duplicate_key(run, recipe):
     path = recipe()
     path.write_text(path.read_text() + "steps: 3\n")
-    assert_refused(run("retrofit", path), "'steps' stands twice")
+    assert_refused(run("retrofit", path), "'steps' is given twice")
 
 
 def test_recipe_that_is_not_there(run):
@@ -115,10 +115,8 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
         "records,text",
         "--lengths",
         192,
-        "--num-documents",
-        2,
-        "--prefill-chunk",
-        48,
+        "num_documents=2",
+        "prefill_chunk=48",
     ]
     code, out, err = run("evaluate", tmp_path / "run" / "model", *small, "--card")
     assert code == 0 and "sliding" in out and "1/" in out, err
@@ -130,7 +128,11 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     code, out, err = run("evaluate", tmp_path / "run" / "model", *small, "--strict")
     assert code == 1 and "few_samples: dms: " in err
     assert_refused(run("evaluate", tmp_path / "run" / "model", "--tasks", "none"), "nothing to measure", "--lm-eval")
-    assert_refused(run("evaluate", tmp_path / "run" / "model", "--problems", "p.jsonl"), "add --scaling")
+    # The settings' file and keys give way to options.
+    (tmp_path / "settings.yaml").write_text("policies: [dense]\nsuites: [words]\nnum_documents: 1\nquick: true\n")
+    code, out, err = run("evaluate", tmp_path / "run" / "model", tmp_path / "settings.yaml", "seed=8", *small, "--out", tmp_path / "eight")
+    written = json.loads((tmp_path / "eight" / "settings.json").read_text())
+    assert code == 0 and (written["seed"], written["suites"], written["num_documents"]) == (8, ["records", "text"], 2), err
     assert_refused(run("evaluate", tmp_path / "run" / "model", "--lengths", "1k"), "--lengths is '1k'", "1024,2048")
     code, out, err = run("report", tmp_path / "run")
     assert code == 0 and (tmp_path / "run" / "report.html").stat().st_size > 10_000, err
@@ -156,3 +158,28 @@ def test_of_several_processes_the_first_speaks_of_versions(run, distribution, re
     distribution(["transformers<2"])
     monkeypatch.setenv("RANK", "1")
     assert "warning" not in run("retrofit", recipe(model="/nowhere/model"))[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-k", 32], "--max-k moved to the settings: write scaling.max_k=32 after the model"),
+        (["--num-documents=5"], "--num-documents moved to the settings: write num_documents=5 after"),
+        (["--chat-template", "--quick"], "write chat=true after"),
+        (["--stop", "x"], 'write scaling.stop=["x"] after'),
+        (["one.yaml", "two.yaml"], "one.yaml, two.yaml: one settings file is read"),
+        (["nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor a packaged recipe"),
+        (["num_document=5"], "unknown key 'num_document' (did you mean 'num_documents'?)"),
+        (["num_documents=many"], "num_documents: Input should be a valid integer; given: 'many'"),
+        (["scaling.stop=[x]"], "name them with problems=FILE.jsonl"),
+        (["--include-path", "tasks"], "lm_eval: key 'tasks' is missing"),
+        (["--policies", "dense,dms,h20"], "'h20' is unknown (did you mean 'h2o'?)"),
+    ],
+)
+def test_what_evaluate_refuses_of_its_settings(run, arguments, said):
+    assert_refused(run("evaluate", "anywhere", *arguments), said)
+
+
+def test_an_option_that_evaluate_never_had(run):
+    code, _, err = run("evaluate", "anywhere", "--maxk", 3)
+    assert code == 2 and "no such option: --maxk" in err

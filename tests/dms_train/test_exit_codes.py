@@ -101,7 +101,7 @@ def test_the_launcher_prints_what_it_would_run_in_plain_letters():
 def test_ctrl_c_is_one_line(run, command, goes_on):
     code, err = run(lambda: signal.raise_signal(signal.SIGINT), *command)
     assert code == 130
-    assert err.strip() == "dms: interrupted" + ("; the same command goes on from what is saved" if goes_on else "")
+    assert err.strip() == "dms: interrupted" + ("; the same command continues from what is saved" if goes_on else "")
 
 
 def test_a_launched_process_ends_by_the_signal_so_that_the_launcher_sees_that_nothing_was_saved():
@@ -172,7 +172,7 @@ def test_an_error_without_words_says_its_type_and_place(run, error, code, word):
     number = wordless.__code__.co_firstlineno + 1
     found, err = run(wordless, "generate", "x", "--prompt", "y")
     assert found == code
-    assert err.startswith(f"dms: {word}: {error.__name__} without a word, at {__file__}:{number} in wordless"), err
+    assert err.startswith(f"dms: {word}: {error.__name__} without a message, at {__file__}:{number} in wordless"), err
 
 
 @pytest.mark.parametrize(

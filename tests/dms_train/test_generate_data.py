@@ -13,14 +13,13 @@ import torch
 import yaml
 from dms_train import generate_data
 from dms_train.data.loader import open_data
-from dms_train.data.prompts import prompt_render
-from dms_train.data.shards import Row
-from dms_train.generate_data import run
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.generated_file import Output
+from dms_train.data.shards import Record
+from dms_train.generate_data import prompt_render, run
+from dms_train.generated_file import GeneratedFile
+from dms_train.recipe import GenerateRecipe
 from said import says
 
-from dms.io import base_models as models
+from dms.io import base_models
 
 
 @pytest.fixture
@@ -50,18 +49,20 @@ def generate(values, **changes):
 
 def test_rows_go_on_from_their_prompts(values, tiny_folder, tmp_path):
     rows = generate(values)
-    tokenizer = models.load_tokenizer(str(tiny_folder))
+    tokenizer = base_models.load_tokenizer(str(tiny_folder))
     assert [row["number"] for row in rows] == list(range(10))
     assert {row["prompt_tokens"] for row in rows} == {96} and len({row["completion"] for row in rows}) == 10
     for row in rows:
         assert row["text"] == row["prompt"] + row["completion"]
         assert row["finish_reason"] == "eos" or row["completion_tokens"] == 24
         assert tokenizer(row["prompt"], add_special_tokens=False)["input_ids"][0] == tokenizer.bos_token_id
-    from dms_train.data.cost import Cost
+    from dms_train.data.packing import Cost
     from dms_train.data.settings import Data
 
     data = Data(source="jsonl", path=values["output"], prompt="prompt", completion="completion", loss_on="completions", length=128)
-    stream = open_data(tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_rows=len(tokenizer))
+    stream = open_data(
+        tokenizer, data, batch_size=2, micro_batch_size=2, steps=3, seed=0, cost=Cost(1.0, 1.0), num_embeddings=len(tokenizer)
+    )
     (batch,) = stream.next_step().micro_batches
     # A random model's bytes are read back as other tokens; its prompts are still not counted.
     assert 0 < int(batch["loss_mask"].sum()) < 2 * (128 - 90)
@@ -106,7 +107,7 @@ def test_what_a_kill_leaves_is_gone_on_from(values, left, capsys):
     generate(values)
     with open(path, "rb") as file:
         assert file.read() == whole
-    assert says(capsys.readouterr().out, f"holds {10 if left == 'all' else 4} rows of this recipe: going on")
+    assert says(capsys.readouterr().out, f"holds {10 if left == 'all' else 4} records of this recipe: continuing")
 
 
 @pytest.mark.slow
@@ -137,7 +138,7 @@ def test_rows_of_another_recipe_are_not_gone_on_with(values):
     assert len(rows) == 10
     with open(values["output"], "a") as file:
         file.write('{"number": 3}\n')
-    with pytest.raises(ValueError, match=r"out.jsonl:11 is not the row that was written there"):
+    with pytest.raises(ValueError, match=r"out.jsonl:11 is not the record that was written there"):
         generate(values, seed=7)
 
 
@@ -150,7 +151,7 @@ def test_files_of_others_are_never_overwritten(values, tmp_path):
 
 
 def test_a_file_in_use_is_refused(values):
-    with Output(GenerateRecipe(**values), "sources"):
+    with GeneratedFile(GenerateRecipe(**values), "sources"):
         for changes in ({}, {"seed": 7, "overwrite": True}):
             with pytest.raises(ValueError, match="is being written by another process"):
                 generate(values, **changes)
@@ -218,7 +219,7 @@ def test_draws_follow_the_models_probabilities():
 
 
 def test_a_chats_prompt_is_all_before_the_last_answer(tiny_folder):
-    tokenizer = models.load_tokenizer(str(tiny_folder))
+    tokenizer = base_models.load_tokenizer(str(tiny_folder))
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
@@ -226,7 +227,7 @@ def test_a_chats_prompt_is_all_before_the_last_answer(tiny_folder):
     render = prompt_render(tokenizer, GenerateRecipe(**recipe).prompts, 100)
     chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
     answered, asked, alone, long = render(
-        [Row("x", {"m": m}) for m in (chat, chat[:3], chat[1:2], [{"role": "user", "content": "word " * 200}])]
+        [Record("x", {"m": m}) for m in (chat, chat[:3], chat[1:2], [{"role": "user", "content": "word " * 200}])]
     )
     assert tokenizer.decode(answered.ids) == tokenizer.decode(asked.ids) == "<user>a\n<assistant>b\n<user>c\n<assistant>"
     assert "there is no prompt" in alone.problem and "longer than the context" in long.left_out

@@ -59,21 +59,23 @@ def test_gates_learn_to_evict(finished):
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished):
-    from dms.evaluation.engine.one_pass import evaluate, make_documents, summary
+    from dms.evaluation.engine.run_end import evaluate_run, make_documents
 
     folder, result = finished
     model, tokenizer = dms.load(folder / "model", dtype="float32"), dms.io.base_models.load_tokenizer(str(folder / "model"))
     assert model.dms.trained_length == 192
-    again = evaluate(model, make_documents(tokenizer, num_documents=8, length=192, num_items=3), policies=("dense", "dms"))
-    for policy, scores in again.items():
+    again = evaluate_run(model, make_documents(tokenizer, num_documents=8, length=192, num_items=3), policies=["dense", "dms"])
+    for policy, figures in again.figures.items():
         for metric in ("bits_per_byte", "recall", "cr"):
-            assert summary(scores)[metric] == pytest.approx(result["policies"][policy][metric], rel=1e-4)
+            assert figures.to_dict()[metric] == pytest.approx(result["policies"][policy][metric], rel=1e-4)
 
 
 def test_the_saved_model_generates(finished):
-    from dms_train.generate_command import stream
+    from dms_train.cli import stream_text
 
-    ratios = stream(str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0)
+    ratios = stream_text(
+        str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0
+    )
     assert ratios["seen"] > ratios["alive"] > 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from dms_train import models as students
+from dms_train import models
 from dms_train.recipe import RetrofitRecipe
 
 import dms
@@ -39,11 +39,12 @@ def test_what_reads_images_does_not_train(multimodal, trainable):
     rates = {"lr": 1e-3} if trainable == "gates" else {"lr": 1e-3, "base_lr": 1e-4}
     data = {"source": "builtin", "length": 64}
     shared = {"model": "random", "output_dir": "nowhere", "target_cr": 4, "dms": {"window": 8}, "steps": 2, "batch_size": 2}
-    trained, _ = students.equip(multimodal, RetrofitRecipe(**shared, data=data, optimizer=rates, trainable=trainable))
+    gates, base = models.equip(multimodal, RetrofitRecipe(**shared, data=data, optimizer=rates, trainable=trainable))
     dms.set_mode(multimodal, "train")
     hidden = multimodal.get_decoder()(input_ids=torch.randint(3, 120, (1, 64)), use_cache=False).last_hidden_state
     counts = multimodal.dms.forward.evicted_count.values()
     ((hidden @ multimodal.get_output_embeddings().weight.T).square().sum() + sum(count.sum() for count in counts)).backward()
+    trained = {**gates, **base}
     assert len(trained) >= {"gates": 2, "gates+lora": 80, "all": 60}[trainable]
     assert not [name for name, parameter in trained.items() if parameter.grad is None]
     assert not [name for name, p in multimodal.named_parameters() if p.requires_grad and ("vision" in name or "projector" in name)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dms_train import loop
 from dms_train.cli import app
-from dms_train.ratio_snapshots import write_stage
+from dms_train.ratio_snapshots import write_snapshot
 from dms_train.recipe import RetrofitRecipe
 from safetensors.torch import load_file
 from serving import files_read
@@ -67,7 +67,7 @@ def test_gates_at_a_ratio_on_the_untouched_base(runs, tiny_folder, tmp_path):
 
     assert files_read(out) == files_read(run / "model") == {"model.safetensors"}
 
-    export(write_stage(run, 3.0, tmp_path / "staged"), tmp_path / "alone", format="gates")
+    export(write_snapshot(run, 3.0, tmp_path / "staged"), tmp_path / "alone", format="gates")
     assert files_read(tmp_path / "staged" / "model") == {"model.safetensors"}
     alone, about = read_gates(tmp_path / "alone")
     assert equal(alone, load_file(checkpoint_at(run, 3.0) / "gates.safetensors"))
@@ -78,7 +78,7 @@ def test_gates_at_a_ratio_on_the_untouched_base(runs, tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_every_weight_at_a_ratio(runs, tmp_path):
     run = runs("all")
-    export(write_stage(run, 2.0, tmp_path / "staged"), tmp_path / "out", format="merged")
+    export(write_snapshot(run, 2.0, tmp_path / "staged"), tmp_path / "out", format="merged")
     learned, now, ended = load_file(checkpoint_at(run, 2.0) / "weights.safetensors"), tensors(tmp_path / "out"), tensors(run / "model")
     assert set(learned) <= set(now) and all(torch.equal(now[name], learned[name].to(now[name].dtype)) for name in learned)
     assert not equal(now, ended)
@@ -88,15 +88,15 @@ def test_every_weight_at_a_ratio(runs, tmp_path):
 def test_what_cannot_be_exported_is_said(runs, tmp_path):
     run = runs("gates")
     with pytest.raises(ValueError, match=r"no checkpoint at CR 4; there are: 2, 3 \(a recipe asks for them"):
-        write_stage(run, 4.0, tmp_path / "staged")
+        write_snapshot(run, 4.0, tmp_path / "staged")
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "model")
     with pytest.raises(ValueError, match="no finished run"):
-        write_stage(copy, 2.0, tmp_path / "staged")
+        write_snapshot(copy, 2.0, tmp_path / "staged")
     # A damaged checkpoint is none.
     (checkpoint_at(copy, 2.0) / "gates.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="there are: 3 "):
-        write_stage(copy, 2.0, tmp_path / "staged")
+        write_snapshot(copy, 2.0, tmp_path / "staged")
 
 
 def test_adapters_are_merged_at_the_end_only(runs, tmp_path):
@@ -106,4 +106,4 @@ def test_adapters_are_merged_at_the_end_only(runs, tmp_path):
     values["recipe"]["trainable"] = "gates+lora"
     manifest.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="merged at its end only"):
-        write_stage(copy, 2.0, tmp_path / "staged")
+        write_snapshot(copy, 2.0, tmp_path / "staged")

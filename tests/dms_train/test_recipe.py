@@ -1,10 +1,12 @@
 import pytest
 import yaml
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.recipe import PretrainRecipe, RetrofitRecipe
+from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
 from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 from dms.builtin import recipes_folder
+from dms.evaluation.engine.settings import EvaluationSettings
+
+SCHEMAS = {"pretrain": PretrainRecipe, "generate": GenerateRecipe, "evaluate": EvaluationSettings}
 
 
 @pytest.fixture
@@ -30,10 +32,18 @@ def refusal(path, *overrides):
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
 def test_every_packaged_recipe_loads(name):
-    schema = {"pretrain": PretrainRecipe, "generate": GenerateRecipe}.get(name.rpartition("/")[2], RetrofitRecipe)
+    schema = SCHEMAS.get(name.rpartition("/")[2], RetrofitRecipe)
     recipe = load_recipe(name, [], schema)
     again = yaml.safe_load(dump_recipe(recipe))
     assert schema.model_validate(again) == recipe
+
+
+def test_the_settings_file_of_an_evaluation_names_all_keys_with_their_defaults():
+    loaded = load_recipe("tiny/evaluate", [], EvaluationSettings)
+    assert loaded.model_fields_set == set(EvaluationSettings.model_fields)
+    assert loaded.model_copy(update={"lengths": []}) == EvaluationSettings()
+    # A section that the file switches off is switched on by a key of it.
+    assert load_recipe("tiny/evaluate", ["scaling.max_k=3"], EvaluationSettings).scaling.max_k == 3
 
 
 def test_overrides_are_typed(write):
@@ -78,7 +88,7 @@ def test_the_method_s_section_is_written_out_and_read_again(write):
 
 def test_duplicate_key(write, recipe_values):
     message = refusal(write(text=yaml.safe_dump(recipe_values) + "\nsteps: 9\n"))
-    assert "'steps' stands twice" in message
+    assert "'steps' is given twice" in message
 
 
 def test_wrong_type(write):

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dms_train import artifacts, loop
-from dms_train import checkpoints as saving
+from dms_train import artifacts, checkpoints, loop, models
+from dms_train.engine import Engine, make_accelerator
 from dms_train.recipe import RetrofitRecipe
 from jobs import Job, read_metrics, trajectory
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from said import says
 
@@ -145,7 +146,7 @@ def test_a_run_without_a_checkpoint_begins_anew(recipe_values, cut_at, uninterru
     with pytest.raises(Cut):
         run(recipe_values, save=SAVE)
     run(recipe_values, save=SAVE)
-    assert says(capsys.readouterr().out, "without a checkpoint: it begins anew")
+    assert says(capsys.readouterr().out, "without a checkpoint: it starts over")
     assert trajectory(recipe_values["output_dir"]) == uninterrupted("gates")[0]
 
 
@@ -268,7 +269,7 @@ def test_a_folder_in_use_is_refused(unfinished, monkeypatch):
 
 
 def test_a_full_disk_names_the_last_good_checkpoint_and_the_run_goes_on(recipe_values, uninterrupted, monkeypatch, capsys):
-    original = saving._write_state
+    original = checkpoints._write_state
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(folder, *args):
@@ -281,7 +282,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_the_run_goes_on(recipe_v
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(saving, "_write_state", on_a_full_disk)
+    monkeypatch.setattr(checkpoints, "_write_state", on_a_full_disk)
     run(recipe_values, save={"every": 2, "keep_last": 9})
     out = capsys.readouterr().out
     assert says(out, "the checkpoint of step 4 could not be written") and says(out, "step_000002")
@@ -310,10 +311,8 @@ def long_run(make_values, tmp_path_factory):
     return trajectory(folder)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130), pytest.param("SIGUSR1", 75, marks=pytest.mark.slow)])
-def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(make_values, tmp_path, long_run, name, code):
-    """Killed in steps that each end in a save."""
-    values = make_values(tmp_path / "run", save={"every": 1}, **LONG)
+def stop(values, name, code) -> Job:
+    """A run that got a signal after some steps, saved and ended."""
     job = Job(values)
     job.wait_for_step(2)
     assert job.send(signal.Signals[name]).wait() == code, job.output
@@ -321,6 +320,19 @@ def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(m
     stopped = len(read_metrics(job.folder))
     assert says(job.output, f"stopped by {name} after step {stopped}; the same command continues")
     assert (job.folder / "checkpoints" / f"step_{stopped:06d}").is_dir()
+    return job
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGUSR1", 75, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_stops(make_values, tmp_path, name, code):
+    stop(make_values(tmp_path / "run", **LONG), name, code)
+
+
+def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(make_values, tmp_path, long_run):
+    """Killed in steps that each end in a save."""
+    values = make_values(tmp_path / "run", save={"every": 1}, **LONG)
+    job = stop(values, "SIGTERM", 75)
+    stopped = len(read_metrics(job.folder))
     killed = Job(values)
     killed.wait_for_step(stopped + 1)
     time.sleep(random.uniform(0.0, 0.2))
@@ -344,7 +356,7 @@ def test_ctrl_c_under_the_launcher_saves_and_stops_all(make_values, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(make_values, tmp_path, long_run):
-    """At any moment of steps that each end in a save; a run that got to its end begins anew."""
+    """At any moment of steps that each end in a save; a run that got to its end starts over."""
     values, draw = make_values(tmp_path / "run", save={"every": 1}, **LONG), random.Random(20)
     kills = 0
     while kills < 20:
@@ -369,7 +381,7 @@ def test_a_kill_before_the_report_is_written_leaves_the_run_unfinished(recipe_va
         raise Cut
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts.card, "write_card", failing)
+        patched.setattr(artifacts, "write_run_card", failing)
         with pytest.raises(Cut):
             run(recipe_values, save=SAVE)
     folder = Path(recipe_values["output_dir"])
@@ -405,3 +417,27 @@ def test_what_was_passed_over_does_not_crowd_out_the_new(unfinished):
     (folder / "step_000009.bak").mkdir()
     run(unfinished, save={"every": 3, "keep_last": 1})
     assert sorted(path.name for path in folder.iterdir()) == ["step_000008", "step_000009.bak"]
+
+
+OLD = Path(__file__).parent / "checkpoint_format_2"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored(make_values, tmp_path):
+    """`OLD` is step 3 of a run with adapters on a model of the same shape, written before gates and base were fields of their own."""
+    pytest.importorskip("peft")
+    shutil.copytree(OLD, tmp_path / "checkpoints" / "step_000003")
+    saved = checkpoints.newest(tmp_path, Console())
+    assert saved.position.step == 3 and saved.position.tokens == 3 * 4 * 192 and saved.manifest.num_processes == 1
+    recipe = RetrofitRecipe.model_validate(
+        make_values(tmp_path / "run", trainable="gates+lora", optimizer={"lr": 2e-3, "base_lr": 1e-3}, lora={"rank": 4})
+    )
+    parts = models.build(recipe, torch.float16, "cpu")
+    groups = [{"params": list(part.values()), "peak_lr": 1.0} for part in (parts.gates, parts.base)]
+    made = Engine(make_accelerator(recipe), parts.student, groups, recipe, None)
+    checkpoints.restore(saved, made, parts, recipe, 0)
+    for stored, part in (("gates", parts.gates), ("weights", parts.base)):
+        tensors = load_file(OLD / f"{stored}.safetensors")
+        assert tensors.keys() == part.keys() and all(torch.equal(tensors[name], part[name]) for name in part)
+    first, second = made.optimizer.param_groups
+    assert (first["peak_lr"], second["peak_lr"]) == (2e-3, 1e-3)
+    assert {int(made.optimizer.state[parameter]["step"]) for group in (first, second) for parameter in group["params"]} == {3}

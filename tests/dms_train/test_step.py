@@ -6,14 +6,14 @@ from dms_train.step import HeadLoss, Normalizer, check_head, check_packing, dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dms
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.lm_head import find_head
 from dms.retrofitting import gate_parameters
 
 
 @pytest.fixture
 def student(tiny_folder):
-    model = models.load_base(str(tiny_folder), "float32")
+    model = base_models.load_base(str(tiny_folder), "float32")
     dms.retrofit(model, dms.DMSConfig(window=4))
     generator = torch.Generator().manual_seed(1)
     for parameter in gate_parameters(model).values():
@@ -94,7 +94,7 @@ def test_noise_belongs_to_the_sequence_not_to_its_row(student):
 
 
 def test_a_separate_teacher_gives_the_same_loss_and_gets_no_gradient(student, tiny_folder):
-    teacher = models.load_base(str(tiny_folder), "float32").requires_grad_(False)
+    teacher = base_models.load_base(str(tiny_folder), "float32").requires_grad_(False)
     arguments = dict(target=0.5, normalizer=Normalizer(96, 2), seed=0, compression_weight=1.0)
     own = distill_step(student, None, make_batch(2), head_loss=HeadLoss(student, None, beta=1.0, chunk=64), **arguments)
     other = distill_step(student, teacher, make_batch(2), head_loss=HeadLoss(student, teacher, beta=1.0, chunk=64), **arguments)
@@ -213,7 +213,9 @@ def test_a_teacher_that_sees_across_packed_documents_is_refused():
 def test_packed_documents_beside_padding_are_as_those_documents_alone(student, monkeypatch):
     """A row of 23 and 11 tokens and 6 of padding: the KL is that of the two documents by themselves."""
     # Noise goes by places in the row.
-    monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
+    monkeypatch.setattr(
+        "dms.training.soft_decisions.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads)
+    )
 
     def kl(ids, segment, position):
         batch = {"input_ids": ids, "segment_ids": segment, "position_ids": position, "number": torch.zeros(len(ids), dtype=torch.long)}

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dms_train import cache_teacher, loop
-from dms_train import models as students
+from dms_train import cache_teacher, loop, models
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step import HeadLoss, Normalizer, distill_step
-from dms_train.teacher_cache import BATCH_KEYS, row_key
+from dms_train.teacher_cache import BATCH_KEYS, sequence_key
 from jobs import Job, read_metrics
 
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.retrofitting import retrofit
 from dms_kernels import top_log_probs
 
@@ -38,7 +37,7 @@ def cached(make_values, tmp_path_factory):
 
 
 def source_of(recipe):
-    return list(cache_teacher.rows_of(recipe, models.load_tokenizer(recipe.model)))
+    return list(cache_teacher.sequences_of(recipe, base_models.load_tokenizer(recipe.model)))
 
 
 def batch_of(recipe, numbers):
@@ -48,7 +47,7 @@ def batch_of(recipe, numbers):
 
 def test_what_is_read_is_what_the_teacher_says(cached):
     recipe = load(cached)
-    model = models.load_base(recipe.model, "float32")
+    model = base_models.load_base(recipe.model, "float32")
     batch = cache_teacher.open_for(recipe, 1024).add_to(batch_of(recipe, [5, 30]))
     ids, log_probs, log_tail = (batch[name] for name in BATCH_KEYS)
     assert ids.shape == log_probs.shape == (2, 192, 48) and log_tail.shape == (2, 192)
@@ -67,7 +66,7 @@ def test_fewer_tokens_than_are_there_can_be_used(cached):
     few = load(cached, teacher_cache={**cached["teacher_cache"], "top_k": 5})
     batch = batch_of(recipe, [3])
     ids, log_probs, log_tail = (cache_teacher.open_for(few, 1024).add_to(batch)[name] for name in BATCH_KEYS)
-    model = models.load_base(recipe.model, "float32")
+    model = base_models.load_base(recipe.model, "float32")
     with torch.no_grad():
         hidden = model.base_model(batch["input_ids"]).last_hidden_state[0]
     want = top_log_probs(hidden, model.lm_head.weight.detach(), 5)
@@ -79,7 +78,7 @@ def test_fewer_tokens_than_are_there_can_be_used(cached):
 def test_the_step_with_it_is_the_exact_step_but_for_the_tail(cached):
     """One step's loss and gate gradients, at several k."""
     recipe = load(cached)
-    student = models.load_base(recipe.model, "float32")
+    student = base_models.load_base(recipe.model, "float32")
     retrofit(student, recipe.dms)
     gates = [layer.module.dms_gate.weight for layer in student.dms.layers]
     with torch.no_grad():
@@ -112,8 +111,8 @@ def test_runs_share_it_run_no_teacher_and_end_where_exact_ones_do(cached, tmp_pa
     changes = {"target_cr": 3, "dms": {"window": 12}, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     if trainable == "all":
         changes |= {"trainable": "all", "optimizer": {"lr": 1e-3, "base_lr": 1e-5, "warmup_steps": 1}}
-    built, modes, build, step = [], [], students.build, loop.distill_step
-    monkeypatch.setattr(students, "build", lambda *args: built.append(build(*args)) or built[-1])
+    built, modes, build, step = [], [], models.build, loop.distill_step
+    monkeypatch.setattr(models, "build", lambda *args: built.append(build(*args)) or built[-1])
 
     def watched(student, *args, **kwargs):
         hook = student.dms.decoder.register_forward_pre_hook(lambda *_: modes.append(student.dms.mode))
@@ -138,9 +137,13 @@ def test_runs_share_it_run_no_teacher_and_end_where_exact_ones_do(cached, tmp_pa
 
 def test_a_row_is_known_by_its_content(cached):
     ids, segment = torch.arange(10), torch.tensor([1, 1, 1, 2, 2, 2, 2, 3, 0, 0])
-    key = row_key(ids, segment)
-    assert key == row_key(ids.int(), torch.where(segment > 0, segment + 4, 0).int())
-    others = [row_key(ids + 1, segment), row_key(ids, (segment > 0).long()), row_key(ids, torch.where(segment > 0, segment, 4))]
+    key = sequence_key(ids, segment)
+    assert key == sequence_key(ids.int(), torch.where(segment > 0, segment + 4, 0).int())
+    others = [
+        sequence_key(ids + 1, segment),
+        sequence_key(ids, (segment > 0).long()),
+        sequence_key(ids, torch.where(segment > 0, segment, 4)),
+    ]
     assert len({key, *others}) == 4
 
 
@@ -161,7 +164,7 @@ def test_files_that_changed_since_are_noticed(cached, tmp_path):
     }
     recipe = load(cached, **changes)
     cache_teacher.write(recipe)
-    tokenizer = models.load_tokenizer(recipe.model)
+    tokenizer = base_models.load_tokenizer(recipe.model)
     cache_teacher.check(recipe, tokenizer, 1024)
     name = cache_teacher.name_of(recipe, tokenizer)
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts[:-1], "other = 1\n" * 40]))
@@ -209,7 +212,7 @@ def test_damage_is_noticed(cached, tmp_path):
     # One that was cut is as one that is missing, and is written again.
     shard.write_bytes(content[:-5])
     with pytest.raises(ValueError, match="lacks 32 of the run's 32 sequences"):
-        cache_teacher.check(recipe, models.load_tokenizer(recipe.model), 1024)
+        cache_teacher.check(recipe, base_models.load_tokenizer(recipe.model), 1024)
     with pytest.raises(ValueError, match="lacks 32 of the run's 32 sequences"):
         cache_teacher.open_for(recipe, 1024).check_all(source_of(recipe))
     assert cache_teacher.write(recipe)["written"] == 32
@@ -235,7 +238,7 @@ def test_a_foreign_folder_is_left_alone(cached, tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no teacher cache; choose another folder"):
         cache_teacher.write(recipe)
     with pytest.raises(
-        ValueError, match=r"holds 48 tokens .* teacher_cache.top_k is 8: a smaller number can be used with it, but not added"
+        ValueError, match=r"holds 48 tokens .* teacher_cache.top_k is 8: a smaller number can be read from it, but not added to it"
     ):
         cache_teacher.write(load(cached, teacher_cache={**cached["teacher_cache"], "top_k": 8}))
     plain = {name: value for name, value in cached.items() if name != "teacher_cache"}
@@ -294,7 +297,7 @@ def test_the_command_refuses_a_part_that_is_none(cached, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": 0.5}, "beta is 0.5, and a teacher cache serves the forward KL alone: set beta=0, or remove teacher_cache"),
+        ({"beta": 0.5}, "beta is 0.5, and a teacher cache works for the forward KL only: set beta=0, or remove teacher_cache"),
         ({"offload_activations": True}, "offload_activations has no effect without activation_checkpointing"),
     ],
 )

@@ -12,7 +12,7 @@ from dms_train.step import HeadLoss, Normalizer, distill_step
 from jobs import read_metrics
 
 import dms
-from dms.io import base_models as models
+from dms.io import base_models
 
 STEPS, STORED, USED = 30, 128, 64
 
@@ -61,7 +61,7 @@ def _losses(tmp_path, with_cache):
     for parameter in gates:
         parameter.requires_grad_(True)
     chosen = with_cache("none", STORED)
-    rows = list(cache_teacher.rows_of(chosen, models.load_tokenizer(chosen.model)))
+    rows = list(cache_teacher.sequences_of(chosen, base_models.load_tokenizer(chosen.model)))
     batch = torch.utils.data.default_collate([rows[number] for number in (40, 50)])
     head_loss = HeadLoss(student, None, beta=0.0, chunk=None)
 

@@ -156,6 +156,8 @@ def test_a_killed_and_resumed_run_is_one_run(make_recipe, console, ended, tmp_pa
     assert load_recipe(str(tmp_path / "recipe.yaml"), [], RetrofitRecipe) == recipe
     # With a wandb service of its own, which dies with it: this process's would hold on to the run's id for a while.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    # System metrics come every 15 s otherwise.
+    environment["WANDB__STATS_SAMPLING_INTERVAL"] = "0.5"
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "recipe.yaml")]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:

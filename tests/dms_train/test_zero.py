@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dms_train import cache_teacher, engine, loop
-from dms_train import preflight as checks
+from dms_train import cache_teacher, engine, loop, preflight
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import RunFolder
 from jobs import Job, read_metrics, trajectory
@@ -21,7 +20,7 @@ from said import says
 pytest.importorskip("deepspeed")
 
 # The same course for all: how the run is divided among two processes, and what trains.
-STEPS = 16
+STEPS = 12
 ZERO = {
     "zero2": {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
     "zero3": {"zero": {"stage": 3, "offload_param": "cpu"}},
@@ -149,7 +148,7 @@ def test_a_divided_run_goes_on_exactly(make_values, tmp_path, divided, killed, h
         RunFolder(job.folder, recipe, Console()) as run_folder,
         pytest.raises(ValueError, match=r"was written by 2 processes and there are 1.*start 2 processes"),
     ):
-        run_folder.decide(1, checks.base_hash(recipe))
+        run_folder.decide(1, preflight.base_hash(recipe))
 
 
 @pytest.mark.slow
@@ -255,8 +254,10 @@ def test_waiting_for_another_build_is_said(tmp_path, monkeypatch, capsys):
     assert says(capsys.readouterr().out, f"if none does, delete {lock}")
 
 
-def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_path):
-    job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=0.2, **ZERO["zero3"]), 2, "--grace", "1")
+@pytest.mark.parametrize(("how", "minutes"), [("ddp", 0.1), pytest.param("zero3", 0.2, marks=pytest.mark.slow)])
+def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_path, how, minutes):
+    """That DeepSpeed's groups have it as well is a test of compat.set_world_group."""
+    job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=minutes, **DIVIDED[how]), 2, "--grace", "1")
     job.wait_for_step(3)
     os.kill(job.ranks[1], signal.SIGSTOP)
     assert job.wait(90) == 1

@@ -1,11 +1,16 @@
-"""An evaluation's folder as `dms evaluate --out` documents it, with figures made up: several policies, points, lengths and marks."""
+"""A large evaluation with made-up figures: several policies, operating points, lengths and marks. Its files are written from the types that
+`dms evaluate` writes from; `test_the_made_up_evaluation_has_the_form_of_a_real_one` compares them with a real one's."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from dms.report import DocumentTrace
+from dms.evaluation.command import EvaluationResult
+from dms.evaluation.present.findings import Finding, make_findings
+from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
+from dms.report.decisions import FORMAT_VERSION, DocumentTrace, GateProfile, ProfileBin, ProfilePoint
 
 POLICIES = ("dense", "dms", "sliding_window", "h2o", "tova", "snapkv", "keydiff", "random")
 BIASES = (-2.0, 0.0, 2.0)
@@ -23,23 +28,14 @@ SUITES = {
     "passages": (("passages", "accuracy"),),
     "classification": (("few_shot", "accuracy"),),
     "words": (("common_words", "accuracy"), ("frequent_words", "accuracy")),
-    "text": (("text", "bits_per_byte"), ("agreement", "kl"), ("agreement", "top1_agreement"), ("agreement", "divergence_length")),
+    "text": (("text", "bits_per_byte"), ("text", "kl"), ("text", "top1_agreement"), ("text", "divergence_length")),
 }
-WORDS = [
-    sentence
-    for length in LENGTHS
-    for bias, cr in zip(BIASES, ("4.10", "6.80", "9.50"), strict=True)
-    for sentence in (
-        f"At {length} tokens at evict_bias {bias:+g}, dms holds 1/{cr} of the entries.",
-        "It loses to dense in bits per byte of text 1.089 (dense 1.080, +0.009 [+0.006, +0.012]).",
-        "It is not different from dense in recall, single, multi_query, count, passages, few_shot.",
-        "At the same budget it is better than every other policy in recall, single, passages: 3 of 9 figures.",
-    )
-]
-MARKS = ["beyond_training", "budget_missed", "dense_at_chance", "few_samples"]
-SCALING_WORDS = ["In chains, dms with 16 samples reads what dense reads with 2, and passes 0.93 against 0.55."]
+# From dense, which has no such rows.
+DISTANCES = ("kl", "top1_agreement", "divergence_length")
+SCALING_SENTENCES = ["chains, pass@k: dense with 2 chains 0.550, dms with 16 0.930, better (+0.380, +0.200 to +0.500)."]
+SCALING_FINDING = Finding(None, 0.0, "Hyper-scaling on chains at evict_bias +0.", tuple(SCALING_SENTENCES))
 SETTINGS = {
-    "format_version": 1,
+    "format_version": FORMAT_VERSION,
     "model": "runs/cr8/model",
     "model_hash": "0f3c2a9b1d5e",
     "gates_hash": "7b1e9c44aa02",
@@ -66,92 +62,76 @@ SETTINGS = {
 _LOSS = {"dms": 0.01, "sliding_window": 0.75, "h2o": 0.4, "tova": 0.6, "snapkv": 0.3, "keydiff": 0.5, "random": 0.9}
 
 
-def make_rows() -> list[dict]:
-    """A row for each policy, point, length and task, all fields of the row format filled but where it says null."""
+def make_rows() -> list[ResultRow]:
+    """A row for each policy, operating point, length and task; then a task of lm-evaluation-harness, and hyper-scaling."""
     rng = Random(3)
-    rows = []
-    for length in LENGTHS:
-        for suite, tasks in SUITES.items():
-            for bias in BIASES:
-                for policy in POLICIES if bias == BIASES[0] else POLICIES[1:]:
-                    for task, metric in tasks:
-                        if policy == "dense" and task == "agreement":
-                            continue
-                        rows.append(_row(rng, policy, None if policy == "dense" else bias, length, suite, task, metric))
-    # A task of the harness has no length, and neither budget nor intervals.
+    rows = [
+        _row(rng, policy, None if policy == "dense" else bias, length, suite, task, metric)
+        for length in LENGTHS
+        for suite, tasks in SUITES.items()
+        for bias in BIASES
+        for policy in (POLICIES if bias == BIASES[0] else POLICIES[1:])
+        for task, metric in tasks
+        if policy != "dense" or metric not in DISTANCES
+    ]
+    unknown = ("ci_low", "ci_high", "cr_decided", "bytes", "budget", "entries", "peak_entries", "reads", "step_ms", "vs_dense", "vs_dms")
     for policy, value in (("dense", 0.41), ("dms", 0.40)):
-        row = _row(rng, policy, None if policy == "dense" else 0.0, None, "lm_eval", "lm_eval:local", "acc")
-        unknown = (
-            "ci_low",
-            "ci_high",
-            "cr",
-            "cr_decided",
-            "bytes",
-            "budget",
-            "entries",
-            "peak_entries",
-            "reads",
-            "step_ms",
-            "vs_dense",
-            "vs_dms",
-        )
-        rows.append({**row, "value": value, **dict.fromkeys(unknown)})
-    return rows
+        row = _row(rng, policy, None if policy == "dense" else 0.0, None, "lm_eval", "lm_eval:local", "acc,none")
+        rows.append(replace(row, value=value, **dict.fromkeys(unknown)))
+    return [*rows, *make_scaling()]
 
 
-def _row(rng: Random, policy: str, bias: float | None, length: int | None, suite: str, task: str, metric: str) -> dict:
-    dense = policy == "dense"
-    cr = 1.0 if dense else {-2.0: 4.1, 0.0: 6.8, 2.0: 9.5}[bias]
+def _row(rng: Random, policy: str, bias: float | None, length: int | None, suite: str, task: str, metric: str) -> ResultRow:
+    cr = 1.0 if bias is None else {-2.0: 4.1, 0.0: 6.8, 2.0: 9.5}[bias]
     entries = (length or 512) / cr
-    loss = 0 if dense else _LOSS[policy] * (cr / 6.8) * (4 if length == 4096 and policy == "dms" else 1)
+    loss = 0.0 if bias is None else _LOSS[policy] * (cr / 6.8) * (4 if length == 4096 and policy == "dms" else 1)
     value, low, high = _value(rng, metric, loss)
-    marks = []
-    if length is not None and length > TRAINED:
-        marks += ["beyond_training"]
-    if policy == "random" and bias == 2.0 and length == 2048:
-        marks.append("budget_missed")
-    if task == "count" and length == 4096:
-        marks.append("dense_at_chance")
-    if task == "chain_2":
-        marks.append("few_samples")
-    gap = 0.0 if dense else -loss if metric == "accuracy" else loss
-    compared = {"difference": round(gap, 4), "ci_low": round(gap - 0.02, 4), "ci_high": round(gap + 0.02, 4)}
-    compared["verdict"] = "not different" if abs(gap) <= 0.02 else "worse"
-    return {
-        "model": SETTINGS["model"],
-        "model_hash": SETTINGS["model_hash"],
-        "recipe_hash": "c0ffee0123456789",
-        "policy": policy,
-        "task": task,
-        "length": length,
-        "metric": metric,
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "num_samples": 24 if task == "chain_2" else 256,
-        "target_cr": 8.0,
-        "cr_decided": 8.07 if policy == "dms" else 1.0 if dense else None,
-        "cr": cr,
-        "bytes": int(2 * 4 * 32 * 8 * entries),
-        "memory": None if dense else "compacted",
-        "seed": 7,
-        "versions": SETTINGS["versions"],
-        "device": SETTINGS["device"],
-        "seconds": 12.5,
-        "suite": suite,
-        "evict_bias": bias,
-        "budget": None if policy in ("dense", "dms") else entries,
-        "entries": entries * (1.041 if "budget_missed" in marks else 1.0),
-        "peak_entries": entries + 17,
-        "reads": 0.8 * entries,
-        "step_ms": round(2.0 + 3.0 * entries / 1024 + rng.random() * 0.1, 3),
-        "batch_size": 4,
-        "num_documents": 56,
-        "chance": 0.01 if metric == "accuracy" else 0.0,
-        "marks": marks,
-        "vs_dense": None if dense or task == "agreement" else compared,
-        "vs_dms": None if policy in ("dense", "dms") else {**compared, "verdict": "worse"},
+    is_training_free = policy not in ("dense", "dms")
+    holds = {
+        Mark.BEYOND_TRAINING: length is not None and length > TRAINED,
+        Mark.BUDGET_MISSED: policy == "random" and bias == 2.0 and length == 2048,
+        Mark.DENSE_AT_CHANCE: task == "count" and length == 4096,
+        Mark.FEW_SAMPLES: task == "chain_2",
     }
+    marks = tuple(mark for mark, is_so in holds.items() if is_so)
+    gap = -loss if metric == "accuracy" else loss
+    verdict = Verdict.NOT_DIFFERENT if loss <= 0.02 else Verdict.WORSE
+    compared = Comparison(difference=round(gap, 4), ci_low=round(gap - 0.02, 4), ci_high=round(gap + 0.02, 4), verdict=verdict)
+    return ResultRow(
+        model=SETTINGS["model"],
+        model_hash=SETTINGS["model_hash"],
+        recipe_hash="c0ffee0123456789",
+        policy=policy,
+        task=task,
+        length=length,
+        metric=metric,
+        value=value,
+        ci_low=low,
+        ci_high=high,
+        num_samples=24 if task == "chain_2" else 256,
+        target_cr=8.0,
+        cr_decided={"dense": 1.0, "dms": 8.07}.get(policy),
+        cr=cr,
+        bytes=int(2 * 4 * 32 * 8 * entries),
+        memory=None if policy == "dense" else "compacted",
+        seed=7,
+        versions=SETTINGS["versions"],
+        device=SETTINGS["device"],
+        seconds=12.5,
+        suite=suite,
+        evict_bias=bias,
+        budget=entries if is_training_free else None,
+        entries=entries * (1.041 if Mark.BUDGET_MISSED in marks else 1.0),
+        peak_entries=entries + 17,
+        reads=0.8 * entries,
+        step_ms=round(2.0 + 3.0 * entries / 1024 + rng.random() * 0.1, 3),
+        batch_size=4,
+        num_documents=56,
+        chance=0.01 if metric == "accuracy" else None,
+        marks=marks,
+        vs_dense=None if policy == "dense" or metric in DISTANCES else compared,
+        vs_dms=replace(compared, verdict=Verdict.WORSE) if is_training_free else None,
+    )
 
 
 def _value(rng: Random, metric: str, loss: float) -> tuple[float, float, float]:
@@ -168,36 +148,37 @@ def _value(rng: Random, metric: str, loss: float) -> tuple[float, float, float]:
     return 60 / (1 + loss), 50 / (1 + loss), 70 / (1 + loss)
 
 
-def make_scaling() -> list[dict]:
+def make_scaling() -> list[ResultRow]:
     rng = Random(5)
     rows = []
     for policy, cr, start in (("dense", 1.0, 0.42), ("dms", 6.8, 0.41)):
-        for k in (1, 2, 4, 8, 16):
-            for metric, gain in (("pass", 0.13), ("majority", 0.05)):
+        for metric, gain in (("pass", 0.13), ("majority", 0.05)):
+            for k in (1, 2, 4, 8, 16):
                 value = min(0.98, start + gain * math.log2(k))
-                base = _row(rng, policy, None if policy == "dense" else 0.0, 512, "scaling", "chains", "accuracy")
-                base |= {"metric": f"{metric}@{k}", "value": value, "ci_low": value - 0.04, "ci_high": value + 0.04, "k": k}
-                rows.append(base | {"entries_read": 9000 * k / cr, "peak_entries": 300 * k / cr, "marks": []})
+                interval = {"value": value, "ci_low": value - 0.04, "ci_high": value + 0.04}
+                costs = {"entries_read": 9000 * k / cr, "peak_entries": 300 * k / cr, "bytes": None}
+                row = _row(rng, policy, None if policy == "dense" else 0.0, 512, "scaling", "chains", "accuracy")
+                rows.append(replace(row, metric=f"{metric}@{k}", k=k, num_chains=16, **interval, **costs))
     return rows
 
 
-def make_profile() -> dict:
+def make_profile() -> GateProfile:
     points = []
     for bias, evicted in zip(BIASES, (0.78, 0.88, 0.92), strict=True):
         shares = [[min(1.0, evicted + 0.02 * layer - 0.03 * head) for head in range(2)] for layer in range(4)]
         points.append(
-            {
-                "evict_bias": bias,
-                "layer_indices": [0, 1, 2, 3],
-                "evicted_LH": shares,
-                "cr_LH": [[1 / (1 - share * 0.97) for share in row] for row in shares],
-                "bins": [{"start": 64 * i, "end": 64 * (i + 1), "evicted": evicted * (0.8 + 0.2 * i / 31)} for i in range(32)],
-                "positions": [32 * (i + 1) - 1 for i in range(64)],
-                "cr_at": [1 + (1 / (1 - evicted) - 1) * (1 - math.exp(-i / 12)) for i in range(64)],
-            }
+            ProfilePoint(
+                evict_bias=bias,
+                layer_indices=[0, 1, 2, 3],
+                evicted_LH=shares,
+                cr_LH=[[1 / (1 - share * 0.97) for share in row] for row in shares],
+                bins=[ProfileBin(start=64 * i, end=64 * (i + 1), evicted=evicted * (0.8 + 0.2 * i / 31)) for i in range(32)],
+                positions=[32 * (i + 1) - 1 for i in range(64)],
+                cr_at=[1 + (1 / (1 - evicted) - 1) * (1 - math.exp(-i / 12)) for i in range(64)],
+            )
         )
     method = {name: SETTINGS[name] for name in ("window", "sinks", "granularity", "alignment")}
-    return {"format_version": 1, **method, "num_documents": 6, "length": 2048, "points": points}
+    return GateProfile(**method, num_documents=6, length=2048, points=points)
 
 
 def make_trace(number: int, num_tokens: int = 400) -> DocumentTrace:
@@ -222,6 +203,7 @@ def make_trace(number: int, num_tokens: int = 400) -> DocumentTrace:
 
 
 def make_metrics(num_steps: int = 120) -> list[dict]:
+    """Lines of metrics.jsonl."""
     return [
         {
             "step": s,
@@ -233,14 +215,26 @@ def make_metrics(num_steps: int = 120) -> list[dict]:
     ]
 
 
+def rows_file(rows: list[ResultRow]) -> dict:
+    """rows.json."""
+    return EvaluationResult(rows, [*make_findings(rows), SCALING_FINDING]).to_dict()
+
+
 def write_evaluation(folder: Path, **changes) -> Path:
     """settings, rows, scaling, profile, traces and lm_eval in `folder`. changes: a file's content by its stem; None leaves it out."""
+    traces = [make_trace(number).to_dict() for number in (1, 2, 3)]
     files = {
         "settings": SETTINGS,
-        "rows": {"rows": make_rows(), "words": WORDS, "marks": MARKS},
-        "scaling": {"rows": make_scaling(), "words": SCALING_WORDS},
-        "profile": make_profile(),
-        "traces": {"format_version": 1, "evict_bias": 0.0, "documents": [make_trace(n).to_dict() for n in (1, 2, 3)]},
+        "rows": rows_file(make_rows()),
+        "scaling": {
+            "rows": [row.to_dict() for row in make_scaling()],
+            "settings": {},
+            "equal_budget": [],
+            "findings": [SCALING_FINDING.to_dict()],
+            "words": SCALING_SENTENCES,
+        },
+        "profile": make_profile().to_dict(),
+        "traces": {"format_version": FORMAT_VERSION, "evict_bias": 0.0, "documents": traces},
         "lm_eval": {"results": {"local": {"acc,none": 0.4}}},
         **changes,
     }
@@ -256,9 +250,9 @@ def write_run(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_metrics()), encoding="utf-8")
     rows = [
-        {k: v for k, v in row.items() if k not in ("suite", "evict_bias", "marks", "vs_dense", "vs_dms", "entries", "reads", "step_ms")}
+        replace(row, suite=None, evict_bias=None, marks=(), vs_dense=None, vs_dms=None, entries=None, reads=None, step_ms=None).to_dict()
         for row in make_rows()
-        if row["length"] == 2048 and row["evict_bias"] in (None, 0.0) and row["policy"] in ("dense", "dms", "sliding_window")
+        if row.length == 2048 and row.evict_bias in (None, 0.0) and row.policy in ("dense", "dms", "sliding_window")
     ]
     result = {
         "model": "builtin:tiny",
@@ -270,6 +264,7 @@ def write_run(folder: Path) -> Path:
         "trainable": "gates",
         "beta": 0.0,
         "alignment": "own",
+        "granularity": "head",
         "device": SETTINGS["device"],
         "versions": SETTINGS["versions"],
         "rows": rows,

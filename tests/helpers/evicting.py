@@ -3,16 +3,16 @@
 import torch
 
 import dms
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.retrofitting import gate_parameters
 
 
 def embedded(window: int = 8, std: float = 0.3):
     """(model, tokenizer)."""
-    model = models.load_base("builtin:tiny", "float32", "cpu")
+    model = base_models.load_base("builtin:tiny", "float32", "cpu")
     dms.retrofit(model, dms.DMSConfig(window=window, scale=1.0, offset=0.0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in gate_parameters(model).items():
             parameter.normal_(0, std if name.endswith("weight") else 0.1, generator=generator)
-    return model, models.load_tokenizer("builtin:tiny")
+    return model, base_models.load_tokenizer("builtin:tiny")

@@ -58,11 +58,17 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"dms", "dms_kernels"}
+    assert tops == {"dms", "dms_train", "dms_kernels"}
 
 
 def test_wheel_holds_data_and_type_information(names):
-    assert {"dms/py.typed", "dms_train/py.typed", "dms_kernels/py.typed", "dms/costs/hardware.yaml"} <= names
+    assert {
+        "dms/py.typed",
+        "dms_train/py.typed",
+        "dms_kernels/py.typed",
+        "dms/costs/hardware.yaml",
+        "dms/benchmarks/Qwen3-8B.json",
+    } <= names
     assets = {f"dms/report/assets/{path.name}" for path in (ROOT / "dms/report/assets").iterdir()}
     assert assets and assets <= names
 
@@ -70,7 +76,7 @@ def test_wheel_holds_data_and_type_information(names):
 def test_wheel_holds_nothing_else(names):
     """No test, nothing that a build left, no document that lies beside a module."""
     kinds = {PurePosixPath(name).suffix for name in names if ".dist-info/" not in name and "/tiny/model/" not in name}
-    assert kinds == {".py", ".yaml", ".typed", ".js", ".css"}
+    assert kinds == {".py", ".yaml", ".typed", ".json", ".js", ".css"}
     assert not [name for name in names if {"tests", "__pycache__"} & set(PurePosixPath(name).parts) or "/test_" in name]
 
 
@@ -97,30 +103,31 @@ def test_sdist_holds_every_file_of_the_tree(sdist):
 def test_all_brings_every_extra_for_users(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     (everything,) = lines(extras["all"])
-    assert Requirement(everything).extras == set(extras) - {"all", "dev", "serve"}
+    assert Requirement(everything).extras == set(extras) - {"all", "dev", "docs", "serve"}
 
 
-# Imported, and brought by one of ours that cannot do without it.
+OURS = ("dms", "dms_train", "dms_kernels")
+# Imported, and installed with a package that we declare and that needs it.
 BROUGHT = {"packaging": "transformers", "jinja2": "torch", "pyarrow": "datasets"}
 
 
 def test_what_is_imported_is_declared(setup_cfg, packages):
-    """What only happens to be installed here is missing elsewhere."""
+    """A package that only happens to be installed here is missing elsewhere."""
     extras = setup_cfg["options.extras_require"]
     declared = lines(setup_cfg["options"]["install_requires"])
     declared += [line for name in set(extras) - {"all", "dev", "serve"} for line in lines(extras[name])]
     known = {Requirement(line).name for line in declared}
     for one, by in BROUGHT.items():
         assert by in known and one in {canonicalize_name(Requirement(line).name) for line in metadata.requires(by)}
-    # Triton comes with PyTorch's builds for CUDA.
-    known |= {*sys.stdlib_module_names, *BROUGHT, "dms", "dms_kernels", "yaml", "triton"}
-    for path, found in modules(packages, "dms") + modules(packages, "dms_kernels"):
+    # Triton is installed with PyTorch's builds for CUDA.
+    known |= {*sys.stdlib_module_names, *BROUGHT, *OURS, "yaml", "triton"}
+    for path, found in [pair for name in OURS for pair in modules(packages, name)]:
         strangers = {name.split(".")[0] for name in found if name} - known
         assert not strangers, f"{path} imports {strangers}, which setup.cfg does not name"
 
 
 def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
-    """./dms is found first; the rest of the package must then come from the wheel, its recipes are the checkout's."""
+    """./dms is found first, with the checkout's recipes; the other packages come from the wheel."""
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)

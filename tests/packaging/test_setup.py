@@ -17,11 +17,12 @@ from packaging.version import Version
 from rich.console import Console
 
 from dms.evaluation.present.tables import results_table
+from dms.evaluation.stats.collect import RunFigures
 
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),
     ROOT / "scripts" / "slurm.sbatch",
-    *(ROOT / ".ci" / name for name in ("run", "first_command", "package")),
+    *(ROOT / ".ci" / name for name in ("run", "first_command", "package", "release_notes")),
 ]
 
 
@@ -124,7 +125,7 @@ def test_setup_refuses_a_python_that_does_not_fit(checkout, version, complaint):
     [
         ((), {"DMS_VERSIONS": "new"}, "DMS_VERSIONS is 'new'; it may be locked or newest"),
         ((), {"DMS_VENV": "venv"}, "DMS_VENV is 'venv'; give an absolute path"),
-        (("lmeval",), {}, "no extra 'lmeval'; there are: train evaluate report track deepspeed lora serve all dev"),
+        (("lmeval",), {}, "no extra 'lmeval'; there are: train evaluate report track deepspeed lora serve all docs dev"),
     ],
 )
 def test_setup_refuses_what_it_does_not_know(checkout, args, env, complaint):
@@ -269,14 +270,44 @@ def test_what_we_reach_into_has_an_upper_bound(setup_cfg):
     assert touched <= bounded
 
 
+PINNED = r"actions/[a-z-]+@v\d+|pypa/gh-action-pypi-publish@release/v1"
+
+
 @pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
 def test_workflows_run_scripts_that_exist(workflow):
-    (job,) = yaml.safe_load(workflow.read_text())["jobs"].values()
-    for step in job["steps"]:
-        if "uses" in step:
-            assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
-        else:
-            assert os.access(ROOT / step["run"].split()[0], os.X_OK)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    for job in jobs.values():
+        assert job["timeout-minutes"] and {job.get("needs")} <= {None, *jobs}
+        choices = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(PINNED, step["uses"])
+                continue
+            for choice in choices:
+                program, *arguments = step["run"].replace("${{ matrix.command }}", choice.get("command", "")).split()
+                assert set(arguments) <= set(targets) if program == "make" else os.access(ROOT / program, os.X_OK), step["run"]
+
+
+def test_everything_in_github_is_yaml_or_text():
+    for path in (ROOT / ".github").rglob("*.yml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert len(names) == len(set(names)) > 0
+
+
+def test_the_notes_of_the_present_version_can_be_released():
+    command = ROOT / ".ci/release_notes"
+    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "dms/__init__.py").read_text(), re.M)[1]
+    done = subprocess.run([command, f"v{version}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "dms retrofit" in done.stdout, done.stderr
+    done = subprocess.run([command, "v99.0.0"], capture_output=True, text=True)
+    assert done.returncode == 1 and "the tag is v99.0.0" in done.stderr
 
 
 # What continuous integration reads of the first command.
@@ -293,8 +324,10 @@ def test_workflows_run_scripts_that_exist(workflow):
     ids=["good", "nothing evicted", "another size", "a row is missing"],
 )
 def test_the_table_is_read(tmp_path, cr, complaint):
-    figures = {"bits_per_byte": 1.3, "recall": 1.0, "recall_by_distance": [1.0, None, 0.4, 0.0], "cr_decided": None, "memory": "compacted"}
-    table = results_table({name: figures | {"cr": value} for name, value in cr.items()}, "builtin:tiny at 512 tokens, target CR 4")
+    figures = {"bits_per_byte": 1.3, "recall": 1.0, "recall_by_distance": [1.0, None, 0.4, 0.0], "recall_questions": 9, "by_task": {}}
+    figures |= {"cr_decided": None, "bytes": 1000, "seconds": 1.0}
+    by_policy = {name: RunFigures(**figures, cr=value, memory=None if name == "dense" else "compacted") for name, value in cr.items()}
+    table = results_table(by_policy, "builtin:tiny at 512 tokens, target CR 4")
     with (tmp_path / "table.txt").open("w") as file:
         Console(file=file, width=100).print(table)
     done = subprocess.run([sys.executable, ROOT / ".ci/check_table.py", tmp_path / "table.txt"], capture_output=True, text=True)

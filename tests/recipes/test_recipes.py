@@ -35,7 +35,7 @@ PARAMETERS = {
     "gemma-3-4b-pt": 4_300_079_472,
 }
 _HEADER = re.compile(
-    r"^# Hardware: (\d+) x H100 80 GB, of each (\d+) GB in training and (\d+) in evaluation(?:, (\d+) GB of host memory)?;", re.M
+    r"^# Hardware: (\d+) x H100 80 GB, (\d+) GB of each in training and (\d+) in evaluation(?:, (\d+) GB of host memory)?;", re.M
 )
 _HOURS = re.compile(r"([\d.]+) s a step, ([\d.]+) GPU hours of steps")
 
@@ -56,7 +56,7 @@ def header(plan: Plan) -> str:
     used, seconds = plan.own.bytes, plan.own.seconds
     host = f", {used.host / 1e9:.0f} GB of host memory" if used.host > 1e9 else ""
     return (
-        f"# Hardware: {plan.num_gpus} x H100 80 GB, of each {used.peak / 1e9:.0f} GB in training and {used.evaluation / 1e9:.0f} in evaluation{host}; "
+        f"# Hardware: {plan.num_gpus} x H100 80 GB, {used.peak / 1e9:.0f} GB of each in training and {used.evaluation / 1e9:.0f} in evaluation{host}; "
         f"{seconds.total:.1f} s a step, {plan.own.gpu_hours:.1f} GPU hours of steps.\n# These are `dms plan`'s figures; not yet run."
     )
 
@@ -74,10 +74,10 @@ def test_its_plan_fits_and_is_what_its_header_says(name):
     assert found and hours, header(plan)
     num_gpus, training, evaluation, host = (float(figure or 0) for figure in found.groups())
     used = plan.own.bytes
-    told = (num_gpus, training, evaluation, host, *(float(figure) for figure in hours.groups()))
+    stated = (num_gpus, training, evaluation, host, *(float(figure) for figure in hours.groups()))
     planned = (plan.num_gpus, used.peak / 1e9, used.evaluation / 1e9, used.host / 1e9, plan.own.seconds.total, plan.own.gpu_hours)
     # Rounded as they are written.
-    assert told == pytest.approx(planned, rel=0.05, abs=0.5), header(plan)
+    assert stated == pytest.approx(planned, rel=0.05, abs=0.5), header(plan)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_it_is_short_and_says_what_it_needs(name):
     text = text_of(name)
     recipe = load(name)
     assert len(text.splitlines()) <= 30
-    assert "Data: " in text and "Model: " in text and "CR 8 by way of CR 4" in text
+    assert "Data: " in text and "Model: " in text and "CR 8, with a snapshot at CR 4" in text
     assert recipe.target_cr == 8 and recipe.save.at_cr == [4]
     assert recipe.output_dir == f"runs/{name}"
 

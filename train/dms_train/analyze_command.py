@@ -1,13 +1,18 @@
-"""`dms analyze`: a model, a recipe or a configuration as what dms.costs reckons with."""
+"""`dms analyze`: finds the configuration of a model or a recipe, analyses its inference, and prints, writes and draws it."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedConfig
 
 from dms.config import DMSConfig
+from dms.costs import analysis_table as table
 from dms.costs import hardware
+from dms.costs.analysis import analyze, check
+from dms.costs.inference import Machine
+from dms.costs.shapes import context_of, measure
 from dms.errors import writing
 from dms_train.plan_command import read_config
 from dms_train.recipe import RetrofitRecipe
@@ -32,18 +37,11 @@ def run(
     """Analyse and print; write the numbers and the picture where files are named. window: None: the recipe's or the model's own.
 
     Raises:
-        ValueError: a GPU, model, recipe or configuration that there is not, or values that do not go together.
+        ValueError: an unknown GPU, model, recipe or configuration, or values that do not go together.
     """
     card = hardware.load().gpu(gpu)
-    _check_files({"--json": json_file, "--plot": plot})
-    if weight_bits not in (8, 16):
-        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+    _check_options(weight_bits, {"--json": json_file, "--plot": plot})
     values, dms = find(name, config)
-    from dms.costs import analysis_table as table
-    from dms.costs.analysis import analyze, check
-    from dms.costs.inference_cost import Machine
-    from dms.costs.inference_shapes import context_of, measure
-
     check(context_of(values), contexts, ratios)
     dms = dms if window is None else replace(dms, window=window)
     found = analyze(
@@ -68,14 +66,16 @@ def run(
             draw(found, title, plot)
 
 
-def _check_files(named: dict[str, str | None]) -> None:
-    for option, file in named.items():
+def _check_options(weight_bits: int, files: dict[str, str | None]) -> None:
+    if weight_bits not in (8, 16):
+        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+    for option, file in files.items():
         if file is not None and not Path(file).expanduser().parent.is_dir():
             raise ValueError(f"{option} {file}: the folder {Path(file).parent} does not exist; make it, or name another")
 
 
-def find(name: str, config: str | None):
-    """A transformers configuration, and what gates would be: the recipe's, those that the model was retrofitted with, or the defaults.
+def find(name: str, config: str | None) -> tuple[PreTrainedConfig, DMSConfig]:
+    """A transformers configuration, and the gates' settings: the recipe's, those that the model was retrofitted with, or the defaults.
 
     name: a configuration's JSON file, a recipe (a path, or a packaged name), or a model (a folder, or a hub id).
     """
@@ -91,6 +91,6 @@ def find(name: str, config: str | None):
     return _with_gates(read_config(name, config))
 
 
-def _with_gates(values):
+def _with_gates(values: PreTrainedConfig) -> tuple[PreTrainedConfig, DMSConfig]:
     saved = getattr(values, "dms", None)
     return values, DMSConfig() if saved is None else DMSConfig.from_saved(saved, "the configuration's dms")

@@ -12,14 +12,18 @@ from rich.console import Console
 from torch import nn
 
 from dms import report
-from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.gate_profile import trace_document
+from dms.evaluation.engine.run_end import evaluate_run, read_dense
 from dms.evaluation.present.tables import results_table
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.evaluation.stats.results import PolicyResult
+from dms.evaluation.stats.rows import RowContext, describe_device, versions
+from dms.io import base_models, checkpoint
 from dms.io.weights import base_hash
-from dms.report import card
-from dms.retrofitting import retrofit, state_of
+from dms.modes import state_of
+from dms.report.cards import write_run_card
+from dms.report.evidence import TrainingFacts
+from dms.retrofitting import retrofit
 from dms_train.lora import without_adapters
 from dms_train.models import Models
 from dms_train.recipe import RetrofitRecipe
@@ -28,8 +32,8 @@ from dms_train.recipe_file import dump_recipe
 
 def saved_dtype(name: str) -> torch.dtype | None:
     """The dtype that a model's folder is saved in, so that a retrofit is saved in the same."""
-    config = models.load_config(name)
-    if models.is_saved_bfloat16(config):
+    config = base_models.load_config(name)
+    if base_models.is_saved_bfloat16(config):
         return torch.bfloat16
     dtype = getattr(config, "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -66,10 +70,10 @@ def finish(
     student: nn.Module,
     tokenizer,
     *,
-    dense: evaluation.Scores | None,
+    dense: PolicyResult | None,
     weights: checkpoint.Weights,
     base: dict,
-    documents: list,
+    documents: list[EvaluationDocument],
     tokens: int,
     training_seconds: float,
     start: float,
@@ -79,33 +83,31 @@ def finish(
 ) -> dict:
     """Save, evaluate, draw and print. Returns what result.json holds.
 
-    dense: scores of the model as it was, where the student's weights are others now.
+    dense: what the model read as it was, where the student's weights are others now.
     folder: None on processes that only take part in the forward passes of a divided model. forwards_done is called after those.
     """
     if folder is not None:
         model_folder, digest = _save(folder, recipe, student, tokenizer, weights, base)
 
-    settings = recipe.evaluation
     length = len(documents[0].input_ids)
     with console.status("evaluating dense, dms and a sliding window of the same budget"):
-        scores = evaluation.evaluate(student, documents, batch_size=settings.batch_size)
-        if dense is not None:
-            scores["dense"] = dense
+        evaluated = evaluate_run(student, documents, batch_size=recipe.evaluation.batch_size, dense=dense)
     names = [f"layer {layer.index}" for layer in state_of(student).layers]
     trace = trace_document(student, tokenizer, documents[0])
     forwards_done()
     if folder is None:
         return {}
-    common = {
-        "model": recipe.model,
-        "model_hash": digest,
-        "recipe_hash": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
-        "target_cr": recipe.target_cr,
-        "seed": recipe.seed,
-        "versions": evaluation.versions(),
-        "device": evaluation.describe_device(),
-    }
-    rows = [row for s in scores.values() for row in evaluation.rows(s, length=length, common=common)]
+    context = RowContext(
+        model=recipe.model,
+        model_hash=digest,
+        recipe_hash=hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
+        target_cr=recipe.target_cr,
+        seed=recipe.seed,
+        versions=versions(),
+        device=describe_device(),
+    )
+    figures = evaluated.figures
+    rows = evaluated.rows(context, state_of(student).trained_length)
     result = {
         "model": recipe.model,
         "target_cr": recipe.target_cr,
@@ -121,54 +123,51 @@ def finish(
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - start,
         "length": length,
-        "device": common["device"],
-        "versions": common["versions"],
-        "policies": {name: evaluation.summary(s) for name, s in scores.items()},
-        "rows": rows,
+        "device": context.device,
+        "versions": context.versions,
+        "policies": {policy: found.to_dict() for policy, found in figures.items()},
+        "rows": [row.to_dict() for row in rows],
     }
 
     # Before anything is drawn: figures must outlive a failing picture. Its name makes a run finished, so it gets that at the end.
     unnamed = folder / "result.json.new"
     unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), scores["dms"].rate_LH, trace, names)
-    card.write_card(
+    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), evaluated.evicted_share_LH, trace, names)
+    write_run_card(
         model_folder,
         base_name=recipe.model,
         base_license=_license(recipe.model),
         dms_config=asdict(recipe.dms),
         rows=rows,
-        run={
-            k: result[k]
-            for k in ("target_cr", "steps", "tokens", "training_seconds", "device", "versions", "trainable", "beta", "alignment")
-        },
+        run=TrainingFacts.from_result(result),
         data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else recipe.data.describe(),
     )
     result["seconds"] = time.perf_counter() - start
     unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
     unnamed.replace(folder / "result.json")
-    console.print(results_table(result["policies"], f"{recipe.model} at {length} tokens, target CR {recipe.target_cr:g}"))
+    console.print(results_table(figures, f"{recipe.model} at {length} tokens, target CR {recipe.target_cr:g}"))
     console.print(f"wrote {folder}/: model/ gates/ report/ result.json metrics.jsonl ({result['seconds']:.0f} s)", highlight=False)
     return result
 
 
-def dense_scores(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores | None:
-    """Scores of the model as it was, before adapters are merged; None where the student's weights are still those."""
+def dense_result(recipe: RetrofitRecipe, parts: Models, documents: list[EvaluationDocument]) -> PolicyResult | None:
+    """What the model reads as it was, before adapters are merged; None where the student's weights are still those."""
     if recipe.trainable == "gates":
         return None
     model = parts.student if parts.teacher is None else parts.teacher
     if getattr(model, "dms", None) is None:
         retrofit(model, recipe.dms)
     with without_adapters(model):
-        return evaluation.run_policy(model, documents, "dense", batch_size=recipe.evaluation.batch_size)
+        return read_dense(model, documents, batch_size=recipe.evaluation.batch_size)
 
 
-def scores_of_base(recipe: RetrofitRecipe, parts: Models, documents: list) -> evaluation.Scores:
-    """Scores of the base before it trains: with a teacher cache no copy of it is left afterwards."""
+def result_of_base(recipe: RetrofitRecipe, parts: Models, documents: list[EvaluationDocument]) -> PolicyResult:
+    """What the base reads before it trains: with a teacher cache no copy of it is left afterwards."""
     parts.student.eval()
-    scores = evaluation.run_policy(parts.student, documents, "dense", batch_size=recipe.evaluation.batch_size)
+    result = read_dense(parts.student, documents, batch_size=recipe.evaluation.batch_size)
     parts.student.train()
-    return scores
+    return result
 
 
 def _license(name: str) -> str | None:
-    return "apache-2.0" if name.startswith(models.BUILTIN) else None
+    return "apache-2.0" if name.startswith(base_models.BUILTIN) else None

@@ -6,54 +6,36 @@ row, teacher pass to backward, and the gates' optimizer step.
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedConfig
 
-import dms
-import dms.attention
-from dms.benchmarks.model import evict_shares, keep_shares
+from dms.benchmarks.model import evict_shares, keep_shares, qwen3_8b
+from dms.benchmarks.timing import seconds_of
 from dms.config import DMSConfig
 from dms.console import make_console
-from dms.costs.activations import measure as measure_layers
+from dms.costs import activations, flops, hardware, memory, shapes
 from dms.costs.job import Choice, Job
-from dms.costs.training_flops import of_sequence
-from dms.costs.training_memory import Held, of_choice
-from dms.costs.training_shapes import measure as measure_shape
+from dms.costs.stand_in_attention import replaced_attention
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import describe_device, versions
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.lm_head import head_parameters
-from dms.modes import enable_checkpointing
 from dms.retrofitting import gate_parameters, retrofit
+from dms.training.activation_checkpointing import enable_checkpointing
 from dms_train.step import HeadLoss, Normalizer, distill_step
 
-# As in its config.json.
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-QUICK = QWEN3_8B | {
+# Changes to Qwen3-8B that make it small enough for a test.
+TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -61,32 +43,54 @@ QUICK = QWEN3_8B | {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 211,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured. evicted: mean share of tokens that gates evict. repeats: steps after the first, whose median counts."""
+class StepBenchmark:
+    """What is measured."""
 
     config: dict[str, Any]
     length: int = 32768
     window: int = 512
     evicted: float = 0.875
+    """Mean share of tokens that gates evict."""
     layers: int | None = None
+    """None: as many as the configuration says."""
     repeats: int = 2
+    """Steps after the first, whose median counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What a step took; seconds and peak_bytes are None where it ran out of memory. kl: of its first step, to compare."""
+class StepFigures:
+    """What a step took."""
 
     name: str
     seconds: float | None
+    """None: it ran out of memory."""
     peak_bytes: int | None
+    """None: it ran out of memory, or on a CPU."""
     kl: float | None
+    """Of its first step, to compare."""
 
 
-def build(settings: Settings, device: torch.device) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the plan says of a step."""
+
+    peak_bytes: int
+    """Without what is no tensor."""
+    flops: float
+    """Of ours."""
+    dense_flops: float
+    """Without eviction."""
+    peak_flops: float | None
+    """FLOP/s of the GPU; None: it is not in the hardware table."""
+
+
+def build(settings: StepBenchmark, device: torch.device) -> nn.Module:
     """The random model, bfloat16 on a GPU and float32 elsewhere, with gates that evict their shares."""
     from transformers import AutoModelForCausalLM
 
@@ -95,7 +99,7 @@ def build(settings: Settings, device: torch.device) -> nn.Module:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.config.use_cache = False
-    retrofit(model, DMSConfig(window=settings.window))
+    model = retrofit(model, DMSConfig(window=settings.window))
     text = config.get_text_config()
     keep_LH = keep_shares(text.num_hidden_layers, text.num_key_value_heads, settings.evicted, seed=0)
     evict_shares(model, keep_LH, seed=0)
@@ -106,7 +110,7 @@ def build(settings: Settings, device: torch.device) -> nn.Module:
     return model
 
 
-def _config(settings: Settings):
+def _config(settings: StepBenchmark) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     values = dict(settings.config)
@@ -119,7 +123,8 @@ def _config(settings: Settings):
 
 def make_batch(model: nn.Module, length: int, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, length), generator=generator).to(device)
+    head_weight_VM = head_parameters(model)[0]
+    ids = torch.randint(head_weight_VM.shape[0], (1, length), generator=generator).to(device)
     return {
         "input_ids": ids,
         "segment_ids": torch.ones_like(ids),
@@ -129,23 +134,27 @@ def make_batch(model: nn.Module, length: int, device: torch.device) -> dict[str,
     }
 
 
-class WholeLogitsLoss(nn.Module):
+class WholeLogitsLoss(HeadLoss):
     """KL(teacher || student) as it is usually written: all logits at once, in float32."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()
-        self.weights = head_parameters(model)
+        super().__init__(model, None, beta=0.0, chunk=None)
 
-    def forward(self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-        log_s_NV, log_t_NV = (nn.functional.linear(x, *self.weights).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
+    def forward(
+        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *known: torch.Tensor
+    ) -> torch.Tensor:
+        assert hidden_t_NM is not None and not known, "the teacher's pass is part of the step"
+        weight, bias = self.weights[0]
+        assert weight is not None
+        log_s_NV, log_t_NV = (nn.functional.linear(x, weight, bias).float().log_softmax(-1) for x in (hidden_s_NM, hidden_t_NM))
         return (log_t_NV.exp() * (log_t_NV - log_s_NV)).sum(-1)[valid_N].sum()
 
 
-def flex_attention(compiled: bool) -> Callable:
+def flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
     """`gated_attention` by FlexAttention with the gate in its score_mod and causal blocks, as NVIDIA's code has it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    run: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
     def attend(q, k, v, log_keep, *, window, scale, **_):
         gate_BHT, group, T = log_keep.transpose(1, 2).contiguous(), q.shape[2] // k.shape[2], q.shape[1]
@@ -160,13 +169,13 @@ def flex_attention(compiled: bool) -> Callable:
     return attend
 
 
-@contextmanager
-def _rival_attention() -> Iterator[None]:
-    with patch.object(dms.attention, "gated_attention", flex_attention(compiled=True)):
-        yield
+def flex_train_attention(attend: Callable[..., torch.Tensor], query, key, value, *, log_keep_BTH, window, scaling=None, **_):
+    """As `dms.training.soft_decisions.train_attention`."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(q, k, v, log_keep_BTH, window=window, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: HeadLoss, optimizer: torch.optim.Optimizer) -> float:
     """Returns the KL per token."""
     tokens, device = batch["input_ids"].numel(), batch["input_ids"].device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -186,44 +195,48 @@ def take_step(model: nn.Module, batch: dict[str, torch.Tensor], loss: nn.Module,
     return float(output.kl)
 
 
-def measure(name: str, model: nn.Module, batch: dict, loss: nn.Module, settings: Settings, attention) -> Row:
-    is_cuda = batch["input_ids"].is_cuda
+class Contender(NamedTuple):
+    """A way to take the step."""
+
+    name: str
+    loss: HeadLoss
+    attention: AbstractContextManager
+    """Within which it attends."""
+
+
+def measure(one: Contender, model: nn.Module, batch: dict[str, torch.Tensor], settings: StepBenchmark) -> StepFigures:
+    device = batch["input_ids"].device
+    is_cuda = device.type == "cuda"
     gates = list(gate_parameters(model).values())
     before = [gate.detach().clone() for gate in gates]
     optimizer = torch.optim.AdamW(gates, lr=1e-6)
-    seconds, kl = [], None
+    seconds: list[float] = []
+    kls: list[float] = []
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        with attention:
+        with one.attention:
             for _ in range(1 + settings.repeats):
-                start = time.perf_counter()
-                found = take_step(model, batch, loss, optimizer)
-                if is_cuda:
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-                kl = found if kl is None else kl
+                seconds.append(seconds_of(lambda: kls.append(take_step(model, batch, one.loss, optimizer)), device))
     except torch.cuda.OutOfMemoryError:
-        seconds = []
+        return StepFigures(name=one.name, seconds=None, peak_bytes=None, kl=None)
     finally:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for gate, value in zip(gates, before, strict=True):
                 gate.copy_(value)
-    if not seconds:
-        return Row(name=name, seconds=None, peak_bytes=None, kl=None)
     # The first compiles.
-    return Row(name=name, seconds=median(seconds[1:]), peak_bytes=torch.cuda.max_memory_allocated() if is_cuda else None, kl=kl)
+    peak = torch.cuda.max_memory_allocated() if is_cuda else None
+    return StepFigures(name=one.name, seconds=median(seconds[1:]), peak_bytes=peak, kl=kls[0])
 
 
-def expect(settings: Settings, device: torch.device) -> dict[str, float]:
-    """What the plan says of the step: peak_bytes without what is no tensor, flops of ours, dense_flops without eviction. GPU's peak_flops where it is known."""
-    config = _config(settings)
+def expect(settings: StepBenchmark, device: torch.device) -> Expected:
+    """Plan the step."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        model = retrofit(AutoModelForCausalLM.from_config(config), DMSConfig(window=settings.window))
+        model = retrofit(AutoModelForCausalLM.from_config(_config(settings)), DMSConfig(window=settings.window))
     is_cuda, keep = device.type == "cuda", 1.0 - settings.evicted
     job = Job(
         trainable="gates",
@@ -241,27 +254,21 @@ def expect(settings: Settings, device: torch.device) -> dict[str, float]:
         evaluation_length=settings.length,
         evaluation_batch_size=1,
     )
-    shape, held = measure_shape(model), Held.of(job, saved_bfloat16=is_cuda)
-    dtype = torch.bfloat16 if is_cuda else torch.float32
-    made = measure_layers(model, shape, batch=1, length=settings.length, held=dtype, autocast=is_cuda, kernels=is_cuda)
+    shape, itemsize = shapes.measure_training(model), memory.ItemSize.of(job, saved_bfloat16=is_cuda)
+    given = activations.MicroBatch(batch=1, length=settings.length, weight_dtype=itemsize.weight_dtype, autocast=is_cuda, kernels=is_cuda)
+    made = activations.measure(model, shape, given)[1]
     choice = Choice(activation_checkpointing=True)
-    options = {"num_gpus": 1, "gpus_per_node": 8, "kernels": is_cuda, "reserve": False}
-    found = {"peak_bytes": of_choice(shape, job, choice, made, held, **options).peak}
-    for name, share in (("flops", keep), ("dense_flops", 1.0)):
-        found[name] = of_sequence(shape, job, checkpointing=True, keep=share).total
-    return found | _peak_flops(device)
+    used = memory.of_choice(shape, job, choice, made, itemsize, num_gpus=1, gpus_per_node=8, kernels=is_cuda, reserve=False)
+    gpu = hardware.load().gpu_of_device(torch.cuda.get_device_name(device)) if is_cuda else None
+    return Expected(
+        peak_bytes=used.peak,
+        flops=flops.of_sequence(shape, job, checkpointing=True, keep=keep).total,
+        dense_flops=flops.of_sequence(shape, job, checkpointing=True, keep=1.0).total,
+        peak_flops=None if gpu is None else gpu.flops.bf16,
+    )
 
 
-def _peak_flops(device: torch.device) -> dict[str, float]:
-    """Read plainly: what checks the hardware table is not installed everywhere that this runs."""
-    if device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name(device)
-    gpus = yaml.safe_load(Path(dms.__file__).with_name("costs").joinpath("hardware.yaml").read_text(encoding="utf-8"))["gpus"].values()
-    return next(({"peak_flops": float(gpu["flops"]["bf16"])} for gpu in gpus if name in gpu["device_names"]), {})
-
-
-def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[str, float]) -> None:
+def _show(console: Console, settings: StepBenchmark, rows: list[StepFigures], expected: Expected) -> None:
     table = Table(
         "step", "seconds", "tokens/s", "FLOP/s", "of the GPU's", "peak GiB", "KL", title=f"One retrofit step on {describe_device()}"
     )
@@ -269,34 +276,35 @@ def _show(console: Console, settings: Settings, rows: list[Row], expected: dict[
         if row.seconds is None:
             table.add_row(row.name, "out of memory", *["-"] * 5)
             continue
-        rate = expected["flops" if row.name == "ours" else "dense_flops"] / row.seconds
-        share = f"{rate / expected['peak_flops']:.0%}" if "peak_flops" in expected else "-"
+        rate = (expected.flops if row.name == "ours" else expected.dense_flops) / row.seconds
+        share = "-" if expected.peak_flops is None else f"{rate / expected.peak_flops:.0%}"
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
         figures = f"{row.seconds:.3g}", f"{settings.length / row.seconds:,.0f}", f"{rate / 1e12:.4g} T", share, peak, f"{row.kl:.3g}"
         table.add_row(row.name, *figures)
     console.print(table)
     console.print(
-        f"{settings.length} tokens, window {settings.window}, {settings.evicted:.1%} evicted; planned peak {expected['peak_bytes'] / 2**30:.1f} GiB; "
-        f"FLOPs of a step {expected['flops']:.3g}, without eviction {expected['dense_flops']:.3g}, which the others are taken to compute (by our count: seven products in attention's backward, no second forward of it)",
+        f"{settings.length} tokens, window {settings.window}, {settings.evicted:.1%} evicted; planned peak {expected.peak_bytes / 2**30:.1f} GiB; "
+        f"FLOPs of a step {expected.flops:.3g}, without eviction {expected.dense_flops:.3g}, which the others are taken to compute (by our count: seven products in attention's backward, no second forward of it)",
         highlight=False,
     )
 
 
-def run(settings: Settings, out: str | None = None, console: Console | None = None) -> list[Row]:
+def run(settings: StepBenchmark, out: str | None = None, console: Console | None = None) -> list[StepFigures]:
     """Measure, print and, with `out`, write a JSON file."""
     console = console or make_console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(settings, device)
     batch = make_batch(model, settings.length, device)
-    ours = HeadLoss(model, None, beta=0.0, chunk=None)
-    rows = [measure("ours", model, batch, ours, settings, nullcontext())]
-    loss = WholeLogitsLoss(model)
+    ours, whole = HeadLoss(model, None, beta=0.0, chunk=None), WholeLogitsLoss(model)
+    contenders = [Contender("ours", ours, nullcontext())]
     if device.type == "cuda":
-        rows.append(measure("FlexAttention, chunked loss", model, batch, ours, settings, _rival_attention()))
-        rows.append(measure("FlexAttention, whole logits", model, batch, loss, settings, _rival_attention()))
+        flex = partial(flex_train_attention, flex_attention(compiled=True))
+        contenders.append(Contender("FlexAttention, chunked loss", ours, replaced_attention(model, flex)))
+        contenders.append(Contender("FlexAttention, whole logits", whole, replaced_attention(model, flex)))
     else:
         # FlexAttention has no backward on a CPU.
-        rows.append(measure("whole logits", model, batch, loss, settings, nullcontext()))
+        contenders.append(Contender("whole logits", whole, nullcontext()))
+    rows = [measure(one, model, batch, settings) for one in contenders]
     expected = expect(settings, device)
     _show(console, settings, rows, expected)
     if out is not None:
@@ -304,7 +312,7 @@ def run(settings: Settings, out: str | None = None, console: Console | None = No
             "settings": asdict(settings),
             "device": describe_device(),
             "versions": versions(),
-            "expected": expected,
+            "expected": {name: value for name, value in asdict(expected).items() if value is not None},
             "rows": [asdict(row) for row in rows],
         }
         with writing(out):
@@ -323,10 +331,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it works; its figures say nothing")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     given = parser.parse_args(arguments)
-    shape = {"config": QWEN3_8B, "length": given.length, "window": given.window}
-    if given.quick:
-        shape = {"config": QUICK, "length": 256, "window": 16}
-    run(Settings(**shape, evicted=given.evicted, layers=given.layers, repeats=given.repeats), given.json)
+    settings = StepBenchmark(
+        config=qwen3_8b() | (TINY if given.quick else {}),
+        length=256 if given.quick else given.length,
+        window=16 if given.quick else given.window,
+        evicted=given.evicted,
+        layers=given.layers,
+        repeats=given.repeats,
+    )
+    run(settings, given.json)
 
 
 if __name__ == "__main__":

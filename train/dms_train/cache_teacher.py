@@ -1,10 +1,10 @@
-"""`dms cache-teacher`: the teacher's passes of a recipe's run, taken once and written down."""
+"""`dms cache-teacher`: the teacher's forward passes of a recipe's run, made once and written to the teacher cache."""
 
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,31 @@ import torch
 from rich.console import Console
 
 from dms.console import make_console
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.io.vocabulary import num_embeddings, padding_id
 from dms.lm_head import find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.retrofitting import retrofit, set_mode
-from dms.training.packed_attention import Rows, local_rows
+from dms.modes import set_mode
+from dms.retrofitting import retrofit
+from dms.training.packed_attention import PackedAttention, local_rows
 from dms_kernels import top_log_probs
-from dms_train import artifacts
-from dms_train import models as students
-from dms_train import preflight as checks
-from dms_train.data.cost import cost_of
-from dms_train.data.loader import all_rows, open_mixture
+from dms_train import artifacts, models, preflight
+from dms_train.data.loader import all_sequences, open_mixture
 from dms_train.data.mixture import Mixture
-from dms_train.recipe import RetrofitRecipe
+from dms_train.data.packing import cost_of
+from dms_train.recipe import RetrofitRecipe, TeacherCacheSettings
 from dms_train.step import check_head, check_packing
-from dms_train.teacher_cache import Teacher, TeacherCache, row_key
+from dms_train.teacher_cache import Teacher, TeacherCache, TopK, sequence_key
 
-# A shard is closed at the first of these, so that a process that is killed loses little.
+# A shard is closed at the first of these: a process that is killed loses little.
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 60.0
+
+
+def _settings(recipe: RetrofitRecipe) -> TeacherCacheSettings:
+    if recipe.teacher_cache is None:
+        raise ValueError("the recipe names no teacher cache; add teacher_cache.path=FOLDER")
+    return recipe.teacher_cache
 
 
 def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) -> TeacherCache:
@@ -40,59 +45,96 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
     Raises:
         ValueError: see `TeacherCache.open` and `open_or_make`.
     """
-    if recipe.teacher_cache.top_k >= vocab_size:
-        raise ValueError(
-            f"teacher_cache.top_k is {recipe.teacher_cache.top_k} and the vocabulary has {vocab_size} tokens; choose fewer, such as 64"
-        )
-    base_hash = checks.base_hash(recipe)
+    settings = _settings(recipe)
+    if settings.top_k >= vocab_size:
+        raise ValueError(f"teacher_cache.top_k is {settings.top_k} and the vocabulary has {vocab_size} tokens; choose fewer, such as 64")
+    base_hash = preflight.base_hash(recipe)
     if base_hash is None:
         raise ValueError(f"model {recipe.model!r} has no safetensors files here, so that a cache cannot be tied to it; give its folder")
     teacher = Teacher(
         base=recipe.model,
         base_hash=base_hash,
         vocab_size=vocab_size,
-        top_k=recipe.teacher_cache.top_k,
+        top_k=settings.top_k,
         precision=recipe.precision,
     )
-    return (TeacherCache.open_or_make if write else TeacherCache.open)(recipe.teacher_cache.path, teacher)
+    return (TeacherCache.open_or_make if write else TeacherCache.open)(settings.path, teacher)
 
 
-def rows_of(recipe: RetrofitRecipe, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Every row of the recipe's run. Raises ValueError for data that is missing or unreadable."""
-    return _open_rows(recipe, tokenizer)[1]
+def sequences_of(recipe: RetrofitRecipe, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Every sequence of the recipe's run. Raises ValueError for data that is missing or unreadable."""
+    return _open_sequences(recipe, tokenizer)[1]
 
 
-def _open_rows(recipe: RetrofitRecipe, tokenizer: Any) -> tuple[Mixture, Iterator[dict[str, torch.Tensor]]]:
-    config = checks.check_context(recipe)
-    num_rows = num_embeddings(config)
-    settings = {"batch_size": recipe.batch_size, "steps": recipe.steps, "seed": recipe.seed, "cost": cost_of(config), "num_rows": num_rows}
-    mixture = open_mixture(tokenizer, recipe.data, **settings)
-    return mixture, all_rows(mixture, padding_id(tokenizer, num_rows))
+def _open_sequences(recipe: RetrofitRecipe, tokenizer: Any) -> tuple[Mixture, Iterator[dict[str, torch.Tensor]]]:
+    config = preflight.check_context(recipe)
+    size = num_embeddings(config)
+    mixture = open_mixture(
+        tokenizer,
+        recipe.data,
+        batch_size=recipe.batch_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        cost=cost_of(config),
+        num_embeddings=size,
+    )
+    return mixture, all_sequences(mixture, padding_id(tokenizer, size))
 
 
 def name_of(recipe: RetrofitRecipe, tokenizer: Any) -> str:
-    """A name of the run's rows: its settings, and hashes of its files and of its first step's rows."""
+    """A name of the run's data: its settings, and hashes of its files and of its first step's sequences."""
     settings = recipe.model_dump(include={"model", "batch_size", "steps", "seed", "data"})
     for name in ("prefetch", "workers"):
         settings["data"].pop(name)
-    mixture, rows = _open_rows(recipe, tokenizer)
+    mixture, sequences = _open_sequences(recipe, tokenizer)
     files = [reader.fingerprint() for reader in mixture.readers]
-    first = itertools.islice(rows, recipe.batch_size)
-    keys = [row_key(row["input_ids"], row["segment_ids"]) for row in first]
+    first = itertools.islice(sequences, recipe.batch_size)
+    keys = [sequence_key(sequence["input_ids"], sequence["segment_ids"]) for sequence in first]
     return hashlib.sha256(json.dumps([settings, files, keys], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check(recipe: RetrofitRecipe, tokenizer: Any, vocab_size: int) -> None:
-    """Raises ValueError where the recipe's cache does not hold all of its run. Reads all data where no one noted that it does."""
+    """Raises ValueError where the recipe's cache does not hold all of its run. Reads all data, unless a mark says that it does."""
     cache = open_for(recipe, vocab_size)
     name = name_of(recipe, tokenizer)
     if not cache.is_marked(name):
-        cache.check_all(rows_of(recipe, tokenizer))
+        cache.check_all(sequences_of(recipe, tokenizer))
         cache.mark(name)
 
 
+class _ShardWriter:
+    """Collects sequences and writes a shard when enough have come."""
+
+    def __init__(self, cache: TeacherCache, say: Callable[[str], None], total: int):
+        self.cache, self.say, self.total = cache, say, total
+        self.counts = {"written": 0, "tokens": 0, "there": 0, "bytes": 0}
+        self._shard: dict[str, TopK] = {}
+        self._begun = time.monotonic()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.cache or key in self._shard
+
+    def add(self, sequences: dict[str, TopK]) -> None:
+        self._shard |= sequences
+        if self._num_bytes() >= SHARD_BYTES or time.monotonic() - self._begun >= SHARD_SECONDS:
+            self.close_shard()
+
+    def close_shard(self) -> None:
+        if self._shard:
+            path = self.cache.write_shard(self._shard)
+            self.counts["written"] += len(self._shard)
+            self.counts["tokens"] += sum(len(log_tail) for _, _, log_tail in self._shard.values())
+            self.counts["bytes"] += path.stat().st_size
+            self.say(f"{self.counts['written'] + self.counts['there']} of {self.total} sequences")
+        self._shard.clear()
+        self._begun = time.monotonic()
+
+    def _num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for sequence in self._shard.values() for x in sequence)
+
+
 def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console: Console | None = None) -> dict[str, int]:
-    """Write what the recipe's cache lacks of its run's sequences, on one device; killed, it goes on where it was.
+    """Write what the recipe's cache lacks of its run's sequences, on one device; killed, it continues where it was.
 
     part, num_parts: this process takes every num_parts-th sequence, so that several devices can share the work.
 
@@ -101,90 +143,78 @@ def write(recipe: RetrofitRecipe, *, part: int = 0, num_parts: int = 1, console:
     Raises:
         ValueError: a recipe without a teacher cache, or that does not fit its model, data or folder.
     """
-    if recipe.teacher_cache is None:
-        raise ValueError("the recipe names no teacher cache; add teacher_cache.path=FOLDER")
+    settings = _settings(recipe)
     console = console or make_console()
-    tokenizer = models.load_tokenizer(recipe.model)
-    rows = rows_of(recipe, tokenizer)
-    first = next(rows)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    model = models.load_base(recipe.model, students.held_dtype(recipe, base_dtype), device=device)
-    retrofit(model, recipe.dms)
-    sample = first["input_ids"][:32].to(device)
-    check_head(model, sample[None])
-    attention = local_rows(model, packs=recipe.data.packs)
-    if recipe.data.packs and attention is None:
-        check_packing(model, sample)
+    tokenizer = base_models.load_tokenizer(recipe.model)
+    sequences = sequences_of(recipe, tokenizer)
+    # The first sequence shows most of what can be wrong with data, before a model is loaded.
+    first = next(sequences)
+    model, attention = _load_teacher(recipe, first)
     cache = open_for(recipe, model.config.get_text_config().vocab_size, write=True)
-    counts = {"written": 0, "tokens": 0, "there": 0, "bytes": 0}
+    writer = _ShardWriter(cache, lambda text: console.print(text, highlight=False), recipe.steps * recipe.batch_size)
     pending: dict[str, dict[str, torch.Tensor]] = {}
-    shard: dict[str, tuple[torch.Tensor, ...]] = {}
-    begun = time.monotonic()
-
-    def close_shard() -> None:
-        path = cache.write_shard(shard)
-        counts["written"] += len(shard)
-        counts["tokens"] += sum(len(tail) for _, _, tail in shard.values())
-        counts["bytes"] += path.stat().st_size
-        console.print(f"{counts['written'] + counts['there']} of {recipe.steps * recipe.batch_size} sequences", highlight=False)
-        shard.clear()
-
-    for number, row in enumerate(itertools.chain([first], rows)):
+    for number, sequence in enumerate(itertools.chain([first], sequences)):
         if number % num_parts != part:
             continue
-        key = row_key(row["input_ids"], row["segment_ids"])
-        if key in cache or key in shard or key in pending:
-            counts["there"] += 1
+        key = sequence_key(sequence["input_ids"], sequence["segment_ids"])
+        if key in writer or key in pending:
+            writer.counts["there"] += 1
         else:
-            pending[key] = row
-        if len(pending) < recipe.micro_batch_size:
-            continue
-        shard |= _known(model, recipe, pending, attention)
-        pending.clear()
-        if _num_bytes(shard) >= SHARD_BYTES or time.monotonic() - begun >= SHARD_SECONDS:
-            close_shard()
-            begun = time.monotonic()
+            pending[key] = sequence
+        if len(pending) >= recipe.micro_batch_size:
+            writer.add(_top_k(model, recipe, pending, attention))
+            pending.clear()
     if pending:
-        shard |= _known(model, recipe, pending, attention)
-    if shard:
-        close_shard()
+        writer.add(_top_k(model, recipe, pending, attention))
+    writer.close_shard()
     if num_parts == 1:
         cache.mark(name_of(recipe, tokenizer))
+    counts = writer.counts
     per_token = f"; {counts['bytes'] / counts['tokens']:.0f} bytes a token" if counts["tokens"] else ""
     console.print(
-        f"wrote {counts['written']} sequences to {Path(recipe.teacher_cache.path)}/, {counts['there']} were there{per_token}",
-        highlight=False,
+        f"wrote {counts['written']} sequences to {Path(settings.path)}/, {counts['there']} were there{per_token}", highlight=False
     )
     return counts
 
 
+def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tuple[Any, PackedAttention | None]:
+    """The dense model as the run loads it, and its attention over packed sequences. Raises ValueError for one that cannot be distilled."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
+    model = base_models.load_base(recipe.model, models.held_dtype(recipe, base_dtype), device=device)
+    retrofit(model, recipe.dms)
+    ids = sample["input_ids"][:32].to(device)
+    check_head(model, ids[None])
+    attention = local_rows(model, packs=recipe.data.packs)
+    if recipe.data.packs and attention is None:
+        check_packing(model, ids)
+    return model, attention
+
+
 @torch.no_grad()
-def _known(
-    model, recipe: RetrofitRecipe, rows: dict[str, dict[str, torch.Tensor]], attention: Rows | None
-) -> dict[str, tuple[torch.Tensor, ...]]:
-    """The teacher's pass over a batch, as the run would take it: by key, ids [T, K], log_probs [T, K] and log_tail [T]."""
+def _top_k(
+    model: Any, recipe: RetrofitRecipe, sequences: dict[str, dict[str, torch.Tensor]], attention: PackedAttention | None
+) -> dict[str, TopK]:
+    """The teacher's forward pass over a batch, as the run would take it -> its most probable tokens, by key."""
     device = next(model.parameters()).device
-    stacked = {name: torch.stack([row[name] for row in rows.values()]).to(device) for name in ("input_ids", "position_ids", "segment_ids")}
+    names = ("input_ids", "position_ids", "segment_ids")
+    stacked = {name: torch.stack([sequence[name] for sequence in sequences.values()]).to(device) for name in names}
     tokens = Tokens(stacked.pop("segment_ids").int(), stacked["position_ids"].int())
     head, (weight, bias) = find_head(model), head_parameters(model)
     set_mode(model, "dense", tokens=tokens, rows=attention)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
         hidden_BTM = hidden_states(model, stacked)
-        known = top_log_probs(
+        ids, log_probs, log_tail = top_log_probs(
             hidden_BTM.flatten(0, 1),
             weight,
-            recipe.teacher_cache.top_k,
+            _settings(recipe).top_k,
             head_bias=bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             chunk=recipe.loss_chunk,
         )
-    # On the host and small, so that a shard in the making is no burden to the device.
-    known = (known[0].int().cpu(), known[1].half().cpu(), known[2].half().cpu())
-    parts = [x.unflatten(0, hidden_BTM.shape[:2]) for x in known]
-    return {key: tuple(x[b] for x in parts) for b, key in enumerate(rows)}
-
-
-def _num_bytes(shard: dict[str, tuple[torch.Tensor, ...]]) -> int:
-    return sum(x.numel() * x.element_size() for row in shard.values() for x in row)
+    # On the host and in few bytes: a shard in the making takes no device memory.
+    shape = hidden_BTM.shape[:2]
+    ids_BTK, log_probs_BTK = ids.int().cpu().unflatten(0, shape), log_probs.half().cpu().unflatten(0, shape)
+    log_tail_BT = log_tail.half().cpu().unflatten(0, shape)
+    return {key: (ids_BTK[b], log_probs_BTK[b], log_tail_BT[b]) for b, key in enumerate(sequences)}

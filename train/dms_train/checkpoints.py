@@ -1,4 +1,4 @@
-"""Checkpoints that a run continues from: written whole or not at all, checked before they are read, nothing pickled.
+"""Checkpoints that a run continues from: written completely or not at all, verified before they are read, nothing pickled.
 
 `checkpoints/step_000050/` holds `gates.safetensors`, `weights.safetensors` (what else trains), the optimizer's state of each
 process that has one, and `manifest.json`, which names every file with its SHA-256. It is written under another name and renamed
@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dms.errors import describe, writing
 from dms.io import checkpoint
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 from dms.training.sharding import gathered
 from dms_train import compat
 from dms_train.engine import Engine
@@ -38,12 +38,52 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands after `step`. data: the stream's state. Noise and schedule are functions of the step alone."""
+    """Where a run stands after `step`. Noise and schedule are functions of the step alone."""
 
     step: int = 0
     tokens: int = 0
     training_seconds: float = 0.0
     data: dict[str, Any] | None = None
+    """The data cursors, as `Stream.state` gives them; None before the first step."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The base that a run trains on."""
+
+    name: str
+    hash: str | None
+    """Of its files; None where it has none to hash."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must be the same when a run is continued."""
+
+    base: BaseIdentity
+    frozen: str
+    """Digest of the weights that do not train."""
+    data: str
+    """`Stream.digest`."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's manifest.json; the fields are its keys."""
+
+    format_version: int
+    position: Position
+    at_cr: float | None
+    """The ratio of save.at_cr that it was written for; None: a periodic one."""
+    recipe: dict[str, Any]
+    num_processes: int
+    run_id: str | None
+    """The tracker's."""
+    base: BaseIdentity
+    frozen: str
+    data: str
+    files: dict[str, dict[str, Any]]
+    """By name: `sha256` and `bytes`."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +91,19 @@ class Saved:
     """A checkpoint whose files are all there and unchanged."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def position(self) -> Position:
-        return Position(**self.manifest["position"])
+        return self.manifest.position
 
 
 class Saver:
     """Writes the run's checkpoints. All processes call it together."""
 
-    def __init__(self, folder: Path, recipe: RetrofitRecipe, accelerator: Accelerator, console: Console, facts: dict[str, Any]):
+    def __init__(self, folder: Path, recipe: RetrofitRecipe, accelerator: Accelerator, console: Console, identity: RunIdentity):
         self.folder, self.recipe, self.accelerator, self.console = folder / FOLDER, recipe, accelerator, console
-        self.facts = facts
+        self.identity = identity
         self.last: Path | None = None
 
     @property
@@ -71,23 +111,23 @@ class Saver:
         return None if self.last is None else _step(self.last)
 
     def save(self, engine: Engine, parts: Models, position: Position, *, at_cr: float | None, run_id: str | None) -> bool:
-        """Write a checkpoint. Returns whether it is there: a disk that is full does not end the run."""
+        """Write a checkpoint. Returns whether that worked: a full disk does not end the run."""
         if self.recipe.zero.offload_optimizer == "nvme":
-            # Its state lies in DeepSpeed's swap files; the recipe asked for no checkpoints, and a signal cannot have one either.
+            # The optimizer's state is in DeepSpeed's swap files. The recipe asks for no checkpoints; a signal gets none either.
             return False
         target = self.folder / f"step_{position.step:06d}"
         temporary = self.folder / f".{target.name}.new"
         is_main = self.accelerator.is_main_process
-        # Collective under ZeRO-3, so outside of what may fail.
-        gates = _whole({name: parts.trained[name] for name in list(parts.trained)[: parts.num_gates]})
-        files: dict[str, dict] = {}
+        # A collective under ZeRO-3: all processes must get through it, so it comes before anything that may fail.
+        gates = _whole(parts.gates)
+        files: dict[str, dict[str, Any]] = {}
 
         def make_folder() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-        def write_state() -> dict[str, dict]:
-            paths = _write_state(temporary, engine, parts, gates, self.recipe, self.facts["base"], self.accelerator.process_index)
+        def write_state() -> dict[str, dict[str, Any]]:
+            paths = _write_state(temporary, engine, parts, gates, self.recipe, self.identity.base, self.accelerator.process_index)
             return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths}
 
         def finish() -> None:
@@ -112,16 +152,15 @@ class Saver:
         return True
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Run `action`; what it returned on every process. Raises OSError on all of them where it failed on one."""
+        """Run `action` -> its results on all processes. Raises OSError on all of them where it failed on one."""
         result, problem = None, None
         try:
             with writing(self.folder):
                 result = action() if action is not None else None
         except (OSError, SafetensorError) as error:
             problem = describe(error)
-        outcomes = [(result, problem)]
+        outcomes = [(result, problem)] * self.accelerator.num_processes
         if self.accelerator.num_processes > 1:
-            outcomes = [None] * self.accelerator.num_processes
             torch.distributed.all_gather_object(outcomes, (result, problem))
         for rank, (_, failed) in enumerate(outcomes):
             if failed is not None:
@@ -132,50 +171,53 @@ class Saver:
         return f"the last good one is {self.last}" if self.last is not None else "there is none yet"
 
     def _finish(
-        self, temporary: Path, target: Path, files: dict[str, dict], position: Position, at_cr: float | None, run_id: str | None
+        self, temporary: Path, target: Path, files: dict[str, dict[str, Any]], position: Position, at_cr: float | None, run_id: str | None
     ) -> None:
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "position": vars(position),
-            "at_cr": at_cr,
-            "recipe": self.recipe.model_dump(),
-            "num_processes": self.accelerator.num_processes,
-            "run_id": run_id,
-            **self.facts,
-            "files": files,
-        }
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            position=position,
+            at_cr=at_cr,
+            recipe=self.recipe.model_dump(),
+            num_processes=self.accelerator.num_processes,
+            run_id=run_id,
+            base=self.identity.base,
+            frozen=self.identity.frozen,
+            data=self.identity.data,
+            files=files,
+        )
         path = temporary / _MANIFEST
-        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
         _to_disk(path)
         _to_disk(temporary)
         if target.exists():
-            # Left by a run that was stopped after this step and went back further than this.
+            # Left by a run that had come further, and was continued from an earlier checkpoint.
             _remove(target)
         temporary.rename(target)
         _to_disk(self.folder)
 
     def _rotate(self) -> None:
-        periodic = [folder for folder in _folders(self.folder) if (read := _manifest(folder)) is None or read["at_cr"] is None]
+        periodic = [folder for folder in _folders(self.folder) if (read := _manifest(folder)) is None or read.at_cr is None]
         for old in periodic[: -self.recipe.save.keep_last]:
             _remove(old)
 
 
 def _write_state(
-    folder: Path, engine: Engine, parts: Models, gates: dict[str, torch.Tensor], recipe: RetrofitRecipe, base: dict, rank: int
+    folder: Path, engine: Engine, parts: Models, gates: dict[str, torch.Tensor], recipe: RetrofitRecipe, base: BaseIdentity, rank: int
 ) -> list[Path]:
     """This process's files, on disk."""
-    stage, paths = recipe.zero.stage, []
+    stage = recipe.zero.stage
+    paths: list[Path] = []
     if stage > 0:
         paths += _write_tree(folder / f"zero_rank{rank}", compat.zero_state(engine.optimizer, stage))
     if rank == 0:
         paths.append(
             checkpoint.save_gates(
-                parts.student, folder, base_name=base["name"], base_digest=base["hash"] or "", target_cr=recipe.target_cr, tensors=gates
+                parts.student, folder, base_name=base.name, base_digest=base.hash or "", target_cr=recipe.target_cr, tensors=gates
             )
         )
-        others = dict(list(parts.trained.items())[parts.num_gates :])
-        if stage < 3 and others:
-            paths.append(save_tensors({name: p.detach().cpu().contiguous() for name, p in others.items()}, folder / WEIGHTS))
+        # Under ZeRO-3 they are divided, and each process's optimizer state holds its part.
+        if stage < 3 and parts.base:
+            paths.append(save_tensors({name: p.detach().cpu().contiguous() for name, p in parts.base.items()}, folder / WEIGHTS))
         if stage == 0:
             paths += _write_tree(folder / "optimizer", engine.optimizer.state_dict())
     for path in paths:
@@ -200,7 +242,7 @@ def restore(saved: Saved, engine: Engine, parts: Models, recipe: RetrofitRecipe,
     compat.replay_adam(engine.optimizer, saved.position.step)
 
 
-def _whole(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _whole(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with gathered(parameters.values()):
         return {name: p.detach().float().cpu().clone() for name, p in parameters.items()}
 
@@ -244,26 +286,28 @@ def _read_tree(path: Path) -> Any:
 
 
 def newest(folder: Path, console: Console) -> Saved | None:
-    """The run's newest checkpoint whose every file is as its manifest says. Damaged ones are named and passed over.
+    """The run's newest checkpoint whose files all match its manifest. Damaged ones are reported and passed over.
 
     Raises:
         ValueError: there are checkpoints, and none is good.
     """
-    problems = []
+    problems: list[tuple[Path, str]] = []
     for candidate in reversed(_folders(folder / FOLDER)):
         if not (candidate / _MANIFEST).exists():
-            # Its deletion was broken off.
+            # Its deletion was interrupted.
             continue
         manifest = _manifest(candidate)
-        problem = f"its manifest cannot be read as format {FORMAT_VERSION}" if manifest is None else _damage(candidate, manifest)
-        if problem is None:
+        if manifest is None:
+            problems.append((candidate, f"its manifest cannot be read as format {FORMAT_VERSION}"))
+        elif (problem := _damage(candidate, manifest)) is not None:
+            problems.append((candidate, problem))
+        else:
             for path, why in problems:
                 console.print(f"[bold red]passing over {path}[/]: {why}", highlight=False)
             return Saved(candidate, manifest)
-        problems.append((candidate, problem))
     if problems:
         named = "; ".join(f"{path}: {why}" for path, why in problems)
-        raise ValueError(f"no checkpoint of this run is good ({named}); mend them, or overwrite=true resume=never to begin anew")
+        raise ValueError(f"no checkpoint of this run is good ({named}); repair them, or start over with overwrite=true resume=never")
     return None
 
 
@@ -272,13 +316,13 @@ def at_ratios(folder: Path) -> dict[float, Saved]:
     found = {}
     for candidate in _folders(folder / FOLDER):
         manifest = _manifest(candidate)
-        if manifest is not None and manifest["at_cr"] is not None and _damage(candidate, manifest) is None:
-            found[float(manifest["at_cr"])] = Saved(candidate, manifest)
+        if manifest is not None and manifest.at_cr is not None and _damage(candidate, manifest) is None:
+            found[float(manifest.at_cr)] = Saved(candidate, manifest)
     return found
 
 
-def _damage(folder: Path, manifest: dict[str, Any]) -> str | None:
-    for name, expected in manifest["files"].items():
+def _damage(folder: Path, manifest: Manifest) -> str | None:
+    for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -288,7 +332,7 @@ def _damage(folder: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def remove_remains(folder: Path, after: int) -> None:
-    """Delete what a process that was killed while saving left half-written, and what was passed over: checkpoints after that step."""
+    """Delete what a process left half-written that was killed while saving, and checkpoints after that step, which were passed over."""
     for path in (folder / FOLDER).glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
     for path in _folders(folder / FOLDER):
@@ -304,19 +348,20 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def _manifest(folder: Path) -> Manifest | None:
+    """None where it is missing, damaged or of another format."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format_version"] == FORMAT_VERSION and {"position", "at_cr", "recipe", "base", "frozen", "data", "files"} <= set(
-            manifest
-        )
-        return manifest if known else None
+        read = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if read["format_version"] != FORMAT_VERSION:
+            return None
+        known = {field.name: read[field.name] for field in fields(Manifest)}
+        return Manifest(**{**known, "position": Position(**read["position"]), "base": BaseIdentity(**read["base"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remove(folder: Path) -> None:
-    # Without its manifest it counts for nothing, however far the rest of the deletion comes.
+    # The manifest first: without it a folder is no checkpoint, however far the rest of the deletion gets.
     (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

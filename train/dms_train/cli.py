@@ -1,7 +1,9 @@
-"""The `dms` command. Heavy imports wait inside the commands, so that --help is instant."""
+"""The `dms` command. Heavy imports are inside the commands, so that --help is instant."""
 
+import json
 import sys
 import tempfile
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure on this machine what evict mode saves.", no_args_is_help=True)
+bench = typer.Typer(help="Measure on this machine the time and memory that evict mode saves.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -36,7 +38,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as 
 def retrofit(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit.")], overrides: Overrides = None
 ) -> None:
-    """Teach a model's gates which KV entries to evict; save the model, its figures and a report."""
+    """Train gates that decide which KV entries to evict, by distillation; write the model, its evaluation and a report."""
     from dms_train.recipe import RetrofitRecipe
     from dms_train.recipe_file import load_recipe
 
@@ -53,9 +55,11 @@ def retrofit(
 def cache_teacher(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/retrofit; it names teacher_cache.path.")],
     overrides: Overrides = None,
-    part: Annotated[str, typer.Option(help="I/N: take every N-th sequence from the I-th (from 0), one process a device.")] = "0/1",
+    part: Annotated[
+        str, typer.Option(help="I/N: process every N-th sequence from the I-th (from 0), to share the work among N devices.")
+    ] = "0/1",
 ) -> None:
-    """Write down what the teacher says of a recipe's training data, once for all runs on it; repeated, it goes on where it was."""
+    """Cache the teacher's log-probabilities of a recipe's training data, once for all runs on it; repeated, it continues."""
     from dms_train.recipe import RetrofitRecipe
     from dms_train.recipe_file import load_recipe
 
@@ -85,7 +89,7 @@ def plan(
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")] = None,
 ) -> None:
-    """Say before a run what it takes: FLOPs, bytes by kind, seconds and GPU hours of every choice, and which one to take."""
+    """Estimate a run before it starts: FLOPs, memory by kind, seconds and GPU hours of every choice, and which one to take."""
     prepare("auto")
     from dms.console import make_console
     from dms_train.plan_command import run
@@ -113,8 +117,8 @@ def pretrain(
 def generate_data(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/generate.")], overrides: Overrides = None
 ) -> None:
-    """Write the dense model's own completions of prompts as training data; repeated, it goes on where it was."""
-    from dms_train.generate_recipe import GenerateRecipe
+    """Write the dense model's own completions of prompts as training data; repeated, it continues."""
+    from dms_train.recipe import GenerateRecipe
     from dms_train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], GenerateRecipe)
@@ -125,11 +129,48 @@ def generate_data(
         run(loaded)
 
 
-@app.command()
+# Options of `dms evaluate` that are settings now, and their keys.
+_MOVED = {
+    "--num-documents": "num_documents",
+    "--batch-size": "batch_size",
+    "--prefill-chunk": "prefill_chunk",
+    "--chat-template": "chat",
+    "--seed": "seed",
+    "--lm-eval-limit": "lm_eval.limit",
+    "--num-fewshot": "lm_eval.num_fewshot",
+    "--problems": "scaling.problems",
+    "--num-problems": "scaling.num_problems",
+    "--max-k": "scaling.max_k",
+    "--chains-at-once": "scaling.chains_at_once",
+    "--temperature": "scaling.temperature",
+    "--top-p": "scaling.top_p",
+    "--stop": "scaling.stop",
+    "--max-new-tokens": "scaling.max_new_tokens",
+    "--answer-pattern": "scaling.answer_pattern",
+}
+
+
+# Unknown options reach the command, which says where one that moved is now.
+@app.command(context_settings={"ignore_unknown_options": True})
 def evaluate(
     model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SETTINGS.yaml] [key=value ...]",
+            help="A settings file, or a packaged one such as tiny/evaluate, which lists all keys; and overrides, such as "
+            "num_documents=32 scaling.max_k=8. Where an option below sets the same thing, the option wins.",
+            show_default=False,
+        ),
+    ] = None,
     policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
-    tasks: Annotated[str, typer.Option(help="Of needle, records, passages, classification, words, text; or none. Default: all.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Suites (the key `suites`): of needle, records, passages, classification, words, text, one_pass; or none. "
+            "Default: all but one_pass, which is the evaluation at a run's end."
+        ),
+    ] = "",
     lengths: Annotated[
         str, typer.Option(help="Tokens of a document. Default: half of the model's context and all of it, up to 8192.")
     ] = "",
@@ -137,32 +178,16 @@ def evaluate(
         list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
-    num_documents: Annotated[int | None, typer.Option(min=1, help="Of each task at each length. Default: 64 (--quick: 50).")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents read at once. Default: 16 (--quick: 25).")] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt between two evictions; snapkv reads it at once.")] = 64,
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
-    chat_template: Annotated[bool, typer.Option(help="Ask through the tokenizer's chat template.")] = False,
-    seed: Annotated[int, typer.Option()] = 7,
-    lm_eval: Annotated[str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag.")] = "",
-    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents of each.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")] = None,
-    include_path: Annotated[str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own.")] = None,
+    lm_eval: Annotated[
+        str, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, dense and dms: gsm8k,hellaswag (lm_eval.tasks).")
+    ] = "",
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder of harness tasks of your own (lm_eval.include_path).")
+    ] = None,
     scaling: Annotated[
-        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read.")
+        bool, typer.Option("--scaling", help="Also accuracy of k sampled chains against the KV entries that they read (scaling.*).")
     ] = False,
-    problems: Annotated[
-        str | None, typer.Option(metavar="FILE.jsonl", help="Problems to sample chains for: prompt or messages, and answer.")
-    ] = None,
-    num_problems: Annotated[int | None, typer.Option(min=1, help="Of --scaling. Default: 64.")] = None,
-    max_k: Annotated[int | None, typer.Option(min=1, help="Chains sampled for each problem. Default: 16.")] = None,
-    chains_at_once: Annotated[int | None, typer.Option(min=1, help="Decoded as one batch. Default: all of a problem's.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the chains. Default: 1.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a chain; repeat it.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a chain. Default: 1024; built-in problems: 24.")] = None,
-    answer_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression of a chain's answer. Default: a box, else the last number.")
-    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: fewer documents, at one length.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
@@ -170,57 +195,57 @@ def evaluate(
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
+    name, overrides = _settings_arguments(settings or [])
+    # As overrides after all others: an option wins over a file and a key.
+    for key, value in {
+        "policies": _words(policies) or None,
+        "suites": [] if tasks == "none" else _words(tasks) or None,
+        "lengths": _numbers("--lengths", lengths) or None,
+        "evict_bias": evict_bias or None,
+        "text": text,
+        "lm_eval.tasks": _words(lm_eval) or None,
+        "lm_eval.include_path": include_path,
+        "quick": quick or None,
+    }.items():
+        if value is not None:
+            # JSON is YAML.
+            overrides.append(f"{key}={json.dumps(value)}")
     prepare("auto")
-    from dms.evaluation.command import default_out, evaluate_folder, failures, make_settings
-    from dms.evaluation.engine.extras import LmEval, Scaling
+    from dms.evaluation.command import default_out, evaluate_folder, failures
+    from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
+    from dms_train.recipe_file import load_recipe
 
-    sampling = {
-        "problems": problems,
-        "num_problems": num_problems,
-        "max_k": max_k,
-        "chains_at_once": chains_at_once,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "answer_pattern": answer_pattern,
-        "stop": tuple(stop) if stop else None,
-    }
-    given = {name: value for name, value in sampling.items() if value is not None}
-    if given and not scaling:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for hyper-scaling; add --scaling")
-    if problems is None and (answer_pattern is not None or stop):
-        raise ValueError("--answer-pattern and --stop are for problems of your own; name them with --problems FILE.jsonl")
-    if not lm_eval and (lm_eval_limit is not None or num_fewshot is not None or include_path is not None):
-        raise ValueError("--lm-eval-limit, --num-fewshot and --include-path are for lm-evaluation-harness; add --lm-eval TASKS")
-    settings = make_settings(
-        model,
-        policies=_words(policies),
-        suites=[] if tasks == "none" else _words(tasks) or None,
-        lengths=_numbers("--lengths", lengths),
-        evict_bias=evict_bias or [0.0],
-        num_documents=num_documents,
-        quick=quick,
-        batch_size=batch_size,
-        prefill_chunk=prefill_chunk,
-        text=text,
-        chat=chat_template,
-        seed=seed,
-    )
-    harness = None
-    if lm_eval:
-        harness = LmEval(tasks=tuple(_words(lm_eval)), limit=lm_eval_limit, num_fewshot=num_fewshot, include_path=include_path)
+    loaded = load_recipe(name, overrides, EvaluationSettings)
+    if scaling and loaded.scaling is None:
+        loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
     with writing(out or default_out(model)):
-        result = evaluate_folder(
-            model,
-            settings,
-            out=out,
-            scaling=Scaling(**given) if scaling else None,
-            lm_eval=harness,
-            card=card,
-        )
+        result = evaluate_folder(model, loaded, out=out, card=card)
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _settings_arguments(given: list[str]) -> tuple[str | None, list[str]]:
+    """The settings file, if one is named, and the overrides.
+
+    Raises:
+        ValueError: an option that is a setting now, or two files.
+    """
+    for place, argument in enumerate(given):
+        if not argument.startswith("-"):
+            continue
+        option, equals, value = argument.partition("=")
+        if option not in _MOVED:
+            raise typer.BadParameter(f"no such option: {option}")
+        if not equals:
+            following = given[place + 1] if place + 1 < len(given) else ""
+            value = "true" if option == "--chat-template" else following
+        value = f'["{value}"]' if option == "--stop" else value
+        raise ValueError(f"{option} moved to the settings: write {_MOVED[option]}={value or '...'} after the model, or in a SETTINGS.yaml")
+    files = [argument for argument in given if "=" not in argument or Path(argument).is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{', '.join(files)}: one settings file is read; give other settings as key=value")
+    return (files[0] if files else None), [argument for argument in given if argument not in files]
 
 
 @app.command()
@@ -230,13 +255,51 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
-    kv_dtype: Annotated[str | None, typer.Option(help="int8 keeps what leaves the window in a byte a number.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="int8: entries beyond the window take one byte a number.")] = None,
 ) -> None:
-    """Stream a continuation and say how many KV entries were kept."""
+    """Stream a continuation and print how many KV entries are alive."""
     prepare("bf16" if is_bfloat16(model) else "auto")
-    from dms_train.generate_command import stream
+    stream_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
 
-    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
+
+def stream_text(
+    folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None
+) -> dict:
+    """Generate from a retrofitted folder, printing as it goes -> the cache's report.
+
+    Raises:
+        ValueError: a folder without gates, an empty prompt, or another kv_dtype than int8.
+    """
+    import torch
+    from rich.console import Console
+    from transformers import TextStreamer
+
+    from dms.cache.stats import cache_stats
+    from dms.hf_compat import output_cache
+    from dms.io import base_models, checkpoint
+    from dms.io.vocabulary import check_tokens, num_embeddings
+
+    model = checkpoint.load(folder, evict_bias=evict_bias)
+    model.dms.kv_dtype = kv_dtype
+    tokenizer = base_models.load_tokenizer(folder)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token of text")
+    check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")
+    inputs.pop("token_type_ids", None)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, return_dict_in_generate=True, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
+        )
+    seconds = time.perf_counter() - start
+    cache = output_cache(output)
+    assert cache is not None, "generate was asked for a cache"
+    report = cache_stats(cache, warn=True)
+    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
+    return report.to_dict()
 
 
 @app.command()
@@ -253,19 +316,20 @@ def export(
     ] = ExportFormat.hf,
     max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
     at_cr: Annotated[
-        float | None, typer.Option(help="A run's stage: as it was when its schedule passed this ratio (save.at_cr). Default: its end.")
+        float | None,
+        typer.Option(help="A ratio snapshot: the run as it was when its schedule passed this ratio (save.at_cr). Default: its end."),
     ] = None,
 ) -> None:
-    """Write a retrofitted model as a folder for others: with code, without, or the gates alone."""
+    """Write a retrofitted model as a folder to share: with code, without code, or the gates alone."""
     prepare("auto")
     from dms.export.folder import export as write
 
-    with tempfile.TemporaryDirectory() as staged:
+    with tempfile.TemporaryDirectory() as snapshot:
         if at_cr is not None:
-            from dms_train.ratio_snapshots import write_stage
+            from dms_train.ratio_snapshots import write_snapshot
 
-            with writing(staged):
-                source = str(write_stage(source, at_cr, Path(staged) / "run"))
+            with writing(snapshot):
+                source = str(write_snapshot(source, at_cr, Path(snapshot) / "run"))
         with writing(out):
             files = write(source, out, format=format.value, max_shard_size=max_shard_size)
     total = sum(file.stat().st_size for file in files if file.is_file())
@@ -284,9 +348,9 @@ def bench_cache(
 ) -> None:
     """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
     prepare("auto")
-    from dms.benchmarks.cache import plan_for, run
+    from dms.benchmarks.cache import benchmark_for, run
 
-    run(plan_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
+    run(benchmark_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
 
 
 @bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -352,7 +416,7 @@ def report(
     ] = False,
     model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where that model lies now. Default: where it was evaluated.")] = None,
 ) -> None:
-    """Make one self-contained page of an evaluation or a run: figures, table, and what is kept of a document, token by token."""
+    """Write one self-contained page of an evaluation or a run: figures, a table, and which tokens of a document are kept."""
     require("dms report", "matplotlib")
     prepare("auto")
     from dms.console import make_console
@@ -364,7 +428,7 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
+    """Check versions, devices, compilers and kernels: what works here, and what each missing piece costs."""
     from dms import doctor as checks
 
     raise typer.Exit(checks.main())

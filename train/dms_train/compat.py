@@ -1,10 +1,11 @@
-"""Every touch of what accelerate, DeepSpeed, peft, PyYAML, transformers and wandb do not promise, as far as training has any.
+"""All uses that training makes of internals of accelerate, DeepSpeed, peft, PyYAML, transformers and wandb.
 
-One function a touch. Its docstring says what it does and what it assumes; where that is not so it raises UpstreamChanged with the
-touch's name. docs/upstream.md lists them, and tests/dms_train/test_compat.py holds each against the installed versions.
+One function each. Its docstring says what it does and what it assumes; where the assumption fails it raises UpstreamChanged with the
+function's name. docs/upstream.md lists them, and tests/dms_train/test_compat.py holds each against the installed versions.
 """
 
 import fnmatch
+import importlib
 import inspect
 import logging
 import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def _changed(touch: str, package: str, needs: str) -> UpstreamChanged:
@@ -88,7 +90,7 @@ def prepare_engine(
 
 
 def quiet_deepspeed() -> None:
-    """Of what DeepSpeed logs let only warnings through.
+    """Let DeepSpeed log warnings only.
 
     Assumes: it logs by deepspeed.utils.logger.
     """
@@ -115,8 +117,8 @@ def zero_state(optimizer: "torch.optim.Optimizer", stage: int) -> dict[str, Any]
     return {key: state[key] for key in _known_parts("zero_state", state, stage)}
 
 
-def load_zero_state(optimizer: "torch.optim.Optimizer", stage: int, saved: dict[str, Any]) -> None:
-    """Put back what `zero_state` gave; what does not change with the run is taken from the optimizer as it stands.
+def load_zero_state(optimizer: Any, stage: int, saved: dict[str, Any]) -> None:
+    """Restore what `zero_state` gave; what does not change during a run is taken from the current optimizer.
 
     Assumes: load_state_dict takes a list of all processes' states and reads its own, with load_optimizer_states and
     load_from_fp32_weights.
@@ -173,7 +175,7 @@ def op_builder(name: str) -> Any:
     """
     from deepspeed.ops import op_builder as builders
 
-    found = getattr(builders, f"{name}Builder", None)
+    found: Any = getattr(builders, f"{name}Builder", None)
     if not all("verbose" in _parameters(getattr(found, method, None)) for method in ("is_compatible", "load")):
         raise _changed("op_builder", "deepspeed", f"deepspeed.ops.op_builder.{name}Builder with is_compatible(verbose) and load(verbose)")
     return found()
@@ -184,7 +186,7 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def build_locks(builder: Any) -> list[Path]:
-    """Lock files of operators in the making: PyTorch waits for their end without a word, and a process that is killed leaves its own.
+    """Lock files of operators that are being built: PyTorch waits for them in silence, and a process that is killed leaves its own.
 
     Assumes: an operator is built in ROOT/NAME or ROOT/PLATFORM/NAME with a file "lock"; ROOT is TORCH_EXTENSIONS_DIR or
     torch.utils.cpp_extension.get_default_build_root(), NAME is the builder's.
@@ -205,7 +207,7 @@ def build_locks(builder: Any) -> list[Path]:
 
 @contextmanager
 def sharded_models(config: dict[str, Any]) -> Iterator[None]:
-    """Within it transformers builds and loads models straight into ZeRO-3's rows. config: DeepSpeed's.
+    """Within it transformers builds and loads models straight into ZeRO-3's shards. config: DeepSpeed's.
 
     Assumes: from_pretrained goes by an HfDeepSpeedConfig for as long as that lives, and not a moment longer.
     """
@@ -222,8 +224,8 @@ def sharded_models(config: dict[str, Any]) -> Iterator[None]:
         raise _changed("sharded_models", "transformers", "an HfDeepSpeedConfig with which ZeRO-3's loading ends")
 
 
-def switch_off_dropout(model: "nn.Module") -> None:
-    """Leave a model that trains no dropout of its own.
+def switch_off_dropout(model: "PreTrainedModel") -> None:
+    """Switch off all dropout of a model that trains.
 
     Assumes: it is in nn.Dropout modules, and in numbers that modules hold under names with "drop", such as attention_dropout.
     """
@@ -265,7 +267,7 @@ def add_lora(model: "nn.Module", config: Any) -> None:
         raise _changed("add_lora", "peft", "LoRA layers whose parameters are named LAYER.lora_..., and which have lora_A and lora_B")
 
 
-def lora_layers(model: "nn.Module") -> Iterator[tuple[str, "nn.Module"]]:
+def lora_layers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
     """The modules that hold adapters, with their names.
 
     Assumes: they, and no others, have modules `lora_A` and `lora_B`, get_base_layer() for what they adapt, and merge().
@@ -277,7 +279,7 @@ def lora_layers(model: "nn.Module") -> Iterator[tuple[str, "nn.Module"]]:
             yield name, module
 
 
-def switch_lora(layer: "nn.Module", on: bool) -> None:
+def switch_lora(layer: Any, on: bool) -> None:
     """Let a LoRA layer add its product or not. peft's own switch would also stop the adapters' gradients.
 
     Assumes: its forward goes by `disable_adapters`, which reads `_disable_adapters`.
@@ -293,7 +295,7 @@ def switch_lora(layer: "nn.Module", on: bool) -> None:
 
 
 def prompt_flush() -> dict[str, Any]:
-    """Settings of wandb.init by which what is logged reaches the file each second: what does not is lost when the process is killed.
+    """Settings of wandb.init by which logged values reach the file each second: the rest is lost when the process is killed.
 
     Assumes: wandb.Settings has the experimental x_transaction_log_flush_interval, in seconds.
     """
@@ -325,8 +327,8 @@ def read_part(path: Path) -> tuple[int, int, bool]:
 
     Assumes: after _WANDB_HEADER, LevelDB's log of wandb.proto.wandb_internal_pb2.Record, with `run` and history.step.num.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    # Classes that protobuf makes at import have no stubs.
+    Record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     data, at, whole, record, begun, last = path.read_bytes(), 7, 0, b"", False, 0
     if not _WANDB_HEADER.startswith(data[:7]):
         raise _changed("read_part", "wandb", f"the header {_WANDB_HEADER!r} of .wandb files (found {data[:7]!r})")
@@ -349,7 +351,8 @@ def read_part(path: Path) -> tuple[int, int, bool]:
 
 
 def replace_scalars(loader: type[yaml.SafeLoader], patterns: dict[str, tuple[re.Pattern, str]]) -> None:
-    """Let a YAML loader of ours take plain words for other values than PyYAML's does. patterns: by tag, the words and their first letters.
+    """Let a YAML loader of ours read other plain scalars as booleans and numbers than PyYAML's does. patterns: by tag, the scalars and their first
+    letters.
 
     Assumes: yaml_implicit_resolvers, by first letter, lists (tag, pattern), the first that matches counts, and a class can have its own.
     """

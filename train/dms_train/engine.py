@@ -1,4 +1,4 @@
-"""What takes the steps: plain data parallelism, or DeepSpeed's ZeRO with its configuration derived from the recipe.
+"""The training engine: plain data parallelism, or DeepSpeed's ZeRO with its configuration derived from the recipe.
 
 Weights are held in the dtype that they were loaded in, and autocast is the model's own: DeepSpeed's bf16 switch would round the gates.
 """
@@ -18,9 +18,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
+from dms.modes import state_of
 from dms.requirements import missing
-from dms.retrofitting import state_of
-from dms.training.packed_attention import Rows, check_sharing, local_rows
+from dms.training.packed_attention import PackedAttention, check_sharing, local_rows
 from dms_train import compat
 from dms_train.recipe import RetrofitRecipe
 from dms_train.stopping import is_launched
@@ -39,7 +39,7 @@ def deepspeed_config(recipe: RetrofitRecipe, num_processes: int) -> dict[str, An
             offload = {"device": device, "pin_memory": torch.cuda.is_available()}
             section[f"offload_{kind}"] = {**offload, "nvme_path": zero.nvme_path} if device == "nvme" else offload
     return {
-        # Processes that share rows count in full here; gradients are sums, which we scale ourselves.
+        # Processes that share sequences count in full here; gradients are sums, which we scale ourselves.
         "train_batch_size": recipe.batch_size * recipe.sequence_parallel,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": num_micro_steps(recipe, num_processes),
@@ -92,6 +92,7 @@ def _check_nvme(recipe: RetrofitRecipe) -> None:
     """Raises ValueError where weights or optimizer state could not be offloaded to `nvme_path`."""
     if not recipe.zero.offloads_to_nvme:
         return
+    assert recipe.zero.nvme_path is not None
     path = Path(recipe.zero.nvme_path).expanduser()
     if not path.is_dir() or not os.access(path, os.W_OK):
         raise ValueError(f"zero.nvme_path '{path}' is not a folder that can be written to; make it, or choose another")
@@ -115,59 +116,61 @@ def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
         raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
 
 
-def make_rows(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> Rows | None:
-    """How a step attends to rows of packed documents, or to rows that this process shares with its neighbours. None: each row is
-    one document and lies here, or the model has a kind of attention that only transformers computes.
+def make_attention(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> PackedAttention | None:
+    """Attention over packed sequences, or over sequences that this process shares with its neighbours.
+
+    None: each sequence is one document and is in one process, or the model has a kind of attention that only transformers computes.
 
     Raises:
-        ValueError: rows that these processes cannot share.
+        ValueError: sequences that these processes cannot share.
     """
     size = recipe.sequence_parallel
     if size == 1:
         return local_rows(student, packs=recipe.data.packs)
     check_sharing(student, size, recipe.data.length, state_of(student).skipped)
     timeout = timedelta(minutes=recipe.timeout_minutes)
-    # All processes make all groups, in the same order.
+    # torch requires all processes to make all groups, in the same order.
     groups = [
         torch.distributed.new_group(list(range(first, first + size)), timeout=timeout)
         for first in range(0, accelerator.num_processes, size)
     ]
-    return Rows(groups[accelerator.process_index // size])
+    return PackedAttention(groups[accelerator.process_index // size])
 
 
 def sharded_loading(recipe: RetrofitRecipe, num_processes: int, dtype: str) -> AbstractContextManager:
-    """Within it transformers builds and loads models straight into ZeRO-3's rows. Nothing under other stages."""
+    """Within it transformers builds and loads models straight into ZeRO-3's shards. Nothing under other stages."""
     if recipe.zero.stage != 3:
         return nullcontext()
     # The dtype that shards are made in; the engine itself never sees this switch.
     return compat.sharded_models({**deepspeed_config(recipe, num_processes), "bf16": {"enabled": dtype == "bfloat16"}})
 
 
-def make_optimizer(groups: list[dict], recipe: RetrofitRecipe, console: Console | None) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], recipe: RetrofitRecipe, console: Console | None) -> torch.optim.Optimizer:
     """AdamW. DeepSpeed's for a CPU where the state is offloaded and a compiler is at hand, else torch's."""
     settings = recipe.optimizer
-    shared = {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
+    beta1, beta2 = settings.betas
     if recipe.zero.offload_optimizer != "none":
         reason = _why_no_compiled_adam(console)
         if reason is None:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, lr=settings.lr, betas=(beta1, beta2), weight_decay=settings.weight_decay)
         if console is not None:
             console.print(f"the offloaded optimizer is torch's AdamW, slower than DeepSpeed's: {reason}", highlight=False, markup=False)
-    return torch.optim.AdamW(groups, **shared)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), weight_decay=settings.weight_decay)
 
 
 def _why_no_compiled_adam(console: Console | None) -> str | None:
     """Why DeepSpeedCPUAdam cannot be built here, or None after it was (about 40 s the first time)."""
-    missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-    everywhere = [missing]
+    absent = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    everywhere = [absent]
     if torch.distributed.is_initialized():
         # All processes must step alike.
-        everywhere = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, missing)
-    if missing := next((names for names in everywhere if names), None):
-        return f"{' and '.join(missing)} not on PATH"
+        everywhere = [absent] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, absent)
+    for names in everywhere:
+        if names:
+            return f"{' and '.join(names)} not on PATH"
     builder = compat.op_builder("CPUAdam")
     for lock in compat.build_locks(builder):
         if console is not None:
@@ -182,15 +185,21 @@ def _why_no_compiled_adam(console: Console | None) -> str | None:
 
 
 class Engine:
-    """A module, its optimizer and how they step, whatever lies underneath.
+    """A module, its optimizer and how they step, alike for data parallelism and ZeRO.
 
-    groups: parameters with the `peak_lr` of each. The loss handed to `backward` is this process's share of the sum over all.
+    The loss handed to `backward` is this process's share of the sum over all.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, groups: list[dict], recipe: RetrofitRecipe, console: Console | None):
+    def __init__(
+        self, accelerator: Accelerator, module: nn.Module, groups: list[dict[str, Any]], recipe: RetrofitRecipe, console: Console | None
+    ):
+        """groups: of parameters (`params`) with the learning rate of each (`peak_lr`), which schedules multiply."""
         self.accelerator, self.recipe = accelerator, recipe
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.is_deepspeed = recipe.zero.stage > 0
+        # Any: DeepSpeed's engine, the data-parallel wrapper or the module itself; None after leave_group.
+        self.module: Any
+        self.optimizer: torch.optim.Optimizer
         optimizer = make_optimizer(groups, recipe, console)
         if self.is_deepspeed:
             self.module, self.optimizer = compat.prepare_engine(accelerator, module, optimizer)
@@ -198,7 +207,7 @@ class Engine:
             self.module, self.optimizer = accelerator.prepare(module, optimizer)[0], optimizer
 
     def leave_group(self) -> None:
-        """Part from the other processes together, so that none takes another's end for a failure. No steps after it."""
+        """Leave the process group together with all others, so that none takes another's end for a failure. No steps after it."""
         if not torch.distributed.is_initialized():
             return
         torch.distributed.barrier()
@@ -214,14 +223,14 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward: gradients are shared, and the step may be taken, after the step's last micro-batch only."""
+        """Around forward and backward of a micro-batch: gradients are reduced over processes after a step's last one only."""
         if self.is_deepspeed:
             self.module.set_gradient_accumulation_boundary(last)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def backward(self, loss: torch.Tensor) -> None:
-        # Both engines average over processes; the loss is a share of a sum.
+        # Both engines average gradients over processes, and the loss is a share of a sum.
         loss = loss * self.accelerator.num_processes
         if self.is_deepspeed:
             self.module.backward(loss, scale_wrt_gas=False)
@@ -248,6 +257,6 @@ class Engine:
 
 
 def write_config(folder: Path, recipe: RetrofitRecipe, num_processes: int) -> None:
-    """deepspeed.json beside the recipe, for the reader; nothing reads it back."""
+    """Write deepspeed.json into the run's folder, for people: nothing reads it back."""
     if recipe.zero.stage > 0:
         (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(recipe, num_processes), indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What must stand in the environment before torch is imported: so this file imports nothing heavy."""
+"""Environment variables and warning filters that must be set before torch is imported: so this module imports nothing heavy."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from dms.requirements import untested
 
-# Every retrofit divides its work by the one, and draws its course with the other.
+# Every retrofit uses the first for its processes, and the second for its plots.
 RETROFIT_NEEDS = ("accelerate", "matplotlib")
 
 
 def prepare(precision: str) -> None:
-    """Before torch is imported: quiet libraries, and bfloat16 that works where AMX is advertised but dead.
+    """Call before torch is imported: quiets libraries, and makes bfloat16 work on CPUs that advertise AMX without having it.
 
-    Says on standard error which libraries have versions that were not tested: the first of several processes, for all.
+    The first of several processes prints which libraries have versions that were not tested.
     """
     if os.environ.get("RANK", "0") == "0":
         for sentence in untested():
@@ -23,11 +23,11 @@ def prepare(precision: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        # OpenMP's threads spin while they wait for each other, 300,000 rounds by default: beside another job on the same cores they wait
-        # for threads that are not running, and take their time. So many rounds bridge the gap between two operations. Not to spin at all
+        # OpenMP's threads spin while they wait for each other, 300,000 rounds by default: beside another job on the same cores they spin for
+        # threads that are not running, and take CPU time from them. 1000 rounds bridge the gap between two operations. Not spinning at all
         # costs a third of the speed on an idle machine.
         os.environ["GOMP_SPINCOUNT"] = "1000"
-    # DeepSpeed calls what newer PyTorch names otherwise, at every step of every process.
+    # DeepSpeed uses names that newer PyTorch deprecates, at every step of every process.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -45,7 +45,7 @@ def prepare(precision: str) -> None:
 
 
 def is_bfloat16(folder: str) -> bool:
-    """Whether a model folder says so; anything that is wrong with it is said when it is loaded."""
+    """Whether a model folder is saved in bfloat16. What is wrong with the folder is reported when it is loaded."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"

@@ -1,4 +1,4 @@
-"""How the `dms` command ends: with one line on standard error and an exit code, whatever went wrong.
+"""Exit codes of the `dms` command; whatever went wrong is one line on standard error.
 
 0: done; 1: failed; 2: bad input; 75: stopped after saving, to be started again; 130: Ctrl-C.
 """
@@ -18,15 +18,15 @@ from dms.errors import describe
 from dms.requirements import explain
 from dms_train.stopping import INTERRUPTED_CODE, Stopped, end_by_sigint
 
-# Repeated after Ctrl-C, these take up what they had written.
+# Repeated after Ctrl-C, these continue from what they had written.
 _RESUMABLE = ("cache-teacher", "pretrain", "generate-data", "evaluate")
 
 
 def run_command(app: typer.Typer) -> None:
-    """Run what the command line names, and end the process if it does not come to its end."""
+    """Run the command line; end the process with an exit code where that fails."""
     replace_unprintable()
     if os.environ.get("DMS_LAUNCHED"):
-        # The launcher asks every process where it is when one of them has failed.
+        # When one process fails, the launcher has the others print their stacks.
         faulthandler.register(signal.SIGUSR2, all_threads=True)
     with _noting_ctrl_c() as interrupts:
         try:
@@ -40,7 +40,7 @@ def run_command(app: typer.Typer) -> None:
 
 @contextmanager
 def _noting_ctrl_c() -> Iterator[list[int]]:
-    """A context in which each Ctrl-C that interrupts leaves a mark: on its way up it may become any error, such as of a failed import."""
+    """A context that records each Ctrl-C: on its way up KeyboardInterrupt may become another error, such as that of a failed import."""
     marks: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -59,16 +59,16 @@ def _noting_ctrl_c() -> Iterator[list[int]]:
 
 def _interrupted() -> int:
     if os.environ.get("DMS_LAUNCHED"):
-        # From this, and not from an exit code, the launcher can tell that nothing was saved.
+        # A death by SIGINT, unlike an exit code, tells the launcher that nothing was saved.
         end_by_sigint()
     sys.stderr.write("\n")
-    _say("interrupted" + "; the same command goes on from what is saved" * any(command in _RESUMABLE for command in sys.argv[1:2]))
+    _say("interrupted" + "; the same command continues from what is saved" * any(command in _RESUMABLE for command in sys.argv[1:2]))
     return INTERRUPTED_CODE
 
 
 def _explained(error: BaseException) -> int | None:
-    """Say what went wrong; the exit code. None: for Python to show as it is."""
-    # Where several processes share a run, the one that failed first shows where.
+    """Print what went wrong -> the exit code, or None to let Python show the traceback."""
+    # Where several processes share a run, the traceback of the one that failed first is needed.
     shows_where = bool(os.environ.get("DMS_DEBUG") or os.environ.get("DMS_LAUNCHED"))
     match error:
         case Stopped():

@@ -1,7 +1,7 @@
 """`python -m dms_train.launch RECIPE`: one `dms retrofit` process for each device of this node; they stop, fail and end together.
 
-Not torchrun: its one shutdown timeout serves both preemption (workers need a step and a save) and failure (which must end fast), it dies by
-the signal that it forwards, and its nodes do not hear of each other's failures.
+Not torchrun: its one shutdown timeout serves both preemption (workers need a step and a save) and failure (which must end fast), it dies of
+the signal that it forwards, and its nodes do not learn of each other's failures.
 """
 
 import argparse
@@ -17,32 +17,34 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from dms.console import replace_unprintable
 from dms.errors import describe
 from dms.requirements import require
 from dms_train.environment import RETROFIT_NEEDS
-from dms_train.rendezvous import Board
+from dms_train.rendezvous import Board, BoardTimes
 from dms_train.stopping import INTERRUPTED_CODE, STOPPED_CODE
 from dms_train.workers import DRAIN_SECONDS, Layout, Worker, emit, environment, say
 
 
 def worker_command(recipe: str, overrides: list[str]) -> list[str]:
-    """What each process runs; who it is stands in its environment."""
+    """What each process runs; its rank comes by its environment."""
     return [sys.executable, "-m", "dms_train.cli", "retrofit", recipe, *overrides]
 
 
-# Of a process that came to its end, or saved what there was before it stopped.
+# Of a process that finished, or saved before it stopped.
 _GOOD_CODES = {0, STOPPED_CODE, INTERRUPTED_CODE}
 
 
 class Supervisor:
-    """Sees the processes of this node through to the end of the job."""
+    """Supervises the processes of this node until the end of the job."""
 
     def __init__(self, workers: list[Worker], events: queue.SimpleQueue, board: Board | None, grace: float):
         self.workers, self.events, self.board, self.grace = workers, events, board, max(1.0, grace)
         self.received: set[signal.Signals] = set()
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
+        """Reasons of failures of other nodes that were printed."""
         self.code: int | None = None
         """Of a job that failed; None while it goes well."""
         self.deadline = math.inf
@@ -69,10 +71,10 @@ class Supervisor:
             return None if self.living else self.code
         codes = {worker.process.returncode for worker in self.workers}
         if codes - _GOOD_CODES:
-            return None  # the event that tells of it is on its way
+            return None  # its event is on the way
         if self.board is None:
             return max(codes)
-        if self.board.line["state"] == "running":
+        if self.board.status.state == "running":
             self.board.publish(state="done", code=max(codes))
         return self.board.code_of_all()
 
@@ -82,7 +84,7 @@ class Supervisor:
             self.kill(f"a second signal, {number.name}", 128 + number)
         elif number not in self.received:
             self.received.add(number)
-            # All wait for a step and a save, however long they take.
+            # No deadline: workers finish a step and save, however long that takes.
             again = "; Ctrl-C again kills them" if number == signal.SIGINT else ""
             say(f"received {number.name}, forwarded to {len(self.living)} processes{again}")
             self.send(number)
@@ -93,13 +95,13 @@ class Supervisor:
             return
         reason = f"rank {worker.rank} on {socket.gethostname()} {worker.ending}"
         if signal.SIGINT in self.received:
-            # Before it could listen, or because a peer ended so. Those that still wait for it are not waited for.
+            # It ended before its handlers were in place, or because a peer did. Processes that wait for it would wait in vain.
             self.fail(f"{reason} after SIGINT", INTERRUPTED_CODE)
             self.deadline = min(self.deadline, time.monotonic() + self.grace)
         elif self.code is not None:
             say(f"rank {worker.rank} {worker.ending} after {worker.seconds:.1f} s as well")
         elif -code in self.received:
-            # Told to stop before it could listen, such as while it imported: what was saved earlier stands, so go on from there.
+            # Stopped before its handlers were in place, such as during imports: what was saved earlier is valid, so 75 asks for a restart.
             worker.report()
             self.fail(f"{reason} before it could save", STOPPED_CODE)
             self.end_others()
@@ -109,26 +111,27 @@ class Supervisor:
             self.end_others()
 
     def other_node_failed(self, reason: str, code: int) -> None:
-        if reason in self.told:
+        if reason in self.reported:
             return
-        self.told.add(reason)
+        self.reported.add(reason)
         say(reason)
         if self.code is None:
             self.code = code
-            self.board.publish(heard=True)
+            if self.board:
+                self.board.publish(heard=True)
             self.end_others()
 
     def fail(self, reason: str, code: int) -> None:
-        """What the other nodes are told, and the exit code: those of the first failure."""
+        """Set the exit code and tell the other nodes; only the first failure counts."""
         if self.code is None:
             self.code = code
             if self.board:
                 self.board.publish(state="failed", code=code, reason=reason)
 
     def end_others(self) -> None:
-        """Let them show where they stand and fail by themselves, as most do whose peer is gone. SIGTERM would have them save."""
+        """Have them print their stacks and give them time to fail by themselves, as most do whose peer is gone. SIGTERM would make them save."""
         if self.living:
-            say(f"ending the other processes of this node ({len(self.living)}); each shows where it stands")
+            say(f"ending the other processes of this node ({len(self.living)}); each prints its stack")
             self.send(signal.SIGUSR2)
             self.deadline = min(self.deadline, time.monotonic() + self.grace)
 
@@ -146,21 +149,21 @@ class Supervisor:
             worker.kill()
 
 
-def launch(layout: Layout, command: list[str], grace: float) -> int:
-    """Run the command once for each device of this node -> the exit code: 0, 75 (stopped after saving), 130 (by Ctrl-C), or that of what
-    failed.
+def launch(layout: Layout, command: list[str], grace: float, times: BoardTimes) -> int:
+    """Run the command once for each device of this node -> the exit code: 0, 75 (stopped after saving), 130 (Ctrl-C), or that of the first
+    failure.
 
     Raises:
-        RuntimeError: the nodes did not come together.
+        RuntimeError: not all nodes came.
         OSError: a process could not be started.
     """
-    # So that Ctrl-C also ends the wait for the other nodes, which happens outside Python.
+    # Default handling: the wait for other nodes happens in C++, where Python's handler would not run.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    board = Board(layout) if layout.nodes > 1 else None
+    board = Board(layout, times) if layout.nodes > 1 else None
     events: queue.SimpleQueue = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, _: events.put(signal.Signals(received)))
-    # All from this thread, which lives as long as the launcher: the kernel's order to kill goes by the thread that forked.
+    # All from this thread, which lives as long as the launcher: the kernel kills the workers when the thread that forked them ends.
     workers = [Worker(command, environment(layout, local_rank)) for local_rank in range(layout.processes)]
     for worker in workers:
         worker.watch(events)
@@ -174,7 +177,7 @@ def launch(layout: Layout, command: list[str], grace: float) -> int:
 
 
 def count_gpus() -> int:
-    """GPUs that a process would see, without loading torch."""
+    """GPUs that a process would see; without torch, whose import takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         # CUDA ignores all that follows an entry it cannot read.
@@ -192,7 +195,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m dms_train.launch", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python -m dms_train.launch", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("recipe", metavar="RECIPE", help="a path, or a packaged name such as tiny/retrofit")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, such as target_cr=8 dms.window=64")
     parser.add_argument("--gpus", type=int, metavar="N", help="processes on this node; default: the GPUs seen, or 1 without any")
@@ -239,13 +242,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code; bad input is one line on stderr and 2, before any process starts."""
+def main(
+    argv: list[str] | None = None,
+    *,
+    command_of: Callable[[str, list[str]], list[str]] = worker_command,
+    times: BoardTimes | None = None,
+) -> int:
+    """The exit code; bad input is one line on stderr and 2, before any process starts. command_of, times: replaced in tests."""
     replace_unprintable()
     try:
         args = parse(argv)
         layout = layout_of(args)
-        # Without torch, so that a mistake is told once and at once.
+        # The recipe is checked here, without torch: a mistake is reported once and immediately.
         from dms_train.recipe import RetrofitRecipe
         from dms_train.recipe_file import load_recipe
 
@@ -253,14 +261,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         emit(2, f"dms: error: {describe(error)}\n".encode(errors="replace"))
         return 2
-    command = worker_command(args.recipe, args.overrides)
+    command = command_of(args.recipe, args.overrides)
     if args.dry_run:
         for local_rank in range(layout.processes):
             print(shlex.join(["env", *(f"{name}={value}" for name, value in environment(layout, local_rank).items()), *command]))
         return 0
     try:
         require("dms retrofit", *RETROFIT_NEEDS)
-        return launch(layout, command, args.grace)
+        return launch(layout, command, args.grace, times or BoardTimes())
     except (RuntimeError, OSError) as error:
         emit(2, f"dms: failed: {describe(error)}\n".encode(errors="replace"))
         return 1

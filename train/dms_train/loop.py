@@ -5,7 +5,7 @@ import math
 import os
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,28 @@ from torch import nn
 
 from dms.console import make_console
 from dms.errors import writing
-from dms.evaluation.engine.one_pass import Scores, make_documents
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.evaluation.engine.run_end import make_documents
+from dms.evaluation.stats.results import PolicyResult
+from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_documents, num_embeddings
-from dms.retrofitting import set_mode, state_of
-from dms.training.packed_attention import Rows
+from dms.modes import set_mode, state_of
+from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
-from dms_train import artifacts, cache_teacher
-from dms_train import checkpoints as saving
-from dms_train import models as students
-from dms_train import preflight as checks
-from dms_train.checkpoints import Position, Saver
-from dms_train.data.cost import cost_of
+from dms_train import artifacts, cache_teacher, checkpoints, models, preflight
+from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
-from dms_train.engine import Engine, make_accelerator, make_rows, num_micro_steps, sharded_loading, write_config
-from dms_train.fingerprint import Fingerprint, fingerprint
+from dms_train.data.packing import cost_of
+from dms_train.engine import Engine, make_accelerator, make_attention, num_micro_steps, sharded_loading, write_config
 from dms_train.lora import check_lora, merge_adapters
+from dms_train.models import Fingerprint, Models
 from dms_train.progress import StepLine, describe_start
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import RunFolder
 from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
+from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
-from dms_train.tracking import check_trackers, open_tracker
+from dms_train.tracking import Tracker, check_trackers, open_tracker
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -50,16 +48,16 @@ _NEXT_TO_NOTHING = 0.02
 class Distillation(nn.Module):
     """Student, teacher and loss as one module, so that data-parallel and ZeRO wrappers see one forward."""
 
-    def __init__(self, parts: students.Models, recipe: RetrofitRecipe, rows: Rows | None):
+    def __init__(self, parts: Models, recipe: RetrofitRecipe, attention: PackedAttention | None):
         super().__init__()
-        self.rows = rows
+        self.attention = attention
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
     def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
-        """The fields of StepOutput; ZeRO-3 finds the tensors in a plain tuple only."""
+        """The fields of StepOutput, as a plain tuple: ZeRO-3 finds tensors in no other output."""
         recipe = self.recipe
-        # Under ZeRO-3 a cast that is kept would be a whole copy of what was gathered.
+        # Under ZeRO-3 autocast's cache of casts would keep a whole copy of each weight that was gathered.
         cached = recipe.zero.stage < 3
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=cached):
             output = distill_step(
@@ -71,7 +69,7 @@ class Distillation(nn.Module):
                 normalizer=normalizer,
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
-                rows=self.rows,
+                attention=self.attention,
             )
         return tuple(vars(output).values())
 
@@ -82,25 +80,32 @@ class NothingEvicted(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a run's steps need, checked and in place. folder: the run's. before: fingerprint of what is frozen.
-    teacher_cache: read instead of running the teacher. dense: scores of the base, where the student is its only copy and trains."""
+    """Everything that a run's steps need, checked and in place."""
 
     recipe: RetrofitRecipe
     console: Console
     accelerator: Accelerator
     tokenizer: Any
     base_dtype: torch.dtype
+    """The dtype that the base's files are in."""
     stream: Stream
     documents: list
-    parts: students.Models
+    """For the evaluation at the end."""
+    parts: Models
     engine: Engine
-    rows: Rows | None
+    attention: PackedAttention | None
+    """Attention over packed sequences, and over those that several processes share; None: transformers' own."""
     folder: Path
-    before: Fingerprint
+    """The run's."""
+    frozen: Fingerprint
+    """Of the weights that do not train, before the first step."""
     teacher_cache: TeacherCache | None
-    dense: Scores | None
+    """Read instead of running the teacher."""
+    dense: PolicyResult | None
+    """Of the base, where the student is its only copy and trains; else it is taken at the end."""
     saver: Saver
-    tracker: Any
+    tracker: Tracker | None
+    """On the first process only."""
     position: Position
 
 
@@ -137,82 +142,58 @@ def run(recipe: RetrofitRecipe, console: Console | None = None) -> dict:
 
 def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> Setup:
     """Find everything that can be wrong, load, and go to where the run was left."""
+    # What needs no model comes first, so that a mistake is reported within seconds.
     check_trackers(recipe)
     check_lora(recipe)
     accelerator = make_accelerator(recipe)
-    is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
+    is_main = accelerator.is_main_process
     console = console if is_main else Console(quiet=True)
     set_seed(recipe.seed)
 
-    tokenizer = models.load_tokenizer(recipe.model)
+    tokenizer = base_models.load_tokenizer(recipe.model)
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    base_hash = checks.base_hash(recipe)
-    folder = run_folder.path
-    saved = checks.on_main(accelerator, lambda: run_folder.decide(num_processes, base_hash))
-    config = checks.check_context(recipe)
-    stream = open_data(
-        tokenizer,
-        recipe.data,
-        batch_size=recipe.batch_size,
-        micro_batch_size=recipe.micro_batch_size,
-        steps=recipe.steps,
-        seed=recipe.seed,
-        cost=cost_of(config),
-        num_rows=num_embeddings(config),
-        group=accelerator.process_index // recipe.sequence_parallel,
-        num_groups=num_processes // recipe.sequence_parallel,
-        timeout=timedelta(minutes=recipe.timeout_minutes),
-        say=lambda text: console.print(text, highlight=False, markup=False),
-    )
-    checks.check_alike_everywhere(accelerator, stream.digest)
+    base_hash = preflight.base_hash(recipe)
+    saved = preflight.on_main(accelerator, lambda: run_folder.decide(accelerator.num_processes, base_hash))
+    config = preflight.check_context(recipe)
+    stream = _open_stream(recipe, accelerator, tokenizer, config, console)
+    evaluation = recipe.evaluation
     documents = make_documents(
         tokenizer,
-        num_documents=recipe.evaluation.num_documents,
-        length=recipe.evaluation.length or recipe.data.length,
-        num_items=recipe.evaluation.num_items,
+        num_documents=evaluation.num_documents,
+        length=evaluation.length or recipe.data.length,
+        num_items=evaluation.num_items,
     )
     check_documents(documents, tokenizer, num_embeddings(config))
-    with sharded_loading(recipe, num_processes, students.held_dtype(recipe, base_dtype)):
-        parts = students.build(recipe, base_dtype, str(accelerator.device))
-    groups = [{"params": parts.gates, "peak_lr": recipe.optimizer.lr}]
-    if parts.others:
-        groups.append({"params": parts.others, "peak_lr": recipe.optimizer.base_lr})
-    rows = make_rows(recipe, accelerator, parts.student)
-    engine = Engine(accelerator, Distillation(parts, recipe, rows), groups, recipe, console)
-    sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
-    check_head(parts.student, sample[None])
-    if recipe.data.packs and rows is None:
-        check_packing(parts.student, sample)
-    before = fingerprint(parts.student, skip=parts.trained_ids)
+
+    with sharded_loading(recipe, accelerator.num_processes, models.held_dtype(recipe, base_dtype)):
+        parts = models.build(recipe, base_dtype, str(accelerator.device))
+    attention, engine = _build_engine(recipe, accelerator, parts, stream, console)
+    frozen = parts.frozen_fingerprint()
     teacher_cache = _open_teacher_cache(recipe, accelerator, tokenizer, parts)
     dense = None
     if recipe.trainable == "all" and parts.teacher is None and (is_main or recipe.zero.stage == 3):
-        dense = artifacts.scores_of_base(recipe, parts, documents)
+        dense = artifacts.result_of_base(recipe, parts, documents)
 
-    # A model from the hub was fetched meanwhile.
-    facts = {
-        "base": {"name": recipe.model, "hash": base_hash or checks.base_hash(recipe)},
-        "frozen": before.digest,
-        "data": stream.digest,
-    }
+    # Only now: the base's hash is known once its files are here, and a model from the hub was fetched meanwhile.
+    base = BaseIdentity(recipe.model, base_hash or preflight.base_hash(recipe))
+    identity = RunIdentity(base=base, frozen=frozen.digest, data=stream.digest)
     if saved is not None:
-        checks.check_same(saved, facts)
-    checks.check_shared(folder, checks.on_main(accelerator, lambda: run_folder.prepare(saved)))
-    saver = Saver(folder, recipe, accelerator, console, facts)
+        preflight.check_same(saved, identity)
+    preflight.check_shared(run_folder.path, preflight.on_main(accelerator, lambda: run_folder.prepare(saved)))
+    saver = Saver(run_folder.path, recipe, accelerator, console, identity)
     position = Position()
     if saved is not None:
-        saving.restore(saved, engine, parts, recipe, accelerator.process_index)
+        checkpoints.restore(saved, engine, parts, recipe, accelerator.process_index)
         saver.last, position = saved.folder, saved.position
         stream.seek(position.data)
     tracker = None
     if is_main:
-        write_config(folder, recipe, num_processes)
-        tracker = open_tracker(recipe, folder, console, run_id=saved.manifest["run_id"] if saved else None, step=position.step)
+        write_config(run_folder.path, recipe, accelerator.num_processes)
+        run_id = saved.manifest.run_id if saved else None
+        tracker = open_tracker(recipe, run_folder.path, console, run_id=run_id, step=position.step)
         describe_start(console, recipe, parts.student, sum(num_elements(p) for p in parts.trained.values()))
     if recipe.offload_activations and accelerator.device.type == "cpu":
-        console.print(
-            "offload_activations saves nothing here: without a GPU activations rest in the memory that they were in", highlight=False
-        )
+        console.print("offload_activations saves nothing here: without a GPU activations are in host memory already", highlight=False)
     if saved is not None:
         console.print(f"continuing after step {position.step} from {saved.folder}", highlight=False, markup=False)
     return Setup(
@@ -225,9 +206,9 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         documents=documents,
         parts=parts,
         engine=engine,
-        rows=rows,
-        folder=folder,
-        before=before,
+        attention=attention,
+        folder=run_folder.path,
+        frozen=frozen,
         teacher_cache=teacher_cache,
         dense=dense,
         saver=saver,
@@ -236,13 +217,51 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     )
 
 
-def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: Any, parts: students.Models) -> TeacherCache | None:
+def _open_stream(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: Any, config: Any, console: Console) -> Stream:
+    """The training data of this process. Raises ValueError where processes would read different data."""
+    stream = open_data(
+        tokenizer,
+        recipe.data,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        cost=cost_of(config),
+        num_embeddings=num_embeddings(config),
+        # Processes that share a sequence read the same data.
+        group=accelerator.process_index // recipe.sequence_parallel,
+        num_groups=accelerator.num_processes // recipe.sequence_parallel,
+        timeout=timedelta(minutes=recipe.timeout_minutes),
+        say=lambda text: console.print(text, highlight=False, markup=False),
+    )
+    preflight.check_alike_everywhere(accelerator, stream.digest)
+    return stream
+
+
+def _build_engine(
+    recipe: RetrofitRecipe, accelerator: Accelerator, parts: Models, stream: Stream, console: Console
+) -> tuple[PackedAttention | None, Engine]:
+    """Attention and engine. Raises ValueError for a model whose loss or packing would come out wrong."""
+    # A checkpoint of the optimizer names its groups by number: gates are always group 0.
+    groups: list[dict[str, Any]] = [{"params": list(parts.gates.values()), "peak_lr": recipe.optimizer.lr}]
+    if parts.base:
+        groups.append({"params": list(parts.base.values()), "peak_lr": recipe.optimizer.base_lr})
+    attention = make_attention(recipe, accelerator, parts.student)
+    engine = Engine(accelerator, Distillation(parts, recipe, attention), groups, recipe, console)
+    sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
+    check_head(parts.student, sample[None])
+    if recipe.data.packs and attention is None:
+        check_packing(parts.student, sample)
+    return attention, engine
+
+
+def _open_teacher_cache(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: Any, parts: Models) -> TeacherCache | None:
     """Raises ValueError where the recipe names a cache that does not hold all of its run."""
     if recipe.teacher_cache is None:
         return None
     vocab_size = parts.student.config.get_text_config().vocab_size
     # One process reads all data once; the others need the folder alone.
-    checks.on_main(accelerator, lambda: cache_teacher.check(recipe, tokenizer, vocab_size))
+    preflight.on_main(accelerator, lambda: cache_teacher.check(recipe, tokenizer, vocab_size))
     return cache_teacher.open_for(recipe, vocab_size)
 
 
@@ -256,85 +275,77 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     with writing(path), path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
         for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
+            # Target and learning rate are functions of the step alone, so a run that is continued needs no state for them.
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             engine.set_learning_rate(factor)
 
+            # Data. The loss is divided by the predictions of the whole step, so that it does not depend on how a step is split among
+            # processes and micro-batches: they are counted before the first forward.
             data = setup.stream.next_step()
-            read = data.micro_batches
-            if setup.teacher_cache is not None:
-                read = [setup.teacher_cache.add_to(batch) for batch in read]
-            if setup.rows is not None:
-                read = [setup.rows.divide(batch) for batch in read]
-            micro_batches = [{key: value.to(device) for key, value in batch.items()} for batch in read]
-            counts = torch.zeros(2, dtype=torch.long, device=device)
-            for batch in micro_batches:
-                real = batch["segment_ids"] > 0
-                counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
-            num_tokens, num_predictions = accelerator.reduce(counts, "sum").tolist()
+            micro_batches = [_on_device(setup, batch) for batch in data.micro_batches]
+            num_tokens, num_predictions = accelerator.reduce(_count_tokens(micro_batches, device), "sum").tolist()
             # A step of prompts alone has nothing to predict.
             normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
-            totals = torch.zeros(5 + 2 * accelerator.num_processes, device=device)
-            rate_LH = 0.0
+
+            # Forward and backward. Gradients are shared among processes with the last micro-batch only.
+            sums = StepSums(
+                rank=accelerator.process_index, num_processes=accelerator.num_processes, num_micro_batches=micro_steps, device=device
+            )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
                     output = StepOutput(*engine.module(batch, target, normalizer))
                     engine.backward(output.loss)
-                totals[:4] += torch.stack([output.kl, output.compression, output.evicted, output.decided]).float()
-                rate_LH = rate_LH + output.head_rate_LH / micro_steps
-            # All processes hear of a signal that one of them got, and stop after the same step.
-            totals[4] = float(stop.signal is not None)
-            totals[5 + accelerator.process_index] = data.waited
-            totals[5 + accelerator.num_processes + accelerator.process_index] = data.mark
-            summed = accelerator.reduce(torch.cat([totals, rate_LH.flatten().float()]), "sum")
-            kl, compression, evicted, decided, stops, *each = summed[: len(totals)].tolist()
-            waited, marks = each[: accelerator.num_processes], each[accelerator.num_processes :]
-            checks.check_alike(marks, f"step {step}")
-            rate_LH = summed[len(totals) :].view_as(rate_LH) / accelerator.num_processes
-            loss = kl + recipe.compression_weight * compression
+                sums.add(output)
+
+            # One all-reduce for all that processes tell each other of the step. All hear of a signal that one of them got, and stop after
+            # the same step.
+            packed = sums.pack(stops=stop.signal is not None, waited=data.waited, plan_mark=data.plan_mark)
+            totals = sums.unpack(accelerator.reduce(packed, "sum"))
+            preflight.check_alike(totals.plan_marks, f"step {step}")
+
+            # The optimizer steps only on a finite loss and gradient: weights of an earlier checkpoint stay usable.
+            loss = totals.kl + recipe.compression_weight * totals.compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (kl {kl}, compression {compression}); lower optimizer.lr, or look at the data of this step"
+                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}); lower optimizer.lr, or look at "
+                    "the data of this step"
                 )
             try:
                 grad_norm = engine.step()
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step}; lower optimizer.lr, or look at the data of this step") from None
 
+            # Record. Seconds end here: what follows is not training.
             seconds = time.perf_counter() - step_start
             position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
-            if is_main:
-                metrics = {
-                    "step": step,
-                    "loss": loss,
-                    "kl": kl,
-                    "compression_loss": compression,
-                    "target": target,
-                    "target_cr": target_cr,
-                    "cr_decided": 1.0 / max(1e-9, 1.0 - evicted / decided),
-                    "lr": settings.lr * factor,
-                    "grad_norm": grad_norm,
-                    "tokens": position.tokens,
-                    "tokens_per_second": num_tokens / seconds,
-                    "seconds": seconds,
-                    "data_wait_ms": 1000.0 * max(waited),
-                    "cost_balance": data.cost_balance,
-                    "padding": data.padding,
-                    "documents": data.counts,
-                }
-                metrics_file.write(json.dumps(metrics) + "\n")
+            if setup.tracker is not None:
+                metrics = StepMetrics(
+                    step=step,
+                    loss=loss,
+                    kl=totals.kl,
+                    compression_loss=totals.compression,
+                    target=target,
+                    target_cr=target_cr,
+                    cr_decided=1.0 / max(1e-9, 1.0 - totals.evicted / totals.decided),
+                    lr=settings.lr * factor,
+                    grad_norm=grad_norm,
+                    tokens=position.tokens,
+                    tokens_per_second=num_tokens / seconds,
+                    seconds=seconds,
+                    data_wait_ms=1000.0 * max(totals.waited),
+                    cost_balance=data.cost_balance,
+                    padding=data.padding,
+                    documents=data.counts,
+                )
+                metrics_file.write(json.dumps(asdict(metrics)) + "\n")
                 metrics_file.flush()
-                setup.tracker.log(metrics, rate_LH, layer_indices)
+                setup.tracker.log(asdict(metrics), totals.head_rate_LH, layer_indices)
                 line.update(metrics)
 
-            passed = [cr for cr in recipe.save.at_cr if _target_cr(recipe, step - 1) < cr <= target_cr]
-            periodic = recipe.save.every > 0 and (step % recipe.save.every == 0 or step == recipe.steps)
-            if passed or periodic or stops:
-                run_id = setup.tracker.run_id if is_main else None
-                there = setup.saver.save(engine, setup.parts, position, at_cr=passed[-1] if passed else None, run_id=run_id)
-                if stops and not there:
-                    raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
-            if stops:
+            # Save: where the schedule passes a ratio of save.at_cr, every save.every steps, at the end, and before stopping.
+            _save_if_due(setup, position, stops=totals.stops)
+            if totals.stops:
                 engine.leave_group()
                 raise Stopped(
                     f"stopped by {stop.signal or 'a signal'} after step {step}; the same command continues from {setup.saver.last}",
@@ -343,6 +354,37 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     if text := setup.stream.describe():
         setup.console.print(text, highlight=False, markup=False)
     return position
+
+
+def _on_device(setup: Setup, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch, with what a cache knows of the teacher; of sequences that processes share, this one's part."""
+    if setup.teacher_cache is not None:
+        batch = setup.teacher_cache.add_to(batch)
+    if setup.attention is not None:
+        batch = setup.attention.divide(batch)
+    return {key: value.to(setup.accelerator.device) for key, value in batch.items()}
+
+
+def _count_tokens(micro_batches: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """[2]: tokens that are not padding, and predictions that the loss counts."""
+    counts = torch.zeros(2, dtype=torch.long, device=device)
+    for batch in micro_batches:
+        real = batch["segment_ids"] > 0
+        counts += torch.stack([real.sum(), (real & batch["loss_mask"]).sum()])
+    return counts
+
+
+def _save_if_due(setup: Setup, position: Position, *, stops: bool) -> None:
+    """Raises OSError where the run is to stop and its checkpoint could not be written."""
+    recipe, step = setup.recipe, position.step
+    passed = [cr for cr in recipe.save.at_cr if _target_cr(recipe, step - 1) < cr <= _target_cr(recipe, step)]
+    periodic = recipe.save.every > 0 and (step % recipe.save.every == 0 or step == recipe.steps)
+    if not (passed or periodic or stops):
+        return
+    run_id = setup.tracker.run_id if setup.tracker is not None else None
+    written = setup.saver.save(setup.engine, setup.parts, position, at_cr=passed[-1] if passed else None, run_id=run_id)
+    if stops and not written:
+        raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
 
 
 def _target_cr(recipe: RetrofitRecipe, step: int) -> float:
@@ -355,14 +397,14 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
     set_mode(parts.student, "dense")
     parts.student.eval()
     parts.student.config.use_cache = True
-    if changed := setup.before.differing(fingerprint(parts.student, skip=parts.trained_ids)):
+    if changed := setup.frozen.differing(parts.frozen_fingerprint()):
         raise RuntimeError(
             f"weights were frozen and {len(changed)} of their tensors changed ({', '.join(changed[:3])}); the run's result is not to be trusted"
         )
     is_main, divided = setup.accelerator.is_main_process, recipe.zero.stage == 3
     dense = setup.dense
     if dense is None and (is_main or divided):
-        dense = artifacts.dense_scores(recipe, parts, setup.documents)
+        dense = artifacts.dense_result(recipe, parts, setup.documents)
     merge_adapters(parts.student)
     weights = checkpoint.collect(parts.student, artifacts.written_dtype(recipe, setup.base_dtype), keep=is_main)
     if not divided:
@@ -377,7 +419,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         setup.tokenizer,
         dense=dense,
         weights=weights,
-        base=setup.saver.facts["base"],
+        base=asdict(setup.saver.identity.base),
         documents=setup.documents,
         tokens=position.tokens,
         training_seconds=position.training_seconds,
@@ -386,7 +428,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         forwards_done=setup.engine.leave_group,
         console=setup.console,
     )
-    if not is_main:
+    if setup.tracker is None:
         return {}
     with ignoring():
         setup.tracker.finish(result, setup.folder / "model")

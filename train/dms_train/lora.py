@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dms.modes import state_of
 from dms.requirements import missing
 from dms.training.sharding import gathered
 from dms_train import compat
@@ -35,12 +36,17 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     from dms_train.recipe import Lora
 
     lora = recipe.lora or Lora()
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.target_modules or "all-linear")
-    # Adapters are drawn at random: by the recipe's seed, the same on every process.
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, and used as a factor
+        lora_dropout=0.0,
+        target_modules=lora.target_modules or "all-linear",
+    )
+    # Adapters are initialised at random: with the recipe's seed, alike on every process.
     torch.manual_seed(recipe.seed)
     try:
-        # Of a multimodal model, not what reads images.
-        compat.add_lora(student.dms.decoder, config)
+        # The text decoder alone: of a multimodal model, what reads images is left out.
+        compat.add_lora(state_of(student).decoder, config)
     except ValueError as error:
         raise ValueError(f"lora.target_modules {lora.target_modules}: {error}") from None
     for _, module in compat.lora_layers(student):

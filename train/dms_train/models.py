@@ -1,42 +1,54 @@
-"""The models of a run: the student with its gates and what trains of it, and the frozen teacher where it is another model."""
+"""The models of a run: the student with its gates, what trains of it, and the frozen teacher where that is another model."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dms.io import base_models as models
-from dms.modes import enable_checkpointing
+from dms.io import base_models
+from dms.modes import state_of
 from dms.retrofitting import gate_parameters, retrofit
+from dms.training.activation_checkpointing import enable_checkpointing
+from dms.training.sharding import gathered
 from dms_train import compat
 from dms_train.lora import add_adapters
 from dms_train.recipe import RetrofitRecipe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Models:
-    """teacher: None where it is the student's frozen base, or read from a cache. trained: names and parameters of everything that trains, gates first, named as in gates.safetensors."""
+    """Student and teacher of a run, and the parameters that train."""
 
-    student: nn.Module
-    teacher: nn.Module | None
-    trained: dict[str, nn.Parameter]
-    num_gates: int
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel | None"
+    """None where the teacher is the student's own frozen base, or is read from a cache."""
+    gates: dict[str, nn.Parameter]
+    """By their names in gates.safetensors."""
+    base: dict[str, nn.Parameter]
+    """What trains beside the gates, by name: the base's weights, or the adapters on them. Empty where the base is frozen."""
 
     @property
-    def gates(self) -> list[nn.Parameter]:
-        return list(self.trained.values())[: self.num_gates]
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything that trains, gates first: the order of the optimizer's groups."""
+        return {**self.gates, **self.base}
 
     @property
     def trained_ids(self) -> set[int]:
         return {id(p) for p in self.trained.values()}
 
-    @property
-    def others(self) -> list[nn.Parameter]:
-        return list(self.trained.values())[self.num_gates :]
+    def frozen_fingerprint(self) -> "Fingerprint":
+        """Of the student's parameters that do not train, to tell whether one of them changed. Under ZeRO-3 every process calls it."""
+        return fingerprint(self.student, skip=self.trained_ids)
 
 
 def held_dtype(recipe: RetrofitRecipe, saved: torch.dtype) -> str:
-    """Weights that train stay in float32; frozen ones are held as they are computed with, if that loses nothing."""
+    """Weights that train stay in float32; frozen ones are held in the dtype of the computation, if that loses nothing."""
     frozen = recipe.trainable != "all"
     return "bfloat16" if frozen and recipe.precision == "bf16" and saved == torch.bfloat16 else "float32"
 
@@ -47,18 +59,20 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     Raises:
         ValueError: a model that cannot be loaded or retrofitted, LoRA without peft, or target modules that it does not have.
     """
-    student = models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
+    student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
     teacher = None
     if recipe.trainable == "all" and recipe.teacher_cache is None:
-        teacher = models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
-    return Models(student, teacher, *equip(student, recipe))
+        teacher = base_models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
+    gates, base = equip(student, recipe)
+    return Models(student, teacher, gates, base)
 
 
-def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Parameter], int]:
-    """Attach gates and adapters, freeze the rest, and make ready to train: what trains, gates first, and how many they are."""
+def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Attach gates and adapters, freeze the rest, and prepare for training -> (the gates, what else trains), as in `Models`."""
     student.config.use_cache = False
     retrofit(student, recipe.dms)
-    student.dms.trained_length = recipe.data.length
+    state = state_of(student)
+    state.trained_length = recipe.data.length
     if recipe.trainable == "gates+lora":
         add_adapters(student, recipe)
     # train() switches activation checkpointing on; distillation wants no dropout.
@@ -66,17 +80,54 @@ def equip(student: nn.Module, recipe: RetrofitRecipe) -> tuple[dict[str, nn.Para
     compat.switch_off_dropout(student)
     if recipe.activation_checkpointing:
         enable_checkpointing(student)
-        student.dms.offload_activations = recipe.offload_activations
+        state.offload_activations = recipe.offload_activations
 
     gates = gate_parameters(student)
     gate_ids = {id(p) for p in gates.values()}
     # Of a multimodal model text passes through its decoder and head alone.
-    used = {id(p) for part in (student.dms.decoder, student.get_output_embeddings()) for p in part.parameters()}
-    others = {}
+    used = {id(p) for part in (state.decoder, student.get_output_embeddings()) for p in part.parameters()}
+    base = {}
     for name, parameter in student.named_parameters():
         wanted = recipe.trainable == "all" or id(parameter) in gate_ids or (recipe.trainable == "gates+lora" and ".lora_" in name)
         trains = wanted and id(parameter) in used
         parameter.requires_grad_(trains)
         if trains and id(parameter) not in gate_ids:
-            others[name] = parameter
-    return {**gates, **others}, len(gates)
+            base[name] = parameter
+    return gates, base
+
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Two position-weighted sums of every tensor's bits, by name: exact, and cheap on any device."""
+
+    sums: dict[str, tuple[int, int]]
+
+    @property
+    def digest(self) -> str:
+        """The same for the same weights, however they are divided among processes."""
+        return hashlib.sha256(json.dumps(sorted(self.sums.items())).encode()).hexdigest()[:32]
+
+    def differing(self, other: "Fingerprint") -> list[str]:
+        return sorted(name for name in self.sums.keys() | other.sums.keys() if self.sums.get(name) != other.sums.get(name))
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, skip: set[int]) -> Fingerprint:
+    """Fingerprint all parameters but those whose id() is in `skip`. Under ZeRO-3 every process calls it."""
+    sums = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in skip:
+            continue
+        with gathered([parameter]):
+            sums[name] = _sums(parameter.detach())
+    return Fingerprint(sums)
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, int]:
+    bits = tensor.contiguous().view(-1).view(_INTEGER[tensor.element_size()])
+    # Integer sums wrap and are exact in any order.
+    weighted = sum(int((part.long() * (torch.arange(part.numel(), device=part.device) % 65_521 + 1)).sum()) for part in bits.split(1 << 24))
+    return int(bits.sum(dtype=torch.int64)), weighted

@@ -1,16 +1,18 @@
-"""`dms plan`: a recipe as the numbers that dms.costs reckons with."""
+"""`dms plan`: reads a recipe and its model's configuration, plans the run, and prints it."""
 
 import json
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedConfig
 
 from dms.costs import hardware
 from dms.costs import plan_table as table
 from dms.costs.job import Choice, Job
 from dms.costs.plan import Plan, make_plan
 from dms.errors import writing
-from dms.io import base_models as models
+from dms.io import base_models
 from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import load_recipe, packaged_recipes
 
@@ -21,7 +23,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
     """Plan one recipe, or every packaged one (`all`), and print it.
 
     Raises:
-        ValueError: a recipe, GPU or configuration that there is not, or a batch that these GPUs cannot share.
+        ValueError: an unknown recipe, GPU or configuration, or a batch that these GPUs cannot share.
     """
     hardware.load().gpu(gpu)
     names = _every() if name == EVERY else [name]
@@ -38,13 +40,13 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate")]
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate")]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
     """Plan a recipe. config: a config.json, a folder that holds one, or one with a NAME.json for each model; None: the model's own."""
     values = read_config(recipe.model, config)
-    saved_bfloat16 = models.is_saved_bfloat16(values)
+    saved_bfloat16 = base_models.is_saved_bfloat16(values)
     return make_plan(
         build_on_meta(recipe, values),
         job_of(recipe),
@@ -87,16 +89,18 @@ def choice_of(recipe: RetrofitRecipe) -> Choice:
     )
 
 
-def read_config(model: str, given: str | None = None):
+def read_config(model: str, given: str | None = None) -> PreTrainedConfig:
     """The configuration of a recipe's model.
 
     Raises:
-        ValueError: none is there, or it cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
     from transformers import AutoConfig
 
-    own = given is None or model.startswith(models.BUILTIN)
-    path = models.resolve_model(model) if own else _config_file(Path(given).expanduser(), model)
+    if given is None or model.startswith(base_models.BUILTIN):
+        path = base_models.resolve_model(model)
+    else:
+        path = _config_file(Path(given).expanduser(), model)
     try:
         # From this machine first: without a network the hub is asked again and again.
         return AutoConfig.from_pretrained(path, local_files_only=True)
@@ -121,12 +125,12 @@ def _config_file(path: Path, model: str) -> str:
     raise ValueError(f"--config {path} is neither a file nor a folder with config.json or {model.rpartition('/')[2]}.json")
 
 
-def build_on_meta(recipe: RetrofitRecipe, config):
+def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module:
     """The recipe's student without weights, with gates and adapters."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dms_train import models as students
+    from dms_train import models
     from dms_train.lora import check_lora
 
     check_lora(recipe)
@@ -135,5 +139,5 @@ def build_on_meta(recipe: RetrofitRecipe, config):
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        students.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
+        models.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
     return model

@@ -1,17 +1,16 @@
-"""What a run makes sure of before its first step: that model, data and folder are what they were taken for."""
+"""Checks before a run's first step: that model, data and folder are what the recipe and the checkpoint say."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from dms.io import base_models as models
-from dms.io import weights
+from dms.io import base_models, weights
 from dms.io.weights import is_packed, refuse_quantized
-from dms_train import checkpoints as saving
+from dms_train.checkpoints import RunIdentity, Saved
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import LOCK_FILE
 
@@ -20,7 +19,7 @@ SHARED_FOLDER_SECONDS = 60.0
 
 def check_context(recipe: RetrofitRecipe) -> Any:
     """The model's configuration. Raises ValueError for a base that cannot be saved again, or documents longer than its context."""
-    config = models.load_config(recipe.model)
+    config = base_models.load_config(recipe.model)
     if not is_packed(config):
         refuse_quantized(config, f"model {recipe.model!r}")
     context = config.get_text_config().max_position_embeddings
@@ -34,13 +33,13 @@ def check_context(recipe: RetrofitRecipe) -> Any:
 
 
 def base_hash(recipe: RetrofitRecipe) -> str | None:
-    """None for a model that is still to be fetched from the hub."""
-    folder = models.local_folder(recipe.model)
+    """Of the model's files; None where they are still to be fetched from the hub."""
+    folder = base_models.local_folder(recipe.model)
     return None if folder is None else weights.base_hash(folder)
 
 
-def check_alike(marks: list, where: str) -> None:
-    """Raises ValueError where processes do not train on parts of one plan."""
+def check_alike(marks: Sequence[object], where: str) -> None:
+    """Raises ValueError where processes read different data. marks: by process, equal where they read the same."""
     if len(set(marks)) > 1:
         odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
         raise ValueError(
@@ -57,28 +56,28 @@ def check_alike_everywhere(accelerator: Accelerator, digest: str) -> None:
         check_alike(digests, "at the start")
 
 
-def check_same(saved: saving.Saved, facts: dict[str, Any]) -> None:
+def check_same(saved: Saved, now: RunIdentity) -> None:
     """Raises ValueError where the weights or the data are not those that a checkpoint's run began with."""
     then = saved.manifest
-    if then["base"]["hash"] != facts["base"]["hash"] or then["frozen"] != facts["frozen"]:
+    if then.base.hash != now.base.hash or then.frozen != now.frozen:
         raise ValueError(
-            f"{saved.folder} was trained on other weights than {facts['base']['name']} has (hash and fingerprint {then['base']['hash']} "
-            f"{then['frozen']} then, {facts['base']['hash']} {facts['frozen']} now); give the base that the run began with"
+            f"{saved.folder} was trained on other weights than {now.base.name} has (hash and fingerprint {then.base.hash} "
+            f"{then.frozen} then, {now.base.hash} {now.frozen} now); give the base that the run began with"
         )
-    if then["data"] != facts["data"]:
+    if then.data != now.data:
         raise ValueError(
             f"{saved.folder} was trained on other data than this recipe now gives: the files, the tokenizer or, for builtin, Python changed; "
-            "give the data that the run began with, or overwrite=true resume=never to begin anew"
+            "give the data that the run began with, or start over with overwrite=true resume=never"
         )
 
 
 def check_shared(folder: Path, mark: str) -> None:
-    """Raises ValueError where this process does not see what the first one made."""
+    """Raises ValueError where this process does not see the folder that the first one made. mark: what its lock file holds."""
     deadline = time.monotonic() + SHARED_FOLDER_SECONDS
     while not (folder / LOCK_FILE).is_file() or (folder / LOCK_FILE).read_text(encoding="utf-8") != mark:
         if time.monotonic() > deadline:
             raise ValueError(f"output_dir '{folder}' is not seen by all processes; choose a folder on a file system that all nodes share")
-        # Network file systems remember for a while that a file was not there.
+        # Network file systems cache for a while that a file does not exist.
         time.sleep(1.0)
 
 
@@ -94,7 +93,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         if not accelerator.is_main_process:
-            # The first process says it for all, and ends first.
+            # The first process reports it for all, and ends first.
             time.sleep(2.0)
             raise SystemExit(2)
         raise outcome[1]

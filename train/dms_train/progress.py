@@ -1,12 +1,13 @@
-"""What a person sees while a run goes on."""
+"""What the console shows while a run goes on."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from dms.retrofitting import state_of
+from dms.modes import state_of
 from dms.training.sharding import num_elements, resident_bytes
 from dms_train.recipe import RetrofitRecipe
+from dms_train.step_metrics import StepMetrics
 
 
 def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module, num_trained: int) -> None:
@@ -21,13 +22,14 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module,
         whole = sum(num_elements(p) * p.element_size() for p in student.parameters())
         console.print(f"  of {whole:,} bytes of weights the first process holds {resident_bytes(student):,}", highlight=False)
     for name, reason in state.skipped.items():
-        console.print(f"  left alone: {name}: {reason}", highlight=False)
+        console.print(f"  without gates: {name}: {reason}", highlight=False)
 
 
 class LiveLine:
-    """A live line on a terminal; its users print a plain line now and then elsewhere. total None: not known."""
+    """A progress bar on a terminal; elsewhere its subclasses print a plain line every `every` items."""
 
     def __init__(self, console: Console, what: str, total: int | None, done: int):
+        """total: None where it is not known."""
         self.console = console
         self.every = max(1, (total or 0) // 20)
         self.progress = Progress(
@@ -50,16 +52,16 @@ class LiveLine:
 
 
 class StepLine(LiveLine):
-    """How far training is."""
+    """The progress of training."""
 
     def __init__(self, console: Console, steps: int, done: int = 0):
         super().__init__(console, "step", steps, done)
         self.steps = steps
 
-    def update(self, metrics: dict) -> None:
-        text = f"kl {metrics['kl']:.4f}  cr {metrics['cr_decided']:.2f} of {metrics['target_cr']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    def update(self, metrics: StepMetrics) -> None:
+        text = f"kl {metrics.kl:.4f}  cr {metrics.cr_decided:.2f} of {metrics.target_cr:.2f}  {metrics.tokens_per_second:,.0f} tok/s"
         self.progress.update(self.task, advance=1, text=text)
-        step = metrics["step"]
+        step = metrics.step
         if not self.console.is_terminal and (step % self.every == 0 or step in (1, self.steps)):
-            left = (self.steps - step) * metrics["seconds"]
+            left = (self.steps - step) * metrics.seconds
             self.console.print(f"step {step}/{self.steps}  {text}  eta {left:.0f} s", highlight=False)

@@ -5,16 +5,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dms.io.files import save_tensors
 from dms.io.gates_file import read_config, read_gates, write_gates
-from dms.io.weights import GATES_FILE, base_hash, weight_files, write_index
-from dms.report.card_sections import join_card, split_card
-from dms_train import checkpoints as saving
-
-_CARD = "README.md"
+from dms.io.weights import GATES_FILE, base_hash, save_tensors, weight_files, write_index
+from dms.report.card_text import CARD_FILE, Card
+from dms_train import checkpoints
 
 
-def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
+def write_snapshot(run: str | Path, cr: float, folder: Path) -> Path:
     """Write `folder`/model (and `folder`/gates, where the base was not trained) with what had been learned at `cr`.
 
     Weights that did not train are links into the run.
@@ -30,27 +27,27 @@ def write_stage(run: str | Path, cr: float, folder: Path) -> Path:
     _require_whole(saved, run)
     tensors, metadata = read_gates(saved.folder)
     config = read_config(metadata, None, saved.folder)
-    trained = load_file(saved.folder / saving.WEIGHTS) if (saved.folder / saving.WEIGHTS).is_file() else {}
+    trained = load_file(saved.folder / checkpoints.WEIGHTS) if (saved.folder / checkpoints.WEIGHTS).is_file() else {}
 
-    staged = folder / "model"
-    staged.mkdir(parents=True)
+    snapshot = folder / "model"
+    snapshot.mkdir(parents=True)
     for entry in model.iterdir():
-        if entry.name not in (GATES_FILE, _CARD) and not (trained and entry in weight_files(model)):
-            (staged / entry.name).symlink_to(entry.resolve())
+        if entry.name not in (GATES_FILE, CARD_FILE) and not (trained and entry in weight_files(model)):
+            (snapshot / entry.name).symlink_to(entry.resolve())
     if trained:
-        _write_weights(model, staged, trained)
-    write_index(staged)
-    trained_length = saved.manifest["recipe"]["data"]["length"]
+        _write_weights(model, snapshot, trained)
+    write_index(snapshot)
+    trained_length = saved.manifest.recipe["data"]["length"]
     common: dict[str, Any] = {"base_name": metadata["base_name"], "target_cr": cr, "trained_length": trained_length}
-    write_gates(staged, tensors, config, base_digest=base_hash(staged), **common)
+    write_gates(snapshot, tensors, config, base_digest=base_hash(snapshot), **common)
     if not trained:
         write_gates(folder / "gates", tensors, config, base_digest=read_gates(run / "gates")[1]["base_hash"], **common)
-    (staged / _CARD).write_text(_card(model / _CARD, saved, cr), encoding="utf-8")
+    _card(model / CARD_FILE, saved, cr).write(snapshot)
     return folder
 
 
-def _find(run: Path, cr: float) -> saving.Saved:
-    found = saving.at_ratios(run)
+def _find(run: Path, cr: float) -> checkpoints.Saved:
+    found = checkpoints.at_ratios(run)
     if cr not in found:
         known = ", ".join(f"{ratio:g}" for ratio in sorted(found)) or "none"
         raise ValueError(
@@ -60,8 +57,8 @@ def _find(run: Path, cr: float) -> saving.Saved:
     return found[cr]
 
 
-def _require_whole(saved: saving.Saved, run: Path) -> None:
-    recipe = saved.manifest["recipe"]
+def _require_whole(saved: checkpoints.Saved, run: Path) -> None:
+    recipe = saved.manifest.recipe
     if recipe["trainable"] == "gates+lora":
         raise ValueError(f"{run} trained adapters, which are merged at its end only; export the end, without --at-cr")
     if recipe["trainable"] == "all" and recipe["zero"]["stage"] == 3:
@@ -70,27 +67,27 @@ def _require_whole(saved: saving.Saved, run: Path) -> None:
         )
 
 
-def _write_weights(model: Path, staged: Path, trained: dict) -> None:
-    """The run's files with the stage's weights, in the files' dtypes."""
+def _write_weights(model: Path, snapshot: Path, trained: dict) -> None:
+    """The run's files with the snapshot's weights, in the files' dtypes."""
     missing = dict(trained)
     for file in weight_files(model):
         tensors = load_file(file)
         for name in set(tensors) & set(trained):
             tensors[name] = missing.pop(name).to(tensors[name].dtype)
-        save_tensors(tensors, staged / file.name, {"format": "pt"})
+        save_tensors(tensors, snapshot / file.name, {"format": "pt"})
     if missing:
         raise ValueError(
             f"the files of {model} name their weights otherwise than the checkpoint does (no {next(iter(missing))}); export the end"
         )
 
 
-def _card(source: Path, saved: saving.Saved, cr: float) -> str:
+def _card(source: Path, saved: checkpoints.Saved, cr: float) -> Card:
     """The run's card without its figures: they are those of the run's end."""
-    fields, body = split_card(source.read_text(encoding="utf-8")) if source.is_file() else ({}, "")
-    fields = {key: value for key, value in fields.items() if key != "model-index"}
-    title = next((line for line in body.splitlines() if line.startswith("# ")), "# A retrofitted model")
+    card = Card.read(source)
+    fields = {key: value for key, value in card.fields.items() if key != "model-index"}
+    title = next((line for line in card.body.splitlines() if line.startswith("# ")), "# A retrofitted model")
     text = (
-        f"{title}\n\nThe retrofit as it was at step {saved.position.step}, when its schedule passed compression ratio {cr:g}. This stage was not "
+        f"{title}\n\nThe retrofit as it was at step {saved.position.step}, when its schedule passed compression ratio {cr:g}. This snapshot was not "
         "evaluated: `dms evaluate FOLDER --card` does that, and writes its figures here.\n"
     )
-    return join_card(fields, text)
+    return Card(fields, text)

@@ -1,4 +1,4 @@
-"""What a recipe says: the types of its sections and keys. `recipe_file` reads and writes them."""
+"""The recipes' sections and keys, with their types and checks. `recipe_file` reads and writes them."""
 
 import math
 from dataclasses import asdict
@@ -8,7 +8,8 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from dms.config import DMSConfig
 from dms.strict_config import Strict
-from dms_train.data.settings import Data
+from dms_train.data.compressed import SUFFIXES
+from dms_train.data.settings import Data, Prompts
 
 
 def _method(value: Any) -> DMSConfig:
@@ -24,11 +25,15 @@ class Optimizer(Strict):
     """AdamW, warmed up linearly."""
 
     lr: float = Field(gt=0.0)
+    """The largest learning rate, of the gates."""
     base_lr: float | None = Field(default=None, gt=0.0)
     """`trainable: all` and `gates+lora` only: the learning rate of all that is not a gate; `lr` is then that of the gates."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    """AdamW's decay rates of the two moments."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
     grad_clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of all gradients together."""
     final_lr: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -39,36 +44,43 @@ class Evaluation(Strict):
     """The run's own evaluation: held-out documents of the built-in source."""
 
     num_documents: int = Field(default=56, ge=1)
+    """Documents, read by dense, dms and sliding_window alike."""
     length: int | None = Field(default=None, ge=64)
     """Tokens of a document; None: `data.length`."""
     num_items: int = Field(default=24, ge=1)
     """Tasks planted in each."""
     batch_size: int = Field(default=4, ge=1)
+    """Documents of one forward."""
 
 
 class Tracking(Strict):
-    """Where the run is followed; a resumed run stays the same run."""
+    """Experiment trackers. A resumed run stays the same run there."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online where a key is configured, else offline."""
     tensorboard: bool = False
     """Write TensorBoard event files to `output_dir`/tensorboard."""
     project: str = "dms"
+    """The project in the tracker."""
     name: str | None = None
     """None: the name of `output_dir`."""
     entity: str | None = None
+    """The user or team in wandb; None: wandb's default."""
     group: str | None = None
+    """A group of runs in wandb; None: no group."""
     tags: list[str] = Field(default=[])
+    """Tags in wandb."""
 
 
 class Zero(Strict):
-    """DeepSpeed ZeRO: what is divided among processes, and what rests outside the GPU. Its configuration is derived from this."""
+    """DeepSpeed ZeRO: what is divided among processes, and what is offloaded. DeepSpeed's configuration is derived from this."""
 
     stage: Literal[0, 2, 3] = 0
     """0: plain data parallelism, no DeepSpeed; 2: optimizer state and gradients are divided; 3: weights as well."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state rests; nvme needs stage 3."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Stage 3 only: where weights rest between their uses."""
+    """Stage 3 only: where weights are kept between their uses."""
     nvme_path: str | None = None
     """A folder on a local disk, for nvme."""
 
@@ -95,6 +107,7 @@ class Lora(Strict):
     """`trainable: gates+lora`: low-rank adapters on the base's linear layers, merged into its weights at the end."""
 
     rank: int = Field(default=16, ge=1)
+    """The adapters' inner dimension."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The adapters' product is multiplied by alpha / rank."""
     target_modules: list[str] | None = None
@@ -107,21 +120,21 @@ class Save(Strict):
     every: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0: none but those below."""
     at_cr: list[float] = Field(default=[])
-    """Also when the scheduled ratio reaches these; kept whatever `keep_last` says."""
+    """Also when the scheduled ratio reaches these: ratio snapshots, which `keep_last` does not delete."""
     keep_last: int = Field(default=2, ge=1)
-    """How many of the periodic ones stay."""
+    """Periodic ones that are kept."""
 
 
-class TeacherCache(Strict):
-    """What the teacher says of each training token, written once with `dms cache-teacher` and read instead of running the teacher.
+class TeacherCacheSettings(Strict):
+    """The teacher's log-probabilities of each training token, cached once with `dms cache-teacher` and read instead of running the teacher.
 
-    It goes by the content of sequences: recipes that differ in lr, target_cr, dms or trainable share it.
+    Sequences are found by their content: recipes that differ in lr, target_cr, dms or trainable share a cache.
     """
 
     path: str
     """A folder."""
     top_k: int = Field(default=64, ge=1)
-    """How many tokens of each distribution are known; all others count as one. A cache of more can be used."""
+    """Most probable tokens of each distribution; all others together count as one. A cache with a larger K can be used."""
 
 
 class RetrofitRecipe(Strict):
@@ -130,12 +143,14 @@ class RetrofitRecipe(Strict):
     model: str
     """A folder, a hub id, or `builtin:tiny`."""
     output_dir: str
+    """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
     """The compression ratio of decided tokens at the end; it rises linearly from 1 ([P] section 3.2)."""
     dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(asdict)]
     data: Data
     optimizer: Optimizer
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     ramp: float = Field(default=0.8, gt=0.0, le=1.0)
     """The share of the steps over which the ratio rises; then it stays."""
     batch_size: int = Field(ge=1)
@@ -152,17 +167,19 @@ class RetrofitRecipe(Strict):
     compression_weight: float = Field(default=1.0, gt=0.0)
     """Factor of the hinge on the share of evicted tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast to bfloat16; gates and the loss stay float32."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Processes that share each row of tokens, `data.length` / this many each; 1: a row lies in one process."""
-    teacher_cache: TeacherCache | None = None
-    """Read what the teacher says instead of running it; None: run it."""
+    """Processes that share each sequence, `data.length` / this many tokens each; 1: a sequence is in one process."""
+    teacher_cache: TeacherCacheSettings | None = None
+    """Read the teacher's log-probabilities from disk instead of running it; None: run it."""
     activation_checkpointing: bool = False
-    """Keep of each layer its input and what attention made, and compute the rest again in the backward."""
+    """Keep of each layer its input and attention's output, and recompute the rest in the backward."""
     offload_activations: bool = False
-    """What activation checkpointing keeps waits in host memory."""
+    """Keep what activation checkpointing keeps in host memory."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Tokens whose logits are alive at once in the loss; None: as many as keep it within 1.5 GB."""
     seed: int = 0
+    """Of noise, data order and initialisation."""
     zero: Zero = Zero()
     save: Save = Save()
     resume: Literal["auto", "never"] = "auto"
@@ -195,7 +212,9 @@ class RetrofitRecipe(Strict):
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
         if self.teacher_cache is not None and self.beta != 0.0:
-            raise ValueError(f"beta is {self.beta:g}, and a teacher cache serves the forward KL alone: set beta=0, or remove teacher_cache")
+            raise ValueError(
+                f"beta is {self.beta:g}, and a teacher cache works for the forward KL only: set beta=0, or remove teacher_cache"
+            )
         if self.zero.offload_optimizer == "nvme" and (self.save.every or self.save.at_cr):
             raise ValueError(
                 "an optimizer on nvme cannot be saved yet: set save.every=0 and no save.at_cr (the run then cannot be continued), "
@@ -219,43 +238,102 @@ class RetrofitRecipe(Strict):
         return self
 
 
-class Stage(Strict):
-    """One stretch of pre-training with documents of one length."""
+class PretrainStage(Strict):
+    """A part of pre-training with documents of one length."""
 
     length: int = Field(ge=64)
+    """Tokens of a document."""
     batch_size: int = Field(ge=1)
+    """Documents of an optimizer step."""
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     items: list[int] = Field(min_length=2, max_length=2)
+    """How many tasks are planted in a document, from and to."""
 
 
 class Architecture(Strict):
     """A Llama: tied embeddings, grouped-query attention."""
 
     hidden_size: int = Field(ge=32)
+    """Model dimension."""
     num_layers: int = Field(ge=1)
+    """Decoder layers."""
     num_heads: int = Field(ge=1)
+    """Query heads."""
     num_kv_heads: int = Field(ge=1)
+    """KV heads."""
     head_dim: int = Field(ge=8)
+    """Dimension of a head."""
     intermediate_size: int = Field(ge=32)
+    """Inner dimension of the MLP."""
     context: int = Field(ge=64)
+    """Longest text in tokens."""
     rope_theta: float = Field(default=100000.0, gt=0.0)
+    """Base of the rotary frequencies."""
 
 
 class PretrainRecipe(Strict):
     """`dms pretrain`: make a small language model and its tokenizer from the built-in source."""
 
     output_dir: str
+    """The folder to write; repeated, the command continues there."""
     vocab_size: int = Field(ge=1024)
+    """Tokens of the tokenizer that is trained."""
     architecture: Architecture
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[PretrainStage] = Field(min_length=1)
     optimizer: Optimizer
     answer_weight: float = Field(default=4.0, gt=0.0)
     """Loss weight of answers; running text has 1."""
     planted_weight: float = Field(default=0.3, ge=0.0)
     """Loss weight of planted names and values, which cannot be predicted."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast to bfloat16."""
     compile: bool = False
+    """Whether the model runs under torch.compile."""
     seed: int = 0
+    """Of data and initialisation."""
     save_minutes: float = Field(default=5.0, gt=0.0)
     """Minutes between checkpoints; the same command continues from the last one."""
     evaluation: Evaluation = Evaluation()
+
+
+class GenerateRecipe(Strict):
+    """`dms generate-data`: the dense model's own completions of given prompts, as a file to retrofit it on."""
+
+    model: str
+    """A folder, a hub id, or `builtin:tiny`."""
+    output: str
+    """The JSONL file; a record has prompt, completion, text (both), finish_reason, the counts of tokens, and its number."""
+    prompts: Prompts
+    num_prompts: int | None = Field(default=None, ge=1)
+    """None: every prompt of the source, once (not with builtin)."""
+    samples: int = Field(default=1, ge=1)
+    """Completions of each prompt."""
+    max_new_tokens: int = Field(ge=1)
+    """Most tokens of a completion."""
+    temperature: float = Field(default=1.0, ge=0.0)
+    """0: the most probable token each time."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the most probable tokens that make up this share of the distribution."""
+    batch_size: int = Field(default=16, ge=1)
+    """Completions at a time."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as the model is saved, on a CPU fp32."""
+    seed: int = 0
+    """Of sampling."""
+    bad_shards: Literal["refuse", "skip"] = "refuse"
+    """A file or record that cannot be read: an error that names it, or left out and counted."""
+    overwrite: bool = False
+    """Replace what another recipe wrote to `output`. Without it, that is refused."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.output.lower().endswith(SUFFIXES):
+            raise ValueError(
+                f"output '{self.output}' has the suffix of a compressed file, and the file is written uncompressed; name a .jsonl file"
+            )
+        if self.prompts.source == "builtin" and self.num_prompts is None:
+            raise ValueError("num_prompts is missing: built-in documents never end")
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise ValueError("samples and top_p have no effect with temperature 0: every completion would be the same; remove them")
+        return self

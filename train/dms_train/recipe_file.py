@@ -1,4 +1,4 @@
-"""Recipes as files: one strict, typed YAML file says everything about a run.
+"""Recipe files: one strict, typed YAML file describes a whole run.
 
 Unknown, misspelt, duplicate or mistyped keys are errors. `extends: NAME` starts from another recipe, one level deep;
 `a.b=c` on the command line overrides with the same types.
@@ -20,7 +20,7 @@ Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
+    """Strict YAML: duplicate keys are errors, `1e-5` is a number, only true and false are booleans."""
 
 
 replace_scalars(
@@ -40,9 +40,9 @@ def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = F
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a word")
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string")
         if key in mapping:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
+            raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -51,7 +51,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _n
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Raises ValueError with the place for anything that is not plain, unambiguous YAML."""
+    """Raises ValueError, with line and column, for anything that is not plain, unambiguous YAML."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -77,15 +77,15 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     raise ValueError(f"recipe {name!r} is neither a file nor a packaged recipe{nearest(short, known)}; packaged: {', '.join(known)}")
 
 
-def load_recipe(name: str, overrides: list[str], schema: type[Recipe]) -> Recipe:
-    """Read, extend, override and validate a recipe.
+def load_recipe(name: str | None, overrides: list[str], schema: type[Recipe]) -> Recipe:
+    """Read, extend, override and validate a recipe. name: None: the overrides are all that is given.
 
     Raises:
         ValueError: naming the file, the key, what was given and what is allowed.
     """
-    path = find_recipe(name)
-    values = _read_mapping(path)
-    if "extends" in values:
+    path = None if name is None else find_recipe(name)
+    values = {} if path is None else _read_mapping(path)
+    if path is not None and "extends" in values:
         parent_path = find_recipe(str(values.pop("extends")), path.parent)
         parent = _read_mapping(parent_path)
         if "extends" in parent:
@@ -99,7 +99,7 @@ def load_recipe(name: str, overrides: list[str], schema: type[Recipe]) -> Recipe
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"recipe {name}: {explain(error, schema)}") from None
+        raise ValueError(f"{'settings' if name is None else f'recipe {name}'}: {explain(error, schema)}") from None
 
 
 def _read_mapping(path: Path) -> dict:
@@ -119,7 +119,10 @@ def _merge(base: dict, changes: dict) -> dict:
 
 def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        # A section that is switched off (null) is switched on.
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {key} is not a section")
     values[keys[-1]] = value
@@ -131,8 +134,8 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by their dotted names, those of a list's sections by number: a key that has come since, with a default of None
-    or of nothing, makes no difference between two recipes."""
+    """A recipe's values by dotted name; sections in lists are numbered. For comparisons by `get`: a key that an older recipe lacks, and that
+    defaults to None or to an empty section, makes no difference."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):

@@ -1,22 +1,24 @@
-"""One training step as a pure function: a micro-batch, the two models and the schedule's value in, losses out.
+"""One training step as a pure function: a micro-batch, the two models and the scheduled target in, losses out.
 
 Sums are divided by numbers of the whole optimizer step (valid tokens, sequences), so that micro-batches add up to the same
 loss and gradient however the step is split. Shapes: B sequences, T tokens, M model dim, V vocabulary, L layers, H KV heads.
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import nn
 
 from dms.lm_head import difference_of_head, find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.modes import Noise
-from dms.retrofitting import set_mode, state_of
-from dms.training.packed_attention import Rows
+from dms.modes import Noise, set_mode
+from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import is_sharded
+from dms.training.soft_decisions import train_pass
 from dms_kernels import distill_loss, distill_loss_topk
 from dms_train.lora import without_adapters
 from dms_train.teacher_cache import BATCH_KEYS
@@ -24,27 +26,32 @@ from dms_train.teacher_cache import BATCH_KEYS
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Numbers of the whole optimizer step, over micro-batches and ranks. num_predictions: those that the KL counts."""
+    """Numbers of the whole optimizer step, over micro-batches and ranks."""
 
     num_predictions: int
+    """Those that the KL counts."""
     num_sequences: int
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """loss: what to differentiate. kl, compression: its parts (detached). evicted, decided: sums over sequences, tokens, heads
-    and layers. head_rate_LH: share evicted per layer and head."""
+    """A micro-batch's share of the step's loss, and what was decided."""
 
     loss: torch.Tensor
+    """To differentiate: `kl` + weight * `compression`."""
     kl: torch.Tensor
+    """Detached, as all that follows."""
     compression: torch.Tensor
     evicted: torch.Tensor
+    """Evict decisions, summed over sequences, tokens, heads and layers."""
     decided: torch.Tensor
+    """All decisions, summed likewise."""
     head_rate_LH: torch.Tensor
+    """Share evicted per layer and head."""
 
 
 def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
-    """Raises ValueError where the loss's logits would not be the model's own."""
+    """Raises ValueError where the logits that the loss computes would differ from the model's own."""
     set_mode(model, "dense")
     difference = difference_of_head(model, input_ids_BT)
     if difference is not None:
@@ -72,30 +79,32 @@ def check_packing(model: nn.Module, input_ids_T: torch.Tensor) -> None:
 class HeadLoss(nn.Module):
     """The distillation loss of two models' hidden states, as a module that owns no weights.
 
-    Under ZeRO-3 weights are whole only around the modules that use them; this one says that it uses the heads'.
+    Under ZeRO-3 weights are whole only around the modules that use them; this one registers the heads' weights as its own use.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, beta: float, chunk: int | None):
         super().__init__()
         self.beta, self.chunk = beta, chunk
         self.head = find_head(student)
-        weights = [head_parameters(student), head_parameters(teacher) if teacher is not None else (None, None)]
         # In a tuple, so that they are not counted as this module's own.
-        self.weights = tuple(weights)
-        for parameter in (p for pair in weights for p in pair if p is not None and is_sharded(p)):
+        self.weights = (head_parameters(student), head_parameters(teacher) if teacher is not None else (None, None))
+        for parameter in (p for pair in self.weights for p in pair if p is not None and is_sharded(p)):
             import deepspeed
 
             deepspeed.zero.register_external_parameter(self, parameter)
 
     def forward(
-        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *known: torch.Tensor
+        self, hidden_s_NM: torch.Tensor, hidden_t_NM: torch.Tensor | None, valid_N: torch.Tensor, *topk: torch.Tensor
     ) -> torch.Tensor:
-        """The sum over valid tokens. known: what a cache says of the teacher, flattened, instead of its hidden states."""
+        """The sum over valid tokens. topk: the teacher's cached log-probabilities, flattened as in BATCH_KEYS; hidden_t_NM is then None."""
         (weight, bias), (teacher_weight, teacher_bias) = self.weights
-        if known:
+        if topk:
+            ids_NK, log_probs_NK, log_tail_N = topk
             total, _ = distill_loss_topk(
                 hidden_s_NM,
-                *known,
+                ids_NK,
+                log_probs_NK,
+                log_tail_N,
                 weight,
                 head_bias=bias,
                 logit_scale=self.head.logit_scale,
@@ -104,6 +113,7 @@ class HeadLoss(nn.Module):
                 chunk=self.chunk,
             )
             return total
+        assert hidden_t_NM is not None
         total, _ = distill_loss(
             hidden_s_NM,
             hidden_t_NM,
@@ -130,41 +140,44 @@ def distill_step(
     normalizer: Normalizer,
     seed: int,
     compression_weight: float,
-    rows: Rows | None = None,
+    attention: PackedAttention | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
-    teacher: None where the student's base is frozen: the same weights with gates and adapters off. A batch that holds what a
-    cache says of the teacher needs none. The loss is
-    `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
-    reference implementation, with straight-through decisions in the count. rows: attention by document and not by
-    transformers' masks; the batch is then what `Rows.divide` made for this process, and what is given back its share of the sums over
-    all that share its rows.
+    The loss is `KL + weight * mean_b max(target - evicted_b / decided_b, 0)`: arXiv 2506.05345 section 3.2, per sequence as in NVIDIA's
+    reference implementation, with straight-through decisions in the count.
+
+    Args:
+        teacher: None where the student's base is frozen: then the teacher is the student with gates and adapters off.
+        batch: as `data.batches.micro_batches` makes it. One to which `TeacherCache.add_to` added needs no teacher.
+        attention: attention by document instead of transformers' masks. `batch` is then what its `divide` made for this process, and the
+            losses are this process's share of the sums over all processes that share its sequences.
     """
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    tokens, kind = Tokens(batch["segment_ids"].int(), batch["position_ids"].int()), {}
-    if rows is not None:
-        whole = Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
-        kind = {"tokens": whole, "rows": rows}
+    tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
+    # Of the whole sequences, of which this process may hold a part.
+    whole = None if attention is None else Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
 
-    set_mode(student, "dense", **kind)
-    known = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
+    # The teacher, dense and without gradients; or what was cached of it.
+    set_mode(student, "dense", tokens=whole, rows=attention)
+    topk = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
     hidden_t_NM = None
-    if not known:
-        across = nullcontext() if rows is None or teacher is None else rows.serving(teacher)
-        with torch.no_grad(), without_adapters(student), across:
+    if not topk:
+        serving = nullcontext() if attention is None or teacher is None else attention.serving(teacher)
+        with torch.no_grad(), without_adapters(student), serving:
             hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs).flatten(0, 1)
 
-    set_mode(student, "train", Noise(seed, batch["number"]), **{"tokens": tokens, **kind})
+    # The student, whose gates decide with noise.
+    set_mode(student, "train", Noise(seed, batch["number"]), tokens=tokens if whole is None else whole, rows=attention)
     hidden_s = hidden_states(student, inputs)
-    forward = state_of(student).forward
+    forward = train_pass(student)
     set_mode(student, "dense")
 
-    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *known)
-    evicted_B = sum(forward.evicted_count.values())
-    decided_B = sum(forward.decided_count.values())
-    hinge = _hinge(evicted_B, decided_B, target, rows)
+    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *topk)
+    evicted_B = _sum(forward.evicted_count.values())
+    decided_B = _sum(forward.decided_count.values())
+    hinge = _hinge(evicted_B, decided_B, target, attention)
     kl = kl_sum / normalizer.num_predictions
     compression = hinge / normalizer.num_sequences
     return StepOutput(
@@ -177,13 +190,17 @@ def distill_step(
     )
 
 
-def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, rows: Rows | None) -> torch.Tensor:
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, tensors)
+
+
+def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, attention: PackedAttention | None) -> torch.Tensor:
     """This process's share of the sum over sequences."""
-    if rows is None:
+    if attention is None:
         return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
-    whole = torch.clamp(target - rows.total(evicted_B) / rows.total(decided_B).clamp(min=1), min=0.0).sum()
+    whole = torch.clamp(target - attention.total(evicted_B) / attention.total(decided_B).clamp(min=1), min=0.0).sum()
     # All compute the same value; each has its own decisions' gradient of it.
-    return whole - whole.detach() * (1.0 - 1.0 / rows.size)
+    return whole - whole.detach() * (1.0 - 1.0 / attention.size)
 
 
 def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:

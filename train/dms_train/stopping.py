@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 and the first Ctrl-C save and end the run, to be continued by the same command."""
+"""Stopping a run: SIGTERM, SIGUSR1 and the first Ctrl-C save and end it; the same command continues it."""
 
 import os
 import signal
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-# EX_TEMPFAIL of sysexits.h: not done, worth starting again. Launchers and job scripts go by it.
+# EX_TEMPFAIL of sysexits.h: not done, worth starting again. Launchers and job scripts restart on it.
 STOPPED_CODE = 75
-# As shells count the end by SIGINT. After Ctrl-C nobody is to start the run again by themselves, so it is this one even where all is saved.
+# What shells report for an end by SIGINT. After Ctrl-C no launcher should restart the run, so this is used even where all is saved.
 INTERRUPTED_CODE = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and did, with everything saved that there was to save. No error, and not to be caught as one."""
+    """The run was asked to stop and did, after saving. Not an Exception: it is no error and must not be caught as one."""
 
     def __init__(self, text: str, by: str | None):
         """by: the name of the signal, None where another process got it."""
@@ -26,14 +26,15 @@ class Stopped(BaseException):
 
 @dataclass
 class StopRequest:
-    """The name of the first signal that came, for the loop to ask about at the end of each step."""
+    """Set by signal handlers, and read by the loop at the end of each step."""
 
     signal: str | None = None
+    """The name of the first signal that came."""
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """A context in which a signal is only remembered; a second Ctrl-C ends the process."""
+    """A context in which a signal is only recorded; a second Ctrl-C ends the process."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -46,7 +47,7 @@ def listening() -> Iterator[StopRequest]:
 
 
 def ignoring() -> AbstractContextManager:
-    """A context in which the run is not to be stopped, but for a second Ctrl-C: ending what is left of it loses less."""
+    """A context in which signals are ignored, except a second Ctrl-C: so close to the end, finishing loses less than stopping."""
 
     def ignore(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -56,10 +57,10 @@ def ignoring() -> AbstractContextManager:
 
 
 def _end_at_the_next(what: str) -> None:
-    # By the system's own hand, since a process that hangs runs no handler of ours.
+    # The system's default handler: a process that hangs runs no Python handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not os.environ.get("DMS_LAUNCHED"):
-        # Not printed, which may be what was interrupted.
+        # Not by print, which may be what was interrupted.
         os.write(2, f"\ndms: {what}; Ctrl-C again ends the run at once\n".encode())
 
 
@@ -68,12 +69,12 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
     before = {}
     for number in SIGNALS:
         if number == signal.SIGINT and signal.getsignal(number) in (signal.SIG_IGN, signal.SIG_DFL):
-            # Ignored, as in what a script runs in the background, or at its end already after a first Ctrl-C.
+            # Ignored, as in a shell's background jobs, or default already after a first Ctrl-C.
             continue
         try:
             before[number] = signal.signal(number, handler)
         except ValueError:
-            # Not the main thread: whoever embeds the run handles signals.
+            # Not the main thread: the program that embeds the run handles signals.
             break
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a run is followed: wandb, TensorBoard or both. A preempted and resumed run is one run there, and no tracker stops it."""
+"""Experiment trackers: wandb, TensorBoard or both. A preempted and resumed run is one run there, and no tracker stops a run."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dms.doctor import has_wandb_key
-from dms.evaluation.engine import one_pass as evaluation
+from dms.evaluation.stats.rows import describe_device, versions
 from dms.report.plots import new_figure
 from dms.requirements import explain, missing
 from dms_train import compat
@@ -31,8 +31,8 @@ def check_trackers(recipe: RetrofitRecipe) -> None:
 class WandbTracker:
     """One wandb run. Offline, each process of it leaves a part, and wandb sync joins the parts that have one id.
 
-    It would move a part that repeats steps behind the earlier one, so steps that an earlier part holds are not logged again; and
-    curves are drawn over `train/step`, which nothing moves.
+    wandb sync would renumber steps that two parts hold, so steps of an earlier part are not logged again; and curves are drawn over
+    `train/step`, which is never renumbered.
     """
 
     def __init__(self, recipe: RetrofitRecipe, folder: Path, say: Callable[[str], None], run_id: str):
@@ -40,7 +40,7 @@ class WandbTracker:
 
         self.wandb, self.folder, tracking = wandb, folder, recipe.tracking
         asked = tracking.wandb if tracking.wandb != "auto" else "online" if has_wandb_key() else "offline"
-        mode = os.environ.get("WANDB_MODE") or asked
+        mode: Any = os.environ.get("WANDB_MODE") or asked
         # A dead network must not hold up the end for longer than a scheduler's grace period.
         patience = {"finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)), "finish_timeout_raises": True}
         start = partial(
@@ -51,7 +51,7 @@ class WandbTracker:
             dir=str(folder),
             name=tracking.name or folder.name,
             **tracking.model_dump(include={"project", "entity", "group", "tags"}),
-            config={**recipe.model_dump(), "versions": evaluation.versions(), "device": evaluation.describe_device()},
+            config={**recipe.model_dump(), "versions": versions(), "device": describe_device()},
             settings={"silent": True, "console": "off", **compat.prompt_flush(), **patience},
         )
         try:
@@ -64,8 +64,8 @@ class WandbTracker:
             self.run = start(mode="offline")
         self.run.define_metric("train/step", hidden=True)
         self.run.define_metric("*", step_metric="train/step")
-        # Online, the server says what it has of the parts that were online.
-        self.last_step = max([self.run.starting_step - 1, *map(_mend, compat.earlier_parts(self.run, folder))])
+        # Online, starting_step covers the parts that the server has.
+        self.last_step = max([self.run.starting_step - 1, *map(_repair, compat.earlier_parts(self.run, folder))])
         if self.run.offline:
             say(f"wandb is offline; to upload the run, in however many parts: wandb sync {folder}/wandb/offline-run-*")
         elif not self.run.disabled:
@@ -78,7 +78,7 @@ class WandbTracker:
 
     def finish(self, step: int, rates: list[list], figures: dict[str, float], rows: list[dict], model_folder: Path) -> None:
         self.run.summary.update(figures)
-        columns = ["policy", "task", "metric", "value", "ci_low", "ci_high"]
+        columns: list[str | int] = ["policy", "task", "metric", "value", "ci_low", "ci_high"]
         tables = {"results/table": self.wandb.Table(columns, [[row.get(column) for column in columns] for row in rows])}
         if rates:  # none, if the run was resumed at its end
             tables["evicted/table"] = self.wandb.Table(["layer", "head", "rate"], rates)
@@ -118,18 +118,19 @@ class TensorBoardTracker:
 
 
 class Tracker:
-    """The trackers that a recipe asks for. One that fails says so once and is left out from then on; nothing here raises."""
+    """The trackers that a recipe asks for. One that fails is reported once and left out from then on; nothing here raises."""
 
     def __init__(self, recipe: RetrofitRecipe, folder: Path, console: Console, run_id: str | None, step: int):
-        # Made here and not by wandb: it is known, and kept in checkpoints, whatever becomes of wandb.
-        self.run_id = run_id or (secrets.token_hex(4) if recipe.tracking.wandb != "off" else None)
+        self.run_id = run_id
         self._say = lambda text: console.print(" ".join(text.split()), highlight=False, markup=False, soft_wrap=True)
         # Pictures: at the first step, the last, and some twenty in between.
         self._drawn = {1, recipe.steps, *range(0, recipe.steps, max(1, recipe.steps // 20))}
         self._last: tuple[int, list[list]] = (step, [])
         self._trackers: dict[str, Any] = {}
         if recipe.tracking.wandb != "off":
-            self._try("wandb", lambda: self._trackers.update(wandb=WandbTracker(recipe, folder, self._say, self.run_id)))
+            # Made here and not by wandb: checkpoints hold it, whatever happens to wandb.
+            wandb_id = self.run_id = run_id or secrets.token_hex(4)
+            self._try("wandb", lambda: self._trackers.update(wandb=WandbTracker(recipe, folder, self._say, wandb_id)))
         if recipe.tracking.tensorboard:
             self._try("TensorBoard", lambda: self._trackers.update(TensorBoard=TensorBoardTracker(recipe, folder, step)))
 
@@ -140,7 +141,7 @@ class Tracker:
         self._last = step, [[layer, head, rate] for layer, rates in layers for head, rate in enumerate(rates)]
         scalars = {f"train/{name}": value for name, value in metrics.items() if name != "step" and isinstance(value, int | float)}
         scalars |= {f"evicted/layer{layer}": sum(rates) / len(rates) for layer, rates in layers}
-        # What goes wrong: heads that evict nothing, and heads that evict all.
+        # The usual failures: heads that evict nothing, and heads that evict everything.
         scalars |= {"evicted/least_head": rate_LH.min().item(), "evicted/most_head": rate_LH.max().item()}
         self._each(lambda tracker: tracker.log(step, scalars, _draw_heatmap(rate_LH, layer_indices, step) if step in self._drawn else None))
 
@@ -176,7 +177,7 @@ def open_tracker(recipe: RetrofitRecipe, folder: Path, console: Console, *, run_
     return Tracker(recipe, folder, console, run_id, step)
 
 
-def _mend(path: Path) -> int:
+def _repair(path: Path) -> int:
     """The last step in the .wandb file of an earlier process, 0 if none; if offline, it is left such that wandb sync reads it."""
     last, whole, begun = compat.read_part(path)
     # At a part that was killed before it began, or in mid-record, wandb sync stops and leaves the later parts behind.
@@ -194,15 +195,18 @@ def _end_wandb_service() -> None:
 
 
 def _draw_heatmap(rate_LH: torch.Tensor, layer_indices: list[int], step: int) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     num_layers, num_heads = rate_LH.shape
     figure = new_figure(2.2 + min(4.0, 0.2 * num_heads), 1.4 + min(4.0, 0.14 * num_layers))
     axes = figure.add_subplot()
     image = axes.imshow(rate_LH.numpy(), cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
-    rows = range(0, num_layers, -(-num_layers // 16))
-    axes.set_yticks(rows, [str(layer_indices[row]) for row in rows])
+    labelled = range(0, num_layers, -(-num_layers // 16))
+    axes.set_yticks(labelled, [str(layer_indices[number]) for number in labelled])
     axes.set_xticks(range(0, num_heads, -(-num_heads // 16)))
     axes.set(xlabel="KV head", ylabel="layer", title=f"evicted, step {step}")
     figure.colorbar(image, ax=axes)
     figure.tight_layout()
-    figure.canvas.draw()
-    return np.array(figure.canvas.buffer_rgba())[..., :3]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]

@@ -1,4 +1,4 @@
-"""The processes of one node: how each is started, what it is told of the others, and what it prints."""
+"""The processes of one node: how each is started, the environment that it gets, and its output."""
 
 import contextlib
 import ctypes
@@ -13,32 +13,34 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# How long the rest of a process's output is waited for after its end.
 DRAIN_SECONDS = 2.0
+# Of a process that failed, so many lines of its stderr are repeated.
 TAIL_LINES = 30
+# Bytes; a longer line is passed on in pieces.
 MAX_LINE = 1 << 16
-"""Bytes; a longer line is passed on in pieces."""
 
 _printing = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which processes this node runs, and where all meet."""
+    """Which processes this node runs, and where all processes of the job connect."""
 
     processes: int
-    """Of this node, and of each other one."""
+    """On this node, and on each other one."""
     nodes: int
     node_rank: int
     host: str
     """Node 0."""
     port: int
-    """Rank 0's; the launchers talk over the next one."""
+    """Of rank 0; the launchers use the next one."""
     has_gpu: bool
 
 
 def environment(layout: Layout, local_rank: int) -> dict[str, str]:
-    """What a process is told besides what it inherits, by torchrun's names."""
-    told = {
+    """Variables that a process gets besides those it inherits, by torchrun's names."""
+    variables: dict[str, int | str] = {
         "RANK": layout.node_rank * layout.processes + local_rank,
         "LOCAL_RANK": local_rank,
         "WORLD_SIZE": layout.nodes * layout.processes,
@@ -49,16 +51,16 @@ def environment(layout: Layout, local_rank: int) -> dict[str, str]:
         "MASTER_PORT": layout.port,
         "DMS_LAUNCHED": 1,
     }
-    # Else each process takes a thread for every core, and they fight for them.
-    defaults = {"OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // layout.processes)}
+    # Else each process takes a thread for every core, and they compete for them.
+    defaults: dict[str, int | str] = {"OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // layout.processes)}
     if not layout.has_gpu:
         defaults["DS_ACCELERATOR"] = "cpu"
-    told |= {name: os.environ.get(name, value) for name, value in defaults.items()}
-    return {name: str(value) for name, value in told.items()}
+    variables |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def emit(fd: int, data: bytes) -> None:
-    """Write whole lines, so that those of different processes do not mix; a reader that went away must not stop the training."""
+    """Write whole lines, so that those of different processes do not mix. A closed pipe is ignored: it must not stop the training."""
     with _printing, contextlib.suppress(OSError):
         while data:
             data = data[os.write(fd, data) :]
@@ -83,14 +85,14 @@ def pass_on(source: int, sink: int, prefix: bytes, tail: deque[bytes]) -> None:
 
 
 def die_with_launcher() -> Callable[[], None]:
-    """For a child between fork and exec: have the kernel kill it when the launcher ends, however that ends."""
+    """To be called in a child between fork and exec: the kernel kills it when the launcher ends, however that happens."""
     # Loaded here because nothing may be imported between fork and exec.
     prctl, set_pdeathsig, launcher = ctypes.CDLL(None).prctl, 1, os.getpid()
     number, zero = ctypes.c_ulong(signal.SIGKILL), ctypes.c_ulong(0)
 
     def in_child() -> None:
         prctl(set_pdeathsig, number, zero, zero, zero)
-        if os.getppid() != launcher:  # it ended before the kernel was told
+        if os.getppid() != launcher:  # it ended before prctl took effect
             os._exit(1)
 
     return in_child
@@ -99,13 +101,14 @@ def die_with_launcher() -> Callable[[], None]:
 class Worker:
     """One process of this node, in a session of its own: Ctrl-C in the terminal reaches it through the launcher alone."""
 
-    def __init__(self, command: list[str], told: dict[str, str]):
-        self.rank, self.local_rank = int(told["RANK"]), int(told["LOCAL_RANK"])
+    def __init__(self, command: list[str], variables: dict[str, str]):
+        """variables: of `environment`."""
+        self.rank, self.local_rank = int(variables["RANK"]), int(variables["LOCAL_RANK"])
         self.tail: deque[bytes] = deque(maxlen=TAIL_LINES)
         self.start, self.seconds, self.killed = time.monotonic(), 0.0, False
         self.process = subprocess.Popen(
             command,
-            env={**os.environ, **told},
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             # Rank 0 draws its progress bar on the launcher's own terminal.
             stdout=None if self.rank == 0 else subprocess.PIPE,
@@ -147,12 +150,13 @@ class Worker:
         return f"killed by {names.get(-code, 'signal')} ({-code})" if code < 0 else f"exited with code {code}"
 
     def kill(self) -> None:
-        """With all that it started, such as its data loaders."""
+        """With the processes that it started, such as data loaders."""
         self.killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def report(self) -> None:
+        """Print how it ended, and the end of its stderr."""
         place = f"local rank {self.local_rank}, host {socket.gethostname()}, pid {self.process.pid}"
         self.drain(time.monotonic() + DRAIN_SECONDS)
         lines = list(self.tail)

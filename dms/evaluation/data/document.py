@@ -34,18 +34,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Document:
-    """`role[i]`: 0 running text (and the first token), 1 planted and unpredictable, or not to be scored, 2 answer. `num_bytes` of the
-    running text. `prompt`: tokens that are given, those after it are decoded; None: all are given."""
+class EvaluationDocument:
+    """Tokens, what each is for, and the questions that are asked about them."""
 
     input_ids: list[int]
     role: list[int]
+    """Of each token: 0 running text (and the first token), 1 planted and unpredictable, or not to be scored, 2 answer."""
     answers: list[Answer]
     num_bytes: int
-    prompt: int | None = None
+    """Of the running text."""
+    prompt: int = -1
+    """Tokens that are given; those after it are decoded. Below 0: all are given."""
 
     def __post_init__(self) -> None:
-        if self.prompt is None:
+        if self.prompt < 0:
             object.__setattr__(self, "prompt", len(self.input_ids))
 
 

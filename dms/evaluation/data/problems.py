@@ -29,11 +29,13 @@ _BOXED = "\\boxed{"
 
 @dataclass(frozen=True)
 class AnswerRule:
-    r"""pattern: a regular expression, whose group 1 (without groups: the whole match) is the answer. first: of several matches the
-    first, else the last. pattern None: the last \boxed{...}, or where there is none the last number."""
+    """Which answer a text gives."""
 
     pattern: str | None = None
+    r"""A regular expression, whose group 1 (without groups: the whole match) is the answer. None: the last \boxed{...}, or where there is
+    none the last number."""
     first: bool = False
+    """Of several matches the first, else the last."""
 
     def __post_init__(self) -> None:
         try:
@@ -95,17 +97,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Problems:
-    """name: the rows' `task`. rule: which answer a chain gives. stop: a regular expression that ends a chain, and whose match is
-    no part of it; None: the end-of-sequence token alone does. length: tokens of each prompt; None: they differ. chance: how often a guess
-    among what could be meant is right. chat_template: whether the tokenizer's was applied."""
+    """Prompts with checkable answers, and how chains for them are read."""
 
     name: str
+    """The rows' `task`."""
     problems: list[Problem]
     rule: AnswerRule
+    """Which answer a chain gives."""
     stop: str | None = None
+    """A regular expression that ends a chain, and whose match is no part of it; None: the end-of-sequence token alone does."""
     length: int | None = None
+    """Tokens of each prompt; None: they differ."""
     chance: float = 0.0
+    """How often a guess among what could be meant is right."""
     chat_template: bool = False
+    """Whether the tokenizer's was applied."""
 
 
 def make_chains(tokenizer: Any, *, num_problems: int, length: int, num_hops: int = 6, num_chains: int = 4, seed: int = 7) -> Problems:
@@ -204,7 +210,7 @@ def read_problems(
     if any(not 1 <= len(text.encode()) <= STOP_TOKENS // 2 for text in stop):
         raise ValueError(f"stop strings are {list(stop)}; each has 1 to {STOP_TOKENS // 2} bytes of UTF-8")
     rule = AnswerRule(answer_pattern)
-    problems = []
+    problems: list[tuple[Problem, bool]] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if len(problems) == limit:

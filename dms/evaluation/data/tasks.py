@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from dms.evaluation.data.document import Answer, Document, Frame, Text, Tokenizer, encode, padding, plain_frame
+from dms.evaluation.data.document import Answer, EvaluationDocument, Frame, Text, Tokenizer, encode, padding, plain_frame
 from dms.evaluation.data.names import VALUES, draw_names
 
 RECALL_TASKS = ("single", "multi_key", "multi_value", "multi_query")
@@ -80,7 +80,7 @@ def make_document(
     unseen_names: bool = False,
     strict: bool = True,
     frame: Frame | None = None,
-) -> Document:
+) -> EvaluationDocument:
     """Plant up to `num_items` items in running text so that the document has exactly `length` tokens.
 
     mix: weight of each task (None: `DEFAULT_MIX`). questions: where they stand; "end" makes their distances uniform up to the
@@ -150,10 +150,10 @@ def _make_item(task: str, names: list[str], rng: Random, code_line: str) -> _Ite
         return _Item(task, [f"{RECORD}{key}{value}\n" for key, value in pairs], pairs, [[i] for i in range(len(pairs))])
     if task in CHAIN_TASKS:
         hops = int(task[-1])
-        chain, value = [names.pop() for _ in range(hops + 1)], rng.choice(VALUES)
+        chain, end = [names.pop() for _ in range(hops + 1)], rng.choice(VALUES)
         records = [f"{RECORD} ${a} ${b}\n" for a, b in itertools.pairwise(chain)]
-        records.append(f"{RECORD} ${chain[-1]} {value}\n")
-        answer = "".join(f" ${name}" for name in chain[1:]) + f" {value}"
+        records.append(f"{RECORD} ${chain[-1]} {end}\n")
+        answer = "".join(f" ${name}" for name in chain[1:]) + f" {end}"
         return _Item(task, records, [(f" ${chain[0]}", answer)], [list(range(len(records)))])
     if task == "count":
         key, number = names.pop(), rng.randint(1, 6)
@@ -204,24 +204,24 @@ def _fill(tokenizer: Tokenizer, lines: list[str], room: int) -> tuple[list[_Bloc
     return [_Block((i + 0.5) / len(taken), tokens, [0] * len(tokens)) for i, tokens in enumerate(taken)], num_bytes, room
 
 
-def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int | None) -> Document:
+def _join(blocks: list[_Block], items: list[_Item], num_bytes: int, prompt: int | None) -> EvaluationDocument:
     """prompt: None: the questions are at the end, and what stands before them is given."""
     input_ids: list[int] = []
     role: list[int] = []
     starts: dict[tuple[int, int], int] = {}
-    asked: list[tuple[_Block, int]] = []
+    asked: list[tuple[_Block, int, int]] = []
     for block in blocks:
-        if block.record is not None:
+        if block.item is not None and block.record is not None:
             starts[block.item, block.record] = len(input_ids)
         elif block.item is not None:
-            asked.append((block, len(input_ids)))
+            asked.append((block, block.item, len(input_ids)))
         input_ids += block.tokens
         role += block.role
     answers = [
-        Answer(items[block.item].task, at + start, at + end, min(starts[block.item, index] for index in needs))
-        for block, at in asked
-        for (start, end), needs in zip(block.spans, items[block.item].needs, strict=True)
+        Answer(items[item].task, at + start, at + end, min(starts[item, index] for index in needs))
+        for block, item, at in asked
+        for (start, end), needs in zip(block.spans, items[item].needs, strict=True)
     ]
     if prompt is None:
         prompt = sum(len(block.tokens) for block in blocks if block.place < 1.0)
-    return Document(input_ids, role, answers, num_bytes, prompt)
+    return EvaluationDocument(input_ids, role, answers, num_bytes, prompt)

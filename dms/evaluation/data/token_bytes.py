@@ -30,9 +30,12 @@ def encode_with_sizes(tokenizer, text: str) -> tuple[list[int], list[int]]:
 
 def _spelled_sizes(tokens: list[str], literal: dict[str, bytes], spell: Callable[[str], bytes | None], data: bytes) -> list[int] | None:
     """None: spelled so, the tokens are not the text."""
-    pieces = [literal[token] if token in literal else spell(token) for token in tokens]
-    if None in pieces:
-        return None
+    pieces: list[bytes] = []
+    for token in tokens:
+        piece = literal[token] if token in literal else spell(token)
+        if piece is None:
+            return None
+        pieces.append(piece)
     joined, sizes = b"".join(pieces), [len(piece) for piece in pieces]
     # SentencePiece begins texts with a space of its own.
     if joined == b" " + data:

@@ -21,52 +21,53 @@ from dms.cache import CompactedLayer, DMSCache
 from dms.evaluation.data.problems import STOP_TOKENS
 from dms.generation import draw_tokens
 from dms.hf_compat import cache_argument
-from dms.modes import state_of
-from dms.rotary import reading
+from dms.modes import reading, state_of
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How chains are drawn; chain c of problem p has its own random numbers, whatever the policy and the other chains.
-
-    chains_at_once: so many of a problem's chains are one batch. stop: a regular expression that ends a chain.
-    """
+    """How chains are drawn; chain c of problem p has its own random numbers, whatever the policy and the other chains."""
 
     max_k: int
+    """Chains of each problem."""
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
     chains_at_once: int
+    """Chains of a problem that are decoded as one batch."""
     stop: str | None
+    """A regular expression that ends a chain."""
 
 
 @dataclass
 class Chain:
-    """tokens: what was said, the end-of-sequence token left out. ended: "eos", "stop" or "length".
-
-    held: KV entries alive over all heads of the layers with gates: after the prompt, and after each decoded token, which are those
-    that its query read. seen, evicted, decided: at the end, over the same heads.
-    """
+    """One sampled continuation, and the KV entries of all heads of the layers with gates."""
 
     tokens: list[int]
+    """What was said, the end-of-sequence token left out."""
     ended: str
+    """`eos`, `stop` or `length`."""
     held: list[int]
+    """Entries alive after the prompt, and after each decoded token, which are those that its query read."""
     seen: int
     evicted: int
     decided: int
+    """At the end."""
 
 
 @dataclass
 class Sampled:
-    """A problem's chains. num_heads: over which their counts are summed. shared: of the entries that are alive after the prompt, those that
-    all chains can share for as long as they go on: dense all of them, dms those that have left the ring, of which each chain has its own.
-    step_ms: median of a decoding step of the whole batch."""
+    """A problem's chains."""
 
     chains: list[Chain]
     num_heads: int
+    """Over which the chains' counts are summed."""
     shared: int
+    """Of the entries that are alive after the prompt, those that all chains can share for as long as they go on: dense all of them, dms
+    those that have left the ring, of which each chain has its own."""
     step_ms: float | None
+    """Median of a decoding step of the whole batch."""
     seconds: float
 
     def to_dict(self) -> dict:
@@ -124,7 +125,7 @@ def count_entries(model: Any, cache: Cache) -> torch.Tensor:
             seen_B, H = held.row_lengths().long(), layer.num_heads
             counts = held.entries_alive().sum(1), seen_B * H, held.store.evicted.long().sum(1), held.store.decided.long() * H
         else:
-            B, H, S = held.keys.shape[:3]
+            B, H, S = _keys(held).shape[:3]
             full_B = torch.full((B,), H * S)
             counts = full_B, full_B, torch.zeros_like(full_B), full_B
         total_4B = total_4B + torch.stack([count.cpu() for count in counts])
@@ -137,8 +138,14 @@ def count_shared(model: Any, cache: Cache) -> int:
     total = 0
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
-        total += int(held.store.num_kept.sum()) if isinstance(held, CompactedLayer) else held.keys.shape[1:3].numel()
+        total += int(held.store.num_kept.sum()) if isinstance(held, CompactedLayer) else _keys(held).shape[1:3].numel()
     return total
+
+
+def _keys(layer: Any) -> torch.Tensor:
+    """Of a dense layer that has read a prompt."""
+    assert isinstance(layer.keys, torch.Tensor)
+    return layer.keys
 
 
 class _Batch:
@@ -156,7 +163,7 @@ class _Batch:
         self.step_ms: list[float] = []
 
     def run(self, logits_1V: torch.Tensor) -> None:
-        self.cache.reorder_cache(torch.zeros(len(self.rows), dtype=torch.long, device=self.model.device))
+        self._choose([0] * len(self.rows))
         self._count()
         logits_BV = logits_1V.expand(len(self.rows), -1)
         while True:
@@ -169,6 +176,12 @@ class _Batch:
                 torch.cuda.synchronize()
             self.step_ms.append(1000 * (time.perf_counter() - start))
             self._count()
+
+    def _choose(self, rows: list[int]) -> None:
+        """Make the cache hold these of its rows, in this order."""
+        # Transformers asks for a LongTensor, which no constructor is declared to return.
+        index: Any = torch.tensor(rows, device=self.model.device)
+        self.cache.reorder_cache(index)
 
     def _draw(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """The next token of each chain; those that end with it leave the batch. Returns the tokens of the others."""
@@ -201,7 +214,7 @@ class _Batch:
             _, chain.seen, chain.evicted, chain.decided = counts[place]
         self.rows = [self.rows[place] for place in stay]
         if stay:
-            self.cache.reorder_cache(torch.tensor(stay, device=self.model.device))
+            self._choose(stay)
 
     def _count(self) -> None:
         alive = count_entries(self.model, self.cache)[0].tolist()

@@ -14,37 +14,40 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import CompactedLayer, held_bytes
 from dms.hf_compat import cache_argument
-from dms.retrofitting import set_mode, state_of
-from dms.rotary import reading
+from dms.modes import reading, set_mode, state_of
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of B documents of which P tokens were given.
-
-    nll_BN float32 (nats) and right_BN: of the decoded tokens. kl_BN, agrees_BN: KL(dense || this) and whether the first choices
-    are the same, None without dense's logits. logits_BNV: dense's, where they were asked for. greedy_Bn: what greedy decoding writes after the prompt, None where it
-    was not asked for. Entries are means over layers with gates and KV heads: entries_B alive at the end, reads_B per decoded token,
-    peak_B the most at any time, a forward's own tokens included. num_seen: tokens of a document that were read. bytes: of all
-    that the cache holds at the end, per document, when its pools have given back what lies free. evicted, decided: what the gates said, all
-    heads together. step_ms: median of the decoding steps of the batch; what a training-free policy takes to choose is not in it, for
-    that is plain code here.
-    """
+    """What a model made of B documents of which P tokens were given. Entries are means over layers with gates and KV heads."""
 
     nll_BN: torch.Tensor
+    """float32: negative log-likelihood of the decoded tokens, in nats."""
     right_BN: torch.Tensor
+    """bool: the first choice is the token."""
     kl_BN: torch.Tensor | None
+    """KL(dense || this); None without dense's logits."""
     agrees_BN: torch.Tensor | None
+    """bool: the first choices of both are the same; None without dense's logits."""
     logits_BNV: torch.Tensor | None
+    """None where they were not asked for."""
     greedy_Bn: torch.Tensor | None
+    """What greedy decoding writes after the prompt; None where it was not asked for."""
     entries_B: torch.Tensor
+    """Alive at the end."""
     reads_B: torch.Tensor
+    """Read per decoded token."""
     peak_B: torch.Tensor
+    """The most at any time, a forward's own tokens included."""
     num_seen: int
+    """Tokens of a document that were read."""
     bytes: int
+    """All that the cache holds at the end, per document, when its pools have given back what lies free."""
     evicted: int
     decided: int
+    """Decisions of the gates, over all heads."""
     step_ms: float
+    """Median of the decoding steps of the batch, without what a training-free policy takes to choose, which is plain code here."""
     seconds: float
 
 
@@ -115,6 +118,7 @@ def read(
         if kept_BNV is not None:
             kept_BNV[:, place - num_given] = logits_BV
         if dense is not None:
+            assert dense.logits_BNV is not None, "dense is read with keep_logits"
             dense_BV = dense.logits_BNV[:, place - num_given].float()
             kl.append(torch.nn.functional.kl_div(log_prob_BV, dense_BV.log_softmax(-1), reduction="none", log_target=True).sum(-1))
             agrees.append(choice_B == dense_BV.argmax(-1))

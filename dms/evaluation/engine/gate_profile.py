@@ -11,33 +11,35 @@ from pathlib import Path
 import torch
 
 from dms import masks, report
-from dms.evaluation.data.tasks import Document
+from dms.attention import evict_pass
+from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.scoring import predict
-from dms.report.document_trace import FORMAT_VERSION
-from dms.retrofitting import set_mode, state_of
+from dms.modes import set_mode, state_of
+from dms.report.decisions import FORMAT_VERSION
 
 
 @torch.no_grad()
-def trace_document(model, tokenizer, document: Document, title: str = "") -> "report.DocumentTrace":
+def trace_document(model, tokenizer, document: EvaluationDocument, title: str = "") -> "report.DocumentTrace":
     """Run one document in evict mode and collect each gate's probability, aligned to the token that it rules."""
     set_mode(model, "evict")
     state, device = state_of(model), next(model.parameters()).device
     ids = torch.tensor([document.input_ids], device=device)
     right = predict(model, ids, use_cache=False).right_BT[0].tolist()
     shift = state.config.alignment == "next"
+    logits = evict_pass(model).logits
     probabilities = []
-    for index in sorted(state.forward.logits):
-        prob_HT = torch.sigmoid(state.forward.logits[index][0].float()).T.tolist()
+    for index in sorted(logits):
+        prob_HT = torch.sigmoid(logits[index][0].float()).T.tolist()
         probabilities.append([[*row[1:], None] if shift else row for row in prob_HT])
     return report.DocumentTrace(
         tokens=[tokenizer.decode([token]) for token in document.input_ids],
         evict_prob_LHT=probabilities,
         answers=[(a.start, a.end, all(right[a.start - 1 : a.end - 1])) for a in document.answers],
-        layer_indices=sorted(state.forward.logits),
+        layer_indices=sorted(logits),
         title=title,
         window=state.config.window,
         sinks=state.config.sinks,
-        prompt=getattr(document, "prompt", None),
+        prompt=document.prompt,
     )
 
 
@@ -50,14 +52,16 @@ _MAX_VALUES = 180_000
 
 @dataclass
 class _Sums:
-    """Over documents, at one operating point. evicted, alive: by layer, [H]. *_by_bin, *_at: over layers and heads."""
+    """Over documents, at one operating point. `*_by_bin` and `*_at` are sums over layers and heads too."""
 
     bins: int
     positions: int
     decided: int = 0
     seen: int = 0
     evicted: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer, [H]."""
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer, [H]."""
 
     def __post_init__(self):
         self.evicted_by_bin, self.decided_by_bin = (torch.zeros(self.bins, dtype=torch.long) for _ in range(2))
@@ -67,7 +71,7 @@ class _Sums:
 def write_profile(
     model,
     tokenizer,
-    documents: Sequence[Document],
+    documents: Sequence[EvaluationDocument],
     out: str | Path,
     *,
     points: Sequence[float],
@@ -101,12 +105,13 @@ def write_profile(
         }
         # Compared by size first, so that of -1 and 1 the order given decides.
         state.evict_bias = min(points, key=abs)
-        traces = {"format_version": FORMAT_VERSION, "evict_bias": state.evict_bias, "documents": []}
+        documents_shown: list[dict] = []
+        traces = {"format_version": FORMAT_VERSION, "evict_bias": state.evict_bias, "documents": documents_shown}
         chosen = _traced(documents)
         for number in chosen:
             title = titles[number] if titles is not None else f"document {number + 1}"
             trace = trace_document(model, tokenizer, documents[number], title).fitted(_MAX_VALUES // len(chosen))
-            traces["documents"].append(trace.to_dict())
+            documents_shown.append(trace.to_dict())
             if progress:
                 progress(1)
     finally:
@@ -120,7 +125,7 @@ def num_passes(num_documents: int, num_points: int) -> int:
     return num_documents * num_points + min(NUM_TRACED, num_documents)
 
 
-def _traced(documents: Sequence[Document]) -> list[int]:
+def _traced(documents: Sequence[EvaluationDocument]) -> list[int]:
     """Which documents are shown: spread over all, so that different suites have a chance."""
     count = min(NUM_TRACED, len(documents))
     return sorted({i * len(documents) // count for i in range(count)})
@@ -132,7 +137,7 @@ def _method(state) -> dict:
 
 
 @torch.no_grad()
-def _profile(model, documents: Sequence[Document], point: float, length: int, progress) -> dict:
+def _profile(model, documents: Sequence[EvaluationDocument], point: float, length: int, progress) -> dict:
     state, device = state_of(model), next(model.parameters()).device
     set_mode(model, "evict")
     state.evict_bias = point

@@ -9,19 +9,26 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dms.config import nearest
 from dms.evaluation.engine.lm_eval_compat import num_fewshot as fewshot_of
 from dms.evaluation.engine.lm_eval_compat import quiet
-from dms.evaluation.engine.lm_eval_rows import make_rows, summarize
-from dms.evaluation.engine.resume import Kept, as_before, describe_model, operate
+from dms.evaluation.engine.lm_eval_rows import HarnessRun, make_rows, summarize
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, operate
+from dms.evaluation.engine.settings import LmEvalSettings
+from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.rows import ResultRow, RowContext
 from dms.requirements import EXTRAS
 from dms.upstream import UpstreamChanged
+
+if TYPE_CHECKING:
+    # It imports the harness.
+    from dms.evaluation.engine.lm_eval_model import Harness
 
 POLICIES = ("dense", "dms")
 # For the standard errors of what is no mean.
@@ -31,100 +38,99 @@ _HASHED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Runs of the harness of which everything is checked and nothing is measured. units: what each run depends on."""
+class PreparedLmEval:
+    """Runs of the harness of which everything is checked and nothing is measured."""
 
-    harness: Any
-    simple_evaluate: Callable
-    units: list[dict]
-    kept: Kept
-    options: dict
+    harness: "Harness"
+    simple_evaluate: Callable[..., dict[str, Any]]
+    units: list[dict[str, Any]]
+    """What each run depends on, as its file has it: one for each task, policy and operating point."""
+    store: ResultStore
+    options: dict[str, Any]
+    """As the harness takes them."""
     include_path: str | None
 
+    @property
+    def num_runs(self) -> int:
+        """How often `run` calls its `progress`."""
+        return len(self.units)
+
     def run(
-        self, *, common: dict, out: Path | None, trained_length: int | None = None, progress: Callable[[int], None] | None = None
-    ) -> list[dict]:
-        """As `run_lm_eval`."""
+        self, *, context: RowContext, out: Path | None, trained_length: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> list[ResultRow]:
+        """Run what is not finished. Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy.
+
+        out: gets `lm_eval.json` with what the harness returned; None: nothing is written. progress: called with 1 for each run.
+        """
         runs = []
         with as_before(self.harness.model), quiet():
             for unit in self.units:
-                found = self.kept.read(unit)
+                found = self.store.read(unit)
                 if found is None:
                     found = _measure(self.harness, self.simple_evaluate, unit)
-                    self.kept.write(unit, found)
-                runs.append({name: unit[name] for name in ("task", "policy", "evict_bias")} | found)
+                    self.store.write(unit, found)
+                runs.append(HarnessRun.from_dict({name: unit[name] for name in ("task", "policy", "evict_bias")} | found))
                 if progress:
                     progress(1)
         if out is not None:
-            content = {"settings": {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}, "runs": runs}
+            settings = {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}
+            content = {"settings": settings, "runs": [run.stored for run in runs]}
             (out / "lm_eval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        return make_rows(runs, {**common, "batch_size": self.options["batch_size"]}, trained_length)
-
-
-def run_lm_eval(
-    model: Any,
-    tokenizer: Any,
-    *,
-    common: dict,
-    out: Path | None,
-    trained_length: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    **settings: Any,
-) -> list[dict]:
-    """Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy; dms at each of `points`.
-
-    common: fields that all rows share. out: where finished runs are kept (`done/lm_eval-*.json`), from which a second call goes on, and
-    `lm_eval.json` with what the harness returned; None: nowhere. progress: called with 1 for each task, policy and point. settings: as of
-    `prepare_lm_eval`, and what it raises is raised before any task runs.
-    """
-    prepared = prepare_lm_eval(model, tokenizer, versions=common.get("versions"), out=out, **settings)
-    return prepared.run(common=common, out=out, trained_length=trained_length, progress=progress)
+        return make_rows(runs, context, self.options["batch_size"], trained_length)
 
 
 def prepare_lm_eval(
     model: Any,
     tokenizer: Any,
+    wanted: LmEvalSettings,
     *,
-    tasks: list[str],
-    policies: tuple[str, ...] = POLICIES,
-    points: list[float],
-    num_fewshot: int | None = None,
-    limit: int | None = None,
+    policies: Sequence[str] = POLICIES,
+    points: Sequence[float],
     batch_size: int = 8,
-    apply_chat_template: bool = False,
-    include_path: str | None = None,
-    versions: dict | None = None,
-    out: Path | None = None,
-) -> Prepared:
+    chat: bool = False,
+    versions: Mapping[str, str],
+    out: Path | None,
+) -> PreparedLmEval:
     """Load the harness, and build and measure the requests of all tasks that are not finished in `out`, without a forward pass.
 
-    num_fewshot, limit (the first so many documents), apply_chat_template, include_path (a folder of own tasks): as the harness has them;
-    None: as the task says, all documents, none. versions: of the rows.
+    policies: dense, dms or both. points: evict_bias of dms. chat: through the tokenizer's chat template. versions: of the rows. out: where
+    finished runs are stored (`done/lm_eval-*.json`), from which a second call goes on; None: nowhere.
 
     Raises:
         RuntimeError: the harness is not installed.
         ValueError: an unknown task, another policy, a task that sets another num_fewshot, or a request longer than the model's context.
     """
-    _check(policies, points, limit, num_fewshot, batch_size)
-    if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("apply_chat_template: the tokenizer has no chat template; leave it out")
-    simple_evaluate, manager = _load_harness(tasks, include_path)
+    _check(policies, points)
+    if chat and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("chat is true, and the tokenizer has no chat template; leave it out")
+    simple_evaluate, manager = _load_harness(wanted.tasks, wanted.include_path)
     from dms.evaluation.engine.lm_eval_model import Harness
 
-    options = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template, "batch_size": batch_size}
-    operated = [("dense", None)] * ("dense" in policies) + [("dms", float(p)) for p in dict.fromkeys(points)] * ("dms" in policies)
-    kept = Kept(None if out is None else out / "done", "lm_eval")
-    settings = {"model": describe_model(model), "versions": {**(versions or {}), "lm_eval": version("lm_eval")}}
-    settings |= {"task_files": None if include_path is None else _hash_folder(Path(include_path)), **options}
-    units = [{**settings, "task": task, "policy": policy, "evict_bias": p} for task in dict.fromkeys(tasks) for policy, p in operated]
+    # These, and the units below, are what finished runs are found by: other names or values, and earlier runs are not found again.
+    options = {"num_fewshot": wanted.num_fewshot, "limit": wanted.limit, "apply_chat_template": chat, "batch_size": batch_size}
+    settings = {
+        "model": describe_model(model),
+        "versions": {**versions, "lm_eval": version("lm_eval")},
+        "task_files": None if wanted.include_path is None else _hash_folder(Path(wanted.include_path)),
+        **options,
+    }
+    operated = [Point("dense", None)] if "dense" in policies else []
+    operated += [Point("dms", float(bias)) for bias in dict.fromkeys(points)] if "dms" in policies else []
+    units = [
+        {**settings, "task": task, "policy": point.policy, "evict_bias": point.evict_bias}
+        for task in dict.fromkeys(wanted.tasks)
+        for point in operated
+    ]
+    store = ResultStore(None if out is None else out / "done", "lm_eval")
     with quiet():
         harness = Harness(model, tokenizer, batch_size)
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
-        _build(harness, run, dict.fromkeys(unit["task"] for unit in units if kept.read(unit) is None), num_fewshot)
-    return Prepared(harness, run, units, kept, options, include_path)
+        unfinished = [str(unit["task"]) for unit in units if store.read(unit) is None]
+        _build(harness, run, dict.fromkeys(unfinished), wanted.num_fewshot)
+    return PreparedLmEval(harness, run, units, store, options, wanted.include_path)
 
 
-def _check(policies: tuple[str, ...], points: list[float], limit: int | None, num_fewshot: int | None, batch_size: int) -> None:
+def _check(policies: Sequence[str], points: Sequence[float]) -> None:
     others = [policy for policy in policies if policy not in POLICIES]
     if others or not policies:
         raise ValueError(
@@ -132,13 +138,10 @@ def _check(policies: tuple[str, ...], points: list[float], limit: int | None, nu
             "continuation together, in which a policy that evicts between them has no place; leave them out"
         )
     if "dms" in policies and not (points and all(map(math.isfinite, points))):
-        raise ValueError(f"lm-eval: evict_bias is {points}; give at least one number for dms")
-    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"lm-eval: {name} is {value!r}; it is a whole number from {least} on")
+        raise ValueError(f"lm-eval: evict_bias is {list(points)}; give at least one number for dms")
 
 
-def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable, Any]:
+def _load_harness(tasks: Sequence[str], include_path: str | None) -> tuple[Callable[..., dict[str, Any]], Any]:
     """(simple_evaluate, the manager that knows the tasks); the harness's own thousands are read only where they are asked for."""
     try:
         from lm_eval import simple_evaluate
@@ -162,7 +165,7 @@ def _load_harness(tasks: list[str], include_path: str | None) -> tuple[Callable,
     return simple_evaluate, manager
 
 
-def _build(harness: Any, run: Callable, tasks: Iterable[str], num_fewshot: int | None) -> None:
+def _build(harness: "Harness", run: Callable[..., dict[str, Any]], tasks: Iterable[str], num_fewshot: int | None) -> None:
     """Load the documents of all tasks and measure their requests, before any runs.
 
     Raises:
@@ -187,7 +190,7 @@ def _build(harness: Any, run: Callable, tasks: Iterable[str], num_fewshot: int |
     harness.only_checks = False
 
 
-def _measure(harness: Any, run: Callable, unit: dict) -> dict:
+def _measure(harness: "Harness", run: Callable[..., dict[str, Any]], unit: Mapping[str, Any]) -> dict[str, Any]:
     """Run a task under a policy: what of the harness's results is kept, what it took, and what was evicted."""
     operate(harness.model, unit["policy"], unit["evict_bias"])
     harness.restart()

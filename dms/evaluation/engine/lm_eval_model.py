@@ -4,7 +4,6 @@ Imports the harness, and is imported only where it is asked for.
 """
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,39 +11,9 @@ from lm_eval.models.huggingface import HFLM
 
 from dms.evaluation.engine.chains import count_entries
 from dms.evaluation.engine.lm_eval_compat import STEPS, harness_step, max_new_tokens
+from dms.evaluation.engine.lm_eval_rows import HarnessCounts
 from dms.hf_compat import output_cache
 from dms.modes import state_of
-
-
-@dataclass
-class Counted:
-    """KV entries over all rows and `num_heads` heads of layers with gates, at the end of each forward pass or generation. A sequence that ends
-    before its batch goes on being padded, and the padding counts. longest: tokens of a row. memory: "compacted" where a cache held what is
-    alive, "masked" where a pass ran without one."""
-
-    num_heads: int
-    num_rows: int = 0
-    alive: int = 0
-    seen: int = 0
-    evicted: int = 0
-    decided: int = 0
-    longest: int = 0
-    memory: set[str] = field(default_factory=set)
-
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"memory": sorted(self.memory)}
-
-    def add(self, counts_4B: torch.Tensor, length: int, memory: str) -> None:
-        alive, seen, evicted, decided = counts_4B.sum(1).tolist()
-        self.num_rows += counts_4B.shape[1]
-        self.alive, self.seen, self.evicted, self.decided = (
-            self.alive + alive,
-            self.seen + seen,
-            self.evicted + evicted,
-            self.decided + decided,
-        )
-        self.longest = max(self.longest, length)
-        self.memory.add(memory)
 
 
 class Harness(HFLM):
@@ -62,7 +31,7 @@ class Harness(HFLM):
         self._task_of: dict[Any, str] = {}
 
     def restart(self) -> None:
-        self.counted = Counted(sum(layer.num_heads for layer in state_of(self.model).layers))
+        self.counted = HarnessCounts(num_heads=sum(layer.num_heads for layer in state_of(self.model).layers))
 
     # Likelihoods.
 
@@ -100,10 +69,10 @@ class Harness(HFLM):
     @torch.no_grad()
     def _model_call(self, inps: torch.Tensor, attn_mask=None, labels=None) -> torch.Tensor:
         state = state_of(self.model)
-        evicts = state.mode == "evict"
-        output = self.model(inps, use_cache=evicts and state.takes_cache)
-        if evicts and state.takes_cache:
-            self.counted.add(count_entries(self.model, output_cache(output)), inps.shape[1], "compacted")
+        output = self.model(inps, use_cache=state.mode == "evict" and state.takes_cache)
+        cache = output_cache(output) if state.mode == "evict" and state.takes_cache else None
+        if cache is not None:
+            self.counted.add(count_entries(self.model, cache), inps.shape[1], "compacted")
         else:
             self.counted.add(_without_cache(state, *inps.shape), inps.shape[1], "masked")
         return output.logits
@@ -131,8 +100,9 @@ class Harness(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings) -> torch.Tensor:
         output = harness_step("_model_generate")(self, context, max_length, stop, return_dict_in_generate=True, **settings)
         state, length = state_of(self.model), output.sequences.shape[1]
-        if state.mode == "evict":
-            self.counted.add(count_entries(self.model, output_cache(output)), length, "compacted")
+        cache = output_cache(output) if state.mode == "evict" else None
+        if cache is not None:
+            self.counted.add(count_entries(self.model, cache), length, "compacted")
         else:
             # The last token was not read any more.
             seen_B = settings["attention_mask"].sum(1).cpu() + length - context.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Results that cost time, kept under a hash of all that they depend on, so that a run that was killed goes on."""
+"""Results that cost time are stored under a hash of all that they depend on, so that an evaluation that was killed goes on."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.modes import state_of
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import set_mode, state_of
+from dms.retrofitting import gate_parameters
 
 
 def operate(model: Any, policy: str, evict_bias: float | None) -> None:
@@ -33,12 +33,12 @@ def as_before(model: Any) -> Iterator[None]:
         set_mode(model, mode)
 
 
-# Of each weight tensor so many numbers are hashed, evenly spread; gates are hashed whole.
+# Numbers of each weight tensor that are hashed, evenly spread; gates are hashed whole.
 _SAMPLED = 64
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What of a retrofitted model decides what it says, its operating point and mode aside."""
+    """All of a retrofitted model that decides its output, apart from operating point and mode."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
@@ -76,25 +76,27 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-class Kept:
-    """Files `{kind}-{hash}.json` in a folder; None: nothing is kept. A file that is torn, or of other settings, counts as none."""
+class ResultStore:
+    """Results as files `{kind}-{hash}.json` in a folder, by what they depend on; folder None: nothing is stored. A file that is torn, or of
+    other settings, counts as none."""
 
     def __init__(self, folder: Path | None, kind: str):
         self.folder, self.kind = folder, kind
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, settings: dict) -> Path:
+    def _path(self, folder: Path, settings: dict[str, Any]) -> Path:
         text = json.dumps(settings, sort_keys=True)
-        return self.folder / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        return folder / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
-    def read(self, settings: dict) -> Any | None:
+    def read(self, settings: dict[str, Any]) -> Any | None:
         if self.folder is None:
             return None
-        found = read_json(self._path(settings))
-        same = isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings))
-        return found["result"] if same else None
+        found = read_json(self._path(self.folder, settings))
+        if not isinstance(found, dict) or found.get("settings") != json.loads(json.dumps(settings)):
+            return None
+        return found["result"]
 
-    def write(self, settings: dict, result: Any) -> None:
+    def write(self, settings: dict[str, Any], result: Any) -> None:
         if self.folder is not None:
-            write_json(self._path(settings), {"settings": settings, "result": result})
+            write_json(self._path(self.folder, settings), {"settings": settings, "result": result})

@@ -7,135 +7,160 @@ over all subsets of k of them. The random numbers are the same for every policy,
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dms.evaluation.data.problems import Problems
-from dms.evaluation.engine.chains import Sampled, Sampling, sample_chains
-from dms.evaluation.engine.resume import Kept, as_before, describe_model, operate
-from dms.evaluation.stats.bootstrap import Sample, compare, interval, make_draws
-from dms.evaluation.stats.collect import BEYOND_TRAINING, DENSE_AT_CHANCE, EVICTED_NOTHING, FEW_SAMPLES, MIN_SAMPLES, is_at_chance
-from dms.evaluation.stats.equal_budget import equal_budgets, sentences
+from dms.evaluation.data.problems import Problems, make_chains, read_problems
+from dms.evaluation.engine.chains import Chain, Sampled, Sampling, sample_chains
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, operate
+from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
+from dms.evaluation.present.findings import scaling_findings
+from dms.evaluation.stats.bootstrap import compare, interval, make_draws
+from dms.evaluation.stats.collect import MIN_SAMPLES, is_at_chance, memory_of
+from dms.evaluation.stats.equal_budget import Curve, equal_budgets
+from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.rows import Mark, ResultRow, RowContext
 from dms.evaluation.stats.votes import MAX_CHAINS, majority_at_k, pass_at_k
 
 METRICS = ("pass", "majority")
-# Of what is kept of a problem; what an earlier version kept is not read.
+# What a sampled chain may write where the user says nothing: of the built-in problems, and of others.
+_CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
+# Of a finished problem's file; files of an earlier format are not read.
 _FORMAT = 2
 # Orders of a problem's chains from which the expected peak of k of them is taken.
 _NUM_ORDERS = 64
 
 
-@dataclass
-class Curve:
-    """One policy at one operating point. N problems, K = 1 .. max_k chains at index k - 1.
+def prepare_scaling(model: Any, tokenizer: Any, settings: EvaluationSettings, wanted: ScalingSettings) -> "PreparedScaling":
+    """Make or read the problems, and check that chains can be sampled for them.
 
-    accuracy_NK: by metric. reads_NK: KV entries that are read per KV head, summed over the decoding steps of k chains: each step of each
-    chain reads all that is alive for it, the prompt's entries too, however many chains share them. The prompt is read once for all
-    chains and in every policy, which is not counted. peak_NK: the most entries alive at one step, per KV head, of k chains that are decoded side by
-    side; what chains can share of the prompt counts once in every policy, as an engine that serves them shares it (`Sampled.shared`). Both are
-    means over the heads of layers with gates, as counted in the cache at every step, and expectations over which k chains they are.
+    Raises:
+        ValueError: for what could not be sampled, before anything is measured.
     """
+    own = wanted.problems is None
+    max_new_tokens = wanted.max_new_tokens or (_CHAIN_TOKENS if own else _ANSWER_TOKENS)
+    if wanted.problems is None:
+        length = max(settings.lengths) - max_new_tokens
+        problems = make_chains(tokenizer, num_problems=wanted.num_problems, length=length, num_hops=wanted.num_hops, seed=settings.seed)
+    else:
+        problems = read_problems(
+            wanted.problems,
+            tokenizer,
+            answer_pattern=wanted.answer_pattern,
+            stop=wanted.stop,
+            limit=wanted.num_problems,
+            chat_template=True if settings.chat else None,
+        )
+    sampling = Sampling(
+        max_k=wanted.max_k,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        max_new_tokens=max_new_tokens,
+        seed=settings.seed,
+        chains_at_once=wanted.max_k if wanted.chains_at_once is None else wanted.chains_at_once,
+        stop=problems.stop,
+    )
+    check_scaling(model, problems, sampling, settings.evict_bias)
+    return PreparedScaling(model, tokenizer, problems, sampling, settings.evict_bias)
 
-    policy: str
-    evict_bias: float | None
-    sampled: list[Sampled]
-    accuracy_NK: dict[str, np.ndarray]
-    reads_NK: np.ndarray
-    peak_NK: np.ndarray
 
-    def sample(self, metric: str, k: int) -> Sample:
-        value_N = self.accuracy_NK[metric][:, k - 1]
-        return Sample(value_N, np.ones_like(value_N))
+@dataclass(frozen=True)
+class PreparedScaling:
+    """Problems of which everything is checked and nothing is sampled."""
+
+    model: Any
+    tokenizer: Any
+    problems: Problems
+    sampling: Sampling
+    points: Sequence[float]
+
+    @property
+    def num_runs(self) -> int:
+        """How often `run` calls its `progress`."""
+        return len(self.problems.problems) * (1 + len(self.points))
+
+    @property
+    def title(self) -> str:
+        chat = "on" if self.problems.chat_template else "off"
+        return f"hyper-scaling: {self.problems.name}, {len(self.problems.problems)} problems, chat template {chat}"
+
+    def run(
+        self, *, context: RowContext, out: Path | None, trained_length: int | None, progress: Callable[[int], None] | None = None
+    ) -> list[ResultRow]:
+        return run_scaling(
+            self.model,
+            self.tokenizer,
+            self.problems,
+            self.sampling,
+            self.points,
+            context=context,
+            out=out,
+            trained_length=trained_length,
+            progress=progress,
+        )
 
 
 def run_scaling(
     model: Any,
     tokenizer: Any,
-    *,
     problems: Problems,
-    max_k: int,
-    points: list[float],
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    seed: int,
-    common: dict,
+    sampling: Sampling,
+    points: Sequence[float],
+    *,
+    context: RowContext,
     out: Path | None,
-    chains_at_once: int | None = None,
     trained_length: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[dict]:
-    """Rows of the suite "scaling": pass@k and majority@k for k = 1, 2, 4 ... max_k, of dense, and of dms at each of `points`.
+) -> list[ResultRow]:
+    """Rows of the suite "scaling": pass@k and majority@k for k = 1, 2, 4 ... max_k, of dense, and of dms at each evict_bias of `points`.
 
-    max_k to max_new_tokens, chains_at_once: as in `check_scaling`. common: fields that all rows share. out: where finished problems are kept (`done/scaling-*.json`), from which a second call goes on, and
-    `scaling.json` with rows, comparisons at equal budget, and these in words; None: nowhere. trained_length: of the gates; rows of longer chains
-    are marked. progress: called with 1 for each problem and policy.
+    out: where finished problems are kept (`done/scaling-*.json`), from which a second call goes on, and `scaling.json` with rows,
+    comparisons at equal budget, and findings; None: nowhere. trained_length: of the gates; rows of longer chains are marked. progress:
+    called with 1 for each problem and policy.
 
     Raises:
         ValueError: as `check_scaling`, before anything is sampled.
     """
-    sampling = check_scaling(
-        model,
-        problems,
-        max_k=max_k,
-        points=points,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        chains_at_once=chains_at_once,
-    )
-    points = list(dict.fromkeys(float(point) for point in points))
-    kept = Kept(None if out is None else out / "done", "scaling")
-    curves = []
+    check_scaling(model, problems, sampling, points)
+    store = ResultStore(None if out is None else out / "done", "scaling")
+    measured = []
     with as_before(model):
         described = describe_model(model)
-        for policy, point in [("dense", None), *(("dms", point) for point in points)]:
+        for point in [Point("dense", None), *(Point("dms", float(bias)) for bias in dict.fromkeys(points))]:
             sampled = []
             for number, problem in enumerate(problems.problems):
-                settings = {
+                depends_on = {
                     "format": _FORMAT,
                     "model": described,
-                    "versions": common.get("versions"),
-                    "policy": policy,
-                    "evict_bias": point,
+                    "versions": context.versions,
+                    "policy": point.policy,
+                    "evict_bias": point.evict_bias,
+                    "problem": number,
+                    "input_ids": list(problem.input_ids),
+                    **vars(sampling),
                 }
-                settings |= {"problem": number, "input_ids": list(problem.input_ids), **vars(sampling)}
-                found = kept.read(settings)
+                found = store.read(depends_on)
                 if found is None:
-                    operate(model, policy, point)
+                    operate(model, point.policy, point.evict_bias)
                     found = sample_chains(model, tokenizer, problem.input_ids, number, sampling).to_dict()
-                    kept.write(settings, found)
+                    store.write(depends_on, found)
                 sampled.append(Sampled.from_dict(found))
                 if progress:
                     progress(1)
-            curves.append(_make_curve(tokenizer, problems, policy, point, sampled))
-    return _write(curves, problems, sampling, common, trained_length, out)
+            measured.append(_Measured(_make_curve(tokenizer, problems, point, sampled), sampled))
+    return _write(measured, problems, sampling, context, trained_length, out)
 
 
-def check_scaling(
-    model: Any,
-    problems: Problems,
-    *,
-    max_k: int,
-    points: list[float],
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    seed: int,
-    chains_at_once: int | None = None,
-) -> Sampling:
-    """Whether chains can be sampled so, without sampling any. max_k: chains of each problem. points: evict_bias of dms. temperature,
-    top_p, max_new_tokens, seed: of a chain. chains_at_once: how many of a problem's chains are decoded as one batch (None: all).
+def check_scaling(model: Any, problems: Problems, sampling: Sampling, points: Sequence[float]) -> None:
+    """Whether chains can be sampled so, without sampling any.
 
     Raises:
         ValueError: settings out of range, or a prompt that leaves no room for its chains.
     """
-    sampling = Sampling(max_k, temperature, top_p, max_new_tokens, seed, max_k if chains_at_once is None else chains_at_once, problems.stop)
     allowed = [
         ("max_k", sampling.max_k, 1 <= sampling.max_k <= MAX_CHAINS, f"1 to {MAX_CHAINS} chains"),
         ("temperature", sampling.temperature, 0 < sampling.temperature < math.inf, "a number above 0: at 0 all chains would be the same"),
@@ -158,12 +183,19 @@ def check_scaling(
                 f"scaling: the prompt of problem {number} has {length} tokens and max_new_tokens is {sampling.max_new_tokens}, together more than the "
                 f"model's context of {context}; nothing is truncated: shorten one of them"
             )
-    return sampling
 
 
-def _make_curve(tokenizer: Any, problems: Problems, policy: str, evict_bias: float | None, sampled: list[Sampled]) -> Curve:
+@dataclass(frozen=True)
+class _Measured:
+    """A curve, and the problems' chains that it was made of."""
+
+    curve: Curve
+    sampled: list[Sampled]
+
+
+def _make_curve(tokenizer: Any, problems: Problems, point: Point, sampled: Sequence[Sampled]) -> Curve:
     max_k = len(sampled[0].chains)
-    accuracy: dict[str, list] = {metric: [] for metric in METRICS}
+    accuracy: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
     reads, peaks = [], []
     for problem, found in zip(problems.problems, sampled, strict=True):
         answers = [problems.rule.extract(_said(tokenizer, problems, chain)) for chain in found.chains]
@@ -172,20 +204,21 @@ def _make_curve(tokenizer: Any, problems: Problems, policy: str, evict_bias: flo
         accuracy["majority"].append([majority_at_k(answers, problem.answer, k) for k in range(1, max_k + 1)])
         per_chain = np.mean([sum(chain.held[1:]) for chain in found.chains]) / found.num_heads
         reads.append(per_chain * np.arange(1, max_k + 1))
-        peaks.append(_expected_peaks(found))
-    return Curve(policy, evict_bias, sampled, {m: np.array(v) for m, v in accuracy.items()}, np.array(reads), np.array(peaks))
+        peaks.append(expected_peaks(found))
+    by_metric = {metric: np.array(values) for metric, values in accuracy.items()}
+    return Curve(point.policy, point.evict_bias, by_metric, np.array(reads), np.array(peaks))
 
 
-def _said(tokenizer: Any, problems: Problems, chain: Any) -> str:
+def _said(tokenizer: Any, problems: Problems, chain: Chain) -> str:
     """What a chain has said, up to its stop."""
     text = tokenizer.decode(chain.tokens, skip_special_tokens=True)
     stop = re.search(problems.stop, text) if problems.stop else None
     return text if stop is None else text[: stop.start()]
 
 
-def _expected_peaks(found: Sampled) -> np.ndarray:
-    """[K]: of k chains the most entries alive at one step, per head, what they share once, in the mean over orders of the chains; of 1 and of
-    all it is exact."""
+def expected_peaks(found: Sampled) -> np.ndarray:
+    """[K]: of k chains the most entries alive at one step, per head, with what they share counted once: the mean over orders of the chains,
+    exact for 1 chain and for all."""
     steps = max(len(chain.held) for chain in found.chains)
     # A chain that has ended holds nothing of its own; the first step has all chains, and shares as much as any other.
     own = [[held - found.shared for held in chain.held] + [0] * (steps - len(chain.held)) for chain in found.chains]
@@ -197,86 +230,101 @@ def _expected_peaks(found: Sampled) -> np.ndarray:
 
 
 def _write(
-    curves: list[Curve], problems: Problems, sampling: Sampling, common: dict, trained_length: int | None, out: Path | None
-) -> list[dict]:
-    dense = curves[0]
+    measured: Sequence[_Measured],
+    problems: Problems,
+    sampling: Sampling,
+    context: RowContext,
+    trained_length: int | None,
+    out: Path | None,
+) -> list[ResultRow]:
+    dense = measured[0].curve
     ks = sorted({2**i for i in range(sampling.max_k.bit_length())} | {sampling.max_k})
     draws_RN = make_draws(len(problems.problems), "scaling", problems.name, sampling.seed)
-    rows = []
-    for curve in curves:
-        shared = {**common, **_measure(curve), **_describe(curve, problems, sampling)}
-        marks = _marks(curve, problems, trained_length)
-        rows += [{**shared, **_row(curve, dense, metric, k, problems.chance, draws_RN, marks)} for metric in METRICS for k in ks]
-    equal = equal_budgets(dense, curves[1:], ks, draws_RN)
+    rows = [
+        row
+        for found in measured
+        for row in _make_rows(found, dense, ks, problems, sampling, draws_RN, context, _marks(found, problems, trained_length))
+    ]
     if out is not None:
-        settings = {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)}
-        content = {"rows": rows, "settings": settings, "equal_budget": equal, "words": sentences(equal, problems.name)}
+        equal = equal_budgets(dense, [found.curve for found in measured[1:]], ks, draws_RN)
+        findings = scaling_findings(equal, problems.name)
+        content = {
+            "rows": [row.to_dict() for row in rows],
+            "settings": {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)},
+            "equal_budget": [found.to_dict() for found in equal],
+            "findings": [finding.to_dict() for finding in findings],
+            "words": [sentence for finding in findings for sentence in finding.sentences],
+        }
         (out / "scaling.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return rows
 
 
-def _describe(curve: Curve, problems: Problems, sampling: Sampling) -> dict:
-    return {
-        "suite": "scaling",
-        "policy": curve.policy,
-        "evict_bias": curve.evict_bias,
-        "task": problems.name,
-        "length": problems.length,
-        "num_samples": len(problems.problems),
-        "num_documents": len(problems.problems),
-        "num_chains": len(curve.sampled[0].chains),
-        "batch_size": sampling.chains_at_once,
-        "memory": None if curve.policy == "dense" else "compacted",
-        # Transformers' dense cache copies the prompt for each chain: bytes of the two caches say nothing of chains.
-        "bytes": None,
-        "budget": None,
-        "vs_dms": None,
-    }
-
-
-def _marks(curve: Curve, problems: Problems, trained_length: int | None) -> list[str]:
-    chains = [(problem, chain) for problem, sampled in zip(problems.problems, curve.sampled, strict=True) for chain in sampled.chains]
+def _marks(found: _Measured, problems: Problems, trained_length: int | None) -> list[Mark]:
+    chains = [(problem, chain) for problem, sampled in zip(problems.problems, found.sampled, strict=True) for chain in sampled.chains]
     longest = max(len(problem.input_ids) + len(chain.tokens) for problem, chain in chains)
-    marks = [FEW_SAMPLES] if len(problems.problems) < MIN_SAMPLES else []
-    if curve.policy != "dense" and all(chain.held[-1] == chain.seen for _, chain in chains):
-        marks.append(EVICTED_NOTHING)
-    if curve.policy != "dense" and trained_length is not None and longest > trained_length:
-        marks.append(BEYOND_TRAINING)
+    marks = [Mark.FEW_SAMPLES] if len(problems.problems) < MIN_SAMPLES else []
+    evicts = found.curve.policy != "dense"
+    if evicts and all(chain.held[-1] == chain.seen for _, chain in chains):
+        marks.append(Mark.EVICTED_NOTHING)
+    if evicts and trained_length is not None and longest > trained_length:
+        marks.append(Mark.BEYOND_TRAINING)
     return marks
 
 
-def _row(curve: Curve, dense: Curve, metric: str, k: int, chance: float, draws_RN: np.ndarray, marks: list[str]) -> dict:
-    """What differs between a curve's rows."""
-    sample, dense_sample = curve.sample(metric, k), dense.sample(metric, k)
-    low, high = interval(sample, draws_RN, True)
-    chance = 1.0 - (1.0 - chance) ** k if metric == "pass" else chance
-    return {
-        "metric": f"{metric}@{k}",
-        "k": k,
-        "value": sample.value,
-        "ci_low": low,
-        "ci_high": high,
-        "chance": chance,
-        "entries_read": float(curve.reads_NK[:, k - 1].mean()),
-        "peak_entries": float(curve.peak_NK[:, k - 1].mean()),
-        "marks": [*marks, DENSE_AT_CHANCE] if is_at_chance(dense_sample, draws_RN, chance) else marks,
-        "vs_dense": None if curve is dense else compare(sample, dense_sample, draws_RN, higher_is_better=True).to_dict(),
-    }
-
-
-def _measure(curve: Curve) -> dict[str, float | None]:
-    """Of all chains of a curve: entries are per KV head."""
-    chains = [(chain, sampled.num_heads) for sampled in curve.sampled for chain in sampled.chains]
-    seen, alive, evicted, decided = (
-        sum(values) for values in zip(*((c.seen, c.held[-1], c.evicted, c.decided) for c, _ in chains), strict=True)
-    )
-    read_per_token = [entries / heads for chain, heads in chains for entries in chain.held[1:]]
-    steps = [sampled.step_ms for sampled in curve.sampled if sampled.step_ms is not None]
-    return {
-        "cr": seen / alive,
-        "cr_decided": decided / (decided - evicted) if decided > evicted else None,
-        "entries": float(np.mean([chain.held[-1] / heads for chain, heads in chains])),
-        "reads": float(np.mean(read_per_token)) if read_per_token else None,
-        "step_ms": float(np.median(steps)) if steps else None,
-        "seconds": sum(sampled.seconds for sampled in curve.sampled),
-    }
+def _make_rows(
+    found: _Measured,
+    dense: Curve,
+    ks: Sequence[int],
+    problems: Problems,
+    sampling: Sampling,
+    draws_RN: np.ndarray,
+    context: RowContext,
+    marks: Sequence[Mark],
+) -> list[ResultRow]:
+    """Rows of a curve, for each metric and number of chains. Entries are per KV head."""
+    curve, num_problems = found.curve, len(problems.problems)
+    chains = [(chain, sampled.num_heads) for sampled in found.sampled for chain in sampled.chains]
+    seen, alive = sum(chain.seen for chain, _ in chains), sum(chain.held[-1] for chain, _ in chains)
+    decided, evicted = sum(chain.decided for chain, _ in chains), sum(chain.evicted for chain, _ in chains)
+    reads = [entries / heads for chain, heads in chains for entries in chain.held[1:]]
+    steps = [sampled.step_ms for sampled in found.sampled if sampled.step_ms is not None]
+    rows = []
+    for metric in METRICS:
+        for k in ks:
+            sample, dense_sample = curve.sample(metric, k), dense.sample(metric, k)
+            low, high = interval(sample, draws_RN, True)
+            # One of k guesses may be right.
+            chance = 1.0 - (1.0 - problems.chance) ** k if metric == "pass" else problems.chance
+            row = ResultRow(
+                **vars(context),
+                suite="scaling",
+                policy=curve.policy,
+                evict_bias=curve.evict_bias,
+                task=problems.name,
+                length=problems.length,
+                metric=f"{metric}@{k}",
+                k=k,
+                value=sample.value,
+                ci_low=low,
+                ci_high=high,
+                num_samples=num_problems,
+                num_documents=num_problems,
+                num_chains=len(found.sampled[0].chains),
+                chance=chance,
+                cr=seen / alive,
+                cr_decided=decided / (decided - evicted) if decided > evicted else None,
+                entries=float(np.mean([chain.held[-1] / heads for chain, heads in chains])),
+                entries_read=float(curve.reads_NK[:, k - 1].mean()),
+                peak_entries=float(curve.peak_NK[:, k - 1].mean()),
+                reads=float(np.mean(reads)) if reads else None,
+                step_ms=float(np.median(steps)) if steps else None,
+                batch_size=sampling.chains_at_once,
+                # Transformers' dense cache copies the prompt for each chain: bytes of the two caches say nothing of chains.
+                bytes=None,
+                memory=memory_of(curve.policy),
+                marks=(*marks, Mark.DENSE_AT_CHANCE) if is_at_chance(dense_sample, draws_RN, chance) else tuple(marks),
+                vs_dense=None if curve is dense else compare(sample, dense_sample, draws_RN, higher_is_better=True),
+                seconds=sum(sampled.seconds for sampled in found.sampled),
+            )
+            rows.append(row)
+    return rows

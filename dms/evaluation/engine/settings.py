@@ -1,87 +1,220 @@
-"""What an evaluation measures: checked before anything is loaded, written beside its results, compared when it goes on."""
+"""What an evaluation measures: one strict settings file, checked before anything is loaded, written beside the results, and compared when
+an evaluation goes on.
+
+`dms evaluate FOLDER [SETTINGS.yaml] [key=value ...]` reads `EvaluationSettings`; all keys have defaults.
+"""
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator, model_validator
+
 from dms.config import nearest
 from dms.evaluation.policies import TRAINING_FREE
+from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.rows import RowContext
+from dms.evaluation.suites import DEFAULT_SUITES, SUITES
+from dms.strict_config import Strict
 
 POLICIES = ("dense", "dms", *TRAINING_FREE)
 FORMAT_VERSION = 1
-# What may differ between two calls on one folder: the rest decides what was measured.
+# The longest documents of an evaluation that names no lengths.
+MAX_DEFAULT_LENGTH = 8192
+# Defaults under `quick`, of settings that are not given.
+QUICK: dict[str, Any] = {"num_documents": 50, "batch_size": 25, "suites": ["needle", "records", "text"]}
+# What may differ between two calls on one folder: how much is measured.
 _EXTENSIBLE = ("policies", "suites", "lengths", "evict_bias")
-# Changes what it takes, not what comes out.
-_FREE = ("batch_size",)
+# What two calls on one folder must share, beside the model: what is measured.
+_IDENTITY = ("num_documents", "prefill_chunk", "num_greedy", "text", "chat", "seed")
+
+
+class ScalingSettings(Strict):
+    """`scaling`: accuracy of k sampled chains against the KV entries that they read and hold (hyper-scaling)."""
+
+    problems: str | None = None
+    """A JSONL file of problems: `prompt` or `messages`, and `answer`. None: built-in chains of names, in documents of the longest of the
+    evaluation's lengths."""
+    num_problems: int = Field(default=64, ge=1)
+    """Of a file: the first so many."""
+    max_k: int = 16
+    """Chains that are sampled for each problem."""
+    chains_at_once: int | None = Field(default=None, ge=1)
+    """Chains of a problem that are decoded as one batch; None: all of them."""
+    temperature: float = 1.0
+    """Sampling temperature of the chains."""
+    top_p: float = 1.0
+    """Chains draw from the likeliest tokens that make up this share."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Of a chain; None: 24 for the built-in problems, 1024 for others."""
+    answer_pattern: str | None = None
+    """A regular expression for the answer of a chain, in its group 1 or as the whole match. None: the last box, else the last number.
+    For problems of your own."""
+    stop: list[str] = Field(default=[])
+    """Strings that end a chain. For problems of your own."""
+    num_hops: int = Field(default=6, ge=1)
+    """Names in a chain of the built-in problems."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.problems is None and (self.answer_pattern is not None or self.stop):
+            raise ValueError("answer_pattern and stop are for problems of your own; name them with problems=FILE.jsonl")
+        return self
+
+
+class LmEvalSettings(Strict):
+    """`lm_eval`: tasks of lm-evaluation-harness, under dense and dms."""
+
+    tasks: list[str]
+    """By the harness's names, such as gsm8k. On the command line: `--lm-eval`."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many documents of each task; None: all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; None: as the task says."""
+    include_path: str | None = None
+    """A folder with the YAML files of tasks of your own."""
+
+
+class EvaluationSettings(Strict):
+    """`dms evaluate`: which policies read which documents, and what is measured besides."""
+
+    policies: list[str] = Field(default=list(POLICIES))
+    """Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff and random. All but dense and dms get the budget that dms is measured to
+    use."""
+    suites: list[str] = Field(default=list(DEFAULT_SUITES))
+    """Kinds of documents: needle, records, passages, classification, words, text; one_pass is the evaluation at a run's end. On the
+    command line: `--tasks`."""
+    lengths: list[int] = Field(default=[])
+    """Tokens of a document; none: half of the model's context and all of it, up to 8192."""
+    evict_bias: list[float] = Field(default=[0.0])
+    """Operating points of dms: added to every gate's logit, so that above 0 more is evicted."""
+    num_documents: int = Field(default=64, ge=1)
+    """Of each suite at each length."""
+    batch_size: int = Field(default=16, ge=1)
+    """Documents that are read at once. Changes time and memory, not what is measured."""
+    prefill_chunk: int = Field(default=64, ge=1)
+    """Tokens of a prompt that are read between two evictions; snapkv reads a prompt at once."""
+    num_greedy: int = Field(default=64, ge=1)
+    """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's."""
+    text: str | None = None
+    """A file or folder of text that documents are made of; None: held-out sources of the standard library."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    seed: int = 7
+    """Of documents, random eviction and sampling."""
+    quick: bool = False
+    """Minutes on two cores: for settings that are not given, fewer documents and suites, at half of the model's context."""
+    scaling: ScalingSettings | None = None
+    """Also hyper-scaling. On the command line, `--scaling` switches it on."""
+    lm_eval: LmEvalSettings | None = None
+    """Also tasks of lm-evaluation-harness."""
+
+    @field_validator("policies", "suites", "lengths", "evict_bias")
+    @classmethod
+    def _each_once(cls, given: list) -> list:
+        return list(dict.fromkeys(given))
+
+    @field_validator("policies", "suites")
+    @classmethod
+    def _known(cls, given: list[str], info) -> list[str]:
+        known = POLICIES if info.field_name == "policies" else tuple(SUITES)
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}")
+        # In the order in which they run: a policy's budget is known after dms has read the documents.
+        return [name for name in known if name in given] if info.field_name == "policies" else given
+
+    @field_validator("policies")
+    @classmethod
+    def _compared_with(cls, given: list[str]) -> list[str]:
+        if "dense" not in given:
+            raise ValueError("dense is not among them, and every figure is compared with it; add it")
+        if "dms" not in given and len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: the other policies get the budget that dms is measured to use; add dms")
+        return given
+
+    @field_validator("lengths")
+    @classmethod
+    def _positive(cls, given: list[int]) -> list[int]:
+        if any(length < 1 for length in given):
+            raise ValueError(f"{given} has a length below 1; give numbers of tokens, such as [1024, 2048]")
+        return given
+
+    @field_validator("evict_bias")
+    @classmethod
+    def _some(cls, given: list[float]) -> list[float]:
+        if not given:
+            raise ValueError("no operating point is left; give at least one number, such as [0.0]")
+        return given
+
+    def completed(self, context: int) -> "EvaluationSettings":
+        """With what was left out filled in: the lengths for a model of `context` tokens, and the defaults of `quick`."""
+        defaults = {name: value for name, value in QUICK.items() if self.quick and name not in self.model_fields_set}
+        if not self.lengths:
+            longest = min(context, MAX_DEFAULT_LENGTH)
+            defaults["lengths"] = [longest // 2] if self.quick else [longest // 2, longest]
+        return self.model_copy(update=defaults)
+
+    def points(self) -> list[Point]:
+        """In the order in which they run: an operating point's other policies follow its dms."""
+        return [
+            Point("dense", None),
+            *(Point(policy, bias) for bias in self.evict_bias for policy in self.policies if policy != "dense"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """policies, suites: by name; lengths: tokens of a document; evict_bias: operating points of the gates. num_documents: of each suite
-    at each length. prefill_chunk: tokens of a prompt that are read between two evictions. text: files to take running text from, None: the
-    built-in held-out text. chat: through the tokenizer's chat template. num_greedy: tokens written to see how long greedy decoding
-    stays with dense's."""
+class EvaluatedModel:
+    """What settings.json says of the model and of where it runs."""
 
-    policies: tuple[str, ...]
-    suites: tuple[str, ...]
-    lengths: tuple[int, ...]
-    evict_bias: tuple[float, ...] = (0.0,)
-    num_documents: int = 64
-    batch_size: int = 16
-    prefill_chunk: int = 64
-    num_greedy: int = 64
-    text: str | None = None
-    chat: bool = False
-    seed: int = 7
+    model: str
+    """The folder."""
+    model_hash: str
+    """Of the base's weights."""
+    gates_hash: str
+    recipe_hash: str | None
+    """None: the folder lies outside its run's."""
+    base_name: str | None
+    run_dir: str | None
+    target_cr: float | None
+    trained_length: int | None
+    """Tokens that the gates were trained at; None: not recorded."""
+    window: int
+    sinks: int
+    granularity: str
+    alignment: str
+    context: int
+    """Tokens, the most that the model reads."""
+    device_type: str
+    dtype: str
+    versions: dict[str, str]
+    device: str
 
-    def __post_init__(self):
-        from dms.evaluation.suites import SUITES
-
-        for name, given, known in (("--policies", self.policies, POLICIES), ("--tasks", self.suites, tuple(SUITES))):
-            for word in given:
-                if word not in known:
-                    raise ValueError(f"{name} names {word!r}{nearest(word, known)}; there are {', '.join(known)}")
-        for name in ("policies", "lengths", "evict_bias"):
-            if not getattr(self, name):
-                raise ValueError(f"no {name} are left to evaluate; name at least one")
-        if any(math.isnan(bias) for bias in self.evict_bias):
-            raise ValueError(f"--evict-bias is {list(self.evict_bias)}; give numbers, such as -2, 0 and 1.5")
-        if any(policy in TRAINING_FREE for policy in self.policies) and "dms" not in self.policies:
-            raise ValueError(
-                f"{', '.join(self.policies)}: the other policies get the budget that dms is measured to use; add dms to --policies"
-            )
-        if "dense" not in self.policies:
-            raise ValueError("--policies lacks dense, which every figure is compared with; add it")
-
-    @classmethod
-    def make(cls, **given: Any) -> "Settings":
-        """Lists may repeat themselves; policies stand in the order in which they are needed."""
-        for name in _EXTENSIBLE:
-            given[name] = tuple(dict.fromkeys(given[name]))
-        known = [policy for policy in POLICIES if policy in given["policies"]]
-        given["policies"] = (*known, *(policy for policy in given["policies"] if policy not in known))
-        return cls(**given)
-
-    def points(self) -> list[tuple[str, float | None]]:
-        """(policy, evict_bias) in the order in which they run: a point's other policies follow its dms."""
-        return [("dense", None), *((policy, bias) for bias in self.evict_bias for policy in self.policies if policy != "dense")]
+    def row_context(self, seed: int) -> RowContext:
+        return RowContext(
+            model=self.model,
+            model_hash=self.model_hash,
+            recipe_hash=self.recipe_hash,
+            target_cr=self.target_cr,
+            seed=seed,
+            versions=self.versions,
+            device=self.device,
+        )
 
 
-def identity(settings: Settings, model: dict[str, Any]) -> dict[str, Any]:
-    """What two calls must share for one to go on where the other stopped: all that is measured, less how much of it."""
-    shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in (*_EXTENSIBLE, *_FREE)}
+def identity(settings: EvaluationSettings, model: EvaluatedModel) -> dict[str, Any]:
+    """What two calls must share for one to go on where the other stopped: all that is measured, apart from how much of it."""
     return {
-        **shared,
-        **{name: model[name] for name in ("model_hash", "gates_hash", "dtype", "device_type", "versions")},
+        **{name: getattr(settings, name) for name in _IDENTITY},
+        **{name: getattr(model, name) for name in ("model_hash", "gates_hash", "dtype", "device_type", "versions")},
         "format_version": FORMAT_VERSION,
     }
 
 
-def open_folder(out: Path, settings: Settings, model: dict[str, Any]) -> str:
+def open_folder(out: Path, settings: EvaluationSettings, model: EvaluatedModel) -> str:
     """Make or reopen the folder of an evaluation and write settings.json; returns the identity's digest, which finished units carry.
 
     Raises:
@@ -99,7 +232,14 @@ def open_folder(out: Path, settings: Settings, model: dict[str, Any]) -> str:
         raise ValueError(f"{out} is not empty and holds no evaluation (no settings.json); name another --out")
     (out / "done").mkdir(parents=True, exist_ok=True)
     merged = {name: _union(before.get(name, []), getattr(settings, name)) for name in _EXTENSIBLE}
-    written = {**model, **asdict(settings), **own, **merged, "num_samples": settings.num_documents, "chat_template": settings.chat}
+    written = {
+        **asdict(model),
+        **settings.model_dump(exclude={"quick", "scaling", "lm_eval"}),
+        **own,
+        **merged,
+        "num_samples": settings.num_documents,
+        "chat_template": settings.chat,
+    }
     path.write_text(json.dumps(written, indent=1), encoding="utf-8")
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,28 +12,29 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from dms.cache import DMSCache
-from dms.evaluation.data.document import Answer, Document
-from dms.evaluation.data.tasks import RECALL_TASKS
+from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.text_sources import GivenText
 from dms.evaluation.engine.decode import Reading, read
+from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
-from dms.evaluation.engine.settings import Settings
+from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
+from dms.evaluation.stats.results import Point, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
-from dms.retrofitting import state_of
+from dms.modes import state_of
 
-NUM_QUARTILES = 4
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Documents of one suite and length. number: its place among those of the same kind."""
+    """Documents of one suite and length."""
 
     suite: str
     length: int
     number: int
-    documents: list[Document]
+    """Its place among the units of the same suite and length."""
+    documents: list[EvaluationDocument]
 
     @property
     def file_name(self) -> str:
@@ -45,11 +46,20 @@ class Unit:
         return f"{identity}-{zlib.crc32(tokens.encode()):08x}"
 
 
-def point_name(policy: str, bias: float | None) -> str:
-    return policy if bias is None else f"{policy}@{bias:g}"
+@dataclass(frozen=True)
+class Progress:
+    """Callbacks of whoever shows how far an evaluation is."""
+
+    step: Callable[[str], None] = lambda running: None
+    """Given what runs now."""
+    done: Callable[[], None] = lambda: None
+    """Called after each policy of a unit."""
 
 
-def make_units(tokenizer, settings: Settings) -> Iterator[Unit]:
+SILENT = Progress()
+
+
+def make_units(tokenizer: Any, settings: EvaluationSettings) -> Iterator[Unit]:
     """Every batch of documents, those of like prompts together: a batch's prompts are read up to the end of the shortest."""
     text = None if settings.text is None else GivenText([settings.text])
     for length in settings.lengths:
@@ -74,103 +84,141 @@ def make_units(tokenizer, settings: Settings) -> Iterator[Unit]:
                 yield Unit(suite, length, number, documents[first : first + size])
 
 
+class UnitFile:
+    """A unit's results on disk: read when the evaluation goes on, written after each policy."""
+
+    def __init__(self, unit: Unit, folder: Path, identity: str):
+        self._path, self._key = folder / unit.file_name, unit.key(identity)
+
+    def read(self) -> UnitResults:
+        """Nothing where the file was made of something else."""
+        written = read_json(self._path)
+        if not isinstance(written, dict) or written.get("key") != self._key:
+            return {}
+        return {name: PolicyResult.from_dict(result) for name, result in written["results"].items()}
+
+    def write(self, results: UnitResults) -> None:
+        write_json(self._path, {"key": self._key, "results": {name: result.to_dict() for name, result in results.items()}})
+
+
 def run_unit(
-    model, unit: Unit, settings: Settings, folder: Path, identity: str, step: Callable[[str], None], done: Callable[[], None]
-) -> None:
-    """Read a unit under every policy that is still missing. step: told what is running; done: called after each policy."""
-    path, key = folder / unit.file_name, unit.key(identity)
-    found = finished(path, key)
+    model: Any,
+    unit: Unit,
+    settings: EvaluationSettings,
+    *,
+    finished: UnitResults | None = None,
+    save: Callable[[UnitResults], None] = lambda results: None,
+    progress: Progress = SILENT,
+) -> UnitResults:
+    """Read a unit under every policy of the settings. finished: what is there already. save: given all results after each policy."""
+    results = dict(finished or {})
     points = settings.points()
-    missing = [point for point in points if point_name(*point) not in found]
+    missing = [point for point in points if point.name not in results]
     for _ in range(len(points) - len(missing)):
-        done()
-    if not missing:
-        return
-    device = next(model.parameters()).device
-    ids_BT = torch.tensor([document.input_ids for document in unit.documents], device=device)
-    num_given = min(document.prompt for document in unit.documents)
-    compares = unit.suite == "text"
-    num_greedy = settings.num_greedy if compares else 0
-    options = {"ids_BT": ids_BT, "num_given": num_given, "num_greedy": num_greedy}
-    dense = None
-    if compares or "dense" not in found:
-        step("dense")
-        dense = read(model, cache=DynamicCache(config=model.config), chunk=settings.prefill_chunk, keep_logits=compares, **options)
-    if "dense" not in found:
-        found["dense"] = _result(unit, num_given, dense, None, None)
-        write_json(path, {"key": key, "results": found})
-        done()
-    for policy, bias in missing:
-        if policy == "dense":
-            continue
-        step(policy if len(settings.evict_bias) == 1 else f"{policy} at bias {bias:g}")
-        budget = None if policy == "dms" else _budget(found[point_name("dms", bias)])
-        state_of(model).evict_bias = bias
-        cache = _make_cache(model, policy, budget, settings.seed + unit.number)
-        whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
-        reading = read(model, cache=cache, chunk=None if whole else settings.prefill_chunk, dense=dense if compares else None, **options)
-        found[point_name(policy, bias)] = _result(unit, num_given, reading, dense, budget)
-        write_json(path, {"key": key, "results": found})
-        done()
+        progress.done()
+    dense: Reading | None = None
+    if missing and unit.suite == "text":
+        # The others are compared with its logits, which are in no file.
+        missing = [Point("dense", None), *(point for point in missing if point.policy != "dense")]
+    for point in missing:
+        progress.step(
+            point.policy if len(settings.evict_bias) == 1 or point.evict_bias is None else f"{point.policy} at bias {point.evict_bias:g}"
+        )
+        state_of(model).evict_bias = point.evict_bias or 0.0
+        budget = None if point.policy in ("dense", "dms") else _budget(results[Point("dms", point.evict_bias).name])
+        seed = settings.seed + unit.number
+        if unit.suite == "one_pass":
+            result = read_in_one_pass(
+                model,
+                unit.documents,
+                point.policy,
+                budget=budget,
+                batch_size=settings.batch_size,
+                chunk=settings.prefill_chunk,
+                seed=seed,
+            )
+        else:
+            reading = _decode(model, unit, point.policy, budget, seed, settings, dense)
+            result = _result(unit, reading, dense, budget)
+            if point.policy == "dense" and unit.suite == "text":
+                dense = reading
+        if point.name not in results:
+            results[point.name] = result
+            save(results)
+            progress.done()
+    return results
 
 
-def _make_cache(model, policy: str, budget: int | None, seed: int) -> Cache:
-    return DMSCache(model) if policy == "dms" else make_policy_cache(model, policy, budget, seed)
-
-
-def _budget(dms: dict[str, Any]) -> int:
+def _budget(dms: PolicyResult) -> int:
     """What dms was measured to hold at the end of these documents."""
-    return max(1, round(float(np.mean(dms["entries"]))))
+    return max(1, round(float(np.mean(dms.entries))))
 
 
-def _result(unit: Unit, num_given: int, reading: Reading, dense: Reading | None, budget: int | None) -> dict[str, Any]:
-    """JSON of one policy on one unit. metrics: "task|metric" -> [numerators, denominators], one for each document."""
-    metrics: dict[str, list[list[float]]] = {}
+def _num_given(unit: Unit) -> int:
+    return min(document.prompt for document in unit.documents)
 
-    def add(task: str, metric: str, document: int, numerator: float, denominator: float) -> None:
-        sums = metrics.setdefault(f"{task}|{metric}", [[0.0] * len(unit.documents) for _ in range(2)])
-        sums[0][document] += numerator
-        sums[1][document] += denominator
 
-    right = reading.right_BN.tolist()
+def _decode(
+    model: Any, unit: Unit, policy: str, budget: int | None, seed: int, settings: EvaluationSettings, dense: Reading | None
+) -> Reading:
+    compares = unit.suite == "text"
+    whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
+    return read(
+        model,
+        torch.tensor([document.input_ids for document in unit.documents], device=next(model.parameters()).device),
+        _num_given(unit),
+        _make_cache(model, policy, budget, seed),
+        chunk=None if whole else settings.prefill_chunk,
+        dense=dense,
+        num_greedy=settings.num_greedy if compares else 0,
+        keep_logits=compares and policy == "dense",
+    )
+
+
+def _make_cache(model: Any, policy: str, budget: int | None, seed: int) -> Cache:
+    if budget is not None:
+        return make_policy_cache(model, policy, budget, seed)
+    return DynamicCache(config=model.config) if policy == "dense" else DMSCache(model)
+
+
+def _result(unit: Unit, reading: Reading, dense: Reading | None, budget: int | None) -> PolicyResult:
+    """dense: of running text, to compare with; None: for dense itself, and for the other suites."""
+    num_given, num_documents = _num_given(unit), len(unit.documents)
+    metrics: dict[tuple[str, str], Sums] = {}
+    right_BN = reading.right_BN.tolist()
     for row, document in enumerate(unit.documents):
-        for answer in document.answers:
-            correct = all(right[row][answer.start - num_given : answer.end - num_given])
-            for task in _tasks_of(answer, unit):
-                add(task, "accuracy", row, correct, 1)
+        add_answers(metrics, num_documents, row, document, right_BN[row], first_token=num_given, by_distance=unit.suite == "records")
         if unit.suite == "text":
             for metric, numerator, denominator in _text_metrics(document, num_given, row, reading, dense):
-                add("text", metric, row, numerator, denominator)
-    numbers = {name: getattr(reading, name) for name in ("num_seen", "bytes", "evicted", "decided", "step_ms", "seconds")}
-    lists = {name: getattr(reading, f"{name}_B").tolist() for name in ("entries", "reads", "peak")}
-    return {"metrics": metrics, **numbers, **lists, "budget": budget, "batch_size": len(unit.documents)}
+                add_to(metrics, num_documents, "text", metric, row, numerator, denominator)
+    return PolicyResult(
+        metrics=metrics,
+        entries=reading.entries_B.tolist(),
+        reads=reading.reads_B.tolist(),
+        peak=reading.peak_B.tolist(),
+        budget=budget,
+        num_seen=reading.num_seen,
+        bytes=reading.bytes,
+        evicted=reading.evicted,
+        decided=reading.decided,
+        step_ms=reading.step_ms,
+        seconds=reading.seconds,
+        batch_size=num_documents,
+    )
 
 
-def _tasks_of(answer: Answer, unit: Unit) -> list[str]:
-    """Its own task; of planted records also retrieval as a whole, and by the distance of what is asked for."""
-    if unit.suite != "records" or answer.task not in RECALL_TASKS:
-        return [answer.task]
-    quartile = min(NUM_QUARTILES - 1, (answer.start - answer.evidence) * NUM_QUARTILES // unit.length)
-    return [answer.task, "recall", f"recall_q{quartile + 1}"]
-
-
-def _text_metrics(document: Document, num_given: int, row: int, reading: Reading, dense: Reading | None) -> list[tuple[str, float, float]]:
+def _text_metrics(
+    document: EvaluationDocument, num_given: int, row: int, reading: Reading, dense: Reading | None
+) -> list[tuple[str, float, float]]:
     """(metric, numerator, denominator) over a window's scored tokens."""
     scored = slice(document.prompt - num_given, None)
     bits = float(reading.nll_BN[row, scored].double().sum()) / np.log(2)
-    found = [("bits_per_byte", bits, document.num_bytes)]
-    if dense is None:
-        return found
+    found: list[tuple[str, float, float]] = [("bits_per_byte", bits, document.num_bytes)]
     count = len(document.input_ids) - document.prompt
-    found.append(("kl", float(reading.kl_BN[row, scored].double().sum()), count))
-    found.append(("top1_agreement", float(reading.agrees_BN[row, scored].sum()), count))
-    if reading.greedy_Bn is not None:
+    if reading.kl_BN is not None and reading.agrees_BN is not None:
+        found.append(("kl", float(reading.kl_BN[row, scored].double().sum()), count))
+        found.append(("top1_agreement", float(reading.agrees_BN[row, scored].sum()), count))
+    if dense is not None and dense.greedy_Bn is not None and reading.greedy_Bn is not None:
         same = (reading.greedy_Bn[row] == dense.greedy_Bn[row]).tolist()
         found.append(("divergence_length", [*same, False].index(False), 1))
     return found
-
-
-def finished(path: Path, key: str) -> dict[str, Any]:
-    """What was written of a unit, by point; nothing where it was made of something else."""
-    written = read_json(path)
-    return written["results"] if isinstance(written, dict) and written.get("key") == key else {}

@@ -12,8 +12,9 @@ import torch
 
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.page_pool import Budget
+from dms.cache.store import PendingGate
 from dms.config import DMSConfig
-from dms.evaluation.policies.rules import Policy, Seen
+from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
 from dms.masks import Tokens
 
 
@@ -32,11 +33,12 @@ class PolicyLayer(CompactedLayer):
     def runs_gate(self, num_tokens: int) -> bool:
         return False
 
-    def decide(self, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
+    def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
         if not tokens.unpadded or bool((tokens.segment_BT > 1).any()):
             raise ValueError(
                 f"{type(self.policy).__name__} reads one document a row, without padding; give rows of one length (dms takes any)"
             )
+        assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
         super().decide(torch.zeros_like(decision_BNH), tokens)
 
     def activate_past_recording(self) -> None:
@@ -47,43 +49,52 @@ class PolicyLayer(CompactedLayer):
         out = super().attend(query, scale=scale, softcap=softcap, sink_logits=sink_logits)
         B, H = self.store.num_kept.shape
         position_BHN = torch.arange(first, first + num_new, device=query.device).expand(B, H, -1)
-        self.position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
+        position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
         start = _now(query.device)
-        self._drop_surplus(query, num_new, scale, softcap, sink_logits)
+        self.position_BHS = self._drop_surplus(position_BHS, query, num_new, scale, softcap, sink_logits)
         self.choosing += _now(query.device) - start
         return out
 
-    def _drop_surplus(self, query: torch.Tensor, num_new: int, *scaling) -> None:
-        """Score what is held and drop the lowest of what is over the budget."""
-        policy, num_held = self.policy, self.position_BHS.shape[2]
+    def _drop_surplus(
+        self,
+        position_BHS: torch.Tensor,
+        query: torch.Tensor,
+        num_new: int,
+        scale: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Score what is held and drop the lowest of what is over the budget. Returns the positions of what stays."""
+        policy = self.policy
         if policy.num_queries:
             query = query if self.queries is None else torch.cat([self.queries, query], 2)
             query = query[:, :, -policy.num_queries :]
             self.queries = query if policy.num_queries > 1 else None
-        surplus = num_held - policy.budget
+        surplus = position_BHS.shape[2] - policy.budget
         if surplus <= 0 and not policy.accumulates:
-            return
-        k_BHSD = self._keys()
-        weights = None if policy.num_queries == 0 else attention_weights(query, self.columns, k_BHSD, self.position_BHS, *scaling)
-        score_BHS = policy.score(Seen(self.position_BHS, k_BHSD, num_new, weights))
-        if surplus > 0:
-            self._drop(score_BHS, surplus)
+            return position_BHS
+        k_BHSD = self._keys(position_BHS.shape[2])
+        weights = None
+        if policy.num_queries != 0:
+            weights = attention_weights(query, self.columns, k_BHSD, position_BHS, scale, softcap, sink_logits)
+        score_BHS = policy.score(Seen(position_BHS, k_BHSD, num_new, weights))
+        return self._drop(position_BHS, score_BHS, surplus) if surplus > 0 else position_BHS
 
-    def _drop(self, score_BHS: torch.Tensor, surplus: int) -> None:
+    def _drop(self, position_BHS: torch.Tensor, score_BHS: torch.Tensor, surplus: int) -> torch.Tensor:
         # The newest stays: it is in the ring.
         order_BHs = score_BHS[..., :-1].argsort(dim=2, stable=True)
         dropped_BHs = torch.zeros_like(order_BHs, dtype=torch.bool).scatter_(2, order_BHs[..., :surplus], True)
         self.drop(dropped_BHs)
         kept_BHK = torch.cat([order_BHs[..., surplus:], torch.full_like(order_BHs[..., :1], order_BHs.shape[2])], 2).sort(dim=2).values
-        self.position_BHS = self.position_BHS.gather(2, kept_BHK)
         if self.policy.memory_BHS is not None:
             self.policy.memory_BHS = self.policy.memory_BHS.gather(2, kept_BHK)
+        return position_BHS.gather(2, kept_BHK)
 
-    def _keys(self) -> torch.Tensor:
+    def _keys(self, num_held: int) -> torch.Tensor:
         """All that are held [B, H, S, D], in order of age; every head has as many."""
         store, (B, H) = self.store, self.store.num_kept.shape
         ring_BH1D = store.ring_kv[:, :, 0]
-        num_kept = self.position_BHS.shape[2] - 1
+        num_kept = num_held - 1
         if num_kept == 0:
             return ring_BH1D
         P, entry = store.pool.page_size, torch.arange(num_kept, device=ring_BH1D.device)
@@ -92,6 +103,7 @@ class PolicyLayer(CompactedLayer):
 
     def copy(self) -> "PolicyLayer":
         new = super().copy()
+        assert isinstance(new, PolicyLayer)
         new.policy = copy.copy(self.policy)
         return new
 
@@ -100,6 +112,20 @@ class PolicyLayer(CompactedLayer):
 
     def _select(self, rows: torch.Tensor) -> None:
         raise ValueError(f"{type(self.policy).__name__} keeps its rows as they are; read a prompt once for each sample")
+
+
+class WindowLayer(CompactedLayer):
+    """A compacted layer that evicts all that leaves its window, whatever the gates say."""
+
+    def __init__(self, policy: SlidingWindow, config: DMSConfig, page_size: int):
+        super().__init__(replace(config, window=policy.window, sinks=policy.sinks, alignment="own"), page_size)
+
+    def runs_gate(self, num_tokens: int) -> bool:
+        return False
+
+    def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
+        assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
+        super().decide(torch.ones_like(decision_BNH), tokens)
 
 
 class PolicyCache(DMSCache):
@@ -111,8 +137,11 @@ class PolicyCache(DMSCache):
         # A bound would have to undo what was dropped.
         self.budget = Budget(None)
 
-    def _make_layer(self, state, page_size, kv_dtype) -> PolicyLayer:
-        return PolicyLayer(self._make_policy(next(self._indices)), state.config, state.page_size)
+    def _make_layer(self, state, page_size, kv_dtype) -> CompactedLayer:
+        policy = self._make_policy(next(self._indices))
+        if isinstance(policy, SlidingWindow):
+            return WindowLayer(policy, state.config, state.page_size)
+        return PolicyLayer(policy, state.config, state.page_size)
 
 
 def _now(device: torch.device) -> float:

@@ -11,36 +11,41 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer's entries in order of age, the newest last, before anything is dropped.
-
-    position_BHS [B, H, S] int64: where they stand in the text. k_BHSD: their keys, as they are stored (rotated). num_new: how many
-    came in this forward. weights_BHGQS float32: attention of the last Q queries over these entries, None for policies that
-    look at none.
-    """
+    """A layer's entries in order of age, the newest last, before anything is dropped."""
 
     position_BHS: torch.Tensor
+    """int64: where they stand in the text."""
     k_BHSD: torch.Tensor
+    """Their keys, as they are stored (rotated)."""
     num_new: int
-    weights_BHGQS: torch.Tensor | None
+    """How many came in this forward."""
+    weights: torch.Tensor | None
+    """[B, H, G, Q, S] float32: attention of the last Q queries over these entries; None for policies that look at none."""
+
+    @property
+    def weights_BHGQS(self) -> torch.Tensor:
+        assert self.weights is not None, "the policy's num_queries asks for them"
+        return self.weights
 
 
 class Policy:
-    """One layer's eviction. budget: entries that each KV head may keep.
-
-    num_queries: how many of the last queries it looks at; 0: none; None: all that came in this forward. accumulates: it must see
-    every forward, not only those after which something is dropped. reads_whole_prompt: a prompt is not to be given in parts.
-    memory_BHS: what it remembers of each entry, kept in step with the entries that stay.
-    """
+    """One layer's eviction."""
 
     num_queries: int | None = 0
+    """How many of the last queries it looks at; 0: none; None: all that came in this forward."""
     accumulates = False
+    """It must see every forward, not only those after which something is dropped."""
     reads_whole_prompt = False
+    """A prompt is not to be given in parts."""
+    masks_within_forward = False
+    """In a forward of many tokens, each query sees what it would see if they came one by one."""
 
     def __init__(self, budget: int, seed: int = 0):
         if budget < 1:
             raise ValueError(f"the budget is {budget} entries a head; a policy keeps at least the newest, so give 1 or more")
         self.budget, self.seed = budget, seed
         self.memory_BHS: torch.Tensor | None = None
+        """What it remembers of each entry, kept in step with the entries that stay."""
 
     def score(self, seen: Seen) -> torch.Tensor:
         """[B, H, S]: the entries of the lowest scores are dropped, of equal ones the oldest; the newest entry always stays."""
@@ -55,7 +60,7 @@ def protect_last(score_BHS: torch.Tensor, num_last: int) -> torch.Tensor:
 
 class H2O(Policy):
     """Half of the budget for the most recent entries, half for those of the largest attention summed over all queries since they
-    came; over a group's query heads the sum is taken too. memory_BHS: that sum."""
+    came; over a group's query heads the sum is taken too. That sum is its memory."""
 
     num_queries = None
     accumulates = True
@@ -115,16 +120,26 @@ NUM_SINKS = 4
 
 
 class SlidingWindow(Policy):
-    """Keeps the first 4 tokens, which take the attention that has nowhere to go, and the latest ones."""
+    """Keeps the first 4 tokens, which take the attention that has nowhere to go (StreamingLLM, arXiv 2309.17453), and the latest ones.
 
-    def score(self, seen: Seen) -> torch.Tensor:
-        position = seen.position_BHS.float()
+    It needs no scores: what is kept is known beforehand, so that a layer's own window does it (`WindowLayer`).
+    """
+
+    masks_within_forward = True
+
+    @property
+    def sinks(self) -> int:
         # A budget that small is for the newest tokens.
-        return position.masked_fill(seen.position_BHS < min(NUM_SINKS, self.budget - 1), float("inf"))
+        return min(NUM_SINKS, self.budget - 1)
+
+    @property
+    def window(self) -> int:
+        """Tokens that stay visible after their own."""
+        return self.budget - self.sinks - 1
 
 
 class Random(Policy):
-    """Keeps a uniform sample of all tokens so far: each entry draws a number when it comes, and the lowest go. memory_BHS: those."""
+    """Keeps a uniform sample of all tokens so far: each entry draws a number when it comes, and the lowest go. They are its memory."""
 
     accumulates = True
 

@@ -1,28 +1,30 @@
 """The tables that a run and an evaluation print."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from dms.evaluation.stats.collect import RunFigures
+from dms.evaluation.stats.rows import Mark, ResultRow, Verdict
 
-def results_table(results: dict[str, dict], title: str) -> Table:
-    """`results`: policy -> figures of result.json."""
+
+def results_table(figures: Mapping[str, RunFigures], title: str) -> Table:
+    """The table at a run's end: a line for each policy."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE, caption="recall by the distance of what is asked: q1 nearest, q4 farthest"
     )
     table.add_column("policy", no_wrap=True)
     for name in ("bits/byte", "recall", "q1", "q2", "q3", "q4", "cr decided", "cr", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    for policy, figures in results.items():
+    for policy, found in figures.items():
         table.add_row(
             policy,
-            f"{figures['bits_per_byte']:.4f}",
-            *(_share(value) for value in (figures["recall"], *figures["recall_by_distance"])),
-            "-" if figures["cr_decided"] is None else f"{figures['cr_decided']:.2f}",
-            f"{figures['cr']:.2f}",
-            "-" if policy == "dense" else figures["memory"],
+            f"{found.bits_per_byte:.4f}",
+            *(_share(value) for value in (found.recall, *found.recall_by_distance)),
+            "-" if found.cr_decided is None else f"{found.cr_decided:.2f}",
+            f"{found.cr:.2f}",
+            found.memory or "-",
         )
     return table
 
@@ -32,10 +34,10 @@ def _share(value: float | None) -> str:
 
 
 _SIGNS = {
-    "evicted_nothing": ("∅", "evicted nothing: its figures are those of the dense model"),
-    "budget_missed": ("≠", "holds more than 3 % more or less than its budget"),
-    "dense_at_chance": ("?", "dense does no better than guessing: nothing is shown"),
-    "few_samples": ("#", "fewer than 50 samples, or than 25 documents"),
+    Mark.EVICTED_NOTHING: ("∅", "evicted nothing: its figures are those of the dense model"),
+    Mark.BUDGET_MISSED: ("≠", "holds more than 3 % more or less than its budget"),
+    Mark.DENSE_AT_CHANCE: ("?", "dense does no better than guessing: nothing is shown"),
+    Mark.FEW_SAMPLES: ("#", "fewer than 50 samples, or than 25 documents"),
 }
 _LEGEND = (
     "▲ better, ▼ worse, = not told apart, at 95 %: from dense (dms), from dms (the others). What is asked comes after the prompt was read "
@@ -43,30 +45,32 @@ _LEGEND = (
     "which is plain code here."
 )
 _COSTS = {"entries": ",.0f", "cr": ".2f", "peak_entries": ",.0f", "reads": ",.0f", "step_ms": ".1f", "bytes": ",.0fk"}
-_VERDICTS = {"better": "▲", "worse": "▼", "not different": "="}
+_VERDICTS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_DIFFERENT: "="}
 # By distance: in rows.json and in the report.
 _NOT_SHOWN = ("recall_q1", "recall_q2", "recall_q3", "recall_q4")
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def comparison_table(rows: Sequence[ResultRow], title: str) -> Table:
     """Rows of one length and operating point (and dense): figures down, policies across, each with its 95 % interval."""
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    signs = [sign for mark, sign in _SIGNS.items() if any(mark in row["marks"] for row in rows)]
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    signs = [sign for mark, sign in _SIGNS.items() if any(mark in row.marks for row in rows)]
     table = Table(title=title, title_justify="left", box=box.SIMPLE, caption_justify="left", padding=(0, 0, 0, 1))
     table.caption = " ".join([_LEGEND, *(f"{sign}: {text}." for sign, text in signs)])
     table.add_column("", no_wrap=True)
     for policy in policies:
         table.add_column("sliding" if policy == "sliding_window" else policy, justify="right", no_wrap=True)
-    by_figure: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    by_figure: dict[tuple[str, str], dict[str, ResultRow]] = {}
     for row in rows:
-        if row["task"] not in _NOT_SHOWN:
-            by_figure.setdefault((row["task"], row["metric"]), {})[row["policy"]] = row
+        if row.task not in _NOT_SHOWN:
+            by_figure.setdefault((row.task, row.metric), {})[row.policy] = row
     for (task, metric), found in by_figure.items():
         name = task if metric == "accuracy" else f"{task}: {metric.replace('_', ' ')}"
         table.add_row(name, *(_cell(found.get(policy)) for policy in policies))
     table.add_section()
     for name, form in _COSTS.items():
-        values = {policy: [row[name] for row in rows if row["policy"] == policy and row[name] is not None] for policy in policies}
+        values = {
+            policy: [value for row in rows if row.policy == policy and (value := getattr(row, name)) is not None] for policy in policies
+        }
         if any(values.values()):
             table.add_row("KB held" if name == "bytes" else name.replace("_", " "), *(_span(values[policy], form) for policy in policies))
     return table
@@ -80,44 +84,41 @@ def _span(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: ResultRow | None) -> str:
     if row is None:
         return "-"
-    versus = row["vs_dense"] if row["policy"] == "dms" else row["vs_dms"]
-    digits = 1 if row["value"] >= 10 else 3
-    signs = (_VERDICTS[versus["verdict"]] if versus else "") + "".join(sign for mark, (sign, _) in _SIGNS.items() if mark in row["marks"])
-    value = f"{signs}{row['value']:.{digits}f}"
-    if row["ci_low"] is None:
+    versus = row.vs_dense if row.policy == "dms" else row.vs_dms
+    signs = (_VERDICTS[versus.verdict] if versus else "") + "".join(sign for mark, (sign, _) in _SIGNS.items() if mark in row.marks)
+    is_large = row.value >= 10
+    value = f"{signs}{row.value:.{1 if is_large else 3}f}"
+    if row.ci_low is None or row.ci_high is None:
         return value
     # Short, for eight policies stand side by side.
-    bounds = (f"{row[bound]:.{1 if digits == 1 else 3 if row['value'] < 0.1 else 2}f}".removeprefix("0") for bound in ("ci_low", "ci_high"))
+    digits = 1 if is_large else 3 if row.value < 0.1 else 2
+    bounds = (f"{bound:.{digits}f}".removeprefix("0") for bound in (row.ci_low, row.ci_high))
     return f"{value}\n[dim]{'–'.join(bounds)}[/]"
 
 
-def scaling_table(rows: list[dict], title: str) -> Table:
-    """rows: of `run_scaling`. A line for each policy, operating point and number of chains."""
+def scaling_table(rows: Sequence[ResultRow], title: str) -> Table:
+    """Rows of hyper-scaling: a line for each policy, operating point and number of chains."""
     caption = "entries: per KV head, of all k chains together, mean over problems; at the peak a shared prompt counts once"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, caption=caption)
     table.add_column("policy", no_wrap=True)
-    metrics = list(dict.fromkeys(row["metric"].partition("@")[0] for row in rows))
+    metrics = list(dict.fromkeys(row.metric.partition("@")[0] for row in rows))
     for name in ("k", *(f"{metric}@k" for metric in metrics), "entries read", "at the peak", "cr", "marks"):
         table.add_column(name, justify="right", no_wrap=name != "marks")
-    lines: dict[tuple, dict[str, dict]] = {}
+    lines: dict[tuple[str, float | None, int | None], dict[str, ResultRow]] = {}
     for row in rows:
-        lines.setdefault((row["policy"], row["evict_bias"], row["k"]), {})[row["metric"].partition("@")[0]] = row
+        lines.setdefault((row.policy, row.evict_bias, row.k), {})[row.metric.partition("@")[0]] = row
     for (policy, bias, k), by_metric in lines.items():
         some = next(iter(by_metric.values()))
         table.add_row(
             policy if bias is None else f"{policy} {bias:+g}",
             str(k),
-            *(_interval(by_metric[metric]) for metric in metrics),
-            f"{some['entries_read']:,.0f}",
-            f"{some['peak_entries']:,.0f}",
-            f"{some['cr']:.2f}",
-            ", ".join(sorted({mark for row in by_metric.values() for mark in row["marks"]})),
+            *(f"{row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in map(by_metric.__getitem__, metrics)),
+            f"{some.entries_read:,.0f}",
+            f"{some.peak_entries:,.0f}",
+            f"{some.cr:.2f}",
+            ", ".join(sorted({mark.value for row in by_metric.values() for mark in row.marks})),
         )
     return table
-
-
-def _interval(row: dict) -> str:
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"

@@ -5,9 +5,11 @@ questions in them. Shapes: D documents, R resamples.
 """
 
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
 import numpy as np
+
+from dms.evaluation.stats.rows import Comparison, Verdict
 
 NUM_RESAMPLES = 2000
 _BOUNDS = (0.025, 0.975)
@@ -19,23 +21,10 @@ _Z = 1.95996
 _RULE = 3.7
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One policy minus another on the same documents. verdict: "better", "worse" or "not different" (the interval holds 0)."""
-
-    difference: float
-    ci_low: float
-    ci_high: float
-    verdict: str
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
 class Sample:
     """Numerators and denominators [D] of one metric under one policy."""
 
-    def __init__(self, numerators, denominators):
+    def __init__(self, numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray):
         self.num_D, self.den_D = np.asarray(numerators, float), np.asarray(denominators, float)
 
     @property
@@ -75,7 +64,7 @@ def interval(sample: Sample, draws_RD: np.ndarray, is_share: bool) -> tuple[floa
     return max(0.0, low), min(1.0, high)
 
 
-def compare(one: Sample, other: Sample, draws_RD: np.ndarray, *, higher_is_better: bool) -> Difference:
+def compare(one: Sample, other: Sample, draws_RD: np.ndarray, *, higher_is_better: bool) -> Comparison:
     """`one` minus `other`, paired."""
     difference, num_documents = one.value - other.value, one.num_documents
     low, high = _widened(difference, one.resampled(draws_RD) - other.resampled(draws_RD), num_documents)
@@ -83,10 +72,10 @@ def compare(one: Sample, other: Sample, draws_RD: np.ndarray, *, higher_is_bette
         # All documents say the same: as sure as their number makes it.
         doubt = _RULE / num_documents
         low, high = difference - doubt, difference + doubt
-    verdict = "not different"
+    verdict = Verdict.NOT_DIFFERENT
     if (low > 0 or high < 0) and num_documents > 1:
-        verdict = "better" if (low > 0) == higher_is_better else "worse"
-    return Difference(difference, low, high, verdict)
+        verdict = Verdict.BETTER if (low > 0) == higher_is_better else Verdict.WORSE
+    return Comparison(difference=difference, ci_low=low, ci_high=high, verdict=verdict)
 
 
 def _widened(value: float, resampled_R: np.ndarray, num_documents: int) -> tuple[float, float]:

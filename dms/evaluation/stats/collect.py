@@ -1,174 +1,247 @@
 """From finished units to result rows: values with intervals, paired differences, and marks on what must not be trusted."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from dms.evaluation.engine.settings import Settings
-from dms.evaluation.engine.units import point_name
 from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER, Sample, compare, interval, make_draws
+from dms.evaluation.stats.results import Point, PolicyResult, Sums, UnitResults
+from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, RowContext
 from dms.evaluation.suites import CHANCE
 
 # A measured budget may be off by so much before it is marked.
 BUDGET_TOLERANCE = 0.03
 # Questions, or windows of text; and documents that ask, for questions of one document are not independent.
 MIN_SAMPLES, MIN_DOCUMENTS = 50, 25
+# Questions by their distance from the record that answers them: q1 nearest, q4 farthest.
+NUM_QUARTILES = 4
 # Where an answer cannot be guessed, a model that finds less than this does not do the task.
 _LEAST_ACCURACY = 0.05
 
-EVICTED_NOTHING, BUDGET_MISSED, DENSE_AT_CHANCE, FEW_SAMPLES = "evicted_nothing", "budget_missed", "dense_at_chance", "few_samples"
-BEYOND_TRAINING = "beyond_training"
-# What `--strict` does not let pass; the other is for information.
-FATAL = (EVICTED_NOTHING, BUDGET_MISSED, DENSE_AT_CHANCE, FEW_SAMPLES)
 
-
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Collected:
-    """One policy on all documents of a suite at a length. metrics: (task, metric) -> its sample, documents in the same order for every policy."""
+    """One policy on all documents of a suite at a length; documents stand in the same order for every policy."""
 
     metrics: dict[tuple[str, str], Sample]
-    entries_D: np.ndarray
-    reads_D: np.ndarray
-    peak_D: np.ndarray
+    """By task and metric."""
+    entries: float
+    """Entries a head alive at the end, mean over documents."""
+    peak_entries: float | None
+    reads: float | None
     budget: float | None
     num_seen: int
-    bytes: int
+    cr: float
+    bytes: int | None
     evicted: int
     decided: int
-    step_ms: float
+    step_ms: float | None
     seconds: float
+    num_documents: int
     batch_size: int
-    marks: list[str] = field(default_factory=list)
 
-    @property
-    def entries(self) -> float:
-        return float(self.entries_D.mean())
-
-    @property
-    def cr(self) -> float:
-        return self.num_seen / self.entries
+    def cr_decided(self, policy: str) -> float | None:
+        """None where the policy decides nothing."""
+        kept = self.decided - self.evicted
+        if policy == "dense":
+            return 1.0
+        return self.decided / kept if policy == "dms" and kept else None
 
 
-def collect(results: Iterable[Mapping[str, Any]]) -> Collected:
+def collect(results: Iterable[PolicyResult]) -> Collected:
     """Join the units of one policy, suite and length."""
     results = list(results)
-    sizes = [len(result["entries"]) for result in results]
-    names = dict.fromkeys(name for result in results for name in result["metrics"])
+    first, sizes = results[0], [result.num_documents for result in results]
+    names = dict.fromkeys(name for result in results for name in result.metrics)
 
-    def joined(name: str, part: int) -> list[float]:
-        return [x for result, size in zip(results, sizes, strict=True) for x in result["metrics"].get(name, [[0.0] * size] * 2)[part]]
+    def sample(name: tuple[str, str]) -> Sample:
+        parts = [result.metrics.get(name) or Sums.zeros(size) for result, size in zip(results, sizes, strict=True)]
+        return Sample([x for part in parts for x in part.numerators], [x for part in parts for x in part.denominators])
 
-    def mean(name: str) -> float:
-        return float(np.average([result[name] for result in results], weights=sizes))
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=sizes))
 
-    per_document = {f"{name}_D": np.concatenate([result[name] for result in results]) for name in ("entries", "reads", "peak")}
+    entries = float(np.concatenate([result.entries for result in results]).mean())
+    reads = [result.reads for result in results if result.reads is not None]
+    peak = [result.peak for result in results if result.peak is not None]
+    budgets = [result.budget for result in results if result.budget is not None]
+    held = [result.bytes for result in results if result.bytes is not None]
+    step_ms = [result.step_ms for result in results if result.step_ms is not None]
+    # As whole numbers where they were counted so: a ratio of sums.
+    seen = [result.seen for result in results if result.seen is not None]
+    alive = [result.alive for result in results if result.alive is not None]
     return Collected(
-        metrics={tuple(name.split("|")): Sample(joined(name, 0), joined(name, 1)) for name in names},
-        **per_document,
-        budget=None if results[0]["budget"] is None else mean("budget"),
-        num_seen=results[0]["num_seen"],
-        bytes=round(mean("bytes")),
-        evicted=sum(result["evicted"] for result in results),
-        decided=sum(result["decided"] for result in results),
-        step_ms=float(np.median([result["step_ms"] for result in results])),
-        seconds=sum(result["seconds"] for result in results),
-        batch_size=max(sizes),
+        metrics={name: sample(name) for name in names},
+        entries=entries,
+        peak_entries=float(np.concatenate(peak).max()) if peak else None,
+        reads=float(np.concatenate(reads).mean()) if reads else None,
+        budget=mean(budgets) if budgets else None,
+        num_seen=first.num_seen,
+        cr=sum(seen) / max(1, sum(alive)) if alive else first.num_seen / entries,
+        bytes=round(mean(held)) if held else None,
+        evicted=sum(result.evicted for result in results),
+        decided=sum(result.decided for result in results),
+        step_ms=float(np.median(step_ms)) if step_ms else None,
+        seconds=sum(result.seconds for result in results),
+        num_documents=sum(sizes),
+        batch_size=max(result.batch_size for result in results),
     )
 
 
 def make_rows(
-    units: Mapping[tuple[str, int], list[Mapping[str, Any]]],
-    settings: Settings,
+    units: Mapping[tuple[str, int], Sequence[UnitResults]],
+    points: Sequence[Point],
     *,
-    common: Mapping[str, Any],
+    context: RowContext,
     trained_length: int | None,
-) -> list[dict[str, Any]]:
-    """units: (suite, length) -> what its units' files hold; points that are missing from one of them are left out. common: the fields that
-    all rows share."""
+    num_greedy: int,
+) -> list[ResultRow]:
+    """Rows of every suite and length in `units`, which holds its units' results; points that one of them lacks are left out.
+
+    trained_length: tokens that the gates were trained at; None: not known, and nothing is marked as beyond it. num_greedy: the bound
+    of `divergence_length`.
+    """
     rows = []
     for (suite, length), results in units.items():
-        points = [point for point in settings.points() if all(point_name(*point) in result for result in results)]
-        by_point = {point: collect(result[point_name(*point)] for result in results) for point in points}
-        if ("dense", None) not in by_point:
+        there = [point for point in points if all(point.name in result for result in results)]
+        by_point = {point: collect(result[point.name] for result in results) for point in there}
+        dense = by_point.get(Point("dense", None))
+        if dense is None:
             continue
-        draws = make_draws(len(by_point["dense", None].entries_D), suite, length, settings.seed)
-        # The other policies were not trained.
-        beyond = [BEYOND_TRAINING] * (trained_length is not None and length > trained_length)
+        # The same draws for every policy: comparisons are paired.
+        draws_RD = make_draws(dense.num_documents, suite, length, context.seed)
+        beyond = trained_length is not None and length > trained_length
         for point, found in by_point.items():
-            found.marks = [*_marks(point[0], found), *(beyond if point[0] == "dms" else [])]
+            marks = _marks(point.policy, found, beyond)
             for name in sorted(found.metrics, key=_place):
-                limit = {"limit": settings.num_greedy} if name[1] == "divergence_length" else {}
-                rows.append(_row(suite, length, point, name, by_point, draws, common) | limit)
+                limit = num_greedy if name[1] == "divergence_length" else None
+                rows.append(_row(suite, length, point, name, by_point, draws_RD, marks, context, limit))
     return rows
 
 
 def _place(name: tuple[str, str]) -> int:
-    """Of a figure in tables: retrieval as a whole, then task by task; running text comes last."""
+    """A figure's place in tables: retrieval as a whole, then task by task; running text comes last."""
     task, _ = name
     return -1 if task.startswith("recall") else list(CHANCE).index(task) if task in CHANCE else len(CHANCE)
 
 
-def _marks(policy: str, found: Collected) -> list[str]:
+def _marks(policy: str, found: Collected, beyond: bool) -> list[Mark]:
+    """Marks that all rows of a policy bear. beyond: the documents are longer than those that the gates were trained on."""
     if policy == "dense":
         return []
-    marks = [EVICTED_NOTHING] if found.entries >= found.num_seen else []
+    marks = [Mark.EVICTED_NOTHING] if found.entries >= found.num_seen else []
     if found.budget is not None and abs(found.entries / min(found.budget, found.num_seen) - 1) > BUDGET_TOLERANCE:
-        marks.append(BUDGET_MISSED)
+        marks.append(Mark.BUDGET_MISSED)
+    # The other policies were not trained.
+    if beyond and policy == "dms":
+        marks.append(Mark.BEYOND_TRAINING)
     return marks
 
 
-def _row(suite: str, length: int, point, name: tuple[str, str], by_point: Mapping, draws: np.ndarray, common: Mapping) -> dict[str, Any]:
+def _row(
+    suite: str,
+    length: int,
+    point: Point,
+    name: tuple[str, str],
+    by_point: Mapping[Point, Collected],
+    draws_RD: np.ndarray,
+    marks: Sequence[Mark],
+    context: RowContext,
+    limit: int | None,
+) -> ResultRow:
     (task, metric), (policy, bias), found = name, point, by_point[point]
     sample, is_share, chance = found.metrics[name], metric == "accuracy", CHANCE.get(task, 0.0)
-    low, high = interval(sample, draws, is_share)
-    count, dense, dms = sample.count(is_share), by_point["dense", None], by_point.get(("dms", bias))
-    marks = list(found.marks)
-    if is_share and is_at_chance(dense.metrics[name], draws, chance):
-        marks.append(DENSE_AT_CHANCE)
+    low, high = interval(sample, draws_RD, is_share)
+    count, dense, dms = sample.count(is_share), by_point[Point("dense", None)], by_point.get(Point("dms", bias))
+    own_marks = list(marks)
+    if is_share and is_at_chance(dense.metrics[name], draws_RD, chance):
+        own_marks.append(Mark.DENSE_AT_CHANCE)
     if count < MIN_SAMPLES or sample.num_documents < MIN_DOCUMENTS:
-        marks.append(FEW_SAMPLES)
+        own_marks.append(Mark.FEW_SAMPLES)
 
-    def against(other: Collected | None) -> dict | None:
+    def against(other: Collected | None) -> Comparison | None:
         if other is None or other is found or name not in other.metrics:
             return None
-        return compare(sample, other.metrics[name], draws, higher_is_better=HIGHER_IS_BETTER[metric]).to_dict()
+        return compare(sample, other.metrics[name], draws_RD, higher_is_better=HIGHER_IS_BETTER[metric])
 
-    kept = found.decided - found.evicted
-    return {
-        **common,
-        "suite": suite,
-        "policy": policy,
-        "evict_bias": bias,
-        "task": task,
-        "length": length,
-        "metric": metric,
-        "value": sample.value,
-        "ci_low": low,
-        "ci_high": high,
-        "num_samples": count,
-        "num_documents": sample.num_documents,
-        "cr_decided": 1.0 if policy == "dense" else found.decided / kept if policy == "dms" and kept else None,
-        "cr": found.cr,
-        "bytes": found.bytes,
-        "memory": None if policy == "dense" else "compacted",
-        "budget": found.budget,
-        "entries": found.entries,
-        "peak_entries": float(found.peak_D.max()),
-        "reads": float(found.reads_D.mean()),
-        "step_ms": found.step_ms,
-        "batch_size": found.batch_size,
-        "chance": chance if is_share else None,
-        "marks": marks,
-        "vs_dense": against(dense) if policy != "dense" else None,
-        "vs_dms": against(dms) if policy not in ("dense", "dms") else None,
-        "seconds": found.seconds,
-    }
+    return ResultRow(
+        **vars(context),
+        suite=suite,
+        policy=policy,
+        evict_bias=bias,
+        task=task,
+        length=length,
+        metric=metric,
+        value=sample.value,
+        ci_low=low,
+        ci_high=high,
+        num_samples=count,
+        num_documents=sample.num_documents,
+        cr_decided=found.cr_decided(policy),
+        cr=found.cr,
+        bytes=found.bytes,
+        memory=memory_of(policy),
+        budget=found.budget,
+        entries=found.entries,
+        peak_entries=found.peak_entries,
+        reads=found.reads,
+        step_ms=found.step_ms,
+        batch_size=found.batch_size,
+        chance=chance if is_share else None,
+        marks=tuple(own_marks),
+        vs_dense=against(dense) if policy != "dense" else None,
+        vs_dms=against(dms) if policy not in ("dense", "dms") else None,
+        limit=limit,
+        seconds=found.seconds,
+    )
 
 
-def is_at_chance(dense: Sample, draws: np.ndarray, chance: float) -> bool:
+def memory_of(policy: str) -> str | None:
+    """How a policy's cache holds what is alive; None: dense."""
+    return None if policy == "dense" else "compacted"
+
+
+def is_at_chance(dense: Sample, draws_RD: np.ndarray, chance: float) -> bool:
     """Whether the dense model does no better than guessing: then nothing can be lost, and nothing is shown. Of few samples only
     where it is so by their own count: their interval says no more than that they are few."""
     floor = max(chance, _LEAST_ACCURACY)
-    return dense.value <= floor or (dense.count(True) >= MIN_SAMPLES and interval(dense, draws, True)[0] <= floor)
+    return dense.value <= floor or (dense.count(True) >= MIN_SAMPLES and interval(dense, draws_RD, True)[0] <= floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """One policy at a run's end, as `policies` of result.json has it and as the run's table shows it."""
+
+    bits_per_byte: float
+    recall: float | None
+    recall_by_distance: list[float | None]
+    """By distance quartile of what is asked for, nearest first; None: no such question."""
+    recall_questions: int
+    by_task: dict[str, float]
+    cr_decided: float | None
+    cr: float
+    bytes: int | None
+    memory: str | None
+    seconds: float
+
+    @classmethod
+    def of(cls, policy: str, found: Collected) -> "RunFigures":
+        accuracy = {task: sample.value for (task, metric), sample in found.metrics.items() if metric == "accuracy"}
+        recall = found.metrics.get(("recall", "accuracy"))
+        return cls(
+            bits_per_byte=found.metrics["text", "bits_per_byte"].value,
+            recall=accuracy.get("recall"),
+            recall_by_distance=[accuracy.get(f"recall_q{number}") for number in range(1, NUM_QUARTILES + 1)],
+            recall_questions=0 if recall is None else recall.count(True),
+            by_task={task: accuracy[task] for task in sorted(accuracy) if not task.startswith("recall")},
+            cr_decided=found.cr_decided(policy),
+            cr=found.cr,
+            bytes=found.bytes,
+            memory=memory_of(policy),
+            seconds=found.seconds,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,8 +1,9 @@
 """The types of a figure: a result row, the marks on it, and its comparison with another policy. The same everywhere: a run's result.json
 and metrics, an evaluation's rows.json, cards, reports and benches."""
 
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -25,6 +26,20 @@ class Mark(str, Enum):
     def is_severe(self) -> bool:
         """Whether a figure is not what it seems; the others say how far it carries."""
         return self in (Mark.EVICTED_NOTHING, Mark.BUDGET_MISSED, Mark.DENSE_AT_CHANCE)
+
+    @property
+    def meaning(self) -> str:
+        """What a reader of marked rows must know."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Mark.EVICTED_NOTHING: "nothing was evicted: these are the dense model's figures, and no saving",
+    Mark.BUDGET_MISSED: "the entries alive miss the budget by more than 3 %: not a comparison at equal memory",
+    Mark.DENSE_AT_CHANCE: "the dense model does no better than guessing: the task tells nothing about eviction",
+    Mark.FEW_SAMPLES: "fewer than 50 samples, or than 25 documents: the interval is wide and may be too narrow still",
+    Mark.BEYOND_TRAINING: "longer than what the gates were trained on",
+}
 
 
 class Verdict(str, Enum):
@@ -75,7 +90,7 @@ class ResultRow:
     seconds: float
     suite: str | None = None
     evict_bias: float | None = None
-    """The operating point; None: dense, or a run's own evaluation."""
+    """The operating point; None: dense."""
     num_documents: int | None = None
     num_fewshot: int | None = None
     batch_size: int | None = None
@@ -94,6 +109,12 @@ class ResultRow:
     marks: tuple[Mark, ...] = ()
     vs_dense: Comparison | None = None
     vs_dms: Comparison | None = None
+    k: int | None = None
+    """Hyper-scaling: chains that the metric takes (pass@k, majority@k)."""
+    num_chains: int | None = None
+    """Hyper-scaling: chains sampled for each problem."""
+    entries_read: float | None = None
+    """Hyper-scaling: entries a head that k chains read while they are decoded, mean over problems."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -101,14 +122,14 @@ class ResultRow:
             **asdict(self),
             "versions": dict(self.versions),
             "marks": [mark.value for mark in self.marks],
-            **{name: _comparison_to_dict(getattr(self, name)) for name in ("vs_dense", "vs_dms")},
+            **{name: comparison_to_dict(getattr(self, name)) for name in ("vs_dense", "vs_dms")},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ResultRow":
         """Raises ValueError for a field that is missing or unknown, and for an unknown mark or verdict."""
         known = {field.name for field in fields(cls)}
-        required = {field.name for field in fields(cls) if field.name in _REQUIRED}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := sorted(required - values.keys()):
             raise ValueError(f"a result row lacks {', '.join(missing)}")
         if unknown := sorted(values.keys() - known):
@@ -121,8 +142,42 @@ class ResultRow:
         return cls(**parsed)
 
 
-def _comparison_to_dict(comparison: Comparison | None) -> dict[str, Any] | None:
+def comparison_to_dict(comparison: Comparison | None) -> dict[str, Any] | None:
     return None if comparison is None else {**asdict(comparison), "verdict": comparison.verdict.value}
 
 
-_REQUIRED = frozenset(list(ResultRow.__dataclass_fields__)[: list(ResultRow.__dataclass_fields__).index("suite")])
+@dataclass(frozen=True, kw_only=True)
+class RowContext:
+    """The fields that all rows of an evaluation share: which model was measured, and where. `ResultRow(**vars(context), ...)` takes them."""
+
+    model: str
+    model_hash: str | None
+    recipe_hash: str | None
+    target_cr: float | None
+    seed: int
+    versions: Mapping[str, str]
+    device: str
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide figures, for the field `versions`."""
+    import torch
+    import transformers
+
+    import dms
+
+    return {
+        "dms": dms.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_device() -> str:
+    """What computes here, for the field `device`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from dms.evaluation.data.document import Document, Frame, Text, Tokenizer, encode
+from dms.evaluation.data.document import EvaluationDocument, Frame, Text, Tokenizer, encode
 from dms.evaluation.data.names import draw_names
 from dms.evaluation.data.tasks import QUESTION, RECORD
 from dms.evaluation.suites.layout import Part, Question, lay_out, room_for_parts
@@ -41,7 +41,9 @@ def num_chars(length: int) -> int:
     return max(_LEAST_CHARS, length * _CHARS_PER_TOKEN)
 
 
-def classification(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
+def classification(
+    tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame
+) -> list[EvaluationDocument]:
     """Documents of labelled lines, as many as fit: of one task or the other.
 
     Raises:
@@ -54,9 +56,9 @@ def classification(tokenizer: Tokenizer, *, length: int, num_documents: int, see
     ]
 
 
-def _make(make: Callable[..., Document], *arguments: Any) -> Document:
+def _make(make: Callable[..., EvaluationDocument], *arguments: Any) -> EvaluationDocument:
     """The document of the first stretch of text that fills one."""
-    failed = None
+    failed: ValueError | None = None
     for _ in range(_TRIALS):
         try:
             return make(*arguments)
@@ -65,10 +67,11 @@ def _make(make: Callable[..., Document], *arguments: Any) -> Document:
             # Another kind of fault, or a given text that has no further stretch.
             if not isinstance(error, _TooFewLines):
                 break
+    assert failed is not None, "at least one stretch was tried"
     raise failed
 
 
-def _classify(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> Document:
+def _classify(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> EvaluationDocument:
     classes = _lines_by_class(text, rng, length)
     labels = dict(zip(classes, (name.split("-")[0] for name in draw_names(rng, unseen=True)), strict=False))
     (line_end,) = encode(tokenizer, ["\n"])
@@ -80,7 +83,7 @@ def _classify(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, lengt
     return _finish(tokenizer, frame, examples, lambda word, line: [f"{line} =>", f" {labels[word]}", "\n"], questions, length)
 
 
-def _recall_words(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> Document:
+def _recall_words(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int) -> EvaluationDocument:
     classes = _lines_by_class(text, rng, length)
     labels = dict(zip(classes, draw_names(rng, unseen=True), strict=False))
     (line_end,) = encode(tokenizer, ["\n"])
@@ -124,7 +127,7 @@ def _finish(
     spell: Callable[[str, str], list[str]],
     questions: dict[str, Question],
     length: int,
-) -> Document:
+) -> EvaluationDocument:
     """A class after the other, each with as many tokens as fit into its share; a question needs the nearest example of its class.
 
     examples: the lines of each class. spell: the pieces of a class's line.

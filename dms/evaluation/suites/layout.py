@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dms.evaluation.data.document import Answer, Document, Frame, Tokenizer, encode, padding
+from dms.evaluation.data.document import Answer, EvaluationDocument, Frame, Tokenizer, encode, padding
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def room_for_parts(frame: Frame, questions: list[Question], length: int) -> int:
     return length - len(frame.head) - len(frame.middle) - sum(question.num_tokens for question in questions)
 
 
-def lay_out(tokenizer: Tokenizer, frame: Frame, parts: list[Part], questions: list[Question], *, length: int) -> Document:
+def lay_out(tokenizer: Tokenizer, frame: Frame, parts: list[Part], questions: list[Question], *, length: int) -> EvaluationDocument:
     """Head, parts, middle, questions; line ends before the parts fill what they leave of `length`."""
     gap = room_for_parts(frame, questions, length) - sum(len(part.tokens) for part in parts)
     assert gap >= 0
@@ -52,7 +52,7 @@ def lay_out(tokenizer: Tokenizer, frame: Frame, parts: list[Part], questions: li
         answers.append(Answer(question.task, len(ids), len(ids) + len(question.answer), starts[question.evidence]))
         ids += question.answer + question.after
         role += [1] * len(question.asked) + [2] * len(question.answer) + [1] * len(question.after)
-    return Document(ids, role, answers, sum(part.num_bytes for part in parts), prompt)
+    return EvaluationDocument(ids, role, answers, sum(part.num_bytes for part in parts), prompt)
 
 
 _USER, _ASSISTANT = "USER-TURN", "ASSISTANT-TURN"

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from random import Random
 
-from dms.evaluation.data.document import Document, Frame, Text, Tokenizer, encode
+from dms.evaluation.data.document import EvaluationDocument, Frame, Text, Tokenizer, encode
 from dms.evaluation.data.names import draw_names
 from dms.evaluation.data.tasks import QUESTION, RECORD
 from dms.evaluation.suites.layout import Part, Question, lay_out, room_for_parts
@@ -37,7 +37,7 @@ def num_chars(length: int) -> int:
     return 8 * length
 
 
-def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
+def passages(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[EvaluationDocument]:
     """Documents of running text with 2 to 8 questions each, both kinds alike, spread over the whole document.
 
     Raises:
@@ -74,7 +74,7 @@ class _Lines:
     marked: set[int]
 
 
-def _try(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int, num_questions: int) -> Document | None:
+def _try(tokenizer: Tokenizer, text: Text, rng: Random, frame: Frame, length: int, num_questions: int) -> EvaluationDocument | None:
     """None: this stretch of text has too few lines to ask for."""
     lines = _draw(tokenizer, text, rng, length)
     names = [name for name in draw_names(rng, unseen=True) if not any(f"${name}" in line for line in lines.texts)]

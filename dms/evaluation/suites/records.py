@@ -2,7 +2,7 @@
 
 from random import Random
 
-from dms.evaluation.data.document import Document, Frame, Text, Tokenizer
+from dms.evaluation.data.document import EvaluationDocument, Frame, Text, Tokenizer
 from dms.evaluation.data.names import VALUES
 from dms.evaluation.data.tasks import TASKS, make_document
 
@@ -38,8 +38,8 @@ def records(
     num_items: int | None = None,
     mix: dict[str, float] | None = EVEN_MIX,
     single_every: int | None = None,
-) -> list[Document]:
-    """Documents of mixed tasks. mix: their weights, None: training's. single_every: every so-manieth document has a single record.
+) -> list[EvaluationDocument]:
+    """Documents of mixed tasks. mix: their weights, None: training's. single_every: each document of that many has a single record.
 
     num_items: planted in each; None: 24 at 2048 tokens, and in proportion at other lengths, as far as names go and as they fit.
 
@@ -67,6 +67,11 @@ def records(
     return documents
 
 
-def needle(tokenizer: Tokenizer, **options) -> list[Document]:
+def needle(tokenizer: Tokenizer, **options) -> list[EvaluationDocument]:
     """Documents that hide a single record each."""
     return records(tokenizer, single_every=1, **options)
+
+
+def one_pass(tokenizer: Tokenizer, **options) -> list[EvaluationDocument]:
+    """Documents of the evaluation at a run's end: training's mix of tasks, and every eighth document has a single record."""
+    return records(tokenizer, mix=None, single_every=8, **options)

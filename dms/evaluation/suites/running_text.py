@@ -4,14 +4,16 @@ import itertools
 from collections.abc import Iterator
 from random import Random
 
-from dms.evaluation.data.document import Document, Text, plain_frame
+from dms.evaluation.data.document import EvaluationDocument, Text, plain_frame
 from dms.evaluation.data.token_bytes import encode_with_sizes
 
 # Characters that are read for each token of a window, where a text is much longer than all windows: more than tokens have.
 _CHARS_PER_TOKEN = 16
 
 
-def running_text(tokenizer, *, length: int, num_documents: int, seed: int, text: Text, stride: int | None = None) -> list[Document]:
+def running_text(
+    tokenizer, *, length: int, num_documents: int, seed: int, text: Text, stride: int | None = None
+) -> list[EvaluationDocument]:
     """Windows of `length` tokens, each in one text and from as many texts and places as there are; no token is scored twice.
 
     The windows of a text lie `stride` apart, so that a small text gives neighbours, which share what stands before. Texts that are
@@ -42,7 +44,9 @@ def running_text(tokenizer, *, length: int, num_documents: int, seed: int, text:
         for number in _spread(rng, num_windows, count):
             end = window + number * stride
             scored = sum(sizes[end - stride : end])
-            documents.append(Document(head + ids[end - window : end], [1] * (length - stride) + [0] * stride, [], scored, length - stride))
+            documents.append(
+                EvaluationDocument(head + ids[end - window : end], [1] * (length - stride) + [0] * stride, [], scored, length - stride)
+            )
     return documents
 
 

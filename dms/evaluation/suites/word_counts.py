@@ -13,7 +13,7 @@ one answer that can be decoded token by token. The words are numbers, as in plan
 from dataclasses import replace
 from random import Random
 
-from dms.evaluation.data.document import Document, Frame, Text, Tokenizer, encode
+from dms.evaluation.data.document import EvaluationDocument, Frame, Text, Tokenizer, encode
 from dms.evaluation.data.names import VALUES, draw_names
 from dms.evaluation.data.tasks import QUESTION, RECORD
 from dms.evaluation.suites.layout import Part, Question, lay_out, room_for_parts
@@ -24,7 +24,7 @@ INSTRUCTION = "The lines above are entries of lists, each of a name and a word. 
 _NUM_LISTS = {"common_words": 8, "frequent_words": 4}
 
 
-def words(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[Document]:
+def words(tokenizer: Tokenizer, *, length: int, num_documents: int, seed: int, text: Text, frame: Frame) -> list[EvaluationDocument]:
     """Documents of lists, up to 8 or up to 4 of them, whose entries are as many as fit. `text` is not read.
 
     Raises:
@@ -43,7 +43,7 @@ def counts(task: str, scale: int) -> list[int]:
     return [max(1, round(2 * scale / rank)) for rank in range(1, NUM_WORDS[task] + 1)]
 
 
-def _make(tokenizer: Tokenizer, task: str, rng: Random, frame: Frame, length: int) -> Document:
+def _make(tokenizer: Tokenizer, task: str, rng: Random, frame: Frame, length: int) -> EvaluationDocument:
     names = draw_names(rng, unseen=True)
     for num_lists in range(_NUM_LISTS[task], 0, -1):
         lists = [_List(tokenizer, task, name, rng) for name in names[:num_lists]]

@@ -18,7 +18,7 @@ function marker(style, x, y, r) {
   return drawn("path", {...place, d: SHAPES[shape](r), style: open ? `fill:none;stroke:${colour(style)};stroke-width:2.4` : `fill:${colour(style)}`});
 }
 
-// Places that people count by: 1, 2, 5 and their tens; on a logarithmic axis too.
+// Ticks at 1, 2, 5 times a power of ten, on a logarithmic axis too.
 function ticks(low, high, log, most) {
   if (log) {
     for (const steps of [[1, 2, 5], [1, 3], [1]]) {
@@ -157,7 +157,7 @@ function legend(charts) {
   return list;
 }
 
-// Charts of one kind, of which the reader chooses one by task and length; every cost is drawn beside the others.
+// Charts of one kind. The reader chooses one by task and length; it is drawn once for each cost.
 function chooseCharts(id, charts, preferredLength) {
   const box = document.getElementById(id);
   if (!box || !charts || !charts.length) return;

@@ -1,4 +1,4 @@
-// Layers down, KV heads across; the colours are cividis, read by brightness as well.
+// Layers down, KV heads across; the colours are cividis, which differ in brightness as well.
 (function () {
   const box = document.getElementById("heatmap"), profile = data.profile;
   if (!box || !profile) return;

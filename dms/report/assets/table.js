@@ -1,4 +1,4 @@
-// The results: tasks down, policies across, at one length and operating point. A cell's details show at a pointer, a tap or with the keyboard.
+// The results: tasks down, policies across, at one length and operating point. A cell's details are shown at a pointer, a tap or a key.
 (function () {
   const box = document.getElementById("results");
   if (!box || !data.rows) return;
@@ -15,7 +15,7 @@
   const suite = chooser(choices, "suite", "table-suite", [["", "all"], ...suites.map(s => [s, s])], "");
   const beside = chooser(choices, "differences from", "table-beside", [["vs_dense", "dense"], ["vs_dms", "dms"]], "vs_dense");
   const table = element("table", {class: "results"});
-  const said = element("p", {class: "said", role: "status"}, "Point at a figure, tap it or go there with the keyboard for what stands behind it.");
+  const said = element("p", {class: "said", role: "status"}, "Point at a figure, tap it, or go to it with the arrow keys to see its interval, samples and costs.");
   let sorted = null;
 
   // A line may break after an underscore, where words begin.
@@ -54,7 +54,7 @@
     return td;
   }
 
-  // What a policy costs is one figure a suite: the same documents.
+  // A policy's costs are the same for all figures of a suite, which come from the same documents.
   function costs(group) {
     const of = (policy, key) => group.map(r => r.policy === policy ? r[key] : null).find(known);
     const lines = [

@@ -1,4 +1,4 @@
-// One document, token by token: what all heads, a layer or one head keep of it when it has been read up to some place.
+// One document, token by token: what all heads, a layer or one head keep once it has been read up to a chosen position.
 (function () {
   const box = document.getElementById("viewer"), traces = data.traces;
   if (!box || !traces || !traces.length) return;
@@ -77,7 +77,7 @@
     spans.forEach((span, i) => {
       const state = stateOf(i), share = state === "decided" && counts[i].said ? counts[i].out / counts[i].said : 0;
       span.style.setProperty("--e", share.toFixed(3));
-      // Of many heads few keep: what one of eight keeps must be seen.
+      // A token that only one of eight heads keeps must still look kept.
       span.style.setProperty("--k", ((1 - share) ** .6).toFixed(3));
       span.classList.toggle("out", share === 1);
       span.classList.toggle("win", state === "win");
@@ -132,7 +132,7 @@
   which.addEventListener("change", open);
   view.addEventListener("change", choose);
   upTo.addEventListener("input", draw);
-  // What is said of a token stays in sight beside the document, and covers nothing else.
+  // A token's details stay in view beside the document and cover nothing.
   box.append(choices, summary, leftOut, key, element("div", {}, doc, at));
   open();
 })();

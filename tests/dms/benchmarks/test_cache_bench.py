@@ -1,5 +1,6 @@
 """`dms bench cache`: its rows, what is held, and that nothing is timed that does not answer as it should."""
 
+import importlib
 import json
 import sys
 
@@ -8,8 +9,8 @@ import torch
 from dms_train import cli
 
 from dms.benchmarks import cache
-from dms.benchmarks import competitors as filled
-from dms.benchmarks.model import QUICK, build_model, keep_shares
+from dms.benchmarks import caches as filled
+from dms.benchmarks.model import QUICK, build_model, keep_shares, qwen3_8b
 
 FIGURES = {"decode_tokens_per_second", "attention_ms", "prefill_tokens_per_second", "bytes"}
 KEYS = {
@@ -40,8 +41,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def found():
-    """Competitors with filled caches, once for the tests that only look."""
-    found = filled.competitors(build_model(QUICK, 0, torch.device("cpu")), QUICK, (0.75,), 0)
+    """Models with filled caches, once for the tests that only look."""
+    found = filled.measured_caches(build_model(QUICK, 0, torch.device("cpu")), QUICK, (0.75,), 0)
     refill(found)
     return found
 
@@ -83,7 +84,7 @@ def test_bytes_are_those_of_the_entries_alive(written):
     entry = 2 * QUICK.head_dim * 4
     row = next(row for row in written if row["policy"] == "dms" and row["metric"] == "bytes")
     heads = QUICK.layers * QUICK.kv_heads * row["batch"]
-    seen = (row["length"] + cache.QUICK_PLAN.num_new) * heads
+    seen = (row["length"] + cache.QUICK_BENCHMARK.num_new) * heads
     assert row["value"] <= 1.15 * entry * seen / row["cr"] + heads * entry * QUICK.page_size
     dense = next(row["value"] for row in written if row["policy"] == "preallocated" and row["metric"] == "bytes")
     assert dense == pytest.approx(entry * seen, rel=0.01)
@@ -131,4 +132,12 @@ def test_the_preallocated_cache_is_the_dense_model(found):
 )
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        cache.run(cache.plan_for(quick=True, **options))
+        cache.run(cache.benchmark_for(quick=True, **options))
+
+
+def test_the_kernels_benchmarks_have_qwen3_8b_too(monkeypatch, request):
+    """They stand alone, and cannot read its configuration."""
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "kernels"))
+    config, given = qwen3_8b(), importlib.import_module("bench.shapes").MODELS["8B"]
+    names = {"Hq": "num_attention_heads", "H": "num_key_value_heads", "D": "head_dim", "M": "hidden_size", "V": "vocab_size"}
+    assert given == {letter: config[name] for letter, name in names.items()}

@@ -8,7 +8,7 @@ import torch
 
 from dms.cache import CompactedLayer, DMSCache, masked_cache
 from dms.cache.stats import masked_ratios
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 VOCABULARY = 97
 # Of logits up to 5 in size.

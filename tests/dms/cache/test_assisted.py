@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dms.cache import CompactedLayer, DMSCache, masked_cache
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 NEW = 30
 

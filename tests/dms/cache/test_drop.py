@@ -9,7 +9,7 @@ from contents import entries_in_pages
 from dms.cache import CacheFull, DMSCache, held_bytes
 from dms.cache.fused_store import FusedStore
 from dms.cache.store import Store
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 
 def _drop_reference(kept: list, mask: list) -> list:

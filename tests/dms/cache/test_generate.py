@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from dms.cache import DMSCache
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 # Without a cache generate says that it is slow.
 pytestmark = pytest.mark.filterwarnings("ignore:use_cache is False")

@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 import dms
 from dms.cache import DMSCache
-from dms.evaluation.data.tasks import Document
-from dms.evaluation.engine.one_pass import run_policy
-from dms.retrofitting import set_mode
+from dms.evaluation.data.document import EvaluationDocument
+from dms.evaluation.engine.run_end import evaluate_run
+from dms.modes import set_mode
 
 
 @pytest.fixture
@@ -146,8 +146,11 @@ def test_generating_without_a_cache_is_said(model, ids):
 
 def test_a_model_with_a_cache_of_its_own_is_evaluated(build_gated):
     model = build_gated("minimax", window=6)
-    document = Document(input_ids=torch.arange(2, 62).tolist(), role=[0] * 60, answers=[], num_bytes=60)
-    scores = run_policy(model, [document], "dms")
-    assert scores.cr > 1.0 and scores.memory == "compacted" and scores.bytes_per_document > 0
+    document = EvaluationDocument(input_ids=torch.arange(2, 62).tolist(), role=[0] * 60, answers=[], num_bytes=60)
+    evaluated = evaluate_run(model, [document])
+    # A sliding window needs a cache of ours.
+    assert list(evaluated.figures) == ["dense", "dms"]
+    figures = evaluated.figures["dms"]
+    assert figures.cr > 1.0 and figures.memory == "compacted" and figures.bytes > 0
     with pytest.raises(ValueError, match="cache of its own kind"):
         dms.DMSCache(model)

@@ -5,7 +5,7 @@ import torch
 
 from dms.cache import DMSCache, masked_cache
 from dms.cache.fused_store import FusedStore
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

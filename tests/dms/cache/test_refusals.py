@@ -6,7 +6,7 @@ import torch
 from transformers import StaticCache
 
 from dms.cache import CacheFull, CompactedLayer, DMSCache, held_bytes
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 ONE = torch.ones(1, 1, dtype=torch.long)
 

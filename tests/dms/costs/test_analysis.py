@@ -13,18 +13,18 @@ from typer.testing import CliRunner
 
 from dms.config import DMSConfig
 from dms.costs import analysis_table as table
-from dms.costs import hardware
-from dms.costs import inference_cost as cost
-from dms.costs import inference_roofline as roofline
+from dms.costs import hardware, inference
 from dms.costs.analysis import analyze
-from dms.costs.counting import Weight
-from dms.costs.inference_cost import Machine
-from dms.costs.inference_shapes import measure
-from dms.costs.kv import KV, entries_seen, visible_pairs
+from dms.costs.flops import visible_pairs
+from dms.costs.inference import Machine
+from dms.costs.kv import KV, entries_seen
+from dms.costs.operators import Weight
+from dms.costs.roofline import Roofline
+from dms.costs.shapes import measure
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 H100 = hardware.load().gpu("h100-80")
-ROOF = roofline.Roof.of(H100)
+ROOF = Roofline.of(H100)
 
 
 def read(name, num_layers=None):
@@ -53,11 +53,11 @@ BY_HAND = {
 def test_where_kv_overtakes_weights(name, capsys):
     weights, entry = BY_HAND[name]
     shape = measure(read(name), DMSConfig())
-    found = roofline.overtaken_at(shape, KV(), Machine(), 1)
+    found = inference.overtaken_at(shape, KV(), Machine(), 1)
     assert found == -(-weights // entry)
     # Of what is beyond the window an eighth is read, and gates are read too (float32, 8 outputs a layer).
     gates = 4 * len(shape.attentions) * 8 * (4096 + 1)
-    evicting = roofline.overtaken_at(shape, KV(cr=8), Machine(), 1)
+    evicting = inference.overtaken_at(shape, KV(cr=8), Machine(), 1)
     assert evicting == pytest.approx(257 + 8 * ((weights + gates) / entry - 257), rel=0.001)
     with capsys.disabled():
         print(f"\n{name}: KV overtakes weights at {found:,} tokens, at CR 8 at {evicting:,}")
@@ -65,26 +65,26 @@ def test_where_kv_overtakes_weights(name, capsys):
 
 def test_a_decoding_step(llama):
     weights, entry = BY_HAND["Llama-3.1-8B"]
-    step = cost.decode(llama, KV(), Machine(), 1, 32768)
+    step = inference.decode(llama, KV(), Machine(), 1, 32768)
     assert (step.weights, step.kv_read, step.kv_written) == (weights, 32768 * entry, entry)
     # Two FLOPs a matrix number (norms are none), and 4 D for each pair and query head. Rotations take a few products as well.
     norms = 65 * 4096
     assert step.flops == pytest.approx(weights - 2 * norms, rel=1e-4)
     assert step.attention_flops == 4 * 128 * 32 * 32 * 32768
-    assert ROOF.seconds(step) == step.bytes / 3.35e12 and ROOF.binds(step) == "weights"
+    assert step.seconds(ROOF).total == step.bytes / 3.35e12 and step.binds(ROOF) == "weights"
     assert step.intensity == pytest.approx(1.67, abs=0.01)
-    more = cost.decode(llama, KV(), Machine(), 64, 32768)
-    assert more.weights == weights + 2 * 63 * 4096 and more.kv_read == 64 * step.kv_read and ROOF.binds(more) == "KV"
+    more = inference.decode(llama, KV(), Machine(), 64, 32768)
+    assert more.weights == weights + 2 * 63 * 4096 and more.kv_read == 64 * step.kv_read and more.binds(ROOF) == "KV"
 
 
 def test_a_prompt(llama):
-    once = cost.prefill(llama, KV(), Machine(), 1, 8192)
+    once = inference.prefill(llama, KV(), Machine(), 1, 8192)
     assert once.attention_flops == 4 * 128 * 32 * 32 * 8192 * 8193 / 2
     # The head is multiplied for the last token alone.
     matrices, head = 8_030_261_248 - 128_256 * 4096 - 65 * 4096, 128_256 * 4096
     assert once.flops == pytest.approx(2 * (8192 * (matrices - head) + head), rel=1e-4)
-    assert ROOF.binds(once) == "compute" and ROOF.seconds(once) == once.all_flops / 989e12
-    evicted = cost.prefill(llama, KV(cr=8), Machine(), 1, 8192)
+    assert once.binds(ROOF) == "compute" and once.seconds(ROOF).total == once.all_flops / 989e12
+    evicted = inference.prefill(llama, KV(cr=8), Machine(), 1, 8192)
     assert evicted.attention_flops < 0.2 * once.attention_flops and evicted.kv_written < 0.2 * once.kv_written
 
 
@@ -99,21 +99,21 @@ def test_pairs_by_brute_force(tokens, window, keep, causal):
 
 def test_what_fits(llama):
     for kv in (KV(), KV(cr=8), KV(cr=8, bits=8)):
-        batch = roofline.largest_batch(llama, kv, Machine(), ROOF, 32768)
-        assert cost.held(llama, kv, Machine(), batch, 32768) <= 80e9 < cost.held(llama, kv, Machine(), batch + 1, 32768)
-        context = roofline.largest_context(llama, kv, Machine(), ROOF, batch)
-        assert cost.held(llama, kv, Machine(), batch, context) <= 80e9 < cost.held(llama, kv, Machine(), batch, context + 1)
+        batch = inference.largest_batch(llama, kv, Machine(), H100.memory, 32768)
+        assert inference.held(llama, kv, Machine(), batch, 32768) <= 80e9 < inference.held(llama, kv, Machine(), batch + 1, 32768)
+        context = inference.largest_context(llama, kv, Machine(), H100.memory, batch)
+        assert inference.held(llama, kv, Machine(), batch, context) <= 80e9 < inference.held(llama, kv, Machine(), batch, context + 1)
         assert context >= 32768
-    assert roofline.largest_batch(llama, KV(), Machine(), replace(ROOF, memory=10e9), 4096) == 0
+    assert inference.largest_batch(llama, KV(), Machine(), 10e9, 4096) == 0
 
 
 def test_weights_as_bytes_and_shared_by_gpus(llama):
-    one, bytes_, four = (cost.decode(llama, KV(), machine, 8, 8192) for machine in (Machine(), Machine(weight_bits=8), Machine(num=4)))
+    one, bytes_, four = (inference.decode(llama, KV(), machine, 8, 8192) for machine in (Machine(), Machine(weight_bits=8), Machine(num=4)))
     assert bytes_.weights == pytest.approx(one.weights / 2, rel=1e-3) and bytes_.all_flops == one.all_flops
     for name, value in vars(one).items():
         assert vars(four)[name] == pytest.approx(value / 4, rel=1e-9), name
     # Eight KV heads on 16 GPUs: two have the same one.
-    sixteen = cost.decode(llama, KV(), Machine(num=16), 8, 8192)
+    sixteen = inference.decode(llama, KV(), Machine(num=16), 8, 8192)
     assert sixteen.kv_read == one.kv_read / 8 and sixteen.attention_flops == one.attention_flops / 16
 
 
@@ -126,7 +126,7 @@ def test_layers_that_slide():
     # Two matrices of experts a layer, of whose 32 four are read for a token.
     experts = [weight for weight in shape.weights if weight.use == "experts"]
     assert len(experts) == 8 and {(w.num_experts, w.rows / shape.tokens) for w in experts} == {(32, 4.0)}
-    one, many = (cost.read_weights(shape, KV(), Machine(), batch) for batch in (1, 64))
+    one, many = (inference.read_weights(shape, KV(), Machine(), batch) for batch in (1, 64))
     assert one < 0.5 * many and many == pytest.approx(2 * shape.parameters - 2 * 201_088 * 2880, rel=0.01)
 
 
@@ -137,9 +137,9 @@ def test_state_of_linear_attention():
     )
     config.layer_types = ["conv", "full_attention", "conv"]
     shape = measure(config, DMSConfig())
-    assert [layer.layer for layer in shape.attentions] == [1] and shape.state == 2 * 64 * config.conv_L_cache * 2
-    short, long = (cost.decode(shape, KV(), Machine(), 4, context) for context in (100, 10_000))
-    assert short.state == long.state == 2 * 4 * shape.state and long.kv_read == 100 * short.kv_read
+    assert [layer.layer for layer in shape.attentions] == [1] and shape.inference.state == 2 * 64 * config.conv_L_cache * 2
+    short, long = (inference.decode(shape, KV(), Machine(), 4, context) for context in (100, 10_000))
+    assert short.state == long.state == 2 * 4 * shape.inference.state and long.kv_read == 100 * short.kv_read
 
 
 def test_chunks_and_experts_that_are_all_multiplied():
@@ -155,8 +155,8 @@ def test_chunks_and_experts_that_are_all_multiplied():
 
 def test_a_bound_that_never_comes(llama):
     bounded = replace(llama, attentions=[replace(layer, window=128, gated=False) for layer in llama.attentions])
-    assert roofline.overtaken_at(bounded, KV(), Machine(), 1) is None
-    assert roofline.largest_context(bounded, KV(), Machine(), ROOF, 1) is None
+    assert inference.overtaken_at(bounded, KV(), Machine(), 1) is None
+    assert inference.largest_context(bounded, KV(), Machine(), H100.memory, 1) is None
 
 
 # The command.
@@ -219,7 +219,7 @@ def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
     config = read("Qwen3-0.6B", 2).to_dict() | {"dms": saved.to_saved()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     measured = []
-    monkeypatch.setattr("dms.costs.inference_shapes.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
+    monkeypatch.setattr("dms_train.analyze_command.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
     result = run(tmp_path, "--batch", 1, "--context", 4096, "--window", 99)
     assert result.exit_code == 0, result.output
     assert measured == [replace(saved, window=99)]
@@ -235,6 +235,12 @@ def test_an_encoder(tmp_path):
     # All pairs: nobody is hidden from anybody.
     (one,) = [one for one in values["points"] if one["batch"] == 1]
     assert one["attention_flops"] == 4 * 64 * 12 * 12 * 512**2 and one["kv_written_bytes"] == 0
+
+
+def test_an_encoder_whose_output_has_no_field_for_a_cache():
+    config = AutoConfig.for_model("modernbert", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    shape = measure(config, DMSConfig(window=16))
+    assert shape.is_encoder and len(shape.attentions) == 2 and shape.inference.decode is None
 
 
 @pytest.mark.parametrize(
@@ -257,7 +263,7 @@ def test_what_is_refused(arguments, parts):
 
 
 def test_what_does_not_fit(llama):
-    small = H100.model_copy(update={"memory": 7e9})
+    small = replace(H100, memory=7e9)
     with pytest.raises(ValueError, match=r"does not fit 1 x .*: 16\.1 GB of weights.*4 such GPUs would hold it \(--num 4\)"):
         analyze(llama, "small", small)
     assert analyze(llama, "small", small, machine=Machine(num=4), batches=[1]).limits[0].largest_batch[4096] > 0
@@ -285,8 +291,8 @@ def test_what_cannot_evict_says_so():
 
 
 def test_weights_of_a_step_by_use():
-    assert cost.experts_met(32, 4, 1) == pytest.approx(4) and cost.experts_met(32, 4, 10_000) == pytest.approx(32)
+    assert inference.experts_met(32, 4, 1) == pytest.approx(4) and inference.experts_met(32, 4, 10_000) == pytest.approx(32)
     shape = measure(read("Qwen3-0.6B", 2), DMSConfig())
     assert all(isinstance(weight, Weight) for weight in shape.weights)
     # Tied: the embedding is the head, and is read in whole.
-    assert cost.read_weights(shape, KV(), Machine(), 1) == 2 * shape.parameters
+    assert inference.read_weights(shape, KV(), Machine(), 1) == 2 * shape.parameters

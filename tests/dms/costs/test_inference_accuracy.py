@@ -15,14 +15,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import dms
 from dms.cache import CompactedLayer, DMSCache, held_bytes
 from dms.config import DMSConfig
-from dms.costs import inference_cost as cost
-from dms.costs import kv
-from dms.costs.counting import GROUPED, grouped_flops
-from dms.costs.inference_shapes import measure
+from dms.costs import inference, kv, torch_compat
 from dms.costs.kv import KV
+from dms.costs.operators import grouped_flops
+from dms.costs.shapes import measure
 
 WITHIN = 0.02
-MACHINE = cost.Machine()
+MACHINE = inference.Machine()
 _SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 256, "vocab_size": 500}
 _SMALL |= {"max_position_embeddings": 8192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GQA = {"num_key_value_heads": 2, "head_dim": 16}
@@ -58,10 +57,8 @@ def build(config, attention="eager", headless=False):
 
 
 def counted_flops(run):
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False, custom_mapping={GROUPED: lambda *a, out_shape=None, **k: grouped_flops(*a)}) as counter,
-    ):
+    grouped = {torch_compat.grouped_product(): lambda *a, out_shape=None, **k: grouped_flops(*a)}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         run()
     return counter.get_total_flops()
 
@@ -85,7 +82,7 @@ def test_flops_of_a_prompt(family, capsys):
     ids = torch.randint(3, 500, (B, T))
     options = {} if shape.is_encoder else {"logits_to_keep": 1}
     counted = counted_flops(lambda: model(input_ids=ids, **options))
-    tell(capsys, f"{family}, FLOPs of a prompt", cost.prefill(with_all_pairs(shape), KV(), MACHINE, B, T).all_flops, counted)
+    tell(capsys, f"{family}, FLOPs of a prompt", inference.prefill(with_all_pairs(shape), KV(), MACHINE, B, T).all_flops, counted)
 
 
 @pytest.mark.parametrize("family", families(*[name for name in FAMILIES if "bert" not in name]))
@@ -96,7 +93,7 @@ def test_flops_of_a_decoding_step(family, capsys):
     with torch.no_grad():
         cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
     counted = counted_flops(lambda: model(input_ids=ids[:, -1:], past_key_values=cache))
-    tell(capsys, f"{family}, FLOPs of a step", cost.decode(shape, KV(), MACHINE, B, T).all_flops, counted)
+    tell(capsys, f"{family}, FLOPs of a step", inference.decode(shape, KV(), MACHINE, B, T).all_flops, counted)
 
 
 @pytest.mark.parametrize("num_heads", [8, 2, 1])
@@ -138,8 +135,8 @@ def test_weights_that_a_step_reads(family, tied, capsys):
         del gathered[id(model.get_output_embeddings().weight)]
     whole = sum(p.numel() for key, p in used.items() if key not in gathered)
     rows = sum(B * p.shape[1] for p in gathered.values())
-    tell(capsys, f"{family}, weights of a step", cost.read_weights(shape, KV(), MACHINE, B), 2 * (whole + rows))
-    assert cost.resident_weights(shape, KV(), MACHINE) == 2 * sum(p.numel() for p in model.parameters())
+    tell(capsys, f"{family}, weights of a step", inference.read_weights(shape, KV(), MACHINE, B), 2 * (whole + rows))
+    assert inference.resident_weights(shape, KV(), MACHINE) == 2 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("batch", [8, 64])
@@ -166,8 +163,8 @@ def test_experts_that_a_step_reads(batch, capsys):
     size = sum(p.numel() for p in experts[0].parameters()) / config.num_experts
     others = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name) - config.vocab_size * config.hidden_size
     counted = 2 * (others + batch * config.hidden_size + size * config.num_hidden_layers * sum(met) / len(met))
-    tell(capsys, f"experts of a step of {batch}", cost.experts_met(32, 4, batch), sum(met) / len(met))
-    tell(capsys, f"weights of a step of {batch}", cost.read_weights(shape, KV(), MACHINE, batch), counted)
+    tell(capsys, f"experts of a step of {batch}", inference.experts_met(32, 4, batch), sum(met) / len(met))
+    tell(capsys, f"weights of a step of {batch}", inference.read_weights(shape, KV(), MACHINE, batch), counted)
 
 
 # Evicting.
@@ -230,7 +227,7 @@ def test_bytes_of_an_evicting_cache(family, kv_dtype, share, capsys):
         held = sum(x.nbytes for layer in cache.layers for x in _tensors(layer))
     shape = measure(config, DMSConfig(window=w))
     chosen = KV(cr=report.cr_decided, bits=8 if kv_dtype else 16, window=w)
-    reckoned = B * (cost.sequence_bytes(shape, chosen, MACHINE, T) - 2 * shape.decode.numbers / len(shape.attentions))
+    reckoned = B * (inference.sequence_bytes(shape, chosen, MACHINE, T) - 2 * shape.inference.decode.numbers / len(shape.attentions))
     tell(capsys, f"{family}, {kv_dtype}, CR {report.cr_decided:.2f}: bytes held", reckoned, held)
     alive = sum(int(layer.entries_alive().sum()) for layer in cache.compacted_layers().values())
     entries = sum(B * layer.num_heads * kv.entries_seen(layer, chosen, T) for layer in shape.attentions if layer.gated)
@@ -255,6 +252,6 @@ def test_flops_of_an_evicting_step(share, capsys):
     tell(
         capsys,
         f"FLOPs of a step at CR {chosen.cr:.2f}",
-        cost.decode(measure(config, DMSConfig(window=w)), chosen, MACHINE, B, T).all_flops,
+        inference.decode(measure(config, DMSConfig(window=w)), chosen, MACHINE, B, T).all_flops,
         counted,
     )

@@ -1,6 +1,7 @@
 """`dms plan`: what it prints and writes, what it recommends, and what it refuses."""
 
 import json
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -208,7 +209,12 @@ def test_hardware_is_whole_and_strict():
         assert gpu.flops.bf16 == gpu.flops.fp16 and all(source.startswith("https://") for source in gpu.sources)
     assert known.gpu("h100-80").link(8) == 450e9 and known.gpu("h100-80").link(16) == 50e9 and known.gpu("l40s").link(2) == 32e9
     with pytest.raises(ValueError, match="unknown key 'memry'"):
-        hardware.Gpu(**known.gpu("l40s").model_dump(), memry=1.0)
+        hardware.read(asdict(known) | {"gpus": {"l40s": asdict(known.gpu("l40s")) | {"memry": 1.0}}})
+    with pytest.raises(ValueError, match=r"hardware.attainable.compute is -1; give a number above 0"):
+        hardware.read(asdict(known) | {"attainable": {"compute": -1, "memory": 0.5, "links": 0.5}})
+    with pytest.raises(ValueError, match="hardware: key 'gpus' is missing"):
+        hardware.read({name: value for name, value in asdict(known).items() if name != "gpus"})
+    assert hardware.read(asdict(known)) == known
 
 
 def test_every_packaged_retrofit_is_among_all():

@@ -14,12 +14,9 @@ from dms_train.step import HeadLoss, Normalizer, distill_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dms.costs import activations as layers
-from dms.costs import training_flops as flops
-from dms.costs import training_memory as memory
-from dms.costs import training_shapes as shapes
+from dms.costs import activations, flops, memory, shapes
 from dms.costs.job import Choice
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 from dms.training.packed_attention import local_rows
 
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192, "hidden_size": 256}
@@ -107,7 +104,8 @@ def build(kind, recipe, device):
     family, shape = kind
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
-        trained, _ = students.equip(model, recipe)
+        gates, base = students.equip(model, recipe)
+        trained = {**gates, **base}
     return model, trained
 
 
@@ -127,7 +125,7 @@ def make_batch(recipe):
 def take_step(model, teacher, batch, recipe):
     B, T = batch["input_ids"].shape
     rows = local_rows(model, packs=True) if recipe.data.packs else None
-    options = {"normalizer": Normalizer(B * T, B), "rows": rows, "target": 0.5, "seed": 0, "compression_weight": 1.0}
+    options = {"normalizer": Normalizer(B * T, B), "attention": rows, "target": 0.5, "seed": 0, "compression_weight": 1.0}
     head_loss = HeadLoss(model, teacher, beta=0.0, chunk=recipe.loss_chunk)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
         loss = distill_step(model, teacher, batch if rows is None else rows.divide(batch), head_loss=head_loss, **options).loss
@@ -156,13 +154,20 @@ def measured_bytes(kind, recipe):
 def planned_bytes(kind, recipe):
     plain, job = recipe.model_copy(update={"activation_checkpointing": False}), job_of(recipe)
     model, _ = build(kind, plain, "meta")
-    shape = shapes.measure(model)
-    size = {"batch": job.micro_batch_size, "length": job.length, "by_rows": recipe.data.packs}
+    shape = shapes.measure_training(model)
     if recipe.data.packs:
-        shape = replace(shape, attention=shapes.ROWS)
-    made = layers.measure(model, shape, held=torch.float32, autocast=recipe.precision == "bf16", kernels=False, **size)
-    held = memory.Held.of(job, saved_bfloat16=False)
-    return memory.of_choice(shape, job, choice_of(recipe), made, held, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
+        shape = replace(shape, attention=shapes.PACKED_ATTENTION)
+    given = activations.MicroBatch(
+        batch=job.micro_batch_size,
+        length=job.length,
+        weight_dtype=torch.float32,
+        autocast=recipe.precision == "bf16",
+        kernels=False,
+        packed_attention=recipe.data.packs,
+    )
+    made = activations.measure(model, shape, given)[1]
+    itemsize = memory.ItemSize.of(job, saved_bfloat16=False)
+    return memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_flops(trainable, checkpointing, capsys):
     recipe = make_recipe(2048, base_lr, trainable=trainable, activation_checkpointing=checkpointing, loss_chunk=512)
     model, _ = build(("llama", LONG), recipe, "cpu")
     teacher = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager") if trainable == "all" else None
-    shape = shapes.measure(model)
+    shape = shapes.measure_training(model)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place}) as counter:
         take_step(model, teacher, make_batch(recipe), recipe)
     planned = flops.of_sequence(shape, job_of(recipe), checkpointing=checkpointing, route="chunked", keep=1.0)
@@ -212,11 +217,11 @@ def test_flops(trainable, checkpointing, capsys):
 def test_less_is_computed_the_more_is_evicted():
     recipe = make_recipe(4096)
     model, _ = build(("llama", LONG), recipe, "meta")
-    shape, job = shapes.measure(model), job_of(recipe)
+    shape, job = shapes.measure_training(model), job_of(recipe)
     attention = [flops.of_sequence(shape, job, checkpointing=False, keep=keep).student_attention for keep in (1.0, 1 / 2, 1 / 8)]
-    # Two products of 2 D FLOPs for each pair, head and layer; the pairs by hand: T 4096, w 16.
-    assert attention[0] == pytest.approx(2 * 2 * 16 * 8 * 2 * 4096**2 / 2)
-    assert attention[2] == pytest.approx(2 * 2 * 16 * 8 * 2 * (4080**2 / 16 + 16 * 4096 - 128))
+    # Two products of 2 D FLOPs for each pair, head and layer; the pairs by hand: T 4096, w 16, the query's own key beside it.
+    assert attention[0] == 2 * 2 * 16 * 8 * 2 * 4096 * 4097 / 2
+    assert attention[2] == 2 * 2 * 16 * 8 * 2 * (4079 * 4080 / 2 / 8 + 17 * 4096 - 17 * 16 / 2)
     assert attention[0] / attention[1] == pytest.approx(2, rel=0.02)
 
 

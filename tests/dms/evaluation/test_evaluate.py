@@ -2,36 +2,39 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dms.evaluation import command
-from dms.evaluation.command import evaluate_folder, failures, make_settings
+from dms.evaluation.command import evaluate_folder, failures
+from dms.evaluation.data.tasks import RECALL_TASKS
 from dms.evaluation.engine import units
+from dms.evaluation.engine.run_end import evaluate_run
 from dms.evaluation.engine.scoring import predict
-from dms.evaluation.engine.settings import POLICIES
+from dms.evaluation.engine.settings import POLICIES, EvaluationSettings
 from dms.evaluation.policies import TRAINING_FREE
 from dms.evaluation.policies.rules import H2O
-from dms.evaluation.present.findings import in_words
+from dms.evaluation.present.findings import Finding, make_findings
+from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
 from dms.evaluation.suites import make_suite
-from dms.io import base_models as models
-from dms.io import checkpoint
-from dms.retrofitting import set_mode
+from dms.io import base_models, checkpoint
+from dms.modes import set_mode
 
-SMALL = {"suites": ("records", "text"), "lengths": (192,), "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
+SMALL = {"suites": ["records", "text"], "lengths": [192], "num_documents": 3, "batch_size": 2, "prefill_chunk": 48, "num_greedy": 3}
 
 
-def small(folder, **changes):
-    return make_settings(str(folder), **(SMALL | {"evict_bias": [0.0]} | changes))
+def small(**changes):
+    return EvaluationSettings(**(SMALL | changes))
 
 
 def figure(rows, policy, task, metric="accuracy", **where):
     (row,) = [
         row
         for row in rows
-        if (row["policy"], row["task"], row["metric"]) == (policy, task, metric)
-        and all(row[name] == value for name, value in where.items())
+        if (row.policy, row.task, row.metric) == (policy, task, metric)
+        and all(getattr(row, name) == value for name, value in where.items())
     ]
     return row
 
@@ -40,34 +43,36 @@ def figure(rows, policy, task, metric="accuracy", **where):
 def evaluated(gated_folder, tmp_path_factory):
     """(OUT, result) of every policy."""
     out = tmp_path_factory.mktemp("evaluated") / "out"
-    return out, evaluate_folder(str(gated_folder), small(gated_folder), out=out)
+    return out, evaluate_folder(str(gated_folder), small(), out=out)
 
 
 def test_every_policy_has_the_budget_of_dms(evaluated):
     out, result = evaluated
     rows = json.loads((out / "rows.json").read_text())["rows"]
-    assert rows == result["rows"]
-    assert {(row["policy"], row["evict_bias"]) for row in rows} == {("dense", None)} | {(policy, 0.0) for policy in POLICIES[1:]}
+    assert rows == result.to_dict()["rows"]
+    rows = [ResultRow.from_dict(row) for row in rows]
+    assert rows == result.rows
+    assert {(row.policy, row.evict_bias) for row in rows} == {("dense", None)} | {(policy, 0.0) for policy in POLICIES[1:]}
     for task, metric in (("recall", "accuracy"), ("text", "bits_per_byte")):
         dms = figure(rows, "dms", task, metric)
-        assert dms["cr"] > 1.3 and dms["memory"] == "compacted" and dms["budget"] is None
+        assert dms.cr > 1.3 and dms.memory == "compacted" and dms.budget is None
         for policy in TRAINING_FREE:
             row = figure(rows, policy, task, metric)
             # Rounded in each batch.
-            assert row["entries"] == pytest.approx(dms["entries"], abs=0.5) and row["entries"] == pytest.approx(row["budget"])
-            assert row["bytes"] < figure(rows, "dense", task, metric)["bytes"]
+            assert row.entries == pytest.approx(dms.entries, abs=0.5) and row.entries == pytest.approx(row.budget)
+            assert row.bytes < figure(rows, "dense", task, metric).bytes
             # What a prompt is read with: as many entries again as a part of it, or all of it.
             whole = TRAINING_FREE[policy].reads_whole_prompt
-            assert row["peak_entries"] > 150 if whole else row["peak_entries"] <= row["budget"] + SMALL["prefill_chunk"] + 1
+            assert row.peak_entries > 150 if whole else row.peak_entries <= row.budget + SMALL["prefill_chunk"] + 1
     dense = figure(rows, "dense", "recall")
-    assert dense["entries"] == 191 and dense["cr"] == 1.0 and dense["memory"] is None and dense["vs_dense"] is None
+    assert dense.entries == 191 and dense.cr == 1.0 and dense.memory is None and dense.vs_dense is None
 
 
 @pytest.mark.parametrize("mode", ["dense", "evict"])
 def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
     """Reading in parts and decoding step by step gives dense and dms what one pass over the whole document gives."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
     set_mode(model, mode)
     policy = "dense" if mode == "dense" else "dms"
     where = {} if mode == "dense" else {"evict_bias": 0.0}
@@ -75,20 +80,20 @@ def test_figures_are_those_of_one_forward(mode, evaluated, gated_folder):
     documents = make_suite("records", tokenizer, length=192, num_documents=3)
     right = predict(model, torch.tensor([d.input_ids for d in documents]), use_cache=mode == "evict").right_BT.tolist()
     correct = [all(right[i][a.start - 1 : a.end - 1]) for i, d in enumerate(documents) for a in d.answers if a.task == "multi_key"]
-    row = figure(result["rows"], policy, "multi_key", **where)
-    assert row["value"] == sum(correct) / len(correct) and row["num_samples"] == len(correct)
+    row = figure(result.rows, policy, "multi_key", **where)
+    assert row.value == sum(correct) / len(correct) and row.num_samples == len(correct)
 
     windows = make_suite("text", tokenizer, length=192, num_documents=3)
     nll = predict(model, torch.tensor([d.input_ids for d in windows]), use_cache=mode == "evict").nll_BT
     bits = sum(float(nll[i, d.prompt - 1 :].sum()) for i, d in enumerate(windows)) / math.log(2)
-    row = figure(result["rows"], policy, "text", "bits_per_byte", **where)
-    assert row["value"] == pytest.approx(bits / sum(d.num_bytes for d in windows), rel=1e-4)
+    row = figure(result.rows, policy, "text", "bits_per_byte", **where)
+    assert row.value == pytest.approx(bits / sum(d.num_bytes for d in windows), rel=1e-4)
 
 
 def test_agreement_with_dense(evaluated, gated_folder):
     """KL by the logits of two plain forwards; a policy that keeps everything agrees entirely."""
     _, result = evaluated
-    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), models.load_tokenizer(str(gated_folder))
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
     windows = make_suite("text", tokenizer, length=192, num_documents=3)
     ids, sums, agreed, count = torch.tensor([d.input_ids for d in windows]), 0.0, 0, 0
     logits = {}
@@ -101,15 +106,15 @@ def test_agreement_with_dense(evaluated, gated_folder):
         sums += float((dense.exp() * (dense - dms)).sum())
         agreed += int((dense.argmax(-1) == dms.argmax(-1)).sum())
         count += len(dense)
-    assert figure(result["rows"], "dms", "text", "kl", evict_bias=0.0)["value"] == pytest.approx(sums / count, rel=1e-3)
-    assert figure(result["rows"], "dms", "text", "top1_agreement", evict_bias=0.0)["value"] == pytest.approx(agreed / count)
-    assert 0 <= figure(result["rows"], "random", "text", "divergence_length", evict_bias=0.0)["value"] <= SMALL["num_greedy"]
+    assert figure(result.rows, "dms", "text", "kl", evict_bias=0.0).value == pytest.approx(sums / count, rel=1e-3)
+    assert figure(result.rows, "dms", "text", "top1_agreement", evict_bias=0.0).value == pytest.approx(agreed / count)
+    assert 0 <= figure(result.rows, "random", "text", "divergence_length", evict_bias=0.0).value <= SMALL["num_greedy"]
 
 
 def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch):
     """A call that is broken off leaves what it had finished; the next reads only what is missing, and ends with the same figures."""
     _, whole = evaluated
-    settings, calls = small(gated_folder, policies=("dense", "dms", "tova")), []
+    settings, calls = small(policies=["dense", "dms", "tova"]), []
     read = units.read
 
     def counting(*args, **options):
@@ -127,31 +132,31 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
     assert before == 8 and len(calls) - before == 4 * 3 - 7 + 1
 
     def figures(rows):
-        return [{k: v for k, v in row.items() if k not in ("step_ms", "seconds")} for row in rows]
+        return [replace(row, step_ms=None, seconds=0.0) for row in rows]
 
-    expected = [row for row in whole["rows"] if row["policy"] in ("dense", "dms", "tova") and row["evict_bias"] in (None, 0.0)]
-    assert figures(result["rows"]) == figures(expected)
+    expected = [row for row in whole.rows if row.policy in ("dense", "dms", "tova") and row.evict_bias in (None, 0.0)]
+    assert figures(result.rows) == figures(expected)
     # More of the same may be asked for; something else may not.
     with pytest.raises(ValueError, match=r"holds another evaluation: seed was 7 and is 8; name another --out"):
-        evaluate_folder(str(gated_folder), small(gated_folder, seed=8), out=tmp_path)
-    more = small(gated_folder, policies=("dense", "dms"), suites=("text",), lengths=(96,), batch_size=3)
-    both = evaluate_folder(str(gated_folder), more, out=tmp_path)["rows"]
-    assert figures(both[: len(result["rows"])]) == figures(result["rows"])
-    assert {(row["policy"], row["suite"]) for row in both if row["length"] == 96} == {("dense", "text"), ("dms", "text")}
+        evaluate_folder(str(gated_folder), small(seed=8), out=tmp_path)
+    more = small(policies=["dense", "dms"], suites=["text"], lengths=[96], batch_size=3)
+    both = evaluate_folder(str(gated_folder), more, out=tmp_path).rows
+    assert figures(both[: len(result.rows)]) == figures(result.rows)
+    assert {(row.policy, row.suite) for row in both if row.length == 96} == {("dense", "text"), ("dms", "text")}
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written["lengths"] == [192, 96] and written["policies"] == ["dense", "dms", "tova"]
     # What cannot be measured leaves the folder as it was.
     with pytest.raises(ValueError, match=r"nowhere\.txt"):
-        evaluate_folder(str(gated_folder), small(gated_folder, text="nowhere.txt"), out=tmp_path / "other")
+        evaluate_folder(str(gated_folder), small(text="nowhere.txt"), out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_a_planted_no_op(save_gated, tmp_path):
     """Gates that never evict: the figures are dense's, and it is said."""
     folder = save_gated(std=0.0, offset=50.0)
-    result = evaluate_folder(str(folder), small(folder, policies=("dense", "dms", "tova"), suites=("text",)), out=tmp_path)
-    assert figure(result["rows"], "dms", "text", "kl")["value"] < 1e-6
-    assert figure(result["rows"], "dms", "text", "kl")["marks"][0] == "evicted_nothing"
+    result = evaluate_folder(str(folder), small(policies=["dense", "dms", "tova"], suites=["text"]), out=tmp_path)
+    assert figure(result.rows, "dms", "text", "kl").value < 1e-6
+    assert figure(result.rows, "dms", "text", "kl").marks[0] == "evicted_nothing"
     assert any(line.startswith("evicted_nothing: dms: text at 192") for line in failures(result))
 
 
@@ -163,48 +168,56 @@ def test_a_planted_leak(gated_folder, tmp_path, monkeypatch):
             super().__init__(round(1.2 * budget), seed)
 
     monkeypatch.setitem(TRAINING_FREE, "h2o", Leaky)
-    result = evaluate_folder(
-        str(gated_folder), small(gated_folder, policies=("dense", "dms", "h2o", "tova"), suites=("text",)), out=tmp_path
-    )
-    row = figure(result["rows"], "h2o", "text", "kl")
-    assert row["entries"] == pytest.approx(1.2 * row["budget"], rel=0.01) and "budget_missed" in row["marks"]
+    result = evaluate_folder(str(gated_folder), small(policies=["dense", "dms", "h2o", "tova"], suites=["text"]), out=tmp_path)
+    row = figure(result.rows, "h2o", "text", "kl")
+    assert row.entries == pytest.approx(1.2 * row.budget, rel=0.01) and "budget_missed" in row.marks
     assert [line for line in failures(result) if line.startswith("budget_missed")] == ["budget_missed: h2o: text at 192"]
 
 
 def test_few_samples_and_tasks_that_dense_cannot_do(evaluated):
     _, result = evaluated
-    rows = result["rows"]
-    assert all("few_samples" in row["marks"] for row in rows if row["num_samples"] < 50)
+    rows = result.rows
+    assert all("few_samples" in row.marks for row in rows if row.num_samples < 50)
     # Of 192 tokens, trained at 256.
-    assert "beyond_training" not in result["marks"]
-    dense = {row["task"]: row for row in rows if row["policy"] == "dense" and row["metric"] == "accuracy"}
-    unable = {task for task, row in dense.items() if "dense_at_chance" in row["marks"]}
-    assert unable >= {task for task, row in dense.items() if row["value"] == 0.0} and "recall" not in unable
-    assert unable == {row["task"] for row in rows if "dense_at_chance" in row["marks"]}
-    assert any("nothing is shown there" in sentence for sentence in result["words"]) == any(
+    assert "beyond_training" not in result.marks
+    dense = {row.task: row for row in rows if row.policy == "dense" and row.metric == "accuracy"}
+    unable = {task for task, row in dense.items() if "dense_at_chance" in row.marks}
+    assert unable >= {task for task, row in dense.items() if row.value == 0.0} and "recall" not in unable
+    assert unable == {row.task for row in rows if "dense_at_chance" in row.marks}
+    assert any("nothing is shown there" in sentence for sentence in result.to_dict()["words"]) == any(
         not task.startswith("recall") for task in unable
     )
 
 
 def test_lengths_beyond_training(gated_folder, tmp_path):
-    settings = small(gated_folder, policies=("dense", "dms"), suites=("text",), lengths=(320,), num_documents=2)
+    settings = small(policies=["dense", "dms"], suites=["text"], lengths=[320], num_documents=2)
     result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
-    assert all(("beyond_training" in row["marks"]) == (row["policy"] == "dms") for row in result["rows"])
-    assert "beyond the length that its gates were trained at" in result["words"][0]
+    assert all(("beyond_training" in row.marks) == (row.policy == "dms") for row in result.rows)
+    assert "beyond the length that its gates were trained at" in result.findings[0].heading
 
 
-def test_words_say_what_rows_say():
+def test_findings_say_what_rows_say():
+    same = dict.fromkeys(("model_hash", "recipe_hash", "ci_low", "ci_high", "num_samples", "target_cr", "cr_decided", "bytes"))
+    same |= {"model": "m", "length": 2048, "cr": 6.5, "memory": None, "seed": 7, "versions": {}, "device": "cpu", "seconds": 1.0}
+
     def row(policy, task, value, *, vs_dense=None, vs_dms=None, marks=(), metric="accuracy"):
         def difference(found):
-            return (
-                None
-                if found is None
-                else {"difference": found[0], "ci_low": found[0] - 0.1, "ci_high": found[0] + 0.1, "verdict": found[1]}
-            )
+            if found is None:
+                return None
+            return Comparison(difference=found[0], ci_low=found[0] - 0.1, ci_high=found[0] + 0.1, verdict=Verdict(found[1]))
 
-        versus = {"vs_dense": difference(vs_dense), "vs_dms": difference(vs_dms)}
-        about = {"policy": policy, "task": task, "metric": metric, "value": value, "marks": list(marks), "suite": "records", "cr": 6.5}
-        return {**about, "length": 2048, "evict_bias": None if policy == "dense" else 0.0, **versus}
+        return ResultRow(
+            **same,
+            policy=policy,
+            task=task,
+            metric=metric,
+            value=value,
+            suite="records",
+            evict_bias=0.0,
+            marks=tuple(map(Mark, marks)),
+            vs_dense=difference(vs_dense),
+            vs_dms=difference(vs_dms),
+        )
 
     rows = [
         row("dms", "count", 0.3, vs_dense=(-0.2, "worse")),
@@ -217,7 +230,9 @@ def test_words_say_what_rows_say():
         row("tova", "copy", 0.1, vs_dms=(-0.8, "worse")),
         row("tova", "single", 0.0, vs_dms=(-1.0, "worse"), marks=["few_samples"]),
     ]
-    assert in_words(rows) == [
+    (finding,) = make_findings(rows)
+    assert (finding.length, finding.evict_bias) == (2048, 0.0)
+    assert list(finding.lines) == [
         "At 2048 tokens, dms holds 1/6.50 of the entries.",
         "It loses to dense in count 0.300 (dense 0.500, -0.200 [-0.300, -0.100]).",
         "It is not told apart from dense in copy 0.900 (dense 0.900, +0.000 [-0.100, +0.100]).",
@@ -228,31 +243,71 @@ def test_words_say_what_rows_say():
         "Too few samples to say: single.",
         "Dense itself is at chance in passage: nothing is shown there.",
     ]
-    assert in_words([r | {"marks": ["evicted_nothing"]} for r in rows])[1].startswith("It evicted nothing")
+    assert Finding.from_dict(json.loads(json.dumps(finding.to_dict()))) == finding
+    (nothing,) = make_findings([replace(row, marks=(Mark.EVICTED_NOTHING,)) for row in rows])
+    assert nothing.sentences[0].startswith("It evicted nothing") and len(nothing.sentences) == 1
 
 
-def test_what_settings_refuse(gated_folder, tmp_path):
-    for changes, message in (
-        ({"policies": ("dense", "dms", "h20")}, r"--policies names 'h20' \(did you mean 'h2o'\?\); there are dense, dms, sliding_window"),
-        ({"policies": ("dense", "h2o")}, "get the budget that dms is measured to use; add dms to --policies"),
-        ({"policies": ("dms",)}, "lacks dense"),
-        ({"suites": ("record",)}, r"--tasks names 'record' \(did you mean 'records'\?\)"),
-        ({"evict_bias": [math.nan]}, "--evict-bias is"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            small(gated_folder, **changes)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"policies": ["dense", "dms", "h20"]},
+            r"policies: 'h20' is unknown \(did you mean 'h2o'\?\); there are dense, dms, sliding_window",
+        ),
+        ({"policies": ["dense", "h2o"]}, "get the budget that dms is measured to use; add dms"),
+        ({"policies": ["dms"]}, "dense is not among them"),
+        ({"suites": ["record"]}, r"suites: 'record' is unknown \(did you mean 'records'\?\)"),
+        ({"evict_bias": [math.nan]}, "evict_bias.*finite"),
+        ({"evict_bias": []}, "no operating point"),
+        ({"lengths": [0]}, "a length below 1"),
+        ({"num_document": 3}, r"unknown key 'num_document' \(did you mean 'num_documents'\?\)"),
+        ({"scaling": {"stop": ["x"]}}, "name them with problems=FILE.jsonl"),
+        ({"lm_eval": {}}, "key 'tasks' is missing"),
+    ],
+)
+def test_what_settings_refuse(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_what_a_folder_refuses(gated_folder, tmp_path):
     with pytest.raises(ValueError, match=r"--lengths has \[4096\] and the model's context is 2048 tokens"):
-        evaluate_folder(str(gated_folder), small(gated_folder, lengths=(4096,)), out=tmp_path / "out")
+        evaluate_folder(str(gated_folder), small(lengths=[4096]), out=tmp_path / "out")
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
-        evaluate_folder(str(gated_folder), small(gated_folder), out=tmp_path)
+        evaluate_folder(str(gated_folder), small(), out=tmp_path)
 
 
-def test_defaults(gated_folder, tmp_path):
-    settings = make_settings(str(gated_folder), evict_bias=[0.0])
-    assert settings.lengths == (1024, 2048) and settings.policies == POLICIES and settings.num_documents == 64
-    assert make_settings(str(gated_folder), evict_bias=[0.0], quick=True).lengths == (1024,)
+def test_defaults(tmp_path):
+    settings = EvaluationSettings().completed(2048)
+    assert settings.lengths == [1024, 2048] and settings.policies == list(POLICIES) and settings.num_documents == 64
+    assert "one_pass" not in settings.suites and EvaluationSettings().completed(10**6).lengths == [4096, 8192]
+    # In the order in which they run, and once.
+    assert EvaluationSettings(policies=["tova", "dms", "dense", "dms"]).policies == ["dense", "dms", "tova"]
+    quick = EvaluationSettings(quick=True, batch_size=3).completed(2048)
+    assert (quick.lengths, quick.num_documents, quick.batch_size) == ([1024], 50, 3)
     (tmp_path / "model").mkdir()
     assert command.default_out(tmp_path / "model") == tmp_path / "model-evaluation"
     (tmp_path / "result.json").write_text("{}")
     assert command.default_out(tmp_path / "model") == tmp_path / "evaluation"
+
+
+def test_the_suite_of_a_runs_end(gated_folder, tmp_path):
+    """`one_pass` under `dms evaluate` gives the figures of a run's end, whatever the batches."""
+    settings = small(suites=["one_pass"], policies=["dense", "dms", "sliding_window", "tova"])
+    result = evaluate_folder(str(gated_folder), settings, out=tmp_path)
+    model, tokenizer = checkpoint.load(gated_folder, dtype="float32"), base_models.load_tokenizer(str(gated_folder))
+    documents = make_suite("one_pass", tokenizer, length=192, num_documents=3)
+    assert figure(result.rows, "dms", "recall").num_samples == sum(a.task in RECALL_TASKS for d in documents for a in d.answers)
+    for policy, figures in evaluate_run(model, documents, batch_size=2).figures.items():
+        bias = None if policy == "dense" else 0.0
+        recall, text = (figure(result.rows, policy, *name, evict_bias=bias) for name in (("recall",), ("text", "bits_per_byte")))
+        assert recall.value == figures.recall and recall.cr_decided == figures.cr_decided
+        # Budgets are rounded in each batch, here of one document less.
+        loose = 0.01 if policy == "sliding_window" else 0.0
+        assert recall.cr == pytest.approx(figures.cr, rel=loose, abs=0.0)
+        assert text.value == pytest.approx(figures.bits_per_byte, rel=max(loose, 1e-6)) and text.memory == figures.memory
+    tova, dms = (figure(result.rows, policy, "recall", evict_bias=0.0) for policy in ("tova", "dms"))
+    assert tova.entries == pytest.approx(dms.entries, abs=0.5) and tova.entries == pytest.approx(tova.budget)
+    assert tova.vs_dms is not None and tova.reads is None

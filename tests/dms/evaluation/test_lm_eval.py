@@ -10,7 +10,9 @@ import yaml
 from evicting import embedded
 
 import dms
-from dms.evaluation.engine.lm_eval import prepare_lm_eval, run_lm_eval
+from dms.evaluation.engine.lm_eval import prepare_lm_eval
+from dms.evaluation.engine.settings import EvaluationSettings, LmEvalSettings, ScalingSettings
+from dms.evaluation.stats.rows import RowContext
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 
@@ -108,9 +110,17 @@ def faster_harness(tmp_path_factory):
         yield
 
 
+CONTEXT = RowContext(model="tiny", model_hash=None, recipe_hash=None, target_cr=None, seed=7, versions={}, device="cpu")
+
+
+def prepare(tiny, folder, *, points=(0.0, -100.0), policies=("dense", "dms"), chat=False, out=None, trained_length=None, **given):
+    wanted = LmEvalSettings(**{"tasks": ["toy_choice", "toy_generation", "toy_text"], "include_path": str(folder), **given})
+    return prepare_lm_eval(*tiny, wanted, points=points, policies=policies, batch_size=4, chat=chat, versions={}, out=out)
+
+
 def run(tiny, folder, **given):
-    settings = {"tasks": ["toy_choice", "toy_generation", "toy_text"], "points": [0.0, -100.0], "batch_size": 4, "out": None}
-    return run_lm_eval(*tiny, include_path=str(folder), common={"model": "tiny"}, **{**settings, **given})
+    prepared, out = prepare(tiny, folder, **given), given.get("out")
+    return prepared.run(context=CONTEXT, out=out, trained_length=given.get("trained_length"))
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +144,18 @@ def test_figures_are_those_of_the_harness_run_by_hand(tiny, folder, merged):
         # One request at a time, so that nothing is padded.
         harness = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1)
         found = simple_evaluate(harness, tasks=["toy_choice", "toy_generation", "toy_text"], task_manager=manager, bootstrap_iters=1000)
-        ours = {(row["task"], row["metric"]): row for row in rows if (row["policy"], row["evict_bias"]) == (policy, bias)}
+        ours = {(row.task, row.metric): row for row in rows if (row.policy, row.evict_bias) == (policy, bias)}
         for task, metric in (("toy_choice", "acc,none"), ("toy_generation", "exact_match,number"), ("toy_text", "bits_per_byte,none")):
             row, expected = ours[f"lm_eval:{task}", metric], found["results"][task]
-            assert row["value"] == pytest.approx(expected[metric], rel=1e-5), (policy, task)
-            values.setdefault(task, []).append(row["value"])
-            assert row["num_samples"] == NUM_DOCUMENTS
+            assert row.value == pytest.approx(expected[metric], rel=1e-5), (policy, task)
+            values.setdefault(task, []).append(row.value)
+            assert row.num_samples == NUM_DOCUMENTS
             if task == "toy_text":
-                assert row["ci_low"] is row["ci_high"] is None
+                assert row.ci_low is row.ci_high is None
             else:
                 right = [sample[metric.split(",")[0]] for sample in found["samples"][task]]
-                assert 0 <= row["ci_low"] <= row["value"] == np.mean(right) <= row["ci_high"] <= 1
-                assert row["ci_low"] < row["ci_high"]
+                assert 0 <= row.ci_low <= row.value == np.mean(right) <= row.ci_high <= 1
+                assert row.ci_low < row.ci_high
     tiny[0].dms.evict_bias = 0.0
     # Eviction acts in every kind of task, and gates that keep everything change nothing.
     for dense, evicting, keeping in values.values():
@@ -156,12 +166,12 @@ def test_figures_are_those_of_the_harness_run_by_hand(tiny, folder, merged):
 def test_what_was_evicted_is_measured(tiny, folder, merged):
     rows, _ = merged
     for row in rows:
-        evicts, keeps = row["evict_bias"] == 0.0, row["evict_bias"] == -100.0
-        assert (row["cr"] > 1.2) == evicts and (row["cr"] == 1.0) == (not evicts)
-        assert ("evicted_nothing" in row["marks"]) == keeps
-        assert row["memory"] == (None if row["policy"] == "dense" else "compacted")
-        assert "few_samples" in row["marks"] and ("beyond_training" in row["marks"]) == (row["policy"] == "dms")
-        assert row["chance"] == (0.25 if row["metric"] == "acc,none" else 0.0)
+        evicts, keeps = row.evict_bias == 0.0, row.evict_bias == -100.0
+        assert (row.cr > 1.2) == evicts and (row.cr == 1.0) == (not evicts)
+        assert ("evicted_nothing" in row.marks) == keeps
+        assert row.memory == (None if row.policy == "dense" else "compacted")
+        assert "few_samples" in row.marks and ("beyond_training" in row.marks) == (row.policy == "dms")
+        assert row.chance == (0.25 if row.metric == "acc,none" else 0.0)
     # By hand, over documents and their choices, each of which is a request; choices of a token share one pass.
     model, tokenizer = tiny
     dms.set_mode(model, "evict")
@@ -173,8 +183,8 @@ def test_what_was_evicted_is_measured(tiny, folder, merged):
             with torch.no_grad():
                 report = model(torch.tensor([one]), use_cache=True).past_key_values.report(warn=False)
             seen, alive = seen + report.seen, alive + report.alive
-    row = next(row for row in rows if row["task"] == "lm_eval:toy_choice" and row["evict_bias"] == 0.0)
-    assert row["cr"] == pytest.approx(seen / alive)
+    row = next(row for row in rows if row.task == "lm_eval:toy_choice" and row.evict_bias == 0.0)
+    assert row.cr == pytest.approx(seen / alive)
 
 
 def test_a_model_that_takes_no_cache_is_said_to_mask(tiny, folder, merged):
@@ -185,23 +195,23 @@ def test_a_model_that_takes_no_cache_is_said_to_mask(tiny, folder, merged):
         (row,) = run(tiny, folder, tasks=["toy_choice"], policies=("dms",), points=[0.0])
     finally:
         model.dms.takes_cache = True
-    same = next(row for row in rows if row["task"] == "lm_eval:toy_choice" and row["evict_bias"] == 0.0)
-    assert row["memory"] == "masked" and same["memory"] == "compacted"
-    assert (row["value"], row["cr"], row["cr_decided"]) == pytest.approx((same["value"], same["cr"], same["cr_decided"]))
-    assert row["vs_dense"] is None
+    same = next(row for row in rows if row.task == "lm_eval:toy_choice" and row.evict_bias == 0.0)
+    assert row.memory == "masked" and same.memory == "compacted"
+    assert (row.value, row.cr, row.cr_decided) == pytest.approx((same.value, same.cr, same.cr_decided))
+    assert row.vs_dense is None
 
 
 def test_dms_and_dense_are_compared_on_the_same_documents(merged):
     rows, _ = merged
     for row in rows:
-        if row["policy"] == "dense" or row["task"] == "lm_eval:toy_text":
-            assert row["vs_dense"] is None
+        if row.policy == "dense" or row.task == "lm_eval:toy_text":
+            assert row.vs_dense is None
             continue
-        dense = next(other for other in rows if other["policy"] == "dense" and other["metric"] == row["metric"])
-        assert row["vs_dense"]["difference"] == pytest.approx(row["value"] - dense["value"])
-        assert row["vs_dense"]["ci_low"] <= row["vs_dense"]["difference"] <= row["vs_dense"]["ci_high"]
-        if row["evict_bias"] == -100.0:
-            assert row["vs_dense"]["difference"] == 0.0 and row["vs_dense"]["verdict"] == "not different"
+        dense = next(other for other in rows if other.policy == "dense" and other.metric == row.metric)
+        assert row.vs_dense.difference == pytest.approx(row.value - dense.value)
+        assert row.vs_dense.ci_low <= row.vs_dense.difference <= row.vs_dense.ci_high
+        if row.evict_bias == -100.0:
+            assert row.vs_dense.difference == 0.0 and row.vs_dense.verdict == "not different"
 
 
 def test_a_run_goes_on_where_it_was(tiny, folder, merged, monkeypatch):
@@ -222,30 +232,29 @@ def test_a_run_goes_on_where_it_was(tiny, folder, merged, monkeypatch):
 
 def test_groups_have_rows(tiny, folder, tmp_path):
     rows = run(tiny, folder, tasks=["toy_group"], points=[0.0], limit=2, out=tmp_path)
-    group = {row["policy"]: row for row in rows if row["task"] == "lm_eval:toy_group"}
-    assert group.keys() == {"dense", "dms"} and group["dense"]["metric"] == "acc,none" and group["dms"]["vs_dense"] is None
+    group = {row.policy: row for row in rows if row.task == "lm_eval:toy_group"}
+    assert group.keys() == {"dense", "dms"} and group["dense"].metric == "acc,none" and group["dms"].vs_dense is None
     # Of a group the harness has a standard error alone.
     figures = json.loads((tmp_path / "lm_eval.json").read_text())["runs"][1]["results"]["toy_group"]
-    width = group["dms"]["ci_high"] - group["dms"]["ci_low"]
-    assert width == pytest.approx(2 * 1.96 * figures["acc_stderr,none"]) and figures["acc,none"] == group["dms"]["value"]
-    assert {row["task"] for row in rows} >= {"lm_eval:toy_choice", "lm_eval:toy_generation"}
-    assert all(row["num_samples"] == 2 for row in rows if row["task"] == "lm_eval:toy_choice")
+    width = group["dms"].ci_high - group["dms"].ci_low
+    assert width == pytest.approx(2 * 1.96 * figures["acc_stderr,none"]) and figures["acc,none"] == group["dms"].value
+    assert {row.task for row in rows} >= {"lm_eval:toy_choice", "lm_eval:toy_generation"}
+    assert all(row.num_samples == 2 for row in rows if row.task == "lm_eval:toy_choice")
     # Of its parts one has this metric, with four choices.
-    assert group["dense"]["chance"] == 0.25 and group["dense"]["num_fewshot"] == 0
+    assert group["dense"].chance == 0.25 and group["dense"].num_fewshot == 0
 
 
 def test_examples_are_as_many_as_asked_for(tiny, folder):
     (row,) = run(tiny, folder, tasks=["toy_choice"], policies=("dense",), num_fewshot=1, limit=2)
-    assert row["num_fewshot"] == 1
+    assert row.num_fewshot == 1
 
 
 def test_what_is_prepared_runs_without_being_checked_again(tiny, folder, tmp_path, monkeypatch):
-    settings = {"tasks": ["toy_choice"], "points": [], "policies": ("dense",), "limit": 2, "include_path": str(folder)}
-    prepared = prepare_lm_eval(*tiny, out=tmp_path, **settings)
+    prepared = prepare(tiny, folder, tasks=["toy_choice"], points=[], policies=("dense",), limit=2, out=tmp_path)
     assert not list((tmp_path / "done").iterdir())
     monkeypatch.setattr("dms.evaluation.engine.lm_eval._build", None)
-    (row,) = prepared.run(common={"model": "tiny"}, out=tmp_path)
-    assert row["num_samples"] == 2 and (tmp_path / "lm_eval.json").is_file()
+    (row,) = prepared.run(context=CONTEXT, out=tmp_path)
+    assert row.num_samples == 2 and (tmp_path / "lm_eval.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -255,10 +264,10 @@ def test_what_is_prepared_runs_without_being_checked_again(tiny, folder, tmp_pat
         ({"tasks": ["toy_long_choice"]}, "toy_long_choice': a request has .* the model reads 2048"),
         ({"policies": ("dense", "h2o")}, "not h2o: a likelihood task is one forward pass"),
         ({"points": []}, "at least one number"),
-        ({"limit": 0}, "limit is 0"),
+        ({"limit": 0}, "limit: .* greater than or equal to 1"),
         ({"tasks": ["toy_fixed"], "num_fewshot": 1}, "toy_fixed' sets num_fewshot to 0 itself"),
         ({"tasks": []}, "no tasks"),
-        ({"apply_chat_template": True}, "no chat template"),
+        ({"chat": True}, "no chat template"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_runs(tiny, folder, given, said):
@@ -291,31 +300,31 @@ def test_the_command_merges_suites_harness_and_chains(save_gated, folder, tmp_pa
     """One call: rows of all three, tables that bear with what the harness does not measure, and a later call that keeps them."""
     from rich.console import Console
 
-    from dms.evaluation.command import evaluate_folder, make_settings
-    from dms.evaluation.engine.extras import LmEval, Scaling
+    from dms.evaluation.command import evaluate_folder
 
     model = str(save_gated())
-    settings = make_settings(
-        model, policies=("dense", "dms", "tova"), suites=("needle",), lengths=(128,), num_documents=2, evict_bias=[0.0, 1.0]
+    small = {"suites": ["needle"], "num_documents": 2}
+    tasks = LmEvalSettings(tasks=["toy_choice", "toy_group"], include_path=str(folder))
+    chains = ScalingSettings(num_problems=2, max_k=2, num_hops=1)
+    settings = EvaluationSettings(
+        policies=["dense", "dms", "tova"], lengths=[128], evict_bias=[0.0, 1.0], lm_eval=tasks, scaling=chains, **small
     )
     console, out = Console(width=140, record=True, quiet=True), tmp_path / "out"
-    tasks = LmEval(tasks=("toy_choice", "toy_group"), include_path=str(folder))
-    chains = Scaling(num_problems=2, max_k=2, num_hops=1)
-    result = evaluate_folder(model, settings, out=out, lm_eval=tasks, scaling=chains, console=console)
-    assert {(row["suite"], row["policy"], row["evict_bias"]) for row in result["rows"]} == {
+    result = evaluate_folder(model, settings, out=out, console=console)
+    assert {(row.suite, row.policy, row.evict_bias) for row in result.rows} == {
         *(("needle", policy, bias) for policy, bias in settings.points()),
         *((suite, policy, bias) for suite in ("lm_eval", "scaling") for policy, bias in settings.points() if policy != "tova"),
     }
-    entries = [row["entries"] for row in result["rows"] if row["suite"] == "needle" and row["policy"] == "dms"]
+    entries = [row.entries for row in result.rows if row.suite == "needle" and row.policy == "dms"]
     assert entries[0] > entries[1]
-    assert any(sentence.startswith("In lm-evaluation-harness at evict_bias +1, dms holds 1/") for sentence in result["words"])
-    assert json.loads((out / "rows.json").read_text()) == result
-    later = make_settings(model, policies=("dense", "dms"), suites=("needle",), lengths=(96,), num_documents=2, evict_bias=[0.0])
-    both = evaluate_folder(model, later, out=out, console=console)["rows"]
-    assert both[: len(result["rows"])] == result["rows"] and {row["length"] for row in both} >= {128, 96}
+    assert any(sentence.startswith("In lm-evaluation-harness at evict_bias +1, dms holds 1/") for sentence in result.to_dict()["words"])
+    assert json.loads((out / "rows.json").read_text()) == result.to_dict()
+    later = EvaluationSettings(policies=["dense", "dms"], lengths=[96], **small)
+    both = evaluate_folder(model, later, out=out, console=console)
+    assert both.rows[: len(result.rows)] == result.rows and both.findings[-1] == result.findings[-1]
+    assert {row.length for row in both.rows} >= {128, 96}
     # What the harness would refuse is refused before a document is read.
+    wrong = later.model_copy(update={"lm_eval": LmEvalSettings(tasks=["toy_chioce"], include_path=str(folder))})
     with pytest.raises(ValueError, match="toy_chioce"):
-        evaluate_folder(
-            model, settings, out=tmp_path / "new", lm_eval=LmEval(tasks=("toy_chioce",), include_path=str(folder)), console=console
-        )
+        evaluate_folder(model, wrong, out=tmp_path / "new", console=console)
     assert not list((tmp_path / "new").glob("rows.json"))

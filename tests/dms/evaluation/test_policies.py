@@ -1,6 +1,7 @@
 """Each training-free policy against a brute-force trace: plain loops over positions that follow its paper, on recorded queries and keys."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.policies.cache import PolicyLayer
-from dms.retrofitting import set_mode
+from dms.modes import set_mode
 
 BUDGET = 20
 
@@ -61,14 +62,6 @@ def lowest(trace: Trace, score: dict[int, float], protected: set[int]) -> None:
         trace.alive.remove(min(candidates, key=lambda p: (score[p], p)))
 
 
-def sliding_window(traces, weights, new):
-    for trace in traces:
-        end = len(trace.k)
-        keep = set(range(4)) | set(range(end - (BUDGET - 4), end))
-        if len(trace.alive) > BUDGET:
-            trace.alive = [p for p in trace.alive if p in keep]
-
-
 def h2o(traces, weights, new):
     for trace, by_query in zip(traces, weights, strict=True):
         for w_GS in by_query:
@@ -101,7 +94,7 @@ def keydiff(traces, weights, new):
         lowest(trace, {p: -float(u @ anchor) / np.linalg.norm(anchor) for p, u in units.items()}, set())
 
 
-BRUTE_FORCE = {"sliding_window": sliding_window, "h2o": h2o, "tova": tova, "snapkv": snapkv, "keydiff": keydiff}
+BRUTE_FORCE = {"h2o": h2o, "tova": tova, "snapkv": snapkv, "keydiff": keydiff}
 LOOKS_AT = {"h2o": None, "tova": 1, "snapkv": BUDGET // 2}
 
 
@@ -157,6 +150,22 @@ def test_traces(name, family, build_gated, make_batch, monkeypatch):
         assert layer.entries_alive().unique().tolist() == [BUDGET]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("sizes", [[70], [30, 7, 17, *[1] * 16]])
+@torch.no_grad()
+def test_a_sliding_window_is_a_mask(family, sizes, build_gated, make_batch):
+    """In a forward of any length each query sees the first 4 tokens and the latest, as many as the budget: as gates that evict everything say."""
+    model, ids = build_gated(family), make_batch(2, 70)["input_ids"]
+    set_mode(model, "evict")
+    cache = make_policy_cache(model, "sliding_window", BUDGET)
+    found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, 1)], 1)
+    for layer in cache.compacted_layers().values():
+        assert layer.entries_alive().unique().tolist() == [BUDGET]
+    model.dms.config = replace(model.dms.config, window=BUDGET - 5, sinks=4, alignment="own")
+    model.dms.evict_bias = math.inf
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_random_keeps_a_uniform_sample(build_gated, make_batch):
     model, held = build_gated("llama"), torch.zeros(60)
@@ -209,11 +218,15 @@ def test_a_fork_goes_its_own_way(build_gated, make_batch):
     assert end(first, ids[:, 60:]) == end(alone, ids[:, 60:])
 
 
-@pytest.mark.parametrize("name", sorted(TRAINING_FREE))
+@pytest.mark.parametrize("name", sorted(set(TRAINING_FREE) - {"sliding_window"}))
 def test_what_policies_refuse(name, build_gated, make_batch):
     model = build_gated("llama")
     set_mode(model, "evict")
     with pytest.raises(ValueError, match="without padding"):
         model(**make_batch(2, 20, left=[0, 5]), past_key_values=make_policy_cache(model, name, BUDGET))
+
+
+@pytest.mark.parametrize("name", sorted(TRAINING_FREE))
+def test_a_budget_of_nothing_is_refused(name, build_gated):
     with pytest.raises(ValueError, match="the budget is 0 entries"):
-        make_policy_cache(model, name, 0)
+        make_policy_cache(build_gated("llama"), name, 0)

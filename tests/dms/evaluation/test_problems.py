@@ -6,12 +6,12 @@ import re
 import pytest
 
 from dms.evaluation.data.problems import AnswerRule, canonical, make_chains, read_problems
-from dms.io import base_models as models
+from dms.io import base_models
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("builtin:tiny")
+    return base_models.load_tokenizer("builtin:tiny")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_problem(tmp_path, tokenizer):
 
 
 def test_messages_go_through_the_chat_template(tmp_path):
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = base_models.load_tokenizer("builtin:tiny")
     message = {"role": "user", "content": "2 + 2"}
     path = write(tmp_path, {"messages": [message], "answer": 4}, {"prompt": "2 + 2", "answer": 4})
     with pytest.raises(ValueError, match="the tokenizer has none"):

@@ -11,9 +11,10 @@ from dms.cache.stats import cache_stats
 from dms.evaluation.data.tasks import make_document
 from dms.evaluation.data.text_sources import StdlibText
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
-from dms.io import base_models as models
+from dms.io import base_models
+from dms.modes import set_mode, state_of
 from dms.report import DocumentTrace
-from dms.retrofitting import gate_parameters, set_mode, state_of
+from dms.retrofitting import gate_parameters
 
 LENGTHS = (96, 130)
 WINDOW, SINKS = 6, 2
@@ -21,7 +22,7 @@ WINDOW, SINKS = 6, 2
 
 @pytest.fixture(scope="module", params=["own", "next"])
 def model(request):
-    model = models.load_base("builtin:tiny", "float32", "cpu")
+    model = base_models.load_base("builtin:tiny", "float32", "cpu")
     dms.retrofit(model, dms.DMSConfig(window=WINDOW, sinks=SINKS, scale=1.0, offset=0.0, alignment=request.param))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -32,7 +33,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("builtin:tiny")
+    return base_models.load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dms.evaluation.data.text_sources import GivenText, split_lines, stdlib_files
 from dms.evaluation.data.token_bytes import encode_with_sizes
 from dms.evaluation.suites import make_suite
-from dms.io import base_models as models
+from dms.io import base_models
 
 ROOT = Path(__file__).resolve().parents[3]
 PROSE = (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def test_parts_of_characters_have_their_own_bytes(make):
 
 @pytest.fixture(scope="module")
 def embedded():
-    return models.load_tokenizer("builtin:tiny")
+    return base_models.load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")

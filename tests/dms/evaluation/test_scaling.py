@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,15 +18,17 @@ from dms.evaluation.data.problems import Problems, make_chains, read_problems
 from dms.evaluation.engine import scaling
 from dms.evaluation.engine.chains import Chain, Sampled, Sampling, sample_chains
 from dms.evaluation.engine.resume import operate
-from dms.evaluation.engine.scaling import Curve, check_scaling, run_scaling
+from dms.evaluation.engine.scaling import check_scaling, run_scaling
+from dms.evaluation.present.findings import Finding, scaling_findings
 from dms.evaluation.present.tables import scaling_table
 from dms.evaluation.stats.bootstrap import make_draws
-from dms.evaluation.stats.equal_budget import equal_budgets, sentences
+from dms.evaluation.stats.equal_budget import Curve, EqualBudget, equal_budgets
+from dms.evaluation.stats.rows import RowContext
 from dms.retrofitting import gate_parameters
 
 SETTINGS = {"max_k": 4, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 3}
 HOT = {"temperature": 2.0}
-TIMES = {"seconds", "step_ms"}
+CONTEXT = RowContext(model="tiny", model_hash=None, recipe_hash=None, target_cr=None, seed=3, versions={}, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +162,15 @@ def test_sampling_follows_the_models_distribution(tiny):
 def run(tiny, problems, tmp_path_factory):
     """(rows, folder) of dense, dms, and dms that never evicts."""
     out = tmp_path_factory.mktemp("scaling")
-    rows = run_scaling(*tiny, problems=problems, points=[0.0, -100.0], common={"model": "tiny"}, out=out, trained_length=128, **SETTINGS)
+    rows = run_scaling(*tiny, problems, sampling(problems), [0.0, -100.0], context=CONTEXT, out=out, trained_length=128)
     return rows, out
 
 
 def test_rows_follow_from_what_was_sampled(tiny, problems, run):
     rows, out = run
     model, tokenizer = tiny
-    assert {(row["policy"], row["evict_bias"]) for row in rows} == {("dense", None), ("dms", 0.0), ("dms", -100.0)}
-    assert {row["metric"] for row in rows} == {f"{metric}@{k}" for metric in ("pass", "majority") for k in (1, 2, 4)}
+    assert {(row.policy, row.evict_bias) for row in rows} == {("dense", None), ("dms", 0.0), ("dms", -100.0)}
+    assert {row.metric for row in rows} == {f"{metric}@{k}" for metric in ("pass", "majority") for k in (1, 2, 4)}
     for policy, bias in (("dense", None), ("dms", 0.0)):
         operate(model, policy, bias)
         found = [sample_chains(model, tokenizer, p.input_ids, n, sampling(problems)) for n, p in enumerate(problems.problems)]
@@ -175,30 +178,36 @@ def test_rows_follow_from_what_was_sampled(tiny, problems, run):
             [problems.rule.extract(tokenizer.decode(chain.tokens)) == problem.answer for chain in sampled.chains]
             for problem, sampled in zip(problems.problems, found, strict=True)
         ]
-        ours = {row["metric"]: row for row in rows if (row["policy"], row["evict_bias"]) == (policy, bias)}
-        assert ours["pass@1"]["value"] == pytest.approx(np.mean(right))
-        assert ours["pass@4"]["value"] == pytest.approx(np.mean([any(one) for one in right]))
+        ours = {row.metric: row for row in rows if (row.policy, row.evict_bias) == (policy, bias)}
+        assert ours["pass@1"].value == pytest.approx(np.mean(right))
+        assert ours["pass@4"].value == pytest.approx(np.mean([any(one) for one in right]))
         reads = [sum(sum(chain.held[1:]) for chain in sampled.chains) / sampled.num_heads for sampled in found]
-        assert ours["pass@4"]["entries_read"] == pytest.approx(np.mean(reads))
-        assert ours["pass@1"]["entries_read"] == pytest.approx(np.mean(reads) / 4)
+        assert ours["pass@4"].entries_read == pytest.approx(np.mean(reads))
+        assert ours["pass@1"].entries_read == pytest.approx(np.mean(reads) / 4)
         steps = [
             [s.shared + sum(c.held[t] - s.shared for c in s.chains if t < len(c.held)) for t in range(max(len(c.held) for c in s.chains))]
             for s in found
         ]
-        assert ours["pass@4"]["peak_entries"] == pytest.approx(np.mean([max(one) for one in steps]) / found[0].num_heads)
-        assert ours["pass@1"]["peak_entries"] < ours["pass@2"]["peak_entries"] < ours["pass@4"]["peak_entries"]
-        assert ours["pass@4"]["bytes"] is None and ours["pass@4"]["batch_size"] == 4
-    dense = next(row for row in rows if row["policy"] == "dense")
-    assert dense["cr"] == 1.0 and dense["vs_dense"] is None and dense["memory"] is None
+        assert ours["pass@4"].peak_entries == pytest.approx(np.mean([max(one) for one in steps]) / found[0].num_heads)
+        assert ours["pass@1"].peak_entries < ours["pass@2"].peak_entries < ours["pass@4"].peak_entries
+        assert ours["pass@4"].bytes is None and ours["pass@4"].batch_size == 4
+    dense = next(row for row in rows if row.policy == "dense")
+    assert dense.cr == 1.0 and dense.vs_dense is None and dense.memory is None
     saved = json.loads((out / "scaling.json").read_text())
     assert saved["settings"]["chat_template"] is False and saved["settings"]["problems"] == "chain_3"
-    assert saved["rows"] == rows and saved["words"] and all("evict_bias" in sentence for sentence in saved["words"])
+    assert saved["rows"] == [row.to_dict() for row in rows]
+    assert saved["words"] and all("evict_bias" in sentence for sentence in saved["words"])
+    findings = [Finding.from_dict(finding) for finding in saved["findings"]]
+    assert [(finding.length, finding.evict_bias) for finding in findings] == [(None, 0.0), (None, -100.0)]
+    assert [sentence for finding in findings for sentence in finding.sentences] == saved["words"]
+    equal = [EqualBudget.from_dict(found) for found in saved["equal_budget"]]
+    assert scaling_findings(equal, "chain_3") == findings
 
 
 def test_a_shared_prompt_is_held_once():
     """Two chains of two heads that share 8 entries; one ends a step before the other."""
     chains = [Chain([1] * (len(held) - 1), "eos", held, seen=20, evicted=0, decided=20) for held in ([10, 12], [10, 12, 14])]
-    peaks = scaling._expected_peaks(Sampled(chains, num_heads=2, shared=8, step_ms=None, seconds=0.0))
+    peaks = scaling.expected_peaks(Sampled(chains, num_heads=2, shared=8, step_ms=None, seconds=0.0))
     # Alone 12 or 14; together 8 + 4 + 4 at the second step.
     assert peaks.tolist() == [(12 + 14) / 2 / 2, 16 / 2]
 
@@ -210,15 +219,15 @@ def test_a_file_of_problems_is_scored(tiny, problems, tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ours = read_problems(tmp_path / "mine.jsonl", tokenizer, answer_pattern=r"^\D*(\d+)", stop=["\n"])
     # The model knows these too well.
-    rows = run_scaling(model, tokenizer, problems=ours, points=[], common={}, out=None, **SETTINGS | HOT)
+    rows = run_scaling(model, tokenizer, ours, sampling(ours, **HOT), [], context=CONTEXT, out=None)
     operate(model, "dense", None)
     right = []
     for number, problem in enumerate(ours.problems):
         for chain in sample_chains(model, tokenizer, problem.input_ids, number, sampling(ours, **HOT)).chains:
             said = re.findall(r"\d+", tokenizer.decode(chain.tokens).split("\n")[0])
             right.append(said[:1] == [problems.problems[number].answer])
-    assert 0 < sum(right) < len(right) and rows[0]["value"] == pytest.approx(np.mean(right))
-    assert {row["task"] for row in rows} == {"mine"} and rows[0]["length"] is None and rows[0]["chance"] == 0.0
+    assert 0 < sum(right) < len(right) and rows[0].value == pytest.approx(np.mean(right))
+    assert {row.task for row in rows} == {"mine"} and rows[0].length is None and rows[0].chance == 0.0
 
 
 def test_the_table_has_a_line_for_each_number_of_chains(run):
@@ -231,45 +240,46 @@ def test_the_table_has_a_line_for_each_number_of_chains(run):
 
 def test_a_policy_that_does_nothing_is_marked(run):
     rows, _ = run
-    assert all(("evicted_nothing" in row["marks"]) == (row["evict_bias"] == -100.0) for row in rows)
-    assert all(("beyond_training" in row["marks"]) == (row["policy"] == "dms") for row in rows)
-    assert all("few_samples" in row["marks"] for row in rows)
-    nothing = [row for row in rows if row["evict_bias"] == -100.0]
-    assert all(row["cr"] == 1.0 and row["vs_dense"]["verdict"] == "not different" for row in nothing)
+    assert all(("evicted_nothing" in row.marks) == (row.evict_bias == -100.0) for row in rows)
+    assert all(("beyond_training" in row.marks) == (row.policy == "dms") for row in rows)
+    assert all("few_samples" in row.marks for row in rows)
+    nothing = [row for row in rows if row.evict_bias == -100.0]
+    assert all(row.cr == 1.0 and row.vs_dense.verdict == "not different" for row in nothing)
 
 
 def test_a_run_goes_on_where_it_was(tiny, problems, run, tmp_path, monkeypatch):
     rows, out = run
-    again = {"problems": problems, "points": [0.0, -100.0], "common": {"model": "tiny"}, "trained_length": 128, **SETTINGS}
     sampled = []
+
+    def again(out, points=(0.0, -100.0), **changes):
+        settings = sampling(problems, **changes)
+        return run_scaling(*tiny, problems, settings, points, context=CONTEXT, out=out, trained_length=128)
 
     def counting(*args):
         sampled.append(args[3])
         return sample_chains(*args)
 
     monkeypatch.setattr(scaling, "sample_chains", counting)
-    assert run_scaling(*tiny, out=out, **again) == rows and not sampled
+    assert again(out) == rows and not sampled
 
     gone, torn, *_ = sorted((out / "done").glob("scaling-*.json"))
     gone.unlink()
     torn.write_text(torn.read_text()[:50])
-    resumed = run_scaling(*tiny, out=out, **again)
+    resumed = again(out)
     assert len(sampled) == 2
-    assert [{k: v for k, v in row.items() if k not in TIMES} for row in resumed] == [
-        {k: v for k, v in row.items() if k not in TIMES} for row in rows
-    ]
+    assert [replace(row, seconds=0.0, step_ms=None) for row in resumed] == [replace(row, seconds=0.0, step_ms=None) for row in rows]
     # What another setting or other gates would have said is not taken from there.
-    run_scaling(*tiny, out=out, **again | {"temperature": 0.5})
+    again(out, temperature=0.5)
     assert len(sampled) == 2 + 9
     # Nor what a version that counted otherwise has kept.
     with monkeypatch.context() as patch:
         patch.setattr(scaling, "_FORMAT", 1)
-        run_scaling(*tiny, out=out, **again | {"points": []})
+        again(out, points=[])
     assert len(sampled) == 2 + 9 + 3
     gate = tiny[0].dms.layers[0].module.dms_gate
     with torch.no_grad():
         gate.bias.add_(1e-3)
-        run_scaling(*tiny, out=out, **again | {"points": []})
+        again(out, points=[])
         gate.bias.sub_(1e-3)
     assert len(sampled) == 2 + 9 + 3 + 3
 
@@ -279,8 +289,8 @@ def test_mode_and_bias_are_left_as_they_were(tiny, problems):
     dms.set_mode(model, "evict")
     model.dms.evict_bias = 0.25
     one = Problems("one", problems.problems[:1], problems.rule, problems.stop)
-    settings = {**SETTINGS, "max_k": 1, "max_new_tokens": 2}
-    run_scaling(model, tokenizer, problems=one, points=[1.0], common={}, out=None, **settings)
+    settings = sampling(one, max_k=1, max_new_tokens=2, chains_at_once=1)
+    run_scaling(model, tokenizer, one, settings, [1.0], context=CONTEXT, out=None)
     assert (model.dms.mode, model.dms.evict_bias) == ("evict", 0.25)
     model.dms.evict_bias = 0.0
 
@@ -300,37 +310,38 @@ def test_mode_and_bias_are_left_as_they_were(tiny, problems):
     ],
 )
 def test_what_cannot_be_sampled_is_refused(tiny, problems, given, said):
-    settings = {"points": [0.0], **SETTINGS, **given}
+    points = given.pop("points", [0.0])
     with pytest.raises(ValueError, match=said):
-        check_scaling(tiny[0], problems, **settings)
+        check_scaling(tiny[0], problems, sampling(problems, **given), points)
     with pytest.raises(ValueError, match=said):
-        run_scaling(*tiny, problems=problems, common={}, out=None, **settings)
+        run_scaling(*tiny, problems, sampling(problems, **given), points, context=CONTEXT, out=None)
 
 
 def curve(policy, values, cost) -> Curve:
     """Of twenty problems of two kinds and four chains. values: [2][K]; cost: of a chain."""
     costs = np.tile(cost * np.arange(1.0, 5.0), (20, 1))
-    return Curve(policy, None if policy == "dense" else 0.0, [], {"pass": np.array(values * 10, dtype=float)}, costs, costs * 0.5)
+    return Curve(policy, None if policy == "dense" else 0.0, {"pass": np.array(values * 10, dtype=float)}, costs, costs * 0.5)
 
 
 def test_dms_gets_as_many_chains_as_the_budget_allows():
     dense = curve("dense", [[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6]], 10.0)
     better = curve("dms", [[0.5, 0.6, 0.7, 0.8]] * 2, 4.0)
-    found = {(row["dense_k"], row["budget"]): row for row in equal_budgets(dense, [better], [1, 2], make_draws(20, "test"))}
+    found = {(row.dense_k, row.budget): row for row in equal_budgets(dense, [better], [1, 2], make_draws(20, "test"))}
     one, two = found[1, "entries_read"], found[2, "entries_read"]
-    assert (one["dms_k"], one["dms_value"], one["dms_cost"], one["capped"]) == (2, pytest.approx(0.6), 8.0, False)
-    versus = one["vs_dense"]
-    assert versus["difference"] == pytest.approx(0.4) and 0.3 < versus["ci_low"] < 0.4 < versus["ci_high"] < 0.5
-    assert versus["verdict"] == "better"
-    assert (two["dms_k"], two["capped"]) == (4, True)
-    assert found[1, "peak_entries"]["dms_k"] == 2
-    (sentence,) = sentences(list(found.values()), "sums")
+    assert (one.dms_k, one.dms_value, one.dms_cost, one.capped) == (2, pytest.approx(0.6), 8.0, False)
+    versus = one.vs_dense
+    assert versus.difference == pytest.approx(0.4) and 0.3 < versus.ci_low < 0.4 < versus.ci_high < 0.5
+    assert versus.verdict == "better"
+    assert (two.dms_k, two.capped) == (4, True)
+    assert found[1, "peak_entries"].dms_k == 2
+    (finding,) = scaling_findings(found.values(), "sums")
+    (sentence,) = finding.sentences
     assert (
         "dense with 1 chain 0.200, dms with 2 0.600, better (+0.400" in sentence
         and "dense with 2 chains 0.300, dms with all 4, which take less, 0.800, better (" in sentence
     )
     dear = equal_budgets(dense, [curve("dms", [[0.5] * 4] * 2, 11.0)], [1], make_draws(20, "test"))
-    assert dear[0]["dms_k"] is None and "a single chain of dms takes more" in sentences(dear, "sums")[0]
+    assert dear[0].dms_k is None and "a single chain of dms takes more" in scaling_findings(dear, "sums")[0].sentences[0]
 
 
 @pytest.mark.parametrize(("cost", "capped"), [(10.0, False), (9.0, False), (8.0, True), (4.0, True)])
@@ -338,6 +349,7 @@ def test_a_budget_is_left_over_where_one_more_chain_fits(cost, capped):
     """Four chains of dense take 40; five of dms 5 * cost."""
     dense, ours = (curve(policy, [[0.5] * 4] * 2, each) for policy, each in (("dense", 10.0), ("dms", cost)))
     rows = equal_budgets(dense, [ours], [4], make_draws(20, "test"))
-    assert {(row["dms_k"], row["capped"]) for row in rows} == {(4, capped)}
-    (sentence,) = sentences(rows, "sums")
+    assert {(row.dms_k, row.capped) for row in rows} == {(4, capped)}
+    (finding,) = scaling_findings(rows, "sums")
+    (sentence,) = finding.sentences
     assert ("take less" in sentence) == capped and "dense with 4 chains 0.500" in sentence and "not different" in sentence

@@ -5,8 +5,9 @@ import torch
 import transformers
 
 import dms
-from dms.costs.live_bytes import LiveBytes
+from dms.costs.operators import LiveBytes
 from dms.evaluation.engine import scoring
+from dms.evaluation.policies import make_policy_cache
 
 HEADS = {"llama": {}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}
 
@@ -47,3 +48,18 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
         before = live.now
         scoring.predict(model, torch.randint(3, 5000, (2, 400)), use_cache=False)
     assert 2**20 < live.peak - before < 5 * 2**20 < 2 * 400 * 5000 * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "unknown"])
+def test_parts_into_a_cache_that_keeps_everything_score_as_one_pass(family):
+    model = make_model("llama")
+    if family == "unknown":
+        model.lm_head.register_forward_hook(lambda *given: given[2] * 1.5)
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+    dms.set_mode(model, "dense")
+    whole = scoring.predict(model, ids, use_cache=False)
+    dms.set_mode(model, "evict")
+    for num_given in (25, 40):
+        parts = scoring.predict_in_parts(model, ids, make_policy_cache(model, "tova", 40), num_given=num_given, chunk=16)
+        torch.testing.assert_close(parts.nll_BT, whole.nll_BT, rtol=1e-4, atol=1e-4)
+        assert torch.equal(parts.right_BT, whole.right_BT)

@@ -13,10 +13,10 @@ import pytest
 from dms.evaluation.data.names import is_unseen
 from dms.evaluation.data.tasks import TASKS
 from dms.evaluation.data.text_sources import GivenText, StdlibText, stdlib_files
-from dms.evaluation.engine.one_pass import make_documents
+from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.suites import CHANCE, SUITES, classification, make_suite
 from dms.evaluation.suites import word_counts as words
-from dms.io import base_models as models
+from dms.io import base_models
 
 ROOT = Path(__file__).resolve().parents[3]
 BEGINS = ("return", "raise", "class", "import", "assert")
@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{
 
 @pytest.fixture(scope="module")
 def embedded():
-    return models.load_tokenizer("builtin:tiny")
+    return base_models.load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def wordpiece():
 
 @pytest.fixture(scope="module")
 def prose():
-    return GivenText([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "LICENSE"])
+    return GivenText([*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "LICENSE"])
 
 
 @pytest.mark.parametrize("kind", ["embedded", "wordpiece"])

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import dms
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 from dms.retrofitting import gate_parameters
 
 HELPERS = Path(__file__).resolve().parents[2] / "helpers"
@@ -48,10 +47,10 @@ def open_gates(model, std: float):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The embedded model with random gates."""
-    model = models.load_base("builtin:tiny", "float32", "cpu")
+    model = base_models.load_base("builtin:tiny", "float32", "cpu")
     open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 0.3)
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    return checkpoint.save(model, folder, tokenizer=models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+    return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
 
 
 _SMALL = {

@@ -126,9 +126,48 @@ def test_what_cannot_be_carried_is_refused(entry, files, message, carry):
         carry({"ours/entry.py": entry, **files})
 
 
+HOME = {"ours/home/__init__.py": "", "ours/home/train.py": "import yaml\nstep = 1\n", "ours/a.py": "A = 1\n"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from ours.home.train import step",
+        "from ours.home import train",
+        "from ours import home",
+        "import ours.home.train",
+        "from .home import train",
+    ],
+)
+def test_what_stays_at_home_is_an_error_where_it_is_called_for(statement, carry, tmp_path):
+    texts = carry(
+        {
+            **HOME,
+            "ours/entry.py": (
+                "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nfrom ours.a import A\n"
+                "if TYPE_CHECKING:\n    from ours.home.train import step as typed\n"
+                f"def train() -> typed:\n    if A:\n        {statement}\n    return step\n"
+                "def told():\n    try:\n        train()\n    except ImportError as error:\n        return str(error)\n"
+            ),
+        },
+        at_home=("ours.home",),
+    )
+    assert set(texts) == {"ours_entry", "ours_a"}
+    said = run(texts, tmp_path, "told()")
+    assert said.startswith("ours.home") and "install dms-retrofit and load the folder with dms.load" in said
+
+
+@pytest.mark.parametrize("entry", ["from ours.home.train import step\n", "if True:\n    import ours.home\n"])
+def test_what_stays_at_home_is_not_imported_outside_functions(entry, carry):
+    with pytest.raises(RuntimeError, match=r"ours.entry, line .: ours.home.* stays at home; import it within a function"):
+        carry({**HOME, "ours/entry.py": entry}, at_home=("ours.home",))
+
+
 def test_our_own_code_can_be_carried():
     modules = flatten("dms.export.pretrained")
-    assert {"dms_export_pretrained", "dms_retrofitting", "dms_config", "dms_masks", "dms_kernels_gated_attention"} <= set(modules)
+    assert {"dms_export_pretrained", "dms_retrofitting", "dms_config", "dms_masks", "dms_cache_layer"} <= set(modules)
+    assert not [flat for flat in modules if flat.startswith(("dms_training", "dms_kernels_gated_attention", "dms_kernels_distill"))]
+    assert len(modules) <= 35
     for flat, module in modules.items():
         for node in ast.walk(ast.parse(module.text)):
             if isinstance(node, ast.Import):

@@ -15,8 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import dms
 from dms.export.folder import export
 from dms.export.shards import parse_size
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 from dms.io.weights import INDEX_FILE, base_hash
 from dms.retrofitting import gate_parameters
 
@@ -37,13 +36,13 @@ def front_matter(folder):
 def run(tmp_path_factory):
     """A run's folder whose base was not trained: model/ and gates/."""
     folder = tmp_path_factory.mktemp("run")
-    model = models.load_base("builtin:tiny", "auto", "cpu")
+    model = base_models.load_base("builtin:tiny", "auto", "cpu")
     dms.retrofit(model, dms.DMSConfig(window=8))
     with torch.no_grad():
         for parameter in gate_parameters(model).values():
             parameter.normal_(0, 0.1)
-    checkpoint.save(model, folder / "model", tokenizer=models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=4.0)
-    digest = base_hash(models.resolve_model("builtin:tiny"))
+    checkpoint.save(model, folder / "model", tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=4.0)
+    digest = base_hash(base_models.resolve_model("builtin:tiny"))
     checkpoint.save_gates(model, folder / "gates", base_name="builtin:tiny", base_digest=digest, target_cr=4.0)
     return folder
 
@@ -136,7 +135,7 @@ def test_gates_alone(run, tiny, tmp_path):
     assert {path.name for path in written} == {path.name for path in (tmp_path / "gates").iterdir()} == {"gates.safetensors", "README.md"}
     with safe_open(str(tmp_path / "gates" / "gates.safetensors"), "pt") as f:
         metadata = f.metadata()
-    assert metadata["base_name"] == "builtin:tiny" and metadata["base_hash"] == base_hash(models.resolve_model("builtin:tiny"))
+    assert metadata["base_name"] == "builtin:tiny" and metadata["base_hash"] == base_hash(base_models.resolve_model("builtin:tiny"))
     assert metadata["base_hash"] in (tmp_path / "gates" / "README.md").read_text()
     model = dms.load(tmp_path / "gates", base="builtin:tiny", device="cpu")
     assert same(dict(gate_parameters(model)), load_file(run / "model" / "gates.safetensors"))
@@ -164,7 +163,7 @@ def test_what_is_refused(tiny, run, tmp_path):
         return str(caught.value)
 
     assert "is no folder" in refusal(tmp_path / "nowhere")
-    assert "has no gates" in refusal(models.resolve_model("builtin:tiny"))
+    assert "has no gates" in refusal(base_models.resolve_model("builtin:tiny"))
     assert "holds gates alone, trained on 'builtin:tiny'" in refusal(run / "gates")
     assert "the formats are hf, gates, merged" in refusal(tiny, format="onnx")
     assert "such as 5GB" in refusal(tiny, max_shard_size="5 lots")

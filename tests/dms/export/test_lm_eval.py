@@ -9,7 +9,7 @@ import yaml
 
 import dms
 from dms.export.folder import export
-from dms.io import base_models as models
+from dms.io import base_models
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'dms-retrofit[evaluate]'")
 
@@ -93,7 +93,7 @@ def log_likelihoods(model, tokenizer, document) -> list[float]:
 
 def test_likelihoods_are_those_of_the_evicting_model(results, documents):
     folder, found = results
-    model, tokenizer = dms.load(folder, device="cpu"), models.load_tokenizer(str(folder))
+    model, tokenizer = dms.load(folder, device="cpu"), base_models.load_tokenizer(str(folder))
     samples = sorted(found["samples"]["recall_choice"], key=lambda sample: sample["doc_id"])
     scored = torch.tensor([[float(response[0]) for response in sample["filtered_resps"]] for sample in samples])
     by_hand = torch.tensor([log_likelihoods(model, tokenizer, document) for document in documents])
@@ -109,7 +109,7 @@ def test_likelihoods_are_those_of_the_evicting_model(results, documents):
 @torch.no_grad()
 def test_generations_are_those_of_the_evicting_model(results, documents):
     folder, found = results
-    model, tokenizer = dms.load(folder, device="cpu"), models.load_tokenizer(str(folder))
+    model, tokenizer = dms.load(folder, device="cpu"), base_models.load_tokenizer(str(folder))
 
     def continued(document):
         ids = tokenizer(document["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]

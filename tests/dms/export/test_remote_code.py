@@ -41,6 +41,10 @@ for name, (folder, options) in cases.items():
             model.save_pretrained(f"{out}/pushed", push_to_hub=True)
         except ValueError as error:
             facts[name]["pushed"] = str(error)
+try:
+    kept["tiny"].dms.activate("train")
+except ImportError as error:
+    facts["tiny"]["training"] = str(error)
 save_file(measure(kept["tiny"]), f"{out}/later.safetensors")
 kept["tiny"].dms.activate("dense")
 save_file(measure(kept["tiny"]), f"{out}/dense.safetensors")
@@ -170,6 +174,15 @@ def test_other_weights_or_no_gates_are_refused(theirs):
     _, facts = theirs
     assert "these gates belong to another base: they were trained on 'builtin:tiny'" in facts["other base"]["refused"]
     assert "gates.safetensors" in facts["no gates"]["refused"]
+
+
+def test_training_is_refused_with_the_way_to_do_it(theirs, folders):
+    _, facts = theirs
+    assert "install dms-retrofit and load the folder with dms.load" in facts["tiny"]["training"]
+    model = dms.load(folders / "out", device="cpu")
+    dms.set_mode(model, "train")
+    model(torch.ones(1, 12, dtype=torch.long), use_cache=False).logits.sum().backward()
+    assert all(gate.grad is not None for gate in gate_parameters(model).values())
 
 
 @pytest.mark.parametrize(

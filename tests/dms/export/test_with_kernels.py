@@ -15,9 +15,9 @@ import dms
 import dms_kernels
 from dms.cache.fused_store import FusedStore
 from dms.export.folder import export
-from dms.io import base_models as models
-from dms.io import checkpoint
-from dms.retrofitting import gate_parameters, state_of
+from dms.io import base_models, checkpoint
+from dms.modes import state_of
+from dms.retrofitting import gate_parameters
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the kernels are compiled, see tests/dms_kernels"
@@ -38,7 +38,7 @@ def evicts_much(tiny, tmp_path_factory):
         for name, parameter in gate_parameters(model).items():
             parameter.add_(1.0 if name.endswith("bias") else 0.0)
     folder = tmp_path_factory.mktemp("much") / "model"
-    return checkpoint.save(model, folder, tokenizer=models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+    return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
 
 
 @pytest.fixture

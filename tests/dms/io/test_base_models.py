@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
-from dms.io import base_models as models
+from dms.io import base_models
 from dms.io.weights import refuse_quantized
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -46,7 +46,7 @@ def write_config(tmp_path):
 def test_a_text_decoder_inside_another_class(family, write_config):
     name, text, advice = INSIDE[family]
     folder = write_config(model_type=family, architectures=[name], text_config=TEXT | text, vision_config=VISION)
-    for read in (models.load_config, models.load_base):
+    for read in (base_models.load_config, base_models.load_base):
         with pytest.raises(ValueError) as caught:
             read(folder)
         said = str(caught.value)
@@ -55,11 +55,11 @@ def test_a_text_decoder_inside_another_class(family, write_config):
 
 def test_other_models_that_do_not_continue_text(write_config):
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder; choose a decoder"):
-        models.load_base(write_config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True))
+        base_models.load_base(write_config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True))
     with pytest.raises(ValueError, match=r"a model of type vit is no model that continues text"):
-        models.load_base(write_config(model_type="vit"))
+        base_models.load_base(write_config(model_type="vit"))
     with pytest.raises(ValueError, match=r"model .* cannot be loaded: .*model type `nobody`"):
-        models.load_base(write_config(model_type="nobody"))
+        base_models.load_base(write_config(model_type="nobody"))
 
 
 def test_a_wrapper_that_transformers_loads_still_works(tmp_path):
@@ -68,7 +68,7 @@ def test_a_wrapper_that_transformers_loads_still_works(tmp_path):
         "gemma3", text_config=TEXT | {"layer_types": ["sliding_attention", "full_attention"]}, vision_config=VISION, mm_tokens_per_image=4
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    model = models.load_base(str(tmp_path / "base"), device="cpu")
+    model = base_models.load_base(str(tmp_path / "base"), device="cpu")
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     assert dms.retrofit(model, dms.DMSConfig(window=4)).dms.decoder_is_inside
 
@@ -77,7 +77,7 @@ def test_a_wrapper_that_transformers_loads_still_works(tmp_path):
 def test_quantised_configurations(method, write_config):
     folder = write_config(model_type="llama", quantization_config=QUANTIZED[method])
     with pytest.raises(ValueError, match=rf"the base is quantised \({method}\).*give the model that it was made from"):
-        refuse_quantized(models.load_config(folder), "the base")
+        refuse_quantized(base_models.load_config(folder), "the base")
 
 
 def test_a_quantised_model_gets_no_gates_and_is_not_saved(build_model, build_gated, tmp_path):

@@ -14,7 +14,7 @@ from serving import modes
 
 import dms
 from dms.io import checkpoint
-from dms.io.files import save_tensors
+from dms.io.weights import save_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -62,4 +62,4 @@ def test_safetensors_are_written_in_one_place():
     """safetensors' own `save_file` leaves files to their owner alone."""
     sources = [path for part in ("dms", "train", "kernels") for path in (ROOT / part).rglob("*.py")]
     assert len(sources) > 100
-    assert [str(path.relative_to(ROOT)) for path in sources if re.search(r"\bsave_file\b", path.read_text())] == ["dms/io/files.py"]
+    assert [str(path.relative_to(ROOT)) for path in sources if re.search(r"\bsave_file\b", path.read_text())] == ["dms/io/weights.py"]

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
-from dms.io import base_models as models
-from dms.io import checkpoint
+from dms.io import base_models, checkpoint
 
 # The sixteen values of four bits (OCP Microscaling Formats, E2M1), low nibble first.
 HALVES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -41,7 +40,7 @@ def packed(tmp_path_factory):
 
 def test_loaded_as_numbers_and_saved_as_numbers(packed, tmp_path):
     folder, expected = packed
-    model = models.load_base(str(folder), "bfloat16", "cpu")
+    model = base_models.load_base(str(folder), "bfloat16", "cpu")
     torch.testing.assert_close(model.model.layers[0].mlp.experts.down_proj.float(), expected, atol=0, rtol=0)
     dms.retrofit(model, dms.DMSConfig(window=4))
     out = checkpoint.save(model, tmp_path / "out", base_name=str(folder), target_cr=2.0, dtype=torch.bfloat16)
@@ -55,4 +54,4 @@ def test_it_counts_as_bfloat16(packed):
     from dms_train.artifacts import saved_dtype
 
     config = AutoConfig.from_pretrained(packed[0])
-    assert models.is_packed(config) and models.is_saved_bfloat16(config) and saved_dtype(str(packed[0])) == torch.bfloat16
+    assert base_models.is_packed(config) and base_models.is_saved_bfloat16(config) and saved_dtype(str(packed[0])) == torch.bfloat16

@@ -1,11 +1,14 @@
 """Cards say what the rows say: figures, losses, front matter, and nothing for what is unknown."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from dms.report.card import pretrain_card, write_card
+from dms.evaluation.stats.rows import ResultRow
+from dms.report.cards import write_pretrain_card, write_run_card
+from dms.report.evidence import TrainingFacts
 
 CONFIG = {"window": 48, "granularity": "head", "alignment": "own", "tau": 0.1, "scale": 100.0, "offset": 5.0, "sinks": 0}
 RUN = {
@@ -51,30 +54,37 @@ FIGURES = {
 RATIOS = {"dense": (1.0, 1.0), "dms": (4.337, 3.912), "sliding_window": (None, 3.908)}
 
 
-def make_rows(figures=FIGURES, length=1024, memory="masked", **common):
-    """Rows as the evaluation writes them: a task's accuracy goes by the task's name."""
-    rows = []
-    for policy, values in figures.items():
-        for name, value in values.items():
-            task, metric = ("text", name) if name == "bits_per_byte" else (name, "accuracy")
-            row = {
-                "policy": policy,
-                "task": task,
-                "metric": metric,
-                "value": value,
-                "length": length,
-                "memory": memory,
-                "num_samples": 1216,
-            }
-            rows.append(
-                {**row, "cr_decided": RATIOS[policy][0], "cr": RATIOS[policy][1], "target_cr": 4.0, "seed": 0, "bytes": None, **common}
-            )
-    return rows
+def make_rows(figures=FIGURES, length=1024, memory="masked", target_cr=4.0):
+    """Rows as a run's evaluation writes them: a task's accuracy goes by the task's name."""
+    unknown = dict.fromkeys(("model_hash", "recipe_hash", "ci_low", "ci_high", "bytes"))
+    return [
+        ResultRow(
+            model="acme/base-1b",
+            policy=policy,
+            task="text" if name == "bits_per_byte" else name,
+            metric=name if name == "bits_per_byte" else "accuracy",
+            value=value,
+            length=length,
+            memory=None if policy == "dense" else memory,
+            num_samples=1216,
+            cr_decided=RATIOS[policy][0],
+            cr=RATIOS[policy][1],
+            target_cr=target_cr,
+            seed=0,
+            versions={},
+            device="cpu",
+            seconds=1.0,
+            **unknown,
+        )
+        for policy, values in figures.items()
+        for name, value in values.items()
+    ]
 
 
 def card(tmp_path, rows=None, **changes):
     arguments = {"base_name": "acme/base-1b", "base_license": "mit", "dms_config": CONFIG, "run": RUN, "data": "stories", **changes}
-    path = write_card(tmp_path, rows=make_rows() if rows is None else rows, **arguments)
+    arguments["run"] = TrainingFacts.from_result(arguments["run"])
+    path = write_run_card(tmp_path, rows=make_rows() if rows is None else rows, **arguments)
     assert path == tmp_path / "README.md"
     return path.read_text(encoding="utf-8")
 
@@ -147,17 +157,6 @@ def test_every_number_in_the_results_is_measured(tmp_path):
     assert found <= known and len(found) > 20
 
 
-def test_recall_by_distance_as_one_row(tmp_path):
-    rows = [row for row in make_rows() if not row["task"].startswith("recall_q")]
-    for policy, values in (("dense", [1.0, 0.9, 0.8, None]), ("dms", [1.0, 0.9, 0.6, 0.6])):
-        shape = next(row for row in rows if row["policy"] == policy)
-        rows.append({**shape, "task": "recall", "metric": "recall_by_distance", "value": values})
-    text = card(tmp_path, rows)
-    assert [table(text, "dms")[f"recall q{i}"] for i in range(1, 5)] == ["1.0000", "0.9000", "0.6000", "0.6000"]
-    assert table(text, "dense")["recall q4"] == "–"
-    assert "recall q3: 0.2 lower, 25 % (0.8000 dense, 0.6000 dms)" in section(text, "Where it loses")
-
-
 def test_where_it_loses(tmp_path):
     losses = section(card(tmp_path), "Where it loses")
     assert "worse in 3 of 7 figures" in losses
@@ -182,24 +181,23 @@ def test_where_it_does_not_lose(tmp_path):
 def test_where_nothing_can_be_compared(tmp_path):
     losses = section(card(tmp_path, make_rows({"dms": FIGURES["dms"]})), "Where it loses")
     assert "no figures of dense and dms to compare" in losses and "No metric is worse" not in losses
-    rows = [{**row, "metric": "fancy_score"} if row["task"] == "copy" else row for row in make_rows()]
+    rows = [replace(row, metric="fancy_score") if row.task == "copy" else row for row in make_rows()]
     losses = section(card(tmp_path, rows), "Where it loses")
     assert "worse in 3 of 6" in losses and "Not compared" in losses and "copy fancy_score" in losses
 
 
 def test_confidence_intervals(tmp_path):
-    rows = make_rows()
-    for row in rows:
-        if row["task"] == "recall":
-            row["ci_low"], row["ci_high"] = row["value"] - 0.01, row["value"] + 0.01
-        if row["task"] == "text":
-            row["ci_low"], row["ci_high"] = row["value"] - 0.001, row["value"] + 0.001
+    widths = {"recall": 0.01, "text": 0.001}
+    rows = [
+        replace(row, ci_low=row.value - widths[row.task], ci_high=row.value + widths[row.task]) if row.task in widths else row
+        for row in make_rows()
+    ]
     lines = [line for line in section(card(tmp_path, rows), "Where it loses").splitlines() if line.startswith("- ")]
     assert [line.endswith("intervals overlap") for line in lines] == [False, True, False]
 
 
 def test_several_targets_and_lengths(tmp_path):
-    eight = [{**row, "target_cr": 8.0} for row in make_rows({"dms": FIGURES["dms"] | {"recall": 0.97}})]
+    eight = make_rows({"dms": FIGURES["dms"] | {"recall": 0.97}}, target_cr=8.0)
     text = card(tmp_path, [*make_rows(), *eight, *make_rows(changed("dms", recall=0.5), length=4096)])
     assert table(text, "dms, target CR 4")["recall"] == "0.9943" and table(text, "dms, target CR 8")["recall"] == "0.9700"
     losses = section(text, "Where it loses")
@@ -212,7 +210,7 @@ def test_contradicting_rows_are_refused(tmp_path):
     rows = make_rows()
     assert card(tmp_path, [*rows, rows[1]]) == card(tmp_path, rows)
     with pytest.raises(ValueError, match=r"dense recall at length 1024 twice: 0.9981 and 0.1"):
-        card(tmp_path, [*rows, {**rows[1], "value": 0.1}])
+        card(tmp_path, [*rows, replace(rows[1], value=0.1)])
 
 
 def test_training_and_loading(tmp_path):
@@ -271,7 +269,7 @@ FACTS = {
 
 
 def test_pretrain_card(tmp_path):
-    text = pretrain_card(tmp_path, FACTS).read_text(encoding="utf-8")
+    text = write_pretrain_card(tmp_path, FACTS).read_text(encoding="utf-8")
     assert front_matter(text)["license"] == "apache-2.0" and front_matter(text)["tags"] == ["kv-cache", "dms"]
     cells = dict([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))
     assert cells == {
@@ -314,6 +312,6 @@ def test_pretrain_card_names_tokens_that_exist():
 
 
 def test_pretrain_card_leaves_out_what_is_unknown(tmp_path):
-    text = pretrain_card(tmp_path, {"parameters": 5}).read_text(encoding="utf-8")
+    text = write_pretrain_card(tmp_path, {"parameters": 5}).read_text(encoding="utf-8")
     assert "- parameters: 5" in text and "None" not in text and "steps" not in text and "Nothing was measured" in text and "()" not in text
-    assert "(7 files)" in pretrain_card(tmp_path, {"num_files": 7}).read_text(encoding="utf-8")
+    assert "(7 files)" in write_pretrain_card(tmp_path, {"num_files": 7}).read_text(encoding="utf-8")

@@ -6,11 +6,22 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 
-from dms import report
-from dms.report import DocumentTrace, plot_document, plot_eviction, plot_training, read_metrics, write_document_html, write_report
+from dms.report import (
+    DocumentTrace,
+    document_picture,
+    plot_document,
+    plot_eviction,
+    plot_training,
+    plots,
+    read_metrics,
+    write_document_html,
+    write_report,
+)
+from dms.report.run_metrics import LoggedStep
 
 NASTY = [
     "<b>",
@@ -47,22 +58,20 @@ def make_trace(tokens=None, answers=((1, 2, True), (3, 5, False))):
 
 
 def make_metrics(num_steps, kl=lambda step: 0.01 * step):
-    return [
-        {"step": s, "kl": kl(s), "target_cr": 1 + s / 10, "cr_decided": 1 + s / 9, "target": s / (10 + s)} for s in range(1, num_steps + 1)
-    ]
+    return [LoggedStep(step=s, kl=kl(s), target_cr=1 + s / 10, cr_decided=1 + s / 9) for s in range(1, num_steps + 1)]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures as they are saved, so that a test can look at what was drawn."""
     figures = []
-    save = report.figure.save
+    save = plots.save
 
     def keep(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    for module in (report.curves, report.document):
+    for module in (plots, document_picture):
         monkeypatch.setattr(module, "save", keep)
     return figures
 
@@ -84,16 +93,16 @@ def image(path):
 
 
 def test_import_is_light():
-    code = "import sys, dms.report, dms.report.card; print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
+    code = "import sys, dms.report, dms.report.cards, dms.report.evaluation_card; print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_read_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kl": 0.5}\n\n{"step": 2, "kl": 0.25}\n{"step": 3, "k', encoding="utf-8")
-    assert read_metrics(path) == [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.25}]
+    path.write_text('{"step": 1, "kl": 0.5, "loss": 2}\n\n{"step": 2, "kl": NaN}\n{"step": 3, "k', encoding="utf-8")
+    assert read_metrics(path) == [LoggedStep(step=1, kl=0.5), LoggedStep(step=2)]
     path.write_text('{"step": 1}\n{"step"', encoding="utf-8")
-    assert read_metrics(path) == [{"step": 1}]
+    assert read_metrics(path) == [LoggedStep(step=1)]
     path.write_text('{"step": 1}\n{"step": 2}', encoding="utf-8")
     assert len(read_metrics(path)) == 2
     path.write_text("", encoding="utf-8")
@@ -119,9 +128,9 @@ def test_plot_training(tmp_path, drawn):
     (figure,) = drawn
     compression, kl = figure.axes
     lines = {line.get_label(): line for line in [*compression.lines, *kl.lines]}
-    assert lines["target CR"].get_ydata() == pytest.approx([row["target_cr"] for row in metrics])
-    assert lines["achieved CR (decided)"].get_ydata() == pytest.approx([row["cr_decided"] for row in metrics])
-    assert lines["KL"].get_ydata() == pytest.approx([row["kl"] for row in metrics])
+    assert lines["target CR"].get_ydata() == pytest.approx([row.target_cr for row in metrics])
+    assert lines["achieved CR (decided)"].get_ydata() == pytest.approx([row.cr_decided for row in metrics])
+    assert lines["KL"].get_ydata() == pytest.approx([row.kl for row in metrics])
     assert lines["KL"].get_xdata() == pytest.approx(range(1, 13))
     assert compression.get_xlabel() == "optimizer step" and "ratio" in compression.get_ylabel() and "nats" in kl.get_ylabel()
     assert "my $model$" in figure.get_suptitle()
@@ -136,9 +145,9 @@ def test_kl_axis_is_logarithmic_beyond_ten(tmp_path, drawn, factor, scale):
 
 def test_plot_training_takes_gaps_zeros_and_long_runs(tmp_path, drawn):
     metrics = make_metrics(120, kl=lambda step: 0.0 if step == 1 else 1.0 if step == 60 else 0.01)
-    metrics[3]["cr_decided"] = math.inf
-    del metrics[4]["target_cr"]
-    metrics[5]["kl"] = None
+    metrics[3] = LoggedStep.from_dict({**vars(metrics[3]), "cr_decided": math.inf})
+    metrics[4] = replace(metrics[4], target_cr=None)
+    metrics[5] = replace(metrics[5], kl=None)
     image(plot_training(metrics, tmp_path / "t.png"))
     raw, smooth = drawn[0].axes[1].lines
     assert raw.get_ydata()[59] == 1.0

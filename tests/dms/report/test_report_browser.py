@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import evaluated
 import pytest
 
 from dms.report import DocumentTrace, write_document_html
-from dms.report.evaluation_page import write_evaluation_page
 from dms.report.evidence import read_evidence
+from dms.report.page import write_evaluation_page
 
 
 def find_browser():
@@ -280,22 +281,16 @@ def test_a_phone_scrolls_down_only(open_page, report_html):
 
 
 def test_a_page_with_little_to_show(open_page, tmp_path):
-    """Nulls in rows, no costs, one point, no trace: said, not broken."""
+    """No costs, one operating point, no trace: said, not broken."""
+    costs = ("bytes", "reads", "step_ms", "entries", "cr", "ci_low", "ci_high", "num_documents", "vs_dense", "vs_dms")
     rows = [
-        {
-            "policy": policy,
-            "task": "recall",
-            "metric": "accuracy",
-            "value": value,
-            "length": 512,
-            "ci_low": None,
-            "ci_high": None,
-            "bytes": None,
-        }
-        for policy, value in (("dense", 1.0), ("dms", None), ("h2o", 0.5))
+        replace(row, **dict.fromkeys(costs), value={"dense": 1.0, "dms": float("nan"), "h2o": 0.5}[row.policy])
+        for row in evaluated.make_rows()
+        if row.task == "recall" and row.length == 1024 and row.evict_bias in (None, 0.0) and row.policy in ("dense", "dms", "h2o")
     ]
+    content = {"rows": [row.to_dict() for row in rows], "findings": []}
     folder = evaluated.write_evaluation(
-        tmp_path / "few", rows={"rows": rows}, settings={"format_version": 1}, scaling=None, profile=None, traces=None, lm_eval=None
+        tmp_path / "few", rows=content, settings={"format_version": 1}, scaling=None, profile=None, traces=None, lm_eval=None
     )
     page = open_page(write_evaluation_page(read_evidence(folder), folder / "report.html"))
     assert page.locator("#results tr:has(th[scope=row]:text-is('recall')) td").all_inner_texts() == ["1.000", "–", "0.500"]

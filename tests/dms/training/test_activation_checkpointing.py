@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from dms.gates import logistic_noise
-from dms.modes import Noise
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import Noise, set_mode
+from dms.retrofitting import gate_parameters
+from dms.training.soft_decisions import logistic_noise
 
 # The older name works in every version supported.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

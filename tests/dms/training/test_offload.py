@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dms.masks import Tokens
-from dms.modes import Noise
-from dms.retrofitting import gate_parameters, set_mode
+from dms.modes import Noise, set_mode
+from dms.retrofitting import gate_parameters
 from dms.training import offload
 from dms_kernels import dispatch
 

@@ -150,7 +150,7 @@ def step(model, teacher, batch, predictions, rows):
         teacher,
         batch if rows is None else rows.divide(batch),
         head_loss=HeadLoss(model, teacher, beta=0.0, chunk=16),
-        rows=rows,
+        attention=rows,
         target=0.9,
         normalizer=Normalizer(predictions, len(batch["number"])),
         seed=3,
@@ -163,15 +163,17 @@ def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
     """The KL of each family's teacher and student, where transformers' masks would let gpt_oss's and opt's documents meet."""
     import torch
 
-    from dms.training.packed_attention import Rows
+    from dms.training.packed_attention import PackedAttention
 
     # Noise goes by places in the row.
-    monkeypatch.setattr("dms.gates.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads))
+    monkeypatch.setattr(
+        "dms.training.soft_decisions.logistic_noise", lambda sequence_B, tokens, heads, **_: torch.zeros(len(sequence_B), tokens, heads)
+    )
     model, _ = make_models(family, {})
     lengths = [37, 50, 5, 4]
     batch = make_batch([lengths])
     predictions = int(((batch["segment_ids"] > 0) & batch["loss_mask"]).sum())
-    packed = step(model, None, batch, predictions, Rows())
+    packed = step(model, None, batch, predictions, PackedAttention())
     alone, end = 0.0, 0
     for length in lengths[:3]:
         part = {key: value[:, end : end + length] if value.dim() == 2 else value for key, value in batch.items()}
@@ -221,14 +223,14 @@ def take_step(family: str, settings: dict, group=None) -> tuple[dict, dict]:
 
     group: the processes that share the rows; None: this one alone.
     """
-    from dms.training.packed_attention import Rows, check_sharing
+    from dms.training.packed_attention import PackedAttention, check_sharing
 
     model, teacher = make_models(family, settings)
     batch = make_batch([[37, 50, 5, 4] if settings.get("packed", True) else [92, 4], [96]])
     predictions = int(((batch["segment_ids"] > 0) & batch["loss_mask"]).sum())
     rows = None
     if group is not None:
-        rows = Rows(group)
+        rows = PackedAttention(group)
         check_sharing(model, group.size(), 96, model.dms.skipped)
     output = step(model, teacher, batch, predictions, rows)
     output.loss.backward()

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from dms_train.data.cost import Cost
 from dms_train.data.loader import open_data
+from dms_train.data.packing import Cost
 from dms_train.data.settings import Data
 
-from dms.io import base_models as models
+from dms.io import base_models
 
 # Attention over 100 tokens costs as much as all else.
 COST = Cost(token=100.0, pair=2.0)
@@ -15,7 +15,7 @@ COST = Cost(token=100.0, pair=2.0)
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder):
-    return models.load_tokenizer(str(tiny_folder))
+    return base_models.load_tokenizer(str(tiny_folder))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def open_stream(tokenizer):
             seed=seed,
             cost=COST,
             say=say,
-            **{"num_rows": len(tokenizer), **changes},
+            **{"num_embeddings": len(tokenizer), **changes},
         )
         opened.append(stream)
         return stream

@@ -7,9 +7,8 @@ import time
 from random import Random
 
 import pytest
-from dms_train.data.cost import cost_of
 from dms_train.data.loader import open_data, open_mixture
-from dms_train.data.packing import imbalance
+from dms_train.data.packing import cost_of, imbalance
 from dms_train.data.settings import Data
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +44,7 @@ def skewed(tmp_path_factory):
 def setting():
     from transformers import LlamaConfig
 
-    from dms.io import base_models as models
+    from dms.io import base_models
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -57,12 +56,12 @@ def setting():
         vocab_size=128_256,
     )
     return {
-        "tokenizer": models.load_tokenizer("builtin:tiny"),
+        "tokenizer": base_models.load_tokenizer("builtin:tiny"),
         "batch_size": BATCH,
         "steps": STEPS,
         "seed": 0,
         "cost": cost_of(config),
-        "num_rows": config.vocab_size,
+        "num_embeddings": config.vocab_size,
     }
 
 
@@ -74,7 +73,7 @@ def planned(skewed, setting):
 
 def naive(steps, cost):
     """The same documents in the order of their drawing, one after another, cut at rows' ends, rows dealt out in turn."""
-    documents = {id(p.document): p.document for step in steps for row in step.rows for p in row.pieces}
+    documents = {id(p.document): p.document for step in steps for row in step.sequences for p in row.pieces}
     in_order = sorted(documents.values(), key=lambda d: (d.cursor.epoch, d.source, d.cursor))
     Random(0).shuffle(in_order)
     rows, room, cut = [[]], LENGTH, 0
@@ -88,7 +87,7 @@ def naive(steps, cost):
             if room == 0:
                 rows.append([])
                 room = LENGTH
-    costs = [cost.of_row(row, LENGTH) for row in rows[: len(rows) // BATCH * BATCH]]
+    costs = [cost.of_sequence(row, LENGTH) for row in rows[: len(rows) // BATCH * BATCH]]
     batches = [costs[start : start + BATCH] for start in range(0, len(costs) - BATCH + 1, BATCH)]
     turns = [list(range(rank, BATCH, RANKS)) for rank in range(RANKS)]
     return [imbalance(batch, turns) for batch in batches], cut / len(in_order)
@@ -98,12 +97,12 @@ def naive(steps, cost):
 def test_the_accelerator_does_not_wait(skewed, setting):
     cost = setting["cost"]
     steps = planned(skewed, setting)
-    lengths = [piece.document.length for step in steps for row in step.rows for piece in row.pieces]
+    lengths = [piece.document.length for step in steps for row in step.sequences for piece in row.pieces]
     assert min(lengths) < 150 and max(lengths) > 25_000
     naive_balance, naive_cut = naive(steps, cost)
     cut = sum(
-        piece.length < piece.document.length and piece.start == 0 for step in steps for row in step.rows for piece in row.pieces
-    ) / len({id(piece.document) for step in steps for row in step.rows for piece in row.pieces})
+        piece.length < piece.document.length and piece.start == 0 for step in steps for row in step.sequences for piece in row.pieces
+    ) / len({id(piece.document) for step in steps for row in step.sequences for piece in row.pieces})
     waits = {}
     for prefetch in (0, skewed.prefetch):
         data = Data(**{**skewed.model_dump(exclude_none=True), "prefetch": prefetch})
@@ -113,7 +112,7 @@ def test_the_accelerator_does_not_wait(skewed, setting):
         for step in itertools.islice(steps, STEPS):
             got = stream.next_step()
             # The slowest of the ranks says when the step ends.
-            seconds = got.cost_balance * sum(row.cost for row in step.rows) / RANKS * SECONDS_PER_UNIT
+            seconds = got.cost_balance * sum(row.cost for row in step.sequences) / RANKS * SECONDS_PER_UNIT
             time.sleep(seconds)
             waited, slept = waited + got.waited, slept + seconds
             balance.append(got.cost_balance)

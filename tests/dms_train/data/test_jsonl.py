@@ -11,73 +11,73 @@ import pytest
 from dms_train.data.compressed import check_modules, open_file
 from dms_train.data.jsonl import JsonLines
 from dms_train.data.settings import Origin
-from dms_train.data.shards import BLOCK_ROWS, BadShard, TextFiles
-from dms_train.generate_recipe import GenerateRecipe
+from dms_train.data.shards import BLOCK_RECORDS, BadShard, TextFiles
+from dms_train.recipe import GenerateRecipe
 from packed import COMPRESSED, compress, documents_of, texts
 
 
-def lines_of(rows):
-    return "".join(json.dumps({"text": text}) + "\n" for text in rows).encode()
+def lines_of(records):
+    return "".join(json.dumps({"text": text}) + "\n" for text in records).encode()
 
 
 def shard_of(path):
     return JsonLines(Origin(source="jsonl", path=str(path))).open(0)
 
 
-def all_rows(shard):
-    """To its end, which a shard without a number of blocks shows by a block without rows."""
+def all_records(shard):
+    """To its end, which a shard without a number of blocks shows by a block without records."""
     if shard.num_blocks is not None:
-        return [row for block in range(shard.num_blocks) for row in shard.rows(block)]
-    return list(itertools.chain.from_iterable(itertools.takewhile(bool, map(shard.rows, itertools.count()))))
+        return [record for block in range(shard.num_blocks) for record in shard.records(block)]
+    return list(itertools.chain.from_iterable(itertools.takewhile(bool, map(shard.records, itertools.count()))))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", *(f"x.jsonl.{kind}" for kind in COMPRESSED)])
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, name):
     content = codecs.BOM_UTF8 + lines_of(["first", "second"])
     # As `cat` joins two such files.
     content += content
     path = tmp_path / name
     path.write_bytes(content) if name == "x.jsonl" else compress(path, content)
-    rows = all_rows(shard_of(path))
-    assert [row.values for row in rows] == [{"text": text} for text in ("first", "second", "first", "second")]
-    assert [row.where for row in rows] == [f"{path}:{number}" for number in range(1, 5)]
+    records = all_records(shard_of(path))
+    assert [record.values for record in records] == [{"text": text} for text in ("first", "second", "first", "second")]
+    assert [record.where for record in records] == [f"{path}:{number}" for number in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", ["x.txt", *(f"x.txt.{kind}" for kind in COMPRESSED)])
 def test_text_is_read_compressed_and_without_its_mark(tmp_path, name):
     content = codecs.BOM_UTF8 + "first\r\nsecönd".encode()
     (tmp_path / name).write_bytes(content) if name == "x.txt" else compress(tmp_path / name, content)
-    (row,) = TextFiles(Origin(source="text", path=str(tmp_path))).rows(0)
-    assert row.values == {"text": "first\nsecönd"}
+    (record,) = TextFiles(Origin(source="text", path=str(tmp_path))).records(0)
+    assert record.values == {"text": "first\nsecönd"}
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_a_compressed_file_holds_what_the_plain_one_does(tmp_path, kind):
-    """Every row with its line, in blocks of bounded rows and bytes, whichever block is asked for; empty lines count as lines."""
-    content = lines_of(texts(600, low=1, high=3)) + b"\n" * (2 * BLOCK_ROWS) + lines_of(["x" * 300_000] * 9 + ["end"])
+    """Every record with its line, in blocks of bounded records and bytes, whichever block is asked for; empty lines count as lines."""
+    content = lines_of(texts(600, low=1, high=3)) + b"\n" * (2 * BLOCK_RECORDS) + lines_of(["x" * 300_000] * 9 + ["end"])
     (tmp_path / "x.jsonl").write_bytes(content)
-    plain = all_rows(shard_of(tmp_path / "x.jsonl"))
+    plain = all_records(shard_of(tmp_path / "x.jsonl"))
     shard = shard_of(compress(tmp_path / f"x.jsonl.{kind}", content))
-    blocks = [shard.rows(block) for block in range(6)]
-    assert [len(rows) for rows in blocks] == [256, 256, 92, 4, 2, 0]
-    found = [row for rows in blocks for row in rows]
-    assert [row.values for row in found] == [row.values for row in plain]
-    assert [row.where.rsplit(":", 1)[1] for row in found] == [row.where.rsplit(":", 1)[1] for row in plain]
+    blocks = [shard.records(block) for block in range(6)]
+    assert [len(records) for records in blocks] == [256, 256, 92, 4, 2, 0]
+    found = [record for records in blocks for record in records]
+    assert [record.values for record in found] == [record.values for record in plain]
+    assert [record.where.rsplit(":", 1)[1] for record in found] == [record.where.rsplit(":", 1)[1] for record in plain]
     for block in (4, 0, 2, 2, 1, 9, 3):
-        assert shard.rows(block) == (blocks[block] if block < 5 else [])
+        assert shard.records(block) == (blocks[block] if block < 5 else [])
 
 
 def test_several_members_of_a_compressed_file_are_one_text(tmp_path):
     for kind, packed in COMPRESSED.items():
         path = tmp_path / f"x.jsonl.{kind}"
         path.write_bytes(packed(lines_of(["first"])) + packed(lines_of(["second"])))
-        assert [row.values["text"] for row in all_rows(shard_of(path))] == ["first", "second"], kind
+        assert [record.values["text"] for record in all_records(shard_of(path))] == ["first", "second"], kind
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_a_damaged_compressed_file_is_named_with_its_line_or_left_out(tmp_path, open_stream, tokenizer, kind):
-    rows = {name: texts(100, number, high=30) for number, name in enumerate("abc")}
-    paths = {name: compress(tmp_path / "d" / f"{name}.jsonl.{kind}", lines_of(rows[name])) for name in rows}
+    records = {name: texts(100, number, high=30) for number, name in enumerate("abc")}
+    paths = {name: compress(tmp_path / "d" / f"{name}.jsonl.{kind}", lines_of(records[name])) for name in records}
     # Long enough for some to be unpacked before the end of what is there.
     content = lines_of(texts(60_000, 1, 1, 2))
     whole = COMPRESSED[kind](content)
@@ -86,13 +86,13 @@ def test_a_damaged_compressed_file_is_named_with_its_line_or_left_out(tmp_path, 
     with pytest.raises(BadShard, match=rf"b\.jsonl\.{kind} cannot be read from line \d+ on: \w+: \w+") as raised:
         shard = shard_of(paths["b"])
         for block in range(1000):
-            before += shard.rows(block)
-    assert len(before) == int(str(raised.value).split("from line ")[1].split()[0]) - 1 > BLOCK_ROWS
-    assert lines_of(row.values["text"] for row in before) == content[: len(lines_of(row.values["text"] for row in before))]
+            before += shard.records(block)
+    assert len(before) == int(str(raised.value).split("from line ")[1].split()[0]) - 1 > BLOCK_RECORDS
+    assert lines_of(record.values["text"] for record in before) == content[: len(lines_of(record.values["text"] for record in before))]
     # It stays as bad as it was, and what stands before the damage can be gone back to.
     with pytest.raises(BadShard, match="cannot be read from line"):
-        shard.rows(block)
-    assert shard.rows(0) == before[:BLOCK_ROWS]
+        shard.records(block)
+    assert shard.records(0) == before[:BLOCK_RECORDS]
 
     paths["b"].write_bytes(whole[:200])
     data = {"source": "jsonl", "path": str(tmp_path / "d"), "length": 256, "fill": "pad"}
@@ -104,7 +104,7 @@ def test_a_damaged_compressed_file_is_named_with_its_line_or_left_out(tmp_path, 
     stream = open_stream({**data, "bad_shards": "skip"}, batch_size=8, steps=40, say=said.append)
     found = [ids for _ in range(40) for ids, _ in documents_of(stream.next_step().micro_batches)]
     assert len(said) == 1 and f"b.jsonl.{kind} cannot be read" in said[0]
-    good = {(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for name in "ac" for text in rows[name]}
+    good = {(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for name in "ac" for text in records[name]}
     assert good <= set(found)
 
 
@@ -126,14 +126,14 @@ def test_utf_16_is_named(tmp_path, mark):
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_list_is_refused_with_the_command_that_converts_it(tmp_path, indent):
-    rows = [{"text": "erste Zeile\nüber"}, {"text": "second"}]
+    records = [{"text": "erste Zeile\nüber"}, {"text": "second"}]
     path = tmp_path / "own data.json"
-    path.write_text("\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+    path.write_text("\ufeff" + json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.raises(BadShard, match="begins with a JSON list, and what is read is JSON Lines: an object a line") as raised:
         shard_of(path)
     command = str(raised.value).split("Convert it: python ")[1]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
-    assert [row.values for row in all_rows(shard_of(tmp_path / "NEW.jsonl"))] == rows
+    assert [record.values for record in all_records(shard_of(tmp_path / "NEW.jsonl"))] == records
 
 
 def test_a_folder_says_what_it_holds_and_what_is_read(tmp_path):
@@ -180,7 +180,7 @@ def test_files_are_closed(tmp_path):
                 assert opened.read() == lines_of(["x"])
 
 
-def test_generated_rows_have_no_name_of_a_compressed_file():
+def test_generated_records_have_no_name_of_a_compressed_file():
     values = {"model": "x", "output": "own.jsonl.gz", "prompts": {"source": "builtin", "tokens": 1}, "num_prompts": 1, "max_new_tokens": 1}
-    with pytest.raises(ValueError, match=r"'own\.jsonl\.gz' has the name of a compressed file, and rows are written plainly"):
+    with pytest.raises(ValueError, match=r"'own\.jsonl\.gz' has the suffix of a compressed file, and the file is written uncompressed"):
         GenerateRecipe(**values)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from dms_train.data.jsonl import JsonLines
 from dms_train.data.settings import Data, Origin
-from dms_train.data.shards import BLOCK_ROWS, Parquet
+from dms_train.data.shards import BLOCK_RECORDS, Parquet
 from dms_train.data.source_reader import Cursor, Reader
 from dms_train.data.tokenization import columns_of, make_render
 from packed import COMPRESSED, compress, documents_of, texts
@@ -108,21 +108,21 @@ def test_any_place_can_be_gone_to(origins, open_source, kind):
 
 def test_a_long_file_is_not_read_in_its_order(jsonl, open_source):
     """Blocks are shuffled, and rows in them: what stands together does not come together."""
-    path = jsonl("long.jsonl", [f"{number}" for number in range(20 * BLOCK_ROWS)])
+    path = jsonl("long.jsonl", [f"{number}" for number in range(20 * BLOCK_RECORDS)])
     source = open_source(Origin(source="jsonl", path=str(path)))
     shard = source.shards.open(0)
     assert shard.num_blocks == 20
     blocks = [document.cursor.block for document in an_epoch(source)]
     assert blocks == sorted(blocks)
-    first_rows = [int(source._rows(shard, Cursor(0, 0, block))[0].values["text"]) for block in range(20)]
-    assert sorted(number // BLOCK_ROWS for number in first_rows) == list(range(20)) and first_rows != sorted(first_rows)
+    first_rows = [int(source._records(shard, Cursor(0, 0, block))[0].values["text"]) for block in range(20)]
+    assert sorted(number // BLOCK_RECORDS for number in first_rows) == list(range(20)) and first_rows != sorted(first_rows)
 
 
 def test_blocks_are_bounded_in_bytes(jsonl):
     path = jsonl("big.jsonl", ["x" * 300_000] * 10 + ["y" * 3_000_000])
     shard = JsonLines(Origin(source="jsonl", path=str(path))).open(0)
-    assert [len(shard.rows(block)) for block in range(shard.num_blocks)] == [3, 3, 3, 1, 1]
-    assert shard.rows(4)[0].where.endswith("big.jsonl:11")
+    assert [len(shard.records(block)) for block in range(shard.num_blocks)] == [3, 3, 3, 1, 1]
+    assert shard.records(4)[0].where.endswith("big.jsonl:11")
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_blocks_are_bounded_in_bytes(jsonl):
         (None, "is no file and no folder, and as a glob matches none; give a file, a folder of .jsonl files, or a glob"),
         ('{"text": "x"}\n{broken', r"x.jsonl:2 is not JSON"),
         ('{"other": "y"}', r"x.jsonl:1 has no text under data.field 'text'; it has: other"),
-        ('{"text": "x"}\n[1, 2]', "x.jsonl:2 is no object of keys and values but a list"),
+        ('{"text": "x"}\n[1, 2]', "x.jsonl:2 is not an object of keys and values but a list"),
         ('{"text": "  "}', r"holds no text to train on \(1 empty\)"),
-        ("", r"holds no text to train on \(no rows\)"),
+        ("", r"holds no text to train on \(no records\)"),
         (b'{"text": "\xff"}', "x.jsonl:1 cannot be read"),
     ],
 )
@@ -299,15 +299,15 @@ def test_a_connection_that_breaks_is_tried_again_and_never_counted_as_a_bad_shar
     monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
     origin = Origin(source="dataset", path="acme/texts", streaming=True)
     shard = hub.HubStream(Flaky(2), origin).open(0)
-    assert shard.rows(1)[0].values == {"text": "text 1 0"}
+    assert shard.records(1)[0].values == {"text": "text 1 0"}
     with pytest.raises(ConnectionError, match="acme/texts, shard 0 cannot be reached: ConnectionError: timed out"):
-        hub.HubStream(Flaky(3), origin).open(0).rows(1)
+        hub.HubStream(Flaky(3), origin).open(0).records(1)
 
 
 def test_a_number_too_long_to_read_is_a_bad_row(jsonl, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n")
-    rows = JsonLines(Origin(source="jsonl", path=str(path))).open(0).rows(0)
+    rows = JsonLines(Origin(source="jsonl", path=str(path))).open(0).records(0)
     assert rows[0].values == {"text": "a"} and rows[1].values is None and "is not JSON" in rows[1].problem
 
 

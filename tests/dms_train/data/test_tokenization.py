@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from dms_train.data.settings import Filter, Origin
-from dms_train.data.shards import Row
+from dms_train.data.shards import Record
 from dms_train.data.tokenization import columns_of, make_render
 
 PLAIN = (
@@ -41,7 +41,7 @@ def origin(**changes):
 
 
 def render(tokenizer, place, *rows):
-    return make_render(tokenizer, place)([Row(f"x.jsonl:{number}", row) for number, row in enumerate(rows, 1)])
+    return make_render(tokenizer, place)([Record(f"x.jsonl:{number}", row) for number, row in enumerate(rows, 1)])
 
 
 def counted_text(tokenizer, rendered):

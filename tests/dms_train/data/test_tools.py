@@ -7,13 +7,12 @@ import pytest
 from dms_train import cache_teacher
 from dms_train.data import hub
 from dms_train.data.jsonl import JsonLines
-from dms_train.data.prompts import Prompts, prompt_render
-from dms_train.data.settings import Data, Origin
-from dms_train.data.shards import Parquet, Row
+from dms_train.data.settings import Data, Origin, Prompts
+from dms_train.data.shards import Parquet, Record
 from dms_train.data.tokenization import columns_of, make_render
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.generated_file import Output
-from dms_train.recipe import RetrofitRecipe
+from dms_train.generate_data import prompt_render
+from dms_train.generated_file import GeneratedFile, GeneratedRecord
+from dms_train.recipe import GenerateRecipe, RetrofitRecipe
 from dms_train.recipe_file import load_recipe
 from dms_train.run_folder import differences
 
@@ -70,7 +69,7 @@ def texts_of(chatty, shards, origin):
 
 
 def _rows(shard):
-    return shard.rows(0)
+    return shard.records(0)
 
 
 def _write(kind, folder, rows):
@@ -139,7 +138,7 @@ def test_a_null_in_a_column_of_its_own_is_still_seen_by_filters(chatty, tmp_path
     rows = [{"chat": ROWS[3]["chat"], "tools": None, "score": score} for score in (1, None)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     origin = Origin(**{**ORIGIN, "source": "parquet", "path": str(tmp_path), "filter": {"where": {"score": {"ge": 1}}}})
-    made = make_render(chatty, origin)(Parquet(origin, columns_of(origin), skips=False).open(0).rows(0))
+    made = make_render(chatty, origin)(Parquet(origin, columns_of(origin), skips=False).open(0).records(0))
     assert [rendered.left_out for rendered in made] == ["", "filtered"]
 
 
@@ -161,7 +160,7 @@ def test_maps_are_objects(chatty, tmp_path):
 
 
 def render(chatty, *rows, **changes):
-    return make_render(chatty, Origin(**{**ORIGIN, **changes}))([Row(f"x.jsonl:{number}", row) for number, row in enumerate(rows, 1)])
+    return make_render(chatty, Origin(**{**ORIGIN, **changes}))([Record(f"x.jsonl:{number}", row) for number, row in enumerate(rows, 1)])
 
 
 def test_tools_may_be_json(chatty):
@@ -191,7 +190,7 @@ def test_a_row_must_have_the_column(chatty):
     (made,) = render(chatty, {"chat": ROWS[0]["chat"]})
     assert (
         made.left_out == "bad"
-        and "has no 'tools', which data.tools names; it has: chat (a row without tools has null there)" in made.problem
+        and "has no 'tools', which data.tools names; it has: chat (a record without tools has null there)" in made.problem
     )
 
 
@@ -230,7 +229,7 @@ def test_marked_templates_get_tools_and_options_too(chatty):
 
 def test_prompts_are_written_with_tools_and_options(chatty):
     prompts = Prompts(**ORIGIN, template={"enable_thinking": False})
-    made = prompt_render(chatty, prompts, 2000)([Row("x", ROWS[0]), Row("x", {**ROWS[1], "tools": "[0"})])
+    made = prompt_render(chatty, prompts, 2000)([Record("x", ROWS[0]), Record("x", {**ROWS[1], "tools": "[0"})])
     row = {**ROWS[0], "chat": ROWS[0]["chat"][:3]}
     assert chatty.decode(made[0].ids) == expected(chatty, row, enable_thinking=False, add_generation_prompt=True)
     assert made[1].left_out == "bad" and "is not JSON" in made[1].problem
@@ -308,11 +307,11 @@ def test_generated_rows_of_other_options_are_not_gone_on_with(tmp_path):
         prompts = {**ORIGIN, **changes}
         return GenerateRecipe(model="x", output=str(tmp_path / "out.jsonl"), max_new_tokens=1, prompts=prompts, batch_size=1)
 
-    with Output(recipe(), "sources") as output:
-        output.append([{"number": 0, "finish_reason": "eos"}])
-    with Output(recipe(), "sources"):
+    with GeneratedFile(recipe(), "sources") as output:
+        output.append([GeneratedRecord(0, "question", "answer", "questionanswer", "eos", 1, 1)])
+    with GeneratedFile(recipe(), "sources"):
         pass
     with pytest.raises(ValueError, match=r"prompts\.template\.enable_thinking is None there and False here"):
-        Output(recipe(template={"enable_thinking": False}), "sources").__enter__()
+        GeneratedFile(recipe(template={"enable_thinking": False}), "sources").__enter__()
     with pytest.raises(ValueError, match=r"prompts\.tools is 'tools' there and None here"):
-        Output(recipe(tools=None), "sources").__enter__()
+        GeneratedFile(recipe(tools=None), "sources").__enter__()

@@ -6,12 +6,10 @@ import shutil
 import pytest
 import torch
 from dms_train import cache_teacher, generate_data, loop
-from dms_train.generate_recipe import GenerateRecipe
-from dms_train.recipe import RetrofitRecipe
+from dms_train.recipe import GenerateRecipe, RetrofitRecipe
 from packed import documents_of, texts
 
-from dms.io import base_models as models
-from dms.io import vocabulary
+from dms.io import base_models, vocabulary
 
 # The tiny model has 1,024 rows and its tokenizer as many tokens.
 EXTRA = "<extra>"
@@ -23,7 +21,7 @@ def extended(tiny_folder, tmp_path_factory):
     """The tiny model with a tokenizer that has tokens more: two of them added, and one of those its padding."""
     folder = tmp_path_factory.mktemp("extended") / "model"
     shutil.copytree(tiny_folder, folder)
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = base_models.load_tokenizer(str(folder))
     assert tokenizer.add_tokens([EXTRA, "<padding>"]) == 2 and len(tokenizer) == 1026
     tokenizer.pad_token = "<padding>"
     tokenizer.save_pretrained(folder)
@@ -37,7 +35,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(base_models, "load_base", load)
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
 
 
 def test_padding_has_a_row(extended, tokenizer):
-    other = models.load_tokenizer(str(extended))
+    other = base_models.load_tokenizer(str(extended))
     assert (vocabulary.padding_id(other, 1026), vocabulary.padding_id(other, 1024)) == (1025, tokenizer.eos_token_id)
     assert vocabulary.padding_id(tokenizer, 1024) == tokenizer.pad_token_id == 1
     other.pad_token = None
@@ -112,7 +110,7 @@ def test_a_builtin_document_is_refused_as_well(make_values, tmp_path, extended, 
     """A tokenizer that begins each text with a token of its own."""
     folder = tmp_path / "begins"
     shutil.copytree(extended, folder)
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = base_models.load_tokenizer(str(folder))
     tokenizer.bos_token = EXTRA
     tokenizer.save_pretrained(folder)
     recipe = recipe_of(make_values, tmp_path, folder, {"source": "builtin", "items": [1, 2], "length": 192})
@@ -164,7 +162,7 @@ def test_listed_tokens_that_no_text_uses_do_no_harm(make_values, tmp_path, exten
         other = tmp_path / name
         shutil.copytree(extended, other)
         if folder is None:
-            tokenizer = models.load_tokenizer(str(other))
+            tokenizer = base_models.load_tokenizer(str(other))
             tokenizer.pad_token = tokenizer.eos_token
             tokenizer.save_pretrained(other)
         data = {**rows(*texts(60)), "fill": "pad"}

@@ -1,4 +1,4 @@
-"""Files that may be compressed, which their suffix tells."""
+"""Files that may be compressed, by their suffix."""
 
 import importlib
 import io
@@ -7,30 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+# The module that unpacks it, by suffix. pyarrow comes with `datasets`; Python's own module for zstd came with 3.14.
+_MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
+SUFFIXES = tuple(_MODULES)
+# Errors of reading a file that is damaged, cut short or out of reach.
+UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
 try:
     from lzma import LZMAError
 except ImportError:
-    # Of a Python that was built without it, which then reads no .xz.
-    LZMAError = EOFError
-
-# By suffix, what unpacks it. pyarrow comes with `datasets`; Python's own module for zstd came with 3.14.
-_MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
-SUFFIXES = tuple(_MODULES)
-# What a file that is damaged, cut short or out of reach raises while it is read.
-UNREADABLE = (OSError, EOFError, zlib.error, LZMAError)
+    # This Python was built without lzma, and reads no .xz.
+    pass
+else:
+    UNREADABLE += (LZMAError,)
 
 
 def check_modules(files: Iterable[Path]) -> None:
-    """Raises RuntimeError where what unpacks one of the files is not installed."""
+    """Raises RuntimeError where the module that unpacks one of the files is not installed."""
     for suffix in sorted({file.suffix.lower() for file in files} & _MODULES.keys()):
         name = _MODULES[suffix]
         try:
             importlib.import_module(name)
         except ImportError as error:
-            mend = (
+            remedy = (
                 "pip install pyarrow" if name == "pyarrow" else f"this Python was built without {name}: take another, or unpack the files"
             )
-            raise RuntimeError(f"{suffix} files cannot be read here ({error}); {mend}") from None
+            raise RuntimeError(f"{suffix} files cannot be read here ({error}); {remedy}") from None
 
 
 def open_file(file: Path) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Rows of `datasets`: tables that lie on this machine, or streams that come shard by shard."""
+"""Rows of `datasets`: tables on this machine, or streams that come shard by shard."""
 
 import hashlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dms_train.data.settings import Origin
-from dms_train.data.shards import BLOCK_ROWS, ArrowTable, BadShard, Row, Shard
+from dms_train.data.shards import BLOCK_RECORDS, ArrowTable, BadShard, Record, Shard, first_line
 
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 _NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
@@ -17,69 +17,69 @@ def load(origin: Origin, columns: list[str]) -> "HubTable | HubStream":
     import datasets
 
     try:
-        rows = datasets.load_dataset(origin.path, origin.config, split=origin.split, streaming=origin.streaming)
+        dataset = datasets.load_dataset(origin.path, origin.config, split=origin.split, streaming=origin.streaming)
         # A stream may not say its columns before it is read.
-        known = rows.column_names or list(next(iter(rows), {}))
+        known = dataset.column_names or list(next(iter(dataset), {}))
     except Exception as error:
         # datasets raises its own, hub, network and file errors; each becomes one line with its cause.
-        raise ValueError(f"dataset {origin.path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"dataset {origin.path!r} cannot be loaded: {first_line(error)}") from error
     for column in columns:
         if column not in known:
             raise ValueError(f"dataset {origin.path!r} has no column {column!r}; it has {', '.join(known)}")
-    rows = rows.select_columns(columns)
-    return HubStream(rows, origin) if origin.streaming else HubTable(rows, origin)
+    dataset = dataset.select_columns(columns)
+    return HubStream(dataset, origin) if origin.streaming else HubTable(dataset, origin)
 
 
 class HubTable:
     """A dataset on this machine: one shard, whose blocks are read in any order."""
 
-    def __init__(self, rows: Any, origin: Origin):
-        self.rows, self.origin, self.num_shards = rows.with_format("arrow"), origin, 1
+    def __init__(self, dataset: Any, origin: Origin):
+        self.dataset, self.origin, self.num_shards = dataset.with_format("arrow"), origin, 1
 
     def open(self, shard: int) -> Shard:
-        return _HubRows(self.rows, f"dataset {self.origin.path}")
+        return _TableShard(self.dataset, f"dataset {self.origin.path}")
 
     def fingerprint(self) -> list:
-        count = len(self.rows)
-        ends = [self.rows[index : index + 1].to_pylist() for index in (0, count - 1) if index >= 0]
+        count = len(self.dataset)
+        ends = [self.dataset[index : index + 1].to_pylist() for index in (0, count - 1) if index >= 0]
         return [self.origin.path, self.origin.config, self.origin.split, count, hashlib.sha256(repr(ends).encode()).hexdigest()[:16]]
 
 
-class _HubRows:
-    def __init__(self, rows: Any, name: str):
-        self.all, self.name, self.num_blocks = rows, name, -(-len(rows) // BLOCK_ROWS)
+class _TableShard:
+    def __init__(self, dataset: Any, name: str):
+        self.dataset, self.name, self.num_blocks = dataset, name, -(-len(dataset) // BLOCK_RECORDS)
 
-    def rows(self, block: int) -> list[Row]:
-        start = block * BLOCK_ROWS
-        found = ArrowTable(self.all[start : min(start + BLOCK_ROWS, len(self.all))], self.name).rows(0)
-        return [row._replace(where=f"{self.name}, row {start + number}") for number, row in enumerate(found)]
+    def records(self, block: int) -> list[Record]:
+        start = block * BLOCK_RECORDS
+        found = ArrowTable(self.dataset[start : min(start + BLOCK_RECORDS, len(self.dataset))], self.name).records(0)
+        return [record._replace(where=f"{self.name}, row {start + number}") for number, record in enumerate(found)]
 
 
 class HubStream:
     """A dataset that is never fetched whole. Within a shard blocks come in order; those skipped stay Arrow and are not decoded."""
 
-    def __init__(self, rows: Any, origin: Origin):
-        self.rows, self.origin, self.num_shards = rows.with_format("arrow"), origin, rows.num_shards
+    def __init__(self, dataset: Any, origin: Origin):
+        self.dataset, self.origin, self.num_shards = dataset.with_format("arrow"), origin, dataset.num_shards
 
     def open(self, shard: int) -> Shard:
-        return _StreamedShard(self.rows.shard(self.num_shards, shard), f"dataset {self.origin.path}, shard {shard}")
+        return _StreamedShard(self.dataset.shard(self.num_shards, shard), f"dataset {self.origin.path}, shard {shard}")
 
     def fingerprint(self) -> list:
         return [self.origin.path, self.origin.config, self.origin.split, self.num_shards]
 
 
 class _StreamedShard:
-    num_blocks = None
+    num_blocks: int | None = None
 
-    def __init__(self, rows: Any, name: str):
-        self.all, self.name = rows, name
+    def __init__(self, dataset: Any, name: str):
+        self.dataset, self.name = dataset, name
         self._tables, self._next = self._from_start(), 0
 
     def _from_start(self) -> Iterator[Any]:
-        return iter(self.all.iter(batch_size=BLOCK_ROWS))
+        return iter(self.dataset.iter(batch_size=BLOCK_RECORDS))
 
     def _table(self, block: int) -> Any:
-        """A block as it came; None: the shard ends before it."""
+        """A block as Arrow; None where the shard ends before it."""
         if block < self._next:
             self._tables, self._next = self._from_start(), 0
         while self._next < block:
@@ -90,7 +90,7 @@ class _StreamedShard:
         self._next += 1
         return table
 
-    def rows(self, block: int) -> list[Row]:
+    def records(self, block: int) -> list[Record]:
         for pause in (*RETRY_SECONDS, None):
             try:
                 table = self._table(block)
@@ -99,22 +99,17 @@ class _StreamedShard:
                 # As above: whatever the library, the network or a damaged file raises.
                 self._tables, self._next = self._from_start(), 0
                 if not _is_transient(error):
-                    raise BadShard(f"{self.name} cannot be read: {_first_line(error)}") from error
+                    raise BadShard(f"{self.name} cannot be read: {first_line(error)}") from error
                 if pause is None:
-                    # Not as a bad shard: when the run is continued it may well be there, and rows must be the same then.
-                    raise ConnectionError(f"{self.name} cannot be reached: {_first_line(error)}") from error
+                    # Not a bad shard: when the run is continued it may be there again, and records must be the same then.
+                    raise ConnectionError(f"{self.name} cannot be reached: {first_line(error)}") from error
                 time.sleep(pause)
         if table is None:
             return []
-        found = ArrowTable(table, self.name).rows(0)
-        return [row._replace(where=f"{self.name}, row {block * BLOCK_ROWS + number}") for number, row in enumerate(found)]
+        found = ArrowTable(table, self.name).records(0)
+        return [record._replace(where=f"{self.name}, row {block * BLOCK_RECORDS + number}") for number, record in enumerate(found)]
 
 
 def _is_transient(error: BaseException) -> bool:
     """The network's fault, and not the file's."""
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _NETWORK
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"

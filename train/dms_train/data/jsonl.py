@@ -1,4 +1,4 @@
-"""JSON Lines, plain or compressed: a JSON object a line."""
+"""JSON Lines, plain or compressed: one JSON object per line."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 from dms_train.data.compressed import SUFFIXES, UNREADABLE, open_file
 from dms_train.data.settings import Origin
-from dms_train.data.shards import BLOCK_BYTES, BLOCK_ROWS, BadShard, Row, Shard, find_files, fingerprint_of, first_line
+from dms_train.data.shards import BLOCK_BYTES, BLOCK_RECORDS, BadShard, Record, Shard, find_files, fingerprint_of, first_line
 
 _LIST_TO_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding='utf-8-sig'))]"
 
@@ -41,7 +41,7 @@ class JsonLines:
 
 
 class _Plain:
-    """Where the blocks of the file begin is found by reading it once, without parsing."""
+    """The file is read once, without parsing, to find where its blocks begin."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -57,14 +57,14 @@ class _Plain:
         with self.file.open("rb") as opened:
             for line in opened:
                 start, first = starts[-1]
-                full = line_number - first >= BLOCK_ROWS or at + len(line) - start > BLOCK_BYTES
+                full = line_number - first >= BLOCK_RECORDS or at + len(line) - start > BLOCK_BYTES
                 if full and line_number > first:
                     starts.append((at, line_number))
                 at += len(line)
                 line_number += 1
         return [*starts, (at, line_number)] if at else starts
 
-    def rows(self, block: int) -> list[Row]:
+    def records(self, block: int) -> list[Record]:
         if block >= self.num_blocks:
             return []
         (start, first), (end, _) = self.starts[block : block + 2]
@@ -74,13 +74,13 @@ class _Plain:
                 lines = opened.read(end - start).split(b"\n")
         except OSError as error:
             raise BadShard(f"data file {self.file} cannot be read: {error}") from None
-        return _rows(self.file, enumerate(lines, first))
+        return _records(self.file, enumerate(lines, first))
 
 
 class _Compressed:
-    """A file that can be read from its beginning alone: its blocks come in order. Of a damaged one the lines before the damage come."""
+    """A file that can only be read from its beginning: its blocks come in order. Of a damaged one, the lines before the damage count."""
 
-    num_blocks = None
+    num_blocks: int | None = None
 
     def __init__(self, file: Path):
         self.file = file
@@ -89,9 +89,10 @@ class _Compressed:
     def _rewind(self) -> None:
         self._opened, self._line_number, self._problem = open_file(self.file), 0, ""
         # The number of the block that `_lines` holds.
-        self._block, self._lines = -1, []
+        self._block = -1
+        self._lines: list[tuple[int, bytes]] = []
 
-    def rows(self, block: int) -> list[Row]:
+    def records(self, block: int) -> list[Record]:
         try:
             if block < self._block:
                 self._rewind()
@@ -100,7 +101,7 @@ class _Compressed:
                 self._block += 1
         except UNREADABLE as error:
             raise BadShard(f"data file {self.file} cannot be read: {first_line(error)}") from None
-        return _rows(self.file, self._lines)
+        return _records(self.file, self._lines)
 
     def _next_lines(self) -> list[tuple[int, bytes]]:
         """The next block's lines that are not empty, with their numbers; at the end none."""
@@ -109,7 +110,7 @@ class _Compressed:
         lines: list[tuple[int, bytes]] = []
         size = 0
         try:
-            while len(lines) < BLOCK_ROWS and size < BLOCK_BYTES and (line := self._opened.readline()):
+            while len(lines) < BLOCK_RECORDS and size < BLOCK_BYTES and (line := self._opened.readline()):
                 self._line_number += 1
                 if line.strip():
                     lines.append((self._line_number, line))
@@ -121,18 +122,18 @@ class _Compressed:
         return lines
 
 
-def _rows(file: Path, numbered: Iterable[tuple[int, bytes]]) -> list[Row]:
+def _records(file: Path, numbered: Iterable[tuple[int, bytes]]) -> list[Record]:
     return [_parse(f"{file}:{number}", line) for number, line in numbered if line.strip()]
 
 
-def _parse(where: str, line: bytes) -> Row:
+def _parse(where: str, line: bytes) -> Record:
     try:
-        # A byte-order mark stands at a file's beginning, and inside of files that were joined.
+        # A byte-order mark may begin a file, or a line within files that were joined.
         values: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Row(where, None, f"cannot be read: {error}")
+        return Record(where, None, f"cannot be read: {error}")
     except (ValueError, RecursionError) as error:
-        return Row(where, None, f"is not JSON: {error}")
+        return Record(where, None, f"is not JSON: {error}")
     if not isinstance(values, dict):
-        return Row(where, None, f"is no object of keys and values but a {type(values).__name__}")
-    return Row(where, values)
+        return Record(where, None, f"is not an object of keys and values but a {type(values).__name__}")
+    return Record(where, values)

@@ -1,4 +1,4 @@
-"""An iterator that is run ahead of its reader."""
+"""Data made ahead: an iterator in a thread, and the processes of a node that share one reader."""
 
 import os
 import queue
@@ -18,7 +18,8 @@ class Ahead:
     """A thread that runs an iterator a bounded number of items ahead of who reads it."""
 
     def __init__(self, items: Iterator[Any], ahead: int):
-        self.items, self.queue, self.stopped = items, queue.Queue(maxsize=ahead), threading.Event()
+        self.items, self.stopped = items, threading.Event()
+        self.queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=ahead)
         self.thread = threading.Thread(target=self._run, name="data", daemon=True)
         self.thread.start()
 
@@ -32,7 +33,7 @@ class Ahead:
         except BaseException as error:  # noqa: BLE001 - it is raised where the item is asked for
             self._put((None, error))
 
-    def _put(self, item: tuple) -> None:
+    def _put(self, item: tuple[Any, BaseException | None]) -> None:
         while not self.stopped.is_set():
             try:
                 return self.queue.put(item, timeout=_POLL_SECONDS)
@@ -41,10 +42,10 @@ class Ahead:
         return None
 
     def close(self) -> None:
-        """End the thread; what it had made is lost. Whoever waits for an item gets none any more.
+        """End the thread; what it had made is lost. Whoever waits for an item gets StopIteration.
 
-        A thread that is in the midst of an item is left to itself after a while: it is a daemon, and a run that was told to stop may
-        not have longer.
+        A thread that is still making an item is abandoned after a few seconds: it is a daemon, and a run that has to stop may not
+        have longer.
         """
         self.stopped.set()
         self.thread.join(_CLOSE_SECONDS)
@@ -66,11 +67,14 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Node:
-    """The processes of this machine that share a reader. group: theirs, None for one alone. data_groups: whose rows each trains on."""
+    """The processes of this machine, of which the first reads the data for all."""
 
     rank: int = 0
+    """Of this process among them."""
     group: Any = None
+    """Their process group; None for one process alone."""
     data_groups: list[int] = field(default_factory=lambda: [0])
+    """By rank: the group of ranks that it belongs to. Ranks of one group train on the same sequences."""
 
     @property
     def reads(self) -> bool:
@@ -81,7 +85,7 @@ def join_node(data_group: int, timeout: timedelta) -> Node:
     """Find the processes of this machine. All processes call it together."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return Node(data_groups=[data_group])
-    # A launcher that says nothing of nodes: each process reads for itself.
+    # Under a launcher that does not set it each process reads for itself.
     size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     here, mine = torch.distributed.get_rank() // size, None
     for node in range(torch.distributed.get_world_size() // size):

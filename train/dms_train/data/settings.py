@@ -1,4 +1,4 @@
-"""The recipe's section `data`: sources, how they are mixed, and how documents become rows."""
+"""The recipe's section `data`: sources, how they are mixed, and how documents become sequences."""
 
 import itertools
 import re
@@ -16,8 +16,14 @@ LOCAL = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
 
 
 def suffixes_of(source: str) -> list[str]:
-    """Of the files that a local source reads of a folder."""
+    """Suffixes of the files that a local source reads from a folder."""
     return [LOCAL[source], *(LOCAL[source] + packed for packed in SUFFIXES if source != "parquet")]
+
+
+def path_of(origin: "Origin") -> str:
+    """Of an origin that is not builtin, which has one."""
+    assert origin.path is not None
+    return origin.path
 
 
 def _pattern(value: str) -> str:
@@ -29,15 +35,22 @@ def _pattern(value: str) -> str:
 
 
 class Condition(Strict):
-    """What a column's value must be; all that is given must hold. A row whose value is missing (null) is left out."""
+    """What a column's value must be; all that is given must hold. A record whose value is missing (null) is left out."""
 
     eq: Value | None = None
+    """Equal to this."""
     ne: Value | None = None
+    """Not equal to this."""
     one_of: list[Value] | None = Field(default=None, min_length=1)
+    """One of these."""
     lt: float | None = None
+    """Less than."""
     le: float | None = None
+    """At most."""
     gt: float | None = None
+    """Greater than."""
     ge: float | None = None
+    """At least."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -50,7 +63,9 @@ class Filter(Strict):
     """Which documents are read. min_chars, max_chars, matches and excludes look at the whole text, chat turns joined."""
 
     min_chars: int | None = Field(default=None, ge=1)
+    """Least length in characters."""
     max_chars: int | None = Field(default=None, ge=1)
+    """Greatest length in characters."""
     matches: Annotated[str, AfterValidator(_pattern)] | None = None
     """A regular expression that the text must contain a match of."""
     excludes: Annotated[str, AfterValidator(_pattern)] | None = None
@@ -66,38 +81,39 @@ class Filter(Strict):
 
 
 class Origin(Strict):
-    """One origin of rows, and what of a row is a document."""
+    """Where records come from, and what of a record is a document."""
 
     source: Kind
     """builtin: standard-library sources with planted tasks; text (a document a file), jsonl, parquet: local files; dataset: an id
     for `datasets`."""
     path: str | None = None
     """File, folder or glob (text, jsonl, parquet), or the dataset's id (dataset). Files of text and jsonl may be compressed, which their
-    suffix tells: .gz, .bz2, .xz, .zst. A compressed .jsonl is read from its beginning to its end, 256 rows shuffled at a time: what is
-    in an order of its own should be shuffled before it is compressed. A .json file that is one list is not read: source jsonl wants an
+    suffix tells: .gz, .bz2, .xz, .zst. A compressed .jsonl is read from its beginning to its end, 256 records shuffled at a time: records
+    that are sorted should be shuffled before they are compressed. A .json file that is one list is not read: source jsonl wants an
     object a line."""
     config: str | None = None
     """dataset: the configuration's name."""
     split: str = "train"
     """dataset only."""
     streaming: bool = False
-    """dataset only: read as it comes, without fetching the whole of it first."""
+    """dataset only: read while it is fetched, without storing it first."""
     field: str = "text"
     """The column or key that holds a document's text."""
     messages: str | None = None
     """Instead of `field`: the column of a chat, a list of {role, content}, written out by the tokenizer's chat template, with all that
     a message has besides, such as tool_calls. Arguments of calls reach the template as they are: objects as objects, JSON strings as
     strings. Arrow (parquet, dataset) gives all objects of a column the same keys, with null for those that one did not have, and nothing
-    tells such a null from one that was given: there keys with null are left out, also in `tools`. Elements of lists, entries of maps and
-    what stands in a column of type JSON are kept; so is every null of jsonl."""
+    tells such a null from a given one: there keys with null are left out, also in `tools`. Nulls in lists, in
+    maps and in columns of type JSON are kept; so is every null of jsonl."""
     tools: str | None = None
-    """With `messages`: the column of each row's tools, for the chat template: a list of JSON schemas, or JSON of such a list. A row
+    """With `messages`: the column of each record's tools, for the chat template: a list of JSON schemas, or JSON of such a list. A record
     without tools has null, "" or [] there."""
     template: dict[str, JsonValue] = Field(default={})
     """With `messages`: options of the chat template, by the names that it has for them, such as {enable_thinking: false}."""
     prompt: str | None = None
     """Instead of `field`: the column of a prompt, with `completion`."""
     completion: str | None = None
+    """The column of the completion, with `prompt`."""
     loss_on: Literal["all", "completions"] = "all"
     """completions: the loss counts the predictions of assistant turns, or of the completion, alone."""
     items: list[int] = Field(default=[20, 40], min_length=2, max_length=2)
@@ -143,7 +159,7 @@ class Origin(Strict):
             raise ValueError(f"data.items is {self.items}; give [from, to] with 0 <= from <= to")
 
     def check_trained(self) -> None:
-        """As `check_origin`, and that a row is a whole document to train on."""
+        """As `check_origin`, and that a record is a whole document to train on."""
         self.check_origin()
         if (self.prompt is None) != (self.completion is None):
             missing = "completion" if self.completion is None else "prompt"
@@ -187,29 +203,46 @@ class Source(Origin):
         return points[-1][1]
 
 
-class Data(Origin):
-    """Where documents come from, one source given here or several under `sources`, and how rows are made of them."""
+class Prompts(Origin):
+    """Prompts to complete, from the same kinds of sources as training data: of chats all before the last answer, of other text its beginning."""
 
-    source: Kind | None = None
+    tokens: int | None = Field(default=None, ge=1)
+    """Length of a prompt: the first tokens of a text; shorter texts are left out. None: the whole text (not with builtin)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        self.check_origin()
+        self._refuse(("completion", "loss_on"), "in prompts: the completion is what is generated")
+        if self.source == "builtin" and self.tokens is None:
+            raise ValueError("prompts.tokens is missing: a built-in document is all prompt otherwise; give the prompt's length")
+        if self.messages is not None and self.tokens is not None:
+            raise ValueError("prompts.tokens has no effect beside prompts.messages; remove it")
+        return self
+
+
+class Data(Origin):
+    """Where documents come from, one source given here or several under `sources`, and how sequences are made of them."""
+
+    source: Kind | None = None  # type: ignore[assignment]  # None where `sources` are given; read it by all_sources
     sources: list[Source] | None = Field(default=None, min_length=1)
     """Several sources, each with its weight, instead of `source`."""
     length: int = Field(ge=8)
-    """Tokens of each row."""
+    """Tokens of each sequence."""
     long_documents: Literal["split", "drop"] = "split"
-    """Documents longer than a row: in pieces of a row's length, or left out. Either way they are counted."""
+    """Documents longer than `length`: split into pieces of that length, or left out. Either way they are counted."""
     fill: Literal["cut", "pad"] | None = None
-    """The end of a row where no whole document fits: cut one, whose rest goes on in another row, or pad. None: cut, or pad where a
-    source has loss_on: completions or long_documents is drop."""
+    """The end of a sequence where no whole document fits: cut one, whose rest goes on in another sequence, or pad. None: cut, or pad where
+    a source has loss_on: completions or long_documents is drop."""
     balance_rows: int | None = Field(default=None, ge=1)
-    """Rows of equal cost that stand together in a step; a divisor of batch_size. Ranks wait least where it is at least ranks x
-    micro_batch_size; more of it mixes a step less. None: the largest divisor up to 4."""
+    """Sequences of like cost that are put into one step together; a divisor of batch_size. Ranks wait least where it is at least ranks x
+    micro_batch_size; a larger number mixes each step less. None: the largest divisor up to 4."""
     bad_shards: Literal["refuse", "skip"] = "refuse"
-    """A file, the rest of a damaged one, a row group or a row that cannot be read: an error that names it, or skipped, counted and said.
-    Tokens that the model has no row for are an error either way."""
+    """A file, the rest of a damaged one, a row group or a record that cannot be read: an error that names it, or skipped, counted and
+    reported. Tokens beyond the model's embedding are an error either way."""
     prefetch: int = Field(default=2, ge=0)
-    """Steps made ahead of the one that trains, and a window of steps planned ahead of those; 0: neither."""
+    """Steps made ahead of the one that trains, with a window of steps planned ahead of those; 0: neither."""
     workers: int = Field(default=1, ge=1, le=64)
-    """Threads that read and tokenise, on each node. What is read does not depend on it."""
+    """Threads that read and tokenise, on each node. The data does not depend on it."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -218,7 +251,7 @@ class Data(Origin):
         if self.sources is None:
             self.check_trained()
             return self
-        self._refuse(_INLINE, "beside data.sources, where each source says its own")
+        self._refuse(_INLINE, "beside data.sources, where each source has its own")
         knots = sorted({1, *(max(1, int(step)) for source in self.sources for step, _ in source.points)})
         for step in knots:
             if not any(source.weight_at(step) > 0 for source in self.sources):
@@ -233,12 +266,12 @@ class Data(Origin):
 
     @property
     def packs(self) -> bool:
-        """Whether a row may hold several documents or padding."""
+        """Whether a sequence may hold several documents or padding."""
         return any(source.source != "builtin" for source in self.all_sources)
 
     @property
     def cuts(self) -> bool:
-        """Whether documents are cut to fill rows."""
+        """Whether documents are cut to fill sequences."""
         if self.fill is not None:
             return self.fill == "cut"
         return self.long_documents == "split" and all(source.loss_on == "all" for source in self.all_sources)

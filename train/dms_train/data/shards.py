@@ -1,6 +1,6 @@
-"""Rows by position: every source is shards, a shard is blocks of rows, and any block can be read without those before it.
+"""Records by position: every source is shards, a shard is blocks of records, and any block can be read without those before it.
 
-A block holds so few rows that reading one again, to find a document that a checkpoint names, costs next to nothing.
+A block holds so few records that reading one again, to find a document that a checkpoint names, costs next to nothing.
 """
 
 import glob
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dms_train.data.compressed import SUFFIXES, UNREADABLE, check_modules, open_file
-from dms_train.data.settings import LOCAL, Origin, suffixes_of
+from dms_train.data.settings import LOCAL, Origin, path_of, suffixes_of
 
-BLOCK_ROWS = 256
+BLOCK_RECORDS = 256
 BLOCK_BYTES = 1 << 20
+_NO_TEXT: tuple[type[Exception], ...] = (*UNREADABLE, UnicodeDecodeError)
 _BLOCK_FILES = 16
 # Of so many files a sample of the content goes into the fingerprint; of all their names and sizes do.
 _SAMPLED_FILES = 16
@@ -24,12 +25,15 @@ _SAMPLED_FILES = 16
 _NAMED_KINDS = 5
 
 
-class Row(NamedTuple):
-    """where: what messages call it. values: by column; None where it cannot be read, for the reason `problem`."""
+class Record(NamedTuple):
+    """One line of a data file, one row of a dataset, or one text file."""
 
     where: str
+    """What messages call it."""
     values: dict[str, Any] | None
+    """By column; None where it cannot be read."""
     problem: str = ""
+    """Why it cannot be read."""
 
 
 class BadShard(Exception):
@@ -37,15 +41,17 @@ class BadShard(Exception):
 
 
 class Shard(Protocol):
-    num_blocks: int | None
-    """None where only reading to the end tells."""
+    @property
+    def num_blocks(self) -> int | None:
+        """None where only reading to the end tells."""
 
-    def rows(self, block: int) -> list[Row]:
-        """The rows of a block; of one behind the last, none. Raises BadShard."""
+    def records(self, block: int) -> list[Record]:
+        """The records of a block; behind the last block, none. Raises BadShard."""
 
 
 class Shards(Protocol):
-    num_shards: int
+    @property
+    def num_shards(self) -> int: ...
 
     def open(self, shard: int) -> Shard:
         """Raises BadShard."""
@@ -56,7 +62,8 @@ class Shards(Protocol):
 
 def find_files(origin: Origin) -> list[Path]:
     """The files of a local source, sorted. Raises ValueError where there are none, RuntimeError as `check_modules`."""
-    path = Path(origin.path).expanduser()
+    given = path_of(origin)
+    path = Path(given).expanduser()
     suffixes = suffixes_of(origin.source)
     if path.is_dir():
         there = sorted(file for file in path.rglob("*") if file.is_file())
@@ -67,7 +74,7 @@ def find_files(origin: Origin) -> list[Path]:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
         if not files:
             raise ValueError(
-                f"data.path {origin.path!r} is no file and no folder, and as a glob matches none; "
+                f"data.path {given!r} is no file and no folder, and as a glob matches none; "
                 f"give a file, a folder of {suffixes[0]} files, or a glob"
             )
     check_modules(files)
@@ -95,7 +102,7 @@ def _describe_folder(origin: Origin, there: list[Path]) -> str:
     if fitting is not None:
         text += f". source: {fitting} reads {common}"
     elif common is not None:
-        text += f". Files with other suffixes are named by a glob, such as {str(Path(origin.path) / '**' / f'*{common}')!r}"
+        text += f". Files with other suffixes are named by a glob, such as {str(Path(path_of(origin)) / '**' / f'*{common}')!r}"
     return text
 
 
@@ -113,13 +120,13 @@ def _sample(file: Path) -> str:
                 opened.seek(start)
                 digest.update(opened.read(65536))
     except OSError as error:
-        # It is refused or skipped where it is read.
+        # The reader refuses or skips the file when it comes to it.
         return type(error).__name__
     return digest.hexdigest()[:16]
 
 
 class TextFiles:
-    """Each file is a row."""
+    """Each file is a record."""
 
     def __init__(self, origin: Origin):
         self.files, self.num_shards = find_files(origin), 1
@@ -131,24 +138,24 @@ class TextFiles:
     def fingerprint(self) -> list:
         return fingerprint_of(self.files)
 
-    def rows(self, block: int) -> list[Row]:
+    def records(self, block: int) -> list[Record]:
         return [self._read(file) for file in self.files[block * _BLOCK_FILES : (block + 1) * _BLOCK_FILES]]
 
-    def _read(self, file: Path) -> Row:
+    def _read(self, file: Path) -> Record:
         try:
             with open_file(file) as opened:
                 # A text's end of line is one character, whatever wrote it.
                 text = io.TextIOWrapper(opened, encoding="utf-8-sig").read()
-            return Row(f"data file {file}", {"text": text})
-        except (*UNREADABLE, UnicodeDecodeError) as error:
-            return Row(f"data file {file}", None, f"cannot be read: {error}")
+            return Record(f"data file {file}", {"text": text})
+        except _NO_TEXT as error:
+            return Record(f"data file {file}", None, f"cannot be read: {error}")
 
 
 class Parquet:
-    """Each row group is a shard: the smallest part that can be read alone. skips: a file that is none is a shard that cannot be read,
-    and no error yet."""
+    """Each row group is a shard: the smallest part that can be read alone."""
 
     def __init__(self, origin: Origin, columns: list[str], skips: bool):
+        """skips: a file that is no Parquet file is a shard that cannot be read, and no error yet."""
         self.files, self.columns, self.skips = find_files(origin), columns, skips
         self.shards: list[tuple[Path, int, str]] = []
         for file in self.files:
@@ -191,38 +198,38 @@ class Parquet:
 
 
 class ArrowTable:
-    """A pyarrow Table as a shard; its rows as they were before Arrow gave all of them the same keys."""
+    """A pyarrow Table as a shard; its rows as they were before Arrow gave them all the same keys."""
 
     def __init__(self, table: Any, name: str):
         self.table, self.name = table, name
-        self.num_blocks = -(-table.num_rows // BLOCK_ROWS)
+        self.num_blocks = -(-table.num_rows // BLOCK_RECORDS)
 
-    def rows(self, block: int) -> list[Row]:
-        start = block * BLOCK_ROWS
+    def records(self, block: int) -> list[Record]:
+        start = block * BLOCK_RECORDS
         kinds = {field.name: field.type for field in self.table.schema}
-        values = self.table.slice(start, BLOCK_ROWS).to_pylist()
+        values = self.table.slice(start, BLOCK_RECORDS).to_pylist()
         return [
-            Row(f"{self.name}, row {start + number}", {name: _as_given(value, kinds[name]) for name, value in row.items()})
+            Record(f"{self.name}, row {start + number}", {name: _original(value, kinds[name]) for name, value in row.items()})
             for number, row in enumerate(values)
         ]
 
 
-def _as_given(value: Any, kind: Any) -> Any:
-    """A value without what Arrow's type (kind) made of it.
+def _original(value: Any, kind: Any) -> Any:
+    """A value as it was before Arrow stored it with a type (kind).
 
-    All structs of a column have the keys of each, with null for those that one did not have: keys with null are left out. Elements of
-    lists, entries of maps and what stands in JSON were given as they are.
+    All structs of a column have the keys of each, with null for those that one did not have: keys with null are left out. Nulls in lists,
+    maps and JSON were in the data and are kept.
     """
     if value is None:
         return None
     if getattr(kind, "extension_name", "") == "arrow.json":
         return json.loads(value)
     if isinstance(value, dict):
-        return {field.name: _as_given(value[field.name], field.type) for field in kind if value[field.name] is not None}
+        return {field.name: _original(value[field.name], field.type) for field in kind if value[field.name] is not None}
     if isinstance(value, list) and hasattr(kind, "item_type"):
-        return {key: _as_given(item, kind.item_type) for key, item in value}
+        return {key: _original(item, kind.item_type) for key, item in value}
     if isinstance(value, list):
-        return [_as_given(item, kind.value_type) for item in value]
+        return [_original(item, kind.value_type) for item in value]
     return value
 
 

@@ -1,7 +1,7 @@
-"""A source's documents, endlessly, in an order that is a function of the seed, and from any place in it.
+"""A source's documents, endlessly, in an order that is a function of the seed, and from any cursor on.
 
-Each epoch reads the shards in an order of its own, a shard's blocks in an order of their own, a block's rows in an order of their
-own. A place is four numbers, and what was read before it need not be known.
+Each epoch shuffles the shards, within a shard the blocks, within a block the records. A cursor is four numbers, and what was read
+before it need not be known.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,41 +18,48 @@ from dms.evaluation.data.tasks import make_document
 from dms.evaluation.data.text_sources import StdlibText, stdlib_files
 from dms.io.vocabulary import check_tokens
 from dms_train.data.settings import Origin
-from dms_train.data.shards import BadShard, Row, Shard, Shards
+from dms_train.data.shards import BadShard, Record, Shard, Shards
 from dms_train.data.tokenization import Render, Rendered
 
-_CHUNK_ROWS = 16
+_CHUNK_RECORDS = 16
 _OPEN_SHARDS = 2
 
 
 class Cursor(NamedTuple):
-    """A place in the order: numbers within the epoch's order of shards, the shard's of blocks, the block's of rows."""
+    """A place in the order that the seed gives."""
 
     epoch: int = 0
     shard: int = 0
+    """Number within the epoch's order of shards, not of the files."""
     block: int = 0
-    row: int = 0
+    """Number within the shard's order of blocks."""
+    record: int = 0
+    """Number within the block's order of records."""
 
     @property
     def after(self) -> "Cursor":
-        return self._replace(row=self.row + 1)
+        return self._replace(record=self.record + 1)
 
 
 @dataclass(frozen=True)
-class Document:
-    """length: tokens. arrays() -> (ids_T int32, counted_T bool), which may be made only now."""
+class SourceDocument:
+    """A document to train on."""
 
     source: int
+    """Number of its source."""
     cursor: Cursor
     length: int
+    """Tokens."""
     arrays: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """-> ids [T] int32, counted [T] bool: whether the loss counts the prediction at a token. Some are made only when called."""
 
 
 class Outcome(NamedTuple):
-    """What became of a row (or a shard): a document, or why it is none: filtered, empty, bad_rows, bad_shards."""
+    """What became of a record, or of a shard that cannot be read."""
 
-    document: Document | None
+    document: SourceDocument | None
     left_out: str = ""
+    """Why it is no document: filtered, empty, bad_rows, bad_shards, ... (a key of `documents` in metrics.jsonl)."""
 
 
 class _EpochEnd(NamedTuple):
@@ -60,7 +67,7 @@ class _EpochEnd(NamedTuple):
 
 
 class Reader:
-    """One source. say: prints a line."""
+    """The documents of one source of files or datasets."""
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class Reader:
         workers: int,
         say: Callable[[str], None],
     ):
+        """skips: what cannot be read is left out, counted and said, instead of an error. say: prints a line."""
         self.origin, self.number, self.shards, self.render = origin, number, shards, render
         self.skips, self.workers, self.say = skips, workers, say
         self.key = f"{seed}:{number}"
@@ -85,13 +93,13 @@ class Reader:
         return self.shards.fingerprint()
 
     def documents(self, cursor: Cursor) -> Iterator[Outcome]:
-        """From a place on. Raises ValueError for what is bad, unless it is skipped, and for an epoch without a document."""
+        """All from a cursor on. Raises ValueError for what cannot be read, unless that is skipped, and for an epoch without a document."""
         found, whole = 0, cursor == Cursor(cursor.epoch)
         seen: Counter[str] = Counter()
         for made in self._rendered(self._chunks(cursor)):
             if isinstance(made, _EpochEnd):
                 if whole and not found:
-                    counted = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in seen.items()) or "no rows"
+                    counted = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in seen.items()) or "no records"
                     raise ValueError(
                         f"data.path {self.origin.path!r} holds no text to train on ({counted}); check its columns and data.filter"
                     )
@@ -103,14 +111,14 @@ class Reader:
             seen[outcome.left_out] += 1
             yield outcome
 
-    def at(self, cursor: Cursor) -> Document:
-        """The document at a place, read again."""
+    def at(self, cursor: Cursor) -> SourceDocument:
+        """The document at a cursor, read again."""
         shard = self._order(f"{cursor.epoch}", self.shards.num_shards)[cursor.shard]
         try:
-            rows = self._rows(self._opened(shard), cursor)
+            records = self._records(self._opened(shard), cursor)
         except BadShard as error:
             raise ValueError(f"{error}; it was read before: give the data that the run began with") from None
-        document = self._outcome(cursor, self.render([rows[cursor.row]])[0]).document if cursor.row < len(rows) else None
+        document = self._outcome(cursor, self.render([records[cursor.record]])[0]).document if cursor.record < len(records) else None
         if document is None:
             raise ValueError(f"data.path {self.origin.path!r} has changed: a document of the checkpoint is not there any more")
         return document
@@ -118,7 +126,7 @@ class Reader:
     def _outcome(self, cursor: Cursor, rendered: Rendered) -> Outcome:
         if not rendered.left_out:
             ids, counted = rendered.ids, rendered.counted
-            return Outcome(Document(self.number, cursor, len(ids), lambda: (ids, counted)))
+            return Outcome(SourceDocument(self.number, cursor, len(ids), lambda: (ids, counted)))
         if not rendered.left_out.startswith("bad"):
             return Outcome(None, rendered.left_out)
         problem = rendered.problem if rendered.problem.startswith(rendered.where) else f"{rendered.where} {rendered.problem}"
@@ -130,13 +138,13 @@ class Reader:
         return Outcome(None, "bad_shards" if rendered.left_out == "bad_shard" else "bad_rows")
 
     def _rendered(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        """(cursor, rendered) in order; `workers` chunks are made at once."""
+        """(cursor, rendered) pairs and epoch ends, in order; `workers` chunks are tokenised at once."""
         waiting: deque[Any] = deque()
         for chunk in chunks:
             if isinstance(chunk, _EpochEnd | Rendered) or self.executor is None:
                 waiting.append((chunk, None))
             else:
-                waiting.append((chunk, self.executor.submit(self.render, [row for _, row in chunk])))
+                waiting.append((chunk, self.executor.submit(self.render, [record for _, record in chunk])))
             if len(waiting) > (self.workers if self.executor is not None else 0):
                 yield from self._finished(*waiting.popleft())
 
@@ -146,23 +154,23 @@ class Reader:
         elif isinstance(chunk, Rendered):
             yield Cursor(), chunk
         else:
-            made = self.render([row for _, row in chunk]) if future is None else future.result()
+            made = self.render([record for _, record in chunk]) if future is None else future.result()
             yield from ((cursor, rendered) for (cursor, _), rendered in zip(chunk, made, strict=True))
 
     def _chunks(self, cursor: Cursor) -> Iterator[Any]:
-        """A few rows at a time with their places; shards that cannot be read, and epochs' ends, between them."""
+        """Lists of (cursor, record); between them a Rendered for each shard that cannot be read, and epoch ends."""
         while True:
             order = self._order(f"{cursor.epoch}", self.shards.num_shards)
             while cursor.shard < len(order):
                 try:
                     shard = self._opened(order[cursor.shard])
                     while shard.num_blocks is None or cursor.block < shard.num_blocks:
-                        rows = self._rows(shard, cursor)
-                        if not rows and shard.num_blocks is None:
+                        records = self._records(shard, cursor)
+                        if not records and shard.num_blocks is None:
                             break
-                        for start in range(cursor.row, len(rows), _CHUNK_ROWS):
-                            numbered = enumerate(rows[start : start + _CHUNK_ROWS], start)
-                            yield [(cursor._replace(row=number), row) for number, row in numbered]
+                        for start in range(cursor.record, len(records), _CHUNK_RECORDS):
+                            numbered = enumerate(records[start : start + _CHUNK_RECORDS], start)
+                            yield [(cursor._replace(record=number), record) for number, record in numbered]
                         cursor = Cursor(cursor.epoch, cursor.shard, cursor.block + 1)
                 except BadShard as error:
                     yield Rendered("", left_out="bad_shard", problem=str(error))
@@ -177,18 +185,18 @@ class Reader:
             self._open[shard] = self.shards.open(shard)
         return self._open[shard]
 
-    def _rows(self, shard: Shard, cursor: Cursor) -> list[Row]:
-        """The rows of a place's block, in their order."""
+    def _records(self, shard: Shard, cursor: Cursor) -> list[Record]:
+        """The records of the cursor's block, shuffled."""
         place = f"{cursor.epoch}:{cursor.shard}"
         blocks = None if shard.num_blocks is None else self._order(place, shard.num_blocks)
-        rows = shard.rows(cursor.block if blocks is None else blocks[cursor.block])
-        return [rows[number] for number in self._order(f"{place}:{cursor.block}", len(rows))]
+        records = shard.records(cursor.block if blocks is None else blocks[cursor.block])
+        return [records[number] for number in self._order(f"{place}:{cursor.block}", len(records))]
 
     def _order(self, place: str, count: int) -> tuple[int, ...]:
         return _shuffled(f"{self.key}:{place}", count)
 
 
-# Those of the shards and of the blocks are asked for again with every block.
+# Cached: the orders of shards and of blocks are needed again for every block.
 @functools.lru_cache(maxsize=64)
 def _shuffled(key: str, count: int) -> tuple[int, ...]:
     order = list(range(count))
@@ -199,9 +207,9 @@ def _shuffled(key: str, count: int) -> tuple[int, ...]:
 class BuiltinReader:
     """Standard-library text with planted tasks: document n is a function of n and the seed, and has exactly `length` tokens."""
 
-    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int, num_rows: int):
+    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int, num_embeddings: int):
         self.tokenizer, self.items, self.number, self.length, self.seed = tokenizer, origin.items, number, length, seed
-        self.num_rows = num_rows
+        self.num_embeddings = num_embeddings
         self.text = StdlibText(held_out=False)
         self.executor: Executor | None = None
         for trial in range(4):
@@ -218,18 +226,20 @@ class BuiltinReader:
             yield Outcome(self.at(cursor))
             cursor = cursor.after
 
-    def at(self, cursor: Cursor) -> Document:
-        return Document(self.number, cursor, self.length, lambda: self._arrays(cursor.row))
+    def at(self, cursor: Cursor) -> SourceDocument:
+        # Made only when its batch is: planning needs the length alone.
+        return SourceDocument(self.number, cursor, self.length, lambda: self._arrays(cursor.record))
 
     def _arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         document = self._plant(index)
-        check_tokens(document.input_ids, self.tokenizer, self.num_rows, f"builtin document {index}")
+        check_tokens(document.input_ids, self.tokenizer, self.num_embeddings, f"builtin document {index}")
         # Names and values drawn at random: there is nothing to predict, and the embedded model was not trained to.
         return np.asarray(document.input_ids, np.int32), np.asarray([*document.role[1:], 0]) != 1
 
     def _plant(self, index: int, num_items: int | None = None, strict: bool = False) -> Any:
         rng = Random(f"{self.seed}:{self.length}:{index}")
-        questions = rng.choice(("anywhere", "end"))
+        styles: tuple[Literal["anywhere"], Literal["end"]] = ("anywhere", "end")
+        questions = rng.choice(styles)
         drawn = rng.randint(*self.items)
         return make_document(
             self.tokenizer,

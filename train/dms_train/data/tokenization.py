@@ -1,6 +1,6 @@
-"""From a row to a document: which of its columns, as which tokens, and which of their predictions the loss counts.
+"""From a record to a document: its columns as tokens, and which predictions the loss counts.
 
-The prediction made at a token is that of the next one. T: tokens of the document.
+The prediction at a token is that of the next one. T: tokens of the document.
 """
 
 import inspect
@@ -14,25 +14,29 @@ import numpy as np
 from dms.config import nearest
 from dms.io.vocabulary import check_tokens
 from dms_train.data.settings import Condition, Filter, Origin
-from dms_train.data.shards import Row
+from dms_train.data.shards import Record
 
 
 class Rendered(NamedTuple):
-    """ids_T int32, counted_T bool. where: what messages call it. left_out: "", or why it is none: filtered,
-    empty, without_completions or bad, with `problem`."""
+    """A record as a document, or why it is none."""
 
     where: str
-    ids: np.ndarray | None = None
-    counted: np.ndarray | None = None
+    """What messages call it."""
+    ids: np.ndarray = np.zeros(0, np.int32)
+    """[T] int32; none where it is left out."""
+    counted: np.ndarray = np.zeros(0, bool)
+    """[T]: whether the loss counts the prediction at the token."""
     left_out: str = ""
+    """Why it is no document: filtered, empty, without_completions or bad; empty where it is one."""
     problem: str = ""
+    """What is wrong with a bad one."""
 
 
-class BadRow(Exception):
-    """A row that is not as the recipe says."""
+class BadRecord(Exception):
+    """A record that does not fit the recipe; the text goes on after its place: "FILE:3 has no text"."""
 
 
-Render = Callable[[list[Row]], list[Rendered]]
+Render = Callable[[list[Record]], list[Rendered]]
 
 
 def columns_of(origin: Origin) -> list[str]:
@@ -47,54 +51,60 @@ def make_render(tokenizer: Any, origin: Origin) -> Render:
     """Raises ValueError where the tokenizer cannot do what the source asks for."""
     if origin.messages is not None:
         return rendering(origin, Chats(tokenizer, origin))
-    return rendering(origin, _Pairs(tokenizer, origin) if origin.prompt is not None else Texts(tokenizer, origin))
+    return rendering(origin, _Pairs(tokenizer, origin) if origin.prompt is not None else _Texts(tokenizer, origin))
 
 
-def with_rows(render: Render, tokenizer: Any, num_rows: int) -> Render:
-    """Refuse tokens that an embedding of `num_rows` rows has none for. Such a row is not left out as a bad one: the model is at fault."""
+def checking_tokens(render: Render, tokenizer: Any, num_embeddings: int) -> Render:
+    """As `render`, and raise ValueError for tokens beyond the model's embedding. Such a record is not left out as bad: tokenizer and model
+    do not fit."""
 
-    def each(rows: list[Row]) -> list[Rendered]:
-        made = render(rows)
+    def each(records: list[Record]) -> list[Rendered]:
+        made = render(records)
         for rendered in made:
             if not rendered.left_out:
-                check_tokens(rendered.ids, tokenizer, num_rows, rendered.where)
+                check_tokens(rendered.ids.tolist(), tokenizer, num_embeddings, rendered.where)
         return made
 
     return each
 
 
-class Writer(Protocol):
-    """text(values): a row's text, for filters; raises BadRow. write(rows): what passed them."""
+class RecordFormat(Protocol):
+    """How records of one kind become documents. Records are given as values by column."""
 
-    def text(self, values: dict[str, Any]) -> str: ...
+    def text(self, values: dict[str, Any]) -> str:
+        """The whole text, for filters. Raises BadRecord."""
 
-    def write(self, rows: list[dict[str, Any]]) -> list[Rendered]: ...
+    def tokenize(self, records: list[dict[str, Any]]) -> list[Rendered]:
+        """Those that passed the filters, without `where`."""
 
 
-def rendering(origin: Origin, writer: Writer) -> Render:
-    def each(rows: list[Row]) -> list[Rendered]:
-        left_out = [_left_out(row, origin, writer) for row in rows]
-        passed = iter(writer.write([row.values for row, left in zip(rows, left_out, strict=True) if left is None]))
-        return [left or next(passed)._replace(where=row.where) for row, left in zip(rows, left_out, strict=True)]
+def rendering(origin: Origin, format: RecordFormat) -> Render:
+    """Filter and tokenise: one Rendered for each record, in order."""
+
+    def each(records: list[Record]) -> list[Rendered]:
+        left_out = [_left_out(record, origin, format) for record in records]
+        passing = [record.values or {} for record, left in zip(records, left_out, strict=True) if left is None]
+        passed = iter(format.tokenize(passing))
+        return [left or next(passed)._replace(where=record.where) for record, left in zip(records, left_out, strict=True)]
 
     return each
 
 
-def _left_out(row: Row, origin: Origin, writer: Writer) -> Rendered | None:
-    """Why a row is no document; None if it is one."""
-    if row.values is None:
-        return Rendered(row.where, left_out="bad", problem=f"{row.where} {row.problem}")
+def _left_out(record: Record, origin: Origin, format: RecordFormat) -> Rendered | None:
+    """Why a record is no document, or None."""
+    if record.values is None:
+        return Rendered(record.where, left_out="bad", problem=f"{record.where} {record.problem}")
     try:
-        text = writer.text(row.values)
+        text = format.text(record.values)
         if not text.strip():
-            return Rendered(row.where, left_out="empty")
-        # Half of a surrogate pair is legal in JSON and no tokenizer reads it.
+            return Rendered(record.where, left_out="empty")
+        # JSON allows half of a surrogate pair, which no tokenizer reads.
         text.encode("utf-8")
-        return None if passes(origin.filter, row.values, text) else Rendered(row.where, left_out="filtered")
+        return None if passes(origin.filter, record.values, text) else Rendered(record.where, left_out="filtered")
     except UnicodeEncodeError as error:
-        return Rendered(row.where, left_out="bad", problem=f"{row.where} is no Unicode text: {error}")
-    except BadRow as error:
-        return Rendered(row.where, left_out="bad", problem=f"{row.where} {error}")
+        return Rendered(record.where, left_out="bad", problem=f"{record.where} is no Unicode text: {error}")
+    except BadRecord as error:
+        return Rendered(record.where, left_out="bad", problem=f"{record.where} {error}")
 
 
 def passes(rules: Filter, values: dict[str, Any], text: str) -> bool:
@@ -111,7 +121,7 @@ def passes(rules: Filter, values: dict[str, Any], text: str) -> bool:
 
 def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
     if column not in values:
-        raise BadRow(f"has no {column!r}, which data.filter.where asks for; it has: {', '.join(values)}")
+        raise BadRecord(f"has no {column!r}, which data.filter.where asks for; it has: {', '.join(values)}")
     value = values[column]
     if value is None:
         return False
@@ -123,7 +133,7 @@ def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
         return False
     bounds = [bound for bound in (condition.lt, condition.le, condition.gt, condition.ge) if bound is not None]
     if bounds and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise BadRow(f"has {value!r} under {column!r}, which data.filter.where compares with the number {bounds[0]:g}")
+        raise BadRecord(f"has {value!r} under {column!r}, which data.filter.where compares with the number {bounds[0]:g}")
     return (
         (condition.lt is None or value < condition.lt)
         and (condition.le is None or value <= condition.le)
@@ -134,7 +144,7 @@ def _holds(condition: Condition, column: str, values: dict[str, Any]) -> bool:
 
 def string_of(values: dict[str, Any], column: str, setting: str) -> str:
     if not isinstance(values.get(column), str):
-        raise BadRow(f"has no text under {setting} {column!r}; it has: {', '.join(values)}")
+        raise BadRecord(f"has no text under {setting} {column!r}; it has: {', '.join(values)}")
     return values[column]
 
 
@@ -164,40 +174,45 @@ class Ids:
 
 
 def everything(ids: list[int]) -> Rendered:
+    """A document all of whose predictions the loss counts."""
     return Rendered("", np.asarray(ids, np.int32), np.ones(len(ids), bool))
 
 
-class Texts:
+class _Texts:
+    """One column of text."""
+
     def __init__(self, tokenizer: Any, origin: Origin):
         self.ids, self.origin = Ids(tokenizer), origin
 
     def text(self, values: dict[str, Any]) -> str:
         return string_of(values, self.origin.field, "data.field")
 
-    def write(self, rows: list[dict]) -> list[Rendered]:
-        return [everything(self.ids.end(ids)) for ids in self.ids.begin([row[self.origin.field] for row in rows])]
+    def tokenize(self, records: list[dict[str, Any]]) -> list[Rendered]:
+        return [everything(self.ids.end(ids)) for ids in self.ids.begin([record[self.origin.field] for record in records])]
 
 
 class _Pairs:
-    """Prompt and completion, tokenised apart, so that the border between them is a border of tokens."""
+    """Prompt and completion, tokenised apart so that no token spans both."""
 
     def __init__(self, tokenizer: Any, origin: Origin):
-        self.ids, self.origin = Ids(tokenizer), origin
+        assert origin.prompt is not None and origin.completion is not None
+        self.ids, self.loss_on = Ids(tokenizer), origin.loss_on
+        self.prompt, self.completion = origin.prompt, origin.completion
 
     def text(self, values: dict[str, Any]) -> str:
-        prompt = string_of(values, self.origin.prompt, "data.prompt")
-        completion = string_of(values, self.origin.completion, "data.completion")
+        prompt = string_of(values, self.prompt, "data.prompt")
+        completion = string_of(values, self.completion, "data.completion")
         return prompt + completion if completion else ""
 
-    def write(self, rows: list[dict]) -> list[Rendered]:
-        prompts = self.ids.begin([row[self.origin.prompt] for row in rows])
-        texts = [row[self.origin.completion] for row in rows]
+    def tokenize(self, records: list[dict[str, Any]]) -> list[Rendered]:
+        prompts = self.ids.begin([record[self.prompt] for record in records])
+        texts = [record[self.completion] for record in records]
         completions = self.ids.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         made = []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = self.ids.end([*prompt, *completion])
             rendered = everything(ids)
-            if self.origin.loss_on == "completions":
+            if self.loss_on == "completions":
                 rendered = rendered._replace(counted=predicting(len(ids), [(len(prompt), len(ids))]))
             made.append(rendered)
         return made
@@ -212,10 +227,12 @@ def predicting(length: int, spans: list[tuple[int, int]]) -> np.ndarray:
 
 
 class Chats:
-    """Chats by the tokenizer's template; its own marks of what the assistant says, or else its prompts, tell the spans."""
+    """Chats by the tokenizer's template. The assistant's tokens are those that the template marks ({% generation %}); where it marks
+    none, those between the prompt before each of its turns and the turn's end."""
 
     def __init__(self, tokenizer: Any, origin: Origin):
-        self.tokenizer, self.origin = tokenizer, origin
+        assert origin.messages is not None
+        self.tokenizer, self.origin, self.column = tokenizer, origin, origin.messages
         template = getattr(tokenizer, "chat_template", None)
         if not template:
             raise ValueError(
@@ -226,14 +243,14 @@ class Chats:
         self.is_marked = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         if origin.loss_on == "completions":
             if not tokenizer.is_fast:
-                raise ValueError("data.loss_on: completions needs a fast tokenizer, which says where in the text its tokens stand")
-            self._try_out()
+                raise ValueError("data.loss_on: completions needs a fast tokenizer, which gives the characters of each token")
+            self._check_spans()
 
     def _check_options(self, template: str) -> None:
         """Raises ValueError for what the template does not use, and for what is no option of it."""
         arguments = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         if taken := [name for name in self.origin.template if name in arguments]:
-            raise ValueError(f"data.template.{taken[0]} is no option of a chat template but what dms itself gives to it; remove it")
+            raise ValueError(f"data.template.{taken[0]} is no option of a chat template but what dms itself passes to it; remove it")
         used = set(re.findall(r"[^\W\d]\w*", " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.S))))
         given = {f"data.template.{name}": name for name in self.origin.template}
         for setting, name in (given | ({"data.tools": "tools"} if self.origin.tools else {})).items():
@@ -243,59 +260,63 @@ class Chats:
                     f"{nearest(name, used)}; remove it"
                 )
 
-    def _try_out(self) -> None:
+    def _check_spans(self) -> None:
+        """Raises ValueError where a plain chat's completions cannot be told from its prompts."""
         turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         try:
             self._spans(turns, self.origin.template)
-        except BadRow as error:
+        except BadRecord as error:
             raise ValueError(f"data.loss_on: completions cannot be used with this model: a chat {error}; use loss_on: all") from None
 
     def text(self, values: dict[str, Any]) -> str:
         return "\n".join(turn["content"] or "" for turn in self.turns(values))
 
     def turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        turns, column = values.get(self.origin.messages), self.origin.messages
+        column = self.column
+        turns = values.get(column)
         if not isinstance(turns, list) or not turns:
-            raise BadRow(f"has no list of messages under data.messages {column!r}; it has: {', '.join(values)}")
+            raise BadRecord(f"has no list of messages under data.messages {column!r}; it has: {', '.join(values)}")
         for turn in turns:
             if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str | None):
-                raise BadRow(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
+                raise BadRecord(f"has a message under {column!r} that is no {{role: text, content: text}}: {str(turn)[:80]}")
         return [{**turn, "content": turn.get("content")} for turn in turns]
 
     def options(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What the template gets of a row besides its messages. Raises BadRow for tools that are none."""
+        """What the template gets besides the messages. Raises BadRecord for tools that are not a list of JSON schemas."""
         column = self.origin.tools
         if column is None:
             return self.origin.template
         if column not in values:
-            raise BadRow(f"has no {column!r}, which data.tools names; it has: {', '.join(values)} (a row without tools has null there)")
+            raise BadRecord(
+                f"has no {column!r}, which data.tools names; it has: {', '.join(values)} (a record without tools has null there)"
+            )
         tools = values[column]
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools) if tools.strip() else None
             except ValueError as error:
-                raise BadRow(f"has a text under data.tools {column!r} that is not JSON: {error}") from None
+                raise BadRecord(f"has a text under data.tools {column!r} that is not JSON: {error}") from None
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise BadRow(f"has no list of JSON schemas under data.tools {column!r}: {str(tools)[:80]}")
+            raise BadRecord(f"has no list of JSON schemas under data.tools {column!r}: {str(tools)[:80]}")
         return {**self.origin.template, "tools": tools or None}
 
-    def write(self, rows: list[dict]) -> list[Rendered]:
-        return [self._render(row) for row in rows]
+    def tokenize(self, records: list[dict[str, Any]]) -> list[Rendered]:
+        return [self._render(record) for record in records]
 
-    def _render(self, row: dict[str, Any]) -> Rendered:
+    def _render(self, record: dict[str, Any]) -> Rendered:
         try:
-            turns, options = self.turns(row), self.options(row)
+            turns, options = self.turns(record), self.options(record)
             if self.origin.loss_on == "all":
                 return everything(self.tokenizer(self.template(turns, options), add_special_tokens=False)["input_ids"])
             ids, spans = self._spans(turns, options)
             if not spans:
                 return Rendered("", left_out="without_completions")
             return Rendered("", np.asarray(ids, np.int32), predicting(len(ids), spans))
-        except BadRow as error:
+        except BadRecord as error:
             return Rendered("", left_out="bad", problem=str(error))
 
     def template(self, turns: list[dict[str, Any]], options: dict[str, Any], *, with_prompt: bool = False) -> str:
-        """The text of a chat. with_prompt: and the beginning of an answer."""
+        """The text of a chat. with_prompt: with the beginning of an answer after it."""
         return self._apply(turns, tokenize=False, add_generation_prompt=with_prompt, **options)
 
     def _apply(self, turns: list[dict[str, Any]], **arguments: Any) -> Any:
@@ -303,10 +324,10 @@ class Chats:
             return self.tokenizer.apply_chat_template(turns, **arguments)
         except Exception as error:
             # A template raises what its author chose, jinja's errors and Python's own.
-            raise BadRow(f"is refused by the chat template: {type(error).__name__}: {error}") from error
+            raise BadRecord(f"is refused by the chat template: {type(error).__name__}: {error}") from error
 
     def _spans(self, turns: list[dict[str, Any]], options: dict[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The chat's ids, and the spans of tokens that the assistant says."""
+        """The chat's ids, and the spans [start, end) of the assistant's tokens."""
         if self.is_marked:
             made = self._apply(turns, return_dict=True, return_assistant_tokens_mask=True, **options)
             edges = np.flatnonzero(np.diff([0, *made["assistant_masks"], 0]))
@@ -315,27 +336,27 @@ class Chats:
         made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = (np.array(side) for side in zip(*made["offset_mapping"], strict=True))
         spans = []
-        for start, end in self._said(turns, options, whole):
-            # A token on the border would be half the prompt's.
+        for start, end in self._assistant_characters(turns, options, whole):
+            # The loss counts whole tokens; one on the border would be half the prompt's.
             if ((starts < start) & (ends > start)).any() or ((starts < end) & (ends > end)).any():
-                raise BadRow("has a token that is half an assistant's turn and half what the template writes around it")
+                raise BadRecord("has a token that is half an assistant's turn and half what the template writes around it")
             inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
             if len(inside):
                 spans.append((int(inside[0]), int(inside[-1]) + 1))
         return made["input_ids"], spans
 
-    def _said(self, turns: list[dict[str, Any]], options: dict[str, Any], whole: str) -> list[tuple[int, int]]:
+    def _assistant_characters(self, turns: list[dict[str, Any]], options: dict[str, Any], whole: str) -> list[tuple[int, int]]:
         """Characters of each assistant's turn: from the end of its prompt to where the chat without later turns ends."""
-        said = []
+        found = []
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             before = self.template(turns[:number], options, with_prompt=True)
             after = self.template(turns[: number + 1], options)
             if not (after.startswith(before) and whole.startswith(after)):
-                raise BadRow(
+                raise BadRecord(
                     f"is written otherwise by the chat template once more turns follow (message {number + 1}), and the template "
-                    "does not mark what the assistant says ({% generation %})"
+                    "does not mark the assistant's text ({% generation %})"
                 )
-            said.append((len(before), len(after)))
-        return said
+            found.append((len(before), len(after)))
+        return found

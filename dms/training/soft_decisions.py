@@ -1,0 +1,189 @@
+"""Train mode: what a pass of it is, and in each layer the noisy soft decisions and the attention that weighs keys by them.
+
+Maths: arXiv 2506.05345 section 3.1 (Gumbel-sigmoid decisions, with the noise as a pure function of its name).
+Shapes: B batch, T tokens, Hq query heads, H KV heads, D head dim, M model dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from dms import masks
+from dms.attention import scale_of
+from dms.gates import Gate
+from dms.layer_discovery import AttentionLayer
+from dms.masks import Tokens
+from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise, state_of
+from dms.training.activation_checkpointing import follow_passes
+from dms.training.offload import HostStore
+from dms_kernels import gated_attention
+from dms_kernels.gated_attention import FirstPass
+
+
+@dataclass(frozen=True)
+class TrainPass(ForwardPass):
+    """One pass in train mode. The dictionaries collect by layer index."""
+
+    noise: Noise | None = None
+    evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B] sums of decisions to evict over heads and tokens: straight-through, with the gate's gradient."""
+    decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B] decisions over heads and tokens."""
+    head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[H] share of decided tokens evicted, detached."""
+    first_passes: dict[int, FirstPass] = field(default_factory=dict)
+    """What attention made in checkpointed layers, for their recomputation."""
+    keeps: bool = False
+    """This is the first pass of a checkpointed layer."""
+
+    @classmethod
+    def begin(cls, state: DMSState, tokens: Tokens, *, has_cache: bool) -> TrainPass:
+        """Raises ValueError for padding within a document, and for activation checkpointing of the reentrant kind."""
+        follow_passes(state, state.decoder)
+        masks.require_unbroken(tokens)
+        offloads = state.offload_activations and torch.is_grad_enabled()
+        store = HostStore() if offloads else None
+        return cls("train", tokens, noise=state.noise, rows=state.rows, has_cache=has_cache, store=store)
+
+    def as_first_pass(self) -> TrainPass:
+        return replace(self, keeps=True)
+
+    def as_recomputation(self) -> TrainPass:
+        return TrainPass("train", self.tokens, noise=self.noise, rows=self.rows, first_passes=self.first_passes)
+
+    def decide(
+        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+    ) -> AttentionFunction:
+        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
+        config, tokens, rows = state.config, self.tokens, self.rows
+        logits = gate(hidden_BTM)
+        # A document's first token has nobody before it to decide for, wherever its successors are.
+        deciding = tokens.real if config.alignment == "own" else tokens.real & (tokens.position_BT > 0)
+        deciding = deciding if rows is None else rows.held(deciding)
+        noise = torch.zeros_like(logits)
+        if self.noise is not None:
+            noise = logistic_noise(
+                self.noise.sequence_B.to(logits.device),
+                logits.shape[1],
+                layer.num_heads if config.granularity == "head" else 1,
+                seed=self.noise.seed,
+                layer=layer.index,
+                first_token=0 if rows is None else rows.rank * logits.shape[1],
+            )
+        log_keep = keep_log_prob(logits, noise, config.tau)
+        evicted = straight_through(log_keep) * deciding[..., None]
+        self.evicted_count[layer.index] = evicted.sum((1, 2))
+        self.decided_count[layer.index] = deciding.sum(1).to(log_keep.dtype) * layer.num_heads
+        self.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / deciding.sum().clamp(min=1)).float()
+        attend = functools.partial(
+            train_attention if rows is None else rows.train_attention,
+            tokens=tokens,
+            window=config.window,
+            sinks=config.sinks,
+            first_pass=self._first_pass(layer.index),
+        )
+        if rows is not None:
+            # Aligned where the whole sequences are.
+            return functools.partial(attend, log_keep_BSH=log_keep, alignment=config.alignment)
+        return functools.partial(attend, log_keep_BTH=masks.align(log_keep, tokens.segment_BT, config.alignment, 0.0))
+
+    def _first_pass(self, layer: int) -> FirstPass | None:
+        """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it again."""
+        if not self.keeps:
+            return self.first_passes.pop(layer, None)
+        first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
+        self.first_passes[layer] = first_pass
+        return first_pass
+
+
+def train_pass(model: nn.Module) -> TrainPass:
+    """The latest pass of a model in train mode, with the counts of its decisions."""
+    forward = state_of(model).forward
+    assert isinstance(forward, TrainPass), "the latest pass was in train mode"
+    return forward
+
+
+def train_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    log_keep_BTH: torch.Tensor,
+    tokens: Tokens,
+    window: int,
+    sinks: int,
+    first_pass: FirstPass | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_,
+) -> torch.Tensor:
+    """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D].
+
+    log_keep_BTH: by the token that was decided on. scaling, softcap, s_aux: as transformers' attention interface gives them.
+    """
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"train mode reads whole documents: {query.shape[2]} queries met {key.shape[2]} keys; call the model with use_cache=False"
+        )
+    return gated_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        log_keep_BTH,
+        window=window,
+        scale=scale_of(scaling, query),
+        segment_ids=tokens.segment_BT,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=s_aux,
+        first_pass=first_pass,
+    )
+
+
+def keep_log_prob(logits_BTH: torch.Tensor, noise_BTH: torch.Tensor, tau: float) -> torch.Tensor:
+    """log(1 - p) with p = sigmoid((logit + noise) / tau), exact where p is close to 1."""
+    return F.logsigmoid(-(logits_BTH + noise_BTH) / tau)
+
+
+def straight_through(log_keep_BTH: torch.Tensor) -> torch.Tensor:
+    """Decisions with value 0 or 1 (p > 0.5) and the gradient of p."""
+    prob = 1.0 - log_keep_BTH.exp()
+    hard = (prob > 0.5).to(prob.dtype)
+    return hard + prob - prob.detach()
+
+
+def logistic_noise(
+    sequence_B: torch.Tensor, num_tokens: int, num_heads: int, *, seed: int, layer: int, first_token: int = 0
+) -> torch.Tensor:
+    """Logistic(0, 1) noise [B, T, H] float32, a pure function of (seed, layer, sequence, token, head).
+
+    first_token: place of the T tokens in their sequence.
+
+    A counter-based generator: recomputation, another micro-batch split, world size or device sees the same noise. The
+    difference of two Gumbel samples is logistic. `sequence_B` [B] int64 numbers the training sequences of the whole run.
+    """
+    device = sequence_B.device
+    counter = _mix(sequence_B.long()[:, None] + _mix_int(seed * 1_000_003 + layer))
+    token = torch.arange(first_token, first_token + num_tokens, device=device)[:, None] * num_heads + torch.arange(num_heads, device=device)
+    bits = _mix(_mix(counter[:, :, None] + token * 2_654_435_769) + token)
+    # 24 bits, centred; float32 would round the last of them to 1. The tails reach +-17.
+    u = (((bits & 0xFFFFFF).float() + 0.5) / 16_777_216.0).clamp(max=1.0 - 2.0**-24)
+    return torch.log(u) - torch.log1p(-u)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A 64-bit finaliser (multiply, xor-shift); int64 products wrap and shifts are made logical by masking."""
+    for multiplier, shift in ((0x3F58476D1CE4E5B9, 30), (0x14D049BB133111EB, 27)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(torch.tensor(value & 0x7FFFFFFFFFFFFFFF)).item())
