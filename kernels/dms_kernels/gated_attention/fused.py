@@ -8,6 +8,7 @@ Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,16 +206,25 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B,T,Hq,D] in q's dtype; float32: lse2 [B,H,R] in base 2, norm_q [B,H,R] and norm_k [B,H,T] (empty without a gate)."""
     dispatch.count("gated_attention", "triton")
+    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
+    q, k, v = (with_dense_rows(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
-        return _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap)
+        return _launch_forward(call, q, k, v, log_keep, sink_logits, first_BT, last_BT)
 
 
-def _launch_forward(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap):
+def _launch_forward(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    sink_logits: Tensor | None,
+    first_BT: Tensor | None,
+    last_BT: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from dms_kernels.gated_attention.forward import forward_kernel
 
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
-    q, k, v = (with_dense_rows(x) for x in (q, k, v))
     if log_keep is None:
         norm_q_BHR, norm_k_BHT = _no_norms(q)
         far = _FarKeys()
@@ -291,103 +301,134 @@ def _backward(
     if last_BT is not None:
         # Nothing comes of padding, whatever is handed in for it.
         grad_out = grad_out.masked_fill((last_BT < 0)[:, :, None, None], 0.0)
-    tensors = grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out_BTHqD, lse2_BHR, norm_q_BHR, norm_k_BHT
-    with torch.cuda.device_of(q):
-        return _launch_backward(*tensors, window, scale, sinks, softcap, needs)
-
-
-def _launch_backward(
-    grad_out,
-    q,
-    k,
-    v,
-    log_keep,
-    sink_logits,
-    first_BT,
-    last_BT,
-    out_BTHqD,
-    lse2_BHR,
-    norm_q_BHR,
-    norm_k_BHT,
-    window,
-    scale,
-    sinks,
-    softcap,
-    needs,
-):
-    from dms_kernels.gated_attention.backward import keys_kernel, queries_kernel
-
     call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
     q, k, v, grad_out = (with_dense_rows(x) for x in (q, k, v, grad_out))
-    grads = _empty_grads(q, (k, v, log_keep, sink_logits), needs)
-    grad_q, grad_k, grad_v, grad_gate, grad_sink = grads
+    with torch.cuda.device_of(q):
+        saved = _Saved(q, k, v, log_keep, sink_logits, first_BT, last_BT, out_BTHqD, lse2_BHR, norm_q_BHR, norm_k_BHT)
+        grad_q, grad_k, grad_v, grad_gate, grad_sink = _launch_backward(call, grad_out, saved, needs)
+    return grad_q, grad_k, grad_v, grad_gate, grad_sink
+
+
+class _Saved(NamedTuple):
+    """What the forward took and made."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_keep: Tensor | None
+    sink_logits: Tensor | None
+    first_BT: Tensor | None
+    last_BT: Tensor | None
+    out_BTHqD: Tensor
+    lse2_BHR: Tensor
+    norm_q_BHR: Tensor
+    norm_k_BHT: Tensor
+
+
+class _Rows(NamedTuple):
+    """What the backward's kernels know of each query and head, float32 [B, H, R + padding]."""
+
+    delta_BH: Tensor
+    """the sum over D of grad_out * out"""
+    lse2_BH: Tensor
+    """the log-sum-exps, with a padding that makes weights 0"""
+
+
+def _launch_backward(call: Call, grad_out: Tensor, saved: _Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+    grads = _empty_grads(saved.q, (saved.k, saved.v, saved.log_keep, saved.sink_logits), needs)
     needs_q, needs_k, needs_v, needs_gate, needs_sink = needs
-    delta_BH, padded_lse2_BH = _row_sums(call, grad_out, out_BTHqD, lse2_BHR)
-    if needs_sink:
-        rows = slice(0, call.T * call.G)
-        sink_BHTG = torch.exp2(sink_logits.float().view(call.H, 1, call.G) * LOG2_E - lse2_BHR.unflatten(2, (-1, call.G)))
-        grad_sink.copy_(-(sink_BHTG * delta_BH[:, :, rows].unflatten(2, (-1, call.G))).sum((0, 2)).flatten())
+    rows = _row_sums(call, grad_out, saved)
+    if needs_sink and saved.sink_logits is not None:
+        lse2_BHTG = saved.lse2_BHR.unflatten(2, (-1, call.G))
+        sink_BHTG = torch.exp2(saved.sink_logits.float().view(call.H, 1, call.G) * LOG2_E - lse2_BHTG)
+        delta_BHTG = rows.delta_BH[:, :, : call.T * call.G].unflatten(2, (-1, call.G))
+        grads[4].copy_(-(sink_BHTG * delta_BHTG).sum((0, 2)).flatten())
     if not any(needs[:4]):
         return grads
     far = _FarKeys()
-    if log_keep is not None:
-        far = _list_far_keys(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, lse2_BHR / LOG2_E)
-    all_strides = *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(grad_out, 3)
-    factors = call.scale, call.scale2, call.cap_in, call.cap_out
-    target = dispatch.target(q.device)
+    if saved.log_keep is not None:
+        # Shorter than the forward's, now that the log-sum-exps are known.
+        far = _list_far_keys(call, saved.log_keep, saved.first_BT, saved.norm_q_BHR, saved.norm_k_BHT, saved.lse2_BHR / LOG2_E)
     if needs_q:
-        tile = launch.pick_tile("queries", target, call.D, call.G, q.dtype)
-        queries_kernel[(call.num_blocks(tile.rows),)](
-            q,
-            k,
-            v,
-            grad_out,
-            far.log2_keep_BHT,
-            far.kept_log2_keep_BH,
-            *_gather_far_keys(call, k, v, far),
-            far.num_before_BH,
-            first_BT,
-            padded_lse2_BH,
-            delta_BH,
-            grad_q,
-            *all_strides,
-            call.T,
-            call.H,
-            call.window,
-            *factors,
-            **call.of_products(tile),
-        )
+        _launch_queries(call, grad_out, saved, rows, far, grads[0])
     if needs_k or needs_v or needs_gate:
-        tile = launch.pick_tile("keys", target, call.D, call.G, q.dtype)
-        # Kept and other keys do not share a tile: one more may be begun.
-        num_tiles = ceil_div(call.T, tile.keys) + call.has_gate
-        keys_kernel[(call.B * call.H * num_tiles,)](
-            q,
-            k,
-            v,
-            grad_out,
-            far.log2_keep_BHT,
-            far.kept_BHT,
-            far.num_before_BH,
-            first_BT,
-            last_BT,
-            padded_lse2_BH,
-            delta_BH,
-            grad_k,
-            grad_v,
-            grad_gate,
-            *all_strides,
-            call.T,
-            call.H,
-            call.window,
-            call.sinks,
-            *factors,
-            NEEDS_K=needs_k,
-            NEEDS_V=needs_v,
-            NEEDS_GATE=needs_gate,
-            **call.of_products(tile),
-        )
+        _launch_keys(call, grad_out, saved, rows, far, grads, needs)
     return grads
+
+
+def _launch_queries(call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, far: _FarKeys, grad_q: Tensor) -> None:
+    from dms_kernels.gated_attention.backward import queries_kernel
+
+    tile = launch.pick_tile("queries", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
+    queries_kernel[(call.num_blocks(tile.rows),)](
+        saved.q,
+        saved.k,
+        saved.v,
+        grad_out,
+        far.log2_keep_BHT,
+        far.kept_log2_keep_BH,
+        *_gather_far_keys(call, saved.k, saved.v, far),
+        far.num_before_BH,
+        saved.first_BT,
+        rows.lse2_BH,
+        rows.delta_BH,
+        grad_q,
+        *strides(saved.q, 3),
+        *strides(saved.k, 3),
+        *strides(saved.v, 3),
+        *strides(grad_out, 3),
+        call.T,
+        call.H,
+        call.window,
+        call.scale,
+        call.scale2,
+        call.cap_in,
+        call.cap_out,
+        **call.of_products(tile),
+    )
+
+
+def _launch_keys(
+    call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, far: _FarKeys, grads: tuple[Tensor, ...], needs: list[bool]
+) -> None:
+    from dms_kernels.gated_attention.backward import keys_kernel
+
+    tile = launch.pick_tile("keys", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
+    # Keys of the list and other keys do not share a tile: one more may be begun.
+    num_tiles = ceil_div(call.T, tile.keys) + call.has_gate
+    _, grad_k, grad_v, grad_gate, _ = grads
+    keys_kernel[(call.B * call.H * num_tiles,)](
+        saved.q,
+        saved.k,
+        saved.v,
+        grad_out,
+        far.log2_keep_BHT,
+        far.kept_BHT,
+        far.num_before_BH,
+        saved.first_BT,
+        saved.last_BT,
+        rows.lse2_BH,
+        rows.delta_BH,
+        grad_k,
+        grad_v,
+        grad_gate,
+        *strides(saved.q, 3),
+        *strides(saved.k, 3),
+        *strides(saved.v, 3),
+        *strides(grad_out, 3),
+        call.T,
+        call.H,
+        call.window,
+        call.sinks,
+        call.scale,
+        call.scale2,
+        call.cap_in,
+        call.cap_out,
+        NEEDS_K=needs[1],
+        NEEDS_V=needs[2],
+        NEEDS_GATE=needs[3],
+        **call.of_products(tile),
+    )
 
 
 @_backward.register_fake
@@ -400,17 +441,16 @@ def _empty_grads(q: Tensor, others: tuple[Tensor | None, ...], needs: list[bool]
     return tuple(q.new_empty(0) if x is None or not needed else x.new_empty(x.shape) for x, needed in zip((q, *others), needs, strict=True))
 
 
-def _row_sums(call: Call, grad_out: Tensor, out_BTHqD: Tensor, lse2_BHR: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 [B, H, R + padding]: the sum over D of grad_out * out, and lse2 with a padding that makes weights 0."""
+def _row_sums(call: Call, grad_out: Tensor, saved: _Saved) -> _Rows:
     from dms_kernels.gated_attention.backward import delta_kernel
 
     num_rows = call.T * call.G + call.padding
-    delta_BH, padded_lse2_BH = (lse2_BHR.new_empty(call.B, call.H, num_rows) for _ in range(2))
+    delta_BH, padded_lse2_BH = (saved.lse2_BHR.new_empty(call.B, call.H, num_rows) for _ in range(2))
     rows = launch.rows_to_read(call.G)
     delta_kernel[(call.B * call.H * ceil_div(num_rows, rows // call.G * call.G),)](
         grad_out,
-        out_BTHqD,
-        lse2_BHR,
+        saved.out_BTHqD,
+        saved.lse2_BHR,
         delta_BH,
         padded_lse2_BH,
         *strides(grad_out, 3),
@@ -420,7 +460,7 @@ def _row_sums(call: Call, grad_out: Tensor, out_BTHqD: Tensor, lse2_BHR: Tensor)
         PADDING=call.padding,
         **call.of_heads(),
     )
-    return delta_BH, padded_lse2_BH
+    return _Rows(delta_BH, padded_lse2_BH)
 
 
 def _setup_context(ctx, inputs, output):
