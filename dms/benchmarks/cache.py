@@ -17,7 +17,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from dms.benchmarks.caches import MeasuredCache, NewToken, check_equal, fill, measured_caches, new_tokens, ratio_of
+from dms.benchmarks.caches import MeasuredCache, NextToken, check_equal, fill, measured_caches, new_tokens, ratio_of
 from dms.benchmarks.model import DEFAULT, QUICK, RandomLlama, build_model
 from dms.benchmarks.timing import seconds_in_turns, seconds_of
 from dms.cache import held_bytes
@@ -199,7 +199,7 @@ def _in_turns(
     return [list(seconds) for seconds in zip(*turns[1:], strict=True)]
 
 
-def _attend(one: MeasuredCache, tokens: list[NewToken]) -> None:
+def _attend(one: MeasuredCache, tokens: list[NextToken]) -> None:
     for n, token in enumerate(tokens):
         # All layers in turn, as in a model: between two steps a layer's entries leave the processor's cache.
         for layer, decisions in enumerate(one.decisions):

@@ -64,7 +64,7 @@ hf_compat.register_attention(_PACKED, packed_attention, mask="sdpa")
 
 
 @dataclass
-class NewToken:
+class NextToken:
     """One token a sequence, the same in all layers: q [B, Hq, 1, D]; k, v [B, H, 1, D]."""
 
     q: torch.Tensor
@@ -126,7 +126,7 @@ class MeasuredCache:
         keep_H = self.keep_LH[layer].to(generator.device)
         self.decisions[layer].append(torch.rand(shape_BNH, generator=generator, device=generator.device) >= keep_H)
 
-    def attend(self, layer: int, new: NewToken, decision: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, layer: int, new: NextToken, decision: torch.Tensor | None) -> torch.Tensor:
         """One token a sequence into one layer's cache, and its attention: [B, 1, Hq, D]."""
         scale = new.q.shape[-1] ** -0.5
         if decision is None:
@@ -190,14 +190,14 @@ def _tokens(batch: int, start: int, num_new: int, device: torch.device) -> Token
     return Tokens(torch.ones_like(position), position)
 
 
-def new_tokens(found: list[MeasuredCache], shape: RandomLlama, batch: int, count: int, generator: torch.Generator) -> list[NewToken]:
+def new_tokens(found: list[MeasuredCache], shape: RandomLlama, batch: int, count: int, generator: torch.Generator) -> list[NextToken]:
     """The next tokens to put into every cache, and what each competitor decides of them."""
-    tokens: list[NewToken] = []
+    tokens: list[NextToken] = []
     length = found[0].cache.get_seq_length()
     for n in range(count):
         q = _random((batch, shape.query_heads, 1, shape.head_dim), generator)
         k, v = _random((2, batch, shape.kv_heads, 1, shape.head_dim), generator)
-        tokens.append(NewToken(q, k, v, _tokens(batch, length + n, 1, q.device)))
+        tokens.append(NextToken(q, k, v, _tokens(batch, length + n, 1, q.device)))
         for one in found:
             for layer in range(0 if one.is_dense else shape.layers):
                 one.decide(layer, (batch, 1, shape.kv_heads), generator)

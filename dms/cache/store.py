@@ -19,8 +19,7 @@ from dms.cache.page_pool import PagePool, outside_inference_mode
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.masks import Tokens
-from dms_kernels.arguments import Gate as KernelGate
-from dms_kernels.arguments import Keys
+from dms_kernels.arguments import GateInputs, Keys
 
 KEEP, EVICT, UNDECIDED = 0, 1, 2
 # The ring starts small and grows to its w + 1 slots, by this many at a time.
@@ -40,9 +39,9 @@ class PendingGate:
     hidden: torch.Tensor
     bias: float
 
-    def kernel_gate(self) -> KernelGate:
+    def kernel_gate(self) -> GateInputs:
         gate = self.gate
-        return KernelGate(self.hidden[:, 0], gate.weight, gate.bias, gate.scale, gate.offset, gate.normalize, self.bias)
+        return GateInputs(self.hidden[:, 0], gate.weight, gate.bias, gate.scale, gate.offset, gate.normalize, self.bias)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
-class Point:
+class AnalysisPoint:
     """One phase at one place."""
 
     phase: Phase
@@ -66,7 +66,7 @@ class Analysis:
     contexts: list[int]
     batches: list[int]
     caches: list[KV]
-    points: list[Point]
+    points: list[AnalysisPoint]
     limits: list[Limits]
     notes: list[str]
 
@@ -74,7 +74,7 @@ class Analysis:
     def roofline(self) -> Roofline:
         return Roofline.of(self.gpu)
 
-    def point(self, phase: Phase, kv: KV, batch: int, context: int) -> Point:
+    def point(self, phase: Phase, kv: KV, batch: int, context: int) -> AnalysisPoint:
         return point(self.shape, phase, kv, self.machine, self.gpu, batch, context)
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _cache_values(kv: KV) -> dict[str, Any]:
     return {"policy": "dense" if kv.cr is None else "dms", "cr_decided": kv.cr, "kv_bits": kv.bits, "window": kv.window}
 
 
-def _point_values(one: Point) -> dict[str, Any]:
+def _point_values(one: AnalysisPoint) -> dict[str, Any]:
     place = {"phase": one.phase, **_cache_values(one.kv), "batch": one.batch, "context": one.context}
     rates = {"bytes": one.cost.bytes, "intensity": one.cost.intensity, "seconds": one.seconds, "tokens_per_second": one.tokens_per_second}
     moved = {f"{name}_bytes": value for name, value in vars(one.cost).items() if "flops" not in name}
@@ -111,10 +111,10 @@ def _point_values(one: Point) -> dict[str, Any]:
     return place | flops | moved | rates | {"binds": one.binds, "held_bytes": one.held, "fits": one.fits}
 
 
-def point(shape: ModelShape, phase: Phase, kv: KV, machine: Machine, gpu: Gpu, batch: int, context: int) -> Point:
+def point(shape: ModelShape, phase: Phase, kv: KV, machine: Machine, gpu: Gpu, batch: int, context: int) -> AnalysisPoint:
     cost = (inference.decode if phase == "decode" else inference.prefill)(shape, kv, machine, batch, context)
     held, roofline = inference.held(shape, kv, machine, batch, context), Roofline.of(gpu)
-    return Point(phase, kv, batch, context, cost, cost.seconds(roofline).total, cost.binds(roofline), held, held <= gpu.memory)
+    return AnalysisPoint(phase, kv, batch, context, cost, cost.seconds(roofline).total, cost.binds(roofline), held, held <= gpu.memory)
 
 
 def analyze(

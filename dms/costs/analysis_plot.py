@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dms.costs.analysis import Analysis, Point
+from dms.costs.analysis import Analysis, AnalysisPoint
 from dms.costs.kv import KV
 from dms.report.plots import GREY, INK, new_figure, save
 
@@ -35,7 +35,7 @@ def _caches(found: Analysis) -> list[tuple[KV, str]]:
     return [(kv, INK if kv.cr is None else _COLOURS[(place - 1) % len(_COLOURS)]) for place, kv in enumerate(plain)]
 
 
-def _points(found: Analysis, kv: KV) -> list[tuple[Point, dict]]:
+def _points(found: Analysis, kv: KV) -> list[tuple[AnalysisPoint, dict]]:
     """Of one cache, with the marker of its batch; prefill is hollow."""
     marker = {batch: _MARKERS[place % len(_MARKERS)] for place, batch in enumerate(found.batches)}
     chosen = [one for one in found.points if one.kv == kv]

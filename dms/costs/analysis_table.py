@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dms.costs import inference
-from dms.costs.analysis import Analysis, Limits, Point
+from dms.costs.analysis import Analysis, AnalysisPoint, Limits
 from dms.costs.kv import KV, held_bytes
 
 _WIDE = 110
@@ -214,7 +214,7 @@ def _short(tokens: int | None, none: str) -> str:
     return str(tokens)
 
 
-def _rate(one: Point) -> str:
+def _rate(one: AnalysisPoint) -> str:
     return f"{one.tokens_per_second:,.0f}"
 
 

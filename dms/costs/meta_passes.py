@@ -20,7 +20,7 @@ _NOTING = "dms_shapes"
 
 
 @dataclass(frozen=True)
-class AttentionCall:
+class RecordedCall:
     """What one attention layer was asked for; shapes [B, heads, tokens, D]."""
 
     layer: int
@@ -36,7 +36,7 @@ class MetaPass:
     """What was seen in one pass."""
 
     counted: ProductCounter
-    calls: list[AttentionCall]
+    calls: list[RecordedCall]
     modules: list[nn.Module]
     """Whose calls they are."""
     cache: Cache | None
@@ -81,7 +81,7 @@ def run(model: Any, num_tokens: int, cache: Cache | None = None) -> MetaPass:
     Raises:
         ValueError: a model that does not run without storage.
     """
-    calls: list[AttentionCall] = []
+    calls: list[RecordedCall] = []
     modules: list[nn.Module] = []
 
     def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
@@ -89,7 +89,7 @@ def run(model: Any, num_tokens: int, cache: Cache | None = None) -> MetaPass:
         causal = bool(getattr(module, "is_causal", True) if given is None else given)
         place = getattr(module, "layer_idx", None)
         window = kwargs.get("sliding_window") or None
-        calls.append(AttentionCall(len(calls) if place is None else int(place), query.shape, key.shape, value.shape, causal, window))
+        calls.append(RecordedCall(len(calls) if place is None else int(place), query.shape, key.shape, value.shape, causal, window))
         modules.append(module)
         B, Hq, N, _ = query.shape
         return query.new_empty(B, N, Hq, value.shape[-1]), None

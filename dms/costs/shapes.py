@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from dms.config import DMSConfig
-from dms.costs.meta_passes import AttentionCall, MetaPass, build, run
+from dms.costs.meta_passes import MetaPass, RecordedCall, build, run
 from dms.costs.operators import ProductCounter, Weight, tensors_in
 from dms.modes import DMSState, state_of
 from dms.retrofitting import retrofit
@@ -279,7 +279,7 @@ def is_attached(name: str) -> bool:
     return "dms_gate" in name or "lora_" in name
 
 
-def _attention(call: AttentionCall, cache: Cache | None, gated: set[int]) -> AttentionShape:
+def _attention(call: RecordedCall, cache: Cache | None, gated: set[int]) -> AttentionShape:
     keeper = None if cache is None or call.layer >= len(cache.layers) else cache.layers[call.layer]
     held = getattr(keeper, "keys", None)
     if held is not None and (held.shape[1], held.shape[3]) != (call.key[1], call.key[3]):

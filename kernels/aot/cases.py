@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dms_kernels.arguments import Counters, FreePages, Gate, NewToken, PagedKV, Ring
+from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CAPABILITIES = (80, 90)
@@ -115,7 +115,7 @@ def _append(case: Case) -> None:
     from dms_kernels.append import append
 
     H, D, M = _H, case.head_dim, 512
-    gate = Gate(_randn(1, M, case=case), weight=torch.zeros(H, M), bias=torch.zeros(H), scale=100.0, offset=5.0)
+    gate = GateInputs(_randn(1, M, case=case), weight=torch.zeros(H, M), bias=torch.zeros(H), scale=100.0, offset=5.0)
     token = NewToken(
         k=_randn(1, H, D, case=case),
         v=_randn(1, H, D, case=case),

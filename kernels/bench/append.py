@@ -9,7 +9,7 @@ from bench.inputs import Cache, filled_cache, normal, relative_error
 from bench.measuring import MOST_CALLS_BETWEEN_RESETS, Competitor, Parity, Resettable
 from bench.shapes import Shape
 from dms_kernels.append import append, reference
-from dms_kernels.arguments import Counters, FreePages, Gate, NewToken
+from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken
 
 # Room for the steps that a timing takes before the state is put back: beyond it, entries would be dropped instead of stored.
 STEPS = MOST_CALLS_BETWEEN_RESETS
@@ -48,7 +48,7 @@ class Layer:
         self.token = NewToken(
             k=normal(generator, B, H, D, dtype=dtype),
             v=normal(generator, B, H, D, dtype=dtype),
-            evict=Gate(hidden, weight, bias=torch.zeros(H, device=device)),
+            evict=GateInputs(hidden, weight, bias=torch.zeros(H, device=device)),
             q=q,
             q_norm=q_norm,
             k_norm=k_norm,

@@ -148,7 +148,7 @@ class FreePages:
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateInputs:
     """A gate that is still to decide. It evicts where scale * (hidden weight + bias) - offset + evict_bias > 0, in float32."""
 
     hidden: Tensor
@@ -178,7 +178,7 @@ class NewToken:
     """[B, H, D]"""
     v: Tensor
     """[B, H, D]"""
-    evict: Tensor | Gate
+    evict: Tensor | GateInputs
     """[B, H] bool: the decisions; or the gate that takes them"""
     q: Tensor | None = None
     """[B, Hq, D], to be normed and rotated as k is; None: there are none"""
@@ -197,7 +197,7 @@ class NewToken:
         expect("k", self.k, (None, None, None))
         B, H, D = self.k.shape
         expect("v", self.v, (B, H, D), self.k.dtype)
-        if isinstance(self.evict, Gate):
+        if isinstance(self.evict, GateInputs):
             self.evict.check(B, H)
         else:
             expect("evict", self.evict, (B, H), torch.bool)

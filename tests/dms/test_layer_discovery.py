@@ -340,6 +340,7 @@ def test_a_layer_that_does_not_fill_its_cache_is_noticed(build_gated, make_batch
         model(**make_batch(2, 16), use_cache=True)
 
 
+@pytest.mark.slow
 def test_compiled_decoders_are_not_compiled_for_each_call(build_gated, make_batch):
     """What counts calls changes from call to call, and must not be part of what a graph was made for."""
     torch._dynamo.reset()

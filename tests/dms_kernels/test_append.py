@@ -13,7 +13,7 @@ from largest import note
 from dms_kernels import dispatch
 from dms_kernels.append import append
 from dms_kernels.append.reference import gate_logits, norm, reference, rotate
-from dms_kernels.arguments import Gate
+from dms_kernels.arguments import GateInputs
 from dms_kernels.paged_decode import reference as decode
 
 pytest.importorskip("triton")
@@ -262,11 +262,11 @@ def test_rotation_and_norm_are_those_of_transformers():
 def test_the_gate_is_the_model_s():
     gates, config = pytest.importorskip("dms.gates"), pytest.importorskip("dms.config")
     for granularity, normalize in (("head", False), ("layer", True)):
-        gate = gates.Gate(24, 3, config.DMSConfig(granularity=granularity, scale=10.0, offset=1.5), normalize)
+        gate = gates.GateInputs(24, 3, config.DMSConfig(granularity=granularity, scale=10.0, offset=1.5), normalize)
         torch.nn.init.normal_(gate.weight)
         torch.nn.init.normal_(gate.bias)
         hidden = _normals(2, 24, dtype=torch.bfloat16)
-        logits = gate_logits(Gate(hidden, gate.weight, gate.bias, 10.0, 1.5, normalize)).expand(2, 3)
+        logits = gate_logits(GateInputs(hidden, gate.weight, gate.bias, 10.0, 1.5, normalize)).expand(2, 3)
         assert torch.equal(logits, gate(hidden[:, None])[:, 0])
 
 
@@ -278,7 +278,7 @@ def test_the_gate_decides(monkeypatch, num_gates, normalize, alignment):
     """Model dims over several blocks, the bias that evict mode adds, and one gate for all heads."""
     monkeypatch.setattr(fused, "_MOST_BLOCK", 16)
     B, H, M = 2, 3, 40
-    gate = Gate(_normals(B, M), _normals(num_gates, M, seed=7), _normals(num_gates, seed=8), 10.0, 0.5, normalize)
+    gate = GateInputs(_normals(B, M), _normals(num_gates, M, seed=7), _normals(num_gates, seed=8), 10.0, 0.5, normalize)
     run, seen = Run(empty_cache(B, H), 3, {"alignment": alignment}), set()
     for step in range(3):
         hidden = _normals(B, M, seed=step, dtype=torch.float16)
@@ -344,7 +344,7 @@ def test_any_text(monkeypatch, seed, quantised, **shape):
     "changes, message",
     [
         ({"evict": None}, "evict is missing"),
-        ({"evict": Gate(torch.zeros(2, 8), torch.zeros(2, 9), torch.zeros(2))}, r"gate.weight is \(2, 9\) and should be \(2, 8\)"),
+        ({"evict": GateInputs(torch.zeros(2, 8), torch.zeros(2, 9), torch.zeros(2))}, r"gate.weight is \(2, 9\) and should be \(2, 8\)"),
         ({"alignment": "last"}, "alignment is 'last'"),
         ({"cos": torch.zeros(2, 16)}, "cos and sin come together"),
         ({"cos": torch.zeros(2, 18), "sin": torch.zeros(2, 18)}, "cos has 18 dims"),

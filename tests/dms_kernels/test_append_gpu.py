@@ -7,7 +7,7 @@ import torch
 from cache_arguments import append_to, decode_over
 
 from dms_kernels.append import append, reference
-from dms_kernels.arguments import Gate
+from dms_kernels.arguments import GateInputs
 from dms_kernels.paged_decode import paged_decode
 from dms_kernels.paged_decode import reference as plain_decode
 
@@ -104,7 +104,7 @@ def test_norms_and_gates():
     weights = torch.randn(H, M, device="cuda") / 64
     for step in range(100):
         hidden = torch.randn(B, M, device="cuda").bfloat16()
-        gate = Gate(hidden, weights, torch.zeros(H, device="cuda"), scale=100.0, offset=5.0, normalize=True, evict_bias=0.25)
+        gate = GateInputs(hidden, weights, torch.zeros(H, device="cuda"), scale=100.0, offset=5.0, normalize=True, evict_bias=0.25)
         options = inputs(step) | {"window": 20, "evict": gate}
         options |= {name: torch.randn(D, device="cuda").bfloat16() for name in ("q_norm", "k_norm")}
         rotated, expected = append_to(append, ours, **options), append_to(reference, theirs, **options)

@@ -38,7 +38,7 @@ def _fused_and_poisoned():
 
 def _small(unroll=2, lanes=4, parts=3):
     """Tiles of a few columns, so that short rows have many of them, parts and tails."""
-    return lambda target, itemsize, num_rows, V: fused.Launch(unroll=unroll, lanes=lanes, num_warps=1, parts=parts)
+    return lambda target, itemsize, num_rows, V: fused.LossLaunch(unroll=unroll, lanes=lanes, num_warps=1, parts=parts)
 
 
 def _inputs(N=7, M=5, V=97, *, dtype=torch.float32, seed=0, bias=False, teacher_head=False, trained=_STUDENT, share_valid=0.7):

@@ -259,7 +259,10 @@ def test_tickets_are_left_at_zero(kernel):
 
 
 @interpreted
-@pytest.mark.parametrize(("parts", "num_programs"), [(2, 2), (2, 3), (2, 5), (2, 13), (4, 9), (16, 13)])
+@pytest.mark.parametrize(
+    ("parts", "num_programs"),
+    [(2, 3), (4, 9), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2), (2, 5), (2, 13), (16, 13)))],
+)
 def test_parts_are_merged_in_two_steps(kernel, parts, num_programs):
     """26 tiles of 16, 14 of them of one head: a group or several, whole ones and not, more groups than are merged at a time."""
     case = make_case(4, P=16, kept=[[200, 0], [3, 100]], length=[40, 7], window=8)

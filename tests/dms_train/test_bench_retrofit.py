@@ -12,9 +12,9 @@ import torch
 from dms_train import bench_retrofit as bench
 from dms_train.step import HeadLoss
 
-from dms.attention import train_attention
 from dms.benchmarks.model import qwen3_8b
 from dms.costs.stand_in_attention import replaced_attention
+from dms.training.soft_decisions import train_attention
 from dms_kernels import gated_attention
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -363,7 +363,7 @@ def test_a_failure_reaches_the_other_node(start_nodes):
     assert not alive(other)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_launcher_ends_the_other_node(start_nodes, victim):
     jobs = start_nodes("ready(); time.sleep(600)", lost=1.5)
     workers = [jobs[0].worker(0), jobs[1].worker(1)]

@@ -328,6 +328,7 @@ def test_a_signal_saves_and_stops(make_values, tmp_path, name, code):
     stop(make_values(tmp_path / "run", **LONG), name, code)
 
 
+@pytest.mark.slow
 def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(make_values, tmp_path, long_run):
     """Killed in steps that each end in a save."""
     values = make_values(tmp_path / "run", save={"every": 1}, **LONG)
@@ -342,6 +343,7 @@ def test_after_a_signal_that_saves_and_one_that_kills_the_same_command_goes_on(m
     assert trajectory(job.folder) == long_run
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_the_launcher_saves_and_stops_all(make_values, tmp_path):
     """A terminal sends it to the launcher alone, whose processes have sessions of their own."""
     job = Job(make_values(tmp_path / "run", **LONG), 2)

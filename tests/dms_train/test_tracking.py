@@ -149,6 +149,7 @@ def _next_second() -> None:
     time.sleep(1.05 - time.time() % 1)
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_one_run(make_recipe, console, ended, tmp_path):
     recipe = make_recipe(tensorboard=True, project="p", group="g", tags=["t"])
     folder = Path(recipe.output_dir)

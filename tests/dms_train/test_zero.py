@@ -86,9 +86,9 @@ def divided(make_values, tmp_path_factory):
     ("how", "trains"),
     [
         ("zero3", "gates"),
-        ("ddp", "gates"),
+        pytest.param("ddp", "gates", marks=pytest.mark.slow),
         ("rows", "gates"),
-        ("zero2", "gates"),
+        pytest.param("zero2", "gates", marks=pytest.mark.slow),
         pytest.param("rows", "all", marks=pytest.mark.slow),
         pytest.param("rows-zero3", "gates", marks=pytest.mark.slow),
         pytest.param("zero2", "all", marks=pytest.mark.slow),
@@ -116,7 +116,7 @@ def test_two_processes_take_the_same_course_as_one(alone, divided, how, trains):
 @pytest.mark.parametrize(
     ("killed", "how", "trains"),
     [
-        ("rank 1", "zero2", "gates"),
+        pytest.param("rank 1", "zero2", "gates", marks=pytest.mark.slow),
         pytest.param("launcher", "zero2", "all", marks=pytest.mark.slow),
         pytest.param("launcher", "zero3-both", "gates+lora", marks=pytest.mark.slow),
         pytest.param(None, "zero3", "gates", marks=pytest.mark.slow),
@@ -254,7 +254,9 @@ def test_waiting_for_another_build_is_said(tmp_path, monkeypatch, capsys):
     assert says(capsys.readouterr().out, f"if none does, delete {lock}")
 
 
-@pytest.mark.parametrize(("how", "minutes"), [("ddp", 0.1), pytest.param("zero3", 0.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("how", "minutes"), [pytest.param("ddp", 0.1, marks=pytest.mark.slow), pytest.param("zero3", 0.2, marks=pytest.mark.slow)]
+)
 def test_waiting_for_a_process_ends_after_the_recipes_timeout(make_values, tmp_path, how, minutes):
     """That DeepSpeed's groups have it as well is a test of compat.set_world_group."""
     job = Job(make_values(tmp_path / "run", steps=4000, timeout_minutes=minutes, **DIVIDED[how]), 2, "--grace", "1")

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3}
 
 
 def use_tiles(monkeypatch, block_m=16, block_n=16, parts=1):
-    monkeypatch.setattr(fused, "launch", lambda *_: fused.Launch(block_m, block_n, 4, 2))
+    monkeypatch.setattr(fused, "launch", lambda *_: fused.PrefillLaunch(block_m, block_n, 4, 2))
     monkeypatch.setattr(fused, "num_parts", lambda *_: parts)
     monkeypatch.setattr(fused, "LIST_BLOCK", 16)
     monkeypatch.setattr(fused, "STORE_BLOCK", 16)

@@ -21,7 +21,7 @@ from dms.evaluation.engine.lm_eval_compat import quiet
 from dms.evaluation.engine.lm_eval_rows import HarnessRun, make_rows, summarize
 from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, operate
 from dms.evaluation.engine.settings import LmEvalSettings
-from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import ResultRow, RowContext
 from dms.requirements import EXTRAS
 from dms.upstream import UpstreamChanged
@@ -114,8 +114,8 @@ def prepare_lm_eval(
         "task_files": None if wanted.include_path is None else _hash_folder(Path(wanted.include_path)),
         **options,
     }
-    operated = [Point("dense", None)] if "dense" in policies else []
-    operated += [Point("dms", float(bias)) for bias in dict.fromkeys(points)] if "dms" in policies else []
+    operated = [OperatingPoint("dense", None)] if "dense" in policies else []
+    operated += [OperatingPoint("dms", float(bias)) for bias in dict.fromkeys(points)] if "dms" in policies else []
     units = [
         {**settings, "task": task, "policy": point.policy, "evict_bias": point.evict_bias}
         for task in dict.fromkeys(wanted.tasks)

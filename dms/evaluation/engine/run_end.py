@@ -9,14 +9,14 @@ from dms.evaluation.engine.resume import as_before
 from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.engine.units import Unit, run_unit
 from dms.evaluation.stats.collect import RunFigures, collect, make_rows
-from dms.evaluation.stats.results import Point, PolicyResult, UnitResults
+from dms.evaluation.stats.results import OperatingPoint, PolicyResult, UnitResults
 from dms.evaluation.stats.rows import ResultRow, RowContext
 from dms.evaluation.suites import make_suite
 from dms.modes import state_of
 
 POLICIES = ("dense", "dms", "sliding_window")
 _SUITE = "one_pass"
-_DENSE = Point("dense", None).name
+_DENSE = OperatingPoint("dense", None).name
 
 
 def make_documents(tokenizer: Any, *, num_documents: int, length: int, num_items: int, seed: int = 7) -> list[EvaluationDocument]:
@@ -48,7 +48,7 @@ class RunEvaluation:
     @property
     def evicted_share_LH(self) -> list[list[float]]:
         """The share of decided tokens that each layer and head of dms evicts, in the layers that have gates."""
-        shares = self.results[Point("dms", self.settings.evict_bias[0]).name].evicted_share_LH
+        shares = self.results[OperatingPoint("dms", self.settings.evict_bias[0]).name].evicted_share_LH
         assert shares is not None, "one-pass reading of dms counts them"
         return shares
 

@@ -22,7 +22,7 @@ from dms.evaluation.present.findings import scaling_findings
 from dms.evaluation.stats.bootstrap import compare, interval, make_draws
 from dms.evaluation.stats.collect import MIN_SAMPLES, is_at_chance, memory_of
 from dms.evaluation.stats.equal_budget import Curve, equal_budgets
-from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import Mark, ResultRow, RowContext
 from dms.evaluation.stats.votes import MAX_CHAINS, majority_at_k, pass_at_k
 
@@ -130,7 +130,7 @@ def run_scaling(
     measured = []
     with as_before(model):
         described = describe_model(model)
-        for point in [Point("dense", None), *(Point("dms", float(bias)) for bias in dict.fromkeys(points))]:
+        for point in [OperatingPoint("dense", None), *(OperatingPoint("dms", float(bias)) for bias in dict.fromkeys(points))]:
             sampled = []
             for number, problem in enumerate(problems.problems):
                 depends_on = {
@@ -193,7 +193,7 @@ class _Measured:
     sampled: list[Sampled]
 
 
-def _make_curve(tokenizer: Any, problems: Problems, point: Point, sampled: Sequence[Sampled]) -> Curve:
+def _make_curve(tokenizer: Any, problems: Problems, point: OperatingPoint, sampled: Sequence[Sampled]) -> Curve:
     max_k = len(sampled[0].chains)
     accuracy: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
     reads, peaks = [], []

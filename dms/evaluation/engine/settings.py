@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dms.config import nearest
 from dms.evaluation.policies import TRAINING_FREE
-from dms.evaluation.stats.results import Point
+from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import RowContext
 from dms.evaluation.suites import DEFAULT_SUITES, SUITES
 from dms.strict_config import Strict
@@ -158,11 +158,11 @@ class EvaluationSettings(Strict):
             defaults["lengths"] = [longest // 2] if self.quick else [longest // 2, longest]
         return self.model_copy(update=defaults)
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[OperatingPoint]:
         """In the order in which they run: an operating point's other policies follow its dms."""
         return [
-            Point("dense", None),
-            *(Point(policy, bias) for bias in self.evict_bias for policy in self.policies if policy != "dense"),
+            OperatingPoint("dense", None),
+            *(OperatingPoint(policy, bias) for bias in self.evict_bias for policy in self.policies if policy != "dense"),
         ]
 
 

@@ -19,7 +19,7 @@ from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
-from dms.evaluation.stats.results import Point, PolicyResult, Sums, UnitResults
+from dms.evaluation.stats.results import OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
 from dms.modes import state_of
 
@@ -119,13 +119,13 @@ def run_unit(
     dense: Reading | None = None
     if missing and unit.suite == "text":
         # The others are compared with its logits, which are in no file.
-        missing = [Point("dense", None), *(point for point in missing if point.policy != "dense")]
+        missing = [OperatingPoint("dense", None), *(point for point in missing if point.policy != "dense")]
     for point in missing:
         progress.step(
             point.policy if len(settings.evict_bias) == 1 or point.evict_bias is None else f"{point.policy} at bias {point.evict_bias:g}"
         )
         state_of(model).evict_bias = point.evict_bias or 0.0
-        budget = None if point.policy in ("dense", "dms") else _budget(results[Point("dms", point.evict_bias).name])
+        budget = None if point.policy in ("dense", "dms") else _budget(results[OperatingPoint("dms", point.evict_bias).name])
         seed = settings.seed + unit.number
         if unit.suite == "one_pass":
             result = read_in_one_pass(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER, Sample, compare, interval, make_draws
-from dms.evaluation.stats.results import Point, PolicyResult, Sums, UnitResults
+from dms.evaluation.stats.results import OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, RowContext
 from dms.evaluation.suites import CHANCE
 
@@ -92,7 +92,7 @@ def collect(results: Iterable[PolicyResult]) -> Collected:
 
 def make_rows(
     units: Mapping[tuple[str, int], Sequence[UnitResults]],
-    points: Sequence[Point],
+    points: Sequence[OperatingPoint],
     *,
     context: RowContext,
     trained_length: int | None,
@@ -107,7 +107,7 @@ def make_rows(
     for (suite, length), results in units.items():
         there = [point for point in points if all(point.name in result for result in results)]
         by_point = {point: collect(result[point.name] for result in results) for point in there}
-        dense = by_point.get(Point("dense", None))
+        dense = by_point.get(OperatingPoint("dense", None))
         if dense is None:
             continue
         # The same draws for every policy: comparisons are paired.
@@ -143,9 +143,9 @@ def _marks(policy: str, found: Collected, beyond: bool) -> list[Mark]:
 def _row(
     suite: str,
     length: int,
-    point: Point,
+    point: OperatingPoint,
     name: tuple[str, str],
-    by_point: Mapping[Point, Collected],
+    by_point: Mapping[OperatingPoint, Collected],
     draws_RD: np.ndarray,
     marks: Sequence[Mark],
     context: RowContext,
@@ -154,7 +154,7 @@ def _row(
     (task, metric), (policy, bias), found = name, point, by_point[point]
     sample, is_share, chance = found.metrics[name], metric == "accuracy", CHANCE.get(task, 0.0)
     low, high = interval(sample, draws_RD, is_share)
-    count, dense, dms = sample.count(is_share), by_point[Point("dense", None)], by_point.get(Point("dms", bias))
+    count, dense, dms = sample.count(is_share), by_point[OperatingPoint("dense", None)], by_point.get(OperatingPoint("dms", bias))
     own_marks = list(marks)
     if is_share and is_at_chance(dense.metrics[name], draws_RD, chance):
         own_marks.append(Mark.DENSE_AT_CHANCE)

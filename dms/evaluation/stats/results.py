@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-class Point(NamedTuple):
+class OperatingPoint(NamedTuple):
     """A policy, and the operating point of dms that it belongs to."""
 
     policy: str
@@ -84,4 +84,4 @@ class PolicyResult:
 
 
 UnitResults = dict[str, PolicyResult]
-"""What is finished of a unit, by `Point.name`."""
+"""What is finished of a unit, by `OperatingPoint.name`."""

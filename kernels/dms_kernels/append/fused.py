@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dms_kernels import dispatch
-from dms_kernels.arguments import Counters, FreePages, Gate, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
+from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
 
 try:
     import triton
@@ -20,22 +20,22 @@ _MOST_BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Launch:
+class AppendLaunch:
     """How the kernel is launched."""
 
     block: int
     """elements of the hidden state that are multiplied by the gate's weight at a time"""
     num_warps: int
     overlaps: bool = False
-    """see `paged_decode.fused.Launch`"""
+    """see `paged_decode.fused.AppendLaunch`"""
 
 
-def launch(*, M: int, group: int, dim: int) -> Launch:
+def launch(*, M: int, group: int, dim: int) -> AppendLaunch:
     """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded."""
     if M:
-        return Launch(block=min(_MOST_BLOCK, dispatch.padded(M)), num_warps=4)
+        return AppendLaunch(block=min(_MOST_BLOCK, dispatch.padded(M)), num_warps=4)
     # One warp has nobody to wait for; the gate's product wants more.
-    return Launch(block=16, num_warps=max(1, min(4, group * dim // 512)))
+    return AppendLaunch(block=16, num_warps=max(1, min(4, group * dim // 512)))
 
 
 @triton.jit
@@ -347,11 +347,11 @@ def launch_append(
     token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str
 ) -> torch.Tensor | None:
     """`append` of arguments that were checked. An operator takes tensors and numbers alone."""
-    gate = token.evict if isinstance(token.evict, Gate) else None
+    gate = token.evict if isinstance(token.evict, GateInputs) else None
     rotated = append_step(
         k=token.k,
         v=token.v,
-        evict=None if isinstance(token.evict, Gate) else token.evict,
+        evict=None if isinstance(token.evict, GateInputs) else token.evict,
         ring_kv=ring.kv,
         ring_state=ring.state,
         seq_len=ring.seq_len,

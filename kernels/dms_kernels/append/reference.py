@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dms_kernels.arguments import Counters, FreePages, Gate, NewToken, PagedKV, Ring
+from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring
 
 _RMS_EPS = 1e-6
 EVICT, UNDECIDED = 1, 2
@@ -80,7 +80,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.clamp(-most, most).to(dtype), scale
 
 
-def gate_logits(gate: Gate) -> Tensor:
+def gate_logits(gate: GateInputs) -> Tensor:
     """[B, H or 1] float32, without evict_bias."""
     x = gate.hidden.float()
     if gate.normalize:

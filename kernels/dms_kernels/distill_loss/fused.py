@@ -167,7 +167,7 @@ def _is_capturing(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LossLaunch:
     """Sizes of the passes over logits: a thread holds `unroll` times 16 bytes of each side at a time."""
 
     unroll: int
@@ -176,12 +176,12 @@ class Launch:
     parts: int
 
 
-def launch(target: dispatch.Target, itemsize: int, num_rows: int, V: int) -> Launch:
+def launch(target: dispatch.Target, itemsize: int, num_rows: int, V: int) -> LossLaunch:
     """parts: programs of a row; several waves of them over the processors, and each long enough to be worth starting."""
     unroll, lanes, num_warps = 2, 256, 8
     wanted = -(-target.num_processors * 64 // max(num_rows, 1))
     most = max(1, V // (4 * unroll * lanes * (16 // itemsize)))
-    return Launch(unroll, lanes, num_warps, max(1, min(wanted, most, _MOST_PARTS)))
+    return LossLaunch(unroll, lanes, num_warps, max(1, min(wanted, most, _MOST_PARTS)))
 
 
 def _row_stride(vocab_size: int) -> int:

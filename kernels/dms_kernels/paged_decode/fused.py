@@ -33,7 +33,7 @@ _OTHER_BYTES = 12 * 1024
 
 
 @dataclass(frozen=True)
-class Launch:
+class DecodeLaunch:
     """How the kernel is launched."""
 
     num_programs: int
@@ -57,7 +57,7 @@ class Launch:
     """programs take their places while the launch before ends (from compute capability 9.0 on)"""
 
 
-def launch(target: dispatch.Target, *, head_dim: int, rows: int, element_size: int) -> Launch:
+def launch(target: dispatch.Target, *, head_dim: int, rows: int, element_size: int) -> DecodeLaunch:
     """rows: G * T. element_size: of the queries, in bytes."""
     dim = padded(head_dim)
     row_tile = min(_MOST_ROWS, max(_MIN_ROWS, power_of_two(rows)))
@@ -73,7 +73,7 @@ def launch(target: dispatch.Target, *, head_dim: int, rows: int, element_size: i
     # 64 registers a thread for the merged sum.
     parts = max(1, min(16, 8192 // (part_rows * dim)))
     warps = 4 if row_tile * dim < 32 * 128 else 8
-    return Launch(
+    return DecodeLaunch(
         num_programs=2 * target.num_processors,
         waves=2,
         share=4,

@@ -22,7 +22,7 @@ _LEAST_TILES, _MOST_PARTS = 8, 16
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-class Launch(NamedTuple):
+class PrefillLaunch(NamedTuple):
     """Rows and keys of a tile, and how its program is launched."""
 
     block_m: int
@@ -33,21 +33,21 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def launch(target: dispatch.Target, D: int, rows: int, dtype: torch.dtype) -> Launch:
+def launch(target: dispatch.Target, D: int, rows: int, dtype: torch.dtype) -> PrefillLaunch:
     """rows: T * G, so that few queries do not pay for a large tile."""
     room = target.shared_bytes
     if dtype == torch.float32:
         # Without tensor cores, registers are what is scarce.
-        return Launch(32, 32, 8, 2 if D <= 64 else 1)
+        return PrefillLaunch(32, 32, 8, 2 if D <= 64 else 1)
     if D > 128:
         if room > 200_000:
-            return Launch(64, 32, 4, 3) if rows <= 64 else Launch(128, 32, 8, 3)
-        return Launch(64, 64 if room > 150_000 else 32, 8, 2)
+            return PrefillLaunch(64, 32, 4, 3) if rows <= 64 else PrefillLaunch(128, 32, 8, 3)
+        return PrefillLaunch(64, 64 if room > 150_000 else 32, 8, 2)
     if rows <= 64:
-        return Launch(64, 64 if room > 150_000 else 32, 4, 3)
+        return PrefillLaunch(64, 64 if room > 150_000 else 32, 4, 3)
     if D <= 64:
-        return Launch(128, 64, 4, 3)
-    return Launch(128, 64 if room > 150_000 else 32, 8, 3)
+        return PrefillLaunch(128, 64, 4, 3)
+    return PrefillLaunch(128, 64 if room > 150_000 else 32, 8, 3)
 
 
 def num_parts(target: dispatch.Target, programs: int, tiles: int) -> int:

@@ -75,6 +75,7 @@ def test_an_assistant(mode, assistant_mode, evicting, assistant, prompt, crops):
     assert (sum(crops) > 0) == ("evict" in (mode, assistant_mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "lfm2"])
 def test_an_assistant_with_mixed_layers(family, evicting, assistant, prompt):
     model = evicting(family)

@@ -218,7 +218,7 @@ needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1"
 
 @pytest.mark.parametrize("route", ["cpu", "slow device"])
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@settings(max_examples=45, derandomize=True, **_settings)
+@settings(max_examples=20, derandomize=True, **_settings)
 @given(**_arguments)
 def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"alignment": alignment}, route, **arguments)

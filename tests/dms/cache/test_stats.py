@@ -41,7 +41,9 @@ def _plans(cache) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), pytest.param("lfm2", marks=pytest.mark.slow)]
+)
 def test_bytes_are_those_of_all_tensors(family, evicting, make_batch):
     """Of everything that was not there before the cache was."""
     model, batch = evicting(family), make_batch(2, 200, left=[0, 30])

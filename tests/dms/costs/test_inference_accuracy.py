@@ -211,7 +211,7 @@ def _tensors(layer):
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("share", [0.5, pytest.param(0.75, marks=pytest.mark.slow), 0.875])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.75, marks=pytest.mark.slow), 0.875])
 def test_bytes_of_an_evicting_cache(family, kv_dtype, share, capsys):
     """Rings, pages, tables and counts, after a real prefill. (Until the first step transformers' sliding layers are views of the whole
     prompt's keys; what is seen of them is counted.)"""

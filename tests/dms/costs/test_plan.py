@@ -77,6 +77,7 @@ def test_bad_input_is_named(arguments, message):
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_recommended_smaller_until_it_does():
     large, small = (plan_of("qwen3-8b", gpu=gpu) for gpu in ("h100-80", "rtx4090"))
     kept, checkpointed = outcome_of(large), outcome_of(large, activation_checkpointing=True)
@@ -90,6 +91,7 @@ def test_what_does_not_fit_is_recommended_smaller_until_it_does():
     assert nothing.recommended is None and recipe_lines(nothing) == []
 
 
+@pytest.mark.slow
 def test_recommended_lines_are_a_recipe_s():
     small = plan_of("qwen3-8b", "evaluation={batch_size: 4}", gpu="rtx4090")
     lines = recipe_lines(small)
@@ -135,6 +137,7 @@ def test_host_memory_is_pinned_in_powers_of_two():
     assert outcome_of(plan, stage=2, activation_checkpointing=True, offload_activations=True).bytes.host == kept * 4 // 3
 
 
+@pytest.mark.slow
 def test_divided_gradients_are_sent_after_every_micro_step():
     plan = plan_of("llama3.1-8b-all", "batch_size=64", num=8)
     plain, divided = (outcome_of(plan, stage=stage, activation_checkpointing=True).seconds.links for stage in (0, 2))

@@ -156,6 +156,7 @@ print(json.dumps({"calls": found, "ours": [name for name in sys.modules if name.
 """
 
 
+@pytest.mark.slow
 def test_an_exported_folder_has_its_own_copy(evicts_much, on, tmp_path, run_without_us):
     model = dms.load(evicts_much, device="cpu", dtype="float32")
     on("reference")

@@ -54,7 +54,10 @@ def read(stream, steps):
     return [stream.next_step() for _ in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["packed", "padded", "dropped", "streaming", "compressed", "schedule"])
+@pytest.mark.parametrize(
+    "name",
+    ["packed", "streaming", *(pytest.param(name, marks=pytest.mark.slow) for name in ("padded", "dropped", "compressed", "schedule"))],
+)
 def test_going_on_is_exact_from_any_step_and_with_other_readers(mixtures, open_stream, name):
     data = mixtures[name]
     whole = open_stream(data, steps=STEPS)
