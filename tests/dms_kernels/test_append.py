@@ -262,7 +262,7 @@ def test_rotation_and_norm_are_those_of_transformers():
 def test_the_gate_is_the_model_s():
     gates, config = pytest.importorskip("dms.gates"), pytest.importorskip("dms.config")
     for granularity, normalize in (("head", False), ("layer", True)):
-        gate = gates.GateInputs(24, 3, config.DMSConfig(granularity=granularity, scale=10.0, offset=1.5), normalize)
+        gate = gates.Gate(24, 3, config.DMSConfig(granularity=granularity, scale=10.0, offset=1.5), normalize)
         torch.nn.init.normal_(gate.weight)
         torch.nn.init.normal_(gate.bias)
         hidden = _normals(2, 24, dtype=torch.bfloat16)

@@ -11,8 +11,8 @@ import pytest
     ("own", "expected"),
     [
         ({}, ["GOMP_SPINCOUNT = '1000'"]),
-        ({"GOMP_SPINCOUNT": "7"}, ["GOMP_SPINCOUNT = '7'"]),
-        ({"OMP_WAIT_POLICY": "passive"}, ["OMP_WAIT_POLICY = 'PASSIVE'", "GOMP_SPINCOUNT = '0'"]),
+        pytest.param({"GOMP_SPINCOUNT": "7"}, ["GOMP_SPINCOUNT = '7'"], marks=pytest.mark.slow),
+        pytest.param({"OMP_WAIT_POLICY": "passive"}, ["OMP_WAIT_POLICY = 'PASSIVE'", "GOMP_SPINCOUNT = '0'"], marks=pytest.mark.slow),
     ],
 )
 def test_threads_spin_little_unless_the_user_says_otherwise(own, expected):

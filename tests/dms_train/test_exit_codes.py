@@ -235,6 +235,7 @@ UNSHARE = ["unshare", "--map-root-user", "--mount"]
 MAY_MOUNT = shutil.which("unshare") is not None and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MAY_MOUNT, reason="this system lets no user mount a small disk")
 def test_a_run_on_a_small_disk(make_values, tmp_path):
     """It is full when the model is written."""

@@ -343,12 +343,14 @@ def test_a_reader_that_goes_away_stops_nothing(start, tmp_path):
 # Two nodes, that is two launchers on this machine.
 
 
+@pytest.mark.slow
 def test_nodes_end_well_at_different_times(start_nodes):
     jobs = start_nodes("time.sleep(rank); sys.exit(75 * rank)", lost=10)
     assert [job.wait() for job in jobs] == [75, 75], [job.said for job in jobs]
     assert not any("gone" in job.said or "failed" in job.said for job in jobs)
 
 
+@pytest.mark.slow
 def test_a_failure_reaches_the_other_node(start_nodes):
     """The default silence stands here: it is the message that ends the other node."""
     jobs = start_nodes("ready(); time.sleep(600)", lost=20)

@@ -84,7 +84,7 @@ TRAINABLE = {
 }
 
 
-@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("trainable", ["gates", pytest.param("gates+lora", marks=pytest.mark.slow), "all"])
 def test_a_resumed_run_is_the_uninterrupted_one(recipe_values, cut_at, uninterrupted, trainable):
     expected, gates = uninterrupted(trainable)
     values = {**recipe_values, **TRAINABLE[trainable], "save": SAVE}
@@ -183,9 +183,9 @@ def damage_manifest(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, "optimizer.safetensors is not what was written"),
+        pytest.param(damage_truncate, "optimizer.safetensors is not what was written", marks=pytest.mark.slow),
         (damage_flip, "gates.safetensors is not what was written"),
-        (damage_missing, "optimizer.json is missing"),
+        pytest.param(damage_missing, "optimizer.json is missing", marks=pytest.mark.slow),
         (damage_manifest, "its manifest cannot be read"),
     ],
 )

@@ -87,7 +87,7 @@ def divided(make_values, tmp_path_factory):
     [
         ("zero3", "gates"),
         pytest.param("ddp", "gates", marks=pytest.mark.slow),
-        ("rows", "gates"),
+        pytest.param("rows", "gates", marks=pytest.mark.slow),
         pytest.param("zero2", "gates", marks=pytest.mark.slow),
         pytest.param("rows", "all", marks=pytest.mark.slow),
         pytest.param("rows-zero3", "gates", marks=pytest.mark.slow),

@@ -150,6 +150,7 @@ def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
     assert all(Path(line).is_relative_to(target) for line in where)
 
 
+@pytest.mark.slow
 def test_modules_that_import_with_the_base_dependencies_alone():
     """All of inference and the command line do; what else does not lacks a package that an extra brings."""
     said = python(

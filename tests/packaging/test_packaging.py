@@ -14,6 +14,7 @@ import pytest
 from house import ROOT, imports_of, lines, modules, python, tree_files
 
 
+@pytest.mark.slow
 def test_transformers_imports_with_the_root_first_on_the_path():
     """A package of ours named `kernels` would shadow the one that transformers imports."""
     out = python("import sys; assert sys.path[0] == ''; from transformers import LlamaForCausalLM, Trainer; print(Trainer.__name__)")

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(name for name in packaged_recipes() if "/" not in name)
 # One of each kind: gates alone, every weight, experts, sliding windows. The others are planned among the slow tests.
 PLANNED = ("llama3.2-1b", "llama3.1-8b-all", "gpt-oss-20b", "gemma3-4b")
+SOME_FAST = [name if name in PLANNED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 # What the models' pages say, or their safetensors files hold.
 PARAMETERS = {
     "Llama-3.2-1B": 1_235_814_400,
@@ -67,7 +68,7 @@ def text_of(name: str) -> str:
     return find_recipe(name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [name if name in PLANNED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", SOME_FAST)
 def test_its_plan_fits_and_is_what_its_header_says(name):
     plan = plan_of(name)
     assert plan.own is not None and plan.own.fits and plan.own.bytes.evaluation <= plan.gpu.memory
@@ -82,7 +83,7 @@ def test_its_plan_fits_and_is_what_its_header_says(name):
     assert stated == pytest.approx(planned, rel=0.05, abs=0.5), header(plan)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_FAST)
 def test_its_model_carries_gates(name):
     recipe, plan = load(name), plan_of(name)
     basename = recipe.model.rpartition("/")[2]
@@ -107,7 +108,9 @@ def test_it_is_short_and_says_what_it_needs(name):
     assert recipe.output_dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", ["llama3.2-1b", "gpt-oss-20b", "gemma3-4b"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama3.2-1b", marks=pytest.mark.slow), "gpt-oss-20b", pytest.param("gemma3-4b", marks=pytest.mark.slow)]
+)
 def test_active_experts_are_computed_and_all_are_held(name):
     shape = plan_of(name).shape
     computed = sum(layer.linear for layer in shape.layers)

@@ -45,7 +45,9 @@ def _greedy(model, ids, **options):
     return model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), "gpt_oss", pytest.param("lfm2", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("alignment", ["own", "next"])
 def test_prompt_lookup(family, alignment, evicting, prompt, crops):
     model = evicting(family, alignment=alignment)

@@ -141,7 +141,7 @@ class Bounded:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(
-    max_examples=int(os.environ.get("DMS_CASES", "25")),
+    max_examples=int(os.environ.get("DMS_CASES", "12")),
     deadline=None,
     derandomize="DMS_CASES" not in os.environ,
     database=None,

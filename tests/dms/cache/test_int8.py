@@ -29,7 +29,7 @@ def _read(model, cache, ids, chunks):
 @torch.no_grad()
 @pytest.mark.parametrize("slow_device", [False, True])
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_it_computes_with_rounded_entries(window, alignment, slow_device, evicting, make_batch, rounding, page_accounts):
     model = evicting(window=window, alignment=alignment, sinks=1)
     ids = make_batch(3, 150)["input_ids"]

@@ -120,7 +120,7 @@ def test_room_is_made_now_and_then(evicting, slow_device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("growth", [1, 3, 37])
+@pytest.mark.parametrize("growth", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(37, marks=pytest.mark.slow)])
 def test_forks_do_not_take_what_others_reserved(growth, evicting, lockstep, page_accounts, slow_device, monkeypatch):
     """They share a pool whose free pages nobody counts at each step."""
     monkeypatch.setattr(PagePool, "growth", lambda pool: growth)

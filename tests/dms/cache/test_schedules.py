@@ -216,8 +216,14 @@ _few_arguments = _arguments | dict(
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU see test_on_gpu.py")
 
 
-@pytest.mark.parametrize("route", ["cpu", "slow device"])
-@pytest.mark.parametrize("alignment", ["own", "next"])
+@pytest.mark.parametrize(
+    ("alignment", "route"),
+    [
+        ("own", "slow device"),
+        ("next", "cpu"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("own", "cpu"), ("next", "slow device"))),
+    ],
+)
 @settings(max_examples=20, derandomize=True, **_settings)
 @given(**_arguments)
 def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):

@@ -185,7 +185,7 @@ def evicting(config, share, window=32, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("share", [0.5, 0.75, 0.875])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 0.75, pytest.param(0.875, marks=pytest.mark.slow)])
 def test_pairs_of_a_prompt(share, capsys):
     """By brute force from what the gates decided: a key is computed with where it is in the window or was kept."""
     config, T, w = config_of("llama"), 2048, 32

@@ -82,6 +82,7 @@ def train_step(model) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     return figures, {name: parameter.grad.clone() for name, parameter in gates.items()}
 
 
+@pytest.mark.slow
 def test_a_training_step(evicts_much, on):
     model = dms.load(evicts_much, device="cpu", dtype="float32")
     on("reference")

@@ -96,6 +96,7 @@ def test_every_figure_is_there_and_has_a_size(open_page, report_html):
     assert "At 2048 tokens at evict_bias +0" in page.inner_text("header") and "miss the budget" in page.inner_text(".marks")
 
 
+@pytest.mark.slow
 def test_task_and_length_choose_the_curves(open_page, report_html):
     page = open_page(report_html)
     assert page.locator("#pareto [name=length]").input_value() == "2048", "the longest length of training comes first"
@@ -164,6 +165,7 @@ def test_the_table_filters_sorts_and_tells(open_page, report_html):
     assert page.inner_text("#results .said").startswith(f"dms, {second}, accuracy")
 
 
+@pytest.mark.slow
 def test_the_heat_map_follows_its_choices(open_page, report_html):
     page = open_page(report_html)
     first = page.locator(".heat td").first
@@ -198,6 +200,7 @@ def test_the_viewer_shows_what_a_head_keeps(open_page, report_html):
     assert "layer 2, head 1" in page.inner_text("#summary")
 
 
+@pytest.mark.slow
 def test_the_viewer_tells_of_a_token(open_page, report_html):
     page = open_page(report_html)
     trace = evaluated.make_trace(1)
@@ -219,6 +222,7 @@ def test_the_viewer_tells_of_a_token(open_page, report_html):
     assert f"token {t + 1}:" in page.inner_text("#at")
 
 
+@pytest.mark.slow
 def test_the_viewer_reads_on_with_the_slider(open_page, report_html):
     page = open_page(report_html)
     page.select_option("[name=view]", "0:0")
@@ -231,6 +235,7 @@ def test_the_viewer_reads_on_with_the_slider(open_page, report_html):
     assert f"{100 - gone} alive a head, of which the last 17 in the window (CR {100 / (100 - gone):.2f})" in page.inner_text("#summary")
 
 
+@pytest.mark.slow
 def test_the_viewer_changes_documents_and_frames_answers(open_page, report_html):
     page = open_page(report_html)
     assert page.locator("#doc mark.yes").count() == 1 and page.locator("#doc mark.no").count() == 1
@@ -280,6 +285,7 @@ def test_a_phone_scrolls_down_only(open_page, report_html):
             assert choice.bounding_box()["height"] >= 30, "fingers need room"
 
 
+@pytest.mark.slow
 def test_a_page_with_little_to_show(open_page, tmp_path):
     """No costs, one operating point, no trace: said, not broken."""
     costs = ("bytes", "reads", "step_ms", "entries", "cr", "ci_low", "ci_high", "num_documents", "vs_dense", "vs_dms")
@@ -299,6 +305,7 @@ def test_a_page_with_little_to_show(open_page, tmp_path):
     assert page.locator("#pareto").count() == 0 and page.locator("#viewer").count() == 0
 
 
+@pytest.mark.slow
 def test_the_page_of_one_document(open_page, tmp_path):
     trace = DocumentTrace(tokens=["a", "\r\n", " b\nc", "", "</script>"], evict_prob_LHT=[[[0.9, 0.1, None, 0.6, 0.5]]], layer_indices=[5])
     page = open_page(write_document_html(trace, tmp_path / "d.html"))

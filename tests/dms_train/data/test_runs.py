@@ -42,6 +42,7 @@ class Cut(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_goes_on_with_the_next_row(values, tmp_path, monkeypatch):
     whole = {**values, "output_dir": str(tmp_path / "whole")}
     loop.run(RetrofitRecipe.model_validate(whole))

@@ -86,7 +86,9 @@ def open_source(reader):
     return make
 
 
-@pytest.mark.parametrize("kind", ["jsonl", *COMPRESSED, "parquet", "text", "table", "stream"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in COMPRESSED), "parquet", "text", "table", "stream"]
+)
 def test_an_epoch_is_every_document_once_in_a_new_order(origins, open_source, tokenizer, kind):
     source = open_source(origins[kind])
     first, second = an_epoch(source), an_epoch(source, epoch=1)
@@ -96,7 +98,9 @@ def test_an_epoch_is_every_document_once_in_a_new_order(origins, open_source, to
     assert ids_of(an_epoch(open_source(origins[kind]))) == ids_of(first)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", *COMPRESSED, "parquet", "text", "table", "stream"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in COMPRESSED), "parquet", "text", "table", "stream"]
+)
 def test_any_place_can_be_gone_to(origins, open_source, kind):
     whole = an_epoch(open_source(origins[kind]))
     for number in (0, 1, 15, 16, 300, 555, 699):
