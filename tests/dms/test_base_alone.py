@@ -111,6 +111,7 @@ def test_a_command_says_which_extra_it_misses(command, sentence):
     assert found == 1 and f"dms: failed: {sentence}" in out and "Traceback" not in out, out
 
 
+@pytest.mark.slow
 def test_a_retrofit_is_saved_loaded_and_generates_without_extras(tmp_path):
     found, _ = python(
         HIDE_EXTRAS

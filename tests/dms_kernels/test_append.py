@@ -157,7 +157,7 @@ def _follow(monkeypatch, seed, steps, B=2, H=2, G=2, D=16, P=16, window=3, sinks
 
 @interpreted
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@pytest.mark.parametrize("window", [0, 1, 6])
+@pytest.mark.parametrize("window", [0, pytest.param(1, marks=pytest.mark.slow), 6])
 def test_a_text_token_by_token(monkeypatch, window, alignment):
     run = _follow(monkeypatch, window, 14, H=1, window=window, alignment=alignment)
     assert run.cache["num_kept"].max() > 0 and run.cache["evicted"].max() > 0
@@ -223,7 +223,7 @@ def _normals(*shape, dtype=torch.float32, seed=0):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize("D, rot, G", [(16, 16, 2), (20, 8, 3), (20, 20, 1)])
 def test_norm_and_rotation(monkeypatch, D, rot, G, dtype):
     """Bit for bit what PyTorch gives in half precision, one operation at a time."""
@@ -271,7 +271,7 @@ def test_the_gate_is_the_model_s():
 
 
 @interpreted
-@pytest.mark.parametrize("alignment", ["own", "next"])
+@pytest.mark.parametrize("alignment", ["own", pytest.param("next", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("num_gates", [1, 3])
 def test_the_gate_decides(monkeypatch, num_gates, normalize, alignment):

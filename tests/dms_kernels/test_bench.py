@@ -250,6 +250,7 @@ def test_without_a_gpu_it_says_so():
     assert ran.returncode == 2 and "speed is none of" in ran.stderr
 
 
+@pytest.mark.slow
 def test_nothing_but_torch_and_triton_is_needed():
     code = (
         "import sys, bench.run, bench.tune, bench.__main__\n"

@@ -139,7 +139,9 @@ def test_float32_equals_reference_in_many_cases(data):
 
 
 @pytest.mark.parametrize("beta", _BETAS)
-@pytest.mark.parametrize(("V", "launch"), [(97, _small(lanes=4)), (1000, _small(lanes=32)), (2048 + 13, None)])
+@pytest.mark.parametrize(
+    ("V", "launch"), [(97, _small(lanes=4)), pytest.param(1000, _small(lanes=32), marks=pytest.mark.slow), (2048 + 13, None)]
+)
 def test_odd_vocabularies(V, launch, beta, monkeypatch):
     if launch is not None:
         monkeypatch.setattr(fused, "launch", launch)
@@ -166,7 +168,7 @@ def test_half_error_is_at_most_twice_plain_torch(beta, softcap, monkeypatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("mask", [-1e9, -math.inf])
+@pytest.mark.parametrize("mask", [pytest.param(-1e9, marks=pytest.mark.slow), -math.inf])
 def test_masked_tokens_are_as_if_they_were_not_there(mask, beta, monkeypatch):
     monkeypatch.setattr(fused, "launch", _small())
     tensors = _inputs(V=40, bias=True, share_valid=1.1)
@@ -307,7 +309,10 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch):
     assert sizes == [(8, 20)] * 3
 
 
-@pytest.mark.parametrize(("beta", "logit_scale"), [(0.0, 0.125), (0.5, 1 / 16), (1.0, 0.125), (0.0, -0.5), (0.5, -0.5)])
+@pytest.mark.parametrize(
+    ("beta", "logit_scale"),
+    [(0.0, 0.125), (0.5, -0.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.5, 1 / 16), (1.0, 0.125), (0.0, -0.5)))],
+)
 def test_columns_that_are_all_masked_weigh_nothing(monkeypatch, beta, logit_scale):
     """Lanes past a short vocabulary, and lanes whose every token a bias excludes."""
     _check(_inputs(V=97), chunk=4, beta=beta, logit_scale=logit_scale)

@@ -187,6 +187,7 @@ def test_those_that_fail_after_the_first_are_told_in_a_line(start):
     assert "killing" not in job.said
 
 
+@pytest.mark.slow
 def test_the_end_does_not_wait_for_a_child_that_holds_the_output_open(start):
     code = """
         if rank == 1:
@@ -365,6 +366,7 @@ def test_a_failure_reaches_the_other_node(start_nodes):
     assert not alive(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_launcher_ends_the_other_node(start_nodes, victim):
     jobs = start_nodes("ready(); time.sleep(600)", lost=1.5)

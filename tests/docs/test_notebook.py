@@ -17,6 +17,7 @@ def test_no_outputs_are_committed():
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     pytest.importorskip("matplotlib")

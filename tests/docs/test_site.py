@@ -65,6 +65,7 @@ def test_every_page_is_in_the_navigation():
     assert named == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_a_broken_link_is_an_error(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed (scripts/setup_env.sh docs brings it)")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed (scripts/setup_env.sh docs brings it)")

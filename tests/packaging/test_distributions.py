@@ -126,6 +126,7 @@ def test_what_is_imported_is_declared(setup_cfg, packages):
         assert not strangers, f"{path} imports {strangers}, which setup.cfg does not name"
 
 
+@pytest.mark.slow
 def test_wheel_used_from_inside_a_checkout(wheel, tmp_path):
     """./dms is found first, with the checkout's recipes; the other packages come from the wheel."""
     target = tmp_path / "site"

@@ -170,6 +170,7 @@ def planned_bytes(kind, recipe):
     return memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*list(SHAPES)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in [*list(SHAPES)[2:], *FAMILIES, *PACKED, *HALF])]
 )

@@ -296,6 +296,7 @@ def test_without_the_harness_it_is_said_what_to_install(tiny, folder, monkeypatc
         run(tiny, folder)
 
 
+@pytest.mark.slow
 def test_the_command_merges_suites_harness_and_chains(save_gated, folder, tmp_path):
     """One call: rows of all three, tables that bear with what the harness does not measure, and a later call that keeps them."""
     from rich.console import Console

@@ -28,6 +28,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="loads the kernels in the interpreter")
 def test_any_name(tiny, run_without_us, tmp_path):
     pytest.importorskip("triton")

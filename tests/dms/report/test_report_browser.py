@@ -113,6 +113,7 @@ def test_task_and_length_choose_the_curves(open_page, report_html):
     assert "lm_eval" not in page.inner_text("#pareto [name=task]")
 
 
+@pytest.mark.slow
 def test_points_of_a_chart_are_told_by_pointer_and_keyboard(open_page, report_html):
     page = open_page(report_html)
     chart = page.locator("#pareto svg.chart").first
@@ -128,6 +129,7 @@ def test_points_of_a_chart_are_told_by_pointer_and_keyboard(open_page, report_ht
     assert "dms: 0.9" in page.inner_text("#pareto .said >> nth=0")
 
 
+@pytest.mark.slow
 def test_the_table_filters_sorts_and_tells(open_page, report_html):
     page = open_page(report_html)
     rows = "#results tbody tr:has(td[tabindex]) th"
@@ -181,6 +183,7 @@ def shades(page):
     return page.eval_on_selector_all("#doc .t", "all => all.map(s => getComputedStyle(s).backgroundColor + s.className)")
 
 
+@pytest.mark.slow
 def test_the_viewer_shows_what_a_head_keeps(open_page, report_html):
     page = open_page(report_html)
     trace = evaluated.make_trace(1)
@@ -245,6 +248,7 @@ def test_the_viewer_changes_documents_and_frames_answers(open_page, report_html)
     assert page.locator("#doc .decoding").count() == 1
 
 
+@pytest.mark.slow
 def test_dark_mode_is_dark_and_can_be_read(open_page, report_html):
     light, dark = open_page(report_html, color_scheme="light"), open_page(report_html, color_scheme="dark")
 
