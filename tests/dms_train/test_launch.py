@@ -379,6 +379,7 @@ def test_a_killed_launcher_ends_the_other_node(start_nodes, victim):
     wait_for(lambda: not any(map(alive, workers)), "the workers to die")
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_named(start_nodes):
     (job,) = start_nodes("ready()", ranks=(0,), join=1)
     assert job.wait() == 1

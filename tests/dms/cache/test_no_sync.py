@@ -97,6 +97,7 @@ def test_decoding_waits_for_nothing(window, alignment, padded, evicting, slow_de
     assert cache.report(warn=False).cr > 1.2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_room_is_made_now_and_then(evicting, slow_device):
     """Of many steps that keep every token, one in 16 may ask how many pages are free, and few make more room."""
