@@ -68,6 +68,7 @@ def test_importing_dms_and_help_are_light():
         assert command in out
 
 
+@pytest.mark.slow
 def test_help_of_every_command_and_doctor_need_no_extra():
     found, out = python(
         HIDE_EXTRAS

@@ -240,6 +240,7 @@ def test_appending_is_reset_before_it_runs_out_of_pages(bench):
     assert all(torch.equal(*pair) for pair in zip(first, forty_steps(), strict=True))
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so():
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, "-m", "bench.tune"], env=environment, capture_output=True, text=True)

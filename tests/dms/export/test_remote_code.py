@@ -125,6 +125,7 @@ def ours(tiny, mixed, renamed):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "same_as"),
     [
