@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dms import hf_compat
 from dms.benchmarks.model import RandomLlama, keep_shares, share_weights, with_gates
@@ -55,7 +54,7 @@ def packed_attention(module: nn.Module, query, key, value, attention_mask, scali
     """transformers' SDPA; in decoding a KV head's queries stand side by side, so that each key is read once for all of them."""
     B, Hq, N, D = query.shape
     if N > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return hf_compat.attention_function("sdpa")(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value, scale=scaling)
     return out.reshape(B, 1, Hq, D), None
 

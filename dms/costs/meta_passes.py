@@ -53,15 +53,20 @@ def build(config: PreTrainedConfig, headless: bool = False) -> Any:
     Raises:
         ValueError: values in the configuration that do not go together.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         # It says how the files hold weights; what is analysed computes with them whole.
         del config.quantization_config
-    makers = {AutoModelForCausalLM: "MODEL_FOR_CAUSAL_LM_MAPPING", AutoModelForImageTextToText: "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
-    fitting = [maker for maker, name in makers.items() if type(config) in getattr(modeling_auto, name)]
+    makers = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+    fitting = [maker for maker, configs in makers.items() if type(config) in configs]
     maker = AutoModel if headless or not fitting else fitting[0]
     try:
         # Products of experts run without storage in bfloat16 alone.

@@ -13,6 +13,7 @@ import typer
 from dms.errors import writing
 from dms.requirements import require
 from dms_train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
+from dms_train.evaluate_options import split_list, split_numbers, split_settings
 from dms_train.exit_codes import run_command
 
 app = typer.Typer(
@@ -129,27 +130,6 @@ def generate_data(
         run(loaded)
 
 
-# Options of `dms evaluate` that are settings now, and their keys.
-_MOVED = {
-    "--num-documents": "num_documents",
-    "--batch-size": "batch_size",
-    "--prefill-chunk": "prefill_chunk",
-    "--chat-template": "chat",
-    "--seed": "seed",
-    "--lm-eval-limit": "lm_eval.limit",
-    "--num-fewshot": "lm_eval.num_fewshot",
-    "--problems": "scaling.problems",
-    "--num-problems": "scaling.num_problems",
-    "--max-k": "scaling.max_k",
-    "--chains-at-once": "scaling.chains_at_once",
-    "--temperature": "scaling.temperature",
-    "--top-p": "scaling.top_p",
-    "--stop": "scaling.stop",
-    "--max-new-tokens": "scaling.max_new_tokens",
-    "--answer-pattern": "scaling.answer_pattern",
-}
-
-
 # Unknown options reach the command, which says where one that moved is now.
 @app.command(context_settings={"ignore_unknown_options": True})
 def evaluate(
@@ -195,15 +175,15 @@ def evaluate(
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
-    name, overrides = _settings_arguments(settings or [])
+    name, overrides = split_settings(settings or [])
     # As overrides after all others: an option wins over a file and a key.
     for key, value in {
-        "policies": _words(policies) or None,
-        "suites": [] if tasks == "none" else _words(tasks) or None,
-        "lengths": _numbers("--lengths", lengths) or None,
+        "policies": split_list(policies) or None,
+        "suites": [] if tasks == "none" else split_list(tasks) or None,
+        "lengths": split_numbers("--lengths", lengths) or None,
         "evict_bias": evict_bias or None,
         "text": text,
-        "lm_eval.tasks": _words(lm_eval) or None,
+        "lm_eval.tasks": split_list(lm_eval) or None,
         "lm_eval.include_path": include_path,
         "quick": quick or None,
     }.items():
@@ -223,29 +203,6 @@ def evaluate(
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _settings_arguments(given: list[str]) -> tuple[str | None, list[str]]:
-    """The settings file, if one is named, and the overrides.
-
-    Raises:
-        ValueError: an option that is a setting now, or two files.
-    """
-    for place, argument in enumerate(given):
-        if not argument.startswith("-"):
-            continue
-        option, equals, value = argument.partition("=")
-        if option not in _MOVED:
-            raise typer.BadParameter(f"no such option: {option}")
-        if not equals:
-            following = given[place + 1] if place + 1 < len(given) else ""
-            value = "true" if option == "--chat-template" else following
-        value = f'["{value}"]' if option == "--stop" else value
-        raise ValueError(f"{option} moved to the settings: write {_MOVED[option]}={value or '...'} after the model, or in a SETTINGS.yaml")
-    files = [argument for argument in given if "=" not in argument or Path(argument).is_file()]
-    if len(files) > 1:
-        raise ValueError(f"{', '.join(files)}: one settings file is read; give other settings as key=value")
-    return (files[0] if files else None), [argument for argument in given if argument not in files]
 
 
 @app.command()
@@ -432,18 +389,6 @@ def doctor() -> None:
     from dms import doctor as checks
 
     raise typer.Exit(checks.main())
-
-
-def _words(given: str) -> list[str]:
-    """Of a list with commas."""
-    return [word.strip() for word in given.split(",") if word.strip()]
-
-
-def _numbers(option: str, given: str) -> list[int]:
-    words = _words(given)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{option} is {given!r}; give numbers above 0 with commas between, such as 1024,2048")
-    return [int(word) for word in words]
 
 
 def main() -> None:

@@ -26,8 +26,6 @@ class AppendLaunch:
     block: int
     """elements of the hidden state that are multiplied by the gate's weight at a time"""
     num_warps: int
-    overlaps: bool = False
-    """see `paged_decode.fused.AppendLaunch`"""
 
 
 def launch(*, M: int, group: int, dim: int) -> AppendLaunch:
@@ -153,12 +151,9 @@ def append_kernel(
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr, OVERLAPS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B). States: 0 keep, 1 evict, 2 undecided."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = b * H + h
     dim = tl.arange(0, DP)
@@ -327,8 +322,7 @@ def append_step(
             REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-            QUANTIZED=page_scales is not None, OVERLAPS=chosen.overlaps, num_warps=chosen.num_warps,
-            **({"launch_pdl": True} if chosen.overlaps else {}),
+            QUANTIZED=page_scales is not None, num_warps=chosen.num_warps,
             # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
             enable_fp_fusion=False,
         )  # fmt: skip

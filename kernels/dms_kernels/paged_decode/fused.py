@@ -53,8 +53,6 @@ class DecodeLaunch:
     num_stages: int
     tree: bool = False
     """merge more parts than those in two steps"""
-    overlaps: bool = False
-    """programs take their places while the launch before ends (from compute capability 9.0 on)"""
 
 
 def launch(target: dispatch.Target, *, head_dim: int, rows: int, element_size: int) -> DecodeLaunch:
@@ -340,7 +338,7 @@ def decode_kernel(
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
     PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, OVERLAPS: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
 
@@ -348,9 +346,6 @@ def decode_kernel(
     values before; tickets [blocks, B * H] int32 are 0 before and after, and with TREE so are [blocks, 2 * programs] after them.
     inner, outer: the scores' factors, in powers of 2.
     """
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     program, block = tl.program_id(0), tl.program_id(1)
     row0 = block * ROWS
     part_acc += (block * tl.num_programs(0)).to(tl.int64) * (2 * PART_ROWS * DP)
@@ -547,8 +542,7 @@ def decode(
             P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-            STAGES=chosen.num_stages, TREE=tree, OVERLAPS=chosen.overlaps, num_warps=chosen.num_warps,
-            **({"launch_pdl": True} if chosen.overlaps else {}),
+            STAGES=chosen.num_stages, TREE=tree, num_warps=chosen.num_warps,
         )  # fmt: skip
     return out
 
