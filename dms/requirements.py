@@ -25,6 +25,9 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "ninja": "deepspeed",
     "peft": "lora",
+    "gguf": "gguf",
+    "bitsandbytes": "quantized",
+    "torchao": "quantized",
     "vllm": "serve",
 }
 

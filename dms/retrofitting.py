@@ -19,7 +19,7 @@ from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.generation import with_decoding
-from dms.io.weights import refuse_quantized
+from dms.io.quantization import refuse_quantized
 from dms.layer_discovery import AttentionLayer, find_layers
 from dms.modes import DMSState, RotaryLengths, state_of
 

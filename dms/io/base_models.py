@@ -5,7 +5,7 @@ from typing import Any
 
 from dms.builtin import builtin_models
 from dms.config import nearest
-from dms.io.weights import is_packed
+from dms.io.quantization import is_packed, load_options
 
 BUILTIN = "builtin:"
 
@@ -88,6 +88,13 @@ def load_config(name: str) -> Any:
     raise ValueError(f"model {name!r} is not supported yet: {why} (AutoModelForCausalLM of transformers {__version__} does not load it)")
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of this configuration as what it is."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
     """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
 
@@ -95,21 +102,19 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
         ValueError: a model that is not there, cannot be read, or is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import Mxfp4Config
 
     from dms import hf_compat
 
-    options = {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(load_config(name)) else {}
+    config = load_config(name)
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
+        model = auto_class(config).from_pretrained(
+            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **load_options(config)
         )
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if options:
+    if is_packed(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

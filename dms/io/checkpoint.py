@@ -25,7 +25,7 @@ from dms.io.gates_file import (
     set_gates,
     write_gates,
 )
-from dms.io.weights import refuse_quantized
+from dms.io.quantization import refuse_quantized
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from dms import hf_compat
 from dms.config import FORMAT_VERSION, DMSConfig
-from dms.io.weights import GATES_FILE, base_hash, follow_umask, refuse_quantized, save_tensors, weight_files, write_index
+from dms.io.quantization import refuse_quantized
+from dms.io.weights import GATES_FILE, base_hash, follow_umask, save_tensors, weight_files, write_index
 from dms.modes import set_mode, state_of
 from dms.retrofitting import gate_parameters, retrofit
 

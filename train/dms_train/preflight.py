@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dms.io import base_models, weights
-from dms.io.weights import is_packed, refuse_quantized
+from dms.io.quantization import is_packed, refuse_quantized
 from dms_train.checkpoints import RunIdentity, Saved
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import LOCK_FILE
