@@ -1,7 +1,7 @@
 """What layers keep for the backward and need besides, from running one of each kind on fake tensors: no formula per family.
 
 The model is on the meta device with its gates attached. Its parameters are replaced by fake ones of the dtypes that they would
-have, its layers by one of each kind, and its attention by a stand-in; then it is run once as a student, once as a teacher and once as in an
+have, its layers by one of each kind, its attention and packed linear layers by stand-ins; then it is run once as a student, once as a teacher and once as in an
 evaluation, under `LiveBytes`.
 
 Shapes: B batch, T tokens, M model dim.
@@ -16,8 +16,10 @@ from torch import nn
 
 from dms import masks
 from dms.costs.operators import LiveBytes
-from dms.costs.shapes import ModelShape, is_attached, layer_list
+from dms.costs.packed_weights import is_attached
+from dms.costs.shapes import ModelShape, layer_list
 from dms.costs.stand_in_attention import StandInPackedAttention, replaced_attention, stand_in_attention
+from dms.costs.stand_in_linear import replace_packed
 from dms.costs.torch_compat import fake_tensors
 from dms.modes import set_mode, state_of
 from dms.training.soft_decisions import TrainPass
@@ -33,6 +35,8 @@ class LayerBytes:
     """The most that lives above what there was when its forward began."""
     backward: int
     """As `forward`, of its backward."""
+    stays: int = 0
+    """Of `saved`, what activation checkpointing does not free: inputs that packed linear layers keep past autograd."""
 
     @property
     def alone(self) -> int:
@@ -69,7 +73,7 @@ class MicroBatch:
     batch: int
     length: int
     weight_dtype: torch.dtype
-    """Of the model's frozen and trained weights; gates and adapters are float32."""
+    """Of the model's frozen and trained weights, but for packed ones (`ModelShape.packing`); gates and adapters are float32."""
     autocast: bool
     kernels: bool
     """Attention by our kernels, else by the chunked route of a CPU."""
@@ -93,6 +97,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
         raise ValueError(
             f"{shape.name} has experts, which are planned in bfloat16 alone; set precision=bf16, and train gates or gates+lora"
         )
+    inputs = {} if shape.packing is None else replace_packed(model, shape.packing, given.weight_dtype, given.kernels)
     places = _one_of_each(shape)
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
     _replace(model, layer_list(model), [*places, places[-1]])
@@ -107,7 +112,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
             # Without autocast's cache each layer makes its own casts, the last one's second run too; and the teacher's, which does
             # not train, are not kept in a run either.
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given.autocast, cache_enabled=False):
-                student = _student(model, ids, given.kernels, rows)
+                student = _student(model, ids, given.kernels, rows, inputs)
                 teacher = _without_gradients(model, ids, rows)
             model.zero_grad(set_to_none=True)
             by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
@@ -155,7 +160,7 @@ def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
         attached = is_attached(module_name)
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
-                dtype = torch.float32 if attached else weight_dtype
+                dtype = torch.float32 if attached else weight_dtype if parameter.is_floating_point() else parameter.dtype
                 made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
@@ -165,8 +170,9 @@ def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
 class _Marks:
     """Bytes alive where layers begin and end, forward and backward."""
 
-    def __init__(self, live: LiveBytes):
-        self.live = live
+    def __init__(self, live: LiveBytes, inputs: dict[int, int]):
+        self.live, self.inputs = live, inputs
+        self.stays: list[int] = []
         self.starts: list[int] = []
         self.forward: list[int] = []
         self.backward: dict[int, int] = {}
@@ -189,6 +195,8 @@ class _Marks:
     def _end_forward(self) -> None:
         if self.starts:
             self.forward.append(self.live.peak - self.starts[-1])
+            self.stays.append(sum(self.inputs.values()))
+        self.inputs.clear()
 
     def _begin_backward(self, place: int, grad: torch.Tensor) -> None:
         self.end_backward()
@@ -208,7 +216,9 @@ class _Student:
     hidden: int
 
 
-def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandInPackedAttention | None) -> _Student:
+def _student(
+    model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandInPackedAttention | None, inputs: dict[int, int]
+) -> _Student:
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
@@ -225,7 +235,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandI
         current.entered.clear()
 
     live = LiveBytes(*model.parameters(), *model.buffers())
-    weights, marks = live.now, _Marks(live)
+    weights, marks = live.now, _Marks(live, inputs)
     layers = layer_list(model)
     hooks = [state.decoder.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks += [layer.module.register_forward_pre_hook(leave) for layer in state.layers]
@@ -246,7 +256,9 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandI
         set_mode(model, "dense")
         state.forward = None
     saved = [after - before for before, after in zip(marks.starts, marks.starts[1:], strict=False)]
-    found = [LayerBytes(saved[place], marks.forward[place], marks.backward.get(place, 0)) for place in range(len(saved))]
+    found = [
+        LayerBytes(saved[place], marks.forward[place], marks.backward.get(place, 0), marks.stays[place]) for place in range(len(saved))
+    ]
     # The second run of the last one: what it left, without what the first left, came after it.
     return _Student(found, marks.starts[0] - weights, kept - marks.starts[-1] - saved[-1], size)
 

@@ -92,7 +92,8 @@ class Analysis:
             "attention": [asdict(layer) for layer in shape.attentions],
             "weights_bytes": inference.resident_weights(shape, KV(), machine),
             "gpu": {"name": self.gpu_name, "num": machine.num, **rates},
-            "weight_bits": machine.weight_bits,
+            "weight_bits": machine.weight_bits or (16 if shape.packing is None else shape.packing.bits),
+            "weights": inference.weight_width(shape, machine),
             "notes": self.notes,
             "limits": [_cache_values(one.kv) | {k: v for k, v in vars(one).items() if k != "kv"} for one in self.limits],
             "points": [_point_values(one) for one in self.points],
@@ -130,7 +131,7 @@ def analyze(
     page_size: int = 64,
 ) -> Analysis:
     """Compute all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
-    None: one GPU, weights at 16 bits.
+    None: one GPU, weights as the model's configuration has them.
 
     Raises:
         ValueError: a context beyond the model's, a ratio that is none, more GPUs than heads, or a model that does not fit.
@@ -213,7 +214,7 @@ def _check_fits(shape: ModelShape, kv: KV, machine: Machine, gpu: Gpu, context: 
     raise ValueError(
         f"{shape.name} does not fit {machine.num} x {gpu.name} ({gpu.memory / 1e9:.0f} GB): {weights:.1f} GB of weights on each, and "
         f"{need / 1e9:.1f} GB with one sequence of {context:,} tokens; {cure}, or take a larger one (--gpu), shorter contexts (--context), "
-        "or weights as bytes (--weight-bits 8)"
+        "or narrower weights (--weight-bits 8 or 4)"
     )
 
 

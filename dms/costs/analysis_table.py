@@ -41,7 +41,7 @@ def _model_line(name: str, found: Analysis) -> str:
     weights = inference.resident_weights(shape, KV(), replace(found.machine, num=1))
     bounded, gated = sum(layer.window is not None for layer in layers), sum(layer.gated for layer in layers)
     parts = [
-        f"{name}: {shape.name}, {_count(shape.parameters)} parameters, {_count(weights)}B of weights at {found.machine.weight_bits} bits",
+        f"{name}: {shape.name}, {_count(shape.parameters)} parameters, {_count(weights)}B of weights at {inference.weight_width(shape, found.machine)}",
         f"{len(layers)} attention layers"
         + (f" ({bounded} of them slide)" if bounded else "")
         + ("" if shape.is_encoder else f", gates on {gated}"),

@@ -13,6 +13,8 @@ from dms.costs.shapes import AttentionShape, ModelShape, Work
 
 _NUMBER = 2
 _GATE_NUMBER = 4
+# Bytes of a number in a matrix by `weight_bits`; of 4, with a 16-bit scale for each 128.
+_MATRIX_NUMBER = {8: 1.0, 4: 0.5 + 2 / 128}
 # No context is asked about beyond this.
 FAR = 2**34
 
@@ -23,8 +25,9 @@ class Machine:
 
     num: int = 1
     """GPUs that share it by tensor parallelism: weights, heads and products divided, links between them not counted."""
-    weight_bits: int = 16
-    """16, or 8: matrices are read as bytes and multiplied at 16 bits."""
+    weight_bits: int | None = None
+    """16; 8 or 4: matrices are read so and multiplied at 16 bits, scales of 4 bits counted; None: as the model's own configuration has
+    it, 16 where it is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,17 @@ def experts_met(num_experts: int, picks: float, tokens: int) -> float:
     return num_experts * (1 - (1 - picks / num_experts) ** tokens)
 
 
-def _bytes_each(weight: Weight, machine: Machine) -> int:
-    return 1 if machine.weight_bits == 8 and weight.use in ("product", "experts") else _NUMBER
+def _bytes_each(weight: Weight, machine: Machine) -> float:
+    if machine.weight_bits is None:
+        return _NUMBER if weight.packed is None else weight.packed / weight.numel
+    return _MATRIX_NUMBER.get(machine.weight_bits, _NUMBER) if weight.use in ("product", "experts") else _NUMBER
+
+
+def weight_width(shape: ModelShape, machine: Machine) -> str:
+    """How weights are read, as a person says it: "16 bits", or the model's own kind."""
+    if machine.weight_bits is None and shape.packing is not None:
+        return f"{shape.packing.name}, the rest 16 bits"
+    return f"{machine.weight_bits or 16} bits"
 
 
 def resident_weights(shape: ModelShape, kv: KV, machine: Machine) -> float:

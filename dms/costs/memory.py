@@ -31,10 +31,12 @@ class Bytes:
     """Of one GPU, by kind; `peak` is less than their sum, since not all is there at once."""
 
     weights: int
+    packed: int
+    """Of the weights: codes and scales of a quantised base."""
     activations: int
     """What autograd keeps without activation checkpointing, or one layer's with it."""
     checkpoints: int
-    """Layers' inputs, kept attention outputs and their log-sum-exps."""
+    """Layers' inputs, kept attention outputs and their log-sum-exps; and inputs that packed linear layers keep all the same."""
     loss: int
     """Its chunk, before the layers' backward and so beside what `activations` is before it."""
     gradients: int
@@ -152,6 +154,7 @@ def of_choice(
     on_host += states + gradients if choice.offload_optimizer else 0
     return Bytes(
         weights=weights,
+        packed=min(weights, shape.packed_bytes),
         activations=forward.activations,
         checkpoints=forward.checkpoints,
         loss=forward.loss,
@@ -160,7 +163,7 @@ def of_choice(
         buffers=gathered + forward.outside + forward.casts,
         reserve=extra,
         peak=tensors + extra,
-        evaluation=weights + gathered + evaluated + extra,
+        evaluation=_evaluated_weights(shape, job, itemsize, weights) + gathered + evaluated + extra,
         evaluation_token=evaluated // (job.evaluation_batch_size * job.evaluation_length),
         host=min(num_gpus, gpus_per_node) * on_host,
     )
@@ -169,7 +172,14 @@ def of_choice(
 def _resting(shape: ModelShape, job: Job, itemsize: ItemSize) -> int:
     """All weights, whole; where the base trains, a teacher of its own as well."""
     copies = 2 if job.trainable == "all" and job.has_teacher_pass else 1
-    return copies * shape.parameters * itemsize.weight + 4 * (shape.gates + shape.adapters)
+    return copies * shape.weight_bytes(itemsize.weight) + 4 * (shape.gates + shape.adapters)
+
+
+def _evaluated_weights(shape: ModelShape, job: Job, itemsize: ItemSize, weights: int) -> int:
+    """Adapters are merged before the evaluation, and a packed base becomes whole for it."""
+    if shape.packing is None or job.trainable != "gates+lora":
+        return weights
+    return shape.parameters * itemsize.weight + 4 * shape.gates
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,7 @@ def _forward(shape: ModelShape, job: Job, choice: Choice, activations: Activatio
     tensors = checkpoints(shape, job, choice, activations, itemsize, kernels)
     kept, layer = sum(tensors), _one_layer(shape, job, choice, activations, itemsize, kernels)
     near = min(kept, _NEAR_LAYERS * kept // len(shape.layers)) if choice.offload_activations else kept
+    near += _stays(shape, job, choice, activations, itemsize)
     outside += activations.before + max(0, activations.after)
     on_host = sum(map(_pinned, tensors)) if choice.offload_activations else 0
     casts = _casts(shape, job, choice, itemsize)
@@ -226,6 +237,15 @@ def _attention_kept(layer: LayerShape, job: Job, choice: Choice, itemsize: ItemS
     row = 4 * tokens * attention.num_query_heads
     norms = [row, 4 * tokens * attention.num_heads] if kernels else []
     return [tokens * attention.num_query_heads * attention.value_dim * itemsize.compute, row, *norms]
+
+
+def _stays(shape: ModelShape, job: Job, choice: Choice, activations: Activations, itemsize: ItemSize) -> int:
+    """What packed linear layers keep of a micro-batch under activation checkpointing; attention's output is kept anyway."""
+    total = 0
+    for layer, bytes_ in zip(shape.layers, activations.layers, strict=True):
+        output = _attention_kept(layer, job, choice, itemsize, kernels=False)[:1]
+        total += max(0, bytes_.stays - sum(output))
+    return total
 
 
 def _pinned(size: int) -> int:

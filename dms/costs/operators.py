@@ -73,6 +73,11 @@ class LiveBytes(_Watch):
             self._meet(tensor)
 
     def _meet(self, tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            # A subclass around other tensors (torchao's): its own storage is as large as what it stands for, and not there.
+            for name in tensor.__tensor_flatten__()[0]:
+                self._meet(getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -112,6 +117,8 @@ class Weight:
     """Over the tokens of the pass: of "experts" the product's rows, of "rows" the numbers that were gathered."""
     flops: int = 0
     """Of the products with it, over the tokens of the pass."""
+    packed: int | None = None
+    """Bytes of its codes and scales, where it is quantised; None: it is whole."""
 
 
 class ProductCounter(_Watch):

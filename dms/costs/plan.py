@@ -11,6 +11,7 @@ from dms.costs.flops import TrainingFlops
 from dms.costs.hardware import Gpu, Hardware
 from dms.costs.job import WIDTHS, Choice, Job, choices
 from dms.costs.memory import Bytes, ItemSize
+from dms.costs.packed_weights import Packing
 from dms.costs.roofline import Seconds
 from dms.costs.shapes import PACKED_ATTENTION, ModelShape
 from dms.modes import state_of
@@ -98,20 +99,31 @@ class Plan:
         }
 
 
-def make_plan(model: nn.Module, job: Job, own: Choice, *, saved_bfloat16: bool, gpu_name: str, num_gpus: int, hardware: Hardware) -> Plan:
-    """Plan a job on `num_gpus` GPUs of a kind. model: on the meta device, with gates and adapters; of no use afterwards.
+def make_plan(
+    model: nn.Module,
+    job: Job,
+    own: Choice,
+    *,
+    saved_bfloat16: bool,
+    gpu_name: str,
+    num_gpus: int,
+    hardware: Hardware,
+    packing: Packing | None = None,
+) -> Plan:
+    """Plan a job on `num_gpus` GPUs of a kind. model: on the meta device, with gates and adapters; of no use afterwards. packing: how its
+    base is quantised.
 
     Raises:
         ValueError: an unknown GPU, or a batch that no choice can share among these GPUs.
     """
     gpu = hardware.gpu(gpu_name)
     packed_attention = local_rows(model, packs=job.packed) is not None
-    shape = shapes.measure_training(model)
+    shape = shapes.measure_training(model, packing)
     if packed_attention:
         shape = replace(shape, attention=PACKED_ATTENTION)
     itemsize = ItemSize.of(job, saved_bfloat16)
     # Before the model is measured, which leaves it fewer layers.
-    possible = _possible(model, job, num_gpus)
+    possible = _possible(model, job, num_gpus, packing)
     widths = tuple(sorted({choice.sequence_parallel for choice in possible}))
     by_width = activations.measure(model, shape, _micro_batch(job, itemsize, packed_attention), widths)
     by_checkpointing = {used: flops.of_sequence(shape, job, checkpointing=used) for used in (False, True)}
@@ -155,10 +167,10 @@ def _micro_batch(job: Job, itemsize: ItemSize, packed_attention: bool) -> activa
     )
 
 
-def _possible(model: nn.Module, job: Job, num_gpus: int) -> list[Choice]:
+def _possible(model: nn.Module, job: Job, num_gpus: int, packing: Packing | None) -> list[Choice]:
     """Raises ValueError where these GPUs cannot share the batch."""
     widths = _shareable(model, job)
-    possible = choices(job, widths, num_gpus)
+    possible = choices(job, widths, num_gpus, packed=packing is not None)
     if not possible:
         raise ValueError(
             f"batch_size {job.batch_size} cannot be shared by {num_gpus} GPUs with micro_batch_size {job.micro_batch_size}; "

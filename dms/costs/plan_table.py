@@ -36,7 +36,25 @@ def _facts(name: str, plan: Plan) -> list[str]:
         f"{_share(flops.recomputed + flops.recomputed_attention, flops.total)}, backward {_share(flops.backward + flops.backward_attention, flops.total)}, "
         f"loss {_share(flops.loss, flops.total)}; attention in all {_share(flops.attention, flops.total)}",
         f"the loss has {plan.loss_rows:,} rows of logits alive at once",
+        *_packed(plan),
     ]
+
+
+def _packed(plan: Plan) -> list[str]:
+    """Of a quantised base: what is packed, what is not, and what the estimate takes for granted."""
+    shape, packing = plan.shape, plan.shape.packing
+    if packing is None:
+        return []
+    rest = shape.parameters - shape.num_packed
+    whole = "in the backward" if packing.product == "int8" else "for each product"
+    lines = [
+        f"the base is packed: {_count(shape.num_packed)} of its parameters as {packing.name} in {_gb(shape.packed_bytes)} GB, scales included, and "
+        f"{_count(rest)} whole (embeddings, head, norms); a matrix is dequantised {whole}: seconds count that it is written and read in whole, "
+        "not what unpacking computes"
+    ]
+    if packing.product == "int8":
+        lines.append("int8 products keep their inputs for the backward, which activation checkpointing and offload do not change")
+    return lines
 
 
 def _share(part: float, whole: float) -> str:
@@ -97,10 +115,18 @@ def _conclusion(plan: Plan) -> str:
         least = min(plan.outcomes, key=lambda outcome: outcome.bytes.peak)
         return (
             f"nothing fits {plan.gpu.name} ({plan.gpu.memory / _GB:.0f} GB): the least is {least.bytes.peak / _GB:.1f} GB, with zero {least.choice.zero}, "
-            f"activations {least.choice.activations}; take more GPUs (--num), a larger one (--gpu), or a shorter data.length"
+            f"activations {least.choice.activations}; take more GPUs (--num), a larger one (--gpu), {_narrower(plan)}or a shorter data.length"
         )
     lines = "\n".join(f"    {line}" for line in recipe_lines(plan))
     return f"recommended, as recipe lines ({_short(plan.recommended.gpu_hours)} GPU hours without evaluation):\n{lines}"
+
+
+def _narrower(plan: Plan) -> str:
+    """A kind of quantisation that takes less, where one may."""
+    packing = plan.shape.packing
+    if plan.job.trainable == "all" or (packing is not None and packing.bits <= 4):
+        return ""
+    return "a base in 4 bits (quantize=nf4), " if packing is None or packing.product == "int8" else ""
 
 
 def overview(console: Console, plans: dict[str, Plan]) -> None:

@@ -89,12 +89,15 @@ def of_training_step(
     flops: of one sequence. activations, checkpoint_bytes: of one GPU; the latter is what activation checkpointing keeps of a micro-batch.
     """
     micro_steps = job.batch_size * choice.sequence_parallel // (job.micro_batch_size * num_gpus)
-    weights = shape.parameters * itemsize.weight
+    weights = shape.weight_bytes(itemsize.weight)
     # The student's forward and backward, the recomputation, and the teacher's forward.
     passes = 2 + choice.activation_checkpointing + job.has_teacher_pass
     # What is saved is written once and read once, and about as much is not saved; a recomputation does it again.
     traffic = 4 * activations.saved * (2 if choice.activation_checkpointing else 1)
     trained = num_trained(shape, job)
+    # A packed matrix is dequantised for each product: written whole, and read again. bitsandbytes' int8 does so in the backward alone.
+    unpacked = 0 if shape.packing is None else 1 if shape.packing.product == "int8" else passes
+    traffic += unpacked * 2 * itemsize.compute * shape.num_packed
     roofline = Roofline.of(gpu, precision=job.precision, num_gpus=num_gpus, reached=hardware.attainable)
     seconds = roofline.seconds(
         flops=flops.total * job.batch_size / num_gpus,

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from dms.config import DMSConfig
 from dms.costs.meta_passes import MetaPass, RecordedCall, build, run
 from dms.costs.operators import ProductCounter, Weight, tensors_in
+from dms.costs.packed_weights import Packing, is_attached, packed_linears, packing_of, sides
 from dms.modes import DMSState, state_of
 from dms.retrofitting import retrofit
 
@@ -128,12 +129,28 @@ class ModelShape:
     is_encoder: bool
     why_dense: str | None
     """Why no gates can be attached; None: they can."""
+    packing: Packing | None = None
+    """How its base is quantised; None: it is whole."""
     work: InferenceWork | None = None
     """None where only training was asked about."""
 
     @property
     def parameters(self) -> int:
         return sum(weight.numel for weight in self.weights)
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Of the whole base. itemsize: of a number that is not packed."""
+        return self.packed_bytes + itemsize * (self.parameters - self.num_packed)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of codes and scales."""
+        return sum(weight.packed or 0 for weight in self.weights)
+
+    @property
+    def num_packed(self) -> int:
+        """Parameters that are packed."""
+        return sum(weight.numel for weight in self.weights if weight.packed is not None)
 
     @property
     def inference(self) -> InferenceWork:
@@ -159,8 +176,9 @@ def context_of(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def measure(config: PreTrainedConfig, dms: DMSConfig) -> ModelShape:
-    """Measure a model for inference, by its transformers configuration. dms: of its gates, where it can carry them.
+def measure(config: PreTrainedConfig, dms: DMSConfig, *, packed: bool = True) -> ModelShape:
+    """Measure a model for inference, by its transformers configuration. dms: of its gates, where it can carry them. packed: its weights
+    are, as far as the configuration says so.
 
     Raises:
         ValueError: an encoder-decoder, a model without softmax attention or with attention outside of transformers' interface, latent
@@ -173,6 +191,7 @@ def measure(config: PreTrainedConfig, dms: DMSConfig) -> ModelShape:
     context = context_of(config)
     if context is not None and dms.window >= context:
         raise ValueError(f"window is {dms.window} and the model's context is {context} tokens; choose a window below the context")
+    packing = packing_of(config) if packed else None
     model = build(config)
     short = run(model, _SHORT)
     if not short.calls:
@@ -197,18 +216,19 @@ def measure(config: PreTrainedConfig, dms: DMSConfig) -> ModelShape:
                 retrofit(model, dms)
         except ValueError as error:
             why_dense = str(error)
-    return _shape(model, model, short, None, why_dense, work)
+    return _shape(model, model, short, None, why_dense, packing, work)
 
 
-def measure_training(model: nn.Module) -> ModelShape:
-    """Measure a retrofitted model, on any device, for training; `requires_grad` says what trains.
+def measure_training(model: nn.Module, packing: Packing | None = None) -> ModelShape:
+    """Measure a retrofitted model, on any device, for training; `requires_grad` says what trains. packing: how its base will be
+    quantised; None: not at all.
 
     Raises:
         ValueError: a model that does not run without storage.
     """
     # Its twin has neither gates nor adapters, and is bfloat16.
     base = build(_config_of(model))
-    return _shape(model, base, run(base, _SHORT), state_of(model).original_attention, None, None)
+    return _shape(model, base, run(base, _SHORT), state_of(model).original_attention, None, packing, None)
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
@@ -245,9 +265,17 @@ def _state(layer: Any) -> list[torch.Tensor]:
 
 
 def _shape(
-    model: Any, base: nn.Module, seen: MetaPass, attention: str | None, why_dense: str | None, work: InferenceWork | None
+    model: Any,
+    base: nn.Module,
+    seen: MetaPass,
+    attention: str | None,
+    why_dense: str | None,
+    packing: Packing | None,
+    work: InferenceWork | None,
 ) -> ModelShape:
     """model: with gates and adapters, where there are any; base: what ran."""
+    if packing is not None:
+        _mark_packed(base, seen.counted, packing)
     state: DMSState | None = getattr(model, "dms", None)
     gated = {layer.index for layer in state.layers} if state is not None else set()
     attentions = [_attention(call, seen.cache, gated) for call in seen.calls]
@@ -270,13 +298,22 @@ def _shape(
         context=context_of(config),
         is_encoder=seen.is_encoder,
         why_dense=why_dense,
+        packing=packing,
         work=work,
     )
 
 
-def is_attached(name: str) -> bool:
-    """Whether a module or parameter of this name is no part of the base, but of a gate or an adapter."""
-    return "dms_gate" in name or "lora_" in name
+def _mark_packed(base: nn.Module, counted: ProductCounter, packing: Packing) -> None:
+    """Say of every weight that a kind packs how many bytes it takes."""
+    for linear in packed_linears(base, packing).values():
+        assert isinstance(linear.weight, torch.Tensor)
+        weight = counted.weight_of(linear.weight)
+        if weight is not None:
+            weight.packed = packing.bytes_of(*sides(linear))
+    for parameter in base.parameters() if packing.packs_experts else ():
+        weight = counted.weight_of(parameter)
+        if weight is not None and weight.num_experts and parameter.dim() == 3:
+            weight.packed = weight.num_experts * packing.bytes_of(*parameter.shape[1:])
 
 
 def _attention(call: RecordedCall, cache: Cache | None, gated: set[int]) -> AttentionShape:

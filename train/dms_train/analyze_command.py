@@ -12,7 +12,8 @@ from dms.costs import analysis_table as table
 from dms.costs import hardware
 from dms.costs.analysis import analyze, check
 from dms.costs.inference import Machine
-from dms.costs.shapes import context_of, measure
+from dms.costs.packed_weights import UnknownPacking
+from dms.costs.shapes import ModelShape, context_of, measure
 from dms.errors import writing
 from dms_train.plan_command import read_config
 from dms_train.recipe import RetrofitRecipe
@@ -28,13 +29,14 @@ def run(
     batches: list[int],
     ratios: list[float],
     window: int | None,
-    weight_bits: int,
+    weight_bits: int | None,
     config: str | None,
     json_file: str | None,
     plot: str | None,
     console: Console,
 ) -> None:
     """Analyse and print; write the numbers and the picture where files are named. window: None: the recipe's or the model's own.
+    weight_bits: None: as the model's configuration has them.
 
     Raises:
         ValueError: an unknown GPU, model, recipe or configuration, or values that do not go together.
@@ -45,7 +47,7 @@ def run(
     check(context_of(values), contexts, ratios)
     dms = dms if window is None else replace(dms, window=window)
     found = analyze(
-        measure(values, dms),
+        _measured(values, dms, weight_bits),
         gpu,
         card,
         contexts=contexts,
@@ -66,9 +68,16 @@ def run(
             draw(found, title, plot)
 
 
-def _check_options(weight_bits: int, files: dict[str, str | None]) -> None:
-    if weight_bits not in (8, 16):
-        raise ValueError(f"--weight-bits is {weight_bits}; weights are read at 16 bits, or at 8 as bytes")
+def _measured(values: PreTrainedConfig, dms: DMSConfig, weight_bits: int | None) -> ModelShape:
+    try:
+        return measure(values, dms, packed=weight_bits is None)
+    except UnknownPacking as error:
+        raise ValueError(f"{error}; say with --weight-bits how wide the matrices are, 16, 8 or 4") from None
+
+
+def _check_options(weight_bits: int | None, files: dict[str, str | None]) -> None:
+    if weight_bits not in (None, 4, 8, 16):
+        raise ValueError(f"--weight-bits is {weight_bits}; give 16, 8 or 4, or leave it out for what the model's configuration says")
     for option, file in files.items():
         if file is not None and not Path(file).expanduser().parent.is_dir():
             raise ValueError(f"{option} {file}: the folder {Path(file).parent} does not exist; make it, or name another")

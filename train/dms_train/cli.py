@@ -334,7 +334,9 @@ def analyze(
     window: Annotated[
         int | None, typer.Option(min=0, help="Tokens that stay visible. Default: the recipe's or the model's, else 256.")
     ] = None,
-    weight_bits: Annotated[int, typer.Option(help="16, or 8: matrices are read as bytes.")] = 16,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="16, 8 or 4: bits of matrices. None: as the model's configuration has them, 16 if not quantised.")
+    ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="PATH", help="The model's config.json, or a folder with it (or with a NAME.json for each model).")
     ] = None,

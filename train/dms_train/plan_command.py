@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from dms.costs import hardware
 from dms.costs import plan_table as table
 from dms.costs.job import Choice, Job
+from dms.costs.packed_weights import FORMS, Packing, packing_of
 from dms.costs.plan import Plan, make_plan
 from dms.errors import writing
 from dms.io import base_models
@@ -46,7 +47,7 @@ def _every() -> list[str]:
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
     """Plan a recipe. config: a config.json, a folder that holds one, or one with a NAME.json for each model; None: the model's own."""
     values = read_config(recipe.model, config)
-    saved_bfloat16 = base_models.is_saved_bfloat16(values)
+    saved_bfloat16, packing = base_models.is_saved_bfloat16(values), packing_for(recipe, values)
     return make_plan(
         build_on_meta(recipe, values),
         job_of(recipe),
@@ -55,7 +56,22 @@ def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None 
         gpu_name=gpu,
         num_gpus=num_gpus,
         hardware=hardware.load(),
+        packing=packing,
     )
+
+
+def packing_for(recipe: RetrofitRecipe, config: PreTrainedConfig) -> Packing | None:
+    """How the recipe's base lies in memory: packed by `quantize`, or as its files are. None: whole.
+
+    Raises:
+        ValueError: both, or a quantisation whose bytes are not known.
+    """
+    packed = packing_of(config)
+    if recipe.quantize is None:
+        return None if packed is None or packed.until_run else packed
+    if packed is not None:
+        raise ValueError(f"quantize is {recipe.quantize}, and {recipe.model} is quantised already ({packed.name}); remove quantize")
+    return FORMS[recipe.quantize]
 
 
 def job_of(recipe: RetrofitRecipe) -> Job:
@@ -135,7 +151,7 @@ def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module
 
     check_lora(recipe)
     if hasattr(config, "quantization_config"):
-        # It says how the files hold weights; a retrofit computes with them whole.
+        # What is planned of it is in `packing_for`; transformers would ask for the packages that unpack it.
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

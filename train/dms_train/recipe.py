@@ -142,6 +142,10 @@ class RetrofitRecipe(Strict):
 
     model: str
     """A folder, a hub id, or `builtin:tiny`."""
+    quantize: Literal["nf4", "int8", "torchao-int8", "torchao-int4"] | None = None
+    """Pack the frozen base's linear layers when it is loaded, all but the head's: nf4, bitsandbytes' 4 bits in blocks of 64 whose scales are
+    packed too (QLoRA's double quantisation); int8, bitsandbytes' LLM.int8; torchao-int8 and torchao-int4, torchao's weight-only kinds. None:
+    as the model's files are, packed ones too. The run's model folder then holds the packed weights."""
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)

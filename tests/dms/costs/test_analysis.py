@@ -117,6 +117,57 @@ def test_weights_as_bytes_and_shared_by_gpus(llama):
     assert sixteen.kv_read == one.kv_read / 8 and sixteen.attention_flops == one.attention_flops / 16
 
 
+def test_weights_in_4_bits(llama):
+    one, four = (inference.decode(llama, KV(), machine, 8, 8192) for machine in (Machine(weight_bits=16), Machine(weight_bits=4)))
+    # A 16-bit scale for each 128.
+    assert four.weights == pytest.approx(one.weights * (4 + 16 / 128) / 16, rel=2e-3) and four.all_flops == one.all_flops
+
+
+def test_weights_are_as_the_configuration_packs_them(tmp_path):
+    values = json.loads((CONFIGS / "Qwen3-0.6B.json").read_text()) | {"num_hidden_layers": 2}
+    config, out = tmp_path / "config.json", tmp_path / "out.json"
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    config.write_text(json.dumps(values | {"quantization_config": settings}))
+
+    def weights_bytes(*options):
+        result = run(config, "--json", out, "--context", 4096, *options)
+        assert result.exit_code == 0, result.output
+        return result.output, json.loads(out.read_text())
+
+    printed, packed = weights_bytes()
+    assert says(printed, "of weights at gptq 4-bit, the rest 16 bits") and packed["weight_bits"] == 4
+    linear = 2 * (1024 * (2048 + 2 * 1024) + 2048 * 1024 + 3 * 1024 * 3072)
+    columns = 2 * (1024 * 3 + 2048 + 2 * 1024 + 3072)
+    # Half a byte a number, a 16-bit scale and a 4-bit zero for 64 of them, and each column's group; the tied embedding is whole.
+    assert packed["weights_bytes"] == linear * (0.5 + 2.5 / 64) + 4 * columns + 2 * (packed["parameters"] - linear)
+    _, whole = weights_bytes("--weight-bits", 16)
+    assert whole["weights_bytes"] == 2 * packed["parameters"] and whole["weight_bits"] == 16
+    config.write_text(json.dumps(values | {"quantization_config": {"quant_method": "hqq"}}))
+    result = run(config, "--context", 4096)
+    assert "quantised by 'hqq'" in str(result.exception) and "say with --weight-bits how wide the matrices are" in str(result.exception)
+    assert weights_bytes("--weight-bits", 4)[1]["weights_bytes"] < whole["weights_bytes"]
+
+
+def test_experts_are_packed_with_the_kinds_that_pack_them():
+    sizes = {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 256,
+    }
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 128}
+    settings = {"fp8": {"quant_method": "fp8"}, "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    fp8, int8 = (
+        measure(AutoConfig.for_model("qwen3_moe", **sizes, quantization_config=one), DMSConfig(window=16)) for one in settings.values()
+    )
+    experts = 4 * 3 * 128 * 128
+    # bitsandbytes packs linear layers, which experts are not. FP8: a byte a number, and a float32 for each block of 128 x 128.
+    assert fp8.num_packed - int8.num_packed == experts
+    assert sum(weight.packed for weight in fp8.weights if weight.num_experts) == experts + 4 * 3 * 4
+
+
 def test_layers_that_slide():
     shape = measure(read("gpt-oss-20b", 4), DMSConfig(window=128))
     assert [(layer.window, layer.gated) for layer in shape.attentions[:2]] == [(128, False), (None, True)]
@@ -219,7 +270,9 @@ def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
     config = read("Qwen3-0.6B", 2).to_dict() | {"dms": saved.to_saved()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     measured = []
-    monkeypatch.setattr("dms_train.analyze_command.measure", lambda values, dms: measured.append(dms) or measure(values, dms))
+    monkeypatch.setattr(
+        "dms_train.analyze_command.measure", lambda values, dms, **options: measured.append(dms) or measure(values, dms, **options)
+    )
     result = run(tmp_path, "--batch", 1, "--context", 4096, "--window", 99)
     assert result.exit_code == 0, result.output
     assert measured == [replace(saved, window=99)]
@@ -250,7 +303,7 @@ def test_an_encoder_whose_output_has_no_field_for_a_cache():
         (["Qwen3-8B.json", "--context", "65536"], ["context is 65,536", "40,960"]),
         (["Qwen3-8B.json", "--cr", "1"], ["ratio is 1", "above 1"]),
         (["Qwen3-8B.json", "--window", "50000"], ["window is 50000", "40960"]),
-        (["Qwen3-8B.json", "--weight-bits", "4"], ["--weight-bits is 4"]),
+        (["Qwen3-8B.json", "--weight-bits", "5"], ["--weight-bits is 5; give 16, 8 or 4"]),
         (["Qwen3-8B.json", "--json", "/nowhere/a.json"], ["/nowhere does not exist"]),
         (["nothing.json"], ["nothing.json is not a file"]),
     ],

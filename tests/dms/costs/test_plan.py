@@ -1,8 +1,9 @@
 """`dms plan`: what it prints and writes, what it recommends, and what it refuses."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -118,6 +119,83 @@ def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
     assert shared.checkpoints == used.checkpoints // 8 and shared.weights == used.weights
     # Each GPU sizes its loss's chunk for itself; of what it adds the hidden states' gradient alone is shared.
     assert used.loss - shared.loss == 32768 * 4096 * 2 * 7 // 8
+
+
+def test_a_base_in_4_bits_on_one_gpu_of_24_gb():
+    plan = plan_of("qwen3-8b", "quantize=nf4", gpu="rtx4090")
+    kept, checkpointed, offloaded = (
+        outcome_of(plan, **choice)
+        for choice in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "offload_activations": True})
+    )
+    # 36 layers' q, k, v, o and three matrices of the MLP: half a byte a number, a byte for 64, four bytes for 64 * 256, tables for each.
+    matrices = [4096 * 4096, 1024 * 4096, 1024 * 4096, 4096 * 4096, *[12288 * 4096] * 3]
+    packed = 36 * sum(numbers // 2 + numbers // 64 + numbers // 64 // 256 * 4 + 64 + 256 * 4 + 4 for numbers in matrices)
+    whole = 8_190_735_360 - 36 * sum(matrices)
+    assert (offloaded.bytes.packed, offloaded.bytes.weights) == (packed, packed + 2 * whole + 4 * 1_179_936)
+    # Packed weights have no gradients and no moments.
+    assert offloaded.bytes.gradients == 4 * 1_179_936 and offloaded.bytes.optimizer == 8 * 1_179_936
+    # 32K tokens' inputs and attention outputs of 36 layers do not fit beside the weights; in host memory they do.
+    assert (kept.fits, checkpointed.fits, offloaded.fits) == (False, False, True)
+    assert plan.recommended == offloaded
+    assert offloaded.bytes.host > 36 * 32768 * 4096 * 2 * 2
+    # DeepSpeed does not divide packed weights.
+    assert {outcome.choice.stage for outcome in plan.outcomes} == {0, 2}
+
+
+def test_the_plan_says_what_is_packed_and_what_would_fit(capsys):
+    packed = plan_of("qwen3-8b", "quantize=nf4", gpu="rtx4090")
+    table.show(make_console(), "qwen3-8b", packed)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the base is packed: 6.95G of its parameters as nf4 in 3.6 GB, scales included, and 1.24G whole" in printed
+    assert "offload_activations: true" in printed and "stage: 0" in printed
+    nothing = replace(packed, shape=replace(packed.shape, packing=None), recommended=None)
+    table.show(make_console(), "qwen3-8b", nothing)
+    assert "a base in 4 bits (quantize=nf4), or a shorter data.length" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_quantised_checkpoint_is_planned_as_it_lies_in_memory(tmp_path):
+    config = json.loads(Path(CONFIGS, "Qwen3-0.6B.json").read_text()) | {"num_hidden_layers": 2}
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.0"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    short = ["data.length=512", "dms.window=16", "evaluation.length=256"]
+
+    def planned(*overrides):
+        return planning.plan(
+            load_recipe("qwen3-0.6b", [*short, *overrides], RetrofitRecipe), gpu="rtx4090", num_gpus=1, config=str(tmp_path)
+        )
+
+    plan = planned()
+    layer = plan.shape.layers[1].linear
+    assert plan.shape.num_packed == layer
+    # A byte a number, and a float32 for each output: 2048 of q, 1024 of k and v, 1024 of o, 3072 of gate and up, 1024 of down.
+    assert plan.shape.packed_bytes == layer + 4 * (2048 + 1024 + 1024 + 1024 + 3072 + 3072 + 1024)
+    with pytest.raises(ValueError, match=r"quantize is nf4, and .* is quantised already \(bitsandbytes int8\); remove quantize"):
+        planned("quantize=nf4")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(ValueError, match="quantised by 'hqq', whose bytes are not known here"):
+        planned()
+
+
+@pytest.mark.slow
+def test_int8_keeps_its_inputs_whatever_is_checkpointed():
+    values = ("quantize=int8", "data.length=2048", "dms.window=16", "evaluation.length=512")
+    kept, plain = (plan_of("qwen3-0.6b", *values[start:], gpu="rtx4090") for start in (0, 1))
+    more = (
+        outcome_of(kept, activation_checkpointing=True).bytes.checkpoints
+        - outcome_of(plain, activation_checkpointing=True).bytes.checkpoints
+    )
+    # Two normed hidden states and the MLP's product, in bfloat16; attention's output is kept anyway, and before the first nothing trains.
+    assert more == (28 * (1024 + 1024 + 3072) - 1024) * 2048 * 2
+    offloaded = outcome_of(kept, activation_checkpointing=True, offload_activations=True).bytes
+    assert offloaded.checkpoints > more
+
+
+@pytest.mark.slow
+def test_adapters_on_a_packed_base_make_it_whole_for_the_evaluation():
+    values = ("data.length=512", "dms.window=16", "evaluation.length=256", "trainable=gates+lora", "optimizer.base_lr=1e-5")
+    packed, plain = (plan_of("qwen3-0.6b", *quantize, *values, gpu="rtx4090") for quantize in (("quantize=nf4",), ()))
+    assert packed.own.bytes.weights < plain.own.bytes.weights
+    assert packed.own.bytes.evaluation > 2 * packed.shape.parameters
 
 
 def test_casts_of_weights_are_whole_on_every_gpu_that_shares_a_row():

@@ -1,0 +1,179 @@
+"""Quantised bases: bytes of each kind, against really packed models, and what plans and analyses make of them."""
+
+import pytest
+import torch
+from dms_train import models as students
+from dms_train.plan_command import choice_of, job_of
+from training_steps import SMALL, make_batch, make_recipe, take_step
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dms.costs import activations, memory, shapes
+from dms.costs.operators import LiveBytes
+from dms.costs.packed_weights import FORMS, UnknownPacking, packed_linears, packing_of
+
+TINY = ("llama", SMALL | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2000})
+TIED = ("qwen3", SMALL | {"intermediate_size": 768, "num_hidden_layers": 3, "vocab_size": 2000, "tie_word_embeddings": True})
+TRANSPOSED = ("gpt2", {"n_embd": 256, "n_head": 8, "n_layer": 3, "vocab_size": 2000})
+
+
+def random_model(kind, device="cpu"):
+    family, values = kind
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
+
+
+def load_packed(kind, form, folder):
+    """A random model, packed."""
+    random_model(kind).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=transformers_settings(form), dtype=torch.float32)
+    del model.config.quantization_config  # TEMP
+    return model
+
+
+def transformers_settings(form):
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    pytest.importorskip("torchao" if form.startswith("torchao") else "bitsandbytes")
+    if form == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if form == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def tensors_of(model):
+    """All that a model holds, a quantisation's scales and tables too."""
+    found = list(model.parameters())
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            found += [value for value in vars(part).values() if isinstance(value, torch.Tensor)] if part is not None else []
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        found += [scales] if scales is not None else []
+    return found
+
+
+def planned(kind, recipe, form):
+    """Bytes by kind, as on a CPU, and the model's shape."""
+    job, model = job_of(recipe), random_model(kind, "meta")
+    students.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
+    shape = shapes.measure_training(model, FORMS.get(form))
+    given = activations.MicroBatch(
+        batch=job.micro_batch_size,
+        length=job.length,
+        weight_dtype=torch.float32,
+        autocast=recipe.precision == "bf16",
+        kernels=False,
+        packed_attention=recipe.data.packs,
+    )
+    made = activations.measure(model, shape, given)[1]
+    itemsize = memory.ItemSize.of(job, saved_bfloat16=False)
+    found = memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False)
+    return found, shape
+
+
+@pytest.mark.parametrize("kind", [TINY, TIED, TRANSPOSED], ids=["llama", "tied", "transposed"])
+@pytest.mark.parametrize("form", ["nf4", "int8", "torchao-int8"])
+def test_bytes_are_those_of_a_packed_model(kind, form, tmp_path):
+    packed = load_packed(kind, form, tmp_path)
+    _, shape = planned(kind, make_recipe(128), form)
+    assert (shape.num_packed > 0) == (kind != TRANSPOSED or form != "torchao-int8")
+    assert shape.weight_bytes(4) == LiveBytes(*tensors_of(packed)).now
+
+
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+TORCHAO = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}}}
+GROUPED = {"bits": 4, "group_size": 128}
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "bytes_"),
+    [
+        # Of a matrix of 256 rows and 512 columns: codes, then scales.
+        (BITSANDBYTES, "bitsandbytes nf4", 65536 + 2048 * 4 + 64),
+        (BITSANDBYTES | {"bnb_4bit_use_double_quant": True}, "bitsandbytes nf4", 65536 + 2048 + 8 * 4 + 64 + 1028),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8", 131072 + 256 * 4),
+        (TORCHAO, "torchao int8", 131072 + 256 * 5),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", 131072 + 2 * 4 * 4),
+        ({"quant_method": "fp8", "weight_block_size": None}, "fp8", 131072 + 4),
+        # GPTQ: a 16-bit scale and a 4-bit zero for each group of a row, and each column's group.
+        (GROUPED | {"quant_method": "gptq"}, "gptq 4-bit", 65536 + 1024 * 2.5 + 512 * 4),
+        (GROUPED | {"quant_method": "gptq", "group_size": -1}, "gptq 4-bit", 65536 + 256 * 2.5 + 512 * 4),
+        (GROUPED | {"quant_method": "awq"}, "awq 4-bit", 65536 + 1024 * 2.5),
+        (COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS}}}, "compressed-tensors 4-bit", 65536 + 1024 * 2),
+    ],
+)
+def test_bytes_of_a_checkpoint_s_kind(settings, name, bytes_):
+    packing = packing_of(AutoConfig.for_model("llama", quantization_config=settings))
+    assert packing.name == name
+    assert packing.bytes_of(256, 512) == bytes_
+
+
+def test_weights_that_loading_unpacks_are_whole():
+    assert packing_of(AutoConfig.for_model("llama")) is None
+    assert packing_of(AutoConfig.for_model("llama", quantization_config={"quant_method": "mxfp4"})) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "hqq"}, "quantised by 'hqq', whose bytes are not known here; known are bitsandbytes, torchao, fp8, gptq, awq"),
+        ({"quant_method": "gptq", "bits": 7}, "of kind 'gptq' has bits 7, whose bytes are not known here"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Other"}}}, "has quant_type 'Other'"),
+        (COMPRESSED | {"config_groups": {"a": {"weights": WEIGHTS}, "b": {"weights": WEIGHTS}}}, r"has config_groups \['a', 'b'\]"),
+    ],
+)
+def test_other_kinds_are_named(settings, message):
+    with pytest.raises(UnknownPacking, match=message):
+        packing_of(AutoConfig.for_model("llama", quantization_config=settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        (BITSANDBYTES, {"lm_head"}),
+        (BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "model.layers.1", "up_proj"]}, {"lm_head", "layers.1", "up_proj"}),
+        # A list of its own stands instead of the usual one.
+        (BITSANDBYTES | {"llm_int8_skip_modules": ["up_proj"]}, {"up_proj"}),
+        (GROUPED | {"quant_method": "awq", "modules_to_not_convert": ["model.layers.0"]}, {"lm_head", "layers.0."}),
+        (GROUPED | {"quant_method": "gptq", "lm_head": True}, set()),
+        (COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS}}}, {"lm_head", "down_proj"}),
+    ],
+)
+def test_what_stays_whole_is_what_the_kind_skips(settings, left):
+    values = SMALL | {"num_hidden_layers": 12, "intermediate_size": 64, "vocab_size": 64}
+    model = random_model(("llama", values), "meta")
+    packed = packed_linears(model, packing_of(AutoConfig.for_model("llama", quantization_config=settings)))
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    # model.layers.1 is not model.layers.10.
+    skipped = {name for name in names if any(part.rstrip(".") in name.split(".") or f"{part.rstrip('.')}." in name for part in left)}
+    assert names - set(packed) == skipped
+
+
+STEPS = {
+    "gates": {"loss_chunk": 128, "length": 512},
+    "checkpointed": {"loss_chunk": 128, "length": 512, "activation_checkpointing": True},
+    "bf16": {"loss_chunk": 128, "length": 512, "precision": "bf16"},
+    "lora": {"loss_chunk": 128, "length": 512, "trainable": "gates+lora", "base_lr": 1e-4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("form", ["nf4", "int8", "torchao-int8"])
+def test_peak_bytes_of_a_step_on_a_packed_base(form, name, tmp_path, capsys):
+    recipe = make_recipe(**STEPS[name])
+    model = load_packed(TINY, form, tmp_path)
+    gates, base = students.equip(model, recipe)
+    optimizer, batch = torch.optim.AdamW([*gates.values(), *base.values()], lr=1e-3), make_batch(recipe)
+    with LiveBytes(*tensors_of(model), *model.buffers(), *batch.values()) as live:
+        take_step(model, None, batch, recipe)
+        optimizer.step()
+    expected = planned(TINY, recipe, form)[0].peak
+    with capsys.disabled():
+        print(f"\n{form}, {name}: planned {expected / 1e6:.1f} MB, measured {live.peak / 1e6:.1f} MB, {expected / live.peak - 1:+.1%}")
+    assert expected == pytest.approx(live.peak, rel=0.15)
