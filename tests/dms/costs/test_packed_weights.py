@@ -3,11 +3,9 @@
 import pytest
 import torch
 from dms_train import models as students
-from dms_train.plan_command import choice_of, job_of
-from training_steps import SMALL, make_batch, make_recipe, take_step
+from training_steps import SMALL, make_batch, make_recipe, plan_step, take_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dms.costs import activations, memory, shapes
 from dms.costs.operators import LiveBytes
 from dms.costs.packed_weights import FORMS, UnknownPacking, packed_linears, packing_of
 
@@ -55,30 +53,11 @@ def tensors_of(model):
     return found
 
 
-def planned(kind, recipe, form):
-    """Bytes by kind, as on a CPU, and the model's shape."""
-    job, model = job_of(recipe), random_model(kind, "meta")
-    students.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
-    shape = shapes.measure_training(model, FORMS.get(form))
-    given = activations.MicroBatch(
-        batch=job.micro_batch_size,
-        length=job.length,
-        weight_dtype=torch.float32,
-        autocast=recipe.precision == "bf16",
-        kernels=False,
-        packed_attention=recipe.data.packs,
-    )
-    made = activations.measure(model, shape, given)[1]
-    itemsize = memory.ItemSize.of(job, saved_bfloat16=False)
-    found = memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False)
-    return found, shape
-
-
 @pytest.mark.parametrize("kind", [TINY, TIED, TRANSPOSED], ids=["llama", "tied", "transposed"])
 @pytest.mark.parametrize("form", ["nf4", "int8", "torchao-int8"])
 def test_bytes_are_those_of_a_packed_model(kind, form, tmp_path):
     packed = load_packed(kind, form, tmp_path)
-    _, shape = planned(kind, make_recipe(128), form)
+    _, shape = plan_step(random_model(kind, "meta"), make_recipe(128), FORMS[form])
     assert (shape.num_packed > 0) == (kind != TRANSPOSED or form != "torchao-int8")
     assert shape.weight_bytes(4) == LiveBytes(*tensors_of(packed)).now
 
@@ -173,7 +152,7 @@ def test_peak_bytes_of_a_step_on_a_packed_base(form, name, tmp_path, capsys):
     with LiveBytes(*tensors_of(model), *model.buffers(), *batch.values()) as live:
         take_step(model, None, batch, recipe)
         optimizer.step()
-    expected = planned(TINY, recipe, form)[0].peak
+    expected = plan_step(random_model(TINY, "meta"), recipe, FORMS[form])[0].peak
     with capsys.disabled():
         print(f"\n{form}, {name}: planned {expected / 1e6:.1f} MB, measured {live.peak / 1e6:.1f} MB, {expected / live.peak - 1:+.1%}")
     assert expected == pytest.approx(live.peak, rel=0.15)

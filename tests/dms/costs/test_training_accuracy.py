@@ -1,19 +1,18 @@
 """What is planned against what real steps take on a CPU: peak bytes of all tensors, and FLOPs counted operator by operator."""
 
 import os
-from dataclasses import replace
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 import pytest
 import torch
 from dms_train import models as students
-from dms_train.plan_command import choice_of, job_of
+from dms_train.plan_command import job_of
 from torch.utils.flop_counter import FlopCounterMode
-from training_steps import SMALL, make_batch, make_recipe, take_step
+from training_steps import SMALL, make_batch, make_recipe, plan_step, take_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dms.costs import activations, flops, memory, shapes
+from dms.costs import flops, shapes
 from dms.costs.job import Choice
 from dms.costs.operators import LiveBytes
 
@@ -112,22 +111,10 @@ def measured_bytes(kind, recipe):
 
 
 def planned_bytes(kind, recipe):
-    plain, job = recipe.model_copy(update={"activation_checkpointing": False}), job_of(recipe)
-    model, _ = build(kind, plain, "meta")
-    shape = shapes.measure_training(model)
-    if recipe.data.packs:
-        shape = replace(shape, attention=shapes.PACKED_ATTENTION)
-    given = activations.MicroBatch(
-        batch=job.micro_batch_size,
-        length=job.length,
-        weight_dtype=torch.float32,
-        autocast=recipe.precision == "bf16",
-        kernels=False,
-        packed_attention=recipe.data.packs,
-    )
-    made = activations.measure(model, shape, given)[1]
-    itemsize = memory.ItemSize.of(job, saved_bfloat16=False)
-    return memory.of_choice(shape, job, choice_of(recipe), made, itemsize, num_gpus=1, gpus_per_node=1, kernels=False, reserve=False).peak
+    family, shape = kind
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    return plan_step(model, recipe)[0].peak
 
 
 @pytest.mark.slow
