@@ -9,6 +9,8 @@ Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H,
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +86,8 @@ class EvictPass(ForwardPass):
     """[B, T, H] bool, aligned: which tokens are evicted."""
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B, T, H] evict logits, without a cache alone."""
+    read: list[tuple[CompactedLayer, Cache]] = field(default_factory=list)
+    """Layers of a cache that other layers' queries come to as well, and their cache: they store their tokens at the end of the pass."""
 
     @classmethod
     def begin(cls, state: DMSState, tokens: Tokens, *, has_cache: bool) -> EvictPass:
@@ -116,7 +120,27 @@ class EvictPass(ForwardPass):
         if isinstance(held, MaskedLayer):
             evicted = self.evicted[layer.index] = held.evicted()
             return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
-        return functools.partial(compacted_attention, held=held, cache=cache, masked=masked)
+        followed = layer.index in state.followed
+        if followed:
+            self.read.append((held, cache))
+        return functools.partial(compacted_attention, held=held, cache=cache, masked=masked, followed=followed)
+
+    def end(self) -> None:
+        while self.read:
+            held, cache = self.read.pop()
+            with _undone_on_failure(cache), torch.no_grad():
+                held.end_reading()
+
+
+@contextmanager
+def _undone_on_failure(cache: Cache) -> Iterator[None]:
+    """A pass that fails leaves a DMSCache as it was, where it is bounded."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(cache, DMSCache):
+            cache.undo_forward()
+        raise
 
 
 def evict_pass(model: nn.Module) -> EvictPass:
@@ -151,6 +175,7 @@ def compacted_attention(
     held: CompactedLayer,
     cache: Cache,
     masked: AttentionFunction,
+    followed: bool = False,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -158,26 +183,23 @@ def compacted_attention(
 ) -> torch.Tensor:
     """Hard decisions over a compacted cache layer. key, value: the new tokens', which the layer has by now.
 
-    masked: `evict_attention` with the pass's tokens, window and sinks.
+    masked: `evict_attention` with the pass's tokens, window and sinks. followed: queries of other layers come to the same tokens, until
+    the pass ends.
     """
-    try:
-        with torch.no_grad():
-            if held.pending is None:
-                raise RuntimeError(f"a {type(held).__name__} was asked for attention before the pass's keys and values were put into it")
-            if query.shape[2] > 1 and held.pending.is_packed():
-                # Of a sequence's documents the cache keeps the last one; the others are read here and then gone.
-                new = held.pending
-                evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
-                out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
-                held.keep_last_documents()
-            else:
-                # Under autocast the projections were cast; scores and sums stay float32.
-                with torch.autocast(query.device.type, enabled=False):
-                    out = held.attend(query, scale=scale_of(scaling, query), softcap=softcap, sink_logits=s_aux)
-    except BaseException:
-        if isinstance(cache, DMSCache):
-            cache.undo_forward()
-        raise
+    with _undone_on_failure(cache), torch.no_grad():
+        new = held.pending
+        if new is None:
+            raise RuntimeError(f"a {type(held).__name__} was asked for attention before the pass's keys and values were put into it")
+        if new.is_packed:
+            # Of a sequence's documents the cache keeps the last one; the others are read here and then gone.
+            evicted = masks.align(new.decision, new.tokens.segment_BT, held.dms.alignment, False)
+            out = masked(query, key, value, evicted_BSH=evicted, key_tokens=new.tokens, scaling=scaling, softcap=softcap, s_aux=s_aux)
+        else:
+            # Under autocast the projections were cast; scores and sums stay float32.
+            with torch.autocast(query.device.type, enabled=False):
+                out = held.attend(query, scale=scale_of(scaling, query), softcap=softcap, sink_logits=s_aux, ends=False)
+        if not followed:
+            held.end_reading()
     return _Inference.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 
@@ -198,10 +220,11 @@ def evict_attention(
 ) -> torch.Tensor:
     """Hard decisions, masked: the reference that caches and kernels are compared with.
 
-    query [B, Hq, T, D], key and value [B, H, S, D] -> [B, T, Hq, D]; queries of padding give 0. scaling, softcap, s_aux: as transformers'
-    attention interface gives them.
+    query [B, Hq, T, D], key and value [B, H, S, D] -> [B, T, Hq, D]; queries of padding give 0. query_tokens: their last T are the
+    queries'. scaling, softcap, s_aux: as transformers' attention interface gives them.
     """
     B, Hq, T, D = query.shape
+    query_tokens = query_tokens.map(lambda x: x[:, x.shape[1] - T :])
     H, S = key.shape[1], key.shape[2]
     G = Hq // H
     scale = scale_of(scaling, query)

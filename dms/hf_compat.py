@@ -6,11 +6,13 @@ touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -350,6 +352,22 @@ def linear_state_is_filled(layer: Any) -> bool:
     if not isinstance(filled, dict):
         raise changed("hf_compat.linear_state_is_filled", "transformers", "LinearAttentionCacheLayerMixin.is_conv_states_initialized")
     return any(filled.values())
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Within it torch.distributions do not look at the values of their parameters, which tensors without storage have none of.
+
+    Assumes: Distribution._validate_args is what set_default_validate_args sets.
+    """
+    before = getattr(Distribution, "_validate_args", None)
+    if not isinstance(before, bool):
+        raise changed("hf_compat.unchecked_distributions", "torch", "distributions.Distribution._validate_args")
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -27,6 +27,8 @@ class LayerCalls:
     value_dim: int
     cached_heads: int | None
     """KV heads that it wrote to its own layer of the cache; None: it has none there."""
+    source: str | None = None
+    """The layer, called before, whose keys and values it attends to; None: its own."""
 
 
 def probe(model: Any) -> dict[str, LayerCalls] | None:
@@ -34,12 +36,12 @@ def probe(model: Any) -> dict[str, LayerCalls] | None:
 
     None where the modelling file does not run on fake tensors. Takes milliseconds for each layer, whatever the model's size.
     """
-    shapes: dict[nn.Module, tuple[torch.Size, torch.Size, torch.Size]] = {}
+    first_calls: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     times: Counter[nn.Module] = Counter()
 
     def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
         times[module] += 1
-        shapes.setdefault(module, (query.shape, key.shape, value.shape))
+        first_calls.setdefault(module, (query, key, value))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     hf_compat.register_attention(_PROBE, note)
@@ -47,7 +49,7 @@ def probe(model: Any) -> dict[str, LayerCalls] | None:
     try:
         # On fake tensors, products of experts run in bfloat16 alone.
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), hf_compat.unchecked_distributions():
             twin = type(model)(copy.deepcopy(model.config)).eval()
             twin.set_attn_implementation(_PROBE)
             # Some models would look for padding in the tokens, which have no values here.
@@ -59,7 +61,16 @@ def probe(model: Any) -> dict[str, LayerCalls] | None:
     finally:
         torch.set_default_dtype(dtype)
     names = {module: name for name, module in twin.named_modules()}
-    return {names[m]: LayerCalls(times[m], q[1], k[1], k[3], v[3], _cached_heads(cache, m)) for m, (q, k, v) in shapes.items()}
+    found: dict[str, LayerCalls] = {}
+    owners: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    for module, (query, key, value) in first_calls.items():
+        # A layer that attends to another's keys and values is handed the same tensors.
+        source = next((owner for owner, k, v in owners if k is key and v is value), None)
+        if source is None:
+            owners.append((names[module], key, value))
+        sizes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        found[names[module]] = LayerCalls(times[module], *sizes, _cached_heads(cache, module), source)
+    return found
 
 
 def _cached_heads(cache: Cache | None, module: nn.Module) -> int | None:
@@ -97,6 +108,19 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class FollowingLayer:
+    """A layer without keys and values of its own: it attends to another one's, by the decisions of that one's gate."""
+
+    index: int
+    """Its `layer_idx`."""
+    name: str
+    """Of the module within the model."""
+    module: nn.Module
+    source: int
+    """`layer_idx` of the layer whose keys and values it attends to, which has a gate."""
+
+
+@dataclass(frozen=True)
 class DecoderLayers:
     """What `find_layers` found."""
 
@@ -104,8 +128,10 @@ class DecoderLayers:
     """The module that owns the layers."""
     gated: list[AttentionLayer]
     """Those that can carry gates, in order."""
+    following: list[FollowingLayer]
+    """Those that attend to the keys and values of a layer with a gate, in order."""
     skipped: dict[str, str]
-    """Why the others are left alone, by name."""
+    """Why the others have no gate, by name; the following ones among them."""
 
 
 def find_layers(model: Any) -> DecoderLayers:
@@ -142,19 +168,29 @@ def _find_layers(model: Any) -> DecoderLayers:
         raise _NoDecoder("it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set)")
 
     modules = dict(model.named_modules())
-    gated: list[AttentionLayer] = []
+    gated: dict[str, AttentionLayer] = {}
+    following: list[FollowingLayer] = []
     skipped: dict[str, str] = {}
     for path, module in found.items():
+        calls = _from_attributes(module, text) if probed is None else probed.get(path)
+        source = None if calls is None or calls.source is None else gated.get(calls.source)
         if bounded := _bounded_cache(module, text):
+            if source is not None:
+                raise _NoDecoder(
+                    f"{path} ({type(module).__name__}, {bounded}) reads keys and values that the gate of {source.name} would evict"
+                )
             skipped[path] = bounded
             continue
-        calls = _from_attributes(module, text) if probed is None else probed.get(path)
         if calls is None:
             raise _NoDecoder(f"{path} ({type(module).__name__}) computes attention by itself")
-        if reason := _why_no_gate(calls):
+        if reason := _why_no_gate(calls, follows=source is not None):
             raise _NoDecoder(f"{path} ({type(module).__name__}) {reason}")
+        if source is not None:
+            following.append(FollowingLayer(int(module.layer_idx), path, module, source.index))
+            skipped[path] = f"follows layer {source.index}: it reads that layer's keys and values, by the decisions of its gate"
+            continue
         normalized = _normalizes_input(modules[path.rsplit(".", 1)[0]])
-        gated.append(AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, normalized))
+        gated[path] = AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, normalized)
     num_other = int(text.num_hidden_layers) - len(found)
     if num_other > 0:
         skipped[f"{num_other} other layers"] = "no softmax attention (linear attention, state space or convolution)"
@@ -163,12 +199,13 @@ def _find_layers(model: Any) -> DecoderLayers:
         raise _NoDecoder(
             "no layer has full attention, and a cache that grows without bound (" + "; ".join(sorted(set(skipped.values()))) + ")"
         )
-    indices = [layer.index for layer in gated]
-    if twice := next((layer for layer in gated if indices.count(layer.index) > 1), None):
+    layers: list[AttentionLayer | FollowingLayer] = [*gated.values(), *following]
+    indices = [layer.index for layer in layers]
+    if twice := next((layer for layer in layers if indices.count(layer.index) > 1), None):
         raise _NoDecoder(f"{indices.count(twice.index)} attention modules have layer_idx {twice.index}, such as {twice.name}")
-    layers_path = re.sub(r"\.\d+\..*$", "", gated[0].name)
+    layers_path = re.sub(r"\.\d+\..*$", "", layers[0].name)
     decoder = modules[layers_path.rsplit(".", 1)[0]] if "." in layers_path else model
-    return DecoderLayers(decoder, gated, skipped)
+    return DecoderLayers(decoder, list(gated.values()), following, skipped)
 
 
 def _is_decoder_attention(module: nn.Module, text: Any) -> bool:
@@ -188,18 +225,19 @@ def _from_attributes(module: nn.Module, text: Any) -> LayerCalls | None:
     kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
     head_dim = int(getattr(module, "head_dim", 0) or text.hidden_size // heads)
     key_dim = int(getattr(module, "qk_head_dim", head_dim))
-    return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), kv_heads)
+    cached_heads = None if getattr(module, "is_kv_shared_layer", False) else kv_heads
+    return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), cached_heads)
 
 
-def _why_no_gate(calls: LayerCalls) -> str | None:
-    """Why a full-attention layer cannot have a gate, or None."""
+def _why_no_gate(calls: LayerCalls, follows: bool) -> str | None:
+    """Why a full-attention layer cannot have a gate, or (follows) follow another's, or None."""
     if calls.num_calls != 1:
         return f"calls attention {calls.num_calls} times in a pass, and its gate decides once"
-    if calls.cached_heads is None:
+    if calls.cached_heads is None and not follows:
         return "has no keys and values of its own in the cache: it reads another layer's, which that layer's gate would evict"
     if calls.key_dim != calls.value_dim:
         return f"has keys of {calls.key_dim} numbers and values of {calls.value_dim}, and a page of the cache holds both at one width"
-    if calls.cached_heads != calls.num_heads:
+    if not follows and calls.cached_heads != calls.num_heads:
         return f"caches {calls.cached_heads} KV heads and attends to {calls.num_heads}"
     if calls.num_query_heads % calls.num_heads:
         return f"has {calls.num_query_heads} query heads, which {calls.num_heads} KV heads do not divide"

@@ -31,6 +31,11 @@ class Tokens:
         return bool((self.real.cummax(1).values & ~self.real).any())
 
     @cached_property
+    def packed(self) -> bool:
+        """A row holds several documents. Reads from the device, once."""
+        return bool((self.segment_BT > 1).any())
+
+    @cached_property
     def real(self) -> torch.Tensor:
         """[B, T] bool: no padding."""
         return self.segment_BT > 0

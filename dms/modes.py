@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from dms import hf_compat
 from dms.config import DMSConfig
 from dms.gates import Gate
-from dms.layer_discovery import AttentionLayer
+from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class ForwardPass:
     """Where the activations of checkpointed layers rest until the backward; None: where they are."""
     entered: set[int] = field(default_factory=set)
     """Indices of the layers whose attention was called."""
+    followed: dict[int, AttentionFunction] = field(default_factory=dict)
+    """The attention functions of layers that others follow, by index."""
 
     @classmethod
     def begin(cls, state: DMSState, tokens: Tokens, *, has_cache: bool) -> ForwardPass:
@@ -73,15 +75,31 @@ class ForwardPass:
         """Run a layer's gate on what its attention reads, and return the attention function that follows from its decision."""
         raise NotImplementedError
 
+    def follow(self, layer: FollowingLayer) -> AttentionFunction:
+        """The attention function of the layer whose keys and values this one attends to, by the same decision.
+
+        Raises:
+            RuntimeError: that layer was not called in this pass.
+        """
+        if layer.source not in self.followed:
+            raise RuntimeError(
+                f"{layer.name} ({type(layer.module).__name__}) reads the keys and values of layer {layer.source}, which was not called before it in "
+                "this pass; such a model cannot be retrofitted"
+            )
+        return self.followed[layer.source]
+
+    def end(self) -> None:
+        """All layers have attended. Called where some follow others."""
+
     def as_first_pass(self) -> ForwardPass:
         """The same pass inside a layer that activation checkpointing will run again."""
         return self
 
     def as_recomputation(self) -> ForwardPass:
         """The same pass run again by activation checkpointing: what it decides was collected the first time."""
-        return type(self)(self.mode, self.tokens)
+        return type(self)(self.mode, self.tokens, followed=self.followed)
 
-    def enter(self, layer: AttentionLayer) -> None:
+    def enter(self, layer: AttentionLayer | FollowingLayer) -> None:
         """Note that a layer's attention is called; raises RuntimeError where it was called in this pass before."""
         if layer.index in self.entered:
             raise RuntimeError(
@@ -98,8 +116,10 @@ class DMSState:
     config: DMSConfig
     layers: list[AttentionLayer]
     """Those with gates."""
+    following: list[FollowingLayer]
+    """Those that attend to the keys and values of a layer with a gate, and so by its decisions."""
     skipped: dict[str, str]
-    """Why the other layers have no gates, by name."""
+    """Why the layers without gates have none, by name; the following ones among them."""
     decoder: nn.Module
     """The module that owns the layers."""
     decoder_is_inside: bool
@@ -138,6 +158,11 @@ class DMSState:
     """The attention mask that a model around the decoder was given in the running pass."""
     forward: ForwardPass | None = None
     """The latest pass with gates on; None after a dense one."""
+
+    @cached_property
+    def followed(self) -> frozenset[int]:
+        """Indices of the layers that others follow."""
+        return frozenset(layer.source for layer in self.following)
 
     @cached_property
     def decoder_signature(self) -> inspect.Signature:

@@ -2,7 +2,8 @@
 
 A pass, in the order of its hooks: `_before_whole_model` (multimodal models), `_before_decoder` fixes the pass (`DMSState.begin`), and in
 each gated layer `_before_attention` runs the gate and leaves its decision on the layer, transformers calls the attention function of
-`dms.attention`, which takes it, and `_after_attention` sees to it that it was taken.
+`dms.attention`, which takes it, and `_after_attention` sees to it that it was taken. A layer that attends to another's keys and values is
+left that one's decision (`_before_following`); where there are such layers, `_after_decoder` ends the pass.
 """
 
 import functools
@@ -20,7 +21,7 @@ from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.generation import with_decoding
 from dms.io.quantization import refuse_quantized
-from dms.layer_discovery import AttentionLayer, find_layers
+from dms.layer_discovery import AttentionLayer, FollowingLayer, find_layers
 from dms.modes import DMSState, RotaryLengths, state_of
 
 
@@ -43,17 +44,19 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
         )
     original = hf_compat.attention_name(text)
-    configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in found.gated))}
+    layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
+    configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in layers))}
     around = _around(model, found.decoder)
     state = DMSState(
         config=config,
         layers=found.gated,
+        following=found.following,
         skipped=found.skipped,
         decoder=found.decoder,
         decoder_is_inside=bool(around),
         model_configs=list(configs.values()),
         original_attention=original,
-        attention_name=attention.register(original, all_gated=not found.skipped),
+        attention_name=attention.register(original, all_gated=len(found.skipped) == len(found.following)),
         rotary=RotaryLengths(found.decoder),
         takes_cache=hf_compat.makes_default_cache(model),
     )
@@ -63,9 +66,14 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
         layer.module.register_forward_hook(functools.partial(_after_attention, layer))
+    for following in found.following:
+        following.module.register_forward_pre_hook(functools.partial(_before_following, state, following))
+        following.module.register_forward_hook(functools.partial(_after_attention, following))
     for module in around:
         module.register_forward_pre_hook(functools.partial(_before_whole_model, state), with_kwargs=True)
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
+    if found.following:
+        found.decoder.register_forward_hook(functools.partial(_after_decoder, state))
     model.dms = state
     if hasattr(model, "generate"):
         own: type = type(model)
@@ -121,9 +129,9 @@ def _before_decoder(
         cache = DMSCache(decoder, state=state)
     if cache is not None:
         args, kwargs = _with_cache(decoder, state.decoder_signature, cache, args, kwargs)
-    for layer in state.layers:
+    for module in (layer.module for layers in (state.layers, state.following) for layer in layers):
         # A pass that failed half-way may have left its decision, and with it its cache.
-        attention.release_decision(layer.module)
+        attention.release_decision(module)
     past = _past(cache, state, batch)
     past = None if past is None else past.to(source.device)
     if isinstance(cache, DMSCache):
@@ -136,7 +144,23 @@ def _before_decoder(
     if state.mode == "evict" and cache is not None and state.rotary.changes:
         _follow_length(state, decoder, cache, past, tokens)
     state.begin(tokens, has_cache=cache is not None)
-    return args, kwargs
+    return args, _with_all_queries(state, kwargs) if state.following else kwargs
+
+
+def _with_all_queries(state: DMSState, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments with which the layers that follow others see every query, or the last one alone.
+
+    Where only the last tokens' logits are wanted, some decoders leave the other tokens out of these layers. Several queries without their
+    masks would then be taken for the first ones, and training weighs whole documents.
+    """
+    wanted = kwargs.get("logits_to_keep", 0)
+    fits = isinstance(wanted, int) and wanted == 1 and state.mode == "evict" and state.original_attention in ("eager", "sdpa")
+    return kwargs if fits or "logits_to_keep" not in kwargs else {**kwargs, "logits_to_keep": 0}
+
+
+def _after_decoder(state: DMSState, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    if state.forward is not None:
+        state.forward.end()
 
 
 def _with_cache(
@@ -217,9 +241,25 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args:
         forward.enter(layer)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
+    pending = module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
+    if layer.index in state.followed:
+        # A layer that activation checkpointing runs again finds its first decision here, whose gradient is the one that counts.
+        forward.followed.setdefault(layer.index, pending)
 
 
-def _after_attention(layer: AttentionLayer, module: Any, args: tuple[Any, ...], output: Any) -> None:
+def _before_following(state: DMSState, layer: FollowingLayer, module: Any, args: tuple[Any, ...]) -> None:
+    """Leave the decision of the layer whose keys and values this one attends to."""
+    forward = state.forward
+    if forward is None:
+        module.dms_pending = None
+        return
+    if not torch.compiler.is_compiling():
+        forward.enter(layer)
+    module.dms_pending = forward.follow(layer)
+
+
+def _after_attention(layer: AttentionLayer | FollowingLayer, module: Any, args: tuple[Any, ...], output: Any) -> None:
     if not attention.release_decision(module):
-        raise RuntimeError(f"{layer.name} ({type(module).__name__}) did not call transformers' attention interface: its gate had no effect")
+        raise RuntimeError(
+            f"{layer.name} ({type(module).__name__}) did not call transformers' attention interface: decisions had no effect on it"
+        )

@@ -3,6 +3,7 @@
 Shapes: B batch, H KV heads, S cached tokens, N new tokens, D head dim.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from dms.cache.page_pool import Budget, PagePool
 from dms.cache.store import EVICT, PendingGate, PendingTokens, Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
-from dms_kernels.arguments import Keys
+from dms_kernels.arguments import Keys, PagedKV
 from dms_kernels.cached_attention import cached_attention
 
 WITHOUT_DECISIONS = (
@@ -26,11 +27,29 @@ WITHOUT_DECISIONS = (
 AnyLayer = TypeVar("AnyLayer", bound="CompactedLayer")
 
 
+class Reading(NamedTuple):
+    """What a pass's queries are answered by, those of a layer itself and of layers that follow it."""
+
+    attend: Callable[..., torch.Tensor]
+    """Queries [B, Hq, N, D] and options -> [B, N, Hq, D]."""
+    unstored: PendingTokens | None
+    """What is stored, or waits on trial, when all have come; None: it is stored already."""
+
+
+def _attend_by(position: torch.Tensor | None, pages: PagedKV | None, recent: list[Keys]) -> Callable[..., torch.Tensor]:
+    """position [B, N] of the newest tokens; None: all keys are visible."""
+
+    def attend(query: torch.Tensor, **options: Any) -> torch.Tensor:
+        return cached_attention(query, None if position is None else position[:, -query.shape[2] :], pages, recent, **options)
+
+    return attend
+
+
 class CompactedLayer(CacheLayerMixin):
     """A layer whose evicted entries are freed.
 
-    A forward pass brings the gates' decisions (`decide`), keys and values (`update`), and queries (`attend`), which reads what is
-    stored and the new tokens, and stores those. After `activate_past_recording` new tokens wait on trial until `crop` has said
+    A forward pass brings the gates' decisions (`decide`), keys and values (`update`), and queries (`attend`), which read what is
+    stored and the new tokens; then it stores those (`end_reading`). After `activate_past_recording` new tokens wait on trial until `crop` has said
     how many of them stay.
 
     Args:
@@ -55,6 +74,8 @@ class CompactedLayer(CacheLayerMixin):
         """The newest tokens and their decisions, from `decide` until the tokens are stored."""
         self.pending: PendingTokens | None = None
         """The same with keys and values, from `update` on."""
+        self._reading: Reading | None = None
+        """From the pass's first query until `end_reading`."""
         self.trial: PendingTokens | None = None
         """Tokens that the next `crop` may take back."""
         self.columns = 0
@@ -81,7 +102,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
         """Take the newest tokens' decisions, made before their keys and values exist."""
-        self._decided, self.pending = (decision_BNH, tokens), None
+        self._decided, self.pending, self._reading = (decision_BNH, tokens), None, None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, H, _, D = key_states.shape
@@ -118,46 +139,63 @@ class CompactedLayer(CacheLayerMixin):
         self.pending = PendingTokens(decided, tokens, k, v)
         return key_states, value_states
 
-    def attend(self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None) -> torch.Tensor:
-        """The newest tokens' queries [B, Hq, N, D] -> [B, N, Hq, D]; then the tokens are stored."""
-        new, store, num_queries = self._take_pending(), self.store, query.shape[2]
+    def attend(
+        self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None, ends: bool = True
+    ) -> torch.Tensor:
+        """Queries [B, Hq, N', D] of the last N' of the newest tokens -> [B, N', Hq, D].
+
+        ends: then the tokens are stored; else other layers' queries may come, and `end_reading` stores them.
+        """
+        if self._reading is None:
+            self._reading = self._begin_reading()
         options: dict[str, Any] = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-        if num_queries == 1 and self.trial is None and not self.record_past:
+        out = self._reading.attend(query, **options)
+        if ends:
+            self.end_reading()
+        return out
+
+    def _begin_reading(self) -> "Reading":
+        new, store = self.pending, self.store
+        assert new is not None, "keys and values come before queries"
+        if new.num_tokens == 1 and self.trial is None and not self.record_past:
             # Stored first, and read from the ring.
             if isinstance(store, FusedStore):
                 self._push(new)
-                return store.attend_newest(query, new.tokens.real[:, 0], **options)
+                return Reading(functools.partial(store.attend_newest, real_B=new.tokens.real[:, 0]), None)
             position = None if store.writes_one_slot(new) else store.positions(new)
             self._push(new)
-            return cached_attention(query, position, store.pages(), [store.ring(newest_only=True)], **options)
+            return Reading(_attend_by(position, store.pages(), [store.ring(newest_only=True)]), None)
         whole = new if self.trial is None else self.trial.cat(new)
         decisions, positions = store.decisions(whole), store.positions(whole)
         recent = [Keys(whole.k, whole.v, positions, decisions.state == EVICT)]
         if store.longest > 0:
             recent.insert(0, store.ring(decisions.last))
         if isinstance(store, FusedStore):
-            out = store.attend(query, positions, recent, decisions, whole, **options)
+            return Reading(functools.partial(store.attend, position=positions, recent=recent, decisions=decisions, new=whole), whole)
+        return Reading(_attend_by(positions, store.pages(), recent), whole)
+
+    def end_reading(self) -> None:
+        """All queries of the newest tokens have come: store those."""
+        reading, self._reading = self._reading, None
+        new = self._take_pending()
+        if reading is None:
+            # Of rows that hold several documents, the last one goes on; the rows' queries were answered elsewhere.
+            if self.get_seq_length() > 0 or self.record_past:
+                raise ValueError("several documents in a row can be read into an empty cache alone, and not on trial; read them one by one")
+            self._push(new.last_documents())
+        elif reading.unstored is None:
+            return
+        elif self.record_past:
+            self.trial = reading.unstored
         else:
-            out = cached_attention(query, positions[:, -num_queries:], store.pages(), recent, **options)
-        if self.record_past:
-            self.trial = whole
-        else:
-            self._push(whole)
+            self._push(reading.unstored)
         self._check_budget()
-        return out
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, decision_BNH: torch.Tensor, tokens: Tokens) -> None:
         """Store tokens whose queries are answered elsewhere, or never."""
         self.decide(decision_BNH, tokens)
         self.update(k, v)
         self._push(self._take_pending())
-
-    def keep_last_documents(self) -> None:
-        """Of rows that hold several documents, store the last one, which goes on; the rows' queries are answered elsewhere."""
-        if self.get_seq_length() > 0 or self.record_past:
-            raise ValueError("several documents in a row can be read into an empty cache alone, and not on trial; read them one by one")
-        self._push(self._take_pending().last_documents())
-        self._check_budget()
 
     def _take_pending(self) -> PendingTokens:
         new, self.pending, self._decided = self.pending, None, None
@@ -257,7 +295,7 @@ class CompactedLayer(CacheLayerMixin):
         fields = dict(snapshot)
         tensors = fields.pop("tensors")
         vars(self).update(fields)
-        self._decided = self.pending = None
+        self._decided = self.pending = self._reading = None
         if self._store is not None:
             self._store.restore(tensors)
 
@@ -271,7 +309,7 @@ class CompactedLayer(CacheLayerMixin):
         return new
 
     def reset(self) -> None:
-        self._store = self._decided = self.pending = self.trial = None
+        self._store = self._decided = self.pending = self._reading = self.trial = None
         self.columns, self.is_initialized, self.record_past = 0, False, False
 
     def _select(self, rows: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.layer import CompactedLayer
+from dms.cache.page_pool import layer_bytes
 from dms.cache.store import Store
 from dms.io.weights import save_tensors
 from dms.modes import DMSState
@@ -86,6 +87,9 @@ def describe(layers: Sequence[Any], state: DMSState, rotary_length: int | None) 
             columns.append(layer.get_seq_length())
             if layer.keys is not None:
                 tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+        elif layer_bytes([layer]) == 0:
+            # It keeps the place of a decoder layer that reads another one's keys and values.
+            columns.append(0)
         else:
             raise ValueError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be saved")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -71,9 +71,10 @@ class PendingTokens:
         k, v = torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2)
         return PendingTokens(torch.cat([self.decision, other.decision], 1), self.tokens.cat(other.tokens), k, v)
 
+    @property
     def is_packed(self) -> bool:
         """Whether a row holds several documents."""
-        return bool((self.tokens.segment_BT > 1).any())
+        return self.num_tokens > 1 and self.tokens.packed
 
     def last_documents(self) -> "PendingTokens":
         """Everything before a row's last document turned into padding."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from dms import masks
 from dms.attention import scale_of
 from dms.gates import Gate
-from dms.layer_discovery import AttentionLayer
+from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise, state_of
 from dms.training.activation_checkpointing import follow_passes
@@ -55,7 +55,7 @@ class TrainPass(ForwardPass):
         return replace(self, keeps=True)
 
     def as_recomputation(self) -> TrainPass:
-        return TrainPass("train", self.tokens, noise=self.noise, rows=self.rows, first_passes=self.first_passes)
+        return TrainPass("train", self.tokens, noise=self.noise, rows=self.rows, followed=self.followed, first_passes=self.first_passes)
 
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
@@ -92,6 +92,10 @@ class TrainPass(ForwardPass):
             # Aligned where the whole sequences are.
             return functools.partial(attend, log_keep_BSH=log_keep, alignment=config.alignment)
         return functools.partial(attend, log_keep_BTH=masks.align(log_keep, tokens.segment_BT, config.alignment, 0.0))
+
+    def follow(self, layer: FollowingLayer) -> AttentionFunction:
+        # What attention makes in this layer is its own.
+        return functools.partial(super().follow(layer), first_pass=self._first_pass(layer.index))
 
     def _first_pass(self, layer: int) -> FirstPass | None:
         """What a layer's attention is to fill, or to resume from. A retained graph's second backward finds nothing, and runs it again."""

@@ -31,6 +31,8 @@ _GQA = {"num_key_value_heads": 2, "head_dim": 16}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Shorter than the tests' sequences, so that it matters.
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# The last two of four layers attend to the keys and values of the last ones before them of their kind.
+_FOLLOWING = _GQA | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 _FAMILIES = {
     "llama": _GQA,
     "mistral": _GQA | {"sliding_window": None},
@@ -39,6 +41,10 @@ _FAMILIES = {
     "qwen3_moe": _GQA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gemma2": _GQA | _SLIDING | {"query_pre_attn_scalar": 16},
     "gemma3_text": _GQA | _SLIDING | {"query_pre_attn_scalar": 16},
+    "gemma3n_text": _FOLLOWING
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "laurel_rank": 8}
+    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    "gemma4_text": _FOLLOWING | {"layer_types": ["full_attention"] * 4, "global_head_dim": 16},
     "phi3": _GQA,
     "olmo2": _GQA,
     "gpt_oss": _GQA | _SLIDING | _EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},

@@ -271,6 +271,17 @@ def test_linear_state_is_filled(build_model):
     assert hf_compat.linear_state_is_filled(layer)
 
 
+def test_unchecked_distributions():
+    with torch.device("meta"):
+        scale = torch.ones(())
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.distributions.Normal(0, scale)
+    with hf_compat.unchecked_distributions():
+        assert torch.distributions.Normal(0, scale).icdf(scale).is_meta
+    with pytest.raises(ValueError, match="invalid"):
+        torch.distributions.Normal(0.0, -1.0)
+
+
 def test_has_forward_hooks():
     module = nn.Linear(2, 2)
     assert not hf_compat.has_forward_hooks(module)

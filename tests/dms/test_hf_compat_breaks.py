@@ -120,6 +120,10 @@ BREAKS = {
         hf_compat.empty_layer(_filled()),
     ),
     "linear_state_is_filled": lambda model, patch: hf_compat.linear_state_is_filled(_attributes(is_conv_states_initialized=True)),
+    "unchecked_distributions": lambda model, patch: (
+        patch.setattr("torch.distributions.Distribution._validate_args", None),
+        hf_compat.unchecked_distributions().__enter__(),
+    ),
     "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
     "execution_device": lambda model, patch: hf_compat.execution_device(
         patch.setattr(model.model, "_hf_hook", SimpleNamespace(device="cpu"), raising=False) or model.model

@@ -252,12 +252,6 @@ def _small(family: str, **options):
     [
         ("diffllama", {}, r"layers.0.self_attn \(DiffLlamaAttention\) calls attention 2 times in a pass, and its gate decides once"),
         ("hrm_text", {}, r"HrmTextAttention\) calls attention \d+ times in a pass"),
-        ("gemma4_text", _GEMMA4 | _ALTERNATING | {"num_kv_shared_layers": 2}, r"layers.3.self_attn .* reads another layer's"),
-        (
-            "gemma4_text",
-            _GEMMA4 | {"layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2},
-            r"layers.2.self_attn .* reads another layer's",
-        ),
         ("bert", {}, "keeps no keys and values from one pass to the next"),
         ("bart", {"d_model": 64}, "2 attention modules have layer_idx 0"),
     ],

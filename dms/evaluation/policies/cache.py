@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,13 @@ from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
 from dms.masks import Tokens
 
 
+class _Asking(NamedTuple):
+    query: torch.Tensor
+    scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+
 class PolicyLayer(CompactedLayer):
     """A compacted layer whose gates have no say: `policy` chooses. Every head holds as many entries, position_BHS [B, H, S]."""
 
@@ -27,6 +35,8 @@ class PolicyLayer(CompactedLayer):
         self.policy = policy
         self.position_BHS: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
+        self._asking: _Asking | None = None
+        """The newest tokens' queries, of the layer itself: those of layers that follow it have no say."""
         # Seconds spent on choosing and dropping, which is plain code here.
         self.choosing = 0.0
 
@@ -44,22 +54,29 @@ class PolicyLayer(CompactedLayer):
     def activate_past_recording(self) -> None:
         raise ValueError(f"{type(self.policy).__name__} cannot take tokens back: assisted generation works with dms and dense")
 
-    def attend(self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None) -> torch.Tensor:
-        first, num_new = self.columns, query.shape[2]
-        out = super().attend(query, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    def attend(
+        self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None, ends: bool = True
+    ) -> torch.Tensor:
+        self._asking = self._asking or _Asking(query, scale, softcap, sink_logits)
+        return super().attend(query, scale=scale, softcap=softcap, sink_logits=sink_logits, ends=ends)
+
+    def end_reading(self) -> None:
+        super().end_reading()
+        asking, self._asking = self._asking, None
+        assert asking is not None, "queries come before the end"
+        num_new, device = asking.query.shape[2], asking.query.device
         B, H = self.store.num_kept.shape
-        position_BHN = torch.arange(first, first + num_new, device=query.device).expand(B, H, -1)
+        position_BHN = torch.arange(self.columns - num_new, self.columns, device=device).expand(B, H, -1)
         position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
-        start = _now(query.device)
-        self.position_BHS = self._drop_surplus(position_BHS, query, num_new, scale, softcap, sink_logits)
-        self.choosing += _now(query.device) - start
-        return out
+        start = _now(device)
+        self.position_BHS = self._drop_surplus(position_BHS, num_new, *asking)
+        self.choosing += _now(device) - start
 
     def _drop_surplus(
         self,
         position_BHS: torch.Tensor,
-        query: torch.Tensor,
         num_new: int,
+        query: torch.Tensor,
         scale: float,
         softcap: float | None,
         sink_logits: torch.Tensor | None,

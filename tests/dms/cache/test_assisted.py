@@ -46,7 +46,8 @@ def _greedy(model, ids, **options):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), "gpt_oss", pytest.param("lfm2", marks=pytest.mark.slow)]
+    "family",
+    ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), "gemma4_text", "gpt_oss", pytest.param("lfm2", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("alignment", ["own", "next"])
 def test_prompt_lookup(family, alignment, evicting, prompt, crops):

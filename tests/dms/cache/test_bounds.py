@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dms.cache import CacheFull, CompactedLayer, held_bytes
 
-FAMILIES = ["llama", "gemma3_text", "gpt_oss", "lfm2", "qwen3_next"]
+FAMILIES = ["llama", "gemma3_text", "gemma4_text", "gpt_oss", "lfm2", "qwen3_next"]
 # Recurrent states cannot be cropped.
-CROPPABLE = {"llama", "gemma3_text", "gpt_oss", "lfm2"}
+CROPPABLE = {"llama", "gemma3_text", "gemma4_text", "gpt_oss", "lfm2"}
 ENTRIES = ("ring_kv", "ring_state", "num_kept", "seq_len", "evicted", "decided")
 
 

@@ -13,9 +13,12 @@ def _positions(lengths: list[int]) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [[[20, 13], [1, 32]], [[33], [5, 28]], [[30, 1, 2], [11, 11, 11]]], ids=str)
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(40, marks=pytest.mark.slow)])
-def test_the_last_document_goes_on(window, alignment, lengths, evicting, make_batch):
-    model = evicting(window=window, alignment=alignment, sinks=1)
+@pytest.mark.parametrize(
+    ("window", "family"),
+    [pytest.param(0, "llama", marks=pytest.mark.slow), (4, "llama"), (4, "gemma4_text"), pytest.param(40, "llama", marks=pytest.mark.slow)],
+)
+def test_the_last_document_goes_on(window, family, alignment, lengths, evicting, make_batch):
+    model = evicting(family, window=window, alignment=alignment, sinks=1)
     ids = make_batch(2, 60)["input_ids"]
     position = torch.stack([_positions(row) for row in lengths])
     caches = DMSCache(model, page_size=16), masked_cache(model)

@@ -8,7 +8,7 @@ from dms.cache import DMSCache, masked_cache
 # Without a cache generate says that it is slow.
 pytestmark = pytest.mark.filterwarnings("ignore:use_cache is False")
 
-MIXED = ["gemma2", "gemma3_text", "gpt_oss", "exaone4", "cohere2", "lfm2", "qwen3_next"]
+MIXED = ["gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "exaone4", "cohere2", "lfm2", "qwen3_next"]
 WAYS = {
     "greedy": {},
     "samples": {"num_return_sequences": 3, "do_sample": True, "top_k": 0},

@@ -82,7 +82,7 @@ class Schedule:
             mask = torch.rand(batch, 1, generator=generator).expand(-1, length) < (0.6 if kind == "some rows" else 1.0)
         self.now.read(mask.long(), seed)
         # As generation loops do, say while past is recorded that nothing is taken back.
-        if any(layer.record_past for layer in self.now.cache.layers):
+        if any(getattr(layer, "record_past", False) for layer in self.now.cache.layers):
             self.now.crop(0)
 
     def decode(self, length: int, kind: str, seed: int) -> None:
@@ -165,7 +165,8 @@ class Runner:
     def __call__(self, config, route, page_size, batch, first_length, steps) -> None:
         """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter."""
         slow_device = route != "cpu"
-        schedule = Schedule(self.lockstep(self.evicting("llama", **config), page_size=page_size), batch, self.path, self.page_accounts)
+        model = self.evicting(**({"family": "llama"} | config))
+        schedule = Schedule(self.lockstep(model, page_size=page_size), batch, self.path, self.page_accounts)
         with reads_from_device(free=not slow_device), pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
                 patch.setenv("DMS_KERNELS", "triton")
@@ -236,6 +237,13 @@ def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, co
 @given(**_few_arguments)
 def test_schedules_on_kernels(run_schedule, alignment, config, **arguments):
     run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
+
+
+@pytest.mark.parametrize("route", ["cpu", pytest.param("kernels", marks=[needs_interpreter, pytest.mark.slow])])
+@settings(max_examples=3, derandomize=True, **_settings)
+@given(**_few_arguments, alignment=st.sampled_from(["own", "next"]))
+def test_schedules_where_layers_follow_others(run_schedule, alignment, route, config, **arguments):
+    run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **arguments)
 
 
 @pytest.mark.slow

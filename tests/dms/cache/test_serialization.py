@@ -22,7 +22,7 @@ def saved(evicting, lockstep, tmp_path):
     return one, tmp_path / "cache.safetensors"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "phi3"])
 @pytest.mark.parametrize("length", [3, 70])
 def test_a_loaded_cache_goes_on(family, length, evicting, lockstep, tmp_path):
     one = lockstep(evicting(family))

@@ -19,16 +19,21 @@ class Recorder:
 
     def __init__(self, monkeypatch):
         self.layers: dict[int, list[dict]] = {}
-        attend = PolicyLayer.attend
+        attend, end_reading = PolicyLayer.attend, PolicyLayer.end_reading
 
         def recording(layer, query, **options):
             k, v = layer.pending.k.clone(), layer.pending.v.clone()
             out = attend(layer, query, **options)
-            note = {"q": query, "k": k, "v": v, "out": out, "alive": layer.position_BHS.tolist(), "options": options}
+            note = {"q": query, "k": k, "v": v, "out": out, "options": options}
             self.layers.setdefault(id(layer), []).append({name: _numpy(value) for name, value in note.items()})
             return out
 
+        def ending(layer):
+            end_reading(layer)
+            self.layers[id(layer)][-1]["alive"] = layer.position_BHS.tolist()
+
         monkeypatch.setattr(PolicyLayer, "attend", recording)
+        monkeypatch.setattr(PolicyLayer, "end_reading", ending)
 
 
 def _numpy(value):

@@ -12,6 +12,18 @@ FAMILIES = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},
     # Fewer KV heads than processes: keys, values and gates are replicated, and counted once.
     "llama-one-kv-head": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    # The last layer attends to the keys and values of the first.
+    "gemma4_text": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 83,
+    },
     # Layers without gates attend within a window; scores are capped.
     "gemma2": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9},
     # A sink logit in each head's denominator.
@@ -60,6 +72,8 @@ CASES = [
     pytest.param("llama", 2, {"trainable": "all", "checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("gemma2", 2, {"alignment": "next", "checkpointing": True, "trainable": "all"}, marks=pytest.mark.slow),
     pytest.param("gpt_oss", 2, {"trainable": "all", "packed": False}, marks=pytest.mark.slow),
+    pytest.param("gemma4_text", 2, {"trainable": "all", "checkpointing": True}, marks=pytest.mark.slow),
+    pytest.param("gemma4_text", 2, {"alignment": "next"}, marks=pytest.mark.slow),
 ]
 
 
@@ -158,7 +172,7 @@ def step(model, teacher, batch, predictions, rows):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "opt", "gemma4_text"])
 def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
     """The KL of each family's teacher and student, where transformers' masks would let gpt_oss's and opt's documents meet."""
     import torch
