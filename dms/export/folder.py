@@ -9,6 +9,7 @@ gates   the gates alone, a few hundred KB, for whoever has the base: `dms.load(O
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def export(
     else:
         model = str(found.model)
         other = check_base(found.model, found.metadata, model, other_base=other_base, structure=lambda: checkpoint.structure_of_base(model))
+        if other is not None:
+            warnings.warn(str(other), stacklevel=2)
         found = replace(found, other=other)
     out, existed = _prepare(Path(out), found.model)
     try:

@@ -144,7 +144,7 @@ def check_base(
     """Whether gates fit the base called `name`: None where its weights are those that they were trained on.
 
     folder: of its weights; None: they have no hash. form: how they are packed at loading; None: as the files are. other_base: another
-    form of the same model is accepted, with a warning. structure: gives the base's, and is called where the weights are others.
+    form of the same model is accepted, and returned. structure: gives the base's, and is called where the weights are others.
 
     Raises:
         ValueError: another base, or another form of it without other_base.
@@ -168,9 +168,7 @@ def check_base(
             f"were trained on. If this is the same model in another form ({known}), --other-base accepts it (in Python: other_base=True)"
         )
     note = "" if saved is not None and structure is not None else "; the structure of the first is not recorded, and was not compared"
-    other = OtherBase(metadata.get("trained_on") or trained_on, name, found, form, note)
-    warnings.warn(str(other), stacklevel=3)
-    return other
+    return OtherBase(metadata.get("trained_on") or trained_on, name, found, form, note)
 
 
 def attach(
@@ -183,13 +181,16 @@ def attach(
 ) -> Any:
     """Retrofit a model and give its gates their values; dense mode. `model.dms_origin` then says what they were trained on, and for.
 
-    other: what `check_base` returned.
+    other: what `check_base` returned; where it is another base, a warning says so.
 
     Raises:
         ValueError: a model that cannot carry gates, or gates of other names or shapes than it needs.
     """
     retrofit(model, config)
     set_gates(model, tensors, folder)
+    if other is not None:
+        # At the line that called `load` or `from_pretrained`.
+        warnings.warn(str(other), stacklevel=3)
     model.dms.trained_length = int(metadata["trained_length"]) if metadata.get("trained_length") else None
     name, digest = metadata.get("base_name"), metadata.get("base_hash")
     if other is None and (trained_on := metadata.get("trained_on")):
