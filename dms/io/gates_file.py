@@ -74,6 +74,9 @@ def write_gates(
         "format_version": str(FORMAT_VERSION),
         "dms": json.dumps(config.to_saved()),
     }
+    if trained_on is not None and trained_on.endswith(f"(hash {base_digest})"):
+        # Another form, such as a GGUF file, that was written out as what the gates were trained on.
+        trained_on = None
     may_be_missing = {
         "trained_length": None if trained_length is None else str(trained_length),
         "base_structure": base_structure,
@@ -133,7 +136,7 @@ def describe_base(name: str | None, digest: str | None, form: str | None) -> str
 
 
 def check_base(
-    folder: str | Path | None,
+    weights: str | Path | None,
     metadata: Mapping[str, str],
     name: str,
     *,
@@ -143,13 +146,13 @@ def check_base(
 ) -> OtherBase | None:
     """Whether gates fit the base called `name`: None where its weights are those that they were trained on.
 
-    folder: of its weights; None: they have no hash. form: how they are packed at loading; None: as the files are. other_base: another
+    weights: where they lie; None: they have no hash. form: how they are packed at loading; None: as the files are. other_base: another
     form of the same model is accepted, and returned. structure: gives the base's, and is called where the weights are others.
 
     Raises:
         ValueError: another base, or another form of it without other_base.
     """
-    found = None if folder is None else base_hash(folder)
+    found = None if weights is None else base_hash(weights)
     own_form = metadata.get("base_form")
     if found is not None and (found, form) == (metadata.get("base_hash"), own_form):
         return None

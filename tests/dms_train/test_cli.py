@@ -106,7 +106,7 @@ def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
         (["--prompt", "x", "--system", "y"], "--system is for a conversation"),
         (["--prompt", "x"], "has no gates (gates.safetensors is missing)"),
         (["--prompt", "x", "--dense", "--evict-bias", 1, "--other-base"], "--evict-bias, --other-base: without effect in dense mode"),
-        (["--prompt", "x", "--dense", "--kv-dtype", "int8"], "--kv-dtype: without effect in dense mode"),
+        (["--prompt", "x", "--dense", "--kv-dtype", "int8", "--base", "y"], "--kv-dtype, --base: without effect in dense mode"),
         (["--prompt", "", "--dense"], "the prompt is empty"),
         (["--chat", "--dense"], "has no chat template"),
     ],

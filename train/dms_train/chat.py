@@ -63,11 +63,7 @@ class Conversation:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int, system: str | None = None, **sampling: Any):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: the model is a base that was not made for conversations, or "
-                "its template was left out; leave out --chat to continue a text, or choose the instruction-tuned model"
-            )
+        require_template(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.system = [] if system is None else [{"role": "system", "content": system}]
@@ -151,6 +147,15 @@ class Conversation:
         if num_tokens >= context:
             raise ValueError(f"the conversation has {num_tokens} tokens and the model's context is {context}; start over with /reset")
         return f"the conversation has {num_tokens} tokens of the model's context of {context}; start over soon with /reset"
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raises ValueError where a tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: the model is a base that was not made for conversations, or "
+            "its template was left out; leave out --chat to continue a text, or choose the instruction-tuned model"
+        )
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -13,7 +13,7 @@ from dms.hf_compat import output_cache
 from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_tokens, num_embeddings
 from dms.io.weights import GATES_FILE
-from dms_train.chat import Conversation, answer, converse, describe_cache
+from dms_train.chat import Conversation, answer, converse, describe_cache, require_template
 
 
 def run(
@@ -40,8 +40,17 @@ def run(
         raise ValueError("there is nothing to continue: give --prompt TEXT, or --chat for a conversation")
     if system is not None and not chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into --prompt")
-    model = _load(name, base=base, other_base=other_base, dense=dense, evict_bias=evict_bias, kv_dtype=kv_dtype)
+    if prompt == "":
+        raise ValueError("the prompt is empty; give at least one token of text")
+    _check_model(name, base=base, other_base=other_base, dense=dense, evict_bias=evict_bias, kv_dtype=kv_dtype)
+    # Before the weights, which may take minutes.
     tokenizer = base_models.load_tokenizer(base or name)
+    if chat:
+        require_template(tokenizer)
+    # A retrofitted folder without its gates is its dense model.
+    model = base_models.load_base(name) if dense else checkpoint.load(name, base=base, other_base=other_base, evict_bias=evict_bias)
+    if not dense:
+        model.dms.kv_dtype = kv_dtype
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if not chat:
         assert prompt is not None
@@ -51,21 +60,25 @@ def run(
     return None if turn is None or dense else cache_stats(turn.cache, warn=True).to_dict()
 
 
-def _load(name: str, *, base: str | None, other_base: bool, dense: bool, evict_bias: float, kv_dtype: str | None) -> Any:
+def _check_model(name: str, *, base: str | None, other_base: bool, dense: bool, evict_bias: float, kv_dtype: str | None) -> None:
     if dense:
-        options = {"--evict-bias": evict_bias != 0.0, "--kv-dtype": kv_dtype is not None, "--other-base": other_base}
+        options = {
+            "--evict-bias": evict_bias != 0.0,
+            "--kv-dtype": kv_dtype is not None,
+            "--base": base is not None,
+            "--other-base": other_base,
+        }
         if given := [option for option, is_given in options.items() if is_given]:
-            raise ValueError(f"{', '.join(given)}: without effect in dense mode; leave it out, or leave out --dense")
-        # A retrofitted folder without its gates is its dense model.
-        return base_models.load_base(base or name)
-    if not (Path(name) / GATES_FILE).is_file():
+            raise ValueError(
+                f"{', '.join(given)}: without effect in dense mode, which reads the model that is named; leave it out, or leave out --dense"
+            )
+    elif not (Path(name) / GATES_FILE).is_file():
         raise ValueError(
             f"{name} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model, or add --dense to "
             "generate from a model as it is"
         )
-    model = checkpoint.load(name, base=base, other_base=other_base, evict_bias=evict_bias)
-    model.dms.kv_dtype = kv_dtype
-    return model
+    elif base is None and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} holds gates alone; name the model that they go with: --base MODEL")
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, **sampling: Any) -> dict[str, Any] | None:

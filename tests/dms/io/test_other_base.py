@@ -86,6 +86,17 @@ def test_another_form_is_accepted_on_request_alone(folders, tmp_path):
             assert torch.equal(again(IDS).logits, evicting)
 
 
+def test_saved_as_what_the_gates_were_trained_on_it_is_no_other_base(folders, tmp_path):
+    trained = base_hash(folders / "base")
+    model = load(folders, "base")
+    model.dms_origin |= {"base_name": "base.gguf", "trained_on": f"acme/base (hash {trained})"}
+    model.save_pretrained(tmp_path / "same")
+    assert "trained_on" not in read_gates(tmp_path / "same")[1]
+    model.dms_origin["trained_on"] = f"acme/base (hash {trained}, packed as nf4 when it was loaded)"
+    model.save_pretrained(tmp_path / "unpacked")
+    assert read_gates(tmp_path / "unpacked")[1]["trained_on"] == model.dms_origin["trained_on"]
+
+
 @pytest.mark.parametrize(
     ("base", "difference"),
     [
