@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.io.base_models import load_base, local_folder
+from dms.io.base_models import auto_class, load_base, load_config, local_folder
 from dms.io.gates_file import (
+    OtherBase,
     attach,
     check_base,
     gate_names,
@@ -23,9 +24,11 @@ from dms.io.gates_file import (
     read_gates,
     save_pretrained,
     set_gates,
+    structure_of,
     write_gates,
 )
 from dms.io.quantization import refuse_quantized
+from dms.io.weights import Structure
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 
@@ -69,12 +72,13 @@ def save(
     tokenizer: Any = None,
     base_name: str,
     target_cr: float | None = None,
+    base_form: str | None = None,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
-    base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here.
+    base_name: of the model that was retrofitted. base_form: how a load must pack what is saved, such as "nf4"; None: as it is. weights: what `collect` returned; None: collected here.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
@@ -84,7 +88,8 @@ def save(
     refuse_quantized(model.config, type(model).__name__)
     if weights is None and dtype is not None:
         weights = collect(model, dtype)
-    model.dms_origin = {"base_name": base_name, "target_cr": target_cr}
+    origin = getattr(model, "dms_origin", {})
+    model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr, "base_form": base_form}
     if weights is None:
         save_pretrained(model, folder)
     else:
@@ -114,11 +119,12 @@ def save_gates(
     base_name: str,
     base_digest: str,
     target_cr: float | None,
+    base_form: str | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig.
 
-    base_digest: the base's hash. tensors: the gates' values by name, where the model does not hold them whole (ZeRO-3).
+    base_digest: the base's hash. base_form: how it was packed when it was loaded, such as "nf4"; None: as its files are. tensors: the gates' values by name, where the model does not hold them whole (ZeRO-3).
     """
     tensors = gate_tensors(model) if tensors is None else tensors
     state = state_of(model)
@@ -130,6 +136,9 @@ def save_gates(
         base_digest=base_digest,
         target_cr=target_cr,
         trained_length=state.trained_length,
+        base_structure=structure_of(model),
+        base_form=base_form,
+        trained_on=getattr(model, "dms_origin", {}).get("trained_on"),
     )
 
 
@@ -137,6 +146,7 @@ def load(
     path: str | Path,
     *,
     base: str | None = None,
+    other_base: bool = False,
     dtype: str = "auto",
     device: str | None = None,
     mode: Mode = "evict",
@@ -144,8 +154,9 @@ def load(
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
-    path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
-    evicts more than was trained, below 0 less.
+    path: a model folder, or gates alone together with `base` (a folder or hub id). other_base: the weights may be another form of the
+    model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or dequantised);
+    a warning then says which is used. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
 
     Raises:
         ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
@@ -157,25 +168,27 @@ def load(
     name = base if base is not None else str(folder)
     in_config = None
     if base is None and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
+        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=... (--base)")
     if base is None:
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
-    checked = _check_base(name, metadata)
+    # From the hub, its files may be on this machine only after loading.
+    is_here = local_folder(name) is not None
+    other = _check_base(name, metadata, other_base) if is_here else None
     model = load_base(name, dtype, device)
-    if not checked:
-        # From the hub: its files are on this machine only now.
-        _check_base(name, metadata)
-    attach(model, config, tensors, metadata, folder)
+    if not is_here:
+        other = _check_base(name, metadata, other_base)
+    attach(model, config, tensors, metadata, folder, other)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
 
 
-def _check_base(name: str, metadata: dict[str, Any]) -> bool:
-    """Whether the base's files are on this machine; raises ValueError where they are others than the gates were trained on."""
-    folder = local_folder(name)
-    if folder is None:
-        return False
-    check_base(folder, metadata, name)
-    return True
+def _check_base(name: str, metadata: dict[str, Any], other_base: bool) -> OtherBase | None:
+    return check_base(local_folder(name), metadata, name, other_base=other_base, structure=lambda: structure_of_base(name))
+
+
+def structure_of_base(name: str) -> Structure:
+    """Of the base of that name, from its configuration alone."""
+    config = load_config(name)
+    return Structure.of(auto_class(config).from_config, config)
