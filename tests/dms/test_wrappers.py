@@ -162,7 +162,8 @@ def test_a_copy_is_independent(ids, build):
     assert torch.equal(twin(input_ids=ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("model_type", WRAPPERS)
+# The others differ in nothing that saving sees; whole runs save all of them.
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llama4"])
 def test_saved_and_loaded_it_is_what_it_was(model_type, ids, open_gates, tmp_path):
     base = write_wrapper(model_type, tmp_path / "base")
     model = base_models.load_base(str(base), device="cpu")
