@@ -92,13 +92,14 @@ def test_every_command(model_type, call, make_values, tmp_path):
         assert all((tmp_path / folder / file).is_file() for file in PROCESSOR)
 
     ids = base_models.load_tokenizer(str(base))("import os\nimport sys\n" * 6, return_tensors="pt").input_ids
-    loaded = [dms.load(folder, device="cpu") for folder in (run / "model", tmp_path / "hf", tmp_path / "merged")]
-    loaded.append(dms.load(tmp_path / "gates", base=str(base), device="cpu"))
+    given = {"dtype": "float32", "device": "cpu"}
+    loaded = [dms.load(folder, **given) for folder in (run / "model", tmp_path / "hf", tmp_path / "merged")]
+    loaded.append(dms.load(tmp_path / "gates", base=str(base), **given))
     with torch.no_grad():
         first, *others = [model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False) for model in loaded]
         assert all(torch.equal(tokens, first) for tokens in others)
         set_mode(loaded[0], "dense")
-        plain = base_models.load_base(str(base), device="cpu")
+        plain = base_models.load_base(str(base), **given)
         assert torch.equal(loaded[0](input_ids=ids).logits, plain(input_ids=ids).logits)
     assert type(plain).__name__ == name and all(type(model).__name__ == name for model in loaded)
     assert num_layers == base_models.load_config(str(base)).get_text_config().num_hidden_layers
