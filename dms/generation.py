@@ -57,15 +57,19 @@ class Decoding(_Model):
                 f"{method} puts keys and values before a prompt that no token made, and gates decide by tokens; call "
                 'dms.set_mode(model, "dense"), or use an adapter that changes weights, such as LoRA'
             )
-        if evict_bias is None:
-            return super().generate(*args, **kwargs)
         if state.mode != "evict":
-            raise ValueError(f'evict_bias has no effect in mode {state.mode!r}; call dms.set_mode(model, "evict")')
-        before, state.evict_bias = state.evict_bias, float(evict_bias)
+            if evict_bias is not None:
+                raise ValueError(f'evict_bias has no effect in mode {state.mode!r}; call dms.set_mode(model, "evict")')
+            return super().generate(*args, **kwargs)
+        before, state.evict_bias = state.evict_bias, state.evict_bias if evict_bias is None else float(evict_bias)
+        # Gates are for text: images that were read in dense mode shift no positions here.
+        deltas = {module: hf_compat.swap_rope_deltas(module, None) for module in self.modules()}
         try:
             return super().generate(*args, **kwargs)
         finally:
             state.evict_bias = before
+            for module, value in deltas.items():
+                hf_compat.swap_rope_deltas(module, value)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options):
         """As transformers'. The gates go into gates.safetensors beside the weights, so that `dms.load` and transformers read the folder."""

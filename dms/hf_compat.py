@@ -243,6 +243,33 @@ def forget_rotary_length(module: nn.Module) -> None:
         setattr(module, name, module.original_max_seq_len)
 
 
+def swap_rope_deltas(module: nn.Module, deltas: torch.Tensor | None) -> torch.Tensor | None:
+    """Change by how much the images that a model has read shift the positions of later tokens (None: no images), and return it as it was.
+
+    Assumes: of a model with `get_rope_index` (M-RoPE), `rope_deltas` says so, and is added to positions after a cache wherever that came from.
+    """
+    if not hasattr(module, "get_rope_index"):
+        return None
+    if not hasattr(module, "rope_deltas"):
+        raise changed("hf_compat.swap_rope_deltas", "transformers", f"rope_deltas of {type(module).__name__}, which has get_rope_index")
+    before, module.rope_deltas = module.rope_deltas, deltas  # type: ignore[assignment]  # no parameter, whatever nn.Module says
+    return before
+
+
+def mend_text_outputs() -> None:
+    """Let Llama4ForConditionalGeneration run: in 5.24 it reads `image_outputs` of what its text decoder returns, which has no such field.
+
+    Assumes: that output is a modeling_outputs.MoeCausalLMOutputWithPast. Where a release mends it, this changes nothing.
+    """
+    from transformers import modeling_outputs
+
+    output = getattr(modeling_outputs, "MoeCausalLMOutputWithPast", None)
+    if output is None:
+        raise changed("hf_compat.mend_text_outputs", "transformers", "modeling_outputs.MoeCausalLMOutputWithPast")
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
 def makes_default_cache(model: Any) -> bool:
     """Whether a model works with a DynamicCache that it did not make (minimax does not).
 

@@ -41,10 +41,18 @@ def head_parameters(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
+def text_decoder(model: Any) -> Any:
+    """What gives the final hidden states of text, without the head, within whatever stands around it."""
+    decoder = model.get_decoder()
+    # Llama 4's is a whole model, with a head of its own.
+    has_head = hasattr(decoder, "model") and decoder.get_output_embeddings() is not None
+    return decoder.model if has_head else decoder
+
+
 def hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Final hidden states [B, T, M] of the text decoder, after the last norm and before the head."""
     # Not the base model, which in multimodal models asks for images too.
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return text_decoder(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def make_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

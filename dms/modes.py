@@ -156,6 +156,8 @@ class DMSState:
     """Computes the attention of packed sequences in training, of the teacher's dense passes too; None: transformers' own masks."""
     given_mask: torch.Tensor | None = None
     """The attention mask that a model around the decoder was given in the running pass."""
+    rope_deltas: dict[nn.Module, torch.Tensor | None] = field(default_factory=dict)
+    """What the running pass of a model of more than text, which is of text alone, has set aside, by module."""
     forward: ForwardPass | None = None
     """The latest pass with gates on; None after a dense one."""
 

@@ -8,6 +8,7 @@ left that one's decision (`_before_following`); where there are such layers, `_a
 
 import functools
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     """
     if getattr(model, "dms", None) is not None:
         raise ValueError(f"{type(model).__name__} carries gates already; load the base model to retrofit it anew")
+    hf_compat.mend_text_outputs()
     found = find_layers(model)
     refuse_quantized(model.config, type(model).__name__)
     text = model.config.get_text_config()
@@ -71,6 +73,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         following.module.register_forward_hook(functools.partial(_after_attention, following))
     for module in around:
         module.register_forward_pre_hook(functools.partial(_before_whole_model, state), with_kwargs=True)
+        module.register_forward_hook(functools.partial(_after_whole_model, state), always_call=True)
     found.decoder.register_forward_pre_hook(functools.partial(_before_decoder, state), with_kwargs=True)
     if found.following:
         found.decoder.register_forward_hook(functools.partial(_after_decoder, state))
@@ -91,8 +94,16 @@ def _hidden_size(layer: AttentionLayer, text: Any) -> int:
 
 
 def _around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """What stands between a model and its text decoder: of multimodal models the part that joins text and images."""
-    return [module for name, module in model.named_modules() if name and module is not decoder and decoder in module.modules()]
+    """What stands around a text decoder within a model of more than text, that model first; nothing where the model only adds a head.
+
+    The part that joins text and images is one between them, or the model itself (Llama 4).
+    """
+    around = [module for module in model.modules() if module is not decoder and decoder in module.modules()]
+    return around if len(around) > 1 else []
+
+
+# What models of more than text call images, video and sound, and what was made of them.
+_MORE_THAN_TEXT = re.compile(r"pixel_values|image|video|input_features|input_values|audio|mm_encoder_outputs|(mm_)?token_type_ids$")
 
 
 def _before_whole_model(state: DMSState, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,10 +114,28 @@ def _before_whole_model(state: DMSState, module: nn.Module, args: tuple[Any, ...
     """
     if state.mode == "dense":
         return
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    if given.get("pixel_values") is not None:
-        raise ValueError(f"{type(module).__name__} was given images; gates are for text: set_mode(model, 'dense') reads images")
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**bound.get("kwargs", {}), **bound}
+    for name, value in given.items():
+        if _MORE_THAN_TEXT.match(name) and _holds_something(name, value):
+            raise ValueError(
+                f"{type(module).__name__} was given images, video or sound ({name}); gates are for text: set_mode(model, 'dense') reads them"
+            )
     state.given_mask = given.get("attention_mask")
+    # Those of images read before, in dense mode.
+    state.rope_deltas[module] = hf_compat.swap_rope_deltas(module, None)
+
+
+def _holds_something(name: str, value: Any) -> bool:
+    """Whether an argument brings more than text: marks of which tokens are images' may all be 0, and encoders' outputs may be none."""
+    if name.endswith("token_type_ids"):
+        return value is not None and bool((value != 0).any())
+    return bool(value) if isinstance(value, dict) else value is not None
+
+
+def _after_whole_model(state: DMSState, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if module in state.rope_deltas:
+        hf_compat.swap_rope_deltas(module, state.rope_deltas.pop(module))
 
 
 def _before_decoder(
@@ -121,8 +150,9 @@ def _before_decoder(
     source = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     batch, num_tokens = source.shape[:2]
     mask = given.get("attention_mask")
+    given_mask, state.given_mask = state.given_mask, None
     if isinstance(mask, dict) and state.decoder_is_inside:
-        mask, state.given_mask = state.given_mask, None
+        mask = given_mask
 
     cache = next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None)
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):

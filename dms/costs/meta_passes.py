@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from dms import hf_compat
 from dms.costs.operators import ProductCounter
+from dms.io.base_models import auto_classes
 
 _NOTING = "dms_shapes"
 
@@ -53,21 +54,14 @@ def build(config: PreTrainedConfig, headless: bool = False) -> Any:
     Raises:
         ValueError: values in the configuration that do not go together.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers import AutoModel
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         # It says how the files hold weights; what is analysed computes with them whole.
         del config.quantization_config
-    makers = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
-    fitting = [maker for maker, configs in makers.items() if type(config) in configs]
-    maker = AutoModel if headless or not fitting else fitting[0]
+    hf_compat.mend_text_outputs()
+    maker = AutoModel if headless else next(iter(auto_classes(config)), AutoModel)
     try:
         # Products of experts run without storage in bfloat16 alone.
         with torch.device("meta"):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 class {name}(GatedPretrained, Base):
     """Loaded with `trust_remote_code=True` it evicts; see `GatedPretrained`."""
+
+    # Tells transformers to save this code beside weights, and as which class's.
+    _auto_class = "{auto}"
 '''
 
 
@@ -44,11 +47,14 @@ def base_class(architectures: list[str] | None, where: str | Path) -> str:
     return name
 
 
-def write_code(folder: Path, name: str) -> list[Path]:
-    """Write the class `name`, a subclass of transformers' class of that name, and what it needs. Returns the files."""
+def write_code(folder: Path, name: str, auto: str) -> list[Path]:
+    """Write the class `name`, a subclass of transformers' class of that name, and what it needs. Returns the files.
+
+    auto: the Auto class that loads it.
+    """
     modules = flatten(_ENTRY)
     lines = "\n".join(f"    from .{flat} import __name__ as _" for flat in sorted(modules))
-    texts = {MODEL_FILE: _header("The model class") + _MODEL.format(name=name, entry=flat_name(_ENTRY), files=lines)}
+    texts = {MODEL_FILE: _header("The model class") + _MODEL.format(name=name, auto=auto, entry=flat_name(_ENTRY), files=lines)}
     texts |= {f"{flat}.py": _header(f"Module {module.name}") + module.text for flat, module in modules.items()}
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")

@@ -24,7 +24,6 @@ from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors, weig
 from dms.report.cards import write_export_card, write_gates_card
 
 FORMATS = ("hf", "gates", "merged")
-_AUTO_CLASS = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,7 @@ def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
 
 def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> list[Path]:
     """Write weights, gates, configuration, card, and the code. name: the class that the code builds on; "": no code."""
+    autos = _auto_classes(found.model) if name else []
     left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", *(file.name for file in weight_files(found.model))}
     written = []
     for entry in sorted(found.model.iterdir()):
@@ -174,18 +174,27 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
         structure = checkpoint.structure_of_base(str(found.model)).to_saved()
         metadata = {**metadata, "base_hash": base_hash(out), "base_structure": structure, "trained_on": found.other.trained_on}
         written.append(save_tensors(read_gates(found.model)[0], out / GATES_FILE, metadata))
-    (out / "config.json").write_text(json.dumps(_config(found, name), indent=2) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(_config(found, name, autos), indent=2) + "\n", encoding="utf-8")
     written.append(out / "config.json")
     if name:
-        written += write_code(out, name)
-    written.append(write_export_card(found.model / "README.md", out, metadata, with_code=bool(name)))
+        written += write_code(out, name, autos[0])
+    written.append(write_export_card(found.model / "README.md", out, metadata, auto_class=autos[0] if autos else None))
     return written
 
 
-def _config(found: Exportable, name: str) -> Mapping[str, Any]:
+def _auto_classes(model: Path) -> list[str]:
+    """Every Auto class that would load the base is to load our class; first the one that loads it as what it is."""
+    return [auto.__name__ for auto in base_models.auto_classes(base_models.load_config(str(model)))] or ["AutoModelForCausalLM"]
+
+
+def _config(found: Exportable, name: str, autos: list[str]) -> Mapping[str, Any]:
     config = {key: value for key, value in found.config.items() if key not in ("auto_map", "dms_version")}
-    others = {key: value for key, value in found.config.get("auto_map", {}).items() if key != _AUTO_CLASS}
-    auto_map = {**others, _AUTO_CLASS: f"{Path(MODEL_FILE).stem}.{name}"} if name else others
+    ours = f"{Path(MODEL_FILE).stem}."
+    # Without what an earlier export named.
+    others = {
+        key: value for key, value in found.config.get("auto_map", {}).items() if key != "AutoModelForCausalLM" and ours not in str(value)
+    }
+    auto_map = {**others, **dict.fromkeys(autos, f"{ours}{name}")} if name else others
     return {
         **config,
         **({"auto_map": auto_map} if auto_map else {}),

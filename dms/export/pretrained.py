@@ -27,9 +27,6 @@ else:
 class GatedPretrained(_Base):
     """A base class before a transformers model class. Loaded models evict; `model.dms` is their state, with `evict_bias`."""
 
-    # Tells transformers to save the code of this class beside its weights.
-    _auto_class: Any = "AutoModelForCausalLM"
-
     @classmethod
     def is_custom_code(cls) -> bool:
         # The layers are transformers' own, and so are the rules by which it renames their weights (GPT-NeoX's head).

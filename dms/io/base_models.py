@@ -8,6 +8,14 @@ from dms.config import nearest
 from dms.io.quantization import is_packed, load_options
 
 BUILTIN = "builtin:"
+# What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(name: str) -> str:
@@ -60,13 +68,19 @@ def local_folder(name: str) -> Path | None:
     return path if weight_files(path) else None
 
 
+def processor_files(name: str) -> list[Path]:
+    """Those of a model's folder, or of the hub's cache if they were downloaded; for models of text alone mostly none."""
+    folder = local_folder(name)
+    return [] if folder is None else [path for file in PROCESSOR_FILES if (path := folder / file).is_file()]
+
+
 def load_config(name: str) -> Any:
     """The configuration of a base, read without its weights.
 
     Raises:
-        ValueError: a model that is not there, cannot be read, or that AutoModelForCausalLM does not load.
+        ValueError: a model that is not there, cannot be read, or is no decoder of text that transformers loads.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+    from transformers import AutoConfig, __version__
 
     path = resolve_model(name)
     try:
@@ -74,38 +88,72 @@ def load_config(name: str) -> Any:
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # For a model that brings its own code, transformers has a message of its own.
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return config
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and (why := _why_not(config)):
+        raise ValueError(f"model {name!r} is not supported: {why} (transformers {__version__})")
+    return config
+
+
+def _why_not(config: Any) -> str | None:
+    """Why a model of this configuration cannot be retrofitted, whatever its weights are; None: nothing is known against it."""
     text = config.get_text_config()
     own = (config.architectures or [f"a model of type {config.model_type}"])[0]
-    if getattr(config, "is_encoder_decoder", False):
-        why = f"{own} is an encoder-decoder; choose a decoder, such as a Llama or Qwen3 model"
-    elif text is config:
-        why = f"{own} is no model that continues text; choose one that AutoModelForCausalLM loads"
-    else:
-        alone = f", such as one of type {text.model_type}" if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else " of its family"
-        why = f"its text decoder stands inside {own}, a model of more than text; choose a text-only model{alone}"
-    raise ValueError(f"model {name!r} is not supported yet: {why} (AutoModelForCausalLM of transformers {__version__} does not load it)")
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        return f"{own} is an encoder-decoder; choose a decoder, such as a Llama or Qwen3 model"
+    if getattr(text, "cross_attention_layers", None):
+        return f"the text decoder of {own} reads images by cross attention, in layers without tokens to evict; choose a text-only model"
+    if not auto_classes(config):
+        what = (
+            "is no model that continues text" if text is config else "is a model of more than text that nothing loads with a head for text"
+        )
+        return f"{own} {what}; choose one that AutoModelForCausalLM or AutoModelForMultimodalLM loads"
+    return None
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of this configuration as what it is."""
+    """What loads a model of this configuration as what it is: AutoModelForCausalLM, or AutoModelForMultimodalLM for one of more than text."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM
+    return next(iter(auto_classes(config)), AutoModelForCausalLM)
+
+
+def auto_classes(config: Any) -> dict[Any, type]:
+    """All Auto classes that give a model of this configuration a head for text, with its class; those that give its own class come first.
+
+    Some would load a part alone: AutoModelForCausalLM of Llama 4 leaves out what reads images.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    mappings = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    found = {auto: mapping[type(config)] for auto, mapping in mappings.items() if type(config) in mapping}
+    # Code that a folder brought into this process is that folder's.
+    found = {auto: own for auto, own in found.items() if not own.__module__.startswith("transformers_modules.")}
+    return dict(sorted(found.items(), key=lambda item: item[1].__name__ not in (config.architectures or ())))
 
 
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
+    """Load a model with a head for text as what it is, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
 
     Raises:
         ValueError: a model that is not there, cannot be read, or is damaged.
     """
     import torch
+    from huggingface_hub import snapshot_download
 
     from dms import hf_compat
 
     config = load_config(name)
+    hf_compat.mend_text_outputs()
     model: Any
     try:
         model = auto_class(config).from_pretrained(
@@ -117,6 +165,9 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
     if is_packed(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
+    if config.get_text_config() is not config and not Path(resolve_model(name)).is_dir():
+        # From the hub now: when the model is saved, it may be out of reach.
+        snapshot_download(resolve_model(name), allow_patterns=list(PROCESSOR_FILES))
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

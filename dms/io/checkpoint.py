@@ -5,6 +5,7 @@ installed, it loads as the dense model.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.io.base_models import auto_class, load_base, load_config, local_folder
+from dms import hf_compat
+from dms.io.base_models import auto_class, load_base, load_config, local_folder, processor_files
 from dms.io.gates_file import (
     OtherBase,
     attach,
@@ -78,6 +80,8 @@ def save(
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
+    What prepares images for a model of more than text is copied from where the model was loaded from.
+
     base_name: of the model that was retrofitted. base_form: how a load must pack what is saved, such as "nf4"; None: as it is. weights: what `collect` returned; None: collected here.
 
     Raises:
@@ -96,7 +100,19 @@ def save(
         save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _copy_processor(hf_compat.loaded_from(model.config), folder)
     return folder
+
+
+def _copy_processor(name: str, folder: Path) -> None:
+    try:
+        files = processor_files(name) if name else []
+    except ValueError:
+        # The folder that it was loaded from is no longer there.
+        return
+    for file in files:
+        if file.parent.resolve() != folder.resolve():
+            shutil.copyfile(file, folder / file.name)
 
 
 def load_gates(model: nn.Module, folder: str | Path) -> None:

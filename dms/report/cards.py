@@ -41,9 +41,9 @@ It evicts from the start and works with `model.generate`. From a shell: `dms gen
 """
 
 _LOAD_WITH_CODE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)  # this folder, or its id on the hub
+model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
@@ -55,8 +55,11 @@ The code lies in this folder and `trust_remote_code=True` runs it; without that,
 
 - `from_pretrained(..., evict_bias=1.0)`, `generate(..., evict_bias=1.0)` or `model.dms.evict_bias`: added to every gate's logit; above 0 evicts more than was trained, below 0 less.
 - `model.dms.activate("dense")`: the model without eviction again; `model.dms.activate("evict")`: back.
-- lm-evaluation-harness: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...`
+{more}
 """
+# What follows the list, by whether the model is of text alone.
+_HARNESS = "- lm-evaluation-harness: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...`"
+_IMAGES = "- The gates are for text: images, video and sound are read in mode `dense` alone."
 
 _LOAD_WITHOUT_CODE = f"""{_WITH_DMS}
 It evicts from the start and works with `model.generate`; transformers alone loads the dense model.
@@ -171,10 +174,10 @@ def write_pretrain_card(folder: str | Path, known: Mapping[str, Any]) -> Path:
     return new_card(fields, paragraphs).write(folder)
 
 
-def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *, with_code: bool) -> Path:
+def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *, auto_class: str | None) -> Path:
     """Write the card of an exported model: `source`, the card of the exported folder (which may be missing), with a new section on loading.
 
-    metadata: of the gates file. with_code: the folder holds code that transformers runs with trust_remote_code.
+    metadata: of the gates file. auto_class: what loads the code that the folder holds, with trust_remote_code; None: it holds none.
     """
     base, card = metadata.get("base_name") or "", Card.read(source)
     tags = [tag for tag in card.fields.get("tags") or ["kv-cache", "dms"] if tag != "custom_code"]
@@ -183,11 +186,14 @@ def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **card.fields,
-        "tags": (["custom_code"] if with_code else []) + tags,
+        "tags": (["custom_code"] if auto_class else []) + tags,
     }
     if not card.body.strip():
         card.body = card_text.introduction(base)
-    loading = _LOAD_WITH_CODE.format(needs=_requirements()) if with_code else _LOAD_WITHOUT_CODE
+    loading = _LOAD_WITHOUT_CODE
+    if auto_class is not None:
+        more = _HARNESS if auto_class == "AutoModelForCausalLM" else _IMAGES
+        loading = _LOAD_WITH_CODE.format(auto=auto_class, needs=_requirements(), more=more)
     if trained_on := metadata.get("trained_on"):
         loading = f"{loading.rstrip()}\n\nThe gates were trained on {public_base(trained_on)}, another form of the weights here (hash {metadata['base_hash']}).\n"
     card.set_section(card_text.LOADING, loading, before=(card_text.LIMITS,))

@@ -222,6 +222,37 @@ def test_needs_no_input_gradients(build_model):
     hf_compat.needs_no_input_gradients(model)
 
 
+def test_swap_rope_deltas(model):
+    from wrappers import build_wrapper, image_inputs
+
+    wrapper = build_wrapper("qwen2_5_vl")
+    ids, given = torch.full((1, 6), 5), image_inputs(wrapper)
+    expected = _continued(wrapper, ids)
+    wrapper(**given)
+    shifted = wrapper.model.rope_deltas
+    assert int(shifted) != 0 and not torch.equal(_continued(wrapper, ids), expected)
+    assert hf_compat.swap_rope_deltas(wrapper.model, None) is shifted
+    assert torch.equal(_continued(wrapper, ids), expected)
+    assert hf_compat.swap_rope_deltas(wrapper.model, shifted) is None and wrapper.model.rope_deltas is shifted
+    assert hf_compat.swap_rope_deltas(model.model, shifted) is None and not hasattr(model.model, "rope_deltas")
+
+
+@torch.no_grad()
+def _continued(model, ids):
+    out = model(input_ids=ids, use_cache=True)
+    return model(input_ids=ids[:, :2], use_cache=True, **hf_compat.cache_argument(model, hf_compat.output_cache(out))).logits
+
+
+def test_mend_text_outputs(monkeypatch):
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+    from wrappers import build_wrapper
+
+    monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs", raising=False)
+    hf_compat.mend_text_outputs()
+    out = build_wrapper("llama4")(input_ids=IDS)
+    assert out.logits.shape == (1, 6, 2048) and "image_outputs" not in MoeCausalLMOutputWithPast(logits=out.logits)
+
+
 def test_forget_weight_conversions(build_model, tmp_path):
     build_model("llama").save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

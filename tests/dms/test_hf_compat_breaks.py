@@ -100,6 +100,13 @@ BREAKS = {
         hf_compat.rotary_changes(model.model),
     ),
     "forget_rotary_length": lambda model, patch: hf_compat.forget_rotary_length(nn.Linear(2, 2)),
+    "swap_rope_deltas": lambda model, patch: hf_compat.swap_rope_deltas(
+        patch.setattr(model.model, "get_rope_index", print, raising=False) or model.model, None
+    ),
+    "mend_text_outputs": lambda model, patch: (
+        patch.delattr("transformers.modeling_outputs.MoeCausalLMOutputWithPast"),
+        hf_compat.mend_text_outputs(),
+    ),
     "makes_default_cache": lambda model, patch: (
         patch.delattr(GenerationMixin, "_supports_default_dynamic_cache"),
         dms.retrofit(model, dms.DMSConfig(window=4)),

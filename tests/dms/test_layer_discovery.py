@@ -79,7 +79,9 @@ def test_only_the_text_decoder_of_a_multimodal_model():
         torch.testing.assert_close(padded[1:, 6:], alone, atol=1e-4, rtol=0)
         told = model(input_ids=ids).logits
         assert not torch.allclose(told[1:, 6:], alone, atol=1e-3)
-        with pytest.raises(ValueError, match=r"Gemma3Model was given images; gates are for text: set_mode\(model, 'dense'\)"):
+        with pytest.raises(
+            ValueError, match=r"was given images, video or sound \(pixel_values\); gates are for text: set_mode\(model, 'dense'\)"
+        ):
             model(input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28))
         with pytest.raises(ValueError, match="attention mask is dict"):
             model(input_ids=ids, attention_mask={"full_attention": None, "sliding_attention": None})

@@ -37,8 +37,8 @@ def test_a_quantised_base(method, refusal, tiny_folder):
     assert f"is quantised ({method})" in said and "give the model that it was made from" in said
 
 
-def test_a_text_decoder_inside_another_class(refusal):
-    said = refusal(
-        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral"}}
+def test_a_text_decoder_that_reads_images_by_cross_attention(refusal):
+    said = refusal({"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]})
+    assert (
+        "the text decoder of MllamaForConditionalGeneration reads images by cross attention" in said and "choose a text-only model" in said
     )
-    assert "its text decoder stands inside Mistral3ForConditionalGeneration" in said and "such as one of type mistral" in said

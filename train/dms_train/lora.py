@@ -36,22 +36,31 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     from dms_train.recipe import Lora
 
     lora = recipe.lora or Lora()
+    decoder = state_of(student).decoder
+    # Routers of some mixtures of experts are linear layers that return more than their product (Llama 4).
+    routers = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and _is_of_one_family(module)]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, and used as a factor
         lora_dropout=0.0,
         target_modules=lora.target_modules or "all-linear",
+        exclude_modules=None if lora.target_modules else routers,
     )
     # Adapters are initialised at random: with the recipe's seed, alike on every process.
     torch.manual_seed(recipe.seed)
     try:
         # The text decoder alone: of a multimodal model, what reads images is left out.
-        compat.add_lora(state_of(student).decoder, config)
+        compat.add_lora(decoder, config)
     except ValueError as error:
         raise ValueError(f"lora.target_modules {lora.target_modules}: {error}") from None
     for _, module in compat.lora_layers(student):
         for part in (module.lora_A, module.lora_B):
             part.float()
+
+
+def _is_of_one_family(module: nn.Module) -> bool:
+    """Its class is a modelling file's own."""
+    return type(module).__module__.startswith("transformers.models.")
 
 
 @contextmanager

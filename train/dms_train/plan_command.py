@@ -144,7 +144,6 @@ def _config_file(path: Path, model: str) -> str:
 def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module:
     """The recipe's student without weights, with gates and adapters."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from dms_train import models
     from dms_train.lora import check_lora
@@ -154,6 +153,6 @@ def build_on_meta(recipe: RetrofitRecipe, config: PreTrainedConfig) -> nn.Module
         # What is planned of it is in `packing_for`; transformers would ask for the packages that unpack it.
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = base_models.auto_class(config).from_config(config)
         models.equip(model, recipe.model_copy(update={"activation_checkpointing": False}))
     return model

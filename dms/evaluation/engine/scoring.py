@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from dms.hf_compat import cache_argument, output_cache
-from dms.lm_head import difference_of_head, make_logits
+from dms.lm_head import difference_of_head, make_logits, text_decoder
 from dms.modes import reading
 
 # Float32 logits that are alive at once; what is made of them is as large again.
@@ -62,7 +62,7 @@ def _knows_head(model: Any, ids_BT: torch.Tensor) -> bool:
 
 def _forward(model: Any, ids_BT: torch.Tensor, knows_head: bool, *, use_cache: bool, cache: Cache | None = None) -> Any:
     """Hidden states where the head is known, else logits. cache: None: the model makes its own, if it uses one."""
-    module = model.get_decoder() if knows_head else model
+    module = text_decoder(model) if knows_head else model
     given = {} if cache is None else cache_argument(module, cache)
     return module(input_ids=ids_BT, use_cache=use_cache, **given)
 

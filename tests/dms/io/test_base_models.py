@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from wrappers import WRAPPERS, wrapper_config
 
 import dms
 from dms.io import base_models
@@ -13,13 +14,6 @@ from dms.io.quantization import refuse_quantized
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TEXT = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# As released models say it: (model_type, class, what stands for the text)
-INSIDE = {
-    "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}, "such as one of type mistral"),
-    "llava": ("LlavaForConditionalGeneration", {"model_type": "llama"}, "such as one of type llama"),
-    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {}, "a text-only model of its family"),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}, "a text-only model of its family"),
-}
 QUANTIZED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
@@ -42,20 +36,56 @@ def write_config(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("family", INSIDE)
-def test_a_text_decoder_inside_another_class(family, write_config):
-    name, text, advice = INSIDE[family]
-    folder = write_config(model_type=family, architectures=[name], text_config=TEXT | text, vision_config=VISION)
-    for read in (base_models.load_config, base_models.load_base):
-        with pytest.raises(ValueError) as caught:
-            read(folder)
-        said = str(caught.value)
-        assert f"is not supported yet: its text decoder stands inside {name}" in said and advice in said and "\n" not in said
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_text_decoder_inside_another_class_is_loaded_as_what_it_is(family, write_config):
+    name = WRAPPERS[family].name
+    config = base_models.load_config(write_config(**wrapper_config(family).to_dict()))
+    classes = base_models.auto_classes(config)
+    assert classes[base_models.auto_class(config)].__name__ == name
+    assert base_models.auto_class(config) is (AutoModelForCausalLM if family == "gemma3" else AutoModelForMultimodalLM)
+    assert [own.__name__ for own in classes.values()].count(name) == len(classes) - (family == "llama4")
+
+
+def test_the_class_that_a_configuration_names_is_loaded(write_config):
+    # transformers would make a text model of each; without a name it does.
+    for family, architectures, expected in (
+        ("llama4", ["Llama4ForConditionalGeneration"], AutoModelForMultimodalLM),
+        ("llama4", ["Llama4ForCausalLM"], AutoModelForCausalLM),
+        ("llama4", None, AutoModelForCausalLM),
+        ("llama4_text", ["Llama4ForCausalLM"], AutoModelForCausalLM),
+        ("qwen3_5", ["Qwen3_5ForConditionalGeneration"], AutoModelForMultimodalLM),
+        ("qwen3", ["Qwen3ForCausalLM"], AutoModelForCausalLM),
+    ):
+        config = base_models.load_config(write_config(model_type=family, architectures=architectures))
+        assert base_models.auto_class(config) is expected, (family, architectures)
+
+
+def test_code_that_a_folder_brought_loads_that_folder_alone(write_config):
+    class Remote(torch.nn.Module):
+        __module__ = "transformers_modules.folder.modeling"
+
+    config = base_models.load_config(write_config(model_type="qwen2_5_vl", architectures=["Remote"]))
+    expected = base_models.auto_classes(config)
+    # As transformers does where it runs a folder's code.
+    AutoModelForCausalLM.register(type(config), Remote, exist_ok=True)
+    try:
+        assert base_models.auto_classes(config) == expected
+    finally:
+        del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[type(config)]
 
 
 def test_other_models_that_do_not_continue_text(write_config):
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder; choose a decoder"):
         base_models.load_base(write_config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True))
+    for family in ("t5gemma2", "florence2"):
+        with pytest.raises(ValueError, match=r"is not supported: a model of type \w+ is an encoder-decoder"):
+            base_models.load_base(write_config(model_type=family))
+    with pytest.raises(ValueError, match=r"the text decoder of MllamaForConditionalGeneration reads images by cross attention"):
+        base_models.load_base(write_config(model_type="mllama", architectures=["MllamaForConditionalGeneration"]))
+    with pytest.raises(
+        ValueError, match=r"CLIPModel is a model of more than text that nothing loads with a head for text; choose one that Auto"
+    ):
+        base_models.load_base(write_config(model_type="clip", architectures=["CLIPModel"]))
     with pytest.raises(ValueError, match=r"a model of type vit is no model that continues text"):
         base_models.load_base(write_config(model_type="vit"))
     with pytest.raises(ValueError, match=r"model .* cannot be loaded: .*model type `nobody`"):
