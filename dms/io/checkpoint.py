@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.io.base_models import load_base, local_folder
+from dms.io.base_models import load_base, local_weights
 from dms.io.gates_file import (
     attach,
     check_base,
@@ -144,7 +144,7 @@ def load(
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
-    path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
+    path: a model folder, or gates alone together with `base` (a folder, a hub id or a GGUF file). evict_bias is added to every logit: above 0
     evicts more than was trained, below 0 less.
 
     Raises:
@@ -174,8 +174,8 @@ def load(
 
 def _check_base(name: str, metadata: dict[str, Any]) -> bool:
     """Whether the base's files are on this machine; raises ValueError where they are others than the gates were trained on."""
-    folder = local_folder(name)
-    if folder is None:
+    weights = local_weights(name)
+    if weights is None:
         return False
-    check_base(folder, metadata, name)
+    check_base(weights, metadata, name)
     return True

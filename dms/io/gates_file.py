@@ -97,9 +97,9 @@ def read_config(metadata: Mapping[str, str], in_model_config: Mapping[str, Any] 
     return config
 
 
-def check_base(folder: str | Path, metadata: Mapping[str, str], name: str) -> None:
-    """Raises ValueError where a folder's weights, called `name`, are others than the gates were trained on."""
-    found = base_hash(folder)
+def check_base(weights: str | Path, metadata: Mapping[str, str], name: str) -> None:
+    """Raises ValueError where weights, a folder or a GGUF file called `name`, are others than the gates were trained on."""
+    found = base_hash(weights)
     if found != metadata.get("base_hash"):
         raise ValueError(
             f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
