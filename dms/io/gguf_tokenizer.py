@@ -147,6 +147,13 @@ def _sentencepiece(header: GGUFHeader, tokens: Sequence[str]) -> Tokenizer:
     backend = Tokenizer(BPE(known, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     # Without the setting llama.cpp adds a space.
     has_prefix = _setting(header, "add_space_prefix") is not False
+    if has_prefix and any(
+        kind == _USER_DEFINED and not token.strip(_SPACE) for token, kind in zip(tokens, _types(header, tokens), strict=True)
+    ):
+        raise GGUFError(
+            f"{header.path} has a tokenizer that begins texts with a space and takes runs of spaces as one, which is not read; give the model "
+            "that the file was made from"
+        )
     replace = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if has_prefix else replace
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
