@@ -125,7 +125,7 @@ def _require_untrained_base(found: Exportable) -> None:
     _, metadata = read_gates(found.gates)
     name = metadata.get("base_name") or ""
     try:
-        base = base_models.local_folder(name)
+        base = base_models.local_weights(name)
     except ValueError:
         # A folder that is not on this machine.
         base = None

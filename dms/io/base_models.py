@@ -1,13 +1,19 @@
-"""Load base models and tokenizers by name: a folder, a hub id, or `builtin:tiny` (the embedded model)."""
+"""Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dms.builtin import builtin_models
 from dms.config import nearest
+from dms.io import gguf_file
 from dms.io.quantization import is_packed, load_options
+from dms.requirements import require
 
 BUILTIN = "builtin:"
+GGUF = ".gguf"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -18,11 +24,47 @@ PROCESSOR_FILES = (
 )
 
 
-def resolve_model(name: str) -> str:
-    """A name as recipes and commands write it -> what `from_pretrained` takes.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are."""
+
+    location: str
+    """What `from_pretrained` takes: a folder, or a hub id."""
+    gguf: str | None = None
+    """The GGUF file in it that is the model; None: the model is the folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or the file, if it is on this machine; of a hub id, a path that means nothing."""
+        return Path(self.location, self.gguf or "")
+
+    def gguf_path(self, *, local_files_only: bool = False) -> Path | None:
+        """The GGUF file on this machine, fetched from the hub where it must be; None for a model that is a folder.
+
+        Raises:
+            ValueError: the hub's model has no such file, or it cannot be fetched.
+            RuntimeError: a package that reads it is not installed.
+        """
+        if self.gguf is None:
+            return None
+        require("a GGUF file", "gguf", "accelerate")
+        if self.path.is_file():
+            return self.path
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(self.location, self.gguf, local_files_only=local_files_only)
+        except OSError as error:
+            raise ValueError(f"model '{self.location}:{self.gguf}' cannot be loaded: {_first_line(error)}") from error
+        assert found is not None, "cached_file raises OSError where there is none"
+        return Path(found)
+
+
+def resolve_model(name: str) -> ModelSource:
+    """A name as recipes and commands write it -> where its files are. A GGUF file is FOLDER/FILE.gguf, or HUB-ID:FILE.gguf.
 
     Raises:
-        ValueError: an unknown built-in model, or a path to something that is not a model folder.
+        ValueError: an unknown built-in model, or a path to something that is neither a model folder nor a GGUF file.
     """
     if name.startswith(BUILTIN):
         known = builtin_models()
@@ -31,17 +73,33 @@ def resolve_model(name: str) -> str:
             raise ValueError(
                 f"unknown built-in model {name!r}{nearest(short, known)}; there are {', '.join(BUILTIN + k for k in known) or 'none'}"
             )
-        return str(known[short])
+        return ModelSource(str(known[short]))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name} is a folder without config.json; name a Hugging Face model folder")
-        return str(path)
+            files = sorted(file.name for file in path.glob(f"*{GGUF}"))
+            instead = f"name one of its GGUF files, such as {Path(name, files[0])}" if files else "name a Hugging Face model folder"
+            raise ValueError(f"{name} is a folder without config.json; {instead}")
+        return ModelSource(str(path))
+    if name.endswith(GGUF):
+        return _resolve_gguf(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(
-            f"model {name!r} is not a folder; name a Hugging Face model folder, a hub id, or one of {', '.join(BUILTIN + k for k in builtin_models())}"
+            f"model {name!r} is not a folder; name a Hugging Face model folder, a GGUF file, a hub id, or one of "
+            f"{', '.join(BUILTIN + k for k in builtin_models())}"
         )
-    return name
+    return ModelSource(name)
+
+
+def _resolve_gguf(name: str, path: Path) -> ModelSource:
+    if path.is_file():
+        return ModelSource(str(path.parent), path.name)
+    hub_id, colon, file = name.partition(":")
+    if colon and _HUB_ID.fullmatch(hub_id):
+        return ModelSource(hub_id, file)
+    beside = sorted(other.name for other in path.parent.glob(f"*{GGUF}")) if path.parent.is_dir() else []
+    there = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""
+    raise ValueError(f"the GGUF file {name} does not exist{there}; name FOLDER/FILE.gguf, or HUB-ID:FILE.gguf for one on the hub")
 
 
 def is_saved_bfloat16(config: Any) -> bool:
@@ -50,16 +108,22 @@ def is_saved_bfloat16(config: Any) -> bool:
     return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder of a model's weights on this machine: its own, or the hub's cache if they were downloaded; None where there is none."""
+def local_weights(name: str) -> Path | None:
+    """A model's weights on this machine: its folder, or the hub's cache if they were downloaded; of a GGUF model the file. None: not there."""
     from transformers.utils import cached_file
 
     from dms.io.weights import weight_files
 
-    path = Path(resolve_model(name))
+    source = resolve_model(name)
+    if source.gguf is not None:
+        try:
+            return source.gguf_path(local_files_only=True)
+        except ValueError:
+            return None
+    path = source.path
     if not path.is_dir():
         try:
-            config_file = cached_file(str(path), "config.json", local_files_only=True)
+            config_file = cached_file(source.location, "config.json", local_files_only=True)
         except OSError:
             return None
         if config_file is None:
@@ -70,8 +134,20 @@ def local_folder(name: str) -> Path | None:
 
 def processor_files(name: str) -> list[Path]:
     """Those of a model's folder, or of the hub's cache if they were downloaded; for models of text alone mostly none."""
-    folder = local_folder(name)
-    return [] if folder is None else [path for file in PROCESSOR_FILES if (path := folder / file).is_file()]
+    folder = local_weights(name)
+    return [] if folder is None or folder.is_file() else [path for file in PROCESSOR_FILES if (path := folder / file).is_file()]
+
+
+def read_config(source: ModelSource, **options: Any) -> Any:
+    """transformers' configuration of a model, read without its weights; of a GGUF file from its header. options: of `from_pretrained`."""
+    from transformers import AutoConfig
+
+    path = source.gguf_path(**options)
+    if path is None:
+        return AutoConfig.from_pretrained(source.location, **options)
+    from dms.io import gguf_model
+
+    return gguf_model.read_config(gguf_file.read_header(path))
 
 
 def load_config(name: str) -> Any:
@@ -79,12 +155,16 @@ def load_config(name: str) -> Any:
 
     Raises:
         ValueError: a model that is not there, cannot be read, or is no decoder of text that transformers loads.
+        RuntimeError: a GGUF file, and a package that reads it is not installed.
     """
-    from transformers import AutoConfig, __version__
+    from transformers import __version__
 
-    path = resolve_model(name)
+    source = resolve_model(name)
+    source.gguf_path()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(source)
+    except gguf_file.GGUFError:
+        raise
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # For a model that brings its own code, transformers has a message of its own.
@@ -142,42 +222,65 @@ def auto_classes(config: Any) -> dict[Any, type]:
 
 
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """Load a model with a head for text as what it is, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
+    """Load a model with a head for text as what it is, dense, in eval mode.
+
+    dtype: "auto" (as saved; of a GGUF file float32, or bfloat16 where its weights are), "float32", "bfloat16", "float16".
+    device: None: a GPU if there is one.
 
     Raises:
         ValueError: a model that is not there, cannot be read, or is damaged.
+        RuntimeError: a GGUF file, and a package that reads it is not installed.
     """
     import torch
     from huggingface_hub import snapshot_download
 
     from dms import hf_compat
 
-    config = load_config(name)
+    source, config = resolve_model(name), load_config(name)
     hf_compat.mend_text_outputs()
     model: Any
     try:
-        model = auto_class(config).from_pretrained(
-            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **load_options(config)
-        )
+        model = _from_pretrained(source, config, dtype if dtype == "auto" else getattr(torch, dtype))
+    except gguf_file.GGUFError:
+        raise
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if is_packed(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
-    if config.get_text_config() is not config and not Path(resolve_model(name)).is_dir():
+    if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
         # From the hub now: when the model is saved, it may be out of reach.
-        snapshot_download(resolve_model(name), allow_patterns=list(PROCESSOR_FILES))
+        snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
+def _from_pretrained(source: ModelSource, config: Any, dtype: Any) -> Any:
+    path = source.gguf_path()
+    if path is None:
+        return auto_class(config).from_pretrained(source.location, dtype=dtype, **load_options(config))
+    from dms.io import gguf_model
+
+    return gguf_model.load(path, auto_class(config), config, config.dtype if dtype == "auto" else dtype)
+
+
 def load_tokenizer(name: str) -> Any:
-    """Raises ValueError where the tokenizer is missing or unreadable."""
+    """The tokenizer of a model; of a GGUF file with the chat template that it holds.
+
+    Raises:
+        ValueError: the tokenizer is missing or unreadable.
+        RuntimeError: a GGUF file, and a package that reads it is not installed.
+    """
     from transformers import AutoTokenizer
 
-    path = resolve_model(name)
+    source = resolve_model(name)
+    path = source.gguf_path()
+    if path is not None:
+        from dms.io import gguf_tokenizer
+
+        return gguf_tokenizer.build(gguf_file.read_header(path), name)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(source.location)
     except Exception as error:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
 

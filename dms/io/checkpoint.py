@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dms import hf_compat
-from dms.io.base_models import auto_class, load_base, load_config, local_folder, processor_files
+from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files
 from dms.io.gates_file import (
     OtherBase,
     attach,
@@ -170,9 +170,9 @@ def load(
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
-    path: a model folder, or gates alone together with `base` (a folder or hub id). other_base: the weights may be another form of the
-    model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or dequantised);
-    a warning then says which is used. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
+    path: a model folder, or gates alone together with `base` (a folder, a hub id or a GGUF file). other_base: the weights may be another
+    form of the model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or
+    dequantised); a warning then says which is used. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
 
     Raises:
         ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
@@ -189,7 +189,7 @@ def load(
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
     # From the hub, its files may be on this machine only after loading.
-    is_here = local_folder(name) is not None
+    is_here = local_weights(name) is not None
     other = _check_base(name, metadata, other_base) if is_here else None
     model = load_base(name, dtype, device)
     if not is_here:
@@ -201,7 +201,7 @@ def load(
 
 
 def _check_base(name: str, metadata: dict[str, Any], other_base: bool) -> OtherBase | None:
-    return check_base(local_folder(name), metadata, name, other_base=other_base, structure=lambda: structure_of_base(name))
+    return check_base(local_weights(name), metadata, name, other_base=other_base, structure=lambda: structure_of_base(name))
 
 
 def structure_of_base(name: str) -> Structure:

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,18 @@ def tensor_spans(file: Path) -> dict[str, tuple[int, int]]:
     return dict(sorted(spans.items(), key=lambda item: (item[1], item[0])))
 
 
-def base_hash(folder: str | Path) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and a sample of its rows; the same for any sharding of the same weights.
+def base_hash(weights: str | Path) -> str:
+    """Of a folder, SHA-256 over every tensor's name, dtype, shape and a sample of its rows, the same for any sharding of the same weights;
+    of a GGUF file, the file's. Its first 32 digits.
 
     Raises:
         ValueError: no safetensors files, or a damaged one.
     """
-    files = weight_files(folder)
+    if Path(weights).is_file():
+        return sha256(weights)[:32]
+    files = weight_files(weights)
     if not files:
-        raise ValueError(f"{folder} holds no safetensors weights; save the model with save_pretrained")
+        raise ValueError(f"{weights} holds no safetensors weights; save the model with save_pretrained")
     tensors: dict[str, bytes] = {}
     for path in files:
         try:
@@ -109,6 +113,21 @@ def base_hash(folder: str | Path) -> str:
     for name in sorted(tensors):
         whole.update(tensors[name])
     return whole.hexdigest()[:32]
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file; kept for as long as neither its size nor its time changes."""
+    stat = Path(path).stat()
+    return _sha256(Path(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -118,8 +118,9 @@ def format_versions(versions: Mapping[str, str] | None) -> str | None:
 
 def public_name(base_name: str) -> str:
     """A base as a card names it. Of a path only the last part: the rest means nothing elsewhere, and may say too much."""
-    is_path = base_name.startswith((".", "/", "~")) or base_name.count("/") > 1
-    return Path(base_name).name if is_path else base_name
+    is_file = base_name.endswith(".gguf") and hub_id(base_name) is None
+    is_path = base_name.startswith((".", "/", "~")) or (base_name.count("/") > 1 and hub_id(base_name) is None)
+    return Path(base_name).name if is_path or is_file else base_name
 
 
 def public_base(described: str) -> str:
@@ -134,8 +135,9 @@ def public_sentence(other_base: str) -> str:
 
 
 def hub_id(base_name: str) -> str | None:
-    """The base as front matter may name it, or None for a folder or a built-in model."""
-    return base_name if _HUB_ID.fullmatch(base_name) else None
+    """The base as front matter may name it, or None for a folder, a file or a built-in model. Of a GGUF file on the hub its repository."""
+    name, colon, _ = base_name.partition(":") if base_name.endswith(".gguf") else (base_name, ":", "")
+    return name if colon and _HUB_ID.fullmatch(name) else None
 
 
 def title(base_name: str) -> str:

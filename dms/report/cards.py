@@ -65,6 +65,11 @@ _LOAD_WITHOUT_CODE = f"""{_WITH_DMS}
 It evicts from the start and works with `model.generate`; transformers alone loads the dense model.
 """
 
+_DEQUANTIZED = (
+    "The base's weights were dequantised from the GGUF file `{file}` (SHA-256 `{sha256}`). They stand here as plain numbers, and what was lost "
+    "when that file was made is lost here too."
+)
+
 _LOAD_GATES = """```python
 import dms
 
@@ -81,6 +86,7 @@ def write_run_card(
     *,
     base_name: str,
     base_license: str | None,
+    base_sha256: str | None = None,
     dms_config: Mapping[str, Any],
     rows: Sequence[ResultRow],
     run: TrainingFacts,
@@ -89,7 +95,8 @@ def write_run_card(
     """Write the card of the model that a retrofit leaves, and return its path.
 
     Args:
-        base_name: a hub id (it goes into the front matter), or a built-in model or folder (named in the text alone).
+        base_name: a hub id (it goes into the front matter), or a built-in model, folder or file (named in the text alone).
+        base_sha256: of the GGUF file that the base's weights were dequantised from; None: there is no such file.
         base_license: the id of the base's licence; None: unknown.
         dms_config: fields of `DMSConfig`.
         rows: of the run's own evaluation; figures come from nowhere else.
@@ -111,6 +118,7 @@ def write_run_card(
     paragraphs = [
         card_text.title(base_name),
         _summary(public_name(base_name), dms_config),
+        "" if base_sha256 is None else _DEQUANTIZED.format(file=public_name(base_name), sha256=base_sha256),
         f"## {card_text.RESULTS}",
         _results(figures) if any(figures.values()) else "Nothing was measured.",
         f"## {card_text.LOSSES}",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from dms.evaluation.present.tables import results_table
 from dms.evaluation.stats.results import PolicyResult
 from dms.evaluation.stats.rows import RowContext, describe_device, versions
 from dms.io import base_models, checkpoint
-from dms.io.weights import base_hash
+from dms.io.gguf_file import read_header
+from dms.io.weights import base_hash, sha256
 from dms.modes import state_of
 from dms.report.cards import write_run_card
 from dms.report.evidence import TrainingFacts
@@ -28,6 +29,22 @@ from dms_train.lora import without_adapters
 from dms_train.models import Models
 from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import dump_recipe
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a card says of a base, found while its files are at hand."""
+
+    license: str | None
+    sha256: str | None
+    """Of the GGUF file that its weights were dequantised from; None: there is no such file."""
+
+    @classmethod
+    def of(cls, name: str) -> "BaseFacts":
+        path = base_models.resolve_model(name).gguf_path()
+        if path is not None:
+            return cls(read_header(path).license, sha256(path))
+        return cls("apache-2.0" if name.startswith(base_models.BUILTIN) else None, None)
 
 
 def saved_dtype(name: str) -> torch.dtype | None:
@@ -73,6 +90,7 @@ def finish(
     dense: PolicyResult | None,
     weights: checkpoint.Weights,
     base: dict,
+    base_facts: BaseFacts,
     documents: list[EvaluationDocument],
     tokens: int,
     training_seconds: float,
@@ -136,7 +154,8 @@ def finish(
     write_run_card(
         model_folder,
         base_name=recipe.model,
-        base_license=_license(recipe.model),
+        base_license=base_facts.license,
+        base_sha256=base_facts.sha256,
         dms_config=asdict(recipe.dms),
         rows=rows,
         run=TrainingFacts.from_result(result),
@@ -167,7 +186,3 @@ def result_of_base(recipe: RetrofitRecipe, parts: Models, documents: list[Evalua
     result = read_dense(parts.student, documents, batch_size=recipe.evaluation.batch_size)
     parts.student.train()
     return result
-
-
-def _license(name: str) -> str | None:
-    return "apache-2.0" if name.startswith(base_models.BUILTIN) else None

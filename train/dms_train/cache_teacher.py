@@ -50,7 +50,9 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
         raise ValueError(f"teacher_cache.top_k is {settings.top_k} and the vocabulary has {vocab_size} tokens; choose fewer, such as 64")
     base_hash = preflight.base_hash(recipe)
     if base_hash is None:
-        raise ValueError(f"model {recipe.model!r} has no safetensors files here, so that a cache cannot be tied to it; give its folder")
+        raise ValueError(
+            f"model {recipe.model!r} has no safetensors or GGUF file here, so that a cache cannot be tied to it; give its folder"
+        )
     teacher = Teacher(
         base=recipe.model,
         base_hash=base_hash,

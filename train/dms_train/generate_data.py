@@ -75,17 +75,15 @@ def _load(recipe: GenerateRecipe) -> Any:
 
 def _sources(recipe: GenerateRecipe, reader: Reader | BuiltinReader) -> str:
     """A hash of the files of prompts and weights."""
-    folder = base_models.local_folder(recipe.model)
-    found = [reader.fingerprint(), None if folder is None else base_hash(folder)]
+    weights = base_models.local_weights(recipe.model)
+    found = [reader.fingerprint(), None if weights is None else base_hash(weights)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
 
 
 def _open_prompts(tokenizer: Any, recipe: GenerateRecipe, say: Callable[[str], None]) -> Reader | BuiltinReader:
     """A reader of the prompts. Raises ValueError for prompts that cannot be used."""
-    from transformers import AutoConfig
-
     prompts = recipe.prompts
-    config = AutoConfig.from_pretrained(base_models.resolve_model(recipe.model))
+    config = base_models.load_config(recipe.model)
     context = config.get_text_config().max_position_embeddings
     most = context - recipe.max_new_tokens
     if most < (prompts.tokens or 1):

@@ -88,6 +88,7 @@ class Setup:
     tokenizer: Any
     base_dtype: torch.dtype
     """The dtype that the base's files are in."""
+    base_facts: artifacts.BaseFacts
     stream: Stream
     documents: list
     """For the evaluation at the end."""
@@ -202,6 +203,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         accelerator=accelerator,
         tokenizer=tokenizer,
         base_dtype=base_dtype,
+        base_facts=artifacts.BaseFacts.of(recipe.model),
         stream=stream,
         documents=documents,
         parts=parts,
@@ -420,6 +422,7 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
         dense=dense,
         weights=weights,
         base=asdict(setup.saver.identity.base),
+        base_facts=setup.base_facts,
         documents=setup.documents,
         tokens=position.tokens,
         training_seconds=position.training_seconds,

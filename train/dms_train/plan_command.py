@@ -114,7 +114,10 @@ def read_config(model: str, given: str | None = None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if given is None or model.startswith(base_models.BUILTIN):
-        path = base_models.resolve_model(model)
+        source = base_models.resolve_model(model)
+        if source.gguf is not None:
+            return base_models.load_config(model)
+        path = source.location
     else:
         path = _config_file(Path(given).expanduser(), model)
     try:

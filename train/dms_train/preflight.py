@@ -34,8 +34,8 @@ def check_context(recipe: RetrofitRecipe) -> Any:
 
 def base_hash(recipe: RetrofitRecipe) -> str | None:
     """Of the model's files; None where they are still to be fetched from the hub."""
-    folder = base_models.local_folder(recipe.model)
-    return None if folder is None else weights.base_hash(folder)
+    found = base_models.local_weights(recipe.model)
+    return None if found is None else weights.base_hash(found)
 
 
 def check_alike(marks: Sequence[object], where: str) -> None:

@@ -120,7 +120,7 @@ class RunFolder:
             if _stored_recipe(folder) is not None:
                 raise ValueError(f"output_dir '{folder}' was taken by another run meanwhile; choose another folder")
         if saved is None:
-            base = Path(base_models.resolve_model(recipe.model)).absolute()
+            base = base_models.resolve_model(recipe.model).path.absolute()
             if base.is_relative_to(folder.absolute()):
                 raise ValueError(
                     f"model '{recipe.model}' lies within output_dir '{folder}', which would be emptied; choose another output_dir"

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
         for parameter in gate_parameters(model).values():
             parameter.normal_(0, 0.1)
     checkpoint.save(model, folder / "model", tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=4.0)
-    digest = base_hash(base_models.resolve_model("builtin:tiny"))
+    digest = base_hash(base_models.resolve_model("builtin:tiny").path)
     checkpoint.save_gates(model, folder / "gates", base_name="builtin:tiny", base_digest=digest, target_cr=4.0)
     return folder
 
@@ -135,7 +135,7 @@ def test_gates_alone(run, tiny, tmp_path):
     assert {path.name for path in written} == {path.name for path in (tmp_path / "gates").iterdir()} == {"gates.safetensors", "README.md"}
     with safe_open(str(tmp_path / "gates" / "gates.safetensors"), "pt") as f:
         metadata = f.metadata()
-    assert metadata["base_name"] == "builtin:tiny" and metadata["base_hash"] == base_hash(base_models.resolve_model("builtin:tiny"))
+    assert metadata["base_name"] == "builtin:tiny" and metadata["base_hash"] == base_hash(base_models.resolve_model("builtin:tiny").path)
     assert metadata["base_hash"] in (tmp_path / "gates" / "README.md").read_text()
     model = dms.load(tmp_path / "gates", base="builtin:tiny", device="cpu")
     assert same(dict(gate_parameters(model)), load_file(run / "model" / "gates.safetensors"))
@@ -196,7 +196,7 @@ def test_what_is_refused(tiny, run, tmp_path):
         return str(caught.value)
 
     assert "is no folder" in refusal(tmp_path / "nowhere")
-    assert "has no gates" in refusal(base_models.resolve_model("builtin:tiny"))
+    assert "has no gates" in refusal(base_models.resolve_model("builtin:tiny").path)
     assert "holds gates alone, trained on 'builtin:tiny'" in refusal(run / "gates")
     assert "--base is for a folder of gates alone" in refusal(tiny, base="builtin:tiny")
     assert "leave out --base and --other-base" in refusal(run / "gates", base="builtin:tiny", format="gates")

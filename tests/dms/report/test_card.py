@@ -134,6 +134,16 @@ def test_front_matter_leaves_out_what_is_unknown(tmp_path):
     assert front_matter(card(tmp_path, base_name="gpt2", base_license="no: 'yaml' #trick"))["license"] == "no: 'yaml' #trick"
 
 
+def test_a_base_from_a_gguf_file(tmp_path):
+    text = card(tmp_path, base_name="someone/models/base.Q4_1.gguf", base_sha256="12ab" * 16)
+    assert f"dequantised from the GGUF file `base.Q4_1.gguf` (SHA-256 `{'12ab' * 16}`)" in text
+    assert "base_model" not in front_matter(text) and "someone" not in text
+    text = card(tmp_path, base_name="acme/base-GGUF:base.Q4_1.gguf", base_sha256="12ab" * 16)
+    assert front_matter(text)["base_model"] == "acme/base-GGUF" and "`acme/base-GGUF:base.Q4_1.gguf` with gates" in text
+    text = card(tmp_path, base_name="models/base.gguf")
+    assert "base_model" not in front_matter(text) and "`base.gguf` with gates" in text and "dequantised" not in text
+
+
 @pytest.mark.parametrize("policy", ["dense", "dms", "sliding_window"])
 def test_table_is_the_rows(tmp_path, policy):
     text = card(tmp_path)
