@@ -142,6 +142,10 @@ class RetrofitRecipe(Strict):
 
     model: str
     """A folder, a hub id, or `builtin:tiny`."""
+    quantize: Literal["nf4", "int8", "torchao-int8", "torchao-int4"] | None = None
+    """Pack the frozen base's linear layers when it is loaded, all but the head's: nf4, bitsandbytes' 4 bits in blocks of 64 whose scales are
+    packed too (QLoRA's double quantisation); int8, bitsandbytes' LLM.int8; torchao-int8 and torchao-int4, torchao's weight-only kinds. None:
+    as the model's files are, packed ones too. The run's model folder then holds the packed weights."""
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
@@ -209,6 +213,8 @@ class RetrofitRecipe(Strict):
             raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
         if self.trainable != "gates+lora" and self.lora is not None:
             raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if self.quantize is not None:
+            self.check_packed(f"quantize is {self.quantize}", "remove it")
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
         if self.teacher_cache is not None and self.beta != 0.0:
@@ -236,6 +242,13 @@ class RetrofitRecipe(Strict):
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )
         return self
+
+    def check_packed(self, why: str, cure: str) -> None:
+        """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""
+        if self.trainable == "all":
+            raise ValueError(f"{why}, and packed weights do not train: choose trainable=gates or gates+lora, or {cure}")
+        if self.zero.stage > 0:
+            raise ValueError(f"{why}, and DeepSpeed does not handle packed weights: choose zero.stage 0 (what trains is small), or {cure}")
 
 
 class PretrainStage(Strict):
