@@ -6,8 +6,9 @@ touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ def forget_rotary_length(module: nn.Module) -> None:
         setattr(module, name, module.original_max_seq_len)
 
 
-def swap_rope_deltas(module: nn.Module, deltas: torch.Tensor | None) -> torch.Tensor | None:
+def swap_rope_deltas(module: Any, deltas: torch.Tensor | None) -> torch.Tensor | None:
     """Change by how much the images that a model has read shift the positions of later tokens (None: no images), and return it as it was.
 
     Assumes: of a model with `get_rope_index` (M-RoPE), `rope_deltas` says so, and is added to positions after a cache wherever that came from.
@@ -252,7 +253,7 @@ def swap_rope_deltas(module: nn.Module, deltas: torch.Tensor | None) -> torch.Te
         return None
     if not hasattr(module, "rope_deltas"):
         raise changed("hf_compat.swap_rope_deltas", "transformers", f"rope_deltas of {type(module).__name__}, which has get_rope_index")
-    before, module.rope_deltas = module.rope_deltas, deltas  # type: ignore[assignment]  # no parameter, whatever nn.Module says
+    before, module.rope_deltas = module.rope_deltas, deltas
     return before
 
 
@@ -323,6 +324,56 @@ def forget_weight_conversions(model: Any) -> None:
     if "_weight_conversions" not in inspect.getsource(core_model_loading.revert_weight_conversion):
         raise changed("hf_compat.forget_weight_conversions", "transformers", "a model's _weight_conversions in revert_weight_conversion")
     model._weight_conversions = None
+
+
+@contextmanager
+def saving_packed(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within it `save_pretrained` of a model with packed weights writes these, under the names that they have in memory; of others nothing changes.
+
+    It would write all that the model's quantiser finds in the model, gates among it, and fail where packed weights came from files: their
+    conversions have no reverse.
+
+    Assumes: it calls hf_quantizer.get_state_dict_and_metadata(model), which reads model.state_dict() if anything, or returns None for it; and
+    `_weight_conversions`, of which those without a reverse raise NotImplementedError in reverse_transform().
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    own = getattr(quantizer, "get_state_dict_and_metadata", None)
+    if own is None or tuple(inspect.signature(own).parameters) != ("model",):
+        raise changed("hf_compat.saving_packed", "transformers", "HfQuantizer.get_state_dict_and_metadata(model)")
+    state, metadata = own(SimpleNamespace(state_dict=lambda: dict(weights)))
+    quantizer.get_state_dict_and_metadata = lambda _: (dict(weights) if state is None else state, metadata)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [one for one in conversions if _has_reverse(one)]
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
+        if conversions is not None:
+            model._weight_conversions = conversions
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def keep_packed_layout(model: Any) -> None:
+    """Keep bitsandbytes from rewriting 4-bit weights for faster inference on CPUs: that rounds their scales, and has no gradient.
+
+    Assumes: Linear4bit rewrites its weight in place where its attribute support_avx512bf16_for_cpu is true.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            if not hasattr(module, "support_avx512bf16_for_cpu"):
+                raise changed("hf_compat.keep_packed_layout", "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu")
+            module.support_avx512bf16_for_cpu = False
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

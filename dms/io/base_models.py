@@ -8,7 +8,7 @@ from typing import Any
 from dms.builtin import builtin_models
 from dms.config import nearest
 from dms.io import gguf_file
-from dms.io.quantization import is_packed, load_options
+from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options
 from dms.requirements import require
 
 BUILTIN = "builtin:"
@@ -105,7 +105,7 @@ def _resolve_gguf(name: str, path: Path) -> ModelSource:
 def is_saved_bfloat16(config: Any) -> bool:
     """Whether a configuration's weights are bfloat16; those in MXFP4 (gpt-oss) are, once they are unpacked."""
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
+    return str(dtype).removeprefix("torch.") == "bfloat16" or is_mxfp4(config)
 
 
 def local_weights(name: str) -> Path | None:
@@ -215,20 +215,21 @@ def auto_classes(config: Any) -> dict[Any, type]:
         AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }
-    found = {auto: mapping[type(config)] for auto, mapping in mappings.items() if type(config) in mapping}
+    found: dict[Any, Any] = {auto: mapping[type(config)] for auto, mapping in mappings.items() if type(config) in mapping}
     # Code that a folder brought into this process is that folder's.
     found = {auto: own for auto, own in found.items() if not own.__module__.startswith("transformers_modules.")}
     return dict(sorted(found.items(), key=lambda item: item[1].__name__ not in (config.architectures or ())))
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Any:
     """Load a model with a head for text as what it is, dense, in eval mode.
 
-    dtype: "auto" (as saved; of a GGUF file float32, or bfloat16 where its weights are), "float32", "bfloat16", "float16".
-    device: None: a GPU if there is one.
+    dtype: "auto" (as saved; of a GGUF file float32, or bfloat16 where its weights are), "float32", "bfloat16", "float16"; of packed weights,
+    what they do not hold. device: None: a GPU if there is one. quantize: one of `dms.io.quantization.FORMS`, to pack ordinary weights;
+    None: as they are.
 
     Raises:
-        ValueError: a model that is not there, cannot be read, or is damaged.
+        ValueError: a model that is not there, cannot be read, is damaged, or cannot be packed so.
         RuntimeError: a GGUF file, and a package that reads it is not installed.
     """
     import torch
@@ -238,27 +239,39 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
 
     source, config = resolve_model(name), load_config(name)
     hf_compat.mend_text_outputs()
+    if quantize is not None and source.gguf is not None:
+        raise ValueError(
+            f"quantize is {quantize} and {name} is a GGUF file, which is read dequantised; leave quantize out, or write an ordinary folder of it "
+            "first (save_pretrained of what dms.io.base_models.load_base returns)"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = load_options(config, torch.bfloat16 if wanted == "auto" and is_saved_bfloat16(config) else wanted, quantize)
+    if quantize is not None or is_packed(config):
+        # Packed where they will be: many kinds are not moved afterwards.
+        options["device_map"] = {"": device}
     model: Any
     try:
-        model = _from_pretrained(source, config, dtype if dtype == "auto" else getattr(torch, dtype))
+        model = _from_pretrained(source, config, wanted, options)
     except gguf_file.GGUFError:
         raise
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if is_packed(config):
+    if is_mxfp4(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
     if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
         # From the hub now: when the model is saved, it may be out of reach.
         snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
+    return model.to(device).eval()
 
 
-def _from_pretrained(source: ModelSource, config: Any, dtype: Any) -> Any:
+def _from_pretrained(source: ModelSource, config: Any, dtype: Any, options: dict[str, Any]) -> Any:
     path = source.gguf_path()
     if path is None:
-        return auto_class(config).from_pretrained(source.location, dtype=dtype, **load_options(config))
+        return auto_class(config).from_pretrained(source.location, dtype=dtype, **options)
     from dms.io import gguf_model
 
     return gguf_model.load(path, auto_class(config), config, config.dtype if dtype == "auto" else dtype)

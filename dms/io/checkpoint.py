@@ -24,12 +24,13 @@ from dms.io.gates_file import (
     onloaded,
     read_config,
     read_gates,
+    save_beside_files,
     save_pretrained,
     set_gates,
     structure_of,
     write_gates,
 )
-from dms.io.quantization import refuse_quantized
+from dms.io.quantization import is_packed, packed_modules
 from dms.io.weights import Structure
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
@@ -47,8 +48,10 @@ class Weights:
 
 @torch.no_grad()
 def collect(model: nn.Module, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
-    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; with keep=False it returns nothing."""
+    """Gather a model's weights in `dtype` (None: as they are; packed ones stay as they are). Under ZeRO-3 every process calls it; with
+    keep=False it returns nothing."""
     gates = gate_names(model)
+    packed = tuple(f"{name}." for name in packed_modules(model))
     # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
     converted: dict[int, torch.Tensor] = {}
     weights = Weights({}, {})
@@ -60,7 +63,8 @@ def collect(model: nn.Module, dtype: torch.dtype | None = None, keep: bool = Tru
                 weights.gates[gates[name]] = tensor.detach().float().cpu().contiguous().clone()
                 continue
             if id(tensor) not in converted:
-                cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+                casts = dtype is not None and tensor.is_floating_point() and not name.startswith(packed)
+                cast = tensor.detach().to(dtype) if casts else tensor.detach()
                 # Of a divided tensor only this copy is whole afterwards.
                 converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast.cpu()
             weights.base[name] = converted[id(tensor)]
@@ -77,24 +81,28 @@ def save(
     base_form: str | None = None,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
+    packed_files: Path | None = None,
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
     What prepares images for a model of more than text is copied from where the model was loaded from.
 
-    base_name: of the model that was retrofitted. base_form: how a load must pack what is saved, such as "nf4"; None: as it is. weights: what `collect` returned; None: collected here.
+    base_name: of the model that was retrofitted. base_form: how a load must pack what is saved, such as "nf4"; None: as it is. weights: what
+    `collect` returned; None: collected here. packed_files: the folder that the packed weights came from, whose files are copied, whatever
+    their format; None: they are written as the model holds them.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
     """
     folder = Path(folder)
     state_of(model)
-    refuse_quantized(model.config, type(model).__name__)
     if weights is None and dtype is not None:
         weights = collect(model, dtype)
     origin = getattr(model, "dms_origin", {})
     model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr, "base_form": base_form}
-    if weights is None:
+    if packed_files is not None:
+        save_beside_files(model, folder, packed_files, gates=None if weights is None else weights.gates)
+    elif weights is None:
         save_pretrained(model, folder)
     else:
         save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
@@ -188,20 +196,22 @@ def load(
     if base is None:
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
+    # Gates that were trained on weights packed at loading find them packed again.
+    form = None if other_base or is_packed(load_config(name)) else metadata.get("base_form")
     # From the hub, its files may be on this machine only after loading.
     is_here = local_weights(name) is not None
-    other = _check_base(name, metadata, other_base) if is_here else None
-    model = load_base(name, dtype, device)
+    other = _check_base(name, metadata, other_base, form) if is_here else None
+    model = load_base(name, dtype, device, form)
     if not is_here:
-        other = _check_base(name, metadata, other_base)
+        other = _check_base(name, metadata, other_base, form)
     attach(model, config, tensors, metadata, folder, other)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
 
 
-def _check_base(name: str, metadata: dict[str, Any], other_base: bool) -> OtherBase | None:
-    return check_base(local_weights(name), metadata, name, other_base=other_base, structure=lambda: structure_of_base(name))
+def _check_base(name: str, metadata: dict[str, Any], other_base: bool, form: str | None) -> OtherBase | None:
+    return check_base(local_weights(name), metadata, name, form=form, other_base=other_base, structure=lambda: structure_of_base(name))
 
 
 def structure_of_base(name: str) -> Structure:
