@@ -185,7 +185,7 @@ def test_setup_is_quick_when_there_is_nothing_to_do(checkout, installs):
     for name in ("setup.cfg", "constraints.txt"):
         (root / name).write_text((root / name).read_text() + "\n")
         assert editable(installs()) == [f"{root}[dev,lora]"]
-    everything = "deepspeed,dev,evaluate,lora,report,track,train"
+    everything = "deepspeed,dev,evaluate,gguf,lora,report,track,train"
     assert editable(installs("all")) == [f"{root}[{everything}]"]
     assert installs("train", "evaluate", "all") == []
 

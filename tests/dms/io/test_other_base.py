@@ -126,7 +126,7 @@ def test_the_form_of_a_base_counts(folders, tmp_path):
     """Weights that were packed when they were loaded are others than those in the files."""
     gates = changed_gates(folders, tmp_path / "packed", base_form="nf4")
     with pytest.raises(ValueError, match=r"trained on acme/base \(hash \w+, packed as nf4 when it was loaded\).*--other-base"):
-        load(folders, "base", gates)
+        check_base(folders / "base", read_gates(gates)[1], "base")
     with pytest.warns(UserWarning, match=r"^gates trained on acme/base \(hash \w+, packed as nf4 when it was loaded\), used on "):
         load(folders, "base", gates, other_base=True)
     _, metadata = read_gates(gates)
