@@ -4,7 +4,7 @@ import pytest
 import torch
 from dms_train import chat
 from dms_train.chat import Conversation, converse, render, stop_tokens
-from transformers import LogitsProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 import dms
 from dms.io import base_models
@@ -18,12 +18,32 @@ TEMPLATE = (
 FIRST, SECOND = "def first(x):\n    return x + 1\n" * 4, "import os, sys, json, math, time"
 
 
+def with_sliding_window(folder: str):
+    of_tiny = AutoConfig.from_pretrained(folder)
+    same = {name: getattr(of_tiny, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        **same,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        sliding_window=8,
+        max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention"],
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 @pytest.fixture(scope="module")
 def build(tiny_folder):
-    """`build(mode)`: the tiny model, in float32, with gates that evict about half; None: without gates."""
+    """`build(mode)`: the tiny model, in float32, with gates that evict about half; None: without gates. sliding: every other layer
+    sees 8 tokens."""
 
-    def make(mode: str | None):
-        model = base_models.load_base(str(tiny_folder), "float32", "cpu")
+    def make(mode: str | None, sliding: bool = False):
+        model = with_sliding_window(str(tiny_folder)) if sliding else base_models.load_base(str(tiny_folder), "float32", "cpu")
         if mode is None:
             return model
         dms.retrofit(model, dms.DMSConfig(window=4, scale=1.0, offset=0.0))
@@ -75,9 +95,11 @@ def fed(monkeypatch):
     return count
 
 
+@pytest.mark.filterwarnings("ignore:use_cache is False")
+@pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("mode", [None, "dense", "evict"])
-def test_only_new_tokens_are_fed_and_the_answer_is_that_of_the_whole_text(build, tokenizer, fed, mode):
-    model = build(mode)
+def test_only_new_tokens_are_fed_and_the_answer_is_that_of_the_whole_text(build, tokenizer, fed, mode, sliding):
+    model = build(mode, sliding)
     conversation, seen = talk(model, tokenizer), fed(model)
     first = conversation.turn(FIRST)
     assert first.reply == "return 7" and first.is_whole and first.num_read == seen[0] == len(render(tokenizer, conversation.messages[:1]))

@@ -97,6 +97,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
         "biased": (folders / "out", {"evict_bias": 1.0}),
         "bfloat16": (folders / "out", {"dtype": "bfloat16"}),
         "eager": (folders / "out", {"attn_implementation": "eager"}),
+        "accepted": (folders / "other base", {"other_base": True}),
         # Loaded last, its attention function must not become that of the others.
         "changed": (folders / "other" / "out", {}),
     }
@@ -175,6 +176,7 @@ def test_other_weights_or_no_gates_are_refused(theirs):
     _, facts = theirs
     assert "these gates belong to another base: they were trained on builtin:tiny (hash " in facts["other base"]["refused"]
     assert "gates.safetensors" in facts["no gates"]["refused"]
+    assert facts["accepted"]["mode"] == "evict" and facts["accepted"]["class"] == facts["tiny"]["class"]
 
 
 def test_training_is_refused_with_the_way_to_do_it(theirs, folders):
