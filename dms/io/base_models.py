@@ -13,7 +13,8 @@ from dms.requirements import require
 
 BUILTIN = "builtin:"
 GGUF = ".gguf"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""How the names of GGUF files end."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _resolve_gguf(name: str, path: Path) -> ModelSource:
     if path.is_file():
         return ModelSource(str(path.parent), path.name)
     hub_id, colon, file = name.partition(":")
-    if colon and _HUB_ID.fullmatch(hub_id):
+    if colon and HUB_ID.fullmatch(hub_id):
         return ModelSource(hub_id, file)
     beside = sorted(other.name for other in path.parent.glob(f"*{GGUF}")) if path.parent.is_dir() else []
     there = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""

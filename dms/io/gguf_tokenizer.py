@@ -194,7 +194,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader, tokens: Seque
         raise _different(
             header, f"it would have {len(tokenizer)} tokens instead of {len(tokens)}" + (f", such as {extra!r}" if extra else "")
         )
-    for index, (ours, theirs) in enumerate(zip(tokenizer.convert_ids_to_tokens(range(len(tokens))), tokens, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(tokenizer.convert_ids_to_tokens(list(range(len(tokens)))), tokens, strict=True)):
         if ours != theirs:
             raise _different(header, f"token {index} would be {ours!r} instead of {theirs!r}")
     for ours, theirs in _NAMES.items():

@@ -18,10 +18,15 @@ SHARED_FOLDER_SECONDS = 60.0
 
 
 def check_context(recipe: RetrofitRecipe) -> Any:
-    """The model's configuration. Raises ValueError for a base that cannot be saved again, or documents longer than its context."""
+    """The model's configuration. Raises ValueError for a base that cannot be saved again or divided, or documents longer than its context."""
     config = base_models.load_config(recipe.model)
     if not is_packed(config):
         refuse_quantized(config, f"model {recipe.model!r}")
+    if recipe.zero.stage == 3 and base_models.resolve_model(recipe.model).gguf is not None:
+        raise ValueError(
+            f"zero.stage 3 divides weights as they are read, and transformers reads a GGUF file whole ({recipe.model}); choose zero.stage=2, or "
+            "write it as a folder first: dms.io.base_models.load_base(FILE).save_pretrained(FOLDER), and load_tokenizer(FILE) the same way"
+        )
     context = config.get_text_config().max_position_embeddings
     if (recipe.evaluation.length or 0) > context:
         raise ValueError(

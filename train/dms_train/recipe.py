@@ -141,7 +141,7 @@ class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
     model: str
-    """A folder, a hub id, or `builtin:tiny`."""
+    """A folder, a hub id, a GGUF file (FOLDER/FILE.gguf, or HUB-ID:FILE.gguf), or `builtin:tiny`."""
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
@@ -301,7 +301,7 @@ class GenerateRecipe(Strict):
     """`dms generate-data`: the dense model's own completions of given prompts, as a file to retrofit it on."""
 
     model: str
-    """A folder, a hub id, or `builtin:tiny`."""
+    """A folder, a hub id, a GGUF file (FOLDER/FILE.gguf, or HUB-ID:FILE.gguf), or `builtin:tiny`."""
     output: str
     """The JSONL file; a record has prompt, completion, text (both), finish_reason, the counts of tokens, and its number."""
     prompts: Prompts
