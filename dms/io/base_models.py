@@ -13,7 +13,8 @@ from dms.requirements import require
 
 BUILTIN = "builtin:"
 GGUF = ".gguf"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""How the names of GGUF files end."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -95,7 +96,7 @@ def _resolve_gguf(name: str, path: Path) -> ModelSource:
     if path.is_file():
         return ModelSource(str(path.parent), path.name)
     hub_id, colon, file = name.partition(":")
-    if colon and _HUB_ID.fullmatch(hub_id):
+    if colon and HUB_ID.fullmatch(hub_id):
         return ModelSource(hub_id, file)
     beside = sorted(other.name for other in path.parent.glob(f"*{GGUF}")) if path.parent.is_dir() else []
     there = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""
@@ -221,6 +222,15 @@ def auto_classes(config: Any) -> dict[Any, type]:
     return dict(sorted(found.items(), key=lambda item: item[1].__name__ not in (config.architectures or ())))
 
 
+def check_quantize(name: str, quantize: str | None) -> None:
+    """Raises ValueError where a GGUF file is to be packed anew."""
+    if quantize is not None and resolve_model(name).gguf is not None:
+        raise ValueError(
+            f"quantize is {quantize} and {name} is a GGUF file, which is read dequantised; leave quantize out, or write it as a folder first: "
+            "dms.io.base_models.load_base(FILE).save_pretrained(FOLDER), and load_tokenizer(FILE) the same way"
+        )
+
+
 def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Any:
     """Load a model with a head for text as what it is, dense, in eval mode.
 
@@ -239,11 +249,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
 
     source, config = resolve_model(name), load_config(name)
     hf_compat.mend_text_outputs()
-    if quantize is not None and source.gguf is not None:
-        raise ValueError(
-            f"quantize is {quantize} and {name} is a GGUF file, which is read dequantised; leave quantize out, or write an ordinary folder of it "
-            "first (save_pretrained of what dms.io.base_models.load_base returns)"
-        )
+    check_quantize(name, quantize)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options = load_options(config, torch.bfloat16 if wanted == "auto" and is_saved_bfloat16(config) else wanted, quantize)

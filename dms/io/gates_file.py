@@ -41,7 +41,7 @@ def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     path = Path(path)
     if path.suffix == ".gguf":
         raise ValueError(
-            f"{path} is a model without gates; train some with `dms retrofit`, or give it as base=... to the folder of its gates"
+            f"{path} is a model without gates; train some with `dms retrofit`, or name the folder of its gates, with this as base=..."
         )
     path = path / GATES_FILE if path.is_dir() else path
     if not path.is_file():

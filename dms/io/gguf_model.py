@@ -68,6 +68,8 @@ def load(path: Path, cls: Any, config: Any, dtype: torch.dtype) -> Any:
     options = {"quantization_config": GgufConfig(dequantize=True), "output_loading_info": True}
     model, info = cls.from_pretrained(str(path.parent), gguf_file=path.name, config=config, dtype=dtype, **options)
     _check_weights(model, info, read_header(path))
+    # from_pretrained puts the folder there.
+    model.config.name_or_path = str(path)
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dms.io.base_models import GGUF, HUB_ID
 from dms.report.evidence import TrainingFacts
 
 PAPER = "[arXiv 2506.05345](https://arxiv.org/abs/2506.05345)"
@@ -21,8 +22,6 @@ RESULTS, EVALUATION, LOSSES, TRAINING, LOADING, LIMITS, CHECKS = (
     "What this card rests on",
 )
 """Titles of sections, in the order in which they stand."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass
@@ -118,9 +117,8 @@ def format_versions(versions: Mapping[str, str] | None) -> str | None:
 
 def public_name(base_name: str) -> str:
     """A base as a card names it. Of a path only the last part: the rest means nothing elsewhere, and may say too much."""
-    is_file = base_name.endswith(".gguf") and hub_id(base_name) is None
-    is_path = base_name.startswith((".", "/", "~")) or (base_name.count("/") > 1 and hub_id(base_name) is None)
-    return Path(base_name).name if is_path or is_file else base_name
+    is_path = base_name.startswith((".", "/", "~")) or base_name.count("/") > 1 or base_name.endswith(GGUF)
+    return Path(base_name).name if is_path and hub_id(base_name) is None else base_name
 
 
 def public_base(described: str) -> str:
@@ -136,8 +134,8 @@ def public_sentence(other_base: str) -> str:
 
 def hub_id(base_name: str) -> str | None:
     """The base as front matter may name it, or None for a folder, a file or a built-in model. Of a GGUF file on the hub its repository."""
-    name, colon, _ = base_name.partition(":") if base_name.endswith(".gguf") else (base_name, ":", "")
-    return name if colon and _HUB_ID.fullmatch(name) else None
+    name, colon, _ = base_name.partition(":") if base_name.endswith(GGUF) else (base_name, ":", "")
+    return name if colon and HUB_ID.fullmatch(name) else None
 
 
 def title(base_name: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from dms_train import cache_teacher, generate_data, loop
+from dms_train import cache_teacher, generate_data, loop, preflight
 from dms_train.recipe import GenerateRecipe, RetrofitRecipe
 from rich.console import Console
 from safetensors import safe_open
@@ -89,6 +89,14 @@ def test_plan_and_analysis_read_the_header_alone(file, make_values, tmp_path, mo
     damaged.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"damaged.gguf is truncated: it ends after 3,000 bytes"):
         analyze_command.find(str(damaged), None)
+
+
+def test_weights_are_not_divided_while_a_file_is_read(file, make_values, tmp_path):
+    recipe = RetrofitRecipe.model_validate(make_values(tmp_path / "out", model=str(file), zero={"stage": 3}))
+    with pytest.raises(ValueError, match=r"zero.stage 3 divides weights .* choose zero.stage=2, or write it as a folder first"):
+        preflight.check_context(recipe)
+    values = make_values(tmp_path / "out", model=str(file), zero={"stage": 2})
+    assert preflight.check_context(RetrofitRecipe.model_validate(values)).model_type == "llama"
 
 
 def test_a_base_within_the_folder_that_would_be_emptied(run, file, make_values, tmp_path):

@@ -86,7 +86,7 @@ def _check_options(weight_bits: int | None, files: dict[str, str | None]) -> Non
 def find(name: str, config: str | None) -> tuple[PreTrainedConfig, DMSConfig]:
     """A transformers configuration, and the gates' settings: the recipe's, those that the model was retrofitted with, or the defaults.
 
-    name: a configuration's JSON file, a recipe (a path, or a packaged name), or a model (a folder, or a hub id).
+    name: a configuration's JSON file, a recipe (a path, or a packaged name), or a model (a folder, a hub id, or a GGUF file).
     """
     if name.endswith(".json"):
         if config is not None:

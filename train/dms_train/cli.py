@@ -329,7 +329,10 @@ def bench_retrofit(context: typer.Context) -> None:
 @app.command()
 def analyze(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|RECIPE|CONFIG.json", help="A model folder, hub id or builtin:tiny; a recipe; or a config.json.")
+        str,
+        typer.Argument(
+            metavar="MODEL|RECIPE|CONFIG.json", help="A model folder, hub id, GGUF file or builtin:tiny; a recipe; or a config.json."
+        ),
     ],
     gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, l40s or rtx4090.")] = "h100-80",
     num: Annotated[int, typer.Option(min=1, help="GPUs that share the model by tensor parallelism.")] = 1,

@@ -18,9 +18,19 @@ SHARED_FOLDER_SECONDS = 60.0
 
 
 def check_context(recipe: RetrofitRecipe) -> Any:
-    """The model's configuration. Raises ValueError for packed weights that the recipe cannot have, or documents longer than its context."""
+    """The model's configuration.
+
+    Raises:
+        ValueError: a GGUF file that is to be divided or packed, packed weights that the recipe cannot have, or documents longer than its context.
+    """
     config = base_models.load_config(recipe.model)
+    if recipe.zero.stage == 3 and base_models.resolve_model(recipe.model).gguf is not None:
+        raise ValueError(
+            f"zero.stage 3 divides weights as they are read, and transformers reads a GGUF file whole ({recipe.model}); choose zero.stage=2, or "
+            "write it as a folder first: dms.io.base_models.load_base(FILE).save_pretrained(FOLDER), and load_tokenizer(FILE) the same way"
+        )
     # Before weights or data are read: packages that are missing, and forms that do not go together.
+    base_models.check_quantize(recipe.model, recipe.quantize)
     load_options(config, quantize=recipe.quantize)
     if is_packed(config):
         recipe.check_packed(f"model {recipe.model!r} is quantised ({quant_method(config)})", "give the base dequantised")

@@ -141,7 +141,7 @@ class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
     model: str
-    """A folder, a hub id, or `builtin:tiny`."""
+    """A folder, a hub id, a GGUF file (FOLDER/FILE.gguf, or HUB-ID:FILE.gguf), or `builtin:tiny`."""
     quantize: Literal["nf4", "int8", "torchao-int8", "torchao-int4"] | None = None
     """Pack the frozen base's linear layers when it is loaded, all but the head's: nf4, bitsandbytes' 4 bits in blocks of 64 whose scales are
     packed too (QLoRA's double quantisation); int8, bitsandbytes' LLM.int8; torchao-int8 and torchao-int4, torchao's weight-only kinds. None:
@@ -314,7 +314,7 @@ class GenerateRecipe(Strict):
     """`dms generate-data`: the dense model's own completions of given prompts, as a file to retrofit it on."""
 
     model: str
-    """A folder, a hub id, or `builtin:tiny`."""
+    """A folder, a hub id, a GGUF file (FOLDER/FILE.gguf, or HUB-ID:FILE.gguf), or `builtin:tiny`."""
     output: str
     """The JSONL file; a record has prompt, completion, text (both), finish_reason, the counts of tokens, and its number."""
     prompts: Prompts

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dms
+from dms import hf_compat
 from dms.io import base_models, checkpoint, gguf_file
 from dms.io.quantization import quant_method
 from dms.io.weights import base_hash
@@ -66,6 +67,7 @@ def test_weights_in_float32_are_the_original(write, embedded):
 def test_it_is_an_ordinary_model_with_or_without_gates(file, tmp_path):
     """Holds gguf_model.load: told to dequantise, transformers leaves a model that is saved as any other, in every supported release."""
     model = base_models.load_base(str(file), device="cpu")
+    assert hf_compat.loaded_from(model.config) == str(file)
     assert quant_method(model.config) is None and not getattr(model, "is_quantized", False)
     assert not hasattr(model, "hf_quantizer") and {type(m) for m in model.modules() if "Linear" in type(m).__name__} == {torch.nn.Linear}
     model.save_pretrained(tmp_path / "plain")
