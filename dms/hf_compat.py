@@ -268,7 +268,8 @@ def swap_rope_deltas(module: nn.Module, deltas: torch.Tensor | None) -> torch.Te
         return None
     if not hasattr(module, "rope_deltas"):
         raise changed("hf_compat.swap_rope_deltas", "transformers", f"rope_deltas of {type(module).__name__}, which has get_rope_index")
-    before, module.rope_deltas = module.rope_deltas, deltas  # type: ignore[assignment]  # no parameter, whatever nn.Module says
+    holder: Any = module
+    before, holder.rope_deltas = holder.rope_deltas, deltas
     return before
 
 

@@ -130,7 +130,7 @@ def auto_classes(config: Any) -> dict[Any, type]:
         AutoModelForMultimodalLM,
     )
 
-    mappings = {
+    mappings: dict[Any, Any] = {
         AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
