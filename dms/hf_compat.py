@@ -196,6 +196,24 @@ def calls_attention_interface(module: nn.Module) -> bool:
         return True
 
 
+def forward_reads(cls: type, name: str) -> bool:
+    """Whether the forward of a model's class reads a setting, by its source. True where no source is at hand.
+
+    Assumes: a forward that scales or caps its logits names the setting, such as `logit_scale`.
+    """
+    source = _source(cls)
+    return source is None or name in source
+
+
+@functools.lru_cache(maxsize=64)
+def _source(cls: type) -> str | None:
+    """Of a module class's forward."""
+    try:
+        return inspect.getsource(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]  # of modules
+    except (OSError, TypeError):
+        return None
+
+
 def rotary_changes(decoder: nn.Module) -> dict[nn.Module, list[tuple[str, int]]]:
     """Modules whose rotary frequencies depend on the largest position of a pass, with how and from which length on, for each of their
     sets: ("switch", n), to others beyond n tokens, or ("grow", n), other ones for each length beyond n.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dms import hf_compat
 from dms.training.sharding import gathered
 
 
@@ -26,13 +27,24 @@ class Head:
 
 
 def find_head(model: Any) -> Head:
-    """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides)."""
-    text = model.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scaling = getattr(text, "logits_scaling", None)
+    """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides).
+
+    Some models of more than text leave out what their text decoder's configuration asks for (Cohere 2 Vision).
+    """
+    text, owner = model.config.get_text_config(), None
+    if text is not model.config:
+        head = model.get_output_embeddings()
+        owner = next((module for module in model.modules() if head in module.children()), None)
+
+    def setting(name: str) -> float | None:
+        value = getattr(text, name, None)
+        return value if owner is None or hf_compat.forward_reads(type(owner), name) else None
+
+    scale = float(setting("logit_scale") or 1.0)
+    scaling = setting("logits_scaling")
     if scaling:
         scale /= float(scaling)
-    return Head(scale, getattr(text, "final_logit_softcapping", None))
+    return Head(scale, setting("final_logit_softcapping"))
 
 
 def head_parameters(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

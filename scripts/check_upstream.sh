@@ -18,7 +18,7 @@ case "$release" in
     main) wanted="transformers @ git+https://github.com/huggingface/transformers" ;;
     *) wanted="transformers==$release" ;;
 esac
-(($#)) || set -- tests/dms/test_hf_compat.py tests/dms/test_layer_discovery.py tests/dms/test_rotary.py tests/dms/test_modes.py tests/dms/cache/test_generate.py tests/dms/cache/test_families.py tests/dms/export/test_export.py
+(($#)) || set -- tests/dms/test_hf_compat.py tests/dms/test_layer_discovery.py tests/dms/test_rotary.py tests/dms/test_modes.py tests/dms/test_wrappers.py tests/dms/cache/test_generate.py tests/dms/cache/test_families.py tests/dms/export/test_export.py
 
 scripts/setup_env.sh all dev
 python="${DMS_VENV:-$root/.venv}/bin/python"

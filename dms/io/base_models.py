@@ -183,10 +183,10 @@ def _why_not(config: Any) -> str | None:
     if getattr(text, "cross_attention_layers", None):
         return f"the text decoder of {own} reads images by cross attention, in layers without tokens to evict; choose a text-only model"
     if not auto_classes(config):
-        what = (
-            "is no model that continues text" if text is config else "is a model of more than text that nothing loads with a head for text"
+        return (
+            f"neither AutoModelForCausalLM nor AutoModelForMultimodalLM loads {own} (model type {config.model_type!r}); choose a decoder of text "
+            "that one of them loads"
         )
-        return f"{own} {what}; choose one that AutoModelForCausalLM or AutoModelForMultimodalLM loads"
     return None
 
 
@@ -211,7 +211,7 @@ def auto_classes(config: Any) -> dict[Any, type]:
         AutoModelForMultimodalLM,
     )
 
-    mappings = {
+    mappings: dict[Any, Any] = {
         AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

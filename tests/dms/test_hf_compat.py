@@ -224,6 +224,14 @@ def test_needs_no_input_gradients(build_model):
     hf_compat.needs_no_input_gradients(model)
 
 
+def test_forward_reads(build_model):
+    cohere, gemma = type(build_model("cohere")), type(build_model("gemma2"))
+    assert hf_compat.forward_reads(cohere, "logit_scale") and not hf_compat.forward_reads(cohere, "logits_scaling")
+    assert hf_compat.forward_reads(gemma, "final_logit_softcapping")
+    assert not hf_compat.forward_reads(transformers.Cohere2VisionForConditionalGeneration, "logit_scale")
+    assert hf_compat.forward_reads(type("Compiled", (), {"forward": len}), "logit_scale")
+
+
 def test_swap_rope_deltas(model):
     from wrappers import build_wrapper, image_inputs
 

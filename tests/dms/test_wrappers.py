@@ -2,15 +2,18 @@
 
 import copy
 import json
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
-from wrappers import PROCESSOR, WRAPPERS, build_wrapper, image_inputs, write_wrapper
+from transformers import AutoConfig, Cohere2ForCausalLM, Cohere2VisionForConditionalGeneration
+from wrappers import PROCESSOR, WRAPPERS, build_wrapper, image_inputs, wrapper_config, write_wrapper
 
 import dms
 from dms.hf_compat import cache_argument, output_cache
 from dms.io import base_models, checkpoint
-from dms.lm_head import difference_of_head, text_decoder
+from dms.lm_head import difference_of_head, find_head, text_decoder
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
 
@@ -182,3 +185,57 @@ def test_saved_and_loaded_it_is_what_it_was(model_type, ids, open_gates, tmp_pat
     checkpoint.save(loaded, tmp_path / "out", base_name=str(base))
     for folder in ("out", "again"):
         assert {name: json.loads((tmp_path / folder / name).read_text()) for name in PROCESSOR} == PROCESSOR
+
+
+def test_from_the_hub_what_prepares_images_comes_along(monkeypatch, tmp_path):
+    """Fetched with the weights, since a run saves its model hours later."""
+    commit, repo = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--acme--pictures"
+    write_wrapper("llava", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    fetched = []
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **kwargs: (fetched.append((args, kwargs)), fetch(*args, **kwargs))[1]
+    )
+    model = base_models.load_base("acme/pictures", device="cpu")
+    assert fetched == [(("acme/pictures",), {"allow_patterns": list(base_models.PROCESSOR_FILES)})]
+    checkpoint.save(dms.retrofit(model, METHOD), tmp_path / "out", base_name="acme/pictures")
+    assert all((tmp_path / "out" / name).is_file() for name in PROCESSOR)
+    # Not where a model is of text alone.
+    shutil.rmtree(repo / "snapshots" / commit)
+    shutil.copytree(base_models.resolve_model("builtin:tiny"), repo / "snapshots" / commit)
+    base_models.load_base("acme/pictures", device="cpu")
+    assert len(fetched) == 1
+
+
+def test_where_it_was_loaded_from_is_gone(tmp_path):
+    base = write_wrapper("llava", tmp_path / "base")
+    model = dms.retrofit(base_models.load_base(str(base), device="cpu"), METHOD)
+    shutil.rmtree(base)
+    checkpoint.save(model, tmp_path / "out", base_name="acme/pictures")
+    assert (tmp_path / "out" / "gates.safetensors").is_file()
+
+
+def test_the_head_is_that_of_the_class_around():
+    """Cohere 2 Vision leaves out the scale that its text decoder's configuration names."""
+    config = wrapper_config("llava")
+    text = config.text_config.to_dict() | {"model_type": "cohere2", "logit_scale": 0.25, "layer_types": ["full_attention"] * 2}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    around = AutoConfig.for_model("cohere2_vision", text_config=text, vision_config=vision, image_token_id=2040)
+    for config, cls, scale in (
+        (around, Cohere2VisionForConditionalGeneration, 1.0),
+        (around.text_config, Cohere2ForCausalLM, 0.25),
+    ):
+        model = cls(config).eval()
+        assert find_head(model).logit_scale == scale
+        assert difference_of_head(model, torch.arange(2, 20)[None]) is None
