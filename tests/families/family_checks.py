@@ -6,6 +6,7 @@ the row says so.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import contextlib
 import inspect
 import tempfile
 import warnings
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from family_settings import Case
 from tiny_models import LAST_TEXT_TOKEN, make_model
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import dms
 from dms.cache import CompactedLayer
 from dms.hf_compat import CACHE_NAMES, cache_argument, output_cache
-from dms.modes import set_mode
+from dms.modes import reading, set_mode
 from dms.retrofitting import gate_parameters
 
 LENGTH, NEW_TOKENS, WINDOW = 40, 6, 4
@@ -94,7 +96,7 @@ def _check(case: Case, seed: int, row: dict[str, Any]) -> None:
     passes.can_pad_right = _fits("right padding", passes.rows(dense["right"], right=True), passes.rows(dense["whole"]), row)
     for name in ("steps", "turns"):
         if dense[name] is not None and _fits(name, dense[name], dense["whole"], row):
-            passes.ways[name] = _WAYS[name]
+            passes.own_ways[name] = _WAYS[name]
     if dense["steps"] is None:
         row["notes"].append("not compared: reading with a cache, which the dense model does not hand back")
 
@@ -126,8 +128,8 @@ class Passes:
         self.ids = torch.randint(2, LAST_TEXT_TOKEN + 1, (2, LENGTH), generator=torch.Generator().manual_seed(0))
         self.takes = set(inspect.signature(type(model).forward).parameters)
         self.can_pad_left = self.can_pad_right = True
-        self.ways: dict[str, tuple[int, ...]] = {}
-        """How it can be read in parts."""
+        self.own_ways: dict[str, tuple[int, ...]] = {}
+        """How the dense model can be read in parts."""
 
     def batch(self, left: int = 0, right: int = 0) -> dict[str, torch.Tensor]:
         """The batch, with padding put before or behind its second row, whose last tokens are then left away."""
@@ -151,6 +153,11 @@ class Passes:
         """Logits of one pass."""
         return self.model(**self.batch(**padding), use_cache=False).logits
 
+    def ways(self) -> dict[str, tuple[int, ...]]:
+        """How it can be read in parts. Where rotary frequencies depend on the length, that is known within `reading` alone."""
+        state = getattr(self.model, "dms", None)
+        return _WAYS if state is not None and state.rotary.changes else self.own_ways
+
     @torch.no_grad()
     def parts(self, chunks: tuple[int, ...], **padding: int) -> tuple[torch.Tensor | None, Any]:
         """Logits of the same read in parts through a cache, and the cache; None where the model keeps none."""
@@ -158,7 +165,8 @@ class Passes:
         for chunk in chunks:
             given = {n: v[:, : start + chunk] if n == "attention_mask" else v[:, start : start + chunk] for n, v in batch.items()}
             held = {} if cache is None else cache_argument(self.model, cache)
-            out = self.model(**given, **held, use_cache=True)
+            with reading(self.model, LENGTH) if hasattr(self.model, "dms") else contextlib.nullcontext():
+                out = self.model(**given, **held, use_cache=True)
             cache, start = output_cache(out), start + chunk
             if cache is None:
                 return None, None
@@ -220,7 +228,7 @@ def _closed_gates_are_dense(passes: Passes, dense: dict[str, Any], row: dict[str
             _same(f"closed gates, {mode}, left padding", passes.rows(passes.read(left=LEFT), left=True), passes.rows(dense["whole"]))
         if passes.can_pad_right:
             _same(f"closed gates, {mode}, right padding", passes.rows(passes.read(right=RIGHT), right=True), passes.rows(dense["whole"]))
-    for name, chunks in passes.ways.items():
+    for name, chunks in passes.ways().items():
         _same(f"closed gates, in {name}", passes.parts(chunks)[0], dense["whole"])
 
 
@@ -266,7 +274,7 @@ def _evicting(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> Non
         _same("evict, left padding", passes.rows(passes.read(left=LEFT), left=True), passes.rows(whole))
     if passes.can_pad_right:
         _same("evict, right padding", passes.rows(passes.read(right=RIGHT), right=True), passes.rows(whole))
-    for name, chunks in passes.ways.items():
+    for name, chunks in passes.ways().items():
         logits, cache = passes.parts(chunks)
         _same(f"evict with a cache, in {name}", logits, whole)
         held = [cache.layers[layer.index] for layer in model.dms.layers]
@@ -280,7 +288,7 @@ def _evicting(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> Non
 
 def _generating(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> None:
     model = passes.model
-    if "steps" not in passes.ways:
+    if "steps" not in passes.own_ways:
         row["notes"].append("not compared: generate")
         return
     for name, padding in (("", {}), (", left padding", {"left": LEFT})):
@@ -315,6 +323,9 @@ def _gradients(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> No
 
 def _saved(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> None:
     model = passes.model
+    if not any(type(model.config) in mapping for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)):
+        row["notes"].append("not compared: save and load, since no Auto class of transformers loads it")
+        return
     set_mode(model, "evict")
     before = passes.read()
     with tempfile.TemporaryDirectory() as folder:

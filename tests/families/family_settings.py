@@ -70,10 +70,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, "<|visual token 000001|>": 102}},
     "kosmos_2_text_model": {"layers": 2},
     "kosmos_2_5_text_model": {"layers": 2},
+    "vision-encoder-decoder": {
+        "encoder": {"model_type": "vit", **_TOWER},
+        "decoder": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128},
+    },
     # Its own vision tower is of the package timm.
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model", **_TOWER}},
     "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, **_TOWER, "num_key_value_heads": 2}
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            **_TOWER,
+            "num_key_value_heads": 2,
+        }
     },
     "apertus1p5": {"image_token_offset": 32, "audio_token_offset": 64},
     # Numbers that must agree with each other.

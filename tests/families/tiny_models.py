@@ -1,5 +1,6 @@
 """A tiny random model of any family that transformers registers: its default configuration, shrunk by the names of its fields."""
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -96,7 +97,7 @@ def _instance(kind: type) -> Any:
     try:
         return kind()
     except Exception:  # noqa: BLE001 - each family validates in its own way
-        return kind(**OVERRIDES.get(kind.model_type, {}))
+        return kind(**copy.deepcopy(OVERRIDES.get(kind.model_type, {})))
 
 
 def _text_name(config: Any) -> str | None:
@@ -146,14 +147,23 @@ def _small(default: Any, num_layers: int, text: str | None, changes: dict[str, A
     if "kv_lora_rank" in values:
         # Latent attention has a key of its own for each query head.
         values["num_key_value_heads"] = values["num_attention_heads"]
-    own = OVERRIDES.get(kind.model_type, {})
-    return kind(**{**values, **{k: v(own_layers) if callable(v) else v for k, v in own.items()}, **(changes if text is None else {})})
+    # Configurations take what they are given apart.
+    own = copy.deepcopy(OVERRIDES.get(kind.model_type, {}))
+    return kind(
+        **{**values, **{k: v(own_layers) if callable(v) else v for k, v in own.items()}, **(copy.deepcopy(changes) if text is None else {})}
+    )
 
 
 def make_model(model_type: str, cls: str, changes: dict[str, Any], seed: int = 0) -> Any:
     """A random float32 model in eval mode, with weights large enough to give logits of a few units."""
     own = getattr(transformers, cls)
-    config = make_config(CONFIG_MAPPING[model_type], changes)
+    try:
+        config = make_config(CONFIG_MAPPING[model_type], changes)
+    except Exception:
+        # The whole has no default configuration, but the decoder has.
+        if own.config_class is CONFIG_MAPPING[model_type]:
+            raise
+        config = make_config(own.config_class, changes)
     # Some classes are the decoders alone of what their model type names.
     inner = next((getattr(config, name) for name in config.sub_configs if type(getattr(config, name, None)) is own.config_class), None)
     torch.manual_seed(seed)
