@@ -70,13 +70,15 @@ def evaluate_folder(
     folder: str,
     settings: EvaluationSettings,
     *,
+    base: str | None = None,
+    other_base: bool = False,
     out: str | Path | None = None,
     card: bool = False,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    out: None: `default_out`. card: also fill the folder's README.md from the rows.
+    base, other_base: as of `dms.load`. out: None: `default_out`. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
@@ -85,14 +87,14 @@ def evaluate_folder(
     if not settings.suites and settings.scaling is None and settings.lm_eval is None:
         raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
     # On a CPU half precision is emulated, and slower.
-    model = checkpoint.load(folder, dtype="auto" if torch.cuda.is_available() else "float32")
+    model = checkpoint.load(folder, base=base, other_base=other_base, dtype="auto" if torch.cuda.is_available() else "float32")
     about = describe(folder, model)
     settings = settings.completed(about.context)
     out = Path(out) if out is not None else default_out(folder)
 
     # All that cannot be measured is refused here, before the folder is touched.
     _check_model(model, about, settings)
-    tokenizer, num_rows = base_models.load_tokenizer(folder), num_embeddings(model.config)
+    tokenizer, num_rows = base_models.load_tokenizer(base or folder), num_embeddings(model.config)
     check_tokenizer(tokenizer, num_rows)
     units = list(make_units(tokenizer, settings))
     scaling = None if settings.scaling is None else prepare_scaling(model, tokenizer, settings, settings.scaling)
@@ -230,6 +232,8 @@ def _announce(folder: str, out: Path, settings: EvaluationSettings, about: Evalu
             "text: Python's standard library, which the base has surely been trained on: what is evicted may be known by heart. "
             "--text names text of your own"
         )
+    if about.other_base is not None:
+        said.append(about.other_base)
     if about.trained_length is None:
         said.append("at which length the gates were trained is not recorded: lengths beyond it cannot be marked")
     for line in said:
@@ -238,16 +242,18 @@ def _announce(folder: str, out: Path, settings: EvaluationSettings, about: Evalu
 
 def describe(folder: str, model: Any) -> EvaluatedModel:
     _, metadata = checkpoint.read_gates(folder)
+    origin = model.dms_origin
     state, run_dir = state_of(model), Path(folder).resolve().parent
     is_run = (run_dir / "result.json").is_file() and Path(folder).name == "model"
     recipe = run_dir / "recipe.yaml"
     parameter = next(model.parameters())
     return EvaluatedModel(
         model=str(folder),
-        model_hash=metadata["base_hash"],
+        model_hash=origin["base_hash"],
+        other_base=origin["other_base"],
         gates_hash=hashlib.sha256((Path(folder) / GATES_FILE).read_bytes()).hexdigest()[:16],
         recipe_hash=hashlib.sha256(recipe.read_bytes()).hexdigest()[:16] if is_run and recipe.is_file() else None,
-        base_name=metadata.get("base_name"),
+        base_name=origin["base_name"],
         run_dir=str(run_dir) if is_run else None,
         target_cr=float(metadata["target_cr"]) if metadata.get("target_cr") else None,
         trained_length=int(metadata["trained_length"]) if metadata.get("trained_length") else None,

@@ -8,17 +8,19 @@ gates   the gates alone, a few hundred KB, for whoever has the base: `dms.load(O
 
 import json
 import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dms
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
-from dms.io import base_models
-from dms.io.gates_file import check_base, read_config, read_gates
-from dms.io.weights import GATES_FILE, INDEX_FILE, weight_files
+from dms.io import base_models, checkpoint
+from dms.io.gates_file import OtherBase, check_base, read_config, read_gates
+from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors, weight_files
 from dms.report.cards import write_export_card, write_gates_card
 
 FORMATS = ("hf", "gates", "merged")
@@ -37,12 +39,23 @@ class Exportable:
     """The model's config.json."""
     metadata: dict[str, str]
     """Of the gates in the model's folder."""
+    other: OtherBase | None = None
+    """Its weights are another form of the base that the gates were trained on."""
 
 
-def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard_size: str = "5GB") -> list[Path]:
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    max_shard_size: str = "5GB",
+    base: str | None = None,
+    other_base: bool = False,
+) -> list[Path]:
     """Write `source`, a run or a model folder that dms wrote, to `out` in one of FORMATS. Returns the files.
 
-    max_shard_size: weights in larger files are divided; those in smaller ones are copied as they are.
+    max_shard_size: weights in larger files are divided; those in smaller ones are copied as they are. base: where `source` holds gates
+    alone, the model that they go with. other_base: as of `dms.load`.
 
     Raises:
         ValueError: a source without gates or with other weights than they belong to, an `out` that holds something, an unknown
@@ -51,12 +64,20 @@ def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; the formats are {', '.join(FORMATS)}")
     max_bytes = parse_size(max_shard_size)
+    if format == "gates" and (base is not None or other_base):
+        raise ValueError("format gates writes the gates alone, for the base that they were trained on; leave out --base and --other-base")
+    if base is not None:
+        return _export_onto(base, source, out, format=format, max_shard_size=max_shard_size, other_base=other_base)
     found = find_source(source)
     name = base_class(found.config.get("architectures"), found.model) if format == "hf" else ""
     if format == "gates":
         _require_untrained_base(found)
     else:
-        check_base(found.model, found.metadata, str(found.model))
+        model = str(found.model)
+        other = check_base(found.model, found.metadata, model, other_base=other_base, structure=lambda: checkpoint.structure_of_base(model))
+        if other is not None:
+            warnings.warn(str(other), stacklevel=2)
+        found = replace(found, other=other)
     out, existed = _prepare(Path(out), found.model)
     try:
         return _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
@@ -68,6 +89,20 @@ def export(source: str | Path, out: str | Path, *, format: str = "hf", max_shard
         raise
 
 
+def _export_onto(base: str, source: str | Path, out: str | Path, *, other_base: bool, **options: Any) -> list[Path]:
+    """Export gates that lie alone, with a base's weights: by way of a model folder beside `out`."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file() or not (folder / GATES_FILE).is_file():
+        raise ValueError(f"--base is for a folder of gates alone, such as RUN/gates, and {folder} is none; leave --base out")
+    out = Path(out).expanduser()
+    tokenizer = base_models.load_tokenizer(base)
+    model = checkpoint.load(folder, base=base, other_base=other_base, device="cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
+        checkpoint.save(model, made, tokenizer=tokenizer, base_name=base, target_cr=model.dms_origin["target_cr"])
+        return export(made, out, **options)
+
+
 def find_source(path: str | Path) -> Exportable:
     """Raises ValueError where `path` is neither a run nor a model folder with gates."""
     folder = Path(path).expanduser()
@@ -77,7 +112,9 @@ def find_source(path: str | Path) -> Exportable:
     model = folder / "model" if is_run else folder
     _, metadata = read_gates(model)
     if not (model / "config.json").is_file() or not weight_files(model):
-        raise ValueError(f"{model} holds gates alone, trained on {metadata.get('base_name')!r}; name the run or its model folder")
+        raise ValueError(
+            f"{model} holds gates alone, trained on {metadata.get('base_name')!r}; name the run or its model folder, or give that model with --base"
+        )
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     read_config(metadata, config.get("dms"), model)
     beside = folder / "gates" / GATES_FILE
@@ -129,12 +166,19 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
         )
         written.append(Path(copied))
     written += copy_weights(found.model, out, max_bytes)
-    written.append(Path(shutil.copyfile(found.model / GATES_FILE, out / GATES_FILE)))
+    metadata = found.metadata
+    if found.other is None:
+        written.append(Path(shutil.copyfile(found.model / GATES_FILE, out / GATES_FILE)))
+    else:
+        # What is written fits its own weights from here on, and says where its gates are from.
+        structure = checkpoint.structure_of_base(str(found.model)).to_saved()
+        metadata = {**metadata, "base_hash": base_hash(out), "base_structure": structure, "trained_on": found.other.trained_on}
+        written.append(save_tensors(read_gates(found.model)[0], out / GATES_FILE, metadata))
     (out / "config.json").write_text(json.dumps(_config(found, name), indent=2) + "\n", encoding="utf-8")
     written.append(out / "config.json")
     if name:
         written += write_code(out, name)
-    written.append(write_export_card(found.model / "README.md", out, found.metadata, with_code=bool(name)))
+    written.append(write_export_card(found.model / "README.md", out, metadata, with_code=bool(name)))
     return written
 
 

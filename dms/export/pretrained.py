@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from dms import hf_compat
 from dms.io.gates_file import attach, check_base, read_config, read_gates
-from dms.io.weights import GATES_FILE
+from dms.io.weights import GATES_FILE, Structure
 from dms.modes import DMSState, set_mode
 
 # What `from_pretrained` and the hub's cache both understand.
@@ -36,11 +36,13 @@ class GatedPretrained(_Base):
         return False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, evict_bias: float = 0.0, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, evict_bias: float = 0.0, other_base: bool = False, **kwargs: Any
+    ) -> Any:
         """As transformers' own, with gates and in evict mode.
 
         evict_bias is added to every gate's logit: above 0 evicts more than was trained, below 0 less. `model.dms.evict_bias`
-        changes it later.
+        changes it later. other_base: as of `dms.load`.
 
         Raises:
             ValueError: gates of another base or of an unknown format, or damaged files.
@@ -54,9 +56,15 @@ class GatedPretrained(_Base):
         assert file is not None, "cached_file raises OSError where there is none"
         path = Path(file)
         tensors, metadata = read_gates(path)
-        check_base(path.parent, metadata, str(pretrained_model_name_or_path))
+        other = check_base(
+            path.parent,
+            metadata,
+            str(pretrained_model_name_or_path),
+            other_base=other_base,
+            structure=lambda: Structure.of(type(model), model.config),
+        )
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
-        attach(model, config, tensors, metadata, path.parent)
+        attach(model, config, tensors, metadata, path.parent, other)
         _name_attention(model.dms)
         _follow_offloading(model)
         set_mode(model, "evict")

@@ -123,6 +123,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     if is_mxfp4(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
+    hf_compat.keep_packed_layout(model)
     hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
     return model.to(device).eval()
 

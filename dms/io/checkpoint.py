@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dms.io.base_models import load_base, local_folder
+from dms.io.base_models import auto_class, load_base, load_config, local_folder
 from dms.io.gates_file import (
+    OtherBase,
     attach,
     check_base,
     gate_names,
@@ -24,9 +25,11 @@ from dms.io.gates_file import (
     save_beside_files,
     save_pretrained,
     set_gates,
+    structure_of,
     write_gates,
 )
-from dms.io.quantization import packed_modules
+from dms.io.quantization import is_packed, packed_modules
+from dms.io.weights import Structure
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 
@@ -89,7 +92,8 @@ def save(
     state_of(model)
     if weights is None and dtype is not None:
         weights = collect(model, dtype)
-    model.dms_origin = {"base_name": base_name, "target_cr": target_cr}
+    origin = getattr(model, "dms_origin", {})
+    model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr}
     if packed_files is not None:
         save_beside_files(model, folder, packed_files, gates=None if weights is None else weights.gates)
     elif weights is None:
@@ -138,7 +142,9 @@ def save_gates(
         base_digest=base_digest,
         target_cr=target_cr,
         trained_length=state.trained_length,
+        base_structure=structure_of(model),
         base_form=base_form,
+        trained_on=getattr(model, "dms_origin", {}).get("trained_on"),
     )
 
 
@@ -146,6 +152,7 @@ def load(
     path: str | Path,
     *,
     base: str | None = None,
+    other_base: bool = False,
     dtype: str = "auto",
     device: str | None = None,
     mode: Mode = "evict",
@@ -153,8 +160,10 @@ def load(
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
-    path: a model folder, or gates alone together with `base` (a folder or hub id). evict_bias is added to every logit: above 0
-    evicts more than was trained, below 0 less.
+    path: a model folder, or gates alone together with `base` (a folder or hub id). other_base: the weights may be another form of the
+    model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or dequantised);
+    a warning then says which is used. A base that was packed for training, such as "nf4", is packed again, and with other_base it is not.
+    evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
 
     Raises:
         ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
@@ -166,25 +175,34 @@ def load(
     name = base if base is not None else str(folder)
     in_config = None
     if base is None and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=...")
+        raise ValueError(f"{folder} holds gates alone, trained on {metadata.get('base_name')!r}; give that model as base=... (--base)")
     if base is None:
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
-    checked = _check_base(name, metadata)
-    model = load_base(name, dtype, device)
-    if not checked:
-        # From the hub: its files are on this machine only now.
-        _check_base(name, metadata)
-    attach(model, config, tensors, metadata, folder)
+    # From the hub, its files may be on this machine only after loading.
+    is_here = local_folder(name) is not None
+    form = _form(name, metadata, other_base)
+    other = _check_base(name, metadata, form, other_base) if is_here else None
+    model = load_base(name, dtype, device, quantize=form)
+    if not is_here:
+        other = _check_base(name, metadata, form, other_base)
+    attach(model, config, tensors, metadata, folder, other)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
 
 
-def _check_base(name: str, metadata: dict[str, Any]) -> bool:
-    """Whether the base's files are on this machine; raises ValueError where they are others than the gates were trained on."""
-    folder = local_folder(name)
-    if folder is None:
-        return False
-    check_base(folder, metadata, name)
-    return True
+def _form(name: str, metadata: dict[str, Any], other_base: bool) -> str | None:
+    """How the base is to be packed: as when the gates were trained, unless it is packed already, or is meant to be another form."""
+    form = metadata.get("base_form")
+    return None if other_base or form is None or is_packed(load_config(name)) else form
+
+
+def _check_base(name: str, metadata: dict[str, Any], form: str | None, other_base: bool) -> OtherBase | None:
+    return check_base(local_folder(name), metadata, name, form=form, other_base=other_base, structure=lambda: structure_of_base(name))
+
+
+def structure_of_base(name: str) -> Structure:
+    """Of the base of that name, from its configuration alone."""
+    config = load_config(name)
+    return Structure.of(auto_class(config).from_config, config)

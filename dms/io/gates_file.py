@@ -1,13 +1,16 @@
 """gates.safetensors beside a base's weights: written and read, tied to its base, and written by `save_pretrained` of a retrofitted model.
 
 The file holds the gates' parameters in float32, `layers.{i}.gate.*`. Its metadata: base_name, base_hash, target_cr ("" where there is
-none), format_version, trained_length (tokens of the sequences that the gates were trained on; may be missing), and dms, the DMSConfig
-as JSON.
+none), format_version, and dms, the DMSConfig as JSON. These may be missing: trained_length, tokens of the sequences that the gates were
+trained on; base_structure, a Structure as JSON; base_form, how the base was packed when it was loaded, such as nf4 (missing: as its files
+are); trained_on, the base that the gates were trained on, where it is another form of this one.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import nn
 
 from dms import hf_compat
 from dms.config import FORMAT_VERSION, DMSConfig
-from dms.io.weights import GATES_FILE, base_hash, follow_umask, save_tensors, weight_files, write_index
+from dms.io.weights import GATES_FILE, Structure, base_hash, follow_umask, save_tensors, weight_files, write_index
 from dms.modes import set_mode, state_of
 from dms.retrofitting import gate_parameters, retrofit
 
@@ -57,9 +60,11 @@ def write_gates(
     base_digest: str,
     target_cr: float | None,
     trained_length: int | None = None,
+    base_structure: str | None = None,
     base_form: str | None = None,
+    trained_on: str | None = None,
 ) -> Path:
-    """Write `gates.safetensors` into a folder, which is made where it is missing."""
+    """Write `gates.safetensors` into a folder, which is made where it is missing. The arguments are its metadata, as the module says."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
@@ -69,10 +74,16 @@ def write_gates(
         "format_version": str(FORMAT_VERSION),
         "dms": json.dumps(config.to_saved()),
     }
-    if trained_length is not None:
-        metadata["trained_length"] = str(trained_length)
-    if base_form is not None:
-        metadata["base_form"] = base_form
+    if trained_on is not None and trained_on.endswith(f"(hash {base_digest})"):
+        # Another form, such as a GGUF file, that was written out as what the gates were trained on.
+        trained_on = None
+    may_be_missing = {
+        "trained_length": None if trained_length is None else str(trained_length),
+        "base_structure": base_structure,
+        "base_form": base_form,
+        "trained_on": trained_on,
+    }
+    metadata |= {name: value for name, value in may_be_missing.items() if value is not None}
     return save_tensors(tensors, folder / GATES_FILE, metadata)
 
 
@@ -100,28 +111,107 @@ def read_config(metadata: Mapping[str, str], in_model_config: Mapping[str, Any] 
     return config
 
 
-def check_base(folder: str | Path, metadata: Mapping[str, str], name: str) -> None:
-    """Raises ValueError where a folder's weights, called `name`, are others than the gates were trained on."""
-    found = base_hash(folder)
-    if found != metadata.get("base_hash"):
+@dataclass(frozen=True)
+class OtherBase:
+    """Gates on another form of the model that they were trained on, which was asked for."""
+
+    trained_on: str
+    """Name, hash and form of the base that they were trained on."""
+    name: str
+    """Of the base that they are used on."""
+    hash: str | None
+    """Of its weights; None: not known."""
+    form: str | None = None
+    """As base_form in the metadata."""
+    note: str = ""
+    """What could not be compared."""
+
+    def __str__(self) -> str:
+        return f"gates trained on {self.trained_on}, used on {describe_base(self.name, self.hash, self.form)}{self.note}"
+
+
+def describe_base(name: str | None, digest: str | None, form: str | None) -> str:
+    packed = f", packed as {form} when it was loaded" if form else ""
+    return f"{name or 'a base without a name'} ({'hash ' + digest if digest else 'hash unknown'}{packed})"
+
+
+def check_base(
+    weights: str | Path | None,
+    metadata: Mapping[str, str],
+    name: str,
+    *,
+    form: str | None = None,
+    other_base: bool = False,
+    structure: Callable[[], Structure] | None = None,
+) -> OtherBase | None:
+    """Whether gates fit the base called `name`: None where its weights are those that they were trained on.
+
+    weights: where they lie; None: they have no hash. form: how they are packed at loading; None: as the files are. other_base: another
+    form of the same model is accepted, and returned. structure: gives the base's, and is called where the weights are others.
+
+    Raises:
+        ValueError: another base, or another form of it without other_base.
+    """
+    found = None if weights is None else base_hash(weights)
+    own_form = metadata.get("base_form")
+    if found is not None and (found, form) == (metadata.get("base_hash"), own_form):
+        return None
+    trained_on, used_on = describe_base(metadata.get("base_name"), metadata.get("base_hash"), own_form), describe_base(name, found, form)
+    saved = metadata.get("base_structure")
+    difference = Structure.from_saved(saved).difference(structure()) if saved is not None and structure is not None else None
+    if difference is not None:
         raise ValueError(
-            f"these gates belong to another base: they were trained on {metadata.get('base_name')!r} with hash {metadata.get('base_hash')}, "
-            f"and {name} has hash {found}; give the base that they were trained on"
+            f"these gates belong to another base: they were trained on {trained_on}, and {used_on} differs in its structure ({difference}); "
+            "give the base that they were trained on"
         )
+    if not other_base:
+        known = "it has the same structure" if saved is not None and structure is not None else "its structure cannot be compared"
+        raise ValueError(
+            f"these gates belong to another base: they were trained on {trained_on}, and the given one is {used_on}; give the base that they "
+            f"were trained on. If this is the same model in another form ({known}), --other-base accepts it (in Python: other_base=True)"
+        )
+    note = "" if saved is not None and structure is not None else "; the structure of the first is not recorded, and was not compared"
+    return OtherBase(metadata.get("trained_on") or trained_on, name, found, form, note)
 
 
-def attach(model: Any, config: DMSConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], folder: str | Path) -> Any:
+def attach(
+    model: Any,
+    config: DMSConfig,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    folder: str | Path,
+    other: OtherBase | None = None,
+) -> Any:
     """Retrofit a model and give its gates their values; dense mode. `model.dms_origin` then says what they were trained on, and for.
+
+    other: what `check_base` returned; where it is another base, a warning says so.
 
     Raises:
         ValueError: a model that cannot carry gates, or gates of other names or shapes than it needs.
     """
     retrofit(model, config)
     set_gates(model, tensors, folder)
+    if other is not None:
+        # At the line that called `load` or `from_pretrained`.
+        warnings.warn(str(other), stacklevel=3)
     model.dms.trained_length = int(metadata["trained_length"]) if metadata.get("trained_length") else None
-    target_cr = float(metadata["target_cr"]) if metadata.get("target_cr") else None
-    model.dms_origin = {"base_name": metadata.get("base_name"), "target_cr": target_cr}
+    name, digest = metadata.get("base_name"), metadata.get("base_hash")
+    if other is None and (trained_on := metadata.get("trained_on")):
+        # Saved with weights that were another base's already.
+        other = OtherBase(trained_on, name or "", digest, metadata.get("base_form"))
+    model.dms_origin = {
+        "base_name": name if other is None else other.name,
+        "base_hash": digest if other is None else other.hash,
+        "target_cr": float(metadata["target_cr"]) if metadata.get("target_cr") else None,
+        "trained_on": None if other is None else other.trained_on,
+        "other_base": None if other is None else str(other),
+    }
     return model
+
+
+def structure_of(model: Any) -> str:
+    """The structure of a model's base, gates and adapters not counted, as the gates' metadata has it."""
+    return Structure.of(getattr(type(model), "_own_class", type(model)), model.config).to_saved()
 
 
 def set_gates(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
@@ -205,6 +295,8 @@ def _write_beside(model: Any, folder: Path, gates: Mapping[str, torch.Tensor]) -
         base_digest=base_hash(folder),
         target_cr=origin.get("target_cr"),
         trained_length=state.trained_length,
+        base_structure=structure_of(model),
+        trained_on=origin.get("trained_on"),
     )
 
 

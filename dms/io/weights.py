@@ -1,15 +1,22 @@
-"""Weights on disk: how safetensors files are written, which of them hold weights, their index, and the hash that ties gates to a base."""
+"""Weights on disk: how safetensors files are written, which of them hold weights, their index, and what ties gates to a base: a hash of its
+weights, and its structure."""
 
+import copy
 import hashlib
 import json
+import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from dms import hf_compat
 
 GATES_FILE = "gates.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -106,3 +113,52 @@ def base_hash(folder: str | Path) -> str:
 
 def _raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What all forms of a model share, whatever their dtype, quantisation or kind of file: its parameters' names and shapes."""
+
+    model_type: str
+    num_layers: int | None
+    """None: the configuration does not say."""
+    num_tensors: int
+    """Parameters of the dense model, tied ones once."""
+    num_parameters: int
+    digest: str
+    """SHA-256 over their names and shapes."""
+
+    @classmethod
+    def of(cls, build: Callable[[Any], Any], config: Any) -> "Structure":
+        """The structure that a configuration gives. build: makes the model from it, such as its class; here without storage."""
+        config = copy.deepcopy(config)
+        for part in (config, config.get_text_config()):
+            # It says how files hold the weights. The model itself is the same without.
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with torch.device("meta"):
+            model = build(config)
+        ties = hf_compat.tied_weights(model)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if name not in ties}
+        digest = hashlib.sha256("\n".join(f"{name} {shapes[name]}" for name in sorted(shapes)).encode()).hexdigest()[:32]
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        return cls(config.model_type, num_layers, len(shapes), sum(map(math.prod, shapes.values())), digest)
+
+    @classmethod
+    def from_saved(cls, text: str) -> "Structure":
+        """Raises ValueError for text that `to_saved` did not write."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"base_structure in the gates' metadata cannot be read: {text!r}") from error
+
+    def to_saved(self) -> str:
+        return json.dumps(asdict(self))
+
+    def difference(self, other: "Structure") -> str | None:
+        """The first thing in which `other` differs, in words; None: nothing."""
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                return "names or shapes of parameters" if field.name == "digest" else f"{field.name}, {ours} against {theirs}"
+        return None

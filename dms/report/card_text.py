@@ -122,6 +122,17 @@ def public_name(base_name: str) -> str:
     return Path(base_name).name if is_path else base_name
 
 
+def public_base(described: str) -> str:
+    """A base with its hash, as gates' metadata and result rows describe it, named as in `public_name`."""
+    name, bracket, rest = described.rpartition(" (")
+    return f"{public_name(name)}{bracket}{rest}"
+
+
+def public_sentence(other_base: str) -> str:
+    """`ResultRow.other_base` with both bases named as in `public_name`."""
+    return ", used on ".join(public_base(part) for part in other_base.split(", used on "))
+
+
 def hub_id(base_name: str) -> str | None:
     """The base as front matter may name it, or None for a folder or a built-in model."""
     return base_name if _HUB_ID.fullmatch(base_name) else None

@@ -12,7 +12,7 @@ from typing import Any
 from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER
 from dms.evaluation.stats.rows import ResultRow
 from dms.report import card_text
-from dms.report.card_text import Card, facts, hub_id, new_card, public_name, table
+from dms.report.card_text import Card, facts, hub_id, new_card, public_base, public_name, table
 from dms.report.evidence import TrainingFacts
 
 _QUARTILES = tuple(f"recall_q{i}" for i in range(1, 5))
@@ -68,7 +68,8 @@ import dms
 model = dms.load("FOLDER", base="{base}")  # this folder, and the base that the gates were trained on
 ```
 
-The base's weights are not here. Another base is refused: these gates belong to weights with hash `{hash}`.
+The base's weights are not here. These gates belong to weights with hash `{hash}`; the same model in another form (from another place, in
+another dtype or quantisation) is accepted with `other_base=True`, any other is refused.
 """
 
 
@@ -187,6 +188,8 @@ def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *
     if not card.body.strip():
         card.body = card_text.introduction(base)
     loading = _LOAD_WITH_CODE.format(needs=_requirements()) if with_code else _LOAD_WITHOUT_CODE
+    if trained_on := metadata.get("trained_on"):
+        loading = f"{loading.rstrip()}\n\nThe gates were trained on {public_base(trained_on)}, another form of the weights here (hash {metadata['base_hash']}).\n"
     card.set_section(card_text.LOADING, loading, before=(card_text.LIMITS,))
     return card.write(folder)
 

@@ -34,8 +34,10 @@ def write_evaluation_card(evidence: Evidence, folder: str | Path | None = None) 
         ValueError: an evaluation without rows of dms, or a folder that is not there or has other gates than were evaluated.
     """
     folder = Path(folder if folder is not None else _model_folder(evidence))
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); name where the evaluated model is now with --model")
+    if not (folder / "config.json").is_file() and not (folder / GATES_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no model (config.json is missing) and no gates; name where the evaluated model is now with --model"
+        )
     _require_same_gates(folder, evidence)
     if not any(row.policy == "dms" for row in evidence.rows):
         raise ValueError(f"{evidence.folder} has no rows of dms, so there is nothing for a card; evaluate first (dms evaluate)")
@@ -87,6 +89,8 @@ def _evaluation(evidence: Evidence) -> str:
         f"Measured with `dms evaluate`: {', '.join(filter(None, how))}. In brackets: 95 % bootstrap intervals over documents; differences are paired "
         "on the same documents. Training-free policies get the entries that dms was measured to keep."
     ]
+    if conditions.other_base:
+        parts.append(f"On another form of the base: {card_text.public_sentence(conditions.other_base)}.")
     for length in dict.fromkeys(row.length for row in evidence.rows):
         rows = [row for row in evidence.rows if row.length == length and row.task not in _PARTS]
         at = f"at {length:,} tokens" if length else "at lengths of their own"

@@ -26,6 +26,8 @@ class Conditions:
     model_hash: str | None = None
     """Of the base's weights."""
     gates_hash: str | None = None
+    other_base: str | None = None
+    """As in ResultRow."""
     base_name: str | None = None
     run_dir: str | None = None
     """The run that trained the gates."""

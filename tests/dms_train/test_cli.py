@@ -1,5 +1,6 @@
 """The command: bad input is one line on stderr and exit code 2, before any work; good input works end to end."""
 
+import io
 import json
 import shutil
 import sys
@@ -8,6 +9,8 @@ import pytest
 import yaml
 from dms_train import cli
 from said import says
+
+from dms.io import base_models
 
 
 @pytest.fixture
@@ -96,6 +99,36 @@ def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
     assert_refused(run("evaluate", tiny_folder), "has no gates")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give --prompt TEXT, or --chat"),
+        (["--prompt", "x", "--system", "y"], "--system is for a conversation"),
+        (["--prompt", "x"], "has no gates (gates.safetensors is missing)"),
+        (["--prompt", "x", "--dense", "--evict-bias", 1, "--other-base"], "--evict-bias, --other-base: without effect in dense mode"),
+        (["--prompt", "x", "--dense", "--kv-dtype", "int8", "--base", "y"], "--kv-dtype, --base: without effect in dense mode"),
+        (["--prompt", "", "--dense"], "the prompt is empty"),
+        (["--chat", "--dense"], "has no chat template"),
+    ],
+)
+def test_what_generate_refuses(run, tiny_folder, options, said):
+    assert_refused(run("generate", tiny_folder, *options), said)
+
+
+def test_a_plain_model_generates_and_converses(run, tiny_folder, tmp_path, monkeypatch):
+    code, out, err = run("generate", tiny_folder, "--dense", "--prompt", "import os\n", "--max-new-tokens", 3)
+    assert code == 0 and "import os" in out and "3 tokens in" in err and "tokens in the cache" in err, err
+    folder = shutil.copytree(tiny_folder, tmp_path / "chat")
+    template = "{% for m in messages %}{{ m['role'] }}<|pad|>{{ m['content'] }}<|pad|>{% endfor %}assistant<|pad|>"
+    (folder / "chat_template.jinja").write_text(template)
+    chat = ("generate", folder, "--dense", "--chat", "--max-new-tokens", 3)
+    code, out, err = run(*chat, "--prompt", "import os", "--system", "be short")
+    assert code == 0 and "import os" not in out and err.count("generated in") == 1, err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n\n/reset\nimport sys\n"))
+    code, out, err = run(*chat)
+    assert code == 0 and "> import os" in out and "> import sys" in out and err.count("generated in") == 2, err
+
+
 def test_output_of_another_run(run, recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("model: x\n")
@@ -138,6 +171,17 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     assert code == 0 and (tmp_path / "run" / "report.html").stat().st_size > 10_000, err
     code, out, err = run("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
     assert code == 0 and "import os" in out and "compacted" in err
+    base = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]
+    alone = [tmp_path / "run" / "gates", "--prompt", "import os\n", "--max-new-tokens", 5, "--base"]
+    code, gates_out, err = run("generate", *alone, base)
+    assert code == 0 and gates_out == out and "compacted" in err, err
+    base_models.load_base(base, "float32").save_pretrained(tmp_path / "float32")
+    base_models.load_tokenizer(base).save_pretrained(tmp_path / "float32")
+    assert_refused(run("generate", *alone, tmp_path / "float32"), "belong to another base", "--other-base accepts it")
+    with pytest.warns(UserWarning, match="^gates trained on"):
+        code, out, err = run("generate", *alone, tmp_path / "float32", "--other-base")
+    assert code == 0 and "compacted" in err, err
+    assert_refused(run("generate", *alone[:-1]), "holds gates alone", "--base")
     for source, options in ((tmp_path / "run", []), (tmp_path / "run" / "model", ["--format", "merged", "--max-shard-size", "100KB"])):
         code, out, err = run("export", source, tmp_path / f"out{len(options)}", *options)
         assert code == 0 and says(out, f"wrote {tmp_path}"), err

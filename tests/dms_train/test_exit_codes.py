@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
 import yaml
-from dms_train import cli
+from dms_train import cli, exit_codes
 from safetensors.torch import save_file
 
+import dms.cache
 from dms import errors as faults
 
 
@@ -42,7 +44,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 SAYS = r"""
     import sys
-    from dms_train import cli
+    from dms_train import cli, exit_codes
     cli.prepare = lambda precision: print("\xfcber \u2192 \u2713") or sys.exit(0)
     sys.argv = ["dms", "evaluate", "x"]
     cli.main()
@@ -107,7 +109,7 @@ def test_ctrl_c_is_one_line(run, command, goes_on):
 def test_a_launched_process_ends_by_the_signal_so_that_the_launcher_sees_that_nothing_was_saved():
     code = """
         import signal, sys
-        from dms_train import cli
+        from dms_train import cli, exit_codes
         cli.prepare = lambda precision: signal.raise_signal(signal.SIGINT)
         sys.argv = ["dms", "retrofit", "tiny/retrofit"]
         cli.main()
@@ -248,3 +250,12 @@ def test_a_run_on_a_small_disk(make_values, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"dms: failed: No space left on device: {disk / 'run'}" in done.stderr, done.stderr
+
+
+def test_warnings_at_lines_of_ours_are_plain():
+    before = warnings.formatwarning
+    with exit_codes._plain_warnings():
+        ours = [warnings.formatwarning(UserWarning("said"), UserWarning, file, 1) for file in (cli.__file__, dms.cache.__file__)]
+        theirs = warnings.formatwarning(UserWarning("said"), UserWarning, __file__, 1)
+    assert ours == ["dms: warning: said\n"] * 2 and f"{__file__}:1: UserWarning: said" in theirs
+    assert warnings.formatwarning is before

@@ -71,11 +71,9 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
 
 
 def test_the_saved_model_generates(finished):
-    from dms_train.cli import stream_text
+    from dms_train import generate_command
 
-    ratios = stream_text(
-        str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, temperature=0.0, evict_bias=50.0
-    )
+    ratios = generate_command.run(str(finished[0] / "model"), "def f(x):\n    return x + 1\n" * 4, max_new_tokens=8, evict_bias=50.0)
     assert ratios["seen"] > ratios["alive"] > 0
 
 

@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +32,20 @@ class ExportFormat(str, Enum):
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as target_cr=8 dms.window=64.", show_default=False)]
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Where MODEL is a folder of gates alone, such as RUN/gates: the model that they go with.", show_default=False
+    ),
+]
+OtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--other-base",
+        help="Accept another form of the model that the gates were trained on: from another place, in another dtype or quantisation.",
+    ),
+]
 
 
 @app.command()
@@ -133,7 +146,7 @@ def generate_data(
 # Unknown options reach the command, which says where one that moved is now.
 @app.command(context_settings={"ignore_unknown_options": True})
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model, or gates alone (with --base).")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -173,6 +186,8 @@ def evaluate(
         bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
     ] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
+    base: Base = None,
+    other_base: OtherBase = False,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     name, overrides = split_settings(settings or [])
@@ -199,7 +214,7 @@ def evaluate(
     if scaling and loaded.scaling is None:
         loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
     with writing(out or default_out(model)):
-        result = evaluate_folder(model, loaded, out=out, card=card)
+        result = evaluate_folder(model, loaded, base=base, other_base=other_base, out=out, card=card)
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
@@ -207,61 +222,51 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    model: Annotated[
+        str, typer.Argument(help="A retrofitted model folder, such as RUN/model, or gates alone (with --base). With --dense: any model.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; with --chat, what is asked.", show_default=False)] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Through the tokenizer's chat template: --prompt is one turn; without it, a conversation on the terminal."
+        ),
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system's message of a conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
     kv_dtype: Annotated[str | None, typer.Option(help="int8: entries beyond the window take one byte a number.")] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Nothing is evicted: a retrofitted model without its gates, or a plain model.")
+    ] = False,
+    base: Base = None,
+    other_base: OtherBase = False,
 ) -> None:
-    """Stream a continuation and print how many KV entries are alive."""
-    prepare("bf16" if is_bfloat16(model) else "auto")
-    stream_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, evict_bias=evict_bias, kv_dtype=kv_dtype)
+    """Stream a continuation, or hold a conversation, and print how many KV entries are alive."""
+    prepare("bf16" if is_bfloat16(base or model) else "auto")
+    from dms_train.generate_command import run
 
-
-def stream_text(
-    folder: str, prompt: str, *, max_new_tokens: int, temperature: float, evict_bias: float, kv_dtype: str | None = None
-) -> dict:
-    """Generate from a retrofitted folder, printing as it goes -> the cache's report.
-
-    Raises:
-        ValueError: a folder without gates, an empty prompt, or another kv_dtype than int8.
-    """
-    import torch
-    from rich.console import Console
-    from transformers import TextStreamer
-
-    from dms.cache.stats import cache_stats
-    from dms.hf_compat import output_cache
-    from dms.io import base_models, checkpoint
-    from dms.io.vocabulary import check_tokens, num_embeddings
-
-    model = checkpoint.load(folder, evict_bias=evict_bias)
-    model.dms.kv_dtype = kv_dtype
-    tokenizer = base_models.load_tokenizer(folder)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty; give at least one token of text")
-    check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")
-    inputs.pop("token_type_ids", None)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    start = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs, return_dict_in_generate=True, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling
-        )
-    seconds = time.perf_counter() - start
-    cache = output_cache(output)
-    assert cache is not None, "generate was asked for a cache"
-    report = cache_stats(cache, warn=True)
-    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
-    return report.to_dict()
+    run(
+        model,
+        prompt,
+        chat=chat,
+        system=system,
+        base=base,
+        other_base=other_base,
+        dense=dense,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        evict_bias=evict_bias,
+        kv_dtype=kv_dtype,
+    )
 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model folder such as RUN/model.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model folder such as RUN/model, or gates alone (with --base).")
+    ],
     out: Annotated[str, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
     format: Annotated[
         ExportFormat,
@@ -276,6 +281,8 @@ def export(
         float | None,
         typer.Option(help="A ratio snapshot: the run as it was when its schedule passed this ratio (save.at_cr). Default: its end."),
     ] = None,
+    base: Base = None,
+    other_base: OtherBase = False,
 ) -> None:
     """Write a retrofitted model as a folder to share: with code, without code, or the gates alone."""
     prepare("auto")
@@ -288,7 +295,7 @@ def export(
             with writing(snapshot):
                 source = str(write_snapshot(source, at_cr, Path(snapshot) / "run"))
         with writing(out):
-            files = write(source, out, format=format.value, max_shard_size=max_shard_size)
+            files = write(source, out, format=format.value, max_shard_size=max_shard_size, base=base, other_base=other_base)
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
 

@@ -7,12 +7,15 @@ import faulthandler
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import typer
 
+from dms import errors
 from dms.console import replace_unprintable
 from dms.errors import describe
 from dms.requirements import explain
@@ -28,7 +31,7 @@ def run_command(app: typer.Typer) -> None:
     if os.environ.get("DMS_LAUNCHED"):
         # When one process fails, the launcher has the others print their stacks.
         faulthandler.register(signal.SIGUSR2, all_threads=True)
-    with _noting_ctrl_c() as interrupts:
+    with _noting_ctrl_c() as interrupts, _plain_warnings():
         try:
             app()
         except BaseException as error:
@@ -36,6 +39,21 @@ def run_command(app: typer.Typer) -> None:
             if code is None:
                 raise
             sys.exit(code)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A context in which warnings at lines of ours are one line each: where the command called what warns says nothing to its user."""
+    before, ours = warnings.formatwarning, tuple(str(Path(file).parent) + os.sep for file in (__file__, errors.__file__))
+
+    def plain(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        return f"dms: warning: {message}\n" if filename.startswith(ours) else before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

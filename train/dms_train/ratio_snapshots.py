@@ -39,9 +39,12 @@ def write_snapshot(run: str | Path, cr: float, folder: Path) -> Path:
     write_index(snapshot)
     trained_length = saved.manifest.recipe["data"]["length"]
     common: dict[str, Any] = {"base_name": metadata["base_name"], "target_cr": cr, "trained_length": trained_length}
+    # A checkpoint of an earlier version does not have it.
+    common["base_structure"] = metadata.get("base_structure")
     write_gates(snapshot, tensors, config, base_digest=base_hash(snapshot), **common)
     if not trained:
-        write_gates(folder / "gates", tensors, config, base_digest=read_gates(run / "gates")[1]["base_hash"], **common)
+        of_run = read_gates(run / "gates")[1]
+        write_gates(folder / "gates", tensors, config, base_digest=of_run["base_hash"], base_form=of_run.get("base_form"), **common)
     _card(model / CARD_FILE, saved, cr).write(snapshot)
     return folder
 

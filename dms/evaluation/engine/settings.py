@@ -172,8 +172,10 @@ class EvaluatedModel:
 
     model: str
     """The folder."""
-    model_hash: str
-    """Of the base's weights."""
+    model_hash: str | None
+    """Of the base's weights; None: not known."""
+    other_base: str | None
+    """As in ResultRow."""
     gates_hash: str
     recipe_hash: str | None
     """None: the folder lies outside its run's."""
@@ -202,6 +204,7 @@ class EvaluatedModel:
             seed=seed,
             versions=self.versions,
             device=self.device,
+            other_base=self.other_base,
         )
 
 

@@ -115,6 +115,8 @@ class ResultRow:
     """Hyper-scaling: chains sampled for each problem."""
     entries_read: float | None = None
     """Hyper-scaling: entries a head that k chains read while they are decoded, mean over problems."""
+    other_base: str | None = None
+    """Where gates were used on another form of the base that they were trained on: a sentence that names both."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -157,6 +159,7 @@ class RowContext:
     seed: int
     versions: Mapping[str, str]
     device: str
+    other_base: str | None = None
 
 
 def versions() -> dict[str, str]:

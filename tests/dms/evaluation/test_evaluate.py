@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from said import says
 
 from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder, failures
@@ -66,6 +68,28 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
             assert row.peak_entries > 150 if whole else row.peak_entries <= row.budget + SMALL["prefill_chunk"] + 1
     dense = figure(rows, "dense", "recall")
     assert dense.entries == 191 and dense.cr == 1.0 and dense.memory is None and dense.vs_dense is None
+
+
+def test_gates_on_another_form_of_their_base(gated_folder, tmp_path, capsys):
+    """Said in the rows, in settings.json, on the console and on the card."""
+    from dms.io.weights import GATES_FILE, base_hash
+
+    half, gates = tmp_path / "half", tmp_path / "gates"
+    base_models.load_base("builtin:tiny", "bfloat16", "cpu").save_pretrained(half)
+    base_models.load_tokenizer("builtin:tiny").save_pretrained(half)
+    gates.mkdir()
+    shutil.copyfile(gated_folder / GATES_FILE, gates / GATES_FILE)
+    settings = EvaluationSettings(suites=["text"], lengths=[96], num_documents=2, num_greedy=1, policies=["dense", "dms"])
+    with pytest.raises(ValueError, match="--other-base"):
+        evaluate_folder(str(gates), settings, base=str(half), out=tmp_path / "out")
+    with pytest.warns(UserWarning, match="^gates trained on"):
+        result = evaluate_folder(str(gates), settings, base=str(half), other_base=True, out=tmp_path / "out", card=True)
+    said = f"gates trained on builtin:tiny (hash {base_hash(gated_folder)}), used on {half} (hash {base_hash(half)})"
+    assert {row.other_base for row in result.rows} == {said} and {row.model_hash for row in result.rows} == {base_hash(half)}
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["other_base"] == said
+    assert says(capsys.readouterr().out, said)
+    card = (gates / "README.md").read_text()
+    assert f"On another form of the base: {said.replace(str(half), 'half')}." in card
 
 
 @pytest.mark.parametrize("mode", ["dense", "evict"])

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from dms_train import cli
+from dms_train import generate_command
 
 from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder
@@ -53,4 +53,4 @@ def test_another_models_tokenizer_is_refused(gated_folder, tmp_path, monkeypatch
 
 def test_a_prompt_is_refused(extended):
     with pytest.raises(ValueError, match="the prompt holds the token '<extra>', number 2048"):
-        cli.stream_text(str(extended), f"import {EXTRA}", max_new_tokens=2, temperature=0.0, evict_bias=0.0)
+        generate_command.run(str(extended), f"import {EXTRA}", max_new_tokens=2)

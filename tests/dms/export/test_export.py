@@ -155,6 +155,39 @@ def test_a_run_is_its_model(run, tmp_path):
     assert same(tensors(tmp_path / "out"), tensors(run / "model"))
 
 
+def test_gates_alone_with_a_base(run, tmp_path):
+    export(run / "gates", tmp_path / "out", format="hf", base="builtin:tiny")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "gates.safetensors", "tokenizer.json", "modeling_dms.py", "README.md"} <= names
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert same(tensors(tmp_path / "out"), tensors(run / "model"))
+    model = dms.load(tmp_path / "out", device="cpu")
+    assert same(dict(gate_parameters(model)), load_file(run / "gates" / "gates.safetensors"))
+    assert model.dms_origin == dms.load(run / "model", device="cpu").dms_origin
+
+
+def test_the_base_in_another_form(run, tmp_path):
+    """Both ways: gates alone with a base, and a model folder whose weights were replaced."""
+    base = base_models.load_base("builtin:tiny", "bfloat16", "cpu")
+    base.save_pretrained(tmp_path / "half")
+    base_models.load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "half")
+    replaced = shutil.copytree(run / "model", tmp_path / "replaced")
+    shutil.copyfile(tmp_path / "half" / "model.safetensors", replaced / "model.safetensors")
+    for number, (source, options) in enumerate([(run / "gates", {"base": str(tmp_path / "half")}), (replaced, {})]):
+        out = tmp_path / f"out{number}"
+        with pytest.raises(ValueError, match=r"belong to another base.*--other-base"):
+            export(source, out, format="merged", **options)
+        assert not out.exists()
+        with pytest.warns(UserWarning, match="^gates trained on builtin:tiny"):
+            export(source, out, format="merged", other_base=True, **options)
+        assert same(tensors(out), tensors(tmp_path / "half"))
+        model = dms.load(out, device="cpu")
+        assert model.dms_origin["other_base"].startswith("gates trained on builtin:tiny (hash ")
+        assert model.dms_origin["base_hash"] == base_hash(out)
+        card = (out / "README.md").read_text()
+        assert "gates were trained on builtin:tiny (hash " in card and str(tmp_path) not in card
+
+
 def test_what_is_refused(tiny, run, tmp_path):
     def refusal(source, out=tmp_path / "out", **options):
         with pytest.raises(ValueError) as caught:
@@ -165,6 +198,8 @@ def test_what_is_refused(tiny, run, tmp_path):
     assert "is no folder" in refusal(tmp_path / "nowhere")
     assert "has no gates" in refusal(base_models.resolve_model("builtin:tiny"))
     assert "holds gates alone, trained on 'builtin:tiny'" in refusal(run / "gates")
+    assert "--base is for a folder of gates alone" in refusal(tiny, base="builtin:tiny")
+    assert "leave out --base and --other-base" in refusal(run / "gates", base="builtin:tiny", format="gates")
     assert "the formats are hf, gates, merged" in refusal(tiny, format="onnx")
     assert "such as 5GB" in refusal(tiny, max_shard_size="5 lots")
     full = tmp_path / "full"
