@@ -270,6 +270,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
         # From the hub now: when the model is saved, it may be out of reach.
         snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
+    hf_compat.keep_packed_layout(model)
     hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
     return model.to(device).eval()
 

@@ -78,7 +78,6 @@ def save(
     tokenizer: Any = None,
     base_name: str,
     target_cr: float | None = None,
-    base_form: str | None = None,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
     packed_files: Path | None = None,
@@ -87,9 +86,8 @@ def save(
 
     What prepares images for a model of more than text is copied from where the model was loaded from.
 
-    base_name: of the model that was retrofitted. base_form: how a load must pack what is saved, such as "nf4"; None: as it is. weights: what
-    `collect` returned; None: collected here. packed_files: the folder that the packed weights came from, whose files are copied, whatever
-    their format; None: they are written as the model holds them.
+    base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here. packed_files: the folder that
+    the packed weights came from, whose files are copied, whatever their format; None: they are written as the model holds them.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
@@ -99,7 +97,7 @@ def save(
     if weights is None and dtype is not None:
         weights = collect(model, dtype)
     origin = getattr(model, "dms_origin", {})
-    model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr, "base_form": base_form}
+    model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr}
     if packed_files is not None:
         save_beside_files(model, folder, packed_files, gates=None if weights is None else weights.gates)
     elif weights is None:
@@ -180,7 +178,8 @@ def load(
 
     path: a model folder, or gates alone together with `base` (a folder, a hub id or a GGUF file). other_base: the weights may be another
     form of the model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or
-    dequantised); a warning then says which is used. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
+    dequantised); a warning then says which is used. A base that was packed for training, such as "nf4", is packed again, and with other_base
+    it is not. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
 
     Raises:
         ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
@@ -196,21 +195,26 @@ def load(
     if base is None:
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
-    # Gates that were trained on weights packed at loading find them packed again.
-    form = None if other_base or is_packed(load_config(name)) else metadata.get("base_form")
     # From the hub, its files may be on this machine only after loading.
     is_here = local_weights(name) is not None
-    other = _check_base(name, metadata, other_base, form) if is_here else None
-    model = load_base(name, dtype, device, form)
+    form = _form(name, metadata, other_base)
+    other = _check_base(name, metadata, form, other_base) if is_here else None
+    model = load_base(name, dtype, device, quantize=form)
     if not is_here:
-        other = _check_base(name, metadata, other_base, form)
+        other = _check_base(name, metadata, form, other_base)
     attach(model, config, tensors, metadata, folder, other)
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
 
 
-def _check_base(name: str, metadata: dict[str, Any], other_base: bool, form: str | None) -> OtherBase | None:
+def _form(name: str, metadata: dict[str, Any], other_base: bool) -> str | None:
+    """How the base is to be packed: as when the gates were trained, unless it is packed already, or is meant to be another form."""
+    form = metadata.get("base_form")
+    return None if other_base or form is None or is_packed(load_config(name)) else form
+
+
+def _check_base(name: str, metadata: dict[str, Any], form: str | None, other_base: bool) -> OtherBase | None:
     return check_base(local_weights(name), metadata, name, form=form, other_base=other_base, structure=lambda: structure_of_base(name))
 
 

@@ -300,7 +300,6 @@ def _write_beside(model: Any, folder: Path, gates: Mapping[str, torch.Tensor]) -
         target_cr=origin.get("target_cr"),
         trained_length=state.trained_length,
         base_structure=structure_of(model),
-        base_form=origin.get("base_form"),
         trained_on=origin.get("trained_on"),
     )
 

@@ -183,7 +183,9 @@ def _why_no_gradient(module: nn.Module, dtype: torch.dtype) -> str | None:
     width = getattr(module, "in_features", None)
     if width is None:
         return "whether gradients pass through its packed layers can be tried on linear layers alone"
-    device = next(_own_tensors(module)).device
+    device, mode = next(_own_tensors(module)).device, module.training
+    # As in a run: some kinds compute otherwise for inference.
+    module.train()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, int(width), generator=generator).to(device, dtype).requires_grad_()
     try:
@@ -199,6 +201,8 @@ def _why_no_gradient(module: nn.Module, dtype: torch.dtype) -> str | None:
     except Exception as error:  # noqa: BLE001 - kernels without a backward, or without this device, fail in their own ways
         first = (str(error).strip().splitlines() or ["no message"])[0]
         return f"its packed layers have no gradient ({type(error).__name__}: {first})"
+    finally:
+        module.train(mode)
     if not abs(risen - said) <= _TOLERANCE * abs(risen):
         return f"the gradient of its packed layers is not that of what they compute (a rise of {risen:.4g} where it says {said:.4g})"
     return None

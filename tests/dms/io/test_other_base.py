@@ -125,11 +125,11 @@ def test_gates_of_an_earlier_version_are_compared_by_their_own_shapes(folders, t
 def test_the_form_of_a_base_counts(folders, tmp_path):
     """Weights that were packed when they were loaded are others than those in the files."""
     gates = changed_gates(folders, tmp_path / "packed", base_form="nf4")
+    _, metadata = read_gates(gates)
     with pytest.raises(ValueError, match=r"trained on acme/base \(hash \w+, packed as nf4 when it was loaded\).*--other-base"):
-        check_base(folders / "base", read_gates(gates)[1], "base")
+        check_base(folders / "base", metadata, "base")
     with pytest.warns(UserWarning, match=r"^gates trained on acme/base \(hash \w+, packed as nf4 when it was loaded\), used on "):
         load(folders, "base", gates, other_base=True)
-    _, metadata = read_gates(gates)
     assert check_base(folders / "base", metadata, "base", form="nf4") is None
 
 

@@ -142,7 +142,9 @@ def logits(model):
 def test_a_form_has_gradients(form, dtype):
     model = load(form, dtype)
     assert len(packed_modules(model)) == 28 and model.lm_head.weight.dtype == getattr(torch, dtype)
+    before = {name: tensor.clone() for name, tensor in packed_tensors(model).items()}
     check_gradients(model, "the base")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed_tensors(model).items())
 
 
 @pytest.mark.parametrize("form", PACKAGE)
