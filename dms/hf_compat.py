@@ -6,8 +6,9 @@ touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -296,6 +297,56 @@ def forget_weight_conversions(model: Any) -> None:
     if "_weight_conversions" not in inspect.getsource(core_model_loading.revert_weight_conversion):
         raise changed("hf_compat.forget_weight_conversions", "transformers", "a model's _weight_conversions in revert_weight_conversion")
     model._weight_conversions = None
+
+
+@contextmanager
+def saving_packed(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within it `save_pretrained` of a model with packed weights writes these, under the names that they have in memory; of others nothing changes.
+
+    It would write all that the model's quantiser finds in the model, gates among it, and fail where packed weights came from files: their
+    conversions have no reverse.
+
+    Assumes: it calls hf_quantizer.get_state_dict_and_metadata(model), which reads model.state_dict() if anything, or returns None for it; and
+    `_weight_conversions`, of which those without a reverse raise NotImplementedError in reverse_transform().
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    own = getattr(quantizer, "get_state_dict_and_metadata", None)
+    if own is None or tuple(inspect.signature(own).parameters) != ("model",):
+        raise changed("hf_compat.saving_packed", "transformers", "HfQuantizer.get_state_dict_and_metadata(model)")
+    state, metadata = own(SimpleNamespace(state_dict=lambda: dict(weights)))
+    quantizer.get_state_dict_and_metadata = lambda _: (dict(weights) if state is None else state, metadata)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [one for one in conversions if _has_reverse(one)]
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
+        if conversions is not None:
+            model._weight_conversions = conversions
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def keep_packed_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting 4-bit weights for faster inference on CPUs: that rounds their scales, and has no gradient.
+
+    Assumes: Linear4bit rewrites its weight in place where its attribute support_avx512bf16_for_cpu is true.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            if not hasattr(module, "support_avx512bf16_for_cpu"):
+                raise changed("hf_compat.keep_packed_layout", "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu")
+            module.support_avx512bf16_for_cpu = False
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

@@ -20,7 +20,6 @@ from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.generation import with_decoding
-from dms.io.quantization import refuse_quantized
 from dms.layer_discovery import AttentionLayer, FollowingLayer, find_layers
 from dms.modes import DMSState, RotaryLengths, state_of
 
@@ -36,13 +35,13 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     if getattr(model, "dms", None) is not None:
         raise ValueError(f"{type(model).__name__} carries gates already; load the base model to retrofit it anew")
     found = find_layers(model)
-    refuse_quantized(model.config, type(model).__name__)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if context is not None and config.window >= context:
         raise ValueError(
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
         )
+    hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in layers))}

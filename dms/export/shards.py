@@ -37,12 +37,17 @@ def copy_weights(source: Path, target: Path, max_bytes: int) -> list[Path]:
             shutil.copyfile(source / INDEX_FILE, target / INDEX_FILE)
         copied = [Path(shutil.copyfile(file, target / file.name)) for file in files]
         return [*copied, write_index(target)]
+    # Files of packed weights say there how they are packed, by the weights' names.
+    metadata: dict[str, str] = {"format": "pt"}
+    for file in files:
+        with safe_open(str(file), framework="pt") as f:
+            metadata |= f.metadata() or {}
     shards = _divide(files, max_bytes)
     written = []
     for number, shard in enumerate(shards, start=1):
         tensors = _read(shard)
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        written.append(save_tensors(tensors, target / name, {"format": "pt"}))
+        written.append(save_tensors(tensors, target / name, metadata))
     return [*written, write_index(target)]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dms.builtin import builtin_models
 from dms.config import nearest
-from dms.io.quantization import is_packed, load_options
+from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options
 
 BUILTIN = "builtin:"
 
@@ -39,7 +39,7 @@ def resolve_model(name: str) -> str:
 def is_saved_bfloat16(config: Any) -> bool:
     """Whether a configuration's weights are bfloat16; those in MXFP4 (gpt-oss) are, once they are unpacked."""
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(dtype).removeprefix("torch.") == "bfloat16" or is_packed(config)
+    return str(dtype).removeprefix("torch.") == "bfloat16" or is_mxfp4(config)
 
 
 def local_folder(name: str) -> Path | None:
@@ -95,29 +95,36 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16". device: None: a GPU if there is one.
+def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Any:
+    """Load a causal LM, dense, in eval mode. dtype: "auto" (as saved), "float32", "bfloat16", "float16"; of packed weights, what they do not hold.
+
+    device: None: a GPU if there is one. quantize: one of `dms.io.quantization.FORMS`, to pack ordinary weights; None: as they are.
 
     Raises:
-        ValueError: a model that is not there, cannot be read, or is damaged.
+        ValueError: a model that is not there, cannot be read, is damaged, or cannot be packed so.
     """
     import torch
 
     from dms import hf_compat
 
     config = load_config(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = load_options(config, torch.bfloat16 if wanted == "auto" and is_saved_bfloat16(config) else wanted, quantize)
+    if quantize is not None or is_packed(config):
+        # Packed where they will be: many kinds are not moved afterwards.
+        options["device_map"] = {"": device}
     model: Any
     try:
-        model = auto_class(config).from_pretrained(
-            resolve_model(name), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **load_options(config)
-        )
+        model = auto_class(config).from_pretrained(resolve_model(name), dtype=wanted, **options)
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if is_packed(config):
+    if is_mxfp4(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
+    return model.to(device).eval()
 
 
 def load_tokenizer(name: str) -> Any:

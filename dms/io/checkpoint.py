@@ -21,11 +21,12 @@ from dms.io.gates_file import (
     onloaded,
     read_config,
     read_gates,
+    save_beside_files,
     save_pretrained,
     set_gates,
     write_gates,
 )
-from dms.io.quantization import refuse_quantized
+from dms.io.quantization import packed_modules
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 
@@ -42,8 +43,10 @@ class Weights:
 
 @torch.no_grad()
 def collect(model: nn.Module, dtype: torch.dtype | None = None, keep: bool = True) -> Weights:
-    """Gather a model's weights in `dtype` (None: as they are). Under ZeRO-3 every process calls it; with keep=False it returns nothing."""
+    """Gather a model's weights in `dtype` (None: as they are; packed ones stay as they are). Under ZeRO-3 every process calls it; with
+    keep=False it returns nothing."""
     gates = gate_names(model)
+    packed = tuple(f"{name}." for name in packed_modules(model))
     # One converted tensor for each original: save_pretrained recognises tied weights by their storage.
     converted: dict[int, torch.Tensor] = {}
     weights = Weights({}, {})
@@ -55,7 +58,8 @@ def collect(model: nn.Module, dtype: torch.dtype | None = None, keep: bool = Tru
                 weights.gates[gates[name]] = tensor.detach().float().cpu().contiguous().clone()
                 continue
             if id(tensor) not in converted:
-                cast = tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+                casts = dtype is not None and tensor.is_floating_point() and not name.startswith(packed)
+                cast = tensor.detach().to(dtype) if casts else tensor.detach()
                 # Of a divided tensor only this copy is whole afterwards.
                 converted[id(tensor)] = cast.cpu().clone() if is_sharded(tensor) else cast.cpu()
             weights.base[name] = converted[id(tensor)]
@@ -71,21 +75,24 @@ def save(
     target_cr: float | None = None,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
+    packed_files: Path | None = None,
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
-    base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here.
+    base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here. packed_files: the folder that
+    the packed weights came from, whose files are copied, whatever their format; None: they are written as the model holds them.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
     """
     folder = Path(folder)
     state_of(model)
-    refuse_quantized(model.config, type(model).__name__)
     if weights is None and dtype is not None:
         weights = collect(model, dtype)
     model.dms_origin = {"base_name": base_name, "target_cr": target_cr}
-    if weights is None:
+    if packed_files is not None:
+        save_beside_files(model, folder, packed_files, gates=None if weights is None else weights.gates)
+    elif weights is None:
         save_pretrained(model, folder)
     else:
         save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
@@ -114,11 +121,12 @@ def save_gates(
     base_name: str,
     base_digest: str,
     target_cr: float | None,
+    base_form: str | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write `gates.safetensors` alone; its metadata names the base and holds the DMSConfig.
 
-    base_digest: the base's hash. tensors: the gates' values by name, where the model does not hold them whole (ZeRO-3).
+    base_digest: the base's hash. base_form: how it was packed when it was loaded, such as "nf4"; None: as its files are. tensors: the gates' values by name, where the model does not hold them whole (ZeRO-3).
     """
     tensors = gate_tensors(model) if tensors is None else tensors
     state = state_of(model)
@@ -130,6 +138,7 @@ def save_gates(
         base_digest=base_digest,
         target_cr=target_cr,
         trained_length=state.trained_length,
+        base_form=base_form,
     )
 
 

@@ -6,6 +6,7 @@ as JSON.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 
 from dms import hf_compat
 from dms.config import FORMAT_VERSION, DMSConfig
-from dms.io.quantization import refuse_quantized
 from dms.io.weights import GATES_FILE, base_hash, follow_umask, save_tensors, weight_files, write_index
 from dms.modes import set_mode, state_of
 from dms.retrofitting import gate_parameters, retrofit
@@ -57,6 +57,7 @@ def write_gates(
     base_digest: str,
     target_cr: float | None,
     trained_length: int | None = None,
+    base_form: str | None = None,
 ) -> Path:
     """Write `gates.safetensors` into a folder, which is made where it is missing."""
     folder = Path(folder)
@@ -70,6 +71,8 @@ def write_gates(
     }
     if trained_length is not None:
         metadata["trained_length"] = str(trained_length)
+    if base_form is not None:
+        metadata["base_form"] = base_form
     return save_tensors(tensors, folder / GATES_FILE, metadata)
 
 
@@ -149,7 +152,7 @@ def save_pretrained(
     gates.safetensors; None: those of state_dict, or the model's. options: transformers'.
 
     Raises:
-        ValueError: a quantised model, adapters that are not merged, weights that are not here, or an option that gates cannot follow.
+        ValueError: adapters that are not merged, weights that are not here, or an option that gates cannot follow.
     """
     _refuse(model, options)
     state = state_of(model)
@@ -165,17 +168,38 @@ def save_pretrained(
     model.config.dms = state.config.to_saved()
     try:
         base_class = getattr(type(model), "_own_class", type(model))
-        base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=weights, **options)
+        with hf_compat.saving_packed(model, weights):
+            base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=weights, **options)
     finally:
         set_mode(model, *mode)
     if not is_main_process:
         return
     follow_umask(*weight_files(folder))
+    _write_beside(model, Path(folder), gate_values)
+
+
+def save_beside_files(model: Any, folder: str | Path, files: Path, gates: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a model folder whose weights and configuration are copies of another's, for a base that was not changed.
+
+    Of packed weights not every kind can be written again from memory, and none need be. gates: as for `save_pretrained`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*weight_files(files), *files.glob("*.py"), *files.glob("generation_config.json")):
+        shutil.copyfile(file, folder / file.name)
+    config = json.loads((files / "config.json").read_text(encoding="utf-8")) | {"dms": state_of(model).config.to_saved()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_beside(model, folder, gate_tensors(model) if gates is None else gates)
+
+
+def _write_beside(model: Any, folder: Path, gates: Mapping[str, torch.Tensor]) -> None:
+    """Index and gates of a folder whose weights are written."""
     write_index(folder)
     origin = getattr(model, "dms_origin", {})
+    state = state_of(model)
     write_gates(
         folder,
-        gate_values,
+        gates,
         state.config,
         base_name=origin.get("base_name") or hf_compat.loaded_from(model.config),
         base_digest=base_hash(folder),
@@ -200,7 +224,6 @@ def _split_state(
 
 
 def _refuse(model: Any, options: Mapping[str, Any]) -> None:
-    refuse_quantized(model.config, type(model).__name__)
     for name, why in _REFUSED.items():
         if options.get(name):
             raise ValueError(f"save_pretrained({name}={options[name]!r}) {why}")

@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+from types import SimpleNamespace
 
 import accelerate
 import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import LinearAttentionLayer
@@ -228,6 +230,45 @@ def test_forget_weight_conversions(build_model, tmp_path):
     hf_compat.forget_weight_conversions(loaded)
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+class _Quantizer:
+    """As transformers' own, of weights that are written as they are, or flattened with a note in the file's metadata."""
+
+    def __init__(self, flattens):
+        self.flattens = flattens
+
+    def is_serializable(self):
+        return True
+
+    def get_state_dict_and_metadata(self, model):
+        return ({f"{name}.flat": t for name, t in model.state_dict().items()}, {"how": "flat"}) if self.flattens else (None, {})
+
+
+@pytest.mark.parametrize("flattens", [False, True])
+def test_saving_packed(flattens, build_model, tmp_path, monkeypatch):
+    model = build_model("llama")
+    monkeypatch.setattr(transformers.modeling_utils, "HfQuantizer", _Quantizer)
+    model.hf_quantizer = _Quantizer(flattens)
+    one_way = SimpleNamespace(reverse_transform=lambda: (_ for _ in ()).throw(NotImplementedError))
+    model._weight_conversions = [one_way]
+    with hf_compat.saving_packed(model, {"model.norm.weight": torch.ones(3)}):
+        model.save_pretrained(tmp_path)
+    with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as f:
+        assert list(f.keys()) == ["model.norm.weight.flat" if flattens else "model.norm.weight"]
+        assert f.metadata().get("how") == ("flat" if flattens else None)
+    assert model._weight_conversions == [one_way] and "get_state_dict_and_metadata" not in vars(model.hf_quantizer)
+    # Of other models nothing changes.
+    with hf_compat.saving_packed(build_model("llama"), {}):
+        pass
+
+
+def test_keep_packed_layout(build_model):
+    model = build_model("llama")
+    hf_compat.keep_packed_layout(model)
+    model.packed = type("Linear4bit", (nn.Linear,), {"support_avx512bf16_for_cpu": True})(2, 2)
+    hf_compat.keep_packed_layout(model)
+    assert model.packed.support_avx512bf16_for_cpu is False
 
 
 def test_tied_weights(build_model):

@@ -1,4 +1,4 @@
-"""What a run cannot save at its end is refused before weights or data are read."""
+"""What a run cannot train on is refused before weights or data are read."""
 
 import json
 import shutil
@@ -18,23 +18,54 @@ METHODS = {
 def refusal(recipe_values, tiny_folder, tmp_path, monkeypatch):
     """`refusal(config)`: what a run says whose base has that configuration."""
 
-    def refuse(config: dict) -> str:
-        base = shutil.copytree(tiny_folder, tmp_path / "base")
+    def refuse(config: dict, **changes) -> str:
+        base = shutil.copytree(tiny_folder, tmp_path / "base", dirs_exist_ok=True)
         (base / "config.json").write_text(json.dumps(config))
         monkeypatch.setattr("dms.io.base_models.load_base", lambda *_, **__: pytest.fail("weights were read"))
         monkeypatch.setattr("dms_train.loop.open_data", lambda *_, **__: pytest.fail("data were read"))
         with pytest.raises(ValueError) as caught:
-            loop.run(RetrofitRecipe.model_validate(recipe_values | {"model": str(base)}))
-        assert f"model '{base}'" in str(caught.value)
+            loop.run(RetrofitRecipe.model_validate(recipe_values | {"model": str(base)} | changes))
         return str(caught.value)
 
     return refuse
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """As if all packages that packed weights need were there."""
+    monkeypatch.setattr("dms.io.quantization.find_spec", lambda name: object())
+
+
+ALL = {"trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4}}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_quantised_base(method, refusal, tiny_folder):
-    said = refusal(json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": METHODS[method]})
-    assert f"is quantised ({method})" in said and "give the model that it was made from" in said
+def test_packed_weights_do_not_train(method, refusal, tiny_folder, installed):
+    said = refusal(json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": METHODS[method]}, **ALL)
+    assert f"is quantised ({method}), and packed weights do not train: choose trainable=gates or gates+lora" in said
+
+
+def test_packed_weights_are_not_packed_again(refusal, tiny_folder, installed):
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": METHODS["gptq"]}
+    assert refusal(config, quantize="nf4") == (
+        "quantize is nf4, and the weights are quantised already (gptq); leave quantize out, and they stay as they are"
+    )
+
+
+def test_a_package_that_is_missing(refusal, tiny_folder, monkeypatch):
+    monkeypatch.setattr("dms.io.quantization.find_spec", lambda name: None if name == "bitsandbytes" else object())
+    config = json.loads((tiny_folder / "config.json").read_text())
+    assert "quantize: nf4 needs bitsandbytes, which is not installed; pip install 'dms-retrofit[quantized]'" in refusal(
+        config, quantize="nf4"
+    )
+    said = refusal(config | {"quantization_config": METHODS["bitsandbytes"]})
+    assert "a base in this format needs bitsandbytes" in said
+
+
+@pytest.mark.parametrize("changes", [ALL, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}])
+def test_recipes_that_packed_weights_cannot_have(changes, recipe_values):
+    with pytest.raises(ValueError, match=r"quantize is int8, and .*: choose (trainable=gates|zero.stage 0)"):
+        RetrofitRecipe.model_validate(recipe_values | {"quantize": "int8"} | changes)
 
 
 def test_a_text_decoder_inside_another_class(refusal):

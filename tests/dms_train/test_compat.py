@@ -225,6 +225,22 @@ def test_build_locks(group, monkeypatch, tmp_path):
     assert "name=self.name" in inspect.getsource(type(builder).jit_load)
 
 
+def test_forget_quantization():
+    from transformers.quantizers import HfQuantizer
+
+    class Quantizer(HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self):
+            return True
+
+    model = make_small("llama")
+    model.hf_quantizer, model.quantization_method = Quantizer(SimpleNamespace()), "any"
+    model.config.quantization_config = {"quant_method": "any"}
+    compat.forget_quantization(model)
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config") and not model.is_quantized
+
+
 def test_sharded_models(group, tiny_folder):
     from transformers import AutoModelForCausalLM
 
@@ -293,6 +309,13 @@ def test_lora_layers(adapted):
         assert type(layer.get_base_layer()) is nn.Linear
         torch.testing.assert_close(layer.get_base_layer()(x), expected)
     assert list(compat.lora_layers(make_small("llama"))) == []
+
+
+def test_lora_product(adapted):
+    for _, layer in compat.lora_layers(adapted):
+        expected = layer.get_base_layer().weight + compat.lora_product(layer)
+        layer.merge()
+        torch.testing.assert_close(layer.get_base_layer().weight, expected)
 
 
 def test_switch_lora(adapted):

@@ -165,6 +165,16 @@ def break_lora_layers(patch, get):
     list(compat.lora_layers(model))
 
 
+def break_lora_product(patch, get):
+    _, layer = next(compat.lora_layers(get("adapted")))
+    layer.lora_A["other"] = layer.lora_A["default"]
+    compat.lora_product(layer)
+
+
+def break_forget_quantization(patch, get):
+    compat.forget_quantization(make_small("llama"))
+
+
 def break_switch_lora(patch, get):
     _, layer = next(compat.lora_layers(get("adapted")))
     patch.setattr("peft.tuners.tuners_utils.BaseTunerLayer.disable_adapters", property(lambda self: False))

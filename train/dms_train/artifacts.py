@@ -19,6 +19,7 @@ from dms.evaluation.present.tables import results_table
 from dms.evaluation.stats.results import PolicyResult
 from dms.evaluation.stats.rows import RowContext, describe_device, versions
 from dms.io import base_models, checkpoint
+from dms.io.quantization import packed_modules
 from dms.io.weights import base_hash
 from dms.modes import state_of
 from dms.report.cards import write_run_card
@@ -47,8 +48,17 @@ def written_dtype(recipe: RetrofitRecipe, base_dtype: torch.dtype) -> torch.dtyp
 def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, weights: checkpoint.Weights, base: dict) -> tuple[Path, str]:
     dtype = next(tensor.dtype for tensor in weights.base.values() if tensor.is_floating_point())
     target_cr = recipe.target_cr
+    # Files that are packed already are copied; what the recipe packed is written as it was packed.
+    packed_files = base_models.local_folder(recipe.model) if recipe.quantize is None and packed_modules(student) else None
     model_folder = checkpoint.save(
-        student, folder / "model", tokenizer=tokenizer, base_name=recipe.model, target_cr=target_cr, dtype=dtype, weights=weights
+        student,
+        folder / "model",
+        tokenizer=tokenizer,
+        base_name=recipe.model,
+        target_cr=target_cr,
+        dtype=dtype,
+        weights=weights,
+        packed_files=packed_files,
     )
     digest = base_hash(model_folder)
     if recipe.trainable == "gates":
@@ -58,6 +68,7 @@ def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, w
             folder / "gates",
             base_name=recipe.model,
             base_digest=base["hash"] or digest,
+            base_form=recipe.quantize,
             target_cr=target_cr,
             tensors=weights.gates,
         )
@@ -115,6 +126,7 @@ def finish(
         "alignment": recipe.dms.alignment,
         "granularity": recipe.dms.granularity,
         "trainable": recipe.trainable,
+        "quantize": recipe.quantize,
         "beta": recipe.beta,
         "steps": recipe.steps,
         "zero": recipe.zero.model_dump(),

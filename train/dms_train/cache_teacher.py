@@ -57,6 +57,7 @@ def open_for(recipe: RetrofitRecipe, vocab_size: int, *, write: bool = False) ->
         vocab_size=vocab_size,
         top_k=settings.top_k,
         precision=recipe.precision,
+        base_form=recipe.quantize,
     )
     return (TeacherCache.open_or_make if write else TeacherCache.open)(settings.path, teacher)
 
@@ -181,7 +182,7 @@ def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tu
     """The dense model as the run loads it, and its attention over packed sequences. Raises ValueError for one that cannot be distilled."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
-    model = base_models.load_base(recipe.model, models.held_dtype(recipe, base_dtype), device=device)
+    model = base_models.load_base(recipe.model, models.held_dtype(recipe, base_dtype), device=device, quantize=recipe.quantize)
     retrofit(model, recipe.dms)
     ids = sample["input_ids"][:32].to(device)
     check_head(model, ids[None])

@@ -205,6 +205,21 @@ def build_locks(builder: Any) -> list[Path]:
 # transformers.
 
 
+def forget_quantization(model: Any) -> None:
+    """Make an ordinary model of one whose packed layers were replaced by ordinary ones.
+
+    Assumes: the quantiser in hf_quantizer takes what it left on the model away again in remove_quantization_config(model).
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not hasattr(quantizer, "remove_quantization_config"):
+        raise _changed("forget_quantization", "transformers", "PreTrainedModel.hf_quantizer.remove_quantization_config(model)")
+    quantizer.remove_quantization_config(model)
+    if hasattr(model, "hf_quantizer") or hasattr(model.config, "quantization_config"):
+        raise _changed("forget_quantization", "transformers", "remove_quantization_config that removes the model's hf_quantizer")
+    # Weights are no longer what the files' conversions were for.
+    model._weight_conversions = None
+
+
 @contextmanager
 def sharded_models(config: dict[str, Any]) -> Iterator[None]:
     """Within it transformers builds and loads models straight into ZeRO-3's shards. config: DeepSpeed's.
@@ -277,6 +292,17 @@ def lora_layers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
             if missing := [part for part in ("lora_B", "merge", "get_base_layer") if not hasattr(module, part)]:
                 raise _changed("lora_layers", "peft", f"{' and '.join(missing)} of {type(module).__name__}")
             yield name, module
+
+
+def lora_product(layer: Any) -> "torch.Tensor":
+    """What a LoRA layer's adapter adds to the weight that it adapts.
+
+    Assumes: get_delta_weight(adapter) gives it; the only adapter is named as the only key of lora_A.
+    """
+    names = list(layer.lora_A)
+    if len(names) != 1 or not hasattr(layer, "get_delta_weight"):
+        raise _changed("lora_product", "peft", f"get_delta_weight of {type(layer).__name__}, with one adapter")
+    return layer.get_delta_weight(names[0])
 
 
 def switch_lora(layer: Any, on: bool) -> None:

@@ -1,11 +1,13 @@
 """Low-rank adapters (`trainable: gates+lora`): put in by peft, off in the teacher's pass, merged into the weights at the end."""
 
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from dms.io.quantization import packed_modules
 from dms.modes import state_of
 from dms.requirements import missing
 from dms.training.sharding import gathered
@@ -44,6 +46,8 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     )
     # Adapters are initialised at random: with the recipe's seed, alike on every process.
     torch.manual_seed(recipe.seed)
+    # peft warns that it could not merge adapters into torchao's weights; they are merged into unpacked ones.
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
     try:
         # The text decoder alone: of a multimodal model, what reads images is left out.
         compat.add_lora(state_of(student).decoder, config)
@@ -68,9 +72,53 @@ def without_adapters(model: nn.Module):
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add the adapters' products to the weights that they adapt, in place, and take the adapters out."""
-    for name, module in list(compat.lora_layers(model)):
+    """Add the adapters' products to the weights that they adapt, in place, and take the adapters out.
+
+    A base with packed weights becomes an ordinary one: rounded again to a few bits, its weights would lose most of what adapters add.
+    """
+    found = list(compat.lora_layers(model))
+    if found and packed_modules(model):
+        _unpack(model)
+        return
+    for name, module in found:
         with gathered(module.parameters(), modify=True):
             module.merge()
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        _replace(model, name, module.get_base_layer())
+
+
+@torch.no_grad()
+def _unpack(model: Any) -> None:
+    """Make packed linear layers ordinary ones, with what their adapters add, in the dtype of the other weights."""
+    adapted = dict(compat.lora_layers(model))
+    layers = {id(module.get_base_layer()): name for name, module in adapted.items()}
+    for name, module in packed_modules(model).items():
+        dense = _dense(module, model.device, model.dtype)
+        where = layers.get(id(module))
+        if where is not None:
+            dense.weight += compat.lora_product(adapted[where]).to(dense.weight)
+        _replace(model, name if where is None else where, dense)
+    for name, module in compat.lora_layers(model):
+        module.merge()
+        _replace(model, name, module.get_base_layer())
+    compat.forget_quantization(model)
+
+
+def _dense(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A linear layer with the weight that a packed one computes with: what it makes of unit vectors, less what it makes of zeros."""
+    if isinstance(module, nn.Embedding):
+        rows = module(torch.arange(module.num_embeddings, device=device)).to(dtype)
+        return nn.Embedding.from_pretrained(rows, padding_idx=module.padding_idx)
+    module.train()
+    bias = module(torch.zeros(1, module.in_features, device=device, dtype=dtype))
+    units = torch.eye(module.in_features, device=device, dtype=dtype).split(1024)
+    weight = torch.cat([module(part) - bias for part in units]).T.contiguous()
+    dense = nn.Linear(module.in_features, weight.shape[0], bias=module.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(bias[0].clone(), requires_grad=False)
+    return dense
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dms.io import base_models
+from dms.io.quantization import check_gradients, packed_modules, packed_tensors
 from dms.modes import state_of
 from dms.retrofitting import gate_parameters, retrofit
 from dms.training.activation_checkpointing import enable_checkpointing
@@ -57,9 +58,11 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     """Load, attach gates and adapters, and freeze the rest.
 
     Raises:
-        ValueError: a model that cannot be loaded or retrofitted, LoRA without peft, or target modules that it does not have.
+        ValueError: a model that cannot be loaded or retrofitted, packed weights through which no gradient passes, LoRA without peft, or
+            target modules that it does not have.
     """
-    student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device)
+    student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device, quantize=recipe.quantize)
+    check_gradients(student, f"model {recipe.model!r}")
     teacher = None
     if recipe.trainable == "all" and recipe.teacher_cache is None:
         teacher = base_models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
@@ -116,13 +119,13 @@ class Fingerprint:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, skip: set[int]) -> Fingerprint:
-    """Fingerprint all parameters but those whose id() is in `skip`. Under ZeRO-3 every process calls it."""
+    """Fingerprint all parameters but those whose id() is in `skip`, and what packed modules hold. Under ZeRO-3 every process calls it."""
+    packed = packed_modules(model)
+    held = {name: p for name, p in model.named_parameters() if id(p) not in skip and name.rpartition(".")[0] not in packed}
     sums = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in skip:
-            continue
-        with gathered([parameter]):
-            sums[name] = _sums(parameter.detach())
+    for name, tensor in (held | packed_tensors(model)).items():
+        with gathered([tensor]):
+            sums[name] = _sums(tensor.detach())
     return Fingerprint(sums)
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dms.io import base_models, weights
-from dms.io.quantization import is_packed, refuse_quantized
+from dms.io.quantization import is_packed, load_options, quant_method
 from dms_train.checkpoints import RunIdentity, Saved
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import LOCK_FILE
@@ -18,10 +18,12 @@ SHARED_FOLDER_SECONDS = 60.0
 
 
 def check_context(recipe: RetrofitRecipe) -> Any:
-    """The model's configuration. Raises ValueError for a base that cannot be saved again, or documents longer than its context."""
+    """The model's configuration. Raises ValueError for packed weights that the recipe cannot have, or documents longer than its context."""
     config = base_models.load_config(recipe.model)
-    if not is_packed(config):
-        refuse_quantized(config, f"model {recipe.model!r}")
+    # Before weights or data are read: packages that are missing, and forms that do not go together.
+    load_options(config, quantize=recipe.quantize)
+    if is_packed(config):
+        recipe.check_packed(f"model {recipe.model!r} is quantised ({quant_method(config)})", "give the base dequantised")
     context = config.get_text_config().max_position_embeddings
     if (recipe.evaluation.length or 0) > context:
         raise ValueError(

@@ -1,23 +1,30 @@
 """What the console shows while a run goes on."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
+from dms.io.quantization import packed_tensors, quant_method
 from dms.modes import state_of
 from dms.training.sharding import num_elements, resident_bytes
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step_metrics import StepMetrics
 
 
-def describe_start(console: Console, recipe: RetrofitRecipe, student: nn.Module, num_trained: int) -> None:
+def describe_start(console: Console, recipe: RetrofitRecipe, student: Any, num_trained: int) -> None:
     state = state_of(student)
-    total = sum(num_elements(p) for p in student.parameters())
+    packed = packed_tensors(student)
+    # A byte may hold the codes of two parameters, which transformers knows.
+    total = student.num_parameters() if packed else sum(num_elements(p) for p in student.parameters())
     console.print(
         f"[bold]{recipe.model}[/]: gates on {len(state.layers)} layers of {state.layers[0].num_heads} KV heads, "
         f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
         highlight=False,
     )
+    if packed:
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
+        console.print(f"  packed weights ({recipe.quantize or quant_method(student.config)}): {num_bytes:,} bytes, frozen", highlight=False)
     if recipe.zero.stage == 3:
         whole = sum(num_elements(p) * p.element_size() for p in student.parameters())
         console.print(f"  of {whole:,} bytes of weights the first process holds {resident_bytes(student):,}", highlight=False)

@@ -213,6 +213,8 @@ class RetrofitRecipe(Strict):
             raise ValueError("optimizer.base_lr has no effect with trainable: gates; remove it")
         if self.trainable != "gates+lora" and self.lora is not None:
             raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
+        if self.quantize is not None:
+            self.check_packed(f"quantize is {self.quantize}", "remove it")
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
         if self.teacher_cache is not None and self.beta != 0.0:
@@ -240,6 +242,13 @@ class RetrofitRecipe(Strict):
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )
         return self
+
+    def check_packed(self, why: str, cure: str) -> None:
+        """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""
+        if self.trainable == "all":
+            raise ValueError(f"{why}, and packed weights do not train: choose trainable=gates or gates+lora, or {cure}")
+        if self.zero.stage > 0:
+            raise ValueError(f"{why}, and DeepSpeed does not handle packed weights: choose zero.stage 0 (what trains is small), or {cure}")
 
 
 class PretrainStage(Strict):

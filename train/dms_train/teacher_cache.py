@@ -42,6 +42,8 @@ class Teacher:
     """K."""
     precision: str
     """Of its forward passes."""
+    base_form: str | None = None
+    """What its weights were packed into when they were loaded; None: as they are."""
     dtype: str = "float16"
     """Of the log-probabilities on disk."""
     format_version: int = FORMAT_VERSION
@@ -195,7 +197,7 @@ def _check_same(folder: Path, found: Teacher, wanted: Teacher) -> None:
         raise ValueError(
             f"'{folder}' was written by another version of dms (format {found.format_version}); {_COMMAND} into another folder"
         )
-    for what in ("base_hash", "vocab_size", "precision"):
+    for what in ("base_hash", "base_form", "vocab_size", "precision"):
         if getattr(found, what) != getattr(wanted, what):
             raise ValueError(
                 f"the teacher cache '{folder}' was written with {what} {getattr(found, what)!r} (of {found.base}) and this recipe has "

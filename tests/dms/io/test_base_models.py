@@ -8,7 +8,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
 from dms.io import base_models
-from dms.io.quantization import refuse_quantized
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TEXT = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
@@ -19,14 +18,6 @@ INSIDE = {
     "llava": ("LlavaForConditionalGeneration", {"model_type": "llama"}, "such as one of type llama"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {}, "a text-only model of its family"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}, "a text-only model of its family"),
-}
-QUANTIZED = {
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
-    "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
-    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
 }
 
 
@@ -71,25 +62,3 @@ def test_a_wrapper_that_transformers_loads_still_works(tmp_path):
     model = base_models.load_base(str(tmp_path / "base"), device="cpu")
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     assert dms.retrofit(model, dms.DMSConfig(window=4)).dms.decoder_is_inside
-
-
-@pytest.mark.parametrize("method", QUANTIZED)
-def test_quantised_configurations(method, write_config):
-    folder = write_config(model_type="llama", quantization_config=QUANTIZED[method])
-    with pytest.raises(ValueError, match=rf"the base is quantised \({method}\).*give the model that it was made from"):
-        refuse_quantized(base_models.load_config(folder), "the base")
-
-
-def test_a_quantised_model_gets_no_gates_and_is_not_saved(build_model, build_gated, tmp_path):
-    base = build_model("llama")
-    # A configuration is all that says it, whatever library holds the weights.
-    base.config.quantization_config = QUANTIZED["bitsandbytes"]
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is quantised \(bitsandbytes\)"):
-        dms.retrofit(base, dms.DMSConfig(window=4))
-    assert not hasattr(base, "dms") and not any("dms_gate" in name for name, _ in base.named_modules())
-    model = build_gated()
-    model.config.quantization_config = QUANTIZED["fp8"]
-    for save in (lambda: dms.save(model, tmp_path / "out", base_name="acme/base"), lambda: model.save_pretrained(tmp_path / "out")):
-        with pytest.raises(ValueError, match=r"is quantised \(fp8\)"):
-            save()
-    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
 from dms.io import base_models, checkpoint
+from dms.io.quantization import is_mxfp4
 
 # The sixteen values of four bits (OCP Microscaling Formats, E2M1), low nibble first.
 HALVES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -54,4 +55,4 @@ def test_it_counts_as_bfloat16(packed):
     from dms_train.artifacts import saved_dtype
 
     config = AutoConfig.from_pretrained(packed[0])
-    assert base_models.is_packed(config) and base_models.is_saved_bfloat16(config) and saved_dtype(str(packed[0])) == torch.bfloat16
+    assert is_mxfp4(config) and base_models.is_saved_bfloat16(config) and saved_dtype(str(packed[0])) == torch.bfloat16
