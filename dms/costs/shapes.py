@@ -343,14 +343,14 @@ def _layers(model: nn.Module, base: nn.Module, seen: MetaPass, attentions: list[
     names = {module: name for name, module in base.named_modules()}
     first = names[seen.modules[0]]
     # A layer that reads another one's keys runs after that very one alone.
-    sources = {call.layer: call.source for call in seen.calls if call.source not in (None, call.layer)}
+    sources = {call.layer: call.source for call in seen.calls if call.source is not None and call.source != call.layer}
     of_module = dict(zip(seen.modules, attentions, strict=True))
     blocks = zip(_list_around(model, first), _list_around(base, first), strict=True)
     found = []
     for place, (block, bare) in enumerate(blocks):
         attention = next(((name, of_module[module]) for name, module in bare.named_modules() if module in of_module), None)
-        index = None if attention is None else attention[1].layer
-        source = sources.get(index, index) if index in sources or index in sources.values() else None
+        index = -1 if attention is None else attention[1].layer
+        source = sources.get(index, index if index in sources.values() else None)
         found.append(_layer(place, block, bare, seen.counted, attention, source))
     return found
 

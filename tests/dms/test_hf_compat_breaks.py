@@ -144,7 +144,10 @@ def test_a_broken_touch_is_named(touch, model, monkeypatch):
     named = {"cache_argument": "cache_name", "register_attention": "mask_function"}.get(touch, touch)
     with monkeypatch.context() as patch, pytest.raises(UpstreamChanged) as error:
         BREAKS[touch](model, patch)
-    assert re.match(rf"\w+ (\S+|of unknown version): hf_compat\.{named} needs .+, which is not there any more; .*see docs/upstream\.md$", str(error.value))
+    assert re.match(
+        rf"\w+ (\S+|of unknown version): hf_compat\.{named} needs .+, which is not there any more; .*see docs/upstream\.md$",
+        str(error.value),
+    )
 
 
 def test_every_touch_is_held_broken_and_listed():
