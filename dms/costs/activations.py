@@ -148,9 +148,10 @@ def _replace(model: nn.Module, layers: nn.ModuleList, places: list[int]) -> None
             if child is layers:
                 setattr(module, name, chosen)
     config: Any = state_of(model).decoder.config
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[place] for place in places]
+    # No fewer than before: some decoders have inputs for each.
+    config.num_hidden_layers = max(config.num_hidden_layers, len(chosen))
+    if types := list(getattr(config, "layer_types", None) or ()):
+        config.layer_types = [types[place] for place in places] + types[len(places) :]
 
 
 def _fake(model: nn.Module, weight_dtype: torch.dtype) -> None:
@@ -238,7 +239,7 @@ def _student(
     weights, marks = live.now, _Marks(live, inputs)
     layers = layer_list(model)
     hooks = [state.decoder.register_forward_pre_hook(enter, with_kwargs=True)]
-    hooks += [layer.module.register_forward_pre_hook(leave) for layer in state.layers]
+    hooks += [layer.module.register_forward_pre_hook(leave) for layers in (state.layers, state.following) for layer in layers]
     for layer in {id(layer): layer for layer in layers}.values():
         hooks += [layer.register_forward_pre_hook(marks.before, with_kwargs=True), layer.register_forward_hook(marks.after)]
     set_mode(model, "dense")

@@ -39,7 +39,7 @@ def headlines(name: str, found: Analysis) -> list[str]:
 def _model_line(name: str, found: Analysis) -> str:
     shape, layers = found.shape, found.shape.attentions
     weights = inference.resident_weights(shape, KV(), replace(found.machine, num=1))
-    bounded, gated = sum(layer.window is not None for layer in layers), sum(layer.gated for layer in layers)
+    bounded, gated = sum(layer.window is not None for layer in layers), sum(layer.gated and layer.holds for layer in layers)
     parts = [
         f"{name}: {shape.name}, {_count(shape.parameters)} parameters, {_count(weights)}B of weights at {inference.weight_width(shape, found.machine)}",
         f"{len(layers)} attention layers"

@@ -178,7 +178,7 @@ def sequence_bytes(shape: ModelShape, kv: KV, machine: Machine, context: int) ->
     """What one sequence holds beside."""
     layers = shape.attentions
     cache = _over_heads(layers, machine, (caches.held_bytes(layer, kv, context) for layer in layers))
-    cache += sum(caches.SEQUENCE_COUNTS for layer in layers if kv.evicts(layer))
+    cache += sum(caches.SEQUENCE_COUNTS for layer in layers if layer.holds and kv.evicts(layer))
     # Of one layer at a time.
     work = shape.inference
     step = (work.decode or work.prefill).numbers / len(layers) * (context if shape.is_encoder else 1)

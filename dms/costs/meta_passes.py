@@ -30,6 +30,8 @@ class RecordedCall:
     value: torch.Size
     causal: bool
     window: int | None
+    source: int | None
+    """The layer, called before, whose keys it was given; None: its own."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,18 @@ def run(model: Any, num_tokens: int, cache: Cache | None = None) -> MetaPass:
     """
     calls: list[RecordedCall] = []
     modules: list[nn.Module] = []
+    keys: list[torch.Tensor] = []
 
     def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
         given = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if given is None else given)
         place = getattr(module, "layer_idx", None)
         window = kwargs.get("sliding_window") or None
-        calls.append(RecordedCall(len(calls) if place is None else int(place), query.shape, key.shape, value.shape, causal, window))
+        layer = len(calls) if place is None else int(place)
+        source = next((call.layer for call, known in zip(calls, keys, strict=True) if known is key), None)
+        calls.append(RecordedCall(layer, query.shape, key.shape, value.shape, causal, window, source))
         modules.append(module)
+        keys.append(key)
         B, Hq, N, _ = query.shape
         return query.new_empty(B, N, Hq, value.shape[-1]), None
 

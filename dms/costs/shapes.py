@@ -44,7 +44,7 @@ class AttentionShape:
     holds: bool
     """It keeps its own keys and values, instead of another layer's."""
     gated: bool
-    """Gates can evict here."""
+    """Gates can evict here: its own, or that of the layer whose keys and values it reads."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class ModelShape:
 
     @property
     def num_gated(self) -> int:
-        return sum(layer.gated for layer in self.layers)
+        """Layers that have gates."""
+        return sum(layer.gate > 0 for layer in self.layers)
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
@@ -277,7 +278,7 @@ def _shape(
     if packing is not None:
         _mark_packed(base, seen.counted, packing)
     state: DMSState | None = getattr(model, "dms", None)
-    gated = {layer.index for layer in state.layers} if state is not None else set()
+    gated = {layer.index for layers in (state.layers, state.following) for layer in layers} if state is not None else set()
     attentions = [_attention(call, seen.cache, gated) for call in seen.calls]
     config = _config_of(model)
     head = model.get_output_embeddings()
@@ -341,19 +342,29 @@ def _attention(call: RecordedCall, cache: Cache | None, gated: set[int]) -> Atte
 def _layers(model: nn.Module, base: nn.Module, seen: MetaPass, attentions: list[AttentionShape]) -> list[LayerShape]:
     names = {module: name for name, module in base.named_modules()}
     first = names[seen.modules[0]]
+    # A layer that reads another one's keys runs after that very one alone.
+    sources = {call.layer: call.source for call in seen.calls if call.source is not None and call.source != call.layer}
     of_module = dict(zip(seen.modules, attentions, strict=True))
     blocks = zip(_list_around(model, first), _list_around(base, first), strict=True)
     found = []
     for place, (block, bare) in enumerate(blocks):
         attention = next(((name, of_module[module]) for name, module in bare.named_modules() if module in of_module), None)
-        found.append(_layer(place, block, bare, seen.counted, attention))
+        index = -1 if attention is None else attention[1].layer
+        source = sources.get(index, index if index in sources.values() else None)
+        found.append(_layer(place, block, bare, seen.counted, attention, source))
     return found
 
 
 def _layer(
-    place: int, block: nn.Module, bare: nn.Module, counted: ProductCounter, attention: tuple[str, AttentionShape] | None
+    place: int,
+    block: nn.Module,
+    bare: nn.Module,
+    counted: ProductCounter,
+    attention: tuple[str, AttentionShape] | None,
+    source: int | None,
 ) -> LayerShape:
-    """block: with what is attached to it; bare: what ran, without. attention: its name within the layer, and its shape."""
+    """block: with what is attached to it; bare: what ran, without. attention: its name within the layer, and its shape. source: the
+    layer whose keys it reads, or it itself where others read its own; None: neither."""
     qkv = out = rest = 0
     products: list[tuple[Weight, int]] = []
     for name, parameter in bare.named_parameters():
@@ -372,7 +383,8 @@ def _layer(
     shapes = [tuple(p.shape) for p in block.parameters()]
     return LayerShape(
         index=place,
-        kind=f"{type(block).__name__}, {'gated' if gated else 'not gated'}, {hash(tuple(shapes)) & 0xFFFFFF:06x}",
+        kind=f"{type(block).__name__}, {'gated' if gated else 'not gated'}, {hash(tuple(shapes)) & 0xFFFFFF:06x}"
+        + ("" if source is None else f", keys of layer {source}"),
         attention=shape,
         trains=any(p.requires_grad for p in block.parameters()),
         qkv=qkv,

@@ -28,7 +28,8 @@ def replaced_attention(model: nn.Module, attend: Callable[..., torch.Tensor]) ->
         if module.dms_pending is not None:
             module.dms_pending = functools.partial(attend, **module.dms_pending.keywords)
 
-    hooks = [layer.module.register_forward_pre_hook(replace) for layer in state_of(model).layers]
+    state = state_of(model)
+    hooks = [layer.module.register_forward_pre_hook(replace) for layers in (state.layers, state.following) for layer in layers]
     try:
         yield
     finally:

@@ -64,14 +64,15 @@ def packing_for(recipe: RetrofitRecipe, config: PreTrainedConfig) -> Packing | N
     """How the recipe's base lies in memory: packed by `quantize`, or as its files are. None: whole.
 
     Raises:
-        ValueError: both, or a quantisation whose bytes are not known.
+        ValueError: both, a quantisation whose bytes are not known, or what packed weights rule out.
     """
     packed = packing_of(config)
-    if recipe.quantize is None:
-        return None if packed is None or packed.until_run else packed
-    if packed is not None:
+    if packed is None:
+        return None if recipe.quantize is None else FORMS[recipe.quantize]
+    if recipe.quantize is not None:
         raise ValueError(f"quantize is {recipe.quantize}, and {recipe.model} is quantised already ({packed.name}); remove quantize")
-    return FORMS[recipe.quantize]
+    recipe.check_packed(f"model {recipe.model!r} is quantised ({packed.name})", "give the base dequantised")
+    return None if packed.until_run else packed
 
 
 def job_of(recipe: RetrofitRecipe) -> Job:

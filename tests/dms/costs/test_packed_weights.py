@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dms.costs.operators import LiveBytes
 from dms.costs.packed_weights import FORMS, UnknownPacking, packed_linears, packing_of
+from dms.io import quantization
+from dms.io.base_models import load_base
 
 TINY = ("llama", SMALL | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2000})
 TIED = ("qwen3", SMALL | {"intermediate_size": 768, "num_hidden_layers": 3, "vocab_size": 2000, "tie_word_embeddings": True})
@@ -22,23 +24,10 @@ def random_model(kind, device="cpu"):
 
 def load_packed(kind, form, folder):
     """A random model, packed."""
-    random_model(kind).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=transformers_settings(form), dtype=torch.float32)
-    del model.config.quantization_config  # TEMP
-    return model
-
-
-def transformers_settings(form):
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
     pytest.importorskip("torchao" if form.startswith("torchao") else "bitsandbytes")
-    if form == "torchao-int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    if form == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    pytest.importorskip("accelerate")
+    random_model(kind).save_pretrained(folder)
+    return load_base(str(folder), "float32", "cpu", quantize=form)
 
 
 def tensors_of(model):
@@ -60,6 +49,10 @@ def test_bytes_are_those_of_a_packed_model(kind, form, tmp_path):
     _, shape = plan_step(random_model(kind, "meta"), make_recipe(128), FORMS[form])
     assert (shape.num_packed > 0) == (kind != TRANSPOSED or form != "torchao-int8")
     assert shape.weight_bytes(4) == LiveBytes(*tensors_of(packed)).now
+
+
+def test_every_form_of_a_recipe_has_its_bytes():
+    assert set(FORMS) == set(quantization.FORMS)
 
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}

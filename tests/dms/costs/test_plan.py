@@ -138,8 +138,8 @@ def test_a_base_in_4_bits_on_one_gpu_of_24_gb():
     assert (kept.fits, checkpointed.fits, offloaded.fits) == (False, False, True)
     assert plan.recommended == offloaded
     assert offloaded.bytes.host > 36 * 32768 * 4096 * 2 * 2
-    # DeepSpeed does not divide packed weights.
-    assert {outcome.choice.stage for outcome in plan.outcomes} == {0, 2}
+    # DeepSpeed does not handle packed weights.
+    assert {outcome.choice.stage for outcome in plan.outcomes} == {0}
 
 
 def test_the_plan_says_what_is_packed_and_what_would_fit(capsys):
@@ -171,6 +171,8 @@ def test_a_quantised_checkpoint_is_planned_as_it_lies_in_memory(tmp_path):
     assert plan.shape.packed_bytes == layer + 4 * (2048 + 1024 + 1024 + 1024 + 3072 + 3072 + 1024)
     with pytest.raises(ValueError, match=r"quantize is nf4, and .* is quantised already \(bitsandbytes int8\); remove quantize"):
         planned("quantize=nf4")
+    with pytest.raises(ValueError, match=r"is quantised \(bitsandbytes int8\), and DeepSpeed does not handle packed weights"):
+        planned("zero={stage: 2}")
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     with pytest.raises(ValueError, match="quantised by 'hqq', whose bytes are not known here"):
         planned()

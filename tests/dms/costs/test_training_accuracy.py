@@ -60,6 +60,15 @@ PACKED = {
     ),
 }
 
+# The last layers read the keys of layers 2 and 3, of their kind; embeddings for each layer.
+_FOLLOWING = {
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+    "sliding_window": 64,
+    "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 1000,
+}
+
 # Other families: their layers are run, not reckoned.
 FAMILIES = {
     "sliding and full attention": (
@@ -69,6 +78,10 @@ FAMILIES = {
     "the same, checkpointed": (
         ("gemma3_text", SMALL | _SLIDING | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000}),
         {"length": 768, "loss_chunk": 128, "activation_checkpointing": True},
+    ),
+    "layers that follow others": (
+        ("gemma4_text", SMALL | _FOLLOWING | {"intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1000}),
+        {"length": 768, "loss_chunk": 128},
     ),
     "no rotary positions": (("gpt2", {"n_embd": 256, "n_head": 8, "n_layer": 4, "vocab_size": 3000}), {"length": 768, "loss_chunk": 128}),
 }
