@@ -258,7 +258,8 @@ def _find_layers(model: Any) -> DecoderLayers:
 
     if not gated:
         raise _NoDecoder("no layer has plain full attention (" + "; ".join(sorted(set(skipped.values()))) + ")")
-    _refuse_twins({layer.name: layer.module for layer in (*gated.values(), *following)})
+    attending: list[AttentionLayer | FollowingLayer] = [*gated.values(), *following]
+    _refuse_twins({layer.name: layer.module for layer in attending})
     return DecoderLayers(decoder, list(gated.values()), following, skipped)
 
 
