@@ -129,7 +129,8 @@ def public_base(described: str) -> str:
 
 def public_sentence(other_base: str) -> str:
     """`ResultRow.other_base` with both bases named as in `public_name`."""
-    return ", used on ".join(public_base(part) for part in other_base.split(", used on "))
+    trained_on, _, used_on = other_base.removeprefix("gates trained on ").partition(", used on ")
+    return f"gates trained on {public_base(trained_on)}, used on {public_base(used_on)}"
 
 
 def hub_id(base_name: str) -> str | None:

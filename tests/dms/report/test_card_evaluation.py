@@ -7,7 +7,7 @@ import evaluated
 import pytest
 import yaml
 
-from dms.report.card_text import Card
+from dms.report.card_text import Card, public_sentence
 from dms.report.cards import write_run_card
 from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import TrainingFacts, read_evidence
@@ -188,3 +188,10 @@ def test_front_matter_comes_back_as_it_was():
     assert Card.parse(Card(fields, CARD).to_text()) == Card(fields, "\n" + CARD)
     assert Card.parse(CARD) == Card({}, CARD)
     assert Card({}, CARD).to_text() == CARD
+
+
+def test_bases_are_named_without_their_folders():
+    said = "gates trained on /home/me/base (hash 12, packed as nf4 when it was loaded), used on {} (hash unknown); no more was compared"
+    for name, public in (("../models/base.gguf", "base.gguf"), ("acme/base", "acme/base")):
+        expected = said.replace("/home/me/base", "base").format(public)
+        assert public_sentence(said.format(name)) == expected
