@@ -45,8 +45,7 @@ def register(original: str, all_gated: bool) -> str:
             # Eager attention is a function of each modelling file, not an entry of the table.
             function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
             return function(module, query, key, value, attention_mask, **kwargs)
-        # Some layers take a view of it.
-        return pending(query, key, value, **kwargs).contiguous(), None
+        return pending(query, key, value, **kwargs), None
 
     hf_compat.register_attention(name, attention, mask=None if all_gated else original)
     return name

@@ -126,8 +126,6 @@ class DMSState:
     """The decoder is part of a model of more than text, which turns the attention mask that it is given into others."""
     model_configs: list[Any]
     """The transformers configurations that name the attention function."""
-    gated_configs: list[Any]
-    """Those of them that layers with gates, and layers that follow these, read it from."""
     original_attention: str
     attention_name: str
     """Ours, which transformers calls while gates are on."""
@@ -184,11 +182,9 @@ class DMSState:
         """
         _pass_type(mode)
         self.mode = mode
+        name = self.original_attention if mode == "dense" else self.attention_name
         for config in self.model_configs:
-            hf_compat.set_attention(config, self.original_attention if self.rows is None else self.rows.attention_name)
-        if mode != "dense" and self.rows is None:
-            for config in self.gated_configs:
-                hf_compat.set_attention(config, self.attention_name)
+            hf_compat.set_attention(config, name if self.rows is None else self.rows.attention_name)
 
     def begin(self, tokens: Tokens, *, has_cache: bool) -> None:
         """Begin a pass in the current mode, with its gates on."""

@@ -6,7 +6,6 @@ each gated layer `_before_attention` runs the gate and leaves its decision on th
 left that one's decision (`_before_following`); where there are such layers, `_after_decoder` ends the pass.
 """
 
-import copy
 import functools
 import inspect
 import re
@@ -47,9 +46,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
-    all_gated = len(found.skipped) == len(found.following)
     configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in layers))}
-    gated_configs = configs if all_gated else _own_configs([layer.module for layer in layers])
     around = _around(model, found.decoder)
     state = DMSState(
         config=config,
@@ -58,10 +55,9 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         skipped=found.skipped,
         decoder=found.decoder,
         decoder_is_inside=bool(around),
-        model_configs=list({**configs, **gated_configs}.values()),
-        gated_configs=list(gated_configs.values()),
+        model_configs=list(configs.values()),
         original_attention=original,
-        attention_name=attention.register(original, all_gated=all_gated),
+        attention_name=attention.register(original, all_gated=len(found.skipped) == len(found.following)),
         rotary=RotaryLengths(found.decoder),
         takes_cache=hf_compat.makes_default_cache(model),
     )
@@ -85,16 +81,6 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         own: type = type(model)
         hf_compat.change_class(model, with_decoding(own))
     return model
-
-
-def _own_configs(modules: list[Any]) -> dict[int, Any]:
-    """Give attention layers configurations of their own, one for all that shared one, by id: the layers beside them, of which some look
-    at the name of the attention function, then go on reading its original name.
-    """
-    copies: dict[int, Any] = {}
-    for module in modules:
-        module.config = copies.setdefault(id(module.config), copy.copy(module.config))
-    return {id(config): config for config in copies.values()}
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -151,27 +137,15 @@ def _after_whole_model(state: DMSState, module: nn.Module, args: tuple[Any, ...]
         hf_compat.swap_rope_deltas(module, state.rope_deltas.pop(module))
 
 
-# What cross-attention reads.
-_OF_ENCODERS = ("encoder_hidden_states", "cross_attention_states")
-
-
 def _before_decoder(
     state: DMSState, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Begin a pass: find its tokens' documents and positions, and the cache that it evicts from.
-
-    Raises:
-        ValueError: an encoder's output, with gates active.
-    """
+    """Begin a pass: find its tokens' documents and positions, and the cache that it evicts from."""
     if state.mode == "dense":
         state.forward = None
         return None
     bound = state.decoder_signature.bind_partial(*args, **kwargs)
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
-    if (encoder := next((name for name in _OF_ENCODERS if given.get(name) is not None), None)) is not None:
-        raise ValueError(
-            f"{type(decoder).__name__} was given {encoder}; gates are for text alone: set_mode(model, 'dense') attends to an encoder's output"
-        )
     source = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     batch, num_tokens = source.shape[:2]
     mask = given.get("attention_mask")
@@ -179,7 +153,7 @@ def _before_decoder(
     if isinstance(mask, dict) and state.decoder_is_inside:
         mask = given_mask
 
-    cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
+    cache = next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None)
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
         cache = DMSCache(decoder, state=state)
     if cache is not None:
@@ -295,7 +269,7 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args:
     if not torch.compiler.is_compiling():
         forward.enter(layer)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = hf_compat.own_cache(next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None))
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     pending = module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
     if layer.index in state.followed:
         # A layer that activation checkpointing runs again finds its first decision here, whose gradient is the one that counts.

@@ -100,7 +100,7 @@ class PackedAttention:
         """What transformers calls: in train mode the attention that waits on the layer; else dense attention, or a sliding window."""
         pending = take_decision(module)
         if pending is not None:
-            return pending(query, key, value, scaling=scaling, **kwargs).contiguous(), None
+            return pending(query, key, value, scaling=scaling, **kwargs), None
         if sliding_window is None and _kind(module) == "sliding_attention":
             raise RuntimeError(
                 f"{type(module).__name__} does not tell its attention function of its sliding window; it cannot be trained on packed sequences"

@@ -336,7 +336,7 @@ def test_what_cannot_evict_says_so():
     config = AutoConfig.for_model("mistral", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     config.sliding_window = 512
     shape = measure(config, DMSConfig())
-    assert "no layer has plain full attention" in shape.why_dense
+    assert "no layer has full attention" in shape.why_dense
     found = analyze(shape, "h100-80", H100, batches=[1])
     assert {kv.cr for kv in found.caches} == {None} and any("dense only" in note for note in found.notes)
     with pytest.raises(ValueError, match="cannot evict"):
