@@ -45,7 +45,8 @@ def register(original: str, all_gated: bool) -> str:
             # Eager attention is a function of each modelling file, not an entry of the table.
             function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
             return function(module, query, key, value, attention_mask, **kwargs)
-        return pending(query, key, value, **kwargs), None
+        # Some layers take another view of it.
+        return pending(query, key, value, **kwargs).contiguous(), None
 
     hf_compat.register_attention(name, attention, mask=None if all_gated else original)
     return name
