@@ -228,7 +228,7 @@ def _student(model: nn.Module, ids_BT: torch.Tensor, kernels: bool, rows: StandI
     weights, marks = live.now, _Marks(live)
     layers = layer_list(model)
     hooks = [state.decoder.register_forward_pre_hook(enter, with_kwargs=True)]
-    hooks += [layer.module.register_forward_pre_hook(leave) for layer in state.layers]
+    hooks += [layer.module.register_forward_pre_hook(leave) for layers in (state.layers, state.following) for layer in layers]
     for layer in {id(layer): layer for layer in layers}.values():
         hooks += [layer.register_forward_pre_hook(marks.before, with_kwargs=True), layer.register_forward_hook(marks.after)]
     set_mode(model, "dense")
