@@ -9,6 +9,7 @@ Shapes: B batch, T query tokens, S keys, Hq query heads, H KV heads, G = Hq / H,
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,12 +33,16 @@ from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
 _CHUNK_BYTES = 64 * 2**20
 
 
+# Exported folders bring their own code of this into the same process.
+_OF_THIS_CODE = "" if __package__ == "dms" else f"_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+
+
 def register(original: str, all_gated: bool) -> str:
     """Register our attention over `original` ("eager", "sdpa", ...) and return its name.
 
     Layers without a gate call `original` with its own mask. Where every layer is gated no mask is built at all.
     """
-    name = f"dms_over_{original}" + ("" if all_gated else "_mixed")
+    name = f"dms_over_{original}" + ("" if all_gated else "_mixed") + _OF_THIS_CODE
 
     def attention(module: Any, query, key, value, attention_mask, **kwargs):
         pending = take_decision(module)
@@ -45,7 +50,8 @@ def register(original: str, all_gated: bool) -> str:
             # Eager attention is a function of each modelling file, not an entry of the table.
             function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
             return function(module, query, key, value, attention_mask, **kwargs)
-        return pending(query, key, value, **kwargs), None
+        # Some layers take another view of it.
+        return pending(query, key, value, **kwargs).contiguous(), None
 
     hf_compat.register_attention(name, attention, mask=None if all_gated else original)
     return name

@@ -1,19 +1,24 @@
 """Find what gates attach to in any Hugging Face decoder: its full-attention layers, without a modelling file per family."""
 
 import copy
+import inspect
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from dms import hf_compat
 from dms.gates import Gate
 
 _PROBE = "dms_probe"
+# What a layer may hand to the attention interface as tensors: what our attention follows, and what changes nothing in one text.
+_FOLLOWED = ("s_aux", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -27,57 +32,132 @@ class LayerCalls:
     value_dim: int
     cached_heads: int | None
     """KV heads that it wrote to its own layer of the cache; None: it has none there."""
+    cached_dim: int | None
+    """Numbers of a key there."""
     source: str | None = None
     """The layer, called before, whose keys and values it attends to; None: its own."""
+    looks_ahead: bool = False
+    """Its tokens see those that come after."""
+    adds: str | None = None
+    """What it adds to the scores beside keys and queries, as it named it; None: nothing."""
 
 
-def probe(model: Any) -> dict[str, LayerCalls] | None:
-    """Run a copy of the model on fake tensors, and return the layers that called transformers' attention interface, by module name.
+def probe(model: Any, decoder: str) -> dict[str, LayerCalls | None] | None:
+    """Read two tokens, and return the attention layers that ran, by module name; None for one that did not call transformers' interface.
 
-    None where the modelling file does not run on fake tensors. Takes milliseconds for each layer, whatever the model's size.
+    A copy reads them on fake tensors, which takes milliseconds a layer whatever the model's size. Where its class does not run on those, the
+    model itself does; where it has no weights, a copy of its decoder (its name) alone. None: that does not run either.
+
+    Raises:
+        _NoDecoder: the model cannot read two tokens of text alone.
     """
-    first_calls: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-    times: Counter[nn.Module] = Counter()
+    found = _read_on_fake_tensors(model, "")
+    if found is not None:
+        return found
+    weights = list(model.parameters())
+    if any(weight.device.type == "meta" or weight.numel() == 0 for weight in weights):
+        return _read_on_fake_tensors(model, decoder)
+    training = [module for module in model.modules() if module.training]
+    try:
+        return _read(model.eval(), "", weights[0].device)
+    except _NoDecoder:
+        raise
+    except Exception as error:
+        raise _NoDecoder(f"it does not read two tokens of text alone, without a mask ({type(error).__name__}: {error})") from error
+    finally:
+        for module in training:
+            module.training = True
 
-    def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
-        times[module] += 1
-        first_calls.setdefault(module, (query, key, value))
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    hf_compat.register_attention(_PROBE, note)
+def _read_on_fake_tensors(model: Any, name: str) -> dict[str, LayerCalls | None] | None:
+    """None where this part of the model does not run on them."""
     dtype = torch.get_default_dtype()
     try:
         # On fake tensors, products of experts run in bfloat16 alone.
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device("meta"), torch.no_grad(), hf_compat.unchecked_distributions():
-            twin = type(model)(copy.deepcopy(model.config)).eval()
-            twin.set_attn_implementation(_PROBE)
+        with torch.device("meta"), hf_compat.unchecked_distributions():
+            original = model.get_submodule(name)
+            twin = type(original)(copy.deepcopy(original.config)).eval()
             # Some models would look for padding in the tokens, which have no values here.
             for module in twin.modules():
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
-            cache = hf_compat.output_cache(twin(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True))
+            return _read(twin, f"{name}." if name else "", torch.device("meta"))
+    except _NoDecoder:
+        raise
     except Exception:  # noqa: BLE001 - modelling files fail in their own ways where they ask tensors for values
         return None
     finally:
         torch.set_default_dtype(dtype)
-    names = {module: name for name, module in twin.named_modules()}
-    found: dict[str, LayerCalls] = {}
+
+
+def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls | None]:
+    first_calls: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    times: Counter[nn.Module] = Counter()
+    added: dict[nn.Module, str] = {}
+    looking_ahead: set[nn.Module] = set()
+    ran: list[nn.Module] = []
+    ahead = torch.zeros(1, 1, 2, 2, device=device)
+
+    def note(module: nn.Module, query, key, value, attention_mask, **kwargs):
+        times[module] += 1
+        first_calls.setdefault(module, (query, key, value))
+        # No other mask is made here: what comes as one is the layer's own.
+        if attention_mask is ahead or getattr(module, "is_causal", True) is False:
+            looking_ahead.add(module)
+            attention_mask = None
+        given = {"attention_mask": attention_mask} | {name: x for name, x in kwargs.items() if name not in _FOLLOWED}
+        for name in (name for name, x in given.items() if isinstance(x, torch.Tensor)):
+            added.setdefault(module, name)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    def note_mask(*args, mask_function: Any = None, **kwargs) -> torch.Tensor | None:
+        return ahead if _looks_ahead(mask_function, torch.device("cpu") if device.type == "meta" else device) else None
+
+    hf_compat.register_attention(_PROBE, note, mask=note_mask)
+    modules = {module: name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+    handles = [module.register_forward_pre_hook(lambda module, args: ran.append(module)) for module in modules]
+    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if isinstance(c, PreTrainedConfig)}
+    before = [(config, hf_compat.set_attention(config, _PROBE)) for config in configs.values()]
+    try:
+        with torch.no_grad():
+            cache = hf_compat.output_cache(model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=True))
+    finally:
+        for config, name in before:
+            hf_compat.set_attention(config, name)
+        for handle in handles:
+            handle.remove()
+    if hasattr(cache, "self_attention_cache"):
+        raise _NoDecoder(f"its cache is an {type(cache).__name__}, for cross-attention as well")
+    found: dict[str, LayerCalls | None] = {prefix + modules[module]: None for module in ran}
     owners: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    names = {module: prefix + name for name, module in model.named_modules()}
     for module, (query, key, value) in first_calls.items():
         # A layer that attends to another's keys and values is handed the same tensors.
         source = next((owner for owner, k, v in owners if k is key and v is value), None)
         if source is None:
             owners.append((names[module], key, value))
         sizes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        found[names[module]] = LayerCalls(times[module], *sizes, _cached_heads(cache, module), source)
+        found[names[module]] = LayerCalls(
+            times[module], *sizes, *_cached(cache, module), source, module in looking_ahead, added.get(module)
+        )
     return found
 
 
-def _cached_heads(cache: Cache | None, module: nn.Module) -> int | None:
+def _looks_ahead(mask_function: Any, device: torch.device) -> bool:
+    """Whether a token sees its successor, by a mask function of (sequence, head, query, key)."""
+    at = [torch.tensor(index, device=device) for index in (0, 0, 0, 1)]
+    try:
+        return bool(mask_function(*at))
+    except Exception:  # noqa: BLE001 - on fake tensors nothing is known of it
+        return False
+
+
+def _cached(cache: Cache | None, module: nn.Module) -> tuple[int | None, int | None]:
+    """Heads and width of the keys in a layer's own layer of the cache."""
     layers = getattr(cache, "layers", ())
     index = getattr(module, "layer_idx", None)
     keys = getattr(layers[index], "keys", None) if index is not None and index < len(layers) else None
-    return None if keys is None or keys.dim() != 4 else keys.shape[1]
+    return (None, None) if keys is None or keys.dim() != 4 else (keys.shape[1], keys.shape[3])
 
 
 # Norms that stand before attention are named input_layernorm, ln_1, self_attn_layer_norm, operator_norm ...; these are not.
@@ -132,6 +212,8 @@ class DecoderLayers:
     """Those that attend to the keys and values of a layer with a gate, in order."""
     skipped: dict[str, str]
     """Why the others have no gate, by name; the following ones among them."""
+    head_counts: list[tuple[int, int]]
+    """Query and KV heads of the attention layers, gated or not, each pair once."""
 
 
 def find_layers(model: Any) -> DecoderLayers:
@@ -162,18 +244,31 @@ def _find_layers(model: Any) -> DecoderLayers:
     text = config.get_text_config()
     found = {path: module for path, module in model.named_modules() if _is_decoder_attention(module, text)}
     if not found:
-        raise _NoDecoder("no attention layer with a layer_idx was found in its decoder")
-    probed = probe(model)
-    if probed and all(calls.cached_heads is None for calls in probed.values()):
-        raise _NoDecoder("it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set)")
-
+        raise _NoDecoder(
+            "no module named as attention, with a layer_idx, was found in its decoder (it has none, or computes it in its own way)"
+        )
+    if all(kinds := [_bounded_cache(module, text) for module in found.values()]):
+        raise _NoDecoder(_nothing_to_evict(kinds))
     modules = dict(model.named_modules())
+    decoder = _decoder_of(modules, next(iter(found)))
+    probed = probe(model, decoder)
+    if probed and all(calls is None or calls.cached_heads is None for calls in probed.values()) and any(probed.values()):
+        raise _NoDecoder(
+            "it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set), or not where transformers does"
+        )
+
     gated: dict[str, AttentionLayer] = {}
     following: list[FollowingLayer] = []
     skipped: dict[str, str] = {}
+    head_counts: set[tuple[int, int]] = set()
     for path, module in found.items():
-        calls = _from_attributes(module, text) if probed is None else probed.get(path)
+        if probed is not None and path not in probed:
+            skipped[path] = "not called for text alone (cross-attention)"
+            continue
+        calls = _from_attributes(module, text) if probed is None else probed[path]
         source = None if calls is None or calls.source is None else gated.get(calls.source)
+        if calls is not None:
+            head_counts.add((calls.num_query_heads, calls.num_heads))
         if bounded := _bounded_cache(module, text):
             if source is not None:
                 raise _NoDecoder(
@@ -191,21 +286,31 @@ def _find_layers(model: Any) -> DecoderLayers:
             continue
         normalized = _normalizes_input(modules[path.rsplit(".", 1)[0]])
         gated[path] = AttentionLayer(int(module.layer_idx), path, module, calls.num_heads, calls.num_query_heads, normalized)
-    num_other = int(text.num_hidden_layers) - len(found)
+    num_other = int(text.num_hidden_layers) - len({module.layer_idx for module in found.values()})
     if num_other > 0:
         skipped[f"{num_other} other layers"] = "no softmax attention (linear attention, state space or convolution)"
 
     if not gated:
-        raise _NoDecoder(
-            "no layer has full attention, and a cache that grows without bound (" + "; ".join(sorted(set(skipped.values()))) + ")"
-        )
+        raise _NoDecoder(_nothing_to_evict(skipped.values()))
     layers: list[AttentionLayer | FollowingLayer] = [*gated.values(), *following]
     indices = [layer.index for layer in layers]
     if twice := next((layer for layer in layers if indices.count(layer.index) > 1), None):
         raise _NoDecoder(f"{indices.count(twice.index)} attention modules have layer_idx {twice.index}, such as {twice.name}")
-    layers_path = re.sub(r"\.\d+\..*$", "", layers[0].name)
-    decoder = modules[layers_path.rsplit(".", 1)[0]] if "." in layers_path else model
-    return DecoderLayers(decoder, list(gated.values()), following, skipped)
+    return DecoderLayers(modules[decoder], list(gated.values()), following, skipped, sorted(head_counts))
+
+
+def _nothing_to_evict(kinds: Iterable[str | None]) -> str:
+    return f"no layer has full attention of the kind whose cache a gate could evict from ({'; '.join(sorted({*filter(None, kinds)}))})"
+
+
+def _decoder_of(modules: dict[str, nn.Module], layer: str) -> str:
+    """The name of the module that owns the layers, from an attention layer's: the nearest around their list that reads tokens."""
+    path = re.sub(r"\.\d+\..*$", "", layer)
+    while path:
+        path = path.rpartition(".")[0]
+        if "input_ids" in inspect.signature(modules[path].forward).parameters:
+            break
+    return path
 
 
 def _is_decoder_attention(module: nn.Module, text: Any) -> bool:
@@ -220,36 +325,51 @@ def _from_attributes(module: nn.Module, text: Any) -> LayerCalls | None:
     """What `probe` would have found, by what modelling files call things; None where the layer computes attention by itself."""
     if not hf_compat.calls_attention_interface(module):
         return None
-    heads = int(text.num_attention_heads)
+    # Where layers differ the configuration has no number for all of them.
+    heads = int(getattr(module, "num_heads", 0) or getattr(module, "num_attention_heads", 0) or text.num_attention_heads)
     # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
     kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
     head_dim = int(getattr(module, "head_dim", 0) or text.hidden_size // heads)
     key_dim = int(getattr(module, "qk_head_dim", head_dim))
-    cached_heads = None if getattr(module, "is_kv_shared_layer", False) else kv_heads
-    return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), cached_heads)
+    cached = (None, None) if getattr(module, "is_kv_shared_layer", False) else (kv_heads, key_dim)
+    return LayerCalls(1, heads, kv_heads, key_dim, int(getattr(module, "v_head_dim", key_dim)), *cached)
 
 
 def _why_no_gate(calls: LayerCalls, follows: bool) -> str | None:
     """Why a full-attention layer cannot have a gate, or (follows) follow another's, or None."""
+    if calls.adds is not None:
+        return f"adds something of its own to the scores ({calls.adds}), which attention by its gate's decisions does not know"
+    if calls.looks_ahead:
+        return "attends both ways, and what a gate evicts only later tokens may not see"
     if calls.num_calls != 1:
         return f"calls attention {calls.num_calls} times in a pass, and its gate decides once"
     if calls.cached_heads is None and not follows:
         return "has no keys and values of its own in the cache: it reads another layer's, which that layer's gate would evict"
+    if not follows and (calls.cached_heads, calls.cached_dim) != (calls.num_heads, calls.key_dim):
+        return (
+            f"caches {calls.cached_heads} heads of {calls.cached_dim} and makes of them, in each pass anew, the {calls.num_heads} KV heads of "
+            f"{calls.key_dim} that it attends to (latent attention does)"
+        )
     if calls.key_dim != calls.value_dim:
         return f"has keys of {calls.key_dim} numbers and values of {calls.value_dim}, and a page of the cache holds both at one width"
-    if not follows and calls.cached_heads != calls.num_heads:
-        return f"caches {calls.cached_heads} KV heads and attends to {calls.num_heads}"
     if calls.num_query_heads % calls.num_heads:
         return f"has {calls.num_query_heads} query heads, which {calls.num_heads} KV heads do not divide"
     return None
 
 
+# Kinds of layers whose caches grow, and which are left alone all the same.
+_KINDS = {
+    "hybrid": "attention beside another mixer, in one layer of the cache",
+    "indexed_attention": "attention to keys that an indexer chooses",
+}
+
+
 def _bounded_cache(module: Any, text: Any) -> str | None:
-    """Why this layer's cache is bounded already, or None for full attention."""
+    """Why this layer's cache is bounded already, or is of a kind of its own, or None for full attention."""
     layer_types = getattr(text, "layer_types", None)
     if layer_types:
         kind = layer_types[module.layer_idx]
-        return None if kind in ("full_attention", "attention") else kind.replace("_", " ")
+        return None if kind in ("full_attention", "attention") else _KINDS.get(kind, kind.replace("_", " "))
     sliding = getattr(module, "sliding_window", None) or (
         getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     )

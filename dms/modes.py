@@ -120,12 +120,16 @@ class DMSState:
     """Those that attend to the keys and values of a layer with a gate, and so by its decisions."""
     skipped: dict[str, str]
     """Why the layers without gates have none, by name; the following ones among them."""
+    head_counts: list[tuple[int, int]]
+    """Query and KV heads of the attention layers, gated or not, each pair once."""
     decoder: nn.Module
     """The module that owns the layers."""
     decoder_is_inside: bool
     """The decoder is part of a model of more than text, which turns the attention mask that it is given into others."""
-    model_configs: list[Any]
-    """The transformers configurations that name the attention function."""
+    layer_configs: list[Any]
+    """The transformers configurations that name the attention function of layers with gates and of those that follow them."""
+    other_configs: list[Any]
+    """Those of the decoder and of its other layers, where they are not the same."""
     original_attention: str
     attention_name: str
     """Ours, which transformers calls while gates are on."""
@@ -182,9 +186,14 @@ class DMSState:
         """
         _pass_type(mode)
         self.mode = mode
-        name = self.original_attention if mode == "dense" else self.attention_name
-        for config in self.model_configs:
-            hf_compat.set_attention(config, name if self.rows is None else self.rows.attention_name)
+        if self.rows is not None:
+            ours = others = self.rows.attention_name
+        else:
+            ours, others = self.original_attention if mode == "dense" else self.attention_name, self.original_attention
+        for config in self.layer_configs:
+            hf_compat.set_attention(config, ours)
+        for config in self.other_configs:
+            hf_compat.set_attention(config, others)
 
     def begin(self, tokens: Tokens, *, has_cache: bool) -> None:
         """Begin a pass in the current mode, with its gates on."""

@@ -6,6 +6,7 @@ each gated layer `_before_attention` runs the gate and leaves its decision on th
 left that one's decision (`_before_following`); where there are such layers, `_after_decoder` ends the pass.
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -46,18 +47,27 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
-    configs = {id(c): c for c in (text, *(getattr(layer.module, "config", text) for layer in layers))}
+    all_gated = len(found.skipped) == len(found.following)
+    if not all_gated:
+        _separate_configs([layer.module for layer in layers])
+    configs = {id(c): c for c in (getattr(layer.module, "config", text) for layer in layers)}
+    if all_gated:
+        # No mask is made where the decoder's asks for our attention too.
+        configs[id(text)] = text
+    others = {id(c): c for c in (text, *(getattr(m, "config", text) for m in found.decoder.modules())) if isinstance(c, type(text))}
     around = _around(model, found.decoder)
     state = DMSState(
         config=config,
         layers=found.gated,
         following=found.following,
         skipped=found.skipped,
+        head_counts=found.head_counts,
         decoder=found.decoder,
         decoder_is_inside=bool(around),
-        model_configs=list(configs.values()),
+        layer_configs=list(configs.values()),
+        other_configs=[c for c in others.values() if id(c) not in configs],
         original_attention=original,
-        attention_name=attention.register(original, all_gated=len(found.skipped) == len(found.following)),
+        attention_name=attention.register(original, all_gated),
         rotary=RotaryLengths(found.decoder),
         takes_cache=hf_compat.makes_default_cache(model),
     )
@@ -86,6 +96,18 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight`, `layers.{i}.gate.bias`."""
     return {f"layers.{layer.index}.gate.{name}": p for layer in state_of(model).layers for name, p in layer.gate.named_parameters()}
+
+
+def _separate_configs(modules: list[nn.Module]) -> None:
+    """Give attention layers a configuration apart from that of the layers beside them, which go on with the attention function that they had.
+
+    Some build their own masks for attention functions that they know, by name.
+    """
+    separate: dict[int, Any] = {}
+    for module in modules:
+        config = getattr(module, "config", None)
+        if config is not None:
+            module.config = separate.setdefault(id(config), copy.copy(config))
 
 
 def _hidden_size(layer: AttentionLayer, text: Any) -> int:

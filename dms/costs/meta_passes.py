@@ -106,7 +106,7 @@ def run(model: Any, num_tokens: int, cache: Cache | None = None) -> MetaPass:
     counted = ProductCounter(model)
     try:
         model.set_attn_implementation(_NOTING)
-        with torch.no_grad(), counted:
+        with torch.no_grad(), hf_compat.unchecked_distributions(), counted:
             out = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device="meta"), use_cache=True, **options)
     except Exception as error:
         # Modelling files fail in their own ways where they ask tensors for values.

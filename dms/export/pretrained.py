@@ -3,7 +3,6 @@
 `dms export` carries this module into the folder with all that it imports, so that it works where dms is not installed.
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from transformers.utils import cached_file
 from dms import hf_compat
 from dms.io.gates_file import attach, check_base, read_config, read_gates
 from dms.io.weights import GATES_FILE, Structure
-from dms.modes import DMSState, set_mode
+from dms.modes import set_mode
 
 # What `from_pretrained` and the hub's cache both understand.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -62,18 +61,10 @@ class GatedPretrained(_Base):
         )
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
         attach(model, config, tensors, metadata, path.parent, other)
-        _name_attention(model.dms)
         _follow_offloading(model)
         set_mode(model, "evict")
         model.dms.evict_bias = float(evict_bias)
         return loaded
-
-
-def _name_attention(state: DMSState) -> None:
-    """Give this folder's attention function a name of its own: other folders may bring other versions of it into the same process."""
-    name = f"{state.attention_name}_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
-    hf_compat.register_attention(name, hf_compat.attention_function(state.attention_name), mask=state.attention_name)
-    state.attention_name = name
 
 
 def _follow_offloading(model: Any) -> None:

@@ -100,7 +100,7 @@ class PackedAttention:
         """What transformers calls: in train mode the attention that waits on the layer; else dense attention, or a sliding window."""
         pending = take_decision(module)
         if pending is not None:
-            return pending(query, key, value, scaling=scaling, **kwargs), None
+            return pending(query, key, value, scaling=scaling, **kwargs).contiguous(), None
         if sliding_window is None and _kind(module) == "sliding_attention":
             raise RuntimeError(
                 f"{type(module).__name__} does not tell its attention function of its sliding window; it cannot be trained on packed sequences"
@@ -112,7 +112,7 @@ class PackedAttention:
             window = int(sliding_window) - 1
             log_keep = torch.full((*key.shape[:1], key.shape[2], key.shape[1]), float("-inf"), device=key.device)
         out = self._attend(query, key, value, log_keep, self.tokens, window=window, sinks=0, alignment="own", scaling=scaling, **kwargs)
-        return out, None
+        return out.contiguous(), None
 
     def _attend(
         self,
@@ -220,13 +220,13 @@ def local_rows(model: nn.Module, *, packs: bool) -> PackedAttention | None:
 
 def check_sharing(model: Any, size: int, num_tokens: int, skipped: dict[str, str]) -> None:
     """Raises ValueError where `size` processes cannot share this model's sequences of `num_tokens` tokens."""
-    text = model.config.get_text_config()
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    counts = state_of(model).head_counts
     if num_tokens % size:
         raise ValueError(f"sequence_parallel is {size} and data.length {num_tokens}, which it does not divide; change one of them")
-    if not _divides(heads, kv_heads, size):
-        fitting = [n for n in range(2, heads + 1) if _divides(heads, kv_heads, n)]
+    for heads, kv_heads in counts:
+        if _divides(heads, kv_heads, size):
+            continue
+        fitting = [n for n in range(2, heads + 1) if all(_divides(*count, n) for count in counts)]
         raise ValueError(
             f"sequence_parallel is {size}, and {type(model).__name__} has {heads} query and {kv_heads} KV heads, which {size} processes "
             f"cannot share evenly; choose one of {', '.join(map(str, fitting)) or 1}"

@@ -70,7 +70,7 @@ def _brute_force(model, hard: bool, noise: Noise | None = None):
     hf_compat.register_attention("brute_force", attend)
     handles = [layer.module.register_forward_pre_hook(functools.partial(look, layer), with_kwargs=True) for layer in state.layers]
     set_mode(model, "dense")
-    for config in state.model_configs:
+    for config in (*state.layer_configs, *state.other_configs):
         hf_compat.set_attention(config, "brute_force")
     return handles
 

@@ -71,7 +71,7 @@ def _random_folder(folder: Path, family: str, **config) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SMALL, **config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SMALL | config))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -85,6 +85,14 @@ def mixed(tmp_path_factory):
     """A model with a layer that slides and one that is gated."""
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     return _random_folder(tmp_path_factory.mktemp("mixed"), "gemma3_text", num_key_value_heads=2, head_dim=16, **layers)
+
+
+@pytest.fixture(scope="session")
+def following(tmp_path_factory):
+    """A model whose last layer attends to the keys and values of the second."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "num_kv_shared_layers": 2}
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    return _random_folder(tmp_path_factory.mktemp("following"), "gemma4_text", vocab_size_per_layer_input=97, **layers, **sizes)
 
 
 @pytest.fixture(scope="session")

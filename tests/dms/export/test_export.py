@@ -113,6 +113,21 @@ def test_merged_is_what_the_run_left(tiny, tmp_path):
     assert model.dms.mode == "evict" and same(dict(gate_parameters(model)), load_file(tiny / "gates.safetensors"))
 
 
+def test_layers_that_follow_others_and_both_codes_in_one_process(following, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours = dms.load(following, device="cpu")
+    export(following, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(theirs.dms) is not type(ours.dms) and [(layer.index, layer.source) for layer in theirs.dms.following] == [(3, 1)]
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        found, expected = (model(ids, use_cache=True).logits for model in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    generated = [model.generate(ids, max_new_tokens=9, do_sample=False) for model in (theirs, ours)]
+    assert torch.equal(*generated)
+
+
 def test_plain_transformers_and_dms_load_what_was_exported(tiny, tmp_path, capfd, recwarn):
     from transformers import AutoModelForCausalLM
 

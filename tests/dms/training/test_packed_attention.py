@@ -207,29 +207,43 @@ def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
     ],
 )
 def test_what_cannot_be_shared_is_refused(heads, kv_heads, size, tokens, message):
-    from transformers import LlamaConfig
-
     from dms.training.packed_attention import check_sharing
 
-    class Model:
-        config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
-
     with pytest.raises(ValueError, match=message):
-        check_sharing(Model(), size, tokens, {})
+        check_sharing(_llama(num_attention_heads=heads, num_key_value_heads=kv_heads), size, tokens, {})
+
+
+def _llama(**config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import dms
+
+    sizes = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 83, "max_position_embeddings": 128}
+    return dms.retrofit(LlamaForCausalLM(LlamaConfig(**sizes, **config)), dms.DMSConfig(window=4))
+
+
+def test_heads_are_counted_in_the_layers():
+    """Full-attention layers have three KV heads, of which the configuration's two say nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import dms
+    from dms.training.packed_attention import check_sharing
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_global_key_value_heads": 3, "attention_k_eq_v": True}
+    sizes = FAMILIES["gemma4_text"] | {"num_kv_shared_layers": 0, "hidden_size": 96, "num_hidden_layers": 3, "vocab_size": 83}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **(sizes | heads)))
+    dms.retrofit(model, dms.DMSConfig(window=4))
+    with pytest.raises(ValueError, match="has 6 query and 3 KV heads, which 2 processes cannot share evenly; choose one of 6"):
+        check_sharing(model, 2, 96, model.dms.skipped)
 
 
 def test_other_kinds_of_layers_are_refused():
-    from transformers import LlamaConfig
-
     from dms.training.packed_attention import check_sharing
 
-    class Model:
-        config = LlamaConfig(
-            num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"]
-        )
-
+    model = _llama(num_attention_heads=4, num_key_value_heads=2)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match=r"not computed here \(chunked_attention\)"):
-        check_sharing(Model(), 2, 96, {})
+        check_sharing(model, 2, 96, {})
 
 
 def take_step(family: str, settings: dict, group=None) -> tuple[dict, dict]:
