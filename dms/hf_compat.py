@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from dms.upstream import changed
 
@@ -50,6 +50,19 @@ def output_cache(output: Any) -> Cache | None:
     if not any(name in getattr(type(output), "__dataclass_fields__", {}) for name in CACHE_NAMES):
         raise changed("hf_compat.output_cache", "transformers", f"a field 'cache' or 'past_key_values' of {type(output).__name__}")
     return None
+
+
+def own_cache(cache: Cache | None) -> Cache | None:
+    """The cache of a decoder's own tokens, which may stand beside one of an encoder's.
+
+    Assumes: an EncoderDecoderCache has it as self_attention_cache.
+    """
+    if not isinstance(cache, EncoderDecoderCache):
+        return cache
+    found = getattr(cache, "self_attention_cache", None)
+    if not isinstance(found, Cache):
+        raise changed("hf_compat.own_cache", "transformers", "EncoderDecoderCache.self_attention_cache")
+    return found
 
 
 def generation_cache_name() -> str:
@@ -464,6 +477,25 @@ def unchecked_distributions() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def all_nonzero() -> Iterator[None]:
+    """Within it `nonzero` of a tensor without storage finds every element: experts of a mixture are all called.
+
+    Assumes: torch.fx.experimental._config.meta_nonzero_assume_all_nonzero says so.
+    """
+    from torch.fx.experimental import _config
+
+    name = "meta_nonzero_assume_all_nonzero"
+    before = getattr(_config, name, None)
+    if not isinstance(before, bool):
+        raise changed("hf_compat.all_nonzero", "torch", f"fx.experimental._config.{name}")
+    setattr(_config, name, True)
+    try:
+        yield
+    finally:
+        setattr(_config, name, before)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -4,21 +4,42 @@ import copy
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from dms import hf_compat
 from dms.gates import Gate
 
 _PROBE = "dms_probe"
-# What a layer may hand to the attention interface as tensors: what our attention follows, and what changes nothing in one text.
-_FOLLOWED = ("s_aux", "position_ids")
+# What a layer may hand to the attention interface by name: what our attention follows, and what changes nothing in one text.
+_FOLLOWED = frozenset(
+    [
+        "scaling",
+        "softcap",
+        "s_aux",
+        "is_causal",
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "image_sizes",
+        "token_type_ids",
+    ]
+)
+# How classes of attention layers end.
+_ATTENTION = ("Attention", "MLA")
 
 
 @dataclass(frozen=True)
@@ -71,21 +92,28 @@ def probe(model: Any, decoder: str) -> dict[str, LayerCalls | None] | None:
 
 def _read_on_fake_tensors(model: Any, name: str) -> dict[str, LayerCalls | None] | None:
     """None where this part of the model does not run on them."""
-    dtype = torch.get_default_dtype()
-    try:
-        # On fake tensors, products of experts run in bfloat16 alone.
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("meta"), hf_compat.unchecked_distributions():
-            original = model.get_submodule(name)
-            twin = type(original)(copy.deepcopy(original.config)).eval()
+    original = model.get_submodule(name)
+    with _on_fake_tensors():
+        try:
+            twin = type(original)(copy.deepcopy(original.config)).eval().to(torch.bfloat16)
             # Some models would look for padding in the tokens, which have no values here.
             for module in twin.modules():
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
             return _read(twin, f"{name}." if name else "", torch.device("meta"))
-    except _NoDecoder:
-        raise
-    except Exception:  # noqa: BLE001 - modelling files fail in their own ways where they ask tensors for values
-        return None
+        except _NoDecoder:
+            raise
+        except Exception:  # noqa: BLE001 - modelling files fail in their own ways where they ask tensors for values
+            return None
+
+
+@contextmanager
+def _on_fake_tensors() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    # Products of experts run in bfloat16 alone there.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), hf_compat.unchecked_distributions(), hf_compat.all_nonzero():
+            yield
     finally:
         torch.set_default_dtype(dtype)
 
@@ -102,11 +130,12 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
         times[module] += 1
         first_calls.setdefault(module, (query, key, value))
         # No other mask is made here: what comes as one is the layer's own.
-        if attention_mask is ahead or getattr(module, "is_causal", True) is False:
+        causal = (kwargs.get("is_causal"), getattr(module, "is_causal", True), getattr(getattr(module, "config", None), "is_causal", True))
+        if attention_mask is ahead or False in causal:
             looking_ahead.add(module)
             attention_mask = None
         given = {"attention_mask": attention_mask} | {name: x for name, x in kwargs.items() if name not in _FOLLOWED}
-        for name in (name for name, x in given.items() if isinstance(x, torch.Tensor)):
+        for name in (name for name, x in given.items() if x is not None and not (isinstance(x, int | float) and x == 0)):
             added.setdefault(module, name)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
@@ -114,20 +143,26 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
         return ahead if _looks_ahead(mask_function, torch.device("cpu") if device.type == "meta" else device) else None
 
     hf_compat.register_attention(_PROBE, note, mask=note_mask)
-    modules = {module: name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+    modules = {module: name for name, module in model.named_modules() if type(module).__name__.endswith(_ATTENTION)}
     handles = [module.register_forward_pre_hook(lambda module, args: ran.append(module)) for module in modules]
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if isinstance(c, PreTrainedConfig)}
     before = [(config, hf_compat.set_attention(config, _PROBE)) for config in configs.values()]
     try:
         with torch.no_grad():
-            cache = hf_compat.output_cache(model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=True))
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+            cache = hf_compat.output_cache(model(input_ids=tokens, use_cache=True))
+            if cache is None and set(hf_compat.CACHE_NAMES) & inspect.signature(type(model).forward).parameters.keys():
+                # Some models fill a cache, and make none by themselves.
+                first_calls.clear()
+                times.clear()
+                ran.clear()
+                cache = DynamicCache(config=model.config.get_text_config())
+                model(input_ids=tokens, use_cache=True, **hf_compat.cache_argument(model, cache))
     finally:
         for config, name in before:
             hf_compat.set_attention(config, name)
         for handle in handles:
             handle.remove()
-    if hasattr(cache, "self_attention_cache"):
-        raise _NoDecoder(f"its cache is an {type(cache).__name__}, for cross-attention as well")
     found: dict[str, LayerCalls | None] = {prefix + modules[module]: None for module in ran}
     owners: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     names = {module: prefix + name for name, module in model.named_modules()}
@@ -154,7 +189,7 @@ def _looks_ahead(mask_function: Any, device: torch.device) -> bool:
 
 def _cached(cache: Cache | None, module: nn.Module) -> tuple[int | None, int | None]:
     """Heads and width of the keys in a layer's own layer of the cache."""
-    layers = getattr(cache, "layers", ())
+    layers = getattr(hf_compat.own_cache(cache), "layers", ())
     index = getattr(module, "layer_idx", None)
     keys = getattr(layers[index], "keys", None) if index is not None and index < len(layers) else None
     return (None, None) if keys is None or keys.dim() != 4 else (keys.shape[1], keys.shape[3])
@@ -244,9 +279,7 @@ def _find_layers(model: Any) -> DecoderLayers:
     text = config.get_text_config()
     found = {path: module for path, module in model.named_modules() if _is_decoder_attention(module, text)}
     if not found:
-        raise _NoDecoder(
-            "no module named as attention, with a layer_idx, was found in its decoder (it has none, or computes it in its own way)"
-        )
+        raise _NoDecoder(_why_none_found(model))
     if all(kinds := [_bounded_cache(module, text) for module in found.values()]):
         raise _NoDecoder(_nothing_to_evict(kinds))
     modules = dict(model.named_modules())
@@ -299,6 +332,20 @@ def _find_layers(model: Any) -> DecoderLayers:
     return DecoderLayers(modules[decoder], list(gated.values()), following, skipped, sorted(head_counts))
 
 
+def _why_none_found(model: Any) -> str:
+    """Why a decoder has no attention layers of the kind that is looked for."""
+    others = ((path, module) for path, module in model.named_modules() if type(module).__name__.endswith(_ATTENTION))
+    path, module = next(others, ("", None))
+    if module is None:
+        return "its decoder has no attention layers"
+    name = f"{path} ({type(module).__name__})"
+    if getattr(module, "layer_idx", None) is not None:
+        return f"its own decoder has no attention layers, and those such as {name} belong to models within it"
+    if not hf_compat.calls_attention_interface(module):
+        return f"{name} computes attention by itself"
+    return f"{name} has no layer_idx, its place in a cache"
+
+
 def _nothing_to_evict(kinds: Iterable[str | None]) -> str:
     return f"no layer has full attention of the kind whose cache a gate could evict from ({'; '.join(sorted({*filter(None, kinds)}))})"
 
@@ -314,7 +361,7 @@ def _decoder_of(modules: dict[str, nn.Module], layer: str) -> str:
 
 
 def _is_decoder_attention(module: nn.Module, text: Any) -> bool:
-    if not type(module).__name__.endswith("Attention") or getattr(module, "layer_idx", None) is None:
+    if not type(module).__name__.endswith(_ATTENTION) or getattr(module, "layer_idx", None) is None:
         return False
     own = getattr(module, "config", text)
     # Vision and audio towers of multi-modal models have attention layers of their own.
@@ -328,7 +375,7 @@ def _from_attributes(module: nn.Module, text: Any) -> LayerCalls | None:
     # Where layers differ the configuration has no number for all of them.
     heads = int(getattr(module, "num_heads", 0) or getattr(module, "num_attention_heads", 0) or text.num_attention_heads)
     # The attention interface repeats KV heads by this number; a layer without it has one KV head per query head.
-    kv_heads = heads // int(getattr(module, "num_key_value_groups", 1))
+    kv_heads = heads // int(getattr(module, "num_key_value_groups", 1) or 1)
     head_dim = int(getattr(module, "head_dim", 0) or text.hidden_size // heads)
     key_dim = int(getattr(module, "qk_head_dim", head_dim))
     cached = (None, None) if getattr(module, "is_kv_shared_layer", False) else (kv_heads, key_dim)
@@ -360,7 +407,9 @@ def _why_no_gate(calls: LayerCalls, follows: bool) -> str | None:
 # Kinds of layers whose caches grow, and which are left alone all the same.
 _KINDS = {
     "hybrid": "attention beside another mixer, in one layer of the cache",
-    "indexed_attention": "attention to keys that an indexer chooses",
+    **dict.fromkeys(
+        ("indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention"), "attention to keys that an indexer chooses"
+    ),
 }
 
 

@@ -159,15 +159,27 @@ def _after_whole_model(state: DMSState, module: nn.Module, args: tuple[Any, ...]
         hf_compat.swap_rope_deltas(module, state.rope_deltas.pop(module))
 
 
+# What cross-attention reads.
+_OF_ENCODERS = ("encoder_hidden_states", "cross_attention_states")
+
+
 def _before_decoder(
     state: DMSState, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Begin a pass: find its tokens' documents and positions, and the cache that it evicts from."""
+    """Begin a pass: find its tokens' documents and positions, and the cache that it evicts from.
+
+    Raises:
+        ValueError: an encoder's output, with gates active.
+    """
     if state.mode == "dense":
         state.forward = None
         return None
     bound = state.decoder_signature.bind_partial(*args, **kwargs)
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
+    if (encoder := next((name for name in _OF_ENCODERS if given.get(name) is not None), None)) is not None:
+        raise ValueError(
+            f"{type(decoder).__name__} was given {encoder}; gates are for text alone: set_mode(model, 'dense') attends to an encoder's output"
+        )
     source = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     batch, num_tokens = source.shape[:2]
     mask = given.get("attention_mask")
@@ -175,7 +187,7 @@ def _before_decoder(
     if isinstance(mask, dict) and state.decoder_is_inside:
         mask = given_mask
 
-    cache = next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None)
+    cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
         cache = DMSCache(decoder, state=state)
     if cache is not None:
@@ -291,7 +303,7 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args:
     if not torch.compiler.is_compiling():
         forward.enter(layer)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    cache = hf_compat.own_cache(next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None))
     pending = module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
     if layer.index in state.followed:
         # A layer that activation checkpointing runs again finds its first decision here, whose gradient is the one that counts.

@@ -118,6 +118,8 @@ class CompactedLayer(CacheLayerMixin):
         pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8")
         self._store = make_store(self.dms, pool, batch, num_heads)
         self.dtype, self.device, self.is_initialized = dtype, device, True
+        # Some models look for keys in every layer of a cache that is in use.
+        self.keys = self.values = torch.empty(0, dtype=dtype, device=device)
         return self._store
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,6 +312,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._store = self._decided = self.pending = self._reading = self.trial = None
+        self.keys = self.values = None
         self.columns, self.is_initialized, self.record_past = 0, False, False
 
     def _select(self, rows: torch.Tensor) -> None:

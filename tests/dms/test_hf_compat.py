@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import EncoderDecoderCache, LinearAttentionLayer
 
 import dms
 from dms import hf_compat
@@ -59,6 +59,12 @@ def test_output_cache(model):
     assert hf_compat.output_cache(model(input_ids=IDS, use_cache=False)) is None
     out = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True)
     assert hf_compat.output_cache(out).get_seq_length() == 7
+
+
+def test_own_cache(model):
+    own, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    assert hf_compat.own_cache(own) is own and hf_compat.own_cache(None) is None
+    assert hf_compat.own_cache(EncoderDecoderCache(own, other)) is own
 
 
 def test_generation_cache_name(model, monkeypatch):
@@ -360,6 +366,16 @@ def test_unchecked_distributions():
         assert torch.distributions.Normal(0, scale).icdf(scale).is_meta
     with pytest.raises(ValueError, match="invalid"):
         torch.distributions.Normal(0.0, -1.0)
+
+
+def test_all_nonzero():
+    chosen = torch.ones(3, 2, device="meta")
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        chosen.nonzero()
+    with hf_compat.all_nonzero():
+        assert chosen.nonzero().shape == (6, 2)
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        chosen.nonzero()
 
 
 def test_has_forward_hooks():

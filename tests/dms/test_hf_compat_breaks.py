@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 import dms
@@ -69,6 +69,7 @@ BREAKS = {
     "cache_name": lambda model, patch: hf_compat.cache_name(_Outside()),
     "cache_argument": lambda model, patch: hf_compat.cache_argument(_Outside(), None),
     "output_cache": lambda model, patch: hf_compat.output_cache(ModelOutput()),
+    "own_cache": lambda model, patch: hf_compat.own_cache(object.__new__(EncoderDecoderCache)),
     "generation_cache_name": lambda model, patch: (
         patch.setattr(GenerationMixin, "prepare_inputs_for_generation", _Outside.forward),
         hf_compat.generation_cache_name(),
@@ -135,6 +136,10 @@ BREAKS = {
     "unchecked_distributions": lambda model, patch: (
         patch.setattr("torch.distributions.Distribution._validate_args", None),
         hf_compat.unchecked_distributions().__enter__(),
+    ),
+    "all_nonzero": lambda model, patch: (
+        patch.setattr("torch.fx.experimental._config", SimpleNamespace()),
+        hf_compat.all_nonzero().__enter__(),
     ),
     "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
     "execution_device": lambda model, patch: hf_compat.execution_device(

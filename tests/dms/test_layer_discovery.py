@@ -7,10 +7,11 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import dms
 from dms import layer_discovery as adapter
-from dms.hf_compat import CACHE_NAMES, cache_argument
+from dms.hf_compat import CACHE_NAMES, cache_argument, output_cache, own_cache
 from dms.layer_discovery import find_layers
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
@@ -152,7 +153,7 @@ def test_refuses_a_model_whose_caches_are_all_bounded(family, options, reason, b
     assert "no layer has full attention" in message and reason in message
 
 
-@pytest.mark.parametrize(("family", "reason"), [("bloom", "BloomAttention.* by itself"), ("mamba", "no module named as attention")])
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "BloomAttention.* by itself"), ("mamba", "its decoder has no attention layers")])
 def test_refuses_attention_that_it_cannot_reach(family, reason):
     options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "n_layer": 1, "n_head": 4, "state_size": 4}
     allowed = {
@@ -242,6 +243,7 @@ _SMALL = {
     "max_position_embeddings": 512,
 }
 _GEMMA4 = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "pad_token_id": 0}
+_FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
@@ -256,7 +258,30 @@ def _small(family: str, **options):
     [
         ("diffllama", {}, r"layers.0.self_attn \(DiffLlamaAttention\) calls attention 2 times in a pass, and its gate decides once"),
         ("hrm_text", {}, r"HrmTextAttention\) calls attention \d+ times in a pass"),
-        ("bert", {}, "keeps no keys and values from one pass to the next"),
+        ("bert", {}, r"attention.self \(BertSelfAttention\) attends both ways"),
+        (
+            "doge",
+            {"num_key_value_heads": 2},
+            r"layers.0.self_attn \(DogeAttention\) adds something of its own to the scores \(attention_mask\)",
+        ),
+        (
+            "gemma3_text",
+            _ALTERNATING | {"head_dim": 16, "sliding_window": 8, "use_bidirectional_attention": True},
+            r"Gemma3Attention\) attends both ways",
+        ),
+        ("llama", {"is_causal": False}, r"LlamaAttention\) attends both ways"),
+        (
+            "jetmoe",
+            {"num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+            r"JetMoeAttention\) caches 2 heads of 16 and makes of them, in each pass anew, the 4 KV heads of 16",
+        ),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 2]]}, r"GPTNeo\w*Attention\) computes attention by itself"),
+        ("falcon_h1", _FALCON_H1, "no layer has full attention .*attention beside another mixer, in one layer of the cache"),
+        (
+            "deepseek_v32",
+            {"num_key_value_heads": 4, "n_routed_experts": 4},
+            "no layer has full attention .*attention to keys that an indexer chooses",
+        ),
     ],
 )
 def test_layers_that_a_gate_does_not_fit_are_refused_with_the_reason(family, options, reason):
@@ -355,3 +380,87 @@ def test_compiled_decoders_are_not_compiled_for_each_call(build_gated, make_batc
             torch.testing.assert_close(model(**batch, use_cache=False).logits, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"position_bias": torch.ones(1)}, r"adds something of its own to the scores \(position_bias\)"),
+        ({"window_of": 3, "other": 0.5}, r"adds something of its own to the scores \(window_of\)"),
+        ({"is_causal": False}, "attends both ways"),
+        ({"sliding_window": 8}, r"adds something of its own to the scores \(sliding_window\)"),
+    ],
+)
+def test_what_attention_is_handed_is_understood_or_refused(options, reason, build_model, monkeypatch):
+    """What our attention would leave out without a word."""
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **options))
+    with pytest.raises(ValueError, match=rf"layers.0.self_attn \(LlamaAttention\) {reason}"):
+        dms.retrofit(build_model("llama"), dms.DMSConfig(window=8))
+
+
+def test_what_says_nothing_of_scores_is_let_through(build_model, monkeypatch):
+    forward = LlamaAttention.forward
+    options = {"is_causal": True, "head_mask": None, "block_indices": None, "output_attentions": False, "unknown": 0}
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, **options))
+    assert len(find_layers(build_model("llama")).gated) == 2
+
+
+_BART = {"d_model": 64, "num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4}
+_SPARSE = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+}
+_SPARSE |= {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2}
+_CROSS = {"not called for text alone (cross-attention)"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "decoder", "indices", "skipped"),
+    [
+        # Its layers stand in what is named an encoder, and tokens come to the model around it.
+        ("bert", {"is_decoder": True, "hidden_size": 64}, "bert", [0, 1, 2, 3], set()),
+        ("roc_bert", {"is_decoder": True, "add_cross_attention": True}, "roc_bert", [0, 1, 2, 3], _CROSS),
+        ("bart", _BART, "model.decoder", [0, 1], _CROSS),
+        ("gpt2", {"add_cross_attention": True}, "transformer", [0, 1, 2, 3], _CROSS),
+        ("afmoe", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, **_ALTERNATING}, "model", [1, 3], {"sliding attention"}),
+        ("minimax_m3_vl_text", _SPARSE, "model", [0, 2], {"minimax m3 sparse"}),
+    ],
+)
+def test_decoders_of_other_kinds(family, options, decoder, indices, skipped, open_gates, make_batch):
+    model = _small(family, **options)
+    ids = make_batch(2, 24)["input_ids"]
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        dms.retrofit(model, dms.DMSConfig(window=4, scale=1.0, offset=40.0))
+        assert model.dms.decoder is model.get_submodule(decoder)
+        assert [layer.index for layer in model.dms.layers] == indices and set(model.dms.skipped.values()) == skipped
+        for mode in ("train", "evict"):
+            set_mode(model, mode)
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, dense, atol=1e-4, rtol=0)
+        open_gates(model)
+        for gate in (layer.gate for layer in model.dms.layers):
+            gate.offset = 0.0
+        whole, cache, parts = model(input_ids=ids, use_cache=False).logits, None, []
+        assert not torch.allclose(whole, dense, atol=1e-3)
+        for part in ids.split([12, 1, 8, 1, 2], 1):
+            out = model(input_ids=part, use_cache=True, **cache_argument(model, cache))
+            cache = output_cache(out)
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+        assert isinstance(own_cache(cache), dms.DMSCache) and own_cache(cache).report(warn=False).cr > 1
+        if skipped == _CROSS:
+            with pytest.raises(ValueError, match=r"was given encoder_hidden_states; gates are for text alone: set_mode\(model, 'dense'\)"):
+                model(input_ids=ids, encoder_hidden_states=torch.zeros(2, 3, 64))
+        set_mode(model, "dense")
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, dense)
+
+
+def test_modules_of_one_place_are_refused_where_calls_are_not_seen(monkeypatch):
+    monkeypatch.setattr(adapter, "probe", lambda *_: None)
+    with pytest.raises(ValueError, match=r"2 attention modules have layer_idx 0, such as model.decoder.layers.0.self_attn"):
+        find_layers(_small("bart", **_BART))
