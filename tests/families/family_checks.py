@@ -165,7 +165,9 @@ class Passes:
         for chunk in chunks:
             given = {n: v[:, : start + chunk] if n == "attention_mask" else v[:, start : start + chunk] for n, v in batch.items()}
             held = {} if cache is None else cache_argument(self.model, cache)
-            with reading(self.model, LENGTH) if hasattr(self.model, "dms") else contextlib.nullcontext():
+            # Dense passes are left as they were.
+            active = getattr(self.model, "dms", None) is not None and self.model.dms.mode != "dense"
+            with reading(self.model, LENGTH) if active else contextlib.nullcontext():
                 out = self.model(**given, **held, use_cache=True)
             cache, start = output_cache(out), start + chunk
             if cache is None:
