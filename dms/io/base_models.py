@@ -109,14 +109,15 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
 
     config = load_config(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    options = load_options(config, torch.bfloat16 if wanted == "auto" and is_saved_bfloat16(config) else wanted, quantize)
+    # transformers takes "auto" for the configuration's.
+    held = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    options = load_options(config, held, quantize)
     if quantize is not None or is_packed(config):
         # Packed where they will be: many kinds are not moved afterwards.
         options["device_map"] = {"": device}
     model: Any
     try:
-        model = auto_class(config).from_pretrained(resolve_model(name), dtype=wanted, **options)
+        model = auto_class(config).from_pretrained(resolve_model(name), dtype="auto" if dtype == "auto" else held, **options)
     except Exception as error:
         # safetensors, JSON, hub and network errors have no common base class; each becomes one line with its cause.
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -124,7 +125,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
     hf_compat.keep_packed_layout(model)
-    hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
+    hold_unpacked(model, held)
     return model.to(device).eval()
 
 

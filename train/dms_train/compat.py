@@ -210,7 +210,7 @@ def forget_quantization(model: Any) -> None:
 
     Assumes: the quantiser in hf_quantizer takes what it left on the model away again in remove_quantization_config(model).
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if not hasattr(quantizer, "remove_quantization_config"):
         raise _changed("forget_quantization", "transformers", "PreTrainedModel.hf_quantizer.remove_quantization_config(model)")
     quantizer.remove_quantization_config(model)
