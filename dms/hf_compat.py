@@ -400,6 +400,7 @@ def keep_packed_layout(model: Any) -> None:
 
     Assumes: Linear4bit rewrites its weight in place where its attribute support_avx512bf16_for_cpu is true.
     """
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             if not hasattr(module, "support_avx512bf16_for_cpu"):

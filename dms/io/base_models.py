@@ -251,14 +251,15 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     hf_compat.mend_text_outputs()
     check_quantize(name, quantize)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    options = load_options(config, torch.bfloat16 if wanted == "auto" and is_saved_bfloat16(config) else wanted, quantize)
+    # transformers takes "auto" for the configuration's.
+    held: Any = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    options = load_options(config, held, quantize)
     if quantize is not None or is_packed(config):
         # Packed where they will be: many kinds are not moved afterwards.
         options["device_map"] = {"": device}
     model: Any
     try:
-        model = _from_pretrained(source, config, wanted, options)
+        model = _from_pretrained(source, config, "auto" if dtype == "auto" else held, options)
     except gguf_file.GGUFError:
         raise
     except Exception as error:
@@ -271,7 +272,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
         # From the hub now: when the model is saved, it may be out of reach.
         snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     hf_compat.keep_packed_layout(model)
-    hold_unpacked(model, config.dtype if wanted == "auto" else wanted)
+    hold_unpacked(model, held)
     return model.to(device).eval()
 
 

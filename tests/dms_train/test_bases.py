@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from dms_train import loop
 from dms_train.recipe import RetrofitRecipe
+from safetensors.torch import load_file, save_file
 
 METHODS = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -60,6 +62,21 @@ def test_a_package_that_is_missing(refusal, tiny_folder, monkeypatch):
     )
     said = refusal(config | {"quantization_config": METHODS["bitsandbytes"]})
     assert "a base in this format needs bitsandbytes" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU FP8 may stay packed")
+def test_what_transformers_unpacks_here(recipe_values, tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": METHODS["fp8"] | {"activation_scheme": "dynamic"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        loop.run(RetrofitRecipe.model_validate(recipe_values | {"model": str(base)}))
+    assert "is quantised (fp8), and transformers unpacks it on this machine" in str(caught.value) and "save_pretrained" in str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [ALL, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}])

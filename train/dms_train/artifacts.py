@@ -20,7 +20,7 @@ from dms.evaluation.stats.results import PolicyResult
 from dms.evaluation.stats.rows import RowContext, describe_device, versions
 from dms.io import base_models, checkpoint
 from dms.io.gguf_file import read_header
-from dms.io.quantization import packed_modules
+from dms.io.quantization import is_packed
 from dms.io.weights import base_hash, sha256
 from dms.modes import state_of
 from dms.report.cards import write_run_card
@@ -66,7 +66,8 @@ def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, w
     dtype = next(tensor.dtype for tensor in weights.base.values() if tensor.is_floating_point())
     target_cr = recipe.target_cr
     # Files that are packed already are copied; what the recipe packed is written as it was packed.
-    packed_files = base_models.local_weights(recipe.model) if recipe.quantize is None and packed_modules(student) else None
+    came_packed = recipe.trainable == "gates" and is_packed(base_models.load_config(recipe.model))
+    packed_files = base_models.local_weights(recipe.model) if came_packed else None
     model_folder = checkpoint.save(
         student,
         folder / "model",

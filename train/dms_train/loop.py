@@ -21,7 +21,7 @@ from dms.errors import writing
 from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.stats.results import PolicyResult
 from dms.io import base_models, checkpoint
-from dms.io.quantization import packed_modules
+from dms.io.quantization import is_packed
 from dms.io.vocabulary import check_documents, num_embeddings
 from dms.modes import set_mode, state_of
 from dms.training.packed_attention import PackedAttention
@@ -408,9 +408,9 @@ def _finish(setup: Setup, position: Position, start: float) -> dict:
     dense = setup.dense
     if dense is None and (is_main or divided):
         dense = artifacts.dense_result(recipe, parts, setup.documents)
-    was_packed = bool(packed_modules(parts.student))
+    was_packed = is_packed(parts.student.config)
     merge_adapters(parts.student)
-    if was_packed and not packed_modules(parts.student):
+    if was_packed and not is_packed(parts.student.config):
         setup.console.print(
             "the adapters are merged into unpacked weights, since packed ones would lose most of what they add: model/ is an ordinary folder",
             highlight=False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dms.io.quantization import packed_modules
+from dms.io.quantization import is_packed, packed_modules
 from dms.modes import state_of
 from dms.requirements import missing
 from dms.training.sharding import gathered
@@ -86,7 +86,7 @@ def merge_adapters(model: nn.Module) -> None:
     A base with packed weights becomes an ordinary one: rounded again to a few bits, its weights would lose most of what adapters add.
     """
     found = list(compat.lora_layers(model))
-    if found and packed_modules(model):
+    if found and is_packed(model.config):
         _unpack(model)
         return
     for name, module in found:

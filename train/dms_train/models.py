@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dms.io import base_models
-from dms.io.quantization import check_gradients, packed_modules, packed_tensors
+from dms.io.quantization import check_gradients, is_packed, packed_modules, packed_tensors, quant_method
 from dms.modes import state_of
 from dms.retrofitting import gate_parameters, retrofit
 from dms.training.activation_checkpointing import enable_checkpointing
@@ -62,12 +62,24 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
             target modules that it does not have.
     """
     student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device, quantize=recipe.quantize)
-    check_gradients(student, f"model {recipe.model!r}")
+    check_packed(recipe, student)
     teacher = None
     if recipe.trainable == "all" and recipe.teacher_cache is None:
         teacher = base_models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
     gates, base = equip(student, recipe)
     return Models(student, teacher, gates, base)
+
+
+def check_packed(recipe: RetrofitRecipe, student: "PreTrainedModel") -> None:
+    """Raises ValueError where gradients do not pass through packed weights, or where they are not packed once they are loaded."""
+    name, config = f"model {recipe.model!r}", base_models.load_config(recipe.model)
+    if is_packed(config) and not packed_modules(student):
+        raise ValueError(
+            f"{name} is quantised ({quant_method(config)}), and transformers unpacks it on this machine, so that gates would train on other weights "
+            "than its files hold: FP8, for one, is computed with on GPUs of compute capability 8.9 or later alone. Run it there; or load it with "
+            "AutoModelForCausalLM.from_pretrained, write that with save_pretrained, and give that folder"
+        )
+    check_gradients(student, name)
 
 
 def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
