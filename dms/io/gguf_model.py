@@ -20,8 +20,7 @@ _FLOATS = (0, 1, _BFLOAT16)
 # Rotary factors are no weights of a model in transformers.
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
-# Keys of the header, and what the configuration must say the same of. What stands under the second line is refused if there is no such
-# field at all: the model would compute without it.
+# Keys of the header, and the fields that must say the same.
 _SAME = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -32,6 +31,7 @@ _SAME = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+# Without a field for these a model would compute something else.
 _NEEDED = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 # Layers of the Gemma models whose queries are scaled by M / Hq instead of D; no key of the header says so.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
@@ -162,14 +162,18 @@ def _llama3_scaling(header: GGUFHeader, theta: float) -> dict[str, Any]:
 
 def _check(config: Any, header: GGUFHeader) -> None:
     """Raises ValueError where the configuration says another thing than the header."""
-    said = {key: (header.of_model(key), getattr(config, name, None), hasattr(config, name)) for key, name in _SAME.items()}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    said["attention.key_length"] = (header.of_model("attention.key_length"), head_dim, config.model_type != "gemma4_text")
-    if rope := _rope(config):
-        rotated = int(head_dim * (rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1))
-        said["rope.dimension_count"] = (header.of_model("rope.dimension_count"), rotated, config.model_type != "gemma4_text")
-    for key, (theirs, ours, known) in said.items():
-        if theirs in (None, 0) or isinstance(theirs, list) or not (known or key in _NEEDED):
+    said = {key: getattr(config, name, None) for key, name in _SAME.items() if key in _NEEDED or hasattr(config, name)}
+    # Gemma 4 has heads of two sizes, and configurations without attention have none.
+    if config.model_type != "gemma4_text" and (num_heads := getattr(config, "num_attention_heads", None)):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        said["attention.key_length"] = head_dim
+        if rope := _rope(config):
+            share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+            said["rope.dimension_count"] = int(head_dim * share)
+    for key, ours in said.items():
+        theirs = header.of_model(key)
+        # A list says something of each layer, and no field of a configuration says the same.
+        if theirs in (None, 0) or isinstance(theirs, list) or isinstance(ours, list):
             continue
         if ours is None or not isclose(theirs, ours, rel_tol=1e-6):
             raise _refused(header, f"{header.architecture}.{key} {theirs}, for which it has {ours}")

@@ -133,6 +133,18 @@ def test_names(file, tmp_path):
         base_models.resolve_model(str(tmp_path))
 
 
+def test_a_file_of_the_hub(file, monkeypatch):
+    import transformers.utils
+
+    asked = []
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *names, **options: asked.append((*names, options)) or str(file))
+    assert base_models.load_config("acme/small:sub/tiny.gguf").vocab_size == 2048
+    assert base_models.local_weights("acme/small:sub/tiny.gguf") == file
+    assert {names[:2] for names in asked} == {("acme/small", "sub/tiny.gguf")}
+    assert asked[-1][2] == {"local_files_only": True} and asked[0][2] == {"local_files_only": False}
+    assert base_models.load_tokenizer("acme/small:sub/tiny.gguf").name_or_path == "acme/small:sub/tiny.gguf"
+
+
 def test_a_file_that_the_hub_does_not_have(monkeypatch):
     import transformers.utils
 
@@ -215,6 +227,28 @@ def test_rotary_scaling_is_carried_over(write):
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain / factors)
     ones = torch.ones(16).numpy()
     assert base_models.load_config(write(tensors={"rope_freqs.weight": ones})).rope_parameters["rope_type"] == "default"
+
+
+def test_gemma_is_completed(tmp_path):
+    def config(**changes):
+        writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma3")
+        said = {"context_length": 256, "block_count": 62, "embedding_length": 96, "feed_forward_length": 64, "attention.head_count": 4}
+        said |= {"attention.head_count_kv": 2, "attention.key_length": 32, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6}
+        for key, value in (said | changes).items():
+            gguf_writing.add(writer, f"gemma3.{key}", value)
+        writer.add_tensor("token_embd.weight", torch.zeros(50, 96).numpy())
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+            step()
+        return base_models.load_config(str(tmp_path / "gemma.gguf"))
+
+    scaled = config(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "attention.sliding_window": 64})
+    assert scaled.model_type == "gemma3_text" and scaled.vocab_size == 50 and scaled.sliding_window == 64
+    assert scaled.rope_parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert scaled.rope_parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+    # The model of 27 B scales queries by its width.
+    assert scaled.query_pre_attn_scalar == 24 and config(block_count=12).query_pre_attn_scalar == 256
+    with pytest.raises(gguf_file.GGUFError, match=r"gemma3.final_logit_softcapping 30.0, for which it has None"):
+        config(final_logit_softcapping=30.0)
 
 
 def damaged(data, tmp_path):
