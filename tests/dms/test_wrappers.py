@@ -11,6 +11,7 @@ from transformers import AutoConfig, Cohere2ForCausalLM, Cohere2VisionForConditi
 from wrappers import PROCESSOR, WRAPPERS, build_wrapper, image_inputs, wrapper_config, write_wrapper
 
 import dms
+from dms.builtin import builtin_models
 from dms.hf_compat import cache_argument, output_cache
 from dms.io import base_models, checkpoint
 from dms.lm_head import difference_of_head, find_head, text_decoder
@@ -206,7 +207,7 @@ def test_from_the_hub_what_prepares_images_comes_along(monkeypatch, tmp_path):
     assert all((tmp_path / "out" / name).is_file() for name in PROCESSOR)
     # Not where a model is of text alone.
     shutil.rmtree(repo / "snapshots" / commit)
-    shutil.copytree(base_models.resolve_model("builtin:tiny"), repo / "snapshots" / commit)
+    shutil.copytree(builtin_models()["tiny"], repo / "snapshots" / commit)
     base_models.load_base("acme/pictures", device="cpu")
     assert len(fetched) == 1
 
