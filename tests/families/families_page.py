@@ -13,18 +13,16 @@ STATUSES = ("right", "refused", "not run", "WRONG")
 MEANINGS = (
     ("encoder-decoder", "an encoder reads the text, and what its decoder caches of it is not text that was generated"),
     ("computes attention by itself", "its modelling file does not call transformers' attention interface, where eviction acts"),
+    ("mask or a bias of its own", "attention with evictions would leave out what the layer adds to its scores"),
+    ("does not know", "attention with evictions would leave out what the layer hands to its attention"),
     ("numbers and values of", "a page of the cache holds keys and values of one width"),
     ("KV heads and attends to", "what it caches is not what it attends to (a compressed latent, or heads repeated after the cache)"),
-    ("both ways", "its tokens see later ones, and an evicted token may not have been read yet"),
-    (
-        "no layer has full attention",
-        "every cache of it is bounded already, by a sliding window or a state, or its layers choose keys by themselves",
-    ),
+    ("both ways", "its tokens see later ones: nothing can be evicted before all is read"),
+    ("full attention", "every cache of it is bounded already, or holds another mixer's state, or its layers choose keys by themselves"),
     ("calls attention", "its layers call attention several times in a pass, and a gate decides once"),
-    ("keeps no keys and values", "nothing grows that could be evicted: an encoder, or a decoder whose `is_decoder` is not set"),
-    ("reads another layer's", "the layer has no cache of its own"),
-    ("no attention layer", "it has no attention (a state space or a recurrence), or one that does not follow transformers' layout"),
+    ("keys and values", "nothing grows that could be evicted: an encoder, or a cache of a kind of its own"),
     ("attention modules have layer_idx", "two layers would share one place of the cache"),
+    ("attention layer", "it has no attention (a state space or a recurrence), or one that does not follow transformers' layout"),
 )
 
 _HEAD = """# Families

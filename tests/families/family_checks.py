@@ -97,6 +97,9 @@ def _check(case: Case, seed: int, row: dict[str, Any]) -> None:
     for name in ("steps", "turns"):
         if dense[name] is not None and _fits(name, dense[name], dense["whole"], row):
             passes.own_ways[name] = _WAYS[name]
+    if passes.can_pad_left and dense["steps"] is not None:
+        padded = passes.rows(passes.parts(STEPS, left=LEFT)[0], left=True)
+        passes.can_pad_left_parts = _fits("left padding in steps", padded, passes.rows(dense["whole"]), row)
     if dense["steps"] is None:
         row["notes"].append("not compared: reading with a cache, which the dense model does not hand back")
 
@@ -128,6 +131,7 @@ class Passes:
         self.ids = torch.randint(2, LAST_TEXT_TOKEN + 1, (2, LENGTH), generator=torch.Generator().manual_seed(0))
         self.takes = set(inspect.signature(type(model).forward).parameters)
         self.can_pad_left = self.can_pad_right = True
+        self.can_pad_left_parts = False
         self.own_ways: dict[str, tuple[int, ...]] = {}
         """How the dense model can be read in parts."""
 
@@ -279,10 +283,11 @@ def _evicting(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> Non
     for name, chunks in passes.ways().items():
         logits, cache = passes.parts(chunks)
         _same(f"evict with a cache, in {name}", logits, whole)
-        held = [cache.layers[layer.index] for layer in model.dms.layers]
+        # A decoder with cross-attention keeps one cache for each kind.
+        held = [getattr(cache, "self_attention_cache", cache).layers[layer.index] for layer in model.dms.layers]
         if model.dms.takes_cache and not all(isinstance(layer, CompactedLayer) for layer in held):
             raise Wrong(f"evict with a cache holds {type(held[0]).__name__}, which frees nothing")
-        if passes.can_pad_left:
+        if passes.can_pad_left_parts:
             padded = passes.parts(chunks, left=LEFT)[0]
             _same(f"evict with a cache, in {name}, left padding", padded[0], whole[0])
             _same(f"evict with a cache, in {name}, left padding", passes.rows(padded, left=True), passes.rows(whole))
@@ -293,7 +298,8 @@ def _generating(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> N
     if "steps" not in passes.own_ways:
         row["notes"].append("not compared: generate")
         return
-    for name, padding in (("", {}), (", left padding", {"left": LEFT})):
+    ways: dict[str, dict[str, int]] = {"": {}} | ({", left padding": {"left": LEFT}} if passes.can_pad_left_parts else {})
+    for name, padding in ways.items():
         set_mode(model, "dense")
         try:
             alone = passes.generate(**padding)

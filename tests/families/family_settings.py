@@ -244,6 +244,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dory": {"one loop": {"n_recurrent_loops": 1}, "last loop cached": {"recurrent_kv_cache_mode": "last_loop"}},
     "hrm_text": {"one cycle": {"H_cycles": 1, "L_cycles": 1}},
     "zamba2": {"two shared blocks with adapters": {"num_mem_blocks": 2, "use_shared_attention_adapter": True}},
+    "mllama": {"cross-attention among the layers": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "doge": {"no window of its own": {"keep_window_size": 4096}},
     "smollm3": {"no rotary anywhere": {"no_rope_layers": [0, 0], "num_hidden_layers": 2}},
 }
