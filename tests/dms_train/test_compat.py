@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import re
 import time
@@ -223,6 +224,16 @@ def test_build_locks(group, monkeypatch, tmp_path):
         assert [found.resolve() for found in compat.build_locks(builder)] == [lock.resolve()]
     assert "os.path.join(build_directory, 'lock')" in inspect.getsource(cpp_extension._jit_compile)
     assert "name=self.name" in inspect.getsource(type(builder).jit_load)
+
+
+def test_keep_from_broadcast():
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compat.keep_from_broadcast(module, ["0.weight"])
+    # What its constructor reads.
+    assert module._ddp_params_and_buffers_to_ignore == ["0.weight"]
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
 
 
 def test_forget_quantization():

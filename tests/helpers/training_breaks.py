@@ -171,6 +171,11 @@ def break_lora_product(patch, get):
     compat.lora_product(layer)
 
 
+def break_keep_from_broadcast(patch, get):
+    patch.delattr("torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model")
+    compat.keep_from_broadcast(make_small("llama"), [])
+
+
 def break_forget_quantization(patch, get):
     compat.forget_quantization(make_small("llama"))
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -200,6 +200,19 @@ def build_locks(builder: Any) -> list[Path]:
         raise _changed("build_locks", "torch", "torch.utils.cpp_extension.get_default_build_root")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default())
     return [*root.glob(f"*/{name}/lock"), *root.glob(f"{name}/lock")]
+
+
+def keep_from_broadcast(module: "nn.Module", names: Iterable[str]) -> None:
+    """Leave parameters and buffers out of what data parallelism sends from the first process to the others at its start.
+
+    Assumes: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names), by names within the module.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    ignore = getattr(DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", None)
+    if ignore is None:
+        raise _changed("keep_from_broadcast", "torch", "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model")
+    ignore(module, list(names))
 
 
 # transformers.

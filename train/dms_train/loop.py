@@ -21,12 +21,12 @@ from dms.errors import writing
 from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.stats.results import PolicyResult
 from dms.io import base_models, checkpoint
-from dms.io.quantization import is_packed
+from dms.io.quantization import is_packed, packed_modules
 from dms.io.vocabulary import check_documents, num_embeddings
 from dms.modes import set_mode, state_of
 from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
-from dms_train import artifacts, cache_teacher, checkpoints, models, preflight
+from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
 from dms_train.data.packing import cost_of
@@ -250,7 +250,12 @@ def _build_engine(
     if parts.base:
         groups.append({"params": list(parts.base.values()), "peak_lr": recipe.optimizer.base_lr})
     attention = make_attention(recipe, accelerator, parts.student)
-    engine = Engine(accelerator, Distillation(parts, recipe, attention), groups, recipe, console)
+    module = Distillation(parts, recipe, attention)
+    if packed := {id(t) for own in packed_modules(parts.student).values() for t in (*own.parameters(False), *own.buffers(False))}:
+        # All processes have them from the same files, and some kinds cannot be sent.
+        held = (*module.named_parameters(), *module.named_buffers())
+        compat.keep_from_broadcast(module, [name for name, tensor in held if id(tensor) in packed])
+    engine = Engine(accelerator, module, groups, recipe, console)
     sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
     check_head(parts.student, sample[None])
     if recipe.data.packs and attention is None:
