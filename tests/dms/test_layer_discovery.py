@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import dms
 from dms import layer_discovery as adapter
-from dms.hf_compat import CACHE_NAMES, cache_argument, output_cache, own_cache
+from dms.hf_compat import CACHE_NAMES, attention_name, cache_argument, output_cache, own_cache
 from dms.layer_discovery import find_layers
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
@@ -289,6 +289,57 @@ def test_layers_that_a_gate_does_not_fit_are_refused_with_the_reason(family, opt
     with pytest.raises(ValueError, match=reason):
         dms.retrofit(model, dms.DMSConfig(window=8))
     assert getattr(model, "dms", None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "options", "decoder", "skipped"),
+    [
+        ("bert", {"is_decoder": True}, "bert", 0),
+        ("bart", {"d_model": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}, "model.decoder", 4),
+    ],
+)
+def test_decoders_that_were_made_for_encoders(family, options, decoder, skipped, open_gates, make_batch):
+    """The decoder is what reads tokens, and cross-attention that text alone does not call is left alone."""
+    model, batch = _small(family, **options), make_batch(2, 30, left=[0, 7])
+    dense = model(**batch, use_cache=False).logits
+    dms.retrofit(model, dms.DMSConfig(window=4, scale=1.0, offset=40.0))
+    assert model.dms.decoder is model.get_submodule(decoder) and len(model.dms.layers) == 4
+    assert list(model.dms.skipped.values()) == ["not called for text alone (cross-attention)"] * skipped
+    real = batch["attention_mask"].bool()
+    set_mode(model, "evict")
+    torch.testing.assert_close(model(**batch, use_cache=False).logits[real], dense[real], atol=1e-4, rtol=1e-4)
+    model.dms.evict_bias = 40.0
+    open_gates(model)
+    whole = model(**batch, use_cache=False).logits[real]
+    assert not torch.allclose(whole, dense[real], atol=1e-3)
+    cached = model(**batch, use_cache=True, **cache_argument(model, dms.DMSCache(model))).logits[real]
+    torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_without_gates_keep_their_attention(build_gated):
+    """Some build masks of their own where attention has a name that they know."""
+    model = build_gated("gemma3_text")
+    sliding, full = (layer.self_attn.config for layer in model.model.layers)
+    assert sliding is model.config and full is not model.config
+    before = attention_name(model.config)
+    for mode in ("evict", "train", "dense"):
+        set_mode(model, mode)
+        assert attention_name(sliding) == before
+        assert (attention_name(full) == before) == (mode == "dense")
+
+
+def test_a_model_that_does_not_run_without_storage_reads_two_tokens_itself(build_model, monkeypatch):
+    expected = find_layers(build_model("qwen3"))
+    monkeypatch.setattr(adapter, "_read_on_fake_tensors", lambda *_: None)
+    model = build_model("qwen3").train()
+    name = attention_name(model.config)
+    found = find_layers(model)
+    assert [(a.index, a.name, a.num_heads) for a in found.gated] == [(a.index, a.name, a.num_heads) for a in expected.gated]
+    assert attention_name(model.config) == name and all(module.training for module in model.modules())
+    monkeypatch.setattr(model.model, "forward", lambda *_, input_ids=None, **__: 1 / 0)
+    with pytest.raises(ValueError, match=r"does not read two tokens of text alone, without a mask \(ZeroDivisionError: "):
+        find_layers(model)
 
 
 def test_heads_are_counted_in_the_layer(open_gates, make_batch):
