@@ -130,6 +130,18 @@ def attention_name(config: Any) -> str:
     return name
 
 
+def use_capped_attention(model: Any) -> None:
+    """Let a model whose scores are capped attend by eager attention: some releases choose sdpa for it, which leaves the cap out.
+
+    Assumes: attn_logit_softcapping of the text configuration says that scores are capped; the public set_attn_implementation.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None and attention_name(text) == "sdpa":
+        model.set_attn_implementation("eager")
+        if attention_name(text) != "eager":
+            raise changed("hf_compat.use_capped_attention", "transformers", "set_attn_implementation that reaches the text configuration")
+
+
 def set_attention(config: Any, name: str | None) -> str | None:
     """Make one configuration ask for another attention function, and return the one before.
 
@@ -278,11 +290,14 @@ def forget_rotary_length(module: nn.Module) -> None:
 def swap_rope_deltas(module: Any, deltas: torch.Tensor | None) -> torch.Tensor | None:
     """Change by how much the images that a model has read shift the positions of later tokens (None: no images), and return it as it was.
 
-    Assumes: of a model with `get_rope_index` (M-RoPE), `rope_deltas` says so, and is added to positions after a cache wherever that came from.
+    Assumes: of a model with `get_rope_index` (M-RoPE), `rope_deltas` of it or of a part says so, and is added to positions after a cache
+    wherever that came from.
     """
     if not hasattr(module, "get_rope_index"):
         return None
     if not hasattr(module, "rope_deltas"):
+        if any(hasattr(part, "rope_deltas") for part in module.modules()):
+            return None
         raise changed("hf_compat.swap_rope_deltas", "transformers", f"rope_deltas of {type(module).__name__}, which has get_rope_index")
     before, module.rope_deltas = module.rope_deltas, deltas
     return before

@@ -61,6 +61,8 @@ class LayerCalls:
     """Its tokens see those that come after."""
     adds: str | None = None
     """What it adds to the scores beside keys and queries, as it named it; None: nothing."""
+    caps: bool = False
+    """Its scores are capped."""
 
 
 def probe(model: Any, decoder: str) -> dict[str, LayerCalls | None] | None:
@@ -123,6 +125,7 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
     times: Counter[nn.Module] = Counter()
     added: dict[nn.Module, str] = {}
     looking_ahead: set[nn.Module] = set()
+    capped: set[nn.Module] = set()
     ran: list[nn.Module] = []
     ahead = torch.zeros(1, 1, 2, 2, device=device)
 
@@ -134,6 +137,8 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
         if attention_mask is ahead or False in causal:
             looking_ahead.add(module)
             attention_mask = None
+        if kwargs.get("softcap") is not None:
+            capped.add(module)
         given = {"attention_mask": attention_mask} | {name: x for name, x in kwargs.items() if name not in _FOLLOWED}
         for name in (name for name, x in given.items() if x is not None and not (isinstance(x, int | float) and x == 0)):
             added.setdefault(module, name)
@@ -173,7 +178,7 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
             owners.append((names[module], key, value))
         sizes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         found[names[module]] = LayerCalls(
-            times[module], *sizes, *_cached(cache, module), source, module in looking_ahead, added.get(module)
+            times[module], *sizes, *_cached(cache, module), source, module in looking_ahead, added.get(module), module in capped
         )
     return found
 
@@ -288,6 +293,11 @@ def _find_layers(model: Any) -> DecoderLayers:
     if probed and all(calls is None or calls.cached_heads is None for calls in probed.values()) and any(probed.values()):
         raise _NoDecoder(
             "it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set), or not where transformers does"
+        )
+
+    if hf_compat.attention_name(text) == "sdpa" and any(calls is not None and calls.caps for calls in (probed or {}).values()):
+        raise _NoDecoder(
+            "its scores are capped, and transformers' sdpa attention leaves the cap out: load it with attn_implementation='eager'"
         )
 
     gated: dict[str, AttentionLayer] = {}

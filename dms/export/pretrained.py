@@ -60,6 +60,7 @@ class GatedPretrained(_Base):
             structure=lambda: Structure.of(type(model), model.config),
         )
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
+        hf_compat.use_capped_attention(model)
         attach(model, config, tensors, metadata, path.parent, other)
         _follow_offloading(model)
         set_mode(model, "evict")

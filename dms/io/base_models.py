@@ -272,6 +272,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
         # From the hub now: when the model is saved, it may be out of reach.
         snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     hf_compat.keep_packed_layout(model)
+    hf_compat.use_capped_attention(model)
     hold_unpacked(model, held)
     return model.to(device).eval()
 
@@ -279,7 +280,14 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
 def _from_pretrained(source: ModelSource, config: Any, dtype: Any, options: dict[str, Any]) -> Any:
     path = source.gguf_path()
     if path is None:
-        return auto_class(config).from_pretrained(source.location, dtype=dtype, **options)
+        model, found = auto_class(config).from_pretrained(source.location, dtype=dtype, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):
+            # transformers would go on with random ones.
+            raise ValueError(
+                f"its files lack {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}; they belong to another class, or "
+                "are not all there"
+            )
+        return model
     from dms.io import gguf_model
 
     return gguf_model.load(path, auto_class(config), config, config.dtype if dtype == "auto" else dtype)

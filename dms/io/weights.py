@@ -155,6 +155,8 @@ class Structure:
             # It says how files hold the weights. The model itself is the same without.
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
+            # Some modelling files (apertus) need a dtype, and saving leaves its name in its place.
+            part.dtype = torch.get_default_dtype()
         with torch.device("meta"):
             model = build(config)
         ties = hf_compat.tied_weights(model)

@@ -308,6 +308,17 @@ def test_saving_packed(flattens, build_model, tmp_path, monkeypatch):
         pass
 
 
+def test_use_capped_attention(build_model):
+    model = build_model("gemma2")
+    hf_compat.set_attention(model.config, "sdpa")
+    hf_compat.use_capped_attention(model)
+    assert model.config._attn_implementation == "eager"
+    plain = build_model("llama")
+    name = plain.config._attn_implementation
+    hf_compat.use_capped_attention(plain)
+    assert plain.config._attn_implementation == name
+
+
 def test_keep_packed_layout(build_model):
     model = build_model("llama")
     hf_compat.keep_packed_layout(model)

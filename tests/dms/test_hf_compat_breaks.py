@@ -124,6 +124,11 @@ BREAKS = {
         patch.setattr(model, "hf_quantizer", _Outside(), raising=False),
         hf_compat.saving_packed(model, {}).__enter__(),
     ),
+    "use_capped_attention": lambda model, patch: (
+        patch.setattr(model.config, "attn_logit_softcapping", 50.0, raising=False),
+        patch.setattr(model, "set_attn_implementation", lambda name: None),
+        hf_compat.use_capped_attention(model),
+    ),
     "keep_packed_layout": lambda model, patch: hf_compat.keep_packed_layout(type("Linear4bit", (nn.Linear,), {})(2, 2)),
     "tied_weights": lambda model, patch: hf_compat.tied_weights(nn.Linear(2, 2)),
     "has_adapters": lambda model, patch: hf_compat.has_adapters(nn.Linear(2, 2)),

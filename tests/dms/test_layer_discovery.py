@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import dms
 from dms import layer_discovery as adapter
-from dms.hf_compat import CACHE_NAMES, attention_name, cache_argument, output_cache, own_cache
+from dms.hf_compat import CACHE_NAMES, attention_name, cache_argument, output_cache, own_cache, set_attention
 from dms.layer_discovery import find_layers
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
@@ -515,3 +515,13 @@ def test_modules_of_one_place_are_refused_where_calls_are_not_seen(monkeypatch):
     monkeypatch.setattr(adapter, "probe", lambda *_: None)
     with pytest.raises(ValueError, match=r"2 attention modules have layer_idx 0, such as model.decoder.layers.0.self_attn"):
         find_layers(_small("bart", **_BART))
+
+
+def test_a_cap_that_sdpa_would_leave_out_is_refused(build_model):
+    model = build_model("gemma2")
+    set_attention(model.config, "sdpa")
+    with pytest.raises(
+        ValueError,
+        match=r"scores are capped, and transformers' sdpa attention leaves the cap out: load it with attn_implementation='eager'",
+    ):
+        find_layers(model)

@@ -329,6 +329,13 @@ def _gradients(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> No
         parameter.grad = None
 
 
+def _lost(model: Any, folder: str) -> str | None:
+    """A weight that transformers does not find again in a folder that the model's own class wrote."""
+    own = type(model)._own_class
+    _, found = own.from_pretrained(folder, output_loading_info=True)
+    return min(found["missing_keys"], default=None)
+
+
 def _saved(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> None:
     model = passes.model
     if not any(type(model.config) in mapping for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)):
@@ -338,6 +345,11 @@ def _saved(passes: Passes, dense: dict[str, Any], row: dict[str, Any]) -> None:
     before = passes.read()
     with tempfile.TemporaryDirectory() as folder:
         dms.save(model, folder, base_name="tiny")
+        if missing := _lost(model, folder):
+            row["notes"].append(
+                f"not compared: save and load, since transformers itself does not read back what it writes, such as {missing}"
+            )
+            return
         loaded = dms.load(folder, device="cpu")
     if type(loaded).__name__ != type(model).__name__:
         row["notes"].append(f"loaded as {type(loaded).__name__}")
