@@ -260,6 +260,9 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     model: Any
     try:
         model = _from_pretrained(source, config, "auto" if dtype == "auto" else held, options)
+        if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
+            # From the hub now: when the model is saved, it may be out of reach.
+            snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     except gguf_file.GGUFError:
         raise
     except Exception as error:
@@ -268,9 +271,6 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     if is_mxfp4(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
-    if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
-        # From the hub now: when the model is saved, it may be out of reach.
-        snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     hf_compat.keep_packed_layout(model)
     hf_compat.use_capped_attention(model)
     hold_unpacked(model, held)
