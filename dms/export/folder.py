@@ -141,7 +141,8 @@ def _require_untrained_base(found: Exportable) -> None:
         base = None
     if base is not None:
         try:
-            check_base(base, metadata, name)
+            # They go with the base packed again, as `dms.load` does it.
+            check_base(base, metadata, name, form=metadata.get("base_form"))
         except ValueError:
             raise ValueError(
                 f"{found.model} holds other weights than its base {name!r}, or in another dtype, so its gates alone would not work on that; "

@@ -151,6 +151,12 @@ def test_an_export_evicts_as_the_run_s_model(runs, tmp_path):
     assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in theirs.modules())
 
 
+def test_an_export_of_the_gates_goes_with_the_base_packed_again(runs, tmp_path):
+    export(runs("nf4"), tmp_path / "out", format="gates")
+    alone = dms.load(tmp_path / "out", base="builtin:tiny", dtype="float32", device="cpu")
+    assert torch.equal(evicted(alone), evicted(dms.load(runs("nf4") / "model", device="cpu")))
+
+
 def test_gates_alone_are_exported_with_the_files_of_a_packed_base(runs, recipe, tmp_path, monkeypatch):
     base = runs("nf4") / "model"
     again = recipe(model=str(base), steps=1)
