@@ -1,6 +1,5 @@
 """Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,11 @@ from typing import Any
 from dms.builtin import builtin_models
 from dms.config import nearest
 from dms.io import gguf_file
+from dms.io.gguf_file import GGUF, HUB_ID
 from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options
 from dms.requirements import require
 
 BUILTIN = "builtin:"
-GGUF = ".gguf"
-"""How the names of GGUF files end."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
 PROCESSOR_FILES = (
     "preprocessor_config.json",

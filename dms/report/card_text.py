@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dms.io.base_models import GGUF, HUB_ID
+from dms.io.gguf_file import GGUF, HUB_ID
 from dms.report.evidence import TrainingFacts
 
 PAPER = "[arXiv 2506.05345](https://arxiv.org/abs/2506.05345)"
