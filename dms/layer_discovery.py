@@ -443,6 +443,7 @@ def _why_no_gate(calls: LayerCalls, follows: bool) -> str | None:
 # Kinds of layers whose caches grow, and which are left alone all the same.
 _KINDS = {
     "hybrid": "attention beside another mixer, in one layer of the cache",
+    "hybrid_sliding": "sliding attention beside another mixer",
     **dict.fromkeys(
         ("indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention"), "attention to keys that an indexer chooses"
     ),

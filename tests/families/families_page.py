@@ -28,6 +28,8 @@ MEANINGS = (
     ),
     ("calls attention", "each of these calls would need decisions of its own"),
     ("adds something of its own", "attention with evictions would leave out what the layer adds to its scores"),
+    ("has keys of", "a page of the cache holds keys and values of one width"),
+    ("keeps no keys and values", "an encoder, or a cache of a kind of its own"),
     ("attention modules have layer_idx", "two layers share one place of the cache"),
     ("has no layer_idx", "where its keys and values lie in a cache is not known"),
     ("its own decoder has no attention layers", "those that it has belong to models within it, none of which reads the whole text"),
