@@ -101,9 +101,8 @@ def _why_not_read(model: Any, error: Exception) -> str:
         UpstreamChanged: it is the error, and not a consequence of attention that is none of transformers' interface.
     """
     text = model.config.get_text_config()
-    attention = ((path, module) for path, module in model.named_modules() if _is_decoder_attention(module, text))
-    if own := next(((path, module) for path, module in attention if not hf_compat.calls_attention_interface(module)), None):
-        return f"{own[0]} ({type(own[1]).__name__}) computes attention by itself"
+    if own := _own_attention({path: module for path, module in model.named_modules() if _is_decoder_attention(module, text)}):
+        return own
     if isinstance(error, UpstreamChanged):
         raise error
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
@@ -112,6 +111,13 @@ def _why_not_read(model: Any, error: Exception) -> str:
         return f"it does not read text alone (it needs {' and '.join(needs)} as well)"
     words = " ".join(str(error).split())
     return f"it does not read text alone ({type(error).__name__}: {words if len(words) <= 120 else words[:117] + '...'})"
+
+
+def _own_attention(layers: dict[str, nn.Module]) -> str | None:
+    """The first of these layers that does not call transformers' attention interface, in a sentence."""
+    others = (f"{path} ({type(module).__name__})" for path, module in layers.items() if not hf_compat.calls_attention_interface(module))
+    name = next(others, None)
+    return None if name is None else f"{name} computes attention by itself"
 
 
 def _read_on_fake_tensors(model: Any, name: str) -> dict[str, LayerCalls | None] | None:
@@ -316,6 +322,9 @@ def _find_layers(model: Any) -> DecoderLayers:
     modules = dict(model.named_modules())
     decoder = _decoder_of(modules, next(iter(found)))
     probed = probe(model, decoder)
+    if probed is not None and not probed.keys() & found.keys():
+        # BigBird puts other layers in their place while it reads.
+        raise _NoDecoder(_own_attention(found) or f"none of its attention layers, such as {next(iter(found))}, is called for text alone")
     if probed and all(calls is None or calls.cached_heads is None for calls in probed.values()) and any(probed.values()):
         raise _NoDecoder(
             "it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set), or not where transformers does"

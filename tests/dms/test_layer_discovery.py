@@ -376,6 +376,15 @@ def test_why_a_model_does_not_read_text_alone(family, reason):
         dms.retrofit(_small(family), dms.DMSConfig(window=8))
 
 
+def test_attention_that_changes_its_kind_as_it_reads():
+    """It reads short texts with other layers than it was made with."""
+    model = _small("big_bird", is_decoder=True)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attention.self \(BigBirdSelfAttention\) computes attention by itself"):
+        dms.retrofit(model, dms.DMSConfig(window=8))
+
+
 def test_a_model_that_needs_more_than_text_is_refused_by_what_it_needs(build_model, monkeypatch):
     model = build_model("llama")
     own = type(model)
