@@ -288,7 +288,9 @@ def forget_rotary_length(module: nn.Module) -> None:
 
 
 def swap_rope_deltas(module: Any, deltas: torch.Tensor | None) -> torch.Tensor | None:
-    """Change by how much the images that a model has read shift the positions of later tokens (None: no images), and return it as it was.
+    """Change by how much the images that a module has read shift the positions of later tokens (None: no images), and return it as it was.
+
+    Nothing changes, and None is returned, where images shift nothing, or where a part of the module keeps it (Qwen's omni models).
 
     Assumes: of a model with `get_rope_index` (M-RoPE), `rope_deltas` of it or of a part says so, and is added to positions after a cache
     wherever that came from.

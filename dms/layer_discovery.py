@@ -303,6 +303,10 @@ def find_layers(model: Any) -> DecoderLayers:
         ) from None
 
 
+NOT_CALLED = "not called for text alone (cross-attention)"
+"""In `DecoderLayers.skipped`."""
+
+
 class _NoDecoder(Exception):
     """Why a model cannot have gates."""
 
@@ -341,7 +345,7 @@ def _find_layers(model: Any) -> DecoderLayers:
     head_counts: set[tuple[int, int]] = set()
     for path, module in found.items():
         if probed is not None and path not in probed:
-            skipped[path] = "not called for text alone (cross-attention)"
+            skipped[path] = NOT_CALLED
             continue
         calls = _from_attributes(module, text) if probed is None else probed[path]
         source = None if calls is None or calls.source is None else gated.get(calls.source)

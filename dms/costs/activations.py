@@ -100,7 +100,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
     inputs = {} if shape.packing is None else replace_packed(model, shape.packing, given.weight_dtype, given.kernels)
     places = _one_of_each(shape)
     # The last one twice: between its two runs lies what a layer leaves, after the second also what comes after all layers.
-    _replace(model, layer_list(model), [*places, places[-1]])
+    _replace(model, layer_list(model), _in_turn(shape, [*places, places[-1]]))
     found = {}
     with fake_tensors():
         _fake(model, given.weight_dtype)
@@ -117,7 +117,7 @@ def measure(model: nn.Module, shape: ModelShape, given: MicroBatch, widths: tupl
             model.zero_grad(set_to_none=True)
             by_key = {_key(shape, place): bytes_ for place, bytes_ in zip(places, student.layers, strict=True)}
             found[width] = Activations(
-                layers=[by_key[_key(shape, place)] for place in range(len(shape.layers))],
+                layers=[by_key.get(_key(shape, place), LayerBytes(0, 0, 0)) for place in range(len(shape.layers))],
                 before=student.before,
                 after=student.after,
                 teacher=teacher,
@@ -135,9 +135,19 @@ def _key(shape: ModelShape, place: int) -> tuple:
 
 def _one_of_each(shape: ModelShape) -> list[int]:
     found: dict[tuple, int] = {}
-    for place in range(len(shape.layers)):
-        found.setdefault(_key(shape, place), place)
+    for place, layer in enumerate(shape.layers):
+        if layer.runs:
+            found.setdefault(_key(shape, place), place)
     return sorted(found.values())
+
+
+def _in_turn(shape: ModelShape, chosen: list[int]) -> list[int]:
+    """The chosen layers, with those that text passes by where they were: decoders know these by their position."""
+    left, found = list(chosen), []
+    for place, layer in enumerate(shape.layers):
+        if left:
+            found.append(left.pop(0) if layer.runs else place)
+    return found + left
 
 
 def _replace(model: nn.Module, layers: nn.ModuleList, places: list[int]) -> None:

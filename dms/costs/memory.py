@@ -225,7 +225,9 @@ def checkpoints(
 ) -> list[int]:
     """Bytes of every tensor that the layers leave of a micro-batch under activation checkpointing: inputs, and what attention keeps."""
     trained = shape.layers[shape.first_trained :]
-    return [size for layer in trained for size in (activations.hidden, *_attention_kept(layer, job, choice, itemsize, kernels))]
+    return [
+        size for layer in trained if layer.runs for size in (activations.hidden, *_attention_kept(layer, job, choice, itemsize, kernels))
+    ]
 
 
 def _attention_kept(layer: LayerShape, job: Job, choice: Choice, itemsize: ItemSize, kernels: bool) -> list[int]:

@@ -79,6 +79,11 @@ class LayerShape:
     def gated(self) -> bool:
         return self.attention is not None and self.attention.gated
 
+    @property
+    def runs(self) -> bool:
+        """Text passes through it; it passes by layers that read images by cross-attention."""
+        return self.linear > 0
+
 
 @dataclass(frozen=True)
 class Work:

@@ -177,8 +177,6 @@ def _why_not(config: Any) -> str | None:
     own = (config.architectures or [f"a model of type {config.model_type}"])[0]
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         return f"{own} is an encoder-decoder; choose a decoder, such as a Llama or Qwen3 model"
-    if getattr(text, "cross_attention_layers", None):
-        return f"the text decoder of {own} reads images by cross attention, in layers without tokens to evict; choose a text-only model"
     if not auto_classes(config):
         return (
             f"neither AutoModelForCausalLM nor AutoModelForMultimodalLM loads {own} (model type {config.model_type!r}); choose a decoder of text "

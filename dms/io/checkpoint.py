@@ -186,7 +186,7 @@ def load(
     """
     folder = Path(path)
     if not folder.exists():
-        raise ValueError(f"{folder} does not exist; name a folder that `dms retrofit` wrote, such as RUN/model")
+        raise ValueError(f"{folder} is no folder on this machine; name one that `dms retrofit` wrote, such as RUN/model")
     tensors, metadata = read_gates(folder)
     name = base if base is not None else str(folder)
     in_config = None

@@ -41,12 +41,14 @@ def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     path = Path(path)
     if path.suffix == ".gguf":
         raise ValueError(
-            f"{path} is a model without gates; train some with `dms retrofit`, or name the folder of its gates, with this as base=..."
+            f"{path} is a model without gates; retrofit it (`dms retrofit RECIPE model={path}`) and name the folder that this wrote, such as "
+            "RUN/model, or name the folder of its gates, and this as their base (--base; in Python base=...)"
         )
     path = path / GATES_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model"
+            f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model; a model without "
+            "gates is retrofitted first"
         )
     try:
         with safe_open(str(path), framework="pt") as f:
@@ -256,6 +258,8 @@ def save_pretrained(
             f"the weights of {type(model).__name__} are divided among processes; gather them on all, and give them: "
             "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)"
         )
+    # Of one of them, as transformers does; it empties `weights`.
+    dtype = next((weights[name].dtype for name, p in model.named_parameters() if name in weights and p.is_floating_point()), None)
     mode = state.mode, state.noise, state.tokens, state.rows
     # The configuration names the attention function, and in the folder it must be the base's own.
     set_mode(model, "dense")
@@ -268,8 +272,17 @@ def save_pretrained(
         set_mode(model, *mode)
     if not is_main_process:
         return
+    if dtype is not None:
+        _name_dtype(Path(folder) / "config.json", str(dtype).removeprefix("torch."))
     follow_umask(*weight_files(folder))
     _write_beside(model, Path(folder), gate_values)
+
+
+def _name_dtype(path: Path, dtype: str) -> None:
+    """Let a config.json name the dtype that the weights beside it are in, and are loaded in by dtype="auto": transformers names the model's."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("dtype") != dtype:
+        path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def save_beside_files(model: Any, folder: str | Path, files: Path, gates: Mapping[str, torch.Tensor] | None = None) -> None:

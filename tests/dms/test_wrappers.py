@@ -89,7 +89,7 @@ def test_gradients_reach_every_gate(model_type, ids, build):
     assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in gate_parameters(model).values())
 
 
-@pytest.mark.parametrize("model_type", ["llava", "llama4", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("model_type", ["llava", "llama4", "qwen2_5_vl", "gemma3", "mllama"])
 @torch.no_grad()
 def test_images_are_read_in_dense_mode_alone(model_type, open_gates):
     model = build_wrapper(model_type)

@@ -84,10 +84,3 @@ def test_what_transformers_unpacks_here(recipe_values, tiny_folder, tmp_path):
 def test_recipes_that_packed_weights_cannot_have(changes, recipe_values):
     with pytest.raises(ValueError, match=r"quantize is int8, and .*: choose (trainable=gates|zero.stage 0)"):
         RetrofitRecipe.model_validate(recipe_values | {"quantize": "int8"} | changes)
-
-
-def test_a_text_decoder_that_reads_images_by_cross_attention(refusal):
-    said = refusal({"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]})
-    assert (
-        "the text decoder of MllamaForConditionalGeneration reads images by cross attention" in said and "choose a text-only model" in said
-    )

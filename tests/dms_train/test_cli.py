@@ -95,8 +95,11 @@ def test_a_model_folder_without_tokenizer(run, recipe, tiny_folder, tmp_path):
 
 
 def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
-    assert_refused(run("generate", tiny_folder, "--prompt", "x"), "has no gates", "RUN/model")
-    assert_refused(run("evaluate", tiny_folder), "has no gates")
+    assert_refused(
+        run("generate", tiny_folder, "--prompt", "x"), "has no gates", f"`dms retrofit RECIPE model={tiny_folder}`", "add --dense"
+    )
+    assert_refused(run("evaluate", tiny_folder), "has no gates", "a model without gates is retrofitted first")
+    assert_refused(run("evaluate", "builtin:tiny"), "builtin:tiny is no folder on this machine", "RUN/model")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_gates_alone_load_on_their_base_only(finished, tiny_folder, tmp_path):
 def test_loading_refuses_what_it_cannot_read(finished, tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="has no gates"):
         dms.load(tiny_folder)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is no folder on this machine"):
         dms.load(tmp_path / "nowhere")
     folder = tmp_path / "model"
     shutil.copytree(finished[0] / "model", folder)

@@ -91,6 +91,17 @@ WRAPPERS = {
         | {"boi_token_index": 2041, "eoi_token_index": 2042},
         (1, 2),
     ),
+    "mllama": Wrapper(
+        "MllamaForConditionalGeneration",
+        # The middle layer attends to images; text alone passes it by.
+        {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        {
+            "vision_config": _VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+            # Of the eight rows that its embeddings have more than its head.
+            "image_token_index": 2048,
+        },
+        (2, 3),
+    ),
 }
 # What processors are made from; their values are read by transformers' processors alone.
 PROCESSOR = {"preprocessor_config.json": {"image_mean": [0.5] * 3}, "processor_config.json": {"processor_class": "Processor"}}
@@ -115,9 +126,12 @@ def build_wrapper(model_type: str, seed: int = 0) -> Any:
     model = getattr(transformers, WRAPPERS[model_type].name)(wrapper_config(model_type)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.12, generator=generator)
+            elif "cross_attn" in name and name.endswith("gate"):
+                # New models are closed to images.
+                parameter.fill_(1.0)
     return model
 
 
@@ -134,10 +148,10 @@ def write_wrapper(model_type: str, folder: str | Path) -> Path:
 
 
 def image_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """What a processor makes of a text with one image of 28 x 28, for LLaVA, Llama 4, Gemma 3 and Qwen2.5-VL."""
+    """What a processor makes of a text with one image of 28 x 28, for LLaVA, Llama 4, Gemma 3, Qwen2.5-VL and Mllama."""
     config = model.config
     generator = torch.Generator().manual_seed(5)
-    num_tokens = {"llava": 4, "llama4": 1, "gemma3": 4, "qwen2_5_vl": 4}[config.model_type]
+    num_tokens = {"llava": 4, "llama4": 1, "gemma3": 4, "qwen2_5_vl": 4, "mllama": 1}[config.model_type]
     image = [getattr(config, "image_token_id", None) or config.image_token_index] * num_tokens
     ids = torch.tensor([[7, 2042, *image, *range(8, 20)]])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
@@ -148,4 +162,10 @@ def image_inputs(model: Any) -> dict[str, torch.Tensor]:
         # 4 x 4 patches, of which 2 x 2 are merged; each of two frames of 14 x 14 in three colours.
         given["pixel_values"] = torch.randn(16, 1176, generator=generator)
         given |= {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": marks}
+    if config.model_type == "mllama":
+        # One tile of the four that an image may have.
+        given["pixel_values"] = torch.randn(1, 1, 4, 3, 28, 28, generator=generator)
+        tiles = torch.tensor([[[1, 0, 0, 0]]])
+        given |= {"aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": tiles}
+        given["cross_attention_mask"] = tiles[:, None].expand(1, ids.shape[1], 1, 4).clone()
     return given

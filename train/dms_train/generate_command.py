@@ -74,8 +74,8 @@ def _check_model(name: str, *, base: str | None, other_base: bool, dense: bool, 
             )
     elif not (Path(name) / GATES_FILE).is_file():
         raise ValueError(
-            f"{name} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model, or add --dense to "
-            "generate from a model as it is"
+            f"{name} has no gates ({GATES_FILE} is missing); retrofit it (`dms retrofit RECIPE model={name}`) and name the folder that this "
+            "wrote, such as RUN/model, or add --dense to generate from a model as it is"
         )
     elif base is None and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds gates alone; name the model that they go with: --base MODEL")

@@ -1,6 +1,7 @@
 """Low-rank adapters (`trainable: gates+lora`): put in by peft, off in the teacher's pass, merged into the weights at the end."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,10 @@ def check_lora(recipe: "RetrofitRecipe") -> None:
         raise ValueError(f"{missing('trainable: gates+lora', 'peft')}, or choose trainable=gates") from None
 
 
-def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
+def add_adapters(student: nn.Module, recipe: "RetrofitRecipe", apart: Sequence[nn.Module] = ()) -> None:
     """Put LoRA beside the student's linear layers (arXiv 2106.09685): they begin without effect, and train in float32.
+
+    apart: parts of the decoder that get none.
 
     Raises:
         ValueError: target modules that the model does not have.
@@ -41,12 +44,14 @@ def add_adapters(student: nn.Module, recipe: "RetrofitRecipe") -> None:
     decoder = state_of(student).decoder
     # Routers of some mixtures of experts are linear layers that return more than their product (Llama 4).
     routers = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and _is_of_one_family(module)]
+    inside = {module for part in apart for module in part.modules()}
+    others = [name for name, module in decoder.named_modules() if module in inside and isinstance(module, nn.Linear)]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, and used as a factor
         lora_dropout=0.0,
         target_modules=lora.target_modules or "all-linear",
-        exclude_modules=None if lora.target_modules else routers,
+        exclude_modules=others + ([] if lora.target_modules else routers) or None,
     )
     # Adapters are initialised at random: with the recipe's seed, alike on every process.
     torch.manual_seed(recipe.seed)

@@ -10,6 +10,7 @@ from torch import nn
 
 from dms.io import base_models
 from dms.io.quantization import check_gradients, is_packed, packed_modules, packed_tensors, quant_method
+from dms.layer_discovery import NOT_CALLED
 from dms.modes import state_of
 from dms.retrofitting import gate_parameters, retrofit
 from dms.training.activation_checkpointing import enable_checkpointing
@@ -88,8 +89,9 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
     retrofit(student, recipe.dms)
     state = state_of(student)
     state.trained_length = recipe.data.length
+    apart = not_called(student)
     if recipe.trainable == "gates+lora":
-        add_adapters(student, recipe)
+        add_adapters(student, recipe, apart=apart)
     # train() switches activation checkpointing on; distillation wants no dropout.
     student.train()
     compat.switch_off_dropout(student)
@@ -99,8 +101,9 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
 
     gates = gate_parameters(student)
     gate_ids = {id(p) for p in gates.values()}
-    # Of a multimodal model text passes through its decoder and head alone.
+    # Of a multimodal model text passes through its decoder and head alone, and not through all of the decoder.
     used = {id(p) for part in (state.decoder, student.get_output_embeddings()) for p in part.parameters()}
+    used -= {id(p) for part in apart for p in part.parameters()}
     base = {}
     for name, parameter in student.named_parameters():
         wanted = recipe.trainable == "all" or id(parameter) in gate_ids or (recipe.trainable == "gates+lora" and ".lora_" in name)
@@ -109,6 +112,23 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
         if trains and id(parameter) not in gate_ids:
             base[name] = parameter
     return gates, base
+
+
+def not_called(student: nn.Module) -> list[nn.Module]:
+    """Parts of a retrofitted model's decoder that text does not pass through: cross-attention, or the layers that attend in no other way."""
+    state = state_of(student)
+    others = [layer.name for layers in (state.layers, state.following) for layer in layers]
+    others += [name for name, why in state.skipped.items() if why != NOT_CALLED]
+    found = []
+    for name, why in state.skipped.items():
+        part, around = name, name.rpartition(".")[0]
+        while why == NOT_CALLED and not (
+            isinstance(student.get_submodule(around), nn.ModuleList) or any(other.startswith(f"{around}.") for other in others)
+        ):
+            part, around = around, around.rpartition(".")[0]
+        if why == NOT_CALLED:
+            found.append(student.get_submodule(part))
+    return found
 
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

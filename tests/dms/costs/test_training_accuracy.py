@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dms.costs import flops, shapes
 from dms.costs.job import Choice
 from dms.costs.operators import LiveBytes
+from dms.io.base_models import auto_class
 
 SHAPES = {
     "large vocabulary": (
@@ -69,6 +70,16 @@ _FOLLOWING = {
     "vocab_size_per_layer_input": 1000,
 }
 
+_READS_IMAGES = {
+    "text_config": SMALL
+    | {"intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 3000}
+    | {"cross_attention_layers": [1], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
+    "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "intermediate_size": 48}
+    | {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+    "image_token_index": 3000,
+    "architectures": ["MllamaForConditionalGeneration"],
+}
+
 # Other families: their layers are run, not reckoned.
 FAMILIES = {
     "sliding and full attention": (
@@ -82,6 +93,10 @@ FAMILIES = {
     "layers that follow others": (
         ("gemma4_text", SMALL | _FOLLOWING | {"intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1000}),
         {"length": 768, "loss_chunk": 128},
+    ),
+    "a layer that text passes by, checkpointed": (
+        ("mllama", _READS_IMAGES),
+        {"length": 768, "loss_chunk": 128, "activation_checkpointing": True},
     ),
     "no rotary positions": (("gpt2", {"n_embd": 256, "n_head": 8, "n_layer": 4, "vocab_size": 3000}), {"length": 768, "loss_chunk": 128}),
 }
@@ -97,8 +112,9 @@ def one_thread():
 
 def build(kind, recipe, device):
     family, shape = kind
+    config = AutoConfig.for_model(family, **shape)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+        model = auto_class(config).from_config(config)
         gates, base = students.equip(model, recipe)
         trained = {**gates, **base}
     return model, trained
@@ -125,8 +141,9 @@ def measured_bytes(kind, recipe):
 
 def planned_bytes(kind, recipe):
     family, shape = kind
+    config = AutoConfig.for_model(family, **shape)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+        model = auto_class(config).from_config(config)
     return plan_step(model, recipe)[0].peak
 
 

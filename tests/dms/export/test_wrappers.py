@@ -84,7 +84,7 @@ def test_without_dms_it_computes_what_dms_computes(model_type, theirs):
     roots, out, facts = theirs
     name, (num_gated, num_layers) = WRAPPERS[model_type].name, WRAPPERS[model_type].layers
     autos = ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
-    if model_type in ("llama4", "gemma3"):
+    if model_type in ("llama4", "gemma3", "mllama"):
         autos = ["AutoModelForCausalLM", *autos]
     assert facts[model_type] == {
         "autos": autos,

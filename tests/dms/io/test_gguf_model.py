@@ -96,7 +96,7 @@ def test_gates_belong_to_the_file(file, tmp_path, write):
     assert loaded.dms.mode == "evict"
     with pytest.raises(ValueError, match="these gates belong to another base"):
         dms.load(tmp_path / "gates", base=write(), device="cpu")
-    with pytest.raises(ValueError, match=r"tiny.gguf is a model without gates"):
+    with pytest.raises(ValueError, match=r"tiny.gguf is a model without gates; retrofit it \(`dms retrofit RECIPE model=\S+tiny.gguf`\)"):
         dms.load(file)
 
 
