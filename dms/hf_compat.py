@@ -133,10 +133,13 @@ def attention_name(config: Any) -> str:
 def use_capped_attention(model: Any) -> None:
     """Let a model whose scores are capped attend by eager attention: some releases choose sdpa for it, which leaves the cap out.
 
-    Assumes: attn_logit_softcapping of the text configuration says that scores are capped; the public set_attn_implementation.
+    Assumes: layers that cap their scores read their attribute attn_logit_softcapping (gemma3's have it and do not); the public
+    set_attn_implementation.
     """
-    text = model.config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None) is not None and attention_name(text) == "sdpa":
+    text, setting = model.config.get_text_config(), "attn_logit_softcapping"
+    if attention_name(text) != "sdpa":
+        return
+    if any(getattr(module, setting, None) is not None and forward_reads(type(module), setting) for module in model.modules()):
         model.set_attn_implementation("eager")
         if attention_name(text) != "eager":
             raise changed("hf_compat.use_capped_attention", "transformers", "set_attn_implementation that reaches the text configuration")

@@ -320,10 +320,10 @@ def test_use_capped_attention(build_model):
     hf_compat.set_attention(model.config, "sdpa")
     hf_compat.use_capped_attention(model)
     assert model.config._attn_implementation == "eager"
-    plain = build_model("llama")
-    name = plain.config._attn_implementation
-    hf_compat.use_capped_attention(plain)
-    assert plain.config._attn_implementation == name
+    for plain in (build_model("llama"), build_model("gemma3_text", attn_logit_softcapping=2.0)):
+        hf_compat.set_attention(plain.config, "sdpa")
+        hf_compat.use_capped_attention(plain)
+        assert plain.config._attn_implementation == "sdpa"
 
 
 def test_keep_packed_layout(build_model):

@@ -125,7 +125,8 @@ BREAKS = {
         hf_compat.saving_packed(model, {}).__enter__(),
     ),
     "use_capped_attention": lambda model, patch: (
-        patch.setattr(model.config, "attn_logit_softcapping", 50.0, raising=False),
+        patch.setattr(type(model.model.layers[0].self_attn), "attn_logit_softcapping", 50.0, raising=False),
+        patch.setattr(hf_compat, "forward_reads", lambda cls, name: True),
         patch.setattr(model, "set_attn_implementation", lambda name: None),
         hf_compat.use_capped_attention(model),
     ),
