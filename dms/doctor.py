@@ -31,8 +31,9 @@ _OPTIONAL = {
     "matplotlib": "no `dms retrofit`, which plots its metrics, and no `dms report`",
     "datasets": "recipes cannot name data sets of the hub; local files and the built-in data still work",
     "peft": "no `trainable: gates+lora`",
+    "gguf": "no GGUF files as models",
     "bitsandbytes": "no `quantize: nf4` or `int8`, and no bases in those formats",
-    "torchao": "no `quantize: torchao-int8`, and no bases that torchao packed",
+    "torchao": "no `quantize: torchao-int8` or `torchao-int4`, and no bases that torchao packed",
     "lm_eval": "no `dms evaluate --lm-eval`",
     "tensorboard": "no `tracking.tensorboard`",
 }

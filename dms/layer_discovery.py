@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dms import hf_compat
 from dms.gates import Gate
+from dms.upstream import UpstreamChanged
 
 _PROBE = "dms_probe"
 # What a layer may hand to the attention interface by name: what our attention follows, and what changes nothing in one text.
@@ -73,6 +74,7 @@ def probe(model: Any, decoder: str) -> dict[str, LayerCalls | None] | None:
 
     Raises:
         _NoDecoder: the model cannot read two tokens of text alone.
+        UpstreamChanged: transformers is not as this version expects it.
     """
     found = _read_on_fake_tensors(model, "")
     if found is not None:
@@ -82,14 +84,40 @@ def probe(model: Any, decoder: str) -> dict[str, LayerCalls | None] | None:
         return _read_on_fake_tensors(model, decoder)
     training = [module for module in model.modules() if module.training]
     try:
-        return _read(model.eval(), "", weights[0].device)
-    except _NoDecoder:
-        raise
+        # Some forwards draw random numbers, which a run's seed is for.
+        with torch.random.fork_rng({weight.device.index for weight in weights if weight.device.type == "cuda"}):
+            return _read(model.eval(), "", weights[0].device)
     except Exception as error:
-        raise _NoDecoder(f"it does not read two tokens of text alone, without a mask ({type(error).__name__}: {error})") from error
+        raise _NoDecoder(_why_not_read(model, error)) from error
     finally:
         for module in training:
             module.training = True
+
+
+def _why_not_read(model: Any, error: Exception) -> str:
+    """Why a model failed on two tokens of text alone, without a mask.
+
+    Raises:
+        UpstreamChanged: it is the error, and not a consequence of attention that is none of transformers' interface.
+    """
+    text = model.config.get_text_config()
+    if own := _own_attention({path: module for path, module in model.named_modules() if _is_decoder_attention(module, text)}):
+        return own
+    if isinstance(error, UpstreamChanged):
+        raise error
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    needs = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"]
+    if needs:
+        return f"it does not read text alone (it needs {' and '.join(needs)} as well)"
+    words = " ".join(str(error).split())
+    return f"it does not read text alone ({type(error).__name__}: {words if len(words) <= 120 else words[:117] + '...'})"
+
+
+def _own_attention(layers: dict[str, nn.Module]) -> str | None:
+    """The first of these layers that does not call transformers' attention interface, in a sentence."""
+    others = (f"{path} ({type(module).__name__})" for path, module in layers.items() if not hf_compat.calls_attention_interface(module))
+    name = next(others, None)
+    return None if name is None else f"{name} computes attention by itself"
 
 
 def _read_on_fake_tensors(model: Any, name: str) -> dict[str, LayerCalls | None] | None:
@@ -102,8 +130,6 @@ def _read_on_fake_tensors(model: Any, name: str) -> dict[str, LayerCalls | None]
             for module in twin.modules():
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
             return _read(twin, f"{name}." if name else "", torch.device("meta"))
-        except _NoDecoder:
-            raise
         except Exception:  # noqa: BLE001 - modelling files fail in their own ways where they ask tensors for values
             return None
 
@@ -168,6 +194,8 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
             hf_compat.set_attention(config, name)
         for handle in handles:
             handle.remove()
+        # What stays registered would keep the modules that it has seen.
+        hf_compat.register_attention(_PROBE, _after_probe)
     found: dict[str, LayerCalls | None] = {prefix + modules[module]: None for module in ran}
     owners: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     names = {module: prefix + name for name, module in model.named_modules()}
@@ -181,6 +209,10 @@ def _read(model: Any, prefix: str, device: torch.device) -> dict[str, LayerCalls
             times[module], *sizes, *_cached(cache, module), source, module in looking_ahead, added.get(module), module in capped
         )
     return found
+
+
+def _after_probe(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("a layer asks for the attention of dms.layer_discovery.probe, which has ended")
 
 
 def _looks_ahead(mask_function: Any, device: torch.device) -> bool:
@@ -294,6 +326,9 @@ def _find_layers(model: Any) -> DecoderLayers:
     modules = dict(model.named_modules())
     decoder = _decoder_of(modules, next(iter(found)))
     probed = probe(model, decoder)
+    if probed is not None and not probed.keys() & found.keys():
+        # BigBird puts other layers in their place while it reads.
+        raise _NoDecoder(_own_attention(found) or f"none of its attention layers, such as {next(iter(found))}, is called for text alone")
     if probed and all(calls is None or calls.cached_heads is None for calls in probed.values()) and any(probed.values()):
         raise _NoDecoder(
             "it keeps no keys and values from one pass to the next (an encoder, or is_decoder is not set), or not where transformers does"
@@ -421,6 +456,7 @@ def _why_no_gate(calls: LayerCalls, follows: bool) -> str | None:
 # Kinds of layers whose caches grow, and which are left alone all the same.
 _KINDS = {
     "hybrid": "attention beside another mixer, in one layer of the cache",
+    "hybrid_sliding": "sliding attention beside another mixer",
     **dict.fromkeys(
         ("indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention"), "attention to keys that an indexer chooses"
     ),

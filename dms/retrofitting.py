@@ -280,6 +280,12 @@ def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | No
             f"a forward pass over this cache failed half-way: its layers hold {', '.join(map(str, sorted(lengths)))} tokens; "
             "reset it, or go on from a fork or a saved cache of before"
         )
+    if any(isinstance(layer, CompactedLayer) and layer.pending is not None for layer in held):
+        # Layers without gates may be ahead of it, and do not tell.
+        raise ValueError(
+            "a forward pass over this cache failed half-way: keys and values of its tokens were not stored; reset it, or go on from a fork or a "
+            "saved cache of before"
+        )
     layer = held[0] if held else None
     if isinstance(layer, MaskedLayer):
         return layer.tokens

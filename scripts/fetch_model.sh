@@ -64,6 +64,14 @@ read -ra packages <<<"$packages"
 target="$models/$file"
 arrived="$models/.fetching-$name"
 
+# One at a time in a folder; the lock is on the folder itself and goes with the process.
+mkdir -p -- "$models"
+exec 9<"$models"
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+    say "waiting for another one that fetches into $models"
+    flock 9
+fi
+
 if [[ -e "$target" ]]; then
     is_whole "$target" || fail "$target is another file (sha256 $(sha256 "$target"), and $name has $sha); move it away"
     say "it is there already"

@@ -156,7 +156,7 @@ class CompactedLayer(CacheLayerMixin):
             self.end_reading()
         return out
 
-    def _begin_reading(self) -> "Reading":
+    def _begin_reading(self) -> Reading:
         new, store = self.pending, self.store
         assert new is not None, "keys and values come before queries"
         if new.num_tokens == 1 and self.trial is None and not self.record_past:

@@ -20,6 +20,7 @@ from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
 from dms.export.shards import copy_weights, parse_size
 from dms.io import base_models, checkpoint
 from dms.io.gates_file import OtherBase, check_base, read_config, read_gates
+from dms.io.quantization import is_packed
 from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors, weight_files
 from dms.report.cards import write_export_card, write_gates_card
 
@@ -98,7 +99,16 @@ def _export_onto(base: str, source: str | Path, out: str | Path, *, other_base: 
     model = checkpoint.load(folder, base=base, other_base=other_base, device="cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
-        checkpoint.save(model, made, tokenizer=tokenizer, base_name=base, target_cr=model.dms_origin["target_cr"])
+        # Not every kind of packed weights is written again from memory.
+        came_packed = is_packed(base_models.load_config(base))
+        checkpoint.save(
+            model,
+            made,
+            tokenizer=tokenizer,
+            base_name=base,
+            target_cr=model.dms_origin["target_cr"],
+            packed_files=base_models.local_weights(base) if came_packed else None,
+        )
         return export(made, out, **options)
 
 
@@ -131,7 +141,8 @@ def _require_untrained_base(found: Exportable) -> None:
         base = None
     if base is not None:
         try:
-            check_base(base, metadata, name)
+            # They go with the base packed again, as `dms.load` does it.
+            check_base(base, metadata, name, form=metadata.get("base_form"))
         except ValueError:
             raise ValueError(
                 f"{found.model} holds other weights than its base {name!r}, or in another dtype, so its gates alone would not work on that; "
@@ -173,6 +184,8 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
         # What is written fits its own weights from here on, and says where its gates are from.
         structure = checkpoint.structure_of_base(str(found.model)).to_saved()
         metadata = {**metadata, "base_hash": base_hash(out), "base_structure": structure, "trained_on": found.other.trained_on}
+        # These are as their files are, whatever those were packed as that the gates were trained on.
+        metadata.pop("base_form", None)
         written.append(save_tensors(read_gates(found.model)[0], out / GATES_FILE, metadata))
     (out / "config.json").write_text(json.dumps(_config(found, name, autos), indent=2) + "\n", encoding="utf-8")
     written.append(out / "config.json")

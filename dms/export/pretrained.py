@@ -60,6 +60,8 @@ class GatedPretrained(_Base):
             structure=lambda: Structure.of(type(model), model.config),
         )
         config = read_config(metadata, getattr(model.config, "dms", None), path.parent)
+        # As dms.load does.
+        hf_compat.keep_packed_layout(model)
         hf_compat.use_capped_attention(model)
         attach(model, config, tensors, metadata, path.parent, other)
         _follow_offloading(model)

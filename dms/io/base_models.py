@@ -1,6 +1,5 @@
 """Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,11 @@ from typing import Any
 from dms.builtin import builtin_models
 from dms.config import nearest
 from dms.io import gguf_file
-from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options
+from dms.io.gguf_file import GGUF, HUB_ID
+from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options, quant_method
 from dms.requirements import require
 
 BUILTIN = "builtin:"
-GGUF = ".gguf"
-"""How the names of GGUF files end."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -220,9 +217,15 @@ def auto_classes(config: Any) -> dict[Any, type]:
     return dict(sorted(found.items(), key=lambda item: item[1].__name__ not in (config.architectures or ())))
 
 
-def check_quantize(name: str, quantize: str | None) -> None:
-    """Raises ValueError where a GGUF file is to be packed anew."""
-    if quantize is not None and resolve_model(name).gguf is not None:
+def check_quantize(name: str, config: Any, quantize: str | None) -> None:
+    """Raises ValueError where a GGUF file is to be packed, or weights that are quantised already are to be packed anew."""
+    if quantize is None:
+        return
+    if (method := quant_method(config)) is not None:
+        raise ValueError(
+            f"quantize is {quantize}, and the weights of {name} are quantised already ({method}); leave quantize out, and they stay as they are"
+        )
+    if resolve_model(name).gguf is not None:
         raise ValueError(
             f"quantize is {quantize} and {name} is a GGUF file, which is read dequantised; leave quantize out, or write it as a folder first: "
             "dms.io.base_models.load_base(FILE).save_pretrained(FOLDER), and load_tokenizer(FILE) the same way"
@@ -247,7 +250,7 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
 
     source, config = resolve_model(name), load_config(name)
     hf_compat.mend_text_outputs()
-    check_quantize(name, quantize)
+    check_quantize(name, config, quantize)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # transformers takes "auto" for the configuration's.
     held: Any = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -258,6 +261,9 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     model: Any
     try:
         model = _from_pretrained(source, config, "auto" if dtype == "auto" else held, options)
+        if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
+            # From the hub now: when the model is saved, it may be out of reach.
+            snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     except gguf_file.GGUFError:
         raise
     except Exception as error:
@@ -266,9 +272,6 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     if is_mxfp4(config):
         # Else save_pretrained would write the unpacked weights under the names of packed ones.
         hf_compat.forget_weight_conversions(model)
-    if config.get_text_config() is not config and source.gguf is None and not source.path.is_dir():
-        # From the hub now: when the model is saved, it may be out of reach.
-        snapshot_download(source.location, allow_patterns=list(PROCESSOR_FILES))
     hf_compat.keep_packed_layout(model)
     hf_compat.use_capped_attention(model)
     hold_unpacked(model, held)

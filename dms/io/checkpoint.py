@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dms import hf_compat
-from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files
+from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files, resolve_model
 from dms.io.gates_file import (
     OtherBase,
     attach,
@@ -30,7 +30,7 @@ from dms.io.gates_file import (
     structure_of,
     write_gates,
 )
-from dms.io.quantization import is_packed, packed_modules
+from dms.io.quantization import packed_modules, quant_method
 from dms.io.weights import Structure
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
@@ -209,9 +209,10 @@ def load(
 
 
 def _form(name: str, metadata: dict[str, Any], other_base: bool) -> str | None:
-    """How the base is to be packed: as when the gates were trained, unless it is packed already, or is meant to be another form."""
+    """How the base is to be packed: as when the gates were trained, unless it cannot be (it is quantised already, or a GGUF file), or is meant
+    to be another form."""
     form = metadata.get("base_form")
-    return None if other_base or form is None or is_packed(load_config(name)) else form
+    return None if other_base or form is None or resolve_model(name).gguf is not None or quant_method(load_config(name)) else form
 
 
 def _check_base(name: str, metadata: dict[str, Any], form: str | None, other_base: bool) -> OtherBase | None:

@@ -13,6 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+GGUF = ".gguf"
+"""How the names of GGUF files end."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""A model on the hub, as one writes it before the name of a GGUF file: OWNER/NAME."""
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 # Formats of metadata values by their type; 8 is a string and 9 an array.

@@ -50,10 +50,10 @@ def is_packed(config: Any) -> bool:
 def load_options(config: Any, dtype: torch.dtype | None = None, quantize: str | None = None) -> dict[str, Any]:
     """Arguments of `from_pretrained` with which weights of this kind are loaded.
 
-    quantize: one of FORMS, that ordinary weights are packed into; None: as they are. dtype: that packed layers then compute in.
+    quantize: one of FORMS, that weights are packed into, which must be ordinary ones; None: as they are. dtype: that packed layers then compute in.
 
     Raises:
-        ValueError: an unknown form, weights that are packed already, or a package that is not installed.
+        ValueError: an unknown form, or a package that is not installed.
     """
     # It would log at each pass of each layer that int8 products round what they read to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -67,10 +67,6 @@ def load_options(config: Any, dtype: torch.dtype | None = None, quantize: str | 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     if quantize not in FORMS:
         raise ValueError(f"quantize is {quantize!r}; the forms are {', '.join(FORMS)}")
-    if (method := quant_method(config)) is not None:
-        raise ValueError(
-            f"quantize is {quantize}, and the weights are quantised already ({method}); leave quantize out, and they stay as they are"
-        )
     _check_packages(f"quantize: {quantize}", *FORMS[quantize])
     if quantize == "torchao-int4" and not (find_spec("mslk") and torch.cuda.is_available()):
         raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dms.io.base_models import GGUF, HUB_ID
+from dms.io.gguf_file import GGUF, HUB_ID
 from dms.report.evidence import TrainingFacts
 
 PAPER = "[arXiv 2506.05345](https://arxiv.org/abs/2506.05345)"
@@ -154,11 +154,13 @@ def training_section(run: TrainingFacts, gates: Mapping[str, Any], data: str) ->
     trainable = {"gates": "the gates alone; the base's weights are unchanged", "all": "all weights, gates included"}
     alignments = {"own": "a gate rules the token that it reads", "next": "a gate rules the token before the one that it reads"}
     directions = {0.0: "forward, KL(dense || dms)", 1.0: "reverse, KL(dms || dense)"}
+    kept = "the adapters were merged into unpacked weights" if run.trainable == "gates+lora" else "its weights are packed here too"
     aligned, beta = run.alignment or gates.get("alignment"), run.beta
     fields = ", ".join(f"{key} {value}" for key, value in gates.items() if key not in ("alignment", "format_version") and value is not None)
     return facts(
         [
             ("data", data or None),
+            ("base", f"packed as `{run.quantize}` for the training; {kept}" if run.quantize is not None else None),
             ("target compression ratio", f"{run.target_cr:g}" if run.target_cr is not None else None),
             ("steps", f"{run.steps:,}" if run.steps is not None else None),
             ("tokens", f"{run.tokens:,}" if run.tokens is not None else None),

@@ -63,6 +63,8 @@ class TrainingFacts:
     device: str | None = None
     versions: Mapping[str, str] | None = None
     trainable: str | None = None
+    quantize: str | None = None
+    """What the base was packed into for the training."""
     beta: float | None = None
     alignment: str | None = None
     window: int | None = None

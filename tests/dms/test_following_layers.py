@@ -219,3 +219,24 @@ def test_a_layer_whose_source_was_not_called_is_noticed(following, make_batch):
         pytest.raises(RuntimeError, match=r"layers.2.self_attn .* reads the keys and values of layer 1, which was not called"),
     ):
         model(**make_batch(1, 8), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_before_its_tokens_were_stored_is_noticed(following, make_batch):
+    """Layers that slide have them by then, and the only layer with a gate waits for its followers' queries."""
+    model, ids = following("gemma3n_text"), make_batch(1, 20)["input_ids"]
+    set_mode(model, "evict")
+    given = hf_compat.cache_argument(model, cache := DMSCache(model))
+    model(input_ids=ids[:, :12], use_cache=True, **given)
+    before = cache.fork()
+    handle = model.dms.following[-1].module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids[:, 12:], use_cache=True, **given)
+    handle.remove()
+    with pytest.raises(ValueError, match="failed half-way: keys and values of its tokens were not stored"):
+        model(input_ids=ids[:, 12:], use_cache=True, **given)
+    whole = model(input_ids=ids, use_cache=False).logits[:, 12:]
+    forked = model(input_ids=ids[:, 12:], use_cache=True, **hf_compat.cache_argument(model, before)).logits
+    torch.testing.assert_close(forked, whole, atol=1e-4, rtol=1e-4)
+    cache.reset()
+    model(input_ids=ids, use_cache=True, **given)

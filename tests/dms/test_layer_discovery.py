@@ -1,6 +1,9 @@
 """What `retrofit` finds in a model, and what it refuses, by name and with the reason."""
 
 import copy
+import gc
+import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from dms.hf_compat import CACHE_NAMES, attention_name, cache_argument, output_ca
 from dms.layer_discovery import find_layers
 from dms.modes import set_mode
 from dms.retrofitting import gate_parameters
+from dms.upstream import UpstreamChanged
 
 
 def test_gates_are_named_by_layer(build_model):
@@ -333,12 +337,60 @@ def test_a_model_that_does_not_run_without_storage_reads_two_tokens_itself(build
     expected = find_layers(build_model("qwen3"))
     monkeypatch.setattr(adapter, "_read_on_fake_tensors", lambda *_: None)
     model = build_model("qwen3").train()
+    model.model.register_forward_pre_hook(lambda *_: [torch.rand(1)].clear())
     name = attention_name(model.config)
+    state = torch.get_rng_state()
     found = find_layers(model)
+    assert torch.equal(torch.get_rng_state(), state)
     assert [(a.index, a.name, a.num_heads) for a in found.gated] == [(a.index, a.name, a.num_heads) for a in expected.gated]
     assert attention_name(model.config) == name and all(module.training for module in model.modules())
     monkeypatch.setattr(model.model, "forward", lambda *_, input_ids=None, **__: 1 / 0)
-    with pytest.raises(ValueError, match=r"does not read two tokens of text alone, without a mask \(ZeroDivisionError: "):
+    with pytest.raises(ValueError, match=r"does not read text alone \(ZeroDivisionError: division by zero\)"):
+        find_layers(model)
+    changed = UpstreamChanged("a field")
+    monkeypatch.setattr(model.model, "forward", Mock(side_effect=changed))
+    with pytest.raises(UpstreamChanged, match="a field"):
+        find_layers(model)
+
+
+def test_a_model_that_read_two_tokens_itself_can_be_freed(build_model, monkeypatch):
+    monkeypatch.setattr(adapter, "_read_on_fake_tensors", lambda *_: None)
+    model = build_model("llama")
+    find_layers(model)
+    left = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+    assert left() is None
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        # They fail without a mask, since they add it themselves.
+        ("falcon", r"self_attention \(FalconAttention\) computes attention by itself"),
+        ("mpt", r"attn \(MptAttention\) computes attention by itself"),
+    ],
+)
+def test_why_a_model_does_not_read_text_alone(family, reason):
+    with pytest.raises(ValueError, match=reason):
+        dms.retrofit(_small(family), dms.DMSConfig(window=8))
+
+
+def test_attention_that_changes_its_kind_as_it_reads():
+    """It reads short texts with other layers than it was made with."""
+    model = _small("big_bird", is_decoder=True)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attention.self \(BigBirdSelfAttention\) computes attention by itself"):
+        dms.retrofit(model, dms.DMSConfig(window=8))
+
+
+def test_a_model_that_needs_more_than_text_is_refused_by_what_it_needs(build_model, monkeypatch):
+    model = build_model("llama")
+    own = type(model)
+    monkeypatch.setattr(adapter, "_read_on_fake_tensors", lambda *_: None)
+    model.__class__ = type("Reader", (own,), {"forward": lambda self, input_ids, pixel_values, boxes, use_cache=None: None})
+    with pytest.raises(ValueError, match=r"Reader cannot be .*it does not read text alone \(it needs pixel_values and boxes as well\)"):
         find_layers(model)
 
 

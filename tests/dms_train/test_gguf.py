@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dms
 from dms.io import base_models
+from dms.io.gates_file import read_gates
+from dms.io.weights import GATES_FILE, save_tensors
 
 pytest.importorskip("gguf")
 
@@ -105,3 +107,11 @@ def test_a_base_within_the_folder_that_would_be_emptied(run, file, make_values, 
     with pytest.raises(ValueError, match=r"base\.gguf' lies within output_dir"):
         loop.run(RetrofitRecipe.model_validate(make_values(tmp_path / "out", model=str(inside), overwrite=True, resume="never")))
     assert inside.is_file()
+
+
+def test_gates_of_a_packed_base_are_of_another_form(run, file, tmp_path):
+    """A GGUF file is not packed again, so nothing is said of that."""
+    tensors, metadata = read_gates(run / "gates")
+    save_tensors(tensors, tmp_path / GATES_FILE, {**metadata, "base_form": "nf4"})
+    with pytest.raises(ValueError, match=r"packed as nf4 when it was loaded\), and the given one is \S+ \(hash \w+\); give the base"):
+        dms.load(tmp_path, base=str(file), device="cpu")

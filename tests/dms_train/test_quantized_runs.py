@@ -11,9 +11,11 @@ from dms_train.lora import merge_adapters
 from dms_train.models import build, fingerprint
 from dms_train.recipe import RetrofitRecipe
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import dms
-from dms.io import base_models
+from dms.export.folder import export
+from dms.io import base_models, checkpoint
 from dms.io.quantization import packed_modules, packed_tensors
 from dms.io.weights import base_hash
 from dms.modes import set_mode
@@ -135,6 +137,35 @@ def test_a_packed_folder_is_a_base_whose_files_are_kept(form, runs, recipe):
     assert base_hash(folder / "model") == base_hash(base)
     assert torch.isfinite(evicted(dms.load(folder / "model", device="cpu"))).all()
     assert torch.equal(evicted(dms.load(folder / "gates", base=str(base), device="cpu")), evicted(dms.load(folder / "model", device="cpu")))
+
+
+def test_an_export_evicts_as_the_run_s_model(runs, tmp_path):
+    model, out = runs("nf4") / "model", tmp_path / "out"
+    export(model, out)
+    # Packed models are held as their files are, by transformers.
+    expected = evicted(dms.load(model, dtype="float16", device="cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS, use_cache=False).logits, expected)
+    # As dms.load has them: packed for inference on CPUs they would be others.
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in theirs.modules())
+
+
+def test_an_export_of_the_gates_goes_with_the_base_packed_again(runs, tmp_path):
+    export(runs("nf4"), tmp_path / "out", format="gates")
+    alone = dms.load(tmp_path / "out", base="builtin:tiny", dtype="float32", device="cpu")
+    assert torch.equal(evicted(alone), evicted(dms.load(runs("nf4") / "model", device="cpu")))
+
+
+def test_gates_alone_are_exported_with_the_files_of_a_packed_base(runs, recipe, tmp_path, monkeypatch):
+    base = runs("nf4") / "model"
+    again = recipe(model=str(base), steps=1)
+    loop.run(again)
+    # Kinds without a way back from memory.
+    monkeypatch.setattr(checkpoint, "save_pretrained", None)
+    export(Path(again.output_dir) / "gates", tmp_path / "out", format="merged", base=str(base))
+    assert base_hash(tmp_path / "out") == base_hash(base)
+    assert torch.equal(evicted(dms.load(tmp_path / "out", device="cpu")), evicted(dms.load(Path(again.output_dir) / "model", device="cpu")))
 
 
 @pytest.mark.parametrize("form", PACKAGE)

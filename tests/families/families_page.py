@@ -11,18 +11,29 @@ PAGE = ROOT / "docs" / "families.md"
 STATUSES = ("right", "refused", "not run", "WRONG")
 # What reasons of refusals mean, by a part of them; the first that fits.
 MEANINGS = (
-    ("encoder-decoder", "an encoder reads the text, and what its decoder caches of it is not text that was generated"),
+    ("encoder-decoder", "its decoder reads what an encoder made of the text, and gates are for decoders that read the text themselves"),
     ("computes attention by itself", "its modelling file does not call transformers' attention interface, where eviction acts"),
-    ("mask or a bias of its own", "attention with evictions would leave out what the layer adds to its scores"),
-    ("does not know", "attention with evictions would leave out what the layer hands to its attention"),
-    ("numbers and values of", "a page of the cache holds keys and values of one width"),
-    ("KV heads and attends to", "what it caches is not what it attends to (a compressed latent, or heads repeated after the cache)"),
-    ("both ways", "its tokens see later ones: nothing can be evicted before all is read"),
-    ("full attention", "every cache of it is bounded already, or holds another mixer's state, or its layers choose keys by themselves"),
-    ("calls attention", "its layers call attention several times in a pass, and a gate decides once"),
-    ("keys and values", "nothing grows that could be evicted: an encoder, or a cache of a kind of its own"),
-    ("attention modules have layer_idx", "two layers would share one place of the cache"),
-    ("attention layer", "it has no attention (a state space or a recurrence), or one that does not follow transformers' layout"),
+    (
+        "makes of them, in each pass anew",
+        "what it caches is not what it attends to: a compressed latent, or heads repeated after the cache",
+    ),
+    (
+        "does not read text alone",
+        "it needs images, sound or another model's states as well, or fails on text; each row below has its words",
+    ),
+    ("attends both ways", "its tokens see later ones; nothing may be evicted before all is read"),
+    (
+        "no layer has full attention",
+        "all its caches are bounded already or hold another mixer's state, or its layers choose keys by themselves",
+    ),
+    ("calls attention", "each of these calls would need decisions of its own"),
+    ("adds something of its own", "attention with evictions would leave out what the layer adds to its scores"),
+    ("has keys of", "a page of the cache holds keys and values of one width"),
+    ("keeps no keys and values", "an encoder, or a cache of a kind of its own"),
+    ("attention modules have layer_idx", "two layers share one place of the cache"),
+    ("has no layer_idx", "where its keys and values lie in a cache is not known"),
+    ("its own decoder has no attention layers", "those that it has belong to models within it, none of which reads the whole text"),
+    ("decoder has no attention layers", "a state space, a recurrence, or attention that does not follow transformers' layout"),
 )
 
 _HEAD = """# Families
@@ -63,8 +74,13 @@ def short(reason: str) -> str:
 def kind(reason: str) -> str:
     """What refusals of one kind have in common."""
     text = re.sub(r"^\S+ \(\w+\) ", "", short(reason))
-    text = re.sub(r", such as \S+$", "", re.sub(r"\d+", "N", text))
+    text = re.sub(r"(, and those)? such as .*$", "", re.sub(r"\d+", "N", text)).removesuffix(",")
     return re.sub(r" \([^()]*(\([^()]*\)[^()]*)*\)$", "", text)
+
+
+def meaning(reason: str) -> str | None:
+    """What refusals of a kind mean."""
+    return next((words for part, words in MEANINGS if part in reason), None)
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -96,8 +112,7 @@ def make_page(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
     ]
     lines.append("|---|---|---|")
     for reason, number in sorted(refused.items(), key=lambda item: (-item[1], item[0])):
-        meaning = next((words for part, words in MEANINGS if part in reason), "")
-        lines.append(f"| {_cell(reason)} | {number} | {meaning} |")
+        lines.append(f"| {_cell(reason)} | {number} | {meaning(reason) or ''} |")
     lines += [
         "",
         "## All families",

@@ -83,6 +83,14 @@ def test_the_file_and_its_licence_once(environment, tmp_path):
     assert (models / "fake.gguf").read_bytes() == b"something of yours"
 
 
+def test_two_at_once(environment, tmp_path):
+    running = [subprocess.Popen([SCRIPT, "fake"], env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert sorted("it is there already" in text for text in said) == [False, True]
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"fake.gguf", "fake.gguf.licence"}
+
+
 def test_a_wrong_file_is_not_kept(environment, tmp_path):
     done = fetch(environment(sha="0" * 64))
     assert done.returncode == 1 and f"sha256 {SHA}, expected {'0' * 64}; nothing was kept" in done.stderr

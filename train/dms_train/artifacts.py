@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -62,11 +63,11 @@ def written_dtype(recipe: RetrofitRecipe, base_dtype: torch.dtype) -> torch.dtyp
     return base_dtype if recipe.trainable == "gates" else None
 
 
-def _save(folder: Path, recipe: RetrofitRecipe, student: nn.Module, tokenizer, weights: checkpoint.Weights, base: dict) -> tuple[Path, str]:
+def _save(folder: Path, recipe: RetrofitRecipe, student: Any, tokenizer, weights: checkpoint.Weights, base: dict) -> tuple[Path, str]:
     dtype = next(tensor.dtype for tensor in weights.base.values() if tensor.is_floating_point())
     target_cr = recipe.target_cr
     # Files that are packed already are copied; what the recipe packed is written as it was packed.
-    came_packed = recipe.trainable == "gates" and is_packed(base_models.load_config(recipe.model))
+    came_packed = recipe.trainable == "gates" and recipe.quantize is None and is_packed(student.config)
     packed_files = base_models.local_weights(recipe.model) if came_packed else None
     model_folder = checkpoint.save(
         student,

@@ -185,6 +185,7 @@ def _load_teacher(recipe: RetrofitRecipe, sample: dict[str, torch.Tensor]) -> tu
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base_dtype = artifacts.saved_dtype(recipe.model) or torch.float32
     model = base_models.load_base(recipe.model, models.held_dtype(recipe, base_dtype), device=device, quantize=recipe.quantize)
+    models.check_packed(recipe, model)
     retrofit(model, recipe.dms)
     ids = sample["input_ids"][:32].to(device)
     check_head(model, ids[None])

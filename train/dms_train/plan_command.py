@@ -66,11 +66,12 @@ def packing_for(recipe: RetrofitRecipe, config: PreTrainedConfig) -> Packing | N
     Raises:
         ValueError: both, a quantisation whose bytes are not known, or what packed weights rule out.
     """
+    if recipe.quantize is not None:
+        base_models.check_quantize(recipe.model, config, recipe.quantize)
+        return FORMS[recipe.quantize]
     packed = packing_of(config)
     if packed is None:
-        return None if recipe.quantize is None else FORMS[recipe.quantize]
-    if recipe.quantize is not None:
-        raise ValueError(f"quantize is {recipe.quantize}, and {recipe.model} is quantised already ({packed.name}); remove quantize")
+        return None
     recipe.check_packed(f"model {recipe.model!r} is quantised ({packed.name})", "give the base dequantised")
     return None if packed.until_run else packed
 

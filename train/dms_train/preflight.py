@@ -30,7 +30,7 @@ def check_context(recipe: RetrofitRecipe) -> Any:
             "write it as a folder first: dms.io.base_models.load_base(FILE).save_pretrained(FOLDER), and load_tokenizer(FILE) the same way"
         )
     # Before weights or data are read: packages that are missing, and forms that do not go together.
-    base_models.check_quantize(recipe.model, recipe.quantize)
+    base_models.check_quantize(recipe.model, config, recipe.quantize)
     load_options(config, quantize=recipe.quantize)
     if is_packed(config):
         recipe.check_packed(f"model {recipe.model!r} is quantised ({quant_method(config)})", "give the base dequantised")

@@ -169,13 +169,17 @@ def test_a_quantised_checkpoint_is_planned_as_it_lies_in_memory(tmp_path):
     assert plan.shape.num_packed == layer
     # A byte a number, and a float32 for each output: 2048 of q, 1024 of k and v, 1024 of o, 3072 of gate and up, 1024 of down.
     assert plan.shape.packed_bytes == layer + 4 * (2048 + 1024 + 1024 + 1024 + 3072 + 3072 + 1024)
-    with pytest.raises(ValueError, match=r"quantize is nf4, and .* is quantised already \(bitsandbytes int8\); remove quantize"):
+    with pytest.raises(ValueError, match=r"quantize is nf4, and .* are quantised already \(bitsandbytes\); leave quantize out"):
         planned("quantize=nf4")
     with pytest.raises(ValueError, match=r"is quantised \(bitsandbytes int8\), and DeepSpeed does not handle packed weights"):
         planned("zero={stage: 2}")
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     with pytest.raises(ValueError, match="quantised by 'hqq', whose bytes are not known here"):
         planned()
+    # As the run refuses it, though loading unpacks these.
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(ValueError, match=r"quantised already \(mxfp4\)"):
+        planned("quantize=nf4")
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import dms
 from dms.export.folder import export
 from dms.export.shards import parse_size
 from dms.io import base_models, checkpoint
-from dms.io.weights import INDEX_FILE, base_hash
+from dms.io.gates_file import read_gates
+from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors
 from dms.retrofitting import gate_parameters
 
 
@@ -201,6 +202,20 @@ def test_the_base_in_another_form(run, tmp_path):
         assert model.dms_origin["base_hash"] == base_hash(out)
         card = (out / "README.md").read_text()
         assert "gates were trained on builtin:tiny (hash " in card and str(tmp_path) not in card
+
+
+def test_weights_are_packed_again_by_no_reader_of_an_export(run, tmp_path):
+    """Gates of a packed base beside ordinary weights, which are accepted as another form: their file says nothing of packing any more."""
+    source = shutil.copytree(run / "model", tmp_path / "source")
+    gates, metadata = read_gates(source)
+    save_tensors(gates, source / GATES_FILE, {**metadata, "base_form": "nf4"})
+    with pytest.warns(UserWarning, match="packed as nf4"):
+        export(source, tmp_path / "out", other_base=True)
+    written = read_gates(tmp_path / "out")[1]
+    assert "base_form" not in written and "packed as nf4 when it was loaded" in written["trained_on"]
+    with torch.no_grad():
+        logits = [dms.load(folder, device="cpu")(torch.arange(2, 50)[None]).logits for folder in (run / "model", tmp_path / "out")]
+    assert torch.equal(*logits)
 
 
 def test_what_is_refused(tiny, run, tmp_path):

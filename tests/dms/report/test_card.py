@@ -238,7 +238,10 @@ def test_training_and_loading(tmp_path):
         assert part in how
     assert "the gates alone" in how and "beta 0: forward" in how and "`own`" in how and "window 48" in how
     assert 'model = dms.load("FOLDER")' in text and "import dms" in text
-    assert "stays visible for 48 more tokens" in text
+    assert "stays visible for 48 more tokens" in text and "packed" not in text
+    packed = {name: card(tmp_path, run={**RUN, "trainable": name, "quantize": "nf4"}) for name in ("gates", "gates+lora")}
+    assert "base: packed as `nf4` for the training; its weights are packed here too\n" in section(packed["gates"], "How it was trained")
+    assert "`nf4` for the training; the adapters were merged into unpacked weights\n" in packed["gates+lora"]
     assert "beta 1: reverse" in card(tmp_path, run={**RUN, "beta": 1.0}) and "Jensen-Shannon" in card(tmp_path, run={**RUN, "beta": 0.5})
 
 
