@@ -98,7 +98,7 @@ def test_gates_train_beside_those_of_the_ordinary_base(form, runs):
 @pytest.mark.parametrize("form", PACKAGE)
 def test_the_model_and_the_gates_alone_load_as_the_same(form, runs):
     folder = runs(form)
-    model = dms.load(folder / "model", device="cpu")
+    model = dms.load(folder / "model", dtype="float32", device="cpu")
     alone = dms.load(folder / "gates", base="builtin:tiny", dtype="float32", device="cpu")
     assert packed_modules(model) and torch.equal(evicted(model), evicted(alone))
     with pytest.raises(ValueError, match=rf"packed as {form} when it was loaded.*--other-base"):
