@@ -84,7 +84,9 @@ TRAINABLE = {
 }
 
 
-@pytest.mark.parametrize("trainable", ["gates", pytest.param("gates+lora", marks=pytest.mark.slow), "all"])
+@pytest.mark.parametrize(
+    "trainable", ["gates", pytest.param("gates+lora", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(recipe_values, cut_at, uninterrupted, trainable):
     expected, gates = uninterrupted(trainable)
     values = {**recipe_values, **TRAINABLE[trainable], "save": SAVE}

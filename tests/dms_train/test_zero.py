@@ -85,7 +85,7 @@ def divided(make_values, tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "trains"),
     [
-        ("zero3", "gates"),
+        pytest.param("zero3", "gates", marks=pytest.mark.slow),
         pytest.param("ddp", "gates", marks=pytest.mark.slow),
         pytest.param("rows", "gates", marks=pytest.mark.slow),
         pytest.param("zero2", "gates", marks=pytest.mark.slow),

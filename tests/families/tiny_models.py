@@ -11,6 +11,8 @@ from family_settings import OVERRIDES
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from dms import hf_compat
+
 VOCABULARY = 128
 # Text is of the tokens from 2 to here; images and the like have numbers above.
 LAST_TEXT_TOKEN = 96
@@ -168,6 +170,8 @@ def make_model(model_type: str, cls: str, changes: dict[str, Any], seed: int = 0
     inner = next((getattr(config, name) for name in config.sub_configs if type(getattr(config, name, None)) is own.config_class), None)
     torch.manual_seed(seed)
     model = own._from_config(config if inner is None else inner, dtype=torch.float32).eval()
+    # As load_base does: 5.17 chooses sdpa for gemma2, which leaves its cap out.
+    hf_compat.use_capped_attention(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
