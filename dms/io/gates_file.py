@@ -258,8 +258,6 @@ def save_pretrained(
             f"the weights of {type(model).__name__} are divided among processes; gather them on all, and give them: "
             "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)"
         )
-    # Of one of them, as transformers does; it empties `weights`.
-    dtype = next((weights[name].dtype for name, p in model.named_parameters() if name in weights and p.is_floating_point()), None)
     mode = state.mode, state.noise, state.tokens, state.rows
     # The configuration names the attention function, and in the folder it must be the base's own.
     set_mode(model, "dense")
@@ -272,17 +270,8 @@ def save_pretrained(
         set_mode(model, *mode)
     if not is_main_process:
         return
-    if dtype is not None:
-        _name_dtype(Path(folder) / "config.json", str(dtype).removeprefix("torch."))
     follow_umask(*weight_files(folder))
     _write_beside(model, Path(folder), gate_values)
-
-
-def _name_dtype(path: Path, dtype: str) -> None:
-    """Let a config.json name the dtype that the weights beside it are in, and are loaded in by dtype="auto": transformers names the model's."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("dtype") != dtype:
-        path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def save_beside_files(model: Any, folder: str | Path, files: Path, gates: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -192,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(recipe_values, monkeypatc
         loop.run(load(recipe_values))
 
 
+@pytest.mark.slow
 def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
     result = loop.run(load({**recipe_values, "trainable": "all", "optimizer": {"lr": 2e-3, "base_lr": 1e-4}}))
     base = dms.io.base_models.load_base(str(tiny_folder), "float32")

@@ -83,6 +83,7 @@ def test_the_file_and_its_licence_once(environment, tmp_path):
     assert (models / "fake.gguf").read_bytes() == b"something of yours"
 
 
+@pytest.mark.slow
 def test_two_at_once(environment, tmp_path):
     running = [subprocess.Popen([SCRIPT, "fake"], env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[1] for process in running]

@@ -45,6 +45,7 @@ def test_drop_leaves_the_others_in_order(kv_dtype, build_gated, make_batch):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="without the interpreter kernels need a GPU")
+@pytest.mark.slow
 @torch.no_grad()
 def test_drop_where_kernels_run(build_gated, make_batch, monkeypatch):
     """The kernels' store reads and goes on after a drop as the plain one does."""

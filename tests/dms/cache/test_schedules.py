@@ -221,8 +221,7 @@ needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1"
     ("alignment", "route"),
     [
         ("own", "slow device"),
-        ("next", "cpu"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("own", "cpu"), ("next", "slow device"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("own", "cpu"), ("next", "cpu"), ("next", "slow device"))),
     ],
 )
 @settings(max_examples=20, derandomize=True, **_settings)

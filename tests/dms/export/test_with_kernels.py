@@ -110,6 +110,7 @@ def generate(model, ids: torch.Tensor, **options) -> tuple[torch.Tensor, object]
     return out.sequences[:, ids.shape[1] :], out.past_key_values
 
 
+@pytest.mark.slow
 def test_generation(evicts_much, on):
     model = dms.load(evicts_much, device="cpu", dtype="float32")
     on("reference")

@@ -207,18 +207,3 @@ def test_a_model_that_does_not_generate(build_model, open_gates, tmp_path):
     dms.save(model, tmp_path / "out", base_name="acme/base")
     assert not [name for name in weights_in(tmp_path / "out") if "dms_gate" in name]
     assert same(read_gates(tmp_path / "out")[0], gates_of(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_configuration_names_the_dtype_of_the_files(dtype, build_gated, tmp_path):
-    """Models are held in float32 where they train or are measured, and written as their base is."""
-    model = build_gated("llama")
-    checkpoint.save(model, tmp_path / "model", base_name="acme/base", dtype=dtype)
-    assert {tensor.dtype for tensor in weights_in(tmp_path / "model").values()} == {dtype}
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    again = dms.load(tmp_path / "model", device="cpu")
-    assert again.dtype == dtype and model.dtype == torch.float32
-    assert all(parameter.dtype == torch.float32 for parameter in gate_parameters(again).values())
-    # Through a state_dict of one's own, too.
-    model.save_pretrained(tmp_path / "theirs", state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
-    assert (tmp_path / "theirs" / "config.json").read_text() == (tmp_path / "model" / "config.json").read_text()
