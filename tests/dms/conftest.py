@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dms
+from dms import hf_compat
 from dms.retrofitting import gate_parameters
 
 _METHOD = {f.name for f in fields(dms.DMSConfig)}
@@ -89,6 +90,8 @@ def build_model():
     def build(family: str, seed: int = 0, **overrides):
         config = AutoConfig.for_model(family, **(_COMMON | _FAMILIES[family] | overrides))
         model = AutoModelForCausalLM.from_config(config).eval()
+        # As load_base does: 5.17 chooses sdpa for gemma2, which leaves its cap out.
+        hf_compat.use_capped_attention(model)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -252,8 +252,9 @@ def test_swap_rope_deltas(model):
     assert hf_compat.swap_rope_deltas(wrapper.model, shifted) is None and wrapper.model.rope_deltas is shifted
     assert hf_compat.swap_rope_deltas(model.model, shifted) is None and not hasattr(model.model, "rope_deltas")
     # These have one base class with get_rope_index, and the inner one alone keeps what images shift.
-    outer, inner = transformers.Qwen2_5OmniThinkerForConditionalGeneration, transformers.Qwen2_5OmniThinkerModel
-    assert outer.get_rope_index is inner.get_rope_index
+    outer, inner = transformers.Qwen2_5OmniThinkerForConditionalGeneration, getattr(transformers, "Qwen2_5OmniThinkerModel", None)
+    # On 5.17 the two are one class.
+    assert inner is None or outer.get_rope_index is inner.get_rope_index
     around = type("Around", (torch.nn.Module,), {"get_rope_index": outer.get_rope_index})()
     around.model = wrapper.model
     assert hf_compat.swap_rope_deltas(around, None) is None
