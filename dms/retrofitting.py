@@ -23,7 +23,7 @@ from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.generation import with_decoding
 from dms.layer_discovery import AttentionLayer, FollowingLayer, find_layers
-from dms.modes import DMSState, RotaryLengths, state_of
+from dms.modes import DMSState, ForwardPass, RotaryLengths, state_of
 
 
 def retrofit(model: Any, config: DMSConfig) -> Any:
@@ -299,15 +299,22 @@ def _past(cache: Cache | None, state: DMSState, batch: int) -> masks.Tokens | No
     return masks.Tokens((seen > 0).int()[:, None], (seen - 1).clamp(min=0)[:, None])
 
 
-def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run the gate on what attention reads, and leave what follows from its decision for the attention function."""
+def _enter(state: DMSState, layer: AttentionLayer | FollowingLayer, module: Any) -> ForwardPass | None:
+    """The pass that a layer is called in; None where gates are off."""
     forward = state.forward
     if forward is None:
         module.dms_pending = None
-        return
     # A compiled graph would be guarded by each layer's number, and made again for each.
-    if not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling():
         forward.enter(layer)
+    return forward
+
+
+def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the gate on what attention reads, and leave what follows from its decision for the attention function."""
+    forward = _enter(state, layer, module)
+    if forward is None:
+        return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = hf_compat.own_cache(next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None))
     pending = module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
@@ -318,13 +325,9 @@ def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args:
 
 def _before_following(state: DMSState, layer: FollowingLayer, module: Any, args: tuple[Any, ...]) -> None:
     """Leave the decision of the layer whose keys and values this one attends to."""
-    forward = state.forward
-    if forward is None:
-        module.dms_pending = None
-        return
-    if not torch.compiler.is_compiling():
-        forward.enter(layer)
-    module.dms_pending = forward.follow(layer)
+    forward = _enter(state, layer, module)
+    if forward is not None:
+        module.dms_pending = forward.follow(layer)
 
 
 def _after_attention(layer: AttentionLayer | FollowingLayer, module: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -24,7 +24,7 @@ if [[ "${1:-}" == --run ]]; then
     shift
     run=("$@")
 fi
-(($#)) || set -- tests/dms/test_hf_compat.py tests/dms/test_layer_discovery.py tests/dms/test_rotary.py tests/dms/test_modes.py tests/dms/test_wrappers.py tests/dms/cache/test_generate.py tests/dms/cache/test_families.py tests/dms/export/test_export.py
+(($#)) || set -- tests/dms/test_hf_compat.py tests/dms/test_layer_discovery.py tests/dms/test_layer_probe.py tests/dms/test_rotary.py tests/dms/test_modes.py tests/dms/test_wrappers.py tests/dms/cache/test_generate.py tests/dms/cache/test_families.py tests/dms/export/test_export.py
 
 scripts/setup_env.sh all dev
 python="${DMS_VENV:-$root/.venv}/bin/python"

@@ -50,3 +50,33 @@ def test_it_is_a_frozen_value():
         assert same == config and hash(same) == hash(config)
     with pytest.raises(TypeError):
         DMSConfig(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windw": 8}, r"unknown key 'windw' \(did you mean 'window'\?\); allowed: window, granularity"),
+        ({"allignment": "own"}, "did you mean 'alignment'"),
+        ({"zzzz": 1}, "unknown key 'zzzz'; allowed"),
+        ({"window": -1}, "window.*given: -1"),
+        ({"window": "8"}, "window.*given: '8'"),
+        ({"alignment": "previous"}, "'own' or 'next'.*given: 'previous'"),
+        ({"granularity": "token"}, "'head' or 'layer'.*given: 'token'"),
+        ({"tau": 0.0}, "tau.*given: 0.0"),
+        ({"scale": float("nan")}, "scale"),
+        ({"sinks": 1.5}, "sinks.*given: 1.5"),
+    ],
+)
+def test_config_is_strict(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DMSConfig(**fields)
+
+
+def test_config_is_saved_and_read():
+    config = DMSConfig(window=8, alignment="next", sinks=2)
+    saved = config.to_saved()
+    assert saved["format_version"] == 1 and DMSConfig.from_saved(saved, "here") == config
+    with pytest.raises(ValueError, match="here: format_version is 2, this version of dms reads 1"):
+        DMSConfig.from_saved(saved | {"format_version": 2}, "here")
+    with pytest.raises(ValueError, match=r"here: .*'sideways'"):
+        DMSConfig.from_saved(saved | {"alignment": "sideways"}, "here")

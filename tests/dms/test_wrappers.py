@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from transformers import AutoConfig, Cohere2ForCausalLM, Cohere2VisionForConditionalGeneration
-from wrappers import PROCESSOR, WRAPPERS, build_wrapper, image_inputs, wrapper_config, write_wrapper
+from wrappers import PROCESSOR, VISION, WRAPPERS, build_wrapper, image_inputs, wrapper_config, write_wrapper
 
 import dms
 from dms.builtin import builtin_models
@@ -224,15 +224,7 @@ def test_the_head_is_that_of_the_class_around():
     """Cohere 2 Vision leaves out the scale that its text decoder's configuration names."""
     config = wrapper_config("llava")
     text = config.text_config.to_dict() | {"model_type": "cohere2", "logit_scale": 0.25, "layer_types": ["full_attention"] * 2}
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    around = AutoConfig.for_model("cohere2_vision", text_config=text, vision_config=vision, image_token_id=2040)
+    around = AutoConfig.for_model("cohere2_vision", text_config=text, vision_config=VISION, image_token_id=2040)
     for config, cls, scale in (
         (around, Cohere2VisionForConditionalGeneration, 1.0),
         (around.text_config, Cohere2ForCausalLM, 0.25),

@@ -116,6 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
 }
 
+_SLIDING_LATER = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3, "layer_types": None}
 _NO_SLIDING = {"no sliding window": {"sliding_window": None}}
 _SLIDING = {"sliding window everywhere": {"sliding_window": 8}}
 _DECODER = {"as a decoder": {"is_decoder": True}, "with cross-attention": {"is_decoder": True, "add_cross_attention": True}}
@@ -157,23 +158,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3": {
         "5 heads, 1 KV head, no divisor of the width": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12},
-        "sliding window in later layers": {
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "max_window_layers": 1,
-            "num_hidden_layers": 3,
-            "layer_types": None,
-        },
+        "sliding window in later layers": _SLIDING_LATER,
     },
     "qwen2": {
         "7 heads, 1 KV head": {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56},
-        "sliding window in later layers": {
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "max_window_layers": 1,
-            "num_hidden_layers": 3,
-            "layer_types": None,
-        },
+        "sliding window in later layers": _SLIDING_LATER,
     },
     "mistral": _NO_SLIDING | {"wide heads, no sliding window": {"sliding_window": None, "head_dim": 24}},
     "mistral3": _NO_SLIDING,

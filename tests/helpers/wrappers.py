@@ -20,7 +20,7 @@ _COMMON = {
     "pad_token_id": 1,
     "tie_word_embeddings": False,
 }
-_VISION = {
+VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
@@ -50,7 +50,7 @@ WRAPPERS = {
     "mistral3": Wrapper(
         "Mistral3ForConditionalGeneration",
         {"model_type": "mistral", "sliding_window": None},
-        {"vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 2040},
+        {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 2040},
         (2, 2),
     ),
     "qwen2_5_vl": Wrapper(
@@ -68,7 +68,7 @@ WRAPPERS = {
     "llava": Wrapper(
         "LlavaForConditionalGeneration",
         {"model_type": "llama"},
-        {"vision_config": _VISION | {"model_type": "clip_vision_model"}, "image_token_index": 2040, "vision_feature_layer": -1},
+        {"vision_config": VISION | {"model_type": "clip_vision_model"}, "image_token_index": 2040, "vision_feature_layer": -1},
         (2, 2),
     ),
     "llama4": Wrapper(
@@ -77,7 +77,7 @@ WRAPPERS = {
         {"num_hidden_layers": 4, "attention_chunk_size": 16, "intermediate_size_mlp": 96, "num_local_experts": 2}
         | {"num_experts_per_tok": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         {
-            "vision_config": _VISION
+            "vision_config": VISION
             | {"intermediate_size": 128, "vision_output_dim": 32, "projector_input_dim": 32}
             | {"projector_output_dim": 32, "pixel_shuffle_ratio": 0.5},
             "image_token_index": 2040,
@@ -87,8 +87,7 @@ WRAPPERS = {
     "gemma3": Wrapper(
         "Gemma3ForConditionalGeneration",
         _HYBRID | {"query_pre_attn_scalar": 16},
-        {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 2040}
-        | {"boi_token_index": 2041, "eoi_token_index": 2042},
+        {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 2040} | {"boi_token_index": 2041, "eoi_token_index": 2042},
         (1, 2),
     ),
     "mllama": Wrapper(
@@ -96,7 +95,7 @@ WRAPPERS = {
         # The middle layer attends to images; text alone passes it by.
         {"num_hidden_layers": 3, "cross_attention_layers": [1]},
         {
-            "vision_config": _VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+            "vision_config": VISION | {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64},
             # Of the eight rows that its embeddings have more than its head.
             "image_token_index": 2048,
         },
