@@ -1,12 +1,17 @@
 """`DMSConfig`: the settings of the method, as checkpoints store them. Symbols as in arXiv 2506.05345 (cited as [P])."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
+# Of files whose gates choose among several windows; others stay what older versions read.
+WINDOWS_VERSION = 2
+FORMAT_VERSIONS = (FORMAT_VERSION, WINDOWS_VERSION)
+MAX_WINDOWS = 4
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -25,6 +30,9 @@ class DMSConfig:
 
     window: int = field(default=256, metadata={"least": 0})
     """w in tokens: an evicted token stays visible for the w queries after its own ([P] section 3.1, delayed eviction)."""
+    windows: tuple[int, ...] | None = field(default=None, metadata={"windows": True})
+    """Instead of `window`: 2 to 4 rising numbers of tokens. Gates then choose among lifetimes: there is a decision for each window, and a
+    token is gone for a query that is more than w_j after it where decision j evicts it. None: `window` alone."""
     granularity: Literal["head", "layer"] = "head"
     """One decision per token and KV head, or one per token for all heads of a layer."""
     alignment: Literal["own", "next"] = "own"
@@ -45,11 +53,16 @@ class DMSConfig:
             _problem(known[name], value) if name in known else f"unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}"
             for name, value in given.items()
         ]
+        if given.get("window") is not None and given.get("windows") is not None:
+            problems.append(f"window is {given['window']} and windows {given['windows']}; give one of them")
         if any(problems):
             raise ValueError("; ".join(filter(None, problems)))
         return super().__new__(cls)
 
     def __post_init__(self):
+        if self.windows is not None:
+            object.__setattr__(self, "windows", tuple(self.windows))
+            object.__setattr__(self, "window", self.windows[0])
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
@@ -63,23 +76,43 @@ class DMSConfig:
         """
         given = dict(saved)
         version = given.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise ValueError(
-                f"{source}: format_version is {version!r}, this version of dms reads {FORMAT_VERSION}; upgrade dms-retrofit or retrofit anew"
+                f"{source}: format_version is {version!r}, this version of dms reads {' and '.join(map(str, FORMAT_VERSIONS))}; upgrade "
+                "dms-retrofit or retrofit anew"
             )
         try:
             return cls(**given)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
+    @property
+    def delays(self) -> tuple[int, ...]:
+        """The windows, one or several, in tokens."""
+        return self.windows or (self.window,)
+
+    @property
+    def format_version(self) -> int:
+        """Of the files that this is saved in."""
+        return FORMAT_VERSION if self.windows is None else WINDOWS_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is given: `window` or `windows`."""
+        unused = "windows" if self.windows is None else "window"
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != unused}
+
     def to_saved(self) -> dict[str, Any]:
-        return {**asdict(self), "format_version": FORMAT_VERSION}
+        return {**self.to_dict(), "format_version": self.format_version}
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a field's value, in the words that recipes' errors use, or None."""
     bounds, allowed = f.metadata, None
-    if f.type in (int, float):
+    if "windows" in bounds:
+        rises = isinstance(value, list | tuple) and all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in value)
+        if value is not None and not (rises and 2 <= len(value) <= MAX_WINDOWS and all(a < b for a, b in itertools.pairwise(value))):
+            allowed = f"2 to {MAX_WINDOWS} rising numbers of tokens, such as [24, 96, 384]"
+    elif f.type in (int, float):
         # To Python a bool is an int.
         if isinstance(value, bool) or not isinstance(value, int if f.type is int else (int, float)):
             allowed = "a valid integer" if f.type is int else "a valid number"

@@ -24,12 +24,13 @@ class Gate(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale, self.offset, self.normalize = config.scale, config.offset, normalize
-        num_outputs = num_heads if config.granularity == "head" else 1
+        self.num_windows = len(config.delays)
+        num_outputs = (num_heads if config.granularity == "head" else 1) * self.num_windows
         self.weight = nn.Parameter(torch.zeros(num_outputs, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_outputs, dtype=torch.float32))
 
     def forward(self, hidden_BTM: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, M] of any dtype -> evict logits [B, T, H] float32."""
+        """Hidden states [B, T, M] of any dtype -> evict logits [B, T, H] float32; of K > 1 windows [B, T, H, K]."""
         # Entering the context costs as much as the product of one token.
         if not torch.is_autocast_enabled(hidden_BTM.device.type):
             return self._logits(hidden_BTM)
@@ -41,6 +42,8 @@ class Gate(nn.Module):
         if self.normalize:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _RMS_EPS)
         logits = self.scale * F.linear(x, self.weight.float(), self.bias.float()) - self.offset
+        if self.num_windows > 1:
+            return logits.unflatten(-1, (-1, self.num_windows)).expand(-1, -1, self.num_heads, -1)
         return logits.expand(-1, -1, self.num_heads)
 
     def _apply(self, fn, recurse=True):

@@ -24,6 +24,7 @@ from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 
 if TYPE_CHECKING:
+    from dms.training.budgets import Budget
     from dms.training.offload import HostStore
     from dms.training.packed_attention import PackedAttention
 
@@ -148,6 +149,8 @@ class DMSState:
     """None or "int8", for pages."""
     prefill_chunk: int | None = None
     """Tokens of a prompt that `generate` reads at a time; None: all."""
+    budget: Budget = "decided"
+    """In training, what the target ratio counts."""
     offload_activations: bool = False
     """In training, inputs and attention outputs of checkpointed layers rest in host memory until the backward."""
 

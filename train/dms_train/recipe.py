@@ -1,7 +1,6 @@
 """The recipes' sections and keys, with their types and checks. `recipe_file` reads and writes them."""
 
 import math
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
@@ -153,8 +152,11 @@ class RetrofitRecipe(Strict):
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
-    """The compression ratio of decided tokens at the end; it rises linearly from 1 ([P] section 3.2)."""
-    dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(asdict)]
+    """The compression ratio at the end, of what `budget` says; it rises linearly from 1 ([P] section 3.2)."""
+    budget: Literal["decided", "end", "mean"] = "decided"
+    """What `target_cr` counts: decided, decisions, windows left aside; end, entries alive at a document's end, windows included; mean, their
+    mean over positions. Several windows need end or mean."""
+    dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(DMSConfig.to_dict)]
     data: Data
     optimizer: Optimizer
     steps: int = Field(ge=1)
@@ -243,6 +245,11 @@ class RetrofitRecipe(Strict):
                     f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
                 )
             at_step[step] = cr
+        if self.dms.windows is not None and self.budget == "decided":
+            raise ValueError(
+                f"budget is decided and dms.windows {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
+                "budget=end or budget=mean"
+            )
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
