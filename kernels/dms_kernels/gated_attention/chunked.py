@@ -18,7 +18,7 @@ of scores (row c * G + g), N keys of a list, E keys of an edge, S keys that a bl
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ def _backward(q, k, v, log_keep, first_BT, grad_out, delta_BTHq, lse_BHqT, geome
                     if piece.bias_N is not None:
                         bias_KN[piece.num_counting - 1, piece.rows].add_(grad_RN.sum(0))
                     for edge in piece.edges:
-                        edge_CGE = grad_RS[:, edge.columns].unflatten(0, (-1, G))
+                        edge_CGE = edge.view(grad_RS)
                         bias_KN[edge.decision, edge.rows].add_((edge_CGE.sum(1) * edge.beyond_CE).sum(0))
             if slope_RS is not None:
                 grad_RS.mul_(slope_RS)
@@ -273,7 +273,7 @@ class KeyList:
     """decisions that count for every query which reads from this list beyond the edges: 0 near, j in far range j"""
     k_ND: Tensor
     v_ND: Tensor
-    log_keep_KN: Tensor | None
+    log_keep_KN: tuple[Tensor, ...] | None
     """None: no further decision will count"""
     bias_N: Tensor | None
     """sum of the decisions that count; None: 0"""
@@ -283,23 +283,26 @@ class KeyList:
     """how many of these come before each key; None: all of them"""
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """Keys of one piece that are beyond the window of one more decision for a part of the block's queries."""
 
     decision: int
     """which one, from 0"""
     rows: slice
     """of the list"""
-    columns: slice
-    """of the block's scores"""
+    column: int
+    """the first one, of the block's scores"""
     log_keep_E: Tensor
     beyond_CE: Tensor
     """bool, whether a key is beyond that window of a query"""
 
+    def view(self, x_RS: Tensor) -> Tensor:
+        """These columns, [C, G, E]."""
+        C, E = self.beyond_CE.shape
+        return x_RS.view(C, -1, x_RS.shape[1]).narrow(2, self.column, E)
 
-@dataclass(frozen=True)
-class Piece:
+
+class Piece(NamedTuple):
     """What a block reads of one list."""
 
     num_counting: int
@@ -312,8 +315,7 @@ class Piece:
     edges: list[Edge]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Queries [begin, end) and the keys that they can see: near, far 1, ..., far K. In the scores' columns near comes last."""
 
     begin: int
@@ -334,7 +336,7 @@ class Block:
 
     def split(self, x_RS: Tensor) -> tuple[Tensor, ...]:
         """The columns of each piece, [R, N] views."""
-        return x_RS.split(self.widths, 1)[::-1]
+        return x_RS.split_with_sizes(self.widths, 1)[::-1]
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
@@ -383,11 +385,11 @@ def each_head(
     for b in range(B):
         for h in range(H):
             k_TD, v_TD, log_keep_KT = k[b, :, h].to(dtype), v[b, :, h].to(dtype), log_keep[b, :, h].T.to(dtype)
-            lists = [KeyList(0, k_TD, v_TD, log_keep_KT, None, None, None)]
+            lists = [KeyList(0, k_TD, v_TD, log_keep_KT.unbind(), None, None, None)]
             for j, num_before in enumerate(num_kept_BHKT[b][h]):
                 index_N = kept_first_BHKT[b, h, j, : num_before[T]]
                 bias_N = bias_BTHK[b, :, h, j][index_N]
-                log_keep_KN = log_keep_KT[:, index_N] if j + 1 < len(log_keep_KT) else None
+                log_keep_KN = log_keep_KT[:, index_N].unbind() if j + 1 < len(log_keep_KT) else None
                 lists.append(KeyList(j + 1, k_TD[index_N], v_TD[index_N], log_keep_KN, bias_N, index_N, num_before))
             yield b, h, tuple(lists)
 
@@ -423,12 +425,12 @@ def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: i
         num_edge = (edge_stop if before is None else before[edge_stop]) - row
         if num_edge == 0:
             continue
-        rows, columns = slice(row, row + num_edge), slice(column, column + num_edge)
+        rows = slice(row, row + num_edge)
         if keys.index_N is None:
             beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
         else:
             beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
-        edges.append(Edge(decision, rows, columns, keys.log_keep_KN[decision, rows], beyond_CE))
+        edges.append(Edge(decision, rows, column, keys.log_keep_KN[decision][rows], beyond_CE))
     rows = slice(row, row_stop)
     bias_N = None if keys.bias_N is None else keys.bias_N[rows]
     index_N = tiles.index_T if keys.index_N is None else keys.index_N
@@ -473,10 +475,10 @@ class Tiles:
                     scores_RN.add_(piece.bias_N)
 
         C = block.num_queries
-        scores_CGS = scores_RS.unflatten(0, (C, self.num_groups))
         for piece in block.pieces:
             for edge in piece.edges:
-                scores_CGS[..., edge.columns].add_(torch.where(edge.beyond_CE, edge.log_keep_E, 0.0)[:, None])
+                edge.view(scores_RS).add_(torch.where(edge.beyond_CE, edge.log_keep_E, 0.0)[:, None])
+        scores_CGS = scores_RS.view(C, self.num_groups, -1)
         scores_CGS[..., -C:].add_(self.future_CC[:C, None, :C])
         if block.is_split and self.first_BT is not None:
             index_S = torch.cat([piece.index_N[piece.rows] for piece in reversed(block.pieces)])
