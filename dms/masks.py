@@ -146,6 +146,18 @@ def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int)
     return (tokens.segment_BT > 0)[..., None] & (near[..., None] | ~evicted_BSH)
 
 
+def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
+    """For how many positions of its document each entry is alive, its own among them, [B, S, H] int64; 0 for padding.
+
+    Summed over a document's tokens, and divided by its length, these are the entries alive in the mean over positions.
+    """
+    position = tokens.position_BT.long()
+    rest = (_document_end(tokens) - tokens.position_BT).long()
+    for_good = (position < sinks)[..., None] | ~evicted_BSH
+    steps = torch.where(for_good, rest[..., None], rest.clamp(max=window)[..., None]) + 1
+    return torch.where(tokens.real[..., None], steps, 0)
+
+
 def _document_end(tokens: Tokens) -> torch.Tensor:
     """Position of the last token of each token's document, [B, S]."""
     segment = tokens.segment_BT.long()

@@ -144,3 +144,17 @@ def test_padding_within_a_document_is_for_inference_only():
     masks.require_unbroken(_locate(mask=[[1, 1, 0, 1]], position=[[0, 1, 0, 0]]))
     with pytest.raises(ValueError, match="padding between two tokens"):
         masks.require_unbroken(_locate(mask=[[1, 0, 1, 1]]))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (2, 0), (3, 2), (50, 1)])
+def test_entries_are_counted_as_often_as_queries_see_them(window, sinks):
+    generator = torch.Generator().manual_seed(window)
+    tokens = _tokens([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0]], [[0, 0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 0]])
+    evicted = torch.rand(2, 9, 3, generator=generator) < 0.6
+    see = masks.visible(tokens, tokens, evicted, window=window, sinks=sinks)
+    steps = masks.alive_steps(tokens, evicted, window=window, sinks=sinks)
+    assert torch.equal(steps, see.sum(2).transpose(1, 2))
+    # Alive at the end is what the document's last query sees.
+    ends = [[8], [2, 7]]
+    seen_at_ends = torch.stack([see[row, :, at].any(1).T for row, at in enumerate(ends)])
+    assert torch.equal(masks.alive(tokens, evicted, window=window, sinks=sinks), seen_at_ends)

@@ -186,5 +186,10 @@ def _stored_recipe(folder: Path) -> dict[str, Any] | None:
 def differences(stored: dict[str, Any], recipe: RetrofitRecipe) -> list[str]:
     """Keys in which the recipes differ and which make it another run, with both values."""
     then, now = flat(stored), flat(recipe.model_dump())
-    keys = [key for key in {**now, **then} if not key.startswith(_FREE) and key not in _SAME_SUMS]
+    keys = [key for key in {**now, **then} if is_of_another_run(key)]
     return [f"{key} is {then.get(key)!r} there and {now.get(key)!r} here" for key in keys if then.get(key) != now.get(key)]
+
+
+def is_of_another_run(key: str) -> bool:
+    """Whether a recipe that differs in this dotted key is another run's."""
+    return not key.startswith(_FREE) and key not in _SAME_SUMS
