@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, model_validator
 from rich.console import Console
 
@@ -23,9 +22,10 @@ from dms.config import DMSConfig, nearest
 from dms.console import make_console
 from dms.evaluation.policies import TRAINING_FREE
 from dms.strict_config import Strict
+from dms_train.preflight import check_context
 from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import flat, load_recipe
-from dms_train.run_folder import differences, is_of_another_run
+from dms_train.run_folder import differences, is_of_another_run, stored_recipe
 
 # A variant's name is a folder's.
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]*")
@@ -171,7 +171,9 @@ def make_runs(comparison: Comparison) -> list[Run]:
                 # JSON is YAML.
                 overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
                 try:
-                    runs.append(Run(variant, load_recipe(comparison.recipe, overrides, RetrofitRecipe)))
+                    recipe = load_recipe(comparison.recipe, overrides, RetrofitRecipe)
+                    check_context(recipe)
+                    runs.append(Run(variant, recipe))
                 except ValueError as error:
                     of_text = problems.setdefault(str(error), [])
                     if variant not in of_text:
@@ -221,10 +223,9 @@ def check_folders(runs: list[Run]) -> None:
     """Raises ValueError where a run's folder holds another run, naming it and every key that differs."""
     problems = []
     for run in runs:
-        path = run.folder / "recipe.yaml"
-        if not path.is_file():
+        stored = stored_recipe(run.folder)
+        if stored is None:
             continue
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         # With the defaults of keys that came since; one that has keys that are gone stays as it is, and `differences` names them.
         with suppress(ValueError):
             stored = RetrofitRecipe.model_validate(stored).model_dump()

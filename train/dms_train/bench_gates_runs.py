@@ -23,6 +23,8 @@ from dms_train.recipe_file import dump_recipe
 from dms_train.run_folder import LOCK_FILE
 from dms_train.stopping import Stopped, StopRequest, listening
 
+# The command that a run's recipe is given to.
+RETROFIT = (sys.executable, "-m", "dms_train.cli", "retrofit")
 _POLL_SECONDS = 0.2
 
 
@@ -128,7 +130,7 @@ class _Bench:
         with log.open("ab") as output:
             log_start = output.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", "dms_train.cli", "retrofit", str(recipe)],
+                [*RETROFIT, str(recipe)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

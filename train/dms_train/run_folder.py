@@ -61,7 +61,7 @@ class RunFolder:
         folder, recipe = self.path, self.recipe
         if not folder.exists() or {path.name for path in folder.iterdir()} <= _BARELY_BEGUN:
             return None
-        stored = _stored_recipe(folder)
+        stored = stored_recipe(folder)
         if stored is None:
             raise ValueError(f"output_dir '{folder}' is not empty and holds no run; choose another folder")
         self._lock()
@@ -117,7 +117,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if self._held is None:
             self._lock()
-            if _stored_recipe(folder) is not None:
+            if stored_recipe(folder) is not None:
                 raise ValueError(f"output_dir '{folder}' was taken by another run meanwhile; choose another folder")
         if saved is None:
             base = base_models.resolve_model(recipe.model).path.absolute()
@@ -172,7 +172,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _stored_recipe(folder: Path) -> dict[str, Any] | None:
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the run that a folder holds, or None where it holds none."""
     if not all((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
         return None
