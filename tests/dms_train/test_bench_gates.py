@@ -56,7 +56,7 @@ def values_of(folder, **changes):
 
 def read(folder, **changes) -> Comparison:
     path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values_of(folder, **changes)))
+    path.write_text(yaml.safe_dump(values_of(folder, **changes), sort_keys=False))
     return load_recipe(str(path), [], Comparison)
 
 
@@ -71,7 +71,7 @@ def test_the_packaged_comparison_is_valid():
     [
         (
             {"overides": {}, "evaluation": {"lenghts": [64]}},
-            ["'overides' (did you mean 'overrides'?)", "'evaluation.lenghts'", "lengths' is missing"],
+            ["'overides' (did you mean 'overrides'?)", "'lenghts' (did you mean 'lengths'?)", "key 'lengths' is missing"],
         ),
         (
             {"variants": {"a/b": {"seed": 1}}, "target_cr": [4, 4]},
@@ -377,7 +377,7 @@ def test_a_comparison_that_is_killed_goes_on_and_names_what_failed(tmp_path):
     broken = {"data": {"source": "text", "path": str(tmp_path / "nowhere"), "items": None}}
     values = values_of(folder, variants={"near": {"dms.window": 8, "steps": 30}, "broken": broken, "far": {"dms.window": 24}})
     values["evaluation"]["lengths"] = [128, 192]
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "dms_train.cli", "bench", "gates", str(path)]
     metrics = folder / "near" / "cr4-seed0" / "metrics.jsonl"
     with (tmp_path / "log").open("w") as log:

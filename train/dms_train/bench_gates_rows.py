@@ -81,6 +81,7 @@ class RowFile:
 
 def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]:
     """What a row of a run's gates is found by."""
+    gates = run.folder / "gates" / "gates.safetensors"
     return {
         "policy": "dms",
         "variant": run.variant,
@@ -88,7 +89,7 @@ def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]
         "seed": run.recipe.seed,
         "length": length,
         "recipe_digest": run.digest,
-        "gates": sha256(run.folder / "gates" / "gates.safetensors"),
+        "gates": sha256(gates) if gates.is_file() else None,
         "documents": comparison.evaluation.documents,
     }
 
