@@ -38,7 +38,7 @@ from dms.masks import Tokens
 from dms.modes import set_mode, state_of
 from dms.retrofitting import retrofit
 from dms_train.artifacts import saved_dtype
-from dms_train.bench_gates import Comparison, Run
+from dms_train.bench_gates import GateComparison, Run
 from dms_train.models import held_dtype
 
 ROWS_FILE = "rows.jsonl"
@@ -79,7 +79,7 @@ class RowFile:
         return next((row for row in reversed(self.read()) if all(row.get(key) == value for key, value in name.items())), None)
 
 
-def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]:
+def name_of_run(run: Run, length: int, comparison: GateComparison) -> dict[str, Any]:
     """What a row of a run's gates is found by."""
     gates = run.folder / "gates" / "gates.safetensors"
     return {
@@ -94,7 +94,7 @@ def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]
     }
 
 
-def name_of_policy(policy: str, budget: int | None, length: int, comparison: Comparison, model: str) -> dict[str, Any]:
+def name_of_policy(policy: str, budget: int | None, length: int, comparison: GateComparison, model: str) -> dict[str, Any]:
     """What a row of dense, or of a training-free policy with a budget, is found by."""
     return {"policy": policy, "budget": budget, "length": length, "model": model, "documents": comparison.evaluation.documents}
 
@@ -262,7 +262,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
 class Evaluator:
     """Evaluates runs of a comparison, one after the other; what is in `rows.jsonl` is not done again."""
 
-    def __init__(self, comparison: Comparison, recipe, between: Callable[[], None] = lambda: None):
+    def __init__(self, comparison: GateComparison, recipe, between: Callable[[], None] = lambda: None):
         """recipe: of any run; all have one base. between: called before each batch, and may raise.
 
         Raises:
