@@ -183,8 +183,7 @@ def each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[
 def document_end(tokens: Tokens) -> torch.Tensor:
     """Position of the last token of each token's document, [B, S]."""
     segment = tokens.segment_BT.long()
-    ends = torch.zeros(
-        segment.shape[0], int(segment.max()) + 1 if segment.numel() else 1, dtype=tokens.position_BT.dtype, device=segment.device
-    )
+    # As many documents as tokens at most; how many there are would have to be asked of the device.
+    ends = torch.zeros(segment.shape[0], segment.shape[1] + 1, dtype=tokens.position_BT.dtype, device=segment.device)
     ends.scatter_reduce_(1, segment, tokens.position_BT, "amax")
     return ends.gather(1, segment)

@@ -22,7 +22,7 @@ from dms.costs.stand_in_attention import StandInPackedAttention, replaced_attent
 from dms.costs.stand_in_linear import replace_packed
 from dms.costs.torch_compat import fake_tensors
 from dms.modes import set_mode, state_of
-from dms.training.soft_decisions import TrainPass
+from dms.training.soft_decisions import TrainPass, savings_of
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,8 @@ def _student(
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
-    current = TrainPass("train", tokens)
+    saved, whole = savings_of(state, tokens)
+    current = TrainPass("train", tokens, saved_BTK=saved, whole_BT=whole)
 
     def enter(*_) -> None:
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,10 @@ class TrainPass(ForwardPass):
     """One pass in train mode. The dictionaries collect by layer index."""
 
     noise: Noise | None = None
+    saved_BTK: torch.Tensor | None = None
+    """What the decision for each window saves, of the tokens held here: `budgets.savings`."""
+    whole_BT: torch.Tensor | None = None
+    """What there is to save, likewise."""
     evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B] sums of what decisions to evict save over heads and tokens: straight-through, with the gate's gradient."""
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -50,13 +55,19 @@ class TrainPass(ForwardPass):
         masks.require_unbroken(tokens)
         offloads = state.offload_activations and torch.is_grad_enabled()
         store = HostStore() if offloads else None
-        return cls("train", tokens, noise=state.noise, rows=state.rows, has_cache=has_cache, store=store)
+        saved, whole = savings_of(state, tokens)
+        rows = state.rows
+        if rows is not None:
+            saved, whole = rows.held(saved), rows.held(whole)
+        return cls("train", tokens, noise=state.noise, saved_BTK=saved, whole_BT=whole, rows=rows, has_cache=has_cache, store=store)
 
     def as_first_pass(self) -> TrainPass:
         return replace(self, keeps=True)
 
     def as_recomputation(self) -> TrainPass:
-        return TrainPass("train", self.tokens, noise=self.noise, rows=self.rows, followed=self.followed, first_passes=self.first_passes)
+        # With counts of its own.
+        fresh: dict[str, Any] = {name: {} for name in ("evicted_count", "decided_count", "head_rate")}
+        return replace(self, **fresh, has_cache=False, store=None, entered=set(), keeps=False)
 
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
@@ -64,9 +75,8 @@ class TrainPass(ForwardPass):
         """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
         config, tokens, rows = state.config, self.tokens, self.rows
         logits, num_windows = gate(hidden_BTM), len(config.windows)
-        saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
-        if rows is not None:
-            saved_BTK, whole_BT = rows.held(saved_BTK), rows.held(whole_BT)
+        saved_BTK, whole_BT = self.saved_BTK, self.whole_BT
+        assert saved_BTK is not None and whole_BT is not None, "a pass that decides has begun"
         noise = torch.zeros_like(logits)
         if self.noise is not None:
             noise = logistic_noise(
@@ -107,6 +117,12 @@ class TrainPass(ForwardPass):
         first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
         self.first_passes[layer] = first_pass
         return first_pass
+
+
+def savings_of(state: DMSState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """`budgets.savings` of tokens in a model's training."""
+    config = state.config
+    return savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
 
 
 def train_pass(model: nn.Module) -> TrainPass:

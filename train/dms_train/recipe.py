@@ -136,10 +136,6 @@ class TeacherCacheSettings(Strict):
     """Most probable tokens of each distribution; all others together count as one. A cache with a larger K can be used."""
 
 
-class Trial(Strict):
-    """Ideas under trial. The defaults change nothing."""
-
-
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
@@ -198,8 +194,6 @@ class RetrofitRecipe(Strict):
     """How long a process waits for the others before the run fails."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
-    trial: Trial = Trial()
-    """Ideas under trial."""
     overwrite: bool = False
     """Delete a run that `output_dir` holds and that is not continued. Without it, that is refused."""
 
