@@ -233,8 +233,8 @@ def _student(
     state = state_of(model)
     tokens = masks.Tokens(torch.ones_like(ids_BT, dtype=torch.int32), torch.zeros_like(ids_BT, dtype=torch.int32))
 
-    saved, whole = savings_of(state, tokens)
-    current = TrainPass("train", tokens, saved_BTK=saved, whole_BT=whole)
+    saved_BTK, whole_BT = savings_of(state, tokens)
+    current = TrainPass("train", tokens, saved_BTK=saved_BTK, whole_BT=whole_BT)
 
     def enter(*_) -> None:
         # Not by the mode: in train mode the decoder's own hook would read documents from tensors that hold none.

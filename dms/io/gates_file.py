@@ -105,7 +105,7 @@ def read_config(metadata: Mapping[str, str], in_model_config: Mapping[str, Any] 
         ValueError: an unknown format, no configuration, or two that disagree.
     """
     version = metadata.get("format_version")
-    if version not in map(str, FORMAT_VERSIONS):
+    if version not in [str(known) for known in FORMAT_VERSIONS]:
         raise ValueError(
             f"{folder}/{GATES_FILE}: format_version is {version!r}, this version of dms reads {' and '.join(map(str, FORMAT_VERSIONS))}"
         )

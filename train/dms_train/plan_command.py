@@ -85,7 +85,7 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         steps=recipe.steps,
         ramp=recipe.ramp,
         target_cr=recipe.target_cr,
-        window=recipe.dms.window,
+        window=recipe.dms.windows[0],
         batch_size=recipe.batch_size,
         micro_batch_size=recipe.micro_batch_size,
         beta=recipe.beta,

@@ -152,13 +152,14 @@ class _Counts:
 
     def _add_masked(self, cache: Cache) -> None:
         layers = [layer for layer in cache.layers if isinstance(layer, MaskedLayer)]
+        tokens = layers[0].tokens
+        assert tokens is not None, "documents were read"
         ratios = masked_ratios(cache)
         self.seen, self.alive = self.seen + int(ratios["seen"]), self.alive + int(ratios["alive"])
         alive_B: Any = 0
         evicted = []
         for layer in layers:
-            tokens, decisions, config = layer.tokens, layer.evicted(), layer.dms
-            assert tokens is not None, "documents were read"
+            decisions, config = layer.evicted(), layer.dms
             alive_B = alive_B + masks.alive(tokens, decisions, window=config.window, sinks=config.sinks).sum((1, 2))
             evicted.append((decisions if decisions.dim() == 3 else decisions.any(-1)).sum((0, 1)).cpu())
         self.entries += [alive / self.num_heads for alive in alive_B.tolist()]

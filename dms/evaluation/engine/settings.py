@@ -184,7 +184,7 @@ class EvaluatedModel:
     target_cr: float | None
     trained_length: int | None
     """Tokens that the gates were trained at; None: not recorded."""
-    window: int
+    window: int | tuple[int, ...]
     sinks: int
     granularity: str
     alignment: str

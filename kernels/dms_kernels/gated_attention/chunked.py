@@ -346,7 +346,7 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
 def exp_(x: Tensor) -> Tensor:
     """exp in place, 0 where it would be below the smallest normal number: there a CPU's exp takes 3 to 30 times as long."""
     smallest = torch.finfo(x.dtype).tiny
-    return torch.nn.functional.threshold_(x.clamp_(min=math.log(smallest) + 1e-3).exp_(), smallest * 1.01, 0.0)
+    return torch.nn.functional.threshold(x.clamp_(min=math.log(smallest) + 1e-3).exp_(), smallest * 1.01, 0.0, inplace=True)
 
 
 def own_score_floor(q: Tensor, k: Tensor, geometry: Geometry) -> Tensor:
