@@ -369,7 +369,7 @@ def test_the_table_shows_means_and_half_ranges_beside_policies_of_equal_memory(t
         (run.folder / "gates").mkdir(parents=True)
         (run.folder / "gates" / "gates.safetensors").write_bytes(b"")
         (run.folder / "result.json").touch()
-        name = bench_gates_rows.name_of_run(run, 128, comparison)
+        name = bench_gates_rows.name_of_run(run, 128, "at_target", comparison)
         rows.add(_row(name, kl=0.1 + 0.1 * run.recipe.seed, entries_end=31.0 + run.recipe.seed * 2, entries_mean=20.0))
     policy = bench_gates_rows.name_of_policy
     rows.add(_row(policy("dense", None, 128, comparison, "builtin:tiny"), bits_per_byte=1.25, entries_end=128.0, entries_mean=64.5))
@@ -422,3 +422,26 @@ def test_a_comparison_that_is_killed_goes_on_and_names_what_failed(tmp_path):
     assert third.returncode == 0 and "far" in third.stdout, third.stderr
     assert (folder / "rows.jsonl").read_text() == before and json.loads(before.splitlines()[0])["policy"] == "dense"
     assert Path(folder / "pareto.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("target", [2.0, 3.7, 8.0, 30.0])
+def test_the_bias_of_a_target_is_found_from_both_sides(target):
+    assert bench_gates_rows.bias_at(lambda bias: 8.0 * 1.1**bias, target) == pytest.approx(math.log(target / 8.0, 1.1), abs=0.15)
+
+
+def test_a_target_that_is_out_of_reach_gets_the_nearest_bias():
+    asked = []
+
+    def ratio(bias):
+        asked.append(bias)
+        return 4.0 if bias < 3.0 else 5.0
+
+    assert ratio(bench_gates_rows.bias_at(ratio, 8.0)) == 5.0
+    assert len(asked) < 20
+
+
+def test_windows_are_scaled_in_proportion():
+    assert bench_gates_rows.scaled_windows(dms.DMSConfig(window=[8, 32, 128]), 4.0).windows == (32, 128, 512)
+    assert bench_gates_rows.scaled_windows(dms.DMSConfig(window=32), 0.5).window == 16
+    with pytest.raises(ValueError, match="rising"):
+        bench_gates_rows.scaled_windows(dms.DMSConfig(window=[1, 2]), 0.25)

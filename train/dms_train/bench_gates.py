@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -52,6 +52,10 @@ class GateEvaluation(Strict):
     """Documents of one forward; changes time and memory, not figures."""
     seed: int = 7
     """Of the documents."""
+    readings: list[Literal["as_trained", "at_target", "scaled"]] = Field(default=["at_target"], min_length=1)
+    """How gates are read. as_trained: as they are; what they hold differs from run to run. at_target: with the `evict_bias` at which they hold
+    `target_cr` at a document's end, found on other documents. scaled: besides, at other lengths than `data.length`, with windows in proportion
+    to the length."""
 
     @property
     def documents(self) -> dict[str, int]:
@@ -93,6 +97,7 @@ class GateComparison(Strict):
         for key in ("target_cr", "seeds", "baselines"):
             problems += _repeated(key, getattr(self, key))
         problems += _repeated("evaluation.lengths", self.evaluation.lengths)
+        problems += _repeated("evaluation.readings", self.evaluation.readings)
         for policy in self.baselines:
             if policy not in TRAINING_FREE:
                 problems.append(
@@ -140,6 +145,15 @@ class Run:
     def digest(self) -> str:
         """Of all in the recipe that makes it another run, and differs from the defaults: new keys of later versions leave it as it is."""
         return digest_of(self.recipe)
+
+    def readings(self, evaluation: GateEvaluation) -> list[tuple[int, str]]:
+        """(length, reading) of the rows that it gets."""
+        return [
+            (length, reading)
+            for length in evaluation.lengths
+            for reading in evaluation.readings
+            if reading != "scaled" or length != self.recipe.data.length
+        ]
 
     @property
     def is_finished(self) -> bool:

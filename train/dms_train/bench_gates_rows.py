@@ -46,6 +46,10 @@ ROWS_FILE = "rows.jsonl"
 _CHUNK = 64
 # The share of the steps whose KL counts as the KL at the end.
 _LAST = 0.1
+# Of the documents on which the evict_bias of a target ratio is found.
+_OTHER_TOKENS = 8192
+# Beyond it no gate's decision is left.
+_MOST_BIAS = 1024.0
 
 Metrics = dict[tuple[str, str], Sums]
 
@@ -79,7 +83,7 @@ class RowFile:
         return next((row for row in reversed(self.read()) if all(row.get(key) == value for key, value in name.items())), None)
 
 
-def name_of_run(run: Run, length: int, comparison: GateComparison) -> dict[str, Any]:
+def name_of_run(run: Run, length: int, reading: str, comparison: GateComparison) -> dict[str, Any]:
     """What a row of a run's gates is found by."""
     gates = run.folder / "gates" / "gates.safetensors"
     return {
@@ -88,6 +92,7 @@ def name_of_run(run: Run, length: int, comparison: GateComparison) -> dict[str, 
         "target_cr": run.recipe.target_cr,
         "seed": run.recipe.seed,
         "length": length,
+        "reading": reading,
         "recipe_digest": run.digest,
         "gates": sha256(gates) if gates.is_file() else None,
         "documents": comparison.evaluation.documents,
@@ -171,6 +176,39 @@ def budgets_of(rows: Sequence[dict[str, Any]], length: int) -> dict[str, int]:
         "end": max(1, round(fmean(row["entries_end"] for row in rows))),
         "mean": budget_of_mean(fmean(row["entries_mean"] for row in rows), length),
     }
+
+
+def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:
+    """The same with windows in proportion. Raises ValueError where two of them become one."""
+    windows = [round(window * factor) for window in config.windows]
+    return replace(config, window=windows[0] if len(windows) == 1 else windows)
+
+
+def bias_at(ratio: Callable[[float], float], target: float) -> float:
+    """The bias at which a ratio that rises with it is `target`, within 1 %; the nearest that is found, where it jumps over it."""
+    found = {0.0: ratio(0.0)}
+    rises, last, step = found[0.0] < target, 0.0, 1.0
+    while (found[last] < target) == rises and step <= _MOST_BIAS:
+        before, last, step = last, step if rises else -step, 2 * step
+        found[last] = ratio(last)
+    if (found[last] < target) != rises:
+        low, high = sorted((before, last))
+        while high - low > 1e-3 * max(1.0, abs(low)) and min(abs(value / target - 1.0) for value in found.values()) > 0.01:
+            middle = (low + high) / 2
+            found[middle] = ratio(middle)
+            low, high = (middle, high) if found[middle] < target else (low, middle)
+    return min(found, key=lambda bias: abs(found[bias] / target - 1.0))
+
+
+@torch.no_grad()
+def count_entries(model: Any, batches: Sequence[torch.Tensor]) -> Entries:
+    """Entries and decisions of documents [B, T], by batches, in evict mode without a cache."""
+    set_mode(model, "evict")
+    entries = Entries()
+    for ids_BT in batches:
+        hidden_states(model, {"input_ids": ids_BT})
+        entries.add(state_of(model).config, evict_pass(model).evicted, ids_BT)
+    return entries
 
 
 @torch.no_grad()
@@ -288,15 +326,24 @@ class Evaluator:
         self._plain: Any = None
         self._hidden: dict[int, list[torch.Tensor]] = {}
         self._dense: dict[int, Metrics] = {}
+        self._other_ids: dict[int, list[torch.Tensor]] = {}
 
     def evaluate(self, run: Run) -> None:
         """Add the rows of a finished run that are missing."""
-        missing = [length for length in self.documents if self.rows.find(**name_of_run(run, length, self.comparison)) is None]
+        readings = run.readings(self.comparison.evaluation)
+        missing = [each for each in readings if self.rows.find(**name_of_run(run, *each, self.comparison)) is None]
         if not missing:
             return
         model = dms.load(run.folder / "gates", base=run.recipe.model, dtype=self._dtype())
-        for length in missing:
+        state = state_of(model)
+        trained = state.config
+        for length, reading in missing:
             dense, start = self.dense(length), perf_counter()
+            state.config, state.evict_bias = trained, 0.0
+            if reading == "scaled":
+                state.config = scaled_windows(trained, length / run.recipe.data.length)
+            if reading != "as_trained":
+                state.evict_bias = self._bias_of_target(model, length, run.recipe.target_cr)
             metrics, entries = read_masked(
                 model,
                 self.documents[length],
@@ -305,9 +352,11 @@ class Evaluator:
                 between=self.between,
             )
             self._write(
-                name_of_run(run, length, self.comparison),
+                name_of_run(run, length, reading, self.comparison),
                 {
                     "budget": None,
+                    "evict_bias": state.evict_bias,
+                    "window": list(state.config.windows),
                     "changes": self.comparison.variants[run.variant],
                     **figures_of(metrics, dense, length),
                     **entries.figures(),
@@ -316,14 +365,36 @@ class Evaluator:
                 seconds=perf_counter() - start,
             )
 
+    def _bias_of_target(self, model: Any, length: int, target_cr: float) -> float:
+        """The `evict_bias` at which gates hold `target_cr` at the end of documents that are not evaluated, or the nearest to it."""
+        if length not in self._other_ids:
+            settings = self.comparison.evaluation
+            documents = make_documents(
+                base_models.load_tokenizer(self.recipe.model),
+                num_documents=min(settings.num_documents, max(4, _OTHER_TOKENS // length)),
+                length=length,
+                num_items=settings.num_items,
+                seed=settings.seed + 1,
+            )
+            self._other_ids[length] = [ids_BT for *_, ids_BT in _batches(model, documents, settings.batch_size)]
+        state = state_of(model)
+
+        def ratio(bias: float) -> float:
+            self.between()
+            state.evict_bias = bias
+            return count_entries(model, self._other_ids[length]).figures()["cr"]
+
+        return bias_at(ratio, target_cr)
+
     def evaluate_baselines(self, runs: Sequence[Run]) -> None:
         """Add what is missing of training-free policies with the budgets of these runs, all finished and evaluated."""
         for length in self.documents:
-            groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+            groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
             for run in runs:
-                row = self.rows.find(**name_of_run(run, length, self.comparison))
-                if row is not None:
-                    groups.setdefault((run.variant, run.recipe.target_cr), []).append(row)
+                for reading in (reading for at, reading in run.readings(self.comparison.evaluation) if at == length):
+                    row = self.rows.find(**name_of_run(run, length, reading, self.comparison))
+                    if row is not None:
+                        groups.setdefault((run.variant, run.recipe.target_cr, reading), []).append(row)
             budgets = sorted({budget for rows in groups.values() for budget in budgets_of(rows, length).values()})
             for policy in self.comparison.baselines:
                 for budget in budgets:

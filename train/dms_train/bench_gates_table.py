@@ -18,6 +18,12 @@ from dms_train.bench_gates_rows import ROWS_FILE, RowFile, budgets_of, name_of_p
 _COLOURS = (BLUE, VERMILLION, GREEN, "#B0508A", "#A87000", "#6B3F1D", "#4B4B9A", "#00A0A0")
 _MARKERS = "osD^vPX*"
 
+_READINGS = {
+    "as_trained": "gates as they are",
+    "at_target": "gates read at the target",
+    "scaled": "gates read at the target, with windows in proportion to the length",
+}
+
 Row = dict[str, Any]
 
 # (heading, digits, figure of a row). Differences to dense are made from the dense row of the length.
@@ -62,12 +68,13 @@ class Section:
 
     length: int
     target_cr: float
+    reading: str
     dense: Row
     lines: list[Line]
 
     @property
     def title(self) -> str:
-        return f"{self.length} tokens, target CR {self.target_cr:g}"
+        return f"{self.length} tokens, target CR {self.target_cr:g}, {_READINGS[self.reading]}"
 
 
 def make_sections(comparison: GateComparison, runs: Sequence[Run]) -> list[Section]:
@@ -77,12 +84,12 @@ def make_sections(comparison: GateComparison, runs: Sequence[Run]) -> list[Secti
     sections = []
     for length in comparison.evaluation.lengths:
         dense = file.find(**name_of_policy("dense", None, length, comparison, model))
-        for target_cr in comparison.target_cr:
+        for target_cr, reading in itertools.product(comparison.target_cr, comparison.evaluation.readings):
             lines: list[Any] = []
             users: dict[Any, Any] = {}
             for variant in comparison.variants:
                 of_variant = [run for run in runs if (run.variant, run.recipe.target_cr) == (variant, target_cr) and run.is_finished]
-                found = [row for run in of_variant if (row := file.find(**name_of_run(run, length, comparison))) is not None]
+                found = [row for run in of_variant if (row := file.find(**name_of_run(run, length, reading, comparison))) is not None]
                 if not found:
                     continue
                 lines.append(Line(variant, found, is_variant=True))
@@ -91,7 +98,13 @@ def make_sections(comparison: GateComparison, runs: Sequence[Run]) -> list[Secti
             if dense is None or not lines:
                 continue
             sections.append(
-                Section(length, target_cr, dense, [Line("dense", [dense]), *lines, *_policy_lines(comparison, file, length, model, users)])
+                Section(
+                    length,
+                    target_cr,
+                    reading,
+                    dense,
+                    [Line("dense", [dense]), *lines, *_policy_lines(comparison, file, length, model, users)],
+                )
             )
     return sections
 
@@ -135,7 +148,7 @@ def _missing(comparison: GateComparison, runs: Sequence[Run]) -> list[str]:
             found.append(f"{run.name} failed: {failed.read_text(encoding='utf-8').strip()}")
         elif not run.is_finished:
             found.append(f"{run.name} is not finished")
-        elif any(file.find(**name_of_run(run, length, comparison)) is None for length in comparison.evaluation.lengths):
+        elif any(file.find(**name_of_run(run, *each, comparison)) is None for each in run.readings(comparison.evaluation)):
             found.append(f"{run.name} is not evaluated")
     return found
 
@@ -178,22 +191,22 @@ def _markdown(sections: Sequence[Section], missing: Sequence[str]) -> str:
 
 
 def plot_pareto(sections: Sequence[Section], out_svg: Path) -> Path:
-    """For each length two panels, by entries alive at the end and in the mean: a marker for each run, a line for each variant."""
+    """For each length and reading two panels, by entries alive at the end and in the mean: a marker for each run, a line for each variant."""
     import matplotlib
 
-    lengths = list(dict.fromkeys(section.length for section in sections))
+    lengths = list(dict.fromkeys((section.length, section.reading) for section in sections))
     figure = new_figure(10.4, 3.5 * len(lengths) + 0.6)
     handles: dict[str, Any] = {}
     names = list(dict.fromkeys(line.name for section in sections for line in section.lines if line.is_variant))
-    for axes_of_length, length in zip(figure.subplots(len(lengths), 2, squeeze=False), lengths, strict=True):
-        here = [section for section in sections if section.length == length]
+    for axes_of_length, (length, reading) in zip(figure.subplots(len(lengths), 2, squeeze=False), lengths, strict=True):
+        here = [section for section in sections if (section.length, section.reading) == (length, reading)]
         for axes, (key, label) in zip(
             axes_of_length, (("entries_end", "at the document's end"), ("entries_mean", "in the mean")), strict=True
         ):
             handles |= _draw_panel(axes, here, key, names)
             axes.set_xlabel(f"entries alive per KV head, {label}", fontsize=9)
             axes.set_ylabel("bits per byte above dense", fontsize=9)
-            axes.set_title(f"{length} tokens", fontsize=10)
+            axes.set_title(f"{length} tokens, {_READINGS[reading]}", fontsize=9)
     figure.legend(list(handles.values()), list(handles), loc="upper center", ncols=5, frameon=False, fontsize=8.5)
     figure.tight_layout(rect=(0, 0, 1, 1 - (0.3 + 0.2 * (len(handles) // 5)) / figure.get_figheight()))
     # The same rows give the same file.
