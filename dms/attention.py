@@ -113,6 +113,8 @@ class EvictPass(ForwardPass):
         if cache is None:
             logits = self.logits[layer.index] = _evict_logits(gate, hidden_BTM, state.evict_bias)
             evicted = self.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)
+            if state.masked_attention is not None:
+                masked = functools.partial(state.masked_attention, **masked.keywords)
             return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
         held: Any = cache.layers[layer.index] if layer.index < len(cache.layers) else None
         if not isinstance(held, MaskedLayer | CompactedLayer):

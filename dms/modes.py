@@ -149,6 +149,8 @@ class DMSState:
     """None or "int8", for pages."""
     prefill_chunk: int | None = None
     """Tokens of a prompt that `generate` reads at a time; None: all."""
+    masked_attention: AttentionFunction | None = None
+    """In evict mode without a cache, in place of `dms.attention.evict_attention`; None: that."""
     budget: Budget = "decided"
     """In training, what the target ratio counts."""
     offload_activations: bool = False

@@ -17,7 +17,7 @@ import torch
 
 import dms
 from dms import masks
-from dms.attention import evict_pass
+from dms.attention import evict_pass, scale_of
 from dms.config import DMSConfig
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.tasks import CHAIN_TASKS
@@ -37,6 +37,7 @@ from dms.lm_head import hidden_states
 from dms.masks import Tokens
 from dms.modes import set_mode, state_of
 from dms.retrofitting import retrofit
+from dms_kernels import gated_attention
 from dms_train.artifacts import saved_dtype
 from dms_train.bench_gates import GateComparison, Run
 from dms_train.models import held_dtype
@@ -178,6 +179,35 @@ def budgets_of(rows: Sequence[dict[str, Any]], length: int) -> dict[str, int]:
     }
 
 
+def whole_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    evicted_BSH: torch.Tensor,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
+    window: int | tuple[int, ...],
+    sinks: int,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """`dms.attention.evict_attention` of whole documents without padding, by the kernels of training: what is evicted is not read."""
+    log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device)
+    return gated_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        log_keep.masked_fill_(evicted_BSH, -math.inf),
+        window=window,
+        scale=scale_of(scaling, query),
+        segment_ids=key_tokens.segment_BT,
+        sinks=sinks,
+        softcap=softcap,
+        sink_logits=s_aux,
+    )
+
+
 def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:
     """The same with windows in proportion. Raises ValueError where two of them become one."""
     windows = [round(window * factor) for window in config.windows]
@@ -204,6 +234,7 @@ def bias_at(ratio: Callable[[float], float], target: float) -> float:
 def count_entries(model: Any, batches: Sequence[torch.Tensor]) -> Entries:
     """Entries and decisions of documents [B, T], by batches, in evict mode without a cache."""
     set_mode(model, "evict")
+    state_of(model).masked_attention = whole_attention
     entries = Entries()
     for ids_BT in batches:
         hidden_states(model, {"input_ids": ids_BT})
@@ -222,6 +253,7 @@ def read_masked(
 ) -> tuple[Metrics, Entries]:
     """Documents of one length in evict mode without a cache. dense: final hidden states [B, T, M] of each batch. between: called before each."""
     set_mode(model, "evict")
+    state_of(model).masked_attention = whole_attention
     metrics: Metrics = {}
     entries, config = Entries(), state_of(model).config
     for number, (first, batch, ids_BT) in enumerate(_batches(model, documents, batch_size)):
