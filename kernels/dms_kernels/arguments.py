@@ -191,22 +191,25 @@ class FreePages:
 
 @dataclass(frozen=True)
 class GateInputs:
-    """A gate that is still to decide. It evicts where scale * (hidden weight + bias) - offset + evict_bias > 0, in float32."""
+    """A gate that is still to decide. It evicts where scale * (hidden weight + bias) - offset + evict_bias > 0, in float32.
+
+    With K windows it gives K decisions: output h * K + j is head h's for window j.
+    """
 
     hidden: Tensor
     """[B, M]"""
     weight: Tensor
-    """[H or 1, M] float32"""
+    """[H or 1, M] float32; of K windows [H * K or K, M]"""
     bias: Tensor
-    """[H or 1] float32"""
+    """[H or 1] float32, or [H * K or K]"""
     scale: float = 1.0
     offset: float = 0.0
     normalize: bool = False
     """divide hidden by its RMS first"""
     evict_bias: float = 0.0
 
-    def check(self, B: int, H: int) -> None:
-        outputs = 1 if self.weight.shape[0] == 1 else H
+    def check(self, B: int, H: int, K: int = 1) -> None:
+        outputs = K if self.weight.shape[0] == K else H * K
         expect("gate.hidden", self.hidden, (B, None))
         expect("gate.weight", self.weight, (outputs, self.hidden.shape[1]), torch.float32)
         expect("gate.bias", self.bias, (outputs,), torch.float32)
@@ -221,7 +224,7 @@ class NewToken:
     v: Tensor
     """[B, H, D]"""
     evict: Tensor | GateInputs
-    """[B, H] bool: the decisions; or the gate that takes them"""
+    """[B, H] bool, of K windows [B, H, K]: the decisions; or the gate that takes them"""
     q: Tensor | None = None
     """[B, Hq, D], to be normed and rotated as k is; None: there are none"""
     q_norm: Tensor | None = None
@@ -234,15 +237,15 @@ class NewToken:
     real: Tensor | None = None
     """[B] bool: False for sequences without a new token, which stay as they are; None: all have one"""
 
-    def check(self) -> None:
-        """Raises ValueError where these do not go together."""
+    def check(self, K: int = 1) -> None:
+        """Raises ValueError where these do not go together, for K windows."""
         expect("k", self.k, (None, None, None))
         B, H, D = self.k.shape
         expect("v", self.v, (B, H, D), self.k.dtype)
         if isinstance(self.evict, GateInputs):
-            self.evict.check(B, H)
+            self.evict.check(B, H, K)
         else:
-            expect("evict", self.evict, (B, H), torch.bool)
+            expect("evict", self.evict, (B, H) if K == 1 else (B, H, K), torch.bool)
         if self.real is not None:
             expect("real", self.real, (B,), torch.bool)
         if self.q is not None:
@@ -267,20 +270,20 @@ class Counters:
     """What a step counts, and what its programs tell each other by."""
 
     evicted: Tensor
-    """[B, H] int64: decisions to evict, sinks' included"""
+    """[B, H] int64: decisions to evict, sinks' included; of several windows those by which a token goes sooner or later"""
     decided: Tensor
     """[B] int64: decisions"""
     overflow: Tensor
     """[1] int32, becomes 1 where there was no free page or no place in the table: the entry that left the ring is lost then, and
     everything else is as usual; or no slot in the ring: the sequence stays as it is then"""
     ticket: Tensor
-    """[B] int32: zeros, and zeros again afterwards"""
+    """[B] int32, of several windows [B + 1], whose last locks the free pages: zeros, and zeros again afterwards"""
 
-    def check(self, B: int, H: int) -> None:
+    def check(self, B: int, H: int, K: int = 1) -> None:
         expect("evicted", self.evicted, (B, H), torch.int64)
         expect("decided", self.decided, (B,), torch.int64)
         expect("overflow", self.overflow, (1,), torch.int32)
-        expect("ticket", self.ticket, (B,), torch.int32)
+        expect("ticket", self.ticket, (B if K == 1 else B + 1,), torch.int32)
 
 
 @dataclass(frozen=True)
@@ -370,6 +373,12 @@ def check_windows(name: str, windows: Sequence[int]) -> None:
 def state_lifetimes(windows: tuple[int, ...], device: torch.device) -> Tensor:
     """[K + 2] int32, by a token's state: how far behind a query it is visible."""
     return torch.tensor([FOR_GOOD, windows[0], FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)
+
+
+def check_same_windows(ring: Ring, paged: PagedKV | None) -> None:
+    """Raises ValueError where ring and pages are of different windows; one window is the ring's alone."""
+    if paged is not None and (paged.windows or len(ring.windows) > 1) and paged.windows != ring.windows:
+        raise ValueError(f"the pages are of windows {paged.windows} and the ring of {ring.windows}; give both the same")
 
 
 def check_heads(num_query_heads: int, num_kv_heads: int) -> None:

@@ -8,14 +8,15 @@ from dms_kernels.arguments import Counters, FreePages, NewToken, PagedKV, Pendin
 
 
 def ring_of(cache: dict, window: int) -> Ring:
-    return Ring(cache["ring_kv"], cache["ring_state"], cache["seq_len"], window)
+    return Ring(cache["ring_kv"], cache["ring_state"], cache["seq_len"], window, cache.get("windows", ())[1:])
 
 
 def paged_of(cache: dict) -> PagedKV | None:
     """None where the pages are."""
     if cache["pages"] is None:
         return None
-    return PagedKV(cache["pages"], cache["page_table"], cache["num_kept"], cache.get("page_scales"))
+    scales, positions, windows = (cache.get(name) for name in ("page_scales", "positions", "windows"))
+    return PagedKV(cache["pages"], cache["page_table"], cache["num_kept"], scales, positions=positions, windows=windows or ())
 
 
 def append_to(function: Callable, cache: dict, *, window: int, sinks: int = 0, alignment: str = "own", **token) -> torch.Tensor | None:
