@@ -110,8 +110,13 @@ def _sparse_prefill(case: Case) -> None:
     q = _randn(1, _H * case.group, _T, case.head_dim, case=case)
     k, v = (_randn(1, _H, _T, case.head_dim, case=case) for _ in range(2))
     evicted = torch.rand(1, _H, _T) < 0.7
-    sparse_prefill(q, k, v, evicted, None, paged, window=64, scale=0.1)
-    store_survivors(k, v, ~evicted, paged)
+    if case.num_windows == 1:
+        sparse_prefill(q, k, v, evicted, None, paged, window=64, scale=0.1)
+        store_survivors(k, v, ~evicted, paged)
+        return
+    last, position = torch.zeros(1, dtype=torch.int32), torch.zeros(1, _T, dtype=torch.int32)
+    sparse_prefill(q, k, v, evicted.to(torch.uint8), None, paged, window=paged.windows, scale=0.1, last_position=last)
+    store_survivors(k, v, evicted.to(torch.uint8), paged, position)
 
 
 def _paged_decode(case: Case) -> None:
