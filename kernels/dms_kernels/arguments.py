@@ -96,9 +96,13 @@ class PageRun(NamedTuple):
     part: Tensor
     """[m]: the pages of the n that are not full"""
     holder: Tensor
-    """[m]: b * H + h of the head that has each of them"""
+    """[m]: b * H + h of the head that has each of them; with several windows the list's place in num_kept"""
     start: Tensor
-    """[m]: entries of that head before the page"""
+    """[m]: entries of that head, or list, before the page"""
+    lifetime: Tensor | None = None
+    """[n] int32: how far behind a query entries are visible; None: any query sees them"""
+    is_front: bool = False
+    """pages of which the newest token may see a part"""
 
 
 class ReadOrder(NamedTuple):
@@ -135,6 +139,8 @@ class PagedKV:
     """[N, P] int32: of each entry, in its document, where there are several windows"""
     windows: tuple[int, ...] = ()
     """where there are several: w_1 < ... < w_K, of which the first is the ring's"""
+    newest_only: bool = False
+    """the queries are those of the newest stored tokens: of all pages only lists' front pages are partly gone for them"""
 
     @property
     def num_lists(self) -> int:
