@@ -19,8 +19,9 @@ _MAX_QUERIES = 8
 
 
 def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) -> Store:
-    """A store for the pool's device: with kernels where they run."""
+    """A store for the pool's device: with kernels where they run, for one window so far."""
     problem = f"the kernels take no {pool.dtype} entries of {pool.head_dim}" if pool.dtype == torch.float64 or pool.head_dim > 256 else None
+    problem = "the kernels keep entries of one window" if len(config.windows) > 1 else problem
     kind = FusedStore if explain(pool.rows.device, problem)[0] == "triton" else Store
     return kind(config, pool, batch, num_heads)
 
