@@ -158,6 +158,16 @@ def test_a_page_that_others_hold_is_not_free(monkeypatch, holders):
 
 
 @interpreted
+def test_a_caller_that_may_undo_the_step_keeps_its_pages(monkeypatch):
+    run = Run(empty_cache(1, 1, windows=(0, 3)), 0, {"release_gone": False})
+    for step in range(20):
+        run.step(monkeypatch, *normals(2, 1, 1, 16, seed=step), torch.tensor([[[False, step < 17]]]))
+    assert run.cache["num_kept"].tolist() == [[2, 17]] and run.cache["num_free"] == 37
+    run.step(monkeypatch, *normals(2, 1, 1, 16), torch.tensor([[[False, False]]]), release_gone=True)
+    assert run.cache["num_kept"].tolist() == [[3, 1]] and run.cache["num_free"] == 38
+
+
+@interpreted
 @pytest.mark.parametrize("shared", [False, True], ids=["a gate a head", "one gate"])
 def test_the_gate_decides(monkeypatch, shared):
     monkeypatch.setattr(fused, "_MOST_BLOCK", 64)

@@ -138,7 +138,7 @@ def count_shared(model: Any, cache: Cache) -> int:
     total = 0
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
-        total += int(held.store.num_kept.sum()) if isinstance(held, CompactedLayer) else _keys(held).shape[1:3].numel()
+        total += int(held.store.kept_for_good().sum()) if isinstance(held, CompactedLayer) else _keys(held).shape[1:3].numel()
     return total
 
 

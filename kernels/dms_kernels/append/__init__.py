@@ -26,14 +26,23 @@ ALIGNMENTS = ("own", "next")
 
 
 def append(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, *, sinks: int = 0, alignment: str = "own"
+    token: NewToken,
+    ring: Ring,
+    paged: PagedKV,
+    free_pages: FreePages,
+    counters: Counters,
+    *,
+    sinks: int = 0,
+    alignment: str = "own",
+    release_gone: bool = True,
 ) -> Tensor | None:
     """Store one new token a sequence, in place; gives q normed and rotated [B, Hq, D], or None without q.
 
     The token takes its slot of the ring. What leaves the ring there (of sequences longer than the window) is appended to its head's
     pages unless it is evicted. Under alignment `own` the decision is about the new token; under `next` it is about the ring's last
     one, and the new token is undecided until its successor comes. The first `sinks` tokens of a sequence stay. With several windows what
-    leaves the ring goes to the list of its class, and each list whose front page nobody sees any more gives it back before.
+    leaves the ring goes to the list of its class, and each list whose front page nobody sees any more gives it back before (unless release_gone is False, as for a caller that may
+    undo the step).
 
     Changed in place: ring, paged, free_pages and counters; a page that is taken gets one reference. Quantised pages store each entry
     as its numbers over its largest.
@@ -55,10 +64,10 @@ def append(
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment is {alignment!r}; it should be one of {ALIGNMENTS}")
     if not dispatch.use_triton("append", token.k, _problem(token, ring, paged)):
-        return reference(token, ring, paged, free_pages, counters, sinks=sinks, alignment=alignment)
+        return reference(token, ring, paged, free_pages, counters, sinks=sinks, alignment=alignment, release_gone=release_gone)
     from dms_kernels.append.fused import launch_append
 
-    return launch_append(token, ring, paged, free_pages, counters, sinks, alignment)
+    return launch_append(token, ring, paged, free_pages, counters, sinks, alignment, release_gone)
 
 
 def _problem(token: NewToken, ring: Ring, paged: PagedKV) -> str | None:

@@ -254,7 +254,7 @@ def append_kernel(
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    QUANTIZED: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -341,8 +341,10 @@ def append_kernel(
 
     number = head
     if K > 1:
-        if present:
-            _expire(table_row, num_kept + head * K, positions, length, max_pages, references, free, num_free, lock, WINDOWS, K, KP, P)
+        if RELEASE:
+            # For the token at 0 nothing is gone.
+            newest = tl.where(present, length, 0)
+            _expire(table_row, num_kept + head * K, positions, newest, max_pages, references, free, num_free, lock, WINDOWS, K, KP, P)
         tl.debug_barrier()
         which = tl.maximum(leaving_state - 2, 0)
         number = head * K + which
@@ -425,6 +427,7 @@ def append_step(
     gate_offset: float,
     gate_normalize: bool,
     evict_bias: float,
+    release_gone: bool,
 ) -> torch.Tensor:
     """The rotated queries, or no elements where there are none. ticket: with several windows one more, a lock."""
     dispatch.count("append", "triton")
@@ -465,7 +468,7 @@ def append_step(
             REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-            QUANTIZED=page_scales is not None, WINDOWS=tuple(windows) if K > 1 else (), K=K, KP=dispatch.power_of_two(K), num_warps=chosen.num_warps,
+            QUANTIZED=page_scales is not None, WINDOWS=tuple(windows) if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone, num_warps=chosen.num_warps,
             # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -481,7 +484,7 @@ def _(
 
 
 def launch_append(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str
+    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str, release_gone: bool
 ) -> torch.Tensor | None:
     """`append` of arguments that were checked. An operator takes tensors and numbers alone."""
     gate = token.evict if isinstance(token.evict, GateInputs) else None
@@ -521,5 +524,6 @@ def launch_append(
         gate_offset=0.0 if gate is None else gate.offset,
         gate_normalize=False if gate is None else gate.normalize,
         evict_bias=0.0 if gate is None else gate.evict_bias,
+        release_gone=release_gone,
     )
     return None if token.q is None else rotated

@@ -12,7 +12,15 @@ KEEP, EVICT, UNDECIDED = 0, 1, 2
 
 
 def reference(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, *, sinks: int = 0, alignment: str = "own"
+    token: NewToken,
+    ring: Ring,
+    paged: PagedKV,
+    free_pages: FreePages,
+    counters: Counters,
+    *,
+    sinks: int = 0,
+    alignment: str = "own",
+    release_gone: bool = True,
 ) -> Tensor | None:
     """As `append`. Pages are given back before others are taken, in the order of sequences, then heads and their lists."""
     B, H, D = token.k.shape
@@ -47,7 +55,8 @@ def reference(
     leaving = ring.state[row, :, slot]
     leaves = (present & (length > ring.window))[:, None] & (leaving != EVICT)
     if len(windows) > 1:
-        _expire(present, length, windows, paged, free_pages)
+        if release_gone:
+            _expire(present, length, windows, paged, free_pages)
         chosen = (leaving.int() - 2).clamp(min=0)
         leaves = (leaves[..., None] & (chosen[..., None] == torch.arange(len(windows), device=row.device))).flatten(1)
     _store(leaves, ring.kv[row, :, :, slot], length - ring.window - 1, paged, free_pages, counters.overflow)
