@@ -140,6 +140,21 @@ class FusedStore(Store):
             store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, self._paged(before))
         store_survivors(new.k, new.v, passes_BHN, self._paged(before + leaving))
 
+    def _append_to_lists(
+        self, new: PendingTokens, slot_BR: torch.Tensor, order_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor
+    ) -> None:
+        each = torch.arange(1, self.lists_per_head + 1, device=self.device)[:, None]
+        leaving, passing = ((to[:, :, None] == each).sum(3, dtype=torch.int32).flatten(1) for to in (leaves_BHR, passes_BHN))
+        before = self.num_kept
+        self._add_pages(before + leaving + passing)
+        if self.most_kept == 0:
+            return
+        if self.longest > 0:
+            index = slot_BR[:, None, None, :, None].expand(*self.ring_kv.shape[:3], -1, self.ring_kv.shape[4])
+            ring = self.ring_kv.gather(3, index)
+            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR.to(torch.uint8), self._paged(before), order_BR)
+        store_survivors(new.k, new.v, passes_BHN.to(torch.uint8), self._paged(before + leaving), self.positions(new))
+
     def check(self) -> None:
         """Raises RuntimeError where a step found no page. Enough were reserved, so that this would be an error of ours."""
         if int(self.overflow):

@@ -369,8 +369,8 @@ class Store(HeadPages):
             newest = self.seq_len + count - 1
             leaves &= (newest[:, None] - order)[:, None] <= lifetimes[state.long()]
             passes &= (newest[:, None] - position)[:, None] <= lifetimes[state_BHN.long()]
-            self._append_by_class(leaves, state, order, lambda b, h, n: self.ring_kv[b, h, :, slot[b, n]].unbind(1))
-            self._append_by_class(passes, state_BHN, position, lambda b, h, n: (new.k[b, h, n], new.v[b, h, n]))
+            # The list that each goes to, from 1; 0: it goes to none.
+            self._append_to_lists(new, slot, order, (list_of(state) + 1) * leaves, (list_of(state_BHN) + 1) * passes)
             # Of these some may be gone after one more token.
             self.next_release = 0
         b, n = (real_BN & (position >= stays)).nonzero(as_tuple=True)
@@ -390,14 +390,20 @@ class Store(HeadPages):
         if len(b):
             self.append(b, h, new.k[b, h, n], new.v[b, h, n])
 
-    def _append_by_class(
-        self, kept_BHN: torch.Tensor, state_BHN: torch.Tensor, position_BN: torch.Tensor, read: Callable[..., tuple[torch.Tensor, ...]]
+    def _append_to_lists(
+        self, new: PendingTokens, slot_BR: torch.Tensor, order_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor
     ) -> None:
-        """Append tokens to their lists, which come in order of age; read gives keys and values [K, D] of the tokens n [K] of heads b, h."""
-        b, h, n = kept_BHN.nonzero(as_tuple=True)
+        """As `_append_leaving`, of several windows: leaves and passes say to which list of its head each token goes, from 1, 0 for none; order:
+        the ring's tokens by position."""
+        self._append_by_list(leaves_BHR, order_BR, lambda b, h, n: self.ring_kv[b, h, :, slot_BR[b, n]].unbind(1))
+        self._append_by_list(passes_BHN, self.positions(new), lambda b, h, n: (new.k[b, h, n], new.v[b, h, n]))
+
+    def _append_by_list(self, to_BHN: torch.Tensor, position_BN: torch.Tensor, read: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+        """Append tokens, which come in order of age; read gives keys and values [K, D] of the tokens n [K] of heads b, h."""
+        b, h, n = to_BHN.nonzero(as_tuple=True)
         if len(b) == 0:
             return
-        number = h * self.lists_per_head + list_of(state_BHN[b, h, n])
+        number = h * self.lists_per_head + to_BHN[b, h, n] - 1
         by_list = (b * self.num_kept.shape[1] + number).argsort(stable=True)
         b, h, n, number = (x[by_list] for x in (b, h, n, number))
         k, v = read(b, h, n)

@@ -24,6 +24,7 @@ from dms_kernels import dispatch
 from dms_kernels.arguments import FOR_GOOD as _FOR_GOOD
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
+from dms_kernels.paged_decode.merging import merge, write
 
 try:
     import triton
@@ -297,59 +298,6 @@ def _read_stored(
     return acc, top, total
 
 
-@triton.jit
-def _write(
-    out, o, top, total, sink, row, row0, b, h, Hq, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SINK: tl.constexpr
-):
-    """o / total to the output [B, T, Hq, D]; rows that see nothing become 0. Row t * G + g of the head is query t of its head g."""
-    dim = tl.arange(0, DP)
-    t, head = (row0 + row) // G, h * G + (row0 + row) % G
-    real = row0 + row < G * T
-    if SINK:
-        logit = tl.load(sink + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-        new_top = tl.maximum(top, logit)
-        # A row that sees nothing, beside a sink logit of -inf: any finite number will do.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade = tl.exp2(top - shift)
-        o, total = o * fade[:, None], total * fade + tl.exp2(logit - shift)
-    o = o / tl.where(total > 0, total, 1.0)[:, None]
-    at = (b.to(tl.int64) * T + t) * Hq + head
-    tl.store(out + at[:, None] * D + dim[None, :], o.to(out.dtype.element_ty), mask=real[:, None] & (dim < D)[None, :])
-
-
-@triton.jit
-def _merge(
-    part_acc, part_top, part_total, first_program, first, step, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
-):
-    """`num_parts` parts of one head, from its part `first` on every `step`-th, as one [ROWS, DP], its maximum and its sum [ROWS];
-    PARTS of them at a time, each lane adding up its own, so that the loads do not wait for each other."""
-    lane, dim = tl.arange(0, PARTS), tl.arange(0, DP)
-    acc = tl.zeros([PARTS, ROWS, DP], tl.float32)
-    top = tl.full([PARTS, ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([PARTS, ROWS], tl.float32)
-    for start in range(0, num_parts, PARTS):
-        part = first + (start + lane) * step
-        # The program in which the head begins may end another's before it, and keeps this part in its second place.
-        at = (2 * (first_program + part) + (part == 0).to(tl.int32))[:, None] * ROWS + row[None, :]
-        there = (start + lane < num_parts)[:, None] & (row >= 0)[None, :]
-        # Around the first-level cache, which does not see what other processors write.
-        next_top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        next_total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            part_acc + at.to(tl.int64)[:, :, None] * DP + dim[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
-        )
-        new_top = tl.maximum(top, next_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, weight = tl.exp2(top - shift), tl.exp2(next_top - shift)
-        acc = acc * fade[:, :, None] + values * weight[:, :, None]
-        total = total * fade + next_total * weight
-        top = new_top
-    whole_top = tl.max(top, 0)
-    shift = tl.where(whole_top == float("-inf"), 0.0, whole_top)
-    weight = tl.exp2(top - shift[None, :])
-    return tl.sum(acc * weight[:, :, None], 0), whole_top, tl.sum(total * weight, 0)
-
-
 # These change while a cache grows, and what is compiled should not.
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "num_new", "max_pages"])
 @no_type_check
@@ -477,7 +425,7 @@ def decode_kernel(
             acc *= 1.0 / _lift(query.dtype)
         weight = tl.sum(total, 1)
         if (tile == begin) & (upto == finish):
-            _write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
+            write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
         else:
             place = (2 * program + (tile == begin).to(tl.int32)) * PART_ROWS + row
             tl.store(part_acc + place.to(tl.int64)[:, None] * DP + dim[None, :], acc, mask=(row < PART_ROWS)[:, None] & (dim >= 0)[None, :])
@@ -498,11 +446,11 @@ def decode_kernel(
                 group_place = 2 * (first_program + group_first) + (group == 0).to(tl.int32)
                 if tl.atomic_add(group_tickets + group_place, 1, sem="acq_rel", scope="gpu") == in_group - 1:
                     tl.store(group_tickets + group_place, 0)
-                    o, whole_top, whole = _merge(
+                    o, whole_top, whole = merge(
                         part_acc, part_top, part_total, first_program, group_first, 1, in_group, part_row, DP, PART_ROWS, PARTS
                     )
                     if num_groups == 1:
-                        _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                        write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
                     else:
                         # In place of the group's first part, which all threads have read.
                         tl.debug_barrier()
@@ -513,14 +461,14 @@ def decode_kernel(
                         tl.debug_barrier()
                         if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_groups - 1:
                             tl.store(tickets + head, 0)
-                            o, whole_top, whole = _merge(
+                            o, whole_top, whole = merge(
                                 part_acc, part_top, part_total, first_program, 0, PARTS, num_groups, part_row, DP, PART_ROWS, PARTS
                             )
-                            _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                            write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
             elif tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                 tl.store(tickets + head, 0)
-                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
-                _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                o, whole_top, whole = merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
+                write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
         tile = upto
         begin = finish
         head += 1

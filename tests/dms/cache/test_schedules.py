@@ -207,19 +207,24 @@ _settings = dict(
 
 
 # Of kernels in the interpreter, which take milliseconds a tile.
-_few_arguments = _arguments | dict(
-    config=st.fixed_dictionaries(
+def _few_configs(window):
+    return st.fixed_dictionaries(
         {
             "granularity": st.sampled_from(["head", "layer"]),
-            "window": st.sampled_from([0, 1, 5, 16]),
+            "window": window,
             "sinks": st.integers(0, 2),
             "num_key_value_heads": st.sampled_from([1, 2]),
         }
-    ),
+    )
+
+
+_few_arguments = _arguments | dict(
+    config=_few_configs(st.sampled_from([0, 1, 5, 16])),
     batch=st.integers(1, 2),
     first_length=st.integers(1, 60),
     steps=st.lists(_steps, min_size=4, max_size=8),
 )
+_few_arguments_of_several = _few_arguments | {"config": _few_configs(st.sampled_from([(0, 5), (1, 16, 40), (0, 2, 7, 30)]))}
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU see test_on_gpu.py")
 
 
@@ -257,11 +262,27 @@ def test_schedules_on_kernels(run_schedule, alignment, config, **arguments):
     run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("alignment", ["own", pytest.param("next", marks=pytest.mark.slow)])
+@settings(max_examples=2, derandomize=True, **_settings)
+@given(**_few_arguments_of_several)
+def test_schedules_of_several_windows_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
+
+
 @pytest.mark.parametrize("route", ["cpu", pytest.param("kernels", marks=[needs_interpreter, pytest.mark.slow])])
 @settings(max_examples=3, derandomize=True, **_settings)
 @given(**_few_arguments, alignment=st.sampled_from(["own", "next"]))
 def test_schedules_where_layers_follow_others(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **arguments)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")) // 40, **_settings)
+@given(**_few_arguments_of_several, alignment=st.sampled_from(["own", "next"]))
+def test_many_schedules_of_several_windows_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
 
 
 @pytest.mark.slow
