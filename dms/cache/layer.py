@@ -13,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.page_pool import Budget, PagePool
-from dms.cache.store import PendingGate, PendingTokens, Store
+from dms.cache.pending import PendingGate, PendingTokens
+from dms.cache.store import Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.arguments import Keys, PagedKV

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dms.cache import CompactedLayer, DMSCache
-from dms.cache.store import EVICT, KEEP, Store, fates, list_of
+from dms.cache.pending import EVICT, KEEP, fates, list_of
+from dms.cache.store import Store
 
 # Without a cache generate says that it is slow.
 pytestmark = pytest.mark.filterwarnings("ignore:use_cache is False")
