@@ -6,7 +6,8 @@ Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size
 import torch
 
 from dms.cache.page_pool import PagePool, outside_inference_mode
-from dms.cache.store import Decisions, PendingGate, PendingTokens, Store
+from dms.cache.pending import Decisions, PendingGate, PendingTokens
+from dms.cache.store import Store
 from dms.config import DMSConfig
 from dms_kernels.append import append
 from dms_kernels.arguments import Counters, FreePages, Keys, NewToken, PagedKV, PendingKV, Ring

@@ -119,15 +119,13 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, window
         taken = None if lifetime is None else lifetime.new_full((count,), FOR_GOOD).index_copy_(0, base, lifetime[chosen])
         return PageRun(where, owner, bias, slot[at[part]], holder[part], place[part] * page_size, taken, is_front)
 
-    # Pages with about as many sequences go together; rows for sequences that do not hold a page are wasted.
-    kind = (sharers - 1).to(torch.float32).add(0.5).log2().floor().long()
-
     def runs(chosen: Tensor, is_front: bool = False) -> list[PageRun]:
         if len(chosen) == 0:
             return []
         if int(sharers[chosen].max()) == 1:
             return [run(chosen, is_front)]
-        kinds = kind[chosen]
+        # Pages with about as many sequences go together; rows for sequences that do not hold a page are wasted.
+        kinds = (sharers[chosen] - 1).to(torch.float32).add(0.5).log2().floor().long()
         cuts = ((kinds[1:] != kinds[:-1]).nonzero()[:, 0] + 1).tolist()
         if len(cuts) < _MAX_PIECES:
             return [run(chosen[lo:hi], is_front) for lo, hi in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
