@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from dms import hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
 from dms.cache.layer import MaskedLayer
-from dms.cache.store import PendingGate
+from dms.cache.pending import PendingGate
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens

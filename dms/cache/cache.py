@@ -20,7 +20,8 @@ from dms.modes import DMSState, state_of
 
 
 class DMSCache(Cache):
-    """A cache whose evicted entries are freed and not read: each head has the last w + 1 tokens and the kept ones before them.
+    """A cache whose evicted entries are freed and not read: each head has the last w + 1 tokens and the kept ones before them, with several
+    windows also what goes by a later window, as long as that lasts.
 
     `model.generate` and forwards in evict mode make one by themselves; make one to keep it: `cache = DMSCache(model)`, then
     pass it as `cache` (before transformers 5.24: `past_key_values`). Layers without gates have transformers' own cache layers in it.
@@ -63,11 +64,6 @@ class DMSCache(Cache):
         """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
-        if len(state.config.windows) > 1:
-            raise ValueError(
-                f"window is {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
-                "which hides what is evicted and keeps it"
-            )
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
@@ -177,8 +173,9 @@ class DMSCache(Cache):
         """Free entries of a layer that are in pages, for policies of your own.
 
         dropped [B, H, S] bool: which of each head's entries in pages, in order of age. Those are the kept entries that have left
-        the window: S is the most that a head of the layer has, and what is beyond a head's own number is not read. What forks
-        share stays theirs.
+        the window: S is the most that a head of the layer has, and what is beyond a head's own number is not read. With several
+        windows [B, H * (number of windows), S]: of each head's lists, first of what stays for good, then of what goes by the second
+        window, and so on. What forks share stays theirs.
 
         Raises:
             ValueError: a layer that does not evict, or another shape or dtype.
@@ -244,6 +241,9 @@ class DMSCache(Cache):
         self._undo = None
         if not self._is_bounded:
             return
+        for store in self._stores():
+            # What is given back stays as it is until the forward before can no longer be undone.
+            store.release_gone()
         if num_new > 1 or any(getattr(layer, "record_past", False) or not _is_filled(layer) for layer in self.layers):
             self._undo = [_snapshot(layer) for layer in self.layers]
             return
@@ -363,7 +363,4 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        if len(state.config.windows) > 1:
-            layers[index] = MaskedLayer(state.config)
-            continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -6,7 +6,8 @@ Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size
 import torch
 
 from dms.cache.page_pool import PagePool, outside_inference_mode
-from dms.cache.store import Decisions, PendingGate, PendingTokens, Store
+from dms.cache.pending import Decisions, PendingGate, PendingTokens
+from dms.cache.store import Store
 from dms.config import DMSConfig
 from dms_kernels.append import append
 from dms_kernels.arguments import Counters, FreePages, Keys, NewToken, PagedKV, PendingKV, Ring
@@ -36,7 +37,7 @@ class FusedStore(Store):
         self.overflow = torch.zeros(1, dtype=torch.int32, device=self.device)
         """[1] int32, 1 where a step found no free page."""
         self.append_tickets = self.overflow[:0]
-        """[B] int32."""
+        """[B] int32, of several windows [B + 1]."""
         self.decode_tickets = self.overflow[:0]
         """[B * Hq] int32."""
 
@@ -48,8 +49,9 @@ class FusedStore(Store):
         self._grow_ring(1)
         if self.longest >= self.ring_size:
             self._make_room_for_one()
-        if len(self.append_tickets) != len(self.seq_len):
-            self.append_tickets = torch.zeros_like(self.seq_len)
+        num_tickets = len(self.seq_len) + (self.lists_per_head > 1)
+        if len(self.append_tickets) != num_tickets:
+            self.append_tickets = self.seq_len.new_zeros(num_tickets)
         # `outside_inference_mode` would let gradients be recorded again.
         with torch.no_grad():
             self._append(new)
@@ -60,15 +62,22 @@ class FusedStore(Store):
         append(
             NewToken(new.k[:, :, 0], new.v[:, :, 0], evict, real=new.tokens.real[:, 0]),
             self._ring(),
-            PagedKV(self.pool.pages, self.page_table, self.num_kept, self.pool.scales),
+            self._paged(self.num_kept),
             FreePages(self.pool.free, self.pool.num_free, self.pool.references),
             Counters(self.evicted, self.decided, self.overflow, self.append_tickets),
             sinks=self.dms.sinks,
             alignment=self.dms.alignment,
+            # As in `push` of many tokens.
+            release_gone=self.pool.budget is None,
         )
 
     def _ring(self) -> Ring:
-        return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.windows[0])
+        return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.windows[0], self.dms.windows[1:])
+
+    def _paged(self, num_kept: torch.Tensor) -> PagedKV:
+        """The pages, of which each list holds num_kept [B, L]."""
+        pool = self.pool
+        return PagedKV(pool.pages, self.page_table, num_kept, pool.scales, positions=pool.positions, windows=pool.windows)
 
     # Under autocast, rotation leaves queries in float32 and values are narrower, as what is stored is; what comes out is cast anyway.
 
@@ -129,9 +138,23 @@ class FusedStore(Store):
         if self.longest > 0:
             index = slot_BR[:, None, None, :, None].expand(*self.ring_kv.shape[:3], -1, self.ring_kv.shape[4])
             ring = self.ring_kv.gather(3, index)
-            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, PagedKV(self.pool.pages, self.page_table, before, self.pool.scales))
-        paged = PagedKV(self.pool.pages, self.page_table, before + leaving, self.pool.scales)
-        store_survivors(new.k, new.v, passes_BHN, paged)
+            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, self._paged(before))
+        store_survivors(new.k, new.v, passes_BHN, self._paged(before + leaving))
+
+    def _append_to_lists(
+        self, new: PendingTokens, slot_BR: torch.Tensor, order_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor
+    ) -> None:
+        each = torch.arange(1, self.lists_per_head + 1, device=self.device)[:, None]
+        leaving, passing = ((to[:, :, None] == each).sum(3, dtype=torch.int32).flatten(1) for to in (leaves_BHR, passes_BHN))
+        before = self.num_kept
+        self._add_pages(before + leaving + passing)
+        if self.most_kept == 0:
+            return
+        if self.longest > 0:
+            index = slot_BR[:, None, None, :, None].expand(*self.ring_kv.shape[:3], -1, self.ring_kv.shape[4])
+            ring = self.ring_kv.gather(3, index)
+            store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR.to(torch.uint8), self._paged(before), order_BR)
+        store_survivors(new.k, new.v, passes_BHN.to(torch.uint8), self._paged(before + leaving), self.positions(new))
 
     def check(self) -> None:
         """Raises RuntimeError where a step found no page. Enough were reserved, so that this would be an error of ours."""

@@ -1,6 +1,10 @@
 """The entries that a layer's heads keep beyond the ring: for each head of each sequence, a list of pages.
 
-Shapes: B batch, H KV heads, N entries, K entries or pages of any heads, P page size, D head dim.
+With several windows a head has a list for each class of entries: of those that stay for good, and of those that are gone as soon as they
+lie farther than a window behind the newest token. What is said of heads here is then said of lists, list c of head h being number
+h * (number of windows) + c.
+
+Shapes: B batch, H KV heads, L lists, N entries, K entries or pages of any heads, W places of a table, P page size, D head dim.
 """
 
 import sys
@@ -10,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dms.cache.page_pool import PagePool, outside_inference_mode, used_places
-from dms_kernels.arguments import PagedKV, ReadOrder
+from dms_kernels.arguments import FOR_GOOD, PagedKV, ReadOrder
 from dms_kernels.cached_attention import make_read_order
 
 # Page tables grow by this many places at a time.
@@ -30,10 +34,12 @@ class HeadPages:
         self.pool = pool
         self.device = pool.rows.device
         self.reads_are_free = pool.reads_are_free
-        self.page_table = torch.zeros(batch, num_heads, 0, dtype=torch.int32, device=self.device)
-        """[B, H, max_pages] int32: numbers of pages in the pool, oldest first."""
-        self.num_kept = torch.zeros(batch, num_heads, dtype=torch.int32, device=self.device)
-        """[B, H] int32: entries in each head's pages."""
+        self.lists_per_head = max(1, len(pool.windows))
+        num_lists = num_heads * self.lists_per_head
+        self.page_table = torch.zeros(batch, num_lists, 0, dtype=torch.int32, device=self.device)
+        """[B, H, max_pages] int32, with several windows [B, L, max_pages]: numbers of pages in the pool, oldest first."""
+        self.num_kept = torch.zeros(batch, num_lists, dtype=torch.int32, device=self.device)
+        """[B, H] int32, with several windows [B, L]: entries in each head's, or list's, pages."""
         self.most_kept = 0
         """A bound known without asking the device: no head has more entries in pages."""
         self.reserved = (0, pool.epoch)
@@ -55,13 +61,14 @@ class HeadPages:
     def own_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def pages(self) -> PagedKV | None:
-        """What attention reads; None where no head has an entry in pages."""
+    def pages(self, newest_only: bool = False) -> PagedKV | None:
+        """What attention reads; None where no head has an entry in pages. newest_only: as of `PagedKV`."""
+        pool = self.pool
         if self.most_kept == 0:
             return None
         if self.read_order is None and self.reads_are_free:
-            self.read_order = outside_inference_mode(make_read_order)(self.page_table, self.num_kept, self.pool.page_size)
-        return PagedKV(self.pool.pages, self.page_table, self.num_kept, self.pool.scales, self.read_order)
+            self.read_order = outside_inference_mode(make_read_order)(self.page_table, self.num_kept, pool.page_size, pool.windows)
+        return PagedKV(pool.pages, self.page_table, self.num_kept, pool.scales, self.read_order, pool.positions, pool.windows, newest_only)
 
     def page_numbers(self) -> torch.Tensor:
         """Of all pages that the tables list; a page that several heads list comes once for each."""
@@ -73,11 +80,19 @@ class HeadPages:
 
     # One entry a head, as a step of decoding appends.
 
-    def append_to_some(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
-        """Append an entry to each head that keeps it, and look at no other head. Reads from the device."""
+    def append_to_some(
+        self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor, list_BH: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+    ) -> None:
+        """Append an entry to each head that keeps it, and look at no other head. Reads from the device.
+
+        list, position: with several windows, to which of the head's lists, and the entry's position.
+        """
         b, h = keep_BH.nonzero(as_tuple=True)
         if len(b) == 0:
             return
+        kv_K2D = kv_BH2D[b, h]
+        if list_BH is not None:
+            h = h * self.lists_per_head + list_BH[b, h]
         P, num_kept = self.pool.page_size, self.num_kept[b, h].long()
         place, entry = num_kept // P, num_kept % P
         begins_page = entry == 0
@@ -88,14 +103,25 @@ class HeadPages:
             page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
             self.page_table[b[begins_page], h[begins_page], place[begins_page]] = page.int()
             self.read_order = None
-        row = self.pool.row_of(self.page_table[b, h, place].long(), entry)
-        self.pool.write(torch.cat([row, row + P]), kv_BH2D[b, h].transpose(0, 1).flatten(0, 1))
-        self.num_kept += keep_BH
+        page = self.page_table[b, h, place].long()
+        row = self.pool.row_of(page, entry)
+        self.pool.write(torch.cat([row, row + P]), kv_K2D.transpose(0, 1).flatten(0, 1))
+        if position_B is None:
+            self.num_kept += keep_BH
+        else:
+            self.pool.write_positions(page, entry, position_B[b])
+            self.num_kept[b, h] += 1
         self.most_kept += 1
 
-    def append_without_reading(self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor) -> None:
+    def append_without_reading(
+        self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor, list_BH: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+    ) -> None:
         """As `append_to_some`, without asking the device which heads keep their entry: the others write to the scratch row."""
-        P = self.pool.page_size
+        P, num_lists = self.pool.page_size, self.lists_per_head
+        if list_BH is not None:
+            # Every list is asked, and the one of the entry's class takes it.
+            keep_BH = (keep_BH[..., None] & (torch.arange(num_lists, device=self.device) == list_BH[..., None])).flatten(1)
+            kv_BH2D = kv_BH2D.repeat_interleave(num_lists, 1)
         self._make_room_for_one()
         place, entry = (self.num_kept // P).long()[..., None], self.num_kept % P
         begins_page = keep_BH & (entry == 0)
@@ -106,6 +132,9 @@ class HeadPages:
         row = self.pool.row_of(page.long(), entry)
         row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
         self.pool.write(row.flatten(), kv_BH2D.flatten(0, 2))
+        if position_B is not None:
+            to = torch.where(keep_BH, page, self.pool.num_pages)
+            self.pool.write_positions(to.flatten(), (entry * keep_BH).flatten(), position_B[:, None].expand_as(to).flatten())
         self.num_kept += keep_BH
 
     def _make_room_for_one(self) -> None:
@@ -113,7 +142,8 @@ class HeadPages:
         self._reserve_ahead(self.num_kept.numel())
         if self.most_kept + 1 > self.page_table.shape[2] * self.pool.page_size:
             self.most_kept = int(self.num_kept.max())
-            self._widen(self.most_kept + 1)
+            # A list that goes from the front stays as long as it is, and the device would be asked at every step.
+            self._widen(self.most_kept + (1 if self.lists_per_head == 1 else self.pool.page_size))
         self.most_kept += 1
 
     def _reserve_ahead(self, num_heads: int) -> None:
@@ -127,8 +157,8 @@ class HeadPages:
     # Many entries.
 
     @outside_inference_mode
-    def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Append entries [K, D] to pages; they come in order of row b [K], then head h [K], then age."""
+    def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor | None = None) -> None:
+        """Append entries [K, D] to pages; they come in order of row b [K], then head h [K], then age. position [K]: with several windows."""
         B, H = self.num_kept.shape
         P, head = self.pool.page_size, b * H + h
         count = torch.bincount(head, minlength=B * H)
@@ -136,8 +166,11 @@ class HeadPages:
         nth = torch.arange(len(head), device=self.device) - (count.cumsum(0) - count)[head]
         place = self.num_kept.flatten()[head] + nth
         self._add_pages(self.num_kept + count.view(B, H).int())
-        row = self.pool.row_of(self.page_table[b, h, place // P].long(), place % P)
+        page, entry = self.page_table[b, h, place // P].long(), place % P
+        row = self.pool.row_of(page, entry)
         self.pool.write(torch.cat([row, row + P]), torch.cat([k, v]))
+        if position is not None:
+            self.pool.write_positions(page, entry, position)
 
     @outside_inference_mode
     def drop(self, dropped: torch.Tensor) -> None:
@@ -153,13 +186,64 @@ class HeadPages:
         moves = (place >= start[..., None]) & (place < self.num_kept[..., None])
         moves[..., : dropped.shape[2]] &= ~dropped[..., : moves.shape[2]]
         b, h, n = moves.nonzero(as_tuple=True)
-        row = self.pool.row_of(self.page_table[b, h, n // P].long(), n % P)
+        page, positions = self.page_table[b, h, n // P].long(), self.pool.positions
+        row = self.pool.row_of(page, n % P)
         k, v = self.pool.read(row), self.pool.read(row + P)
+        position = None if positions is None else positions[page, n % P]
         self.pool.release(self.page_table[self._used_places() & (place[::P] >= start[..., None])])
         self.num_kept, self.read_order, self.reserved = start, None, (0, 0)
-        self.append(b, h, k, v)
+        self.append(b, h, k, v, position)
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
         self.pool.trim()
+
+    # What is gone in time: lists of several windows.
+
+    @outside_inference_mode
+    def release_pages(self, newest_B: torch.Tensor) -> int:
+        """Give back the pages at lists' fronts in which every entry is gone for the newest tokens, at positions newest [B].
+
+        Returns for how many more positions no other page goes, of those that there are; on other devices than a CPU, of which nothing is
+        read, 0.
+        """
+        pool, P, width = self.pool, self.pool.page_size, self.page_table.shape[2]
+        if width == 0 or pool.num_pages == 0:
+            return FOR_GOOD
+        place = torch.arange(width, device=self.device)
+        youngest = (self.num_kept[..., None] - place * P).clamp(max=P) - 1
+        there, page = youngest >= 0, self.page_table.masked_fill(youngest < 0, 0)
+        left = self._positions_left(page, youngest.clamp(min=0), newest_B[:, None, None])
+        gone = there & (left < 0)
+        num_gone = gone.sum(2)
+        if not self.reads_are_free:
+            pool.release_without_reading(torch.where(gone, page, pool.num_pages).flatten())
+        elif int(num_gone.max()) > 0:
+            pool.release(page[gone])
+        else:
+            return int(left.masked_fill_(~there, FOR_GOOD).min())
+        self.page_table = self.page_table.gather(2, (place + num_gone[..., None]).clamp(max=width - 1))
+        self.num_kept = (self.num_kept - num_gone * P).clamp(min=0).int()
+        self.read_order = None
+        if not self.reads_are_free:
+            return 0
+        self.most_kept = int(self.num_kept.max())
+        return int(left.masked_fill_(~there | gone, FOR_GOOD).min())
+
+    def _positions_left(self, page_BLX: torch.Tensor, entry_BLX: torch.Tensor, newest_B11: torch.Tensor) -> torch.Tensor:
+        """For how many positions after the newest an entry is still visible, [B, L, X]; below 0: it is gone."""
+        positions, lifetimes = self.pool.positions, self.pool.lifetimes
+        assert positions is not None and lifetimes is not None, "there are several windows"
+        lifetime_L = lifetimes.repeat(self.num_kept.shape[1] // self.lists_per_head)
+        return positions[page_BLX.long(), entry_BLX.long()] + lifetime_L[:, None] - newest_B11
+
+    def seen_by(self, newest_B: torch.Tensor) -> torch.Tensor:
+        """Which entries tokens at positions newest [B] see, [B, L, W * P] bool: those in pages, without what is gone."""
+        P = self.pool.page_size
+        entry = torch.arange(self.page_table.shape[2] * P, device=self.device)
+        there = entry < self.num_kept[..., None]
+        if self.lists_per_head == 1 or self.pool.num_pages == 0:
+            return there
+        page = self.page_table.masked_fill(~self._used_places(), 0).repeat_interleave(P, 2)
+        return there & (self._positions_left(page, (entry % P).expand_as(there), newest_B[:, None, None]) >= 0)
 
     def _add_pages(self, num_kept: torch.Tensor) -> None:
         """Give heads the pages for num_kept [B, H] entries."""

@@ -13,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.page_pool import Budget, PagePool
-from dms.cache.store import EVICT, PendingGate, PendingTokens, Store
+from dms.cache.pending import PendingGate, PendingTokens
+from dms.cache.store import Store
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_kernels.arguments import Keys, PagedKV
@@ -115,7 +116,8 @@ class CompactedLayer(CacheLayerMixin):
 
     def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:
         """Begin with no entries, in a pool of its own."""
-        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8")
+        windows = self.dms.windows if len(self.dms.windows) > 1 else ()
+        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8", windows=windows)
         self._store = make_store(self.dms, pool, batch, num_heads)
         self.dtype, self.device, self.is_initialized = dtype, device, True
         # Some models look for keys in every layer of a cache that is in use.
@@ -128,7 +130,7 @@ class CompactedLayer(CacheLayerMixin):
             raise ValueError(WITHOUT_DECISIONS)
         if self._store is None:
             self.lazy_initialization(key_states, value_states)
-        batch, num_heads = self.store.num_kept.shape
+        batch, num_heads = self.store.evicted.shape
         D = self.store.pool.head_dim
         if (*key_states.shape[:2], key_states.shape[-1]) != (batch, num_heads, D):
             raise ValueError(
@@ -150,7 +152,7 @@ class CompactedLayer(CacheLayerMixin):
         """
         if self._reading is None:
             self._reading = self._begin_reading()
-        options: dict[str, Any] = {"window": self.dms.windows[0], "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        options: dict[str, Any] = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         out = self._reading.attend(query, **options)
         if ends:
             self.end_reading()
@@ -164,12 +166,13 @@ class CompactedLayer(CacheLayerMixin):
             if isinstance(store, FusedStore):
                 self._push(new)
                 return Reading(functools.partial(store.attend_newest, real_B=new.tokens.real[:, 0]), None)
-            position = None if store.writes_one_slot(new) else store.positions(new)
+            # With several windows not all that is in pages is visible.
+            position = None if store.lists_per_head == 1 and store.writes_one_slot(new) else store.positions(new)
             self._push(new)
-            return Reading(_attend_by(position, store.pages(), [store.ring(newest_only=True)]), None)
+            return Reading(_attend_by(position, store.pages(newest_only=True), [store.ring(newest_only=True)]), None)
         whole = new if self.trial is None else self.trial.cat(new)
         decisions, positions = store.decisions(whole), store.positions(whole)
-        recent = [Keys(whole.k, whole.v, positions, decisions.state == EVICT)]
+        recent = [store.keys(whole.k, whole.v, positions, decisions.state)]
         if store.longest > 0:
             recent.insert(0, store.ring(decisions.last))
         if isinstance(store, FusedStore):
@@ -218,7 +221,7 @@ class CompactedLayer(CacheLayerMixin):
         if dropped_BHS.dtype != torch.bool or dropped_BHS.dim() != 3 or tuple(dropped_BHS.shape) != expected:
             raise ValueError(
                 f"drop was given {dropped_BHS.dtype} {tuple(dropped_BHS.shape)}, and this layer takes torch.bool {expected}: "
-                "[sequences, KV heads, most entries that a head has in pages]"
+                "[sequences, KV heads, most entries that a head has in pages]; with several windows the lists of each KV head stand for the head"
             )
         if expected[2]:
             self.store.drop(dropped_BHS.to(self.device))

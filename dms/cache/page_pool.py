@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from dms_kernels.arguments import FOR_GOOD
+
 # Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
 _GROWTH = 32
@@ -86,6 +88,7 @@ class PagePool:
         dtype: what entries are read as.
         budget: asked before the pool grows; None: no bound.
         quantized: entries are int8, each key and each value with a float32 scale, max|x| / 127.
+        windows: where there are several, entries have positions, by which those of some lists are gone for later queries; else ().
     """
 
     @outside_inference_mode
@@ -97,6 +100,7 @@ class PagePool:
         device: torch.device,
         budget: Budget | None = None,
         quantized: bool = False,
+        windows: tuple[int, ...] = (),
     ):
         self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
         self.reads_are_free = reads_are_free(device)
@@ -105,6 +109,11 @@ class PagePool:
         that a step needs no branch."""
         self.row_scales = torch.zeros(1, device=device) if quantized else None
         """A float32 scale for each row, where the pool is quantized."""
+        self.windows = windows
+        self.entry_positions = torch.zeros(1, dtype=torch.int32, device=device) if windows else None
+        """[N * P + 1] int32: each entry's position in its document; the last is scratch."""
+        self.lifetimes = torch.tensor([FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device) if windows else None
+        """[K] int32: how far behind a query the entries of each list of a head are visible."""
         self.references = torch.zeros(1, dtype=torch.int32, device=device)
         """[N + 1] int32: how many page tables list each page."""
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
@@ -134,9 +143,15 @@ class PagePool:
         return None if self.row_scales is None else self.row_scales[:-1].view(self.num_pages, 2, self.page_size)
 
     @property
+    def positions(self) -> torch.Tensor | None:
+        """[N, P] int32, where entries come with positions."""
+        return None if self.entry_positions is None else self.entry_positions[:-1].view(self.num_pages, self.page_size)
+
+    @property
     def entry_bytes(self) -> int:
-        """Of one key and value in a page."""
-        return 2 * (self.head_dim * self.rows.element_size() + (0 if self.row_scales is None else self.row_scales.element_size()))
+        """Of one key and value in a page, and their position."""
+        row = self.head_dim * self.rows.element_size() + (0 if self.row_scales is None else self.row_scales.element_size())
+        return 2 * row + (0 if self.entry_positions is None else self.entry_positions.element_size())
 
     @property
     def scratch(self) -> int:
@@ -155,8 +170,8 @@ class PagePool:
 
     def tensors(self) -> list[torch.Tensor]:
         self.collect()
-        scales = [] if self.row_scales is None else [self.row_scales]
-        return [self.rows, *scales, self.references, self.free, self.num_free]
+        beside = [x for x in (self.row_scales, self.entry_positions, self.lifetimes) if x is not None]
+        return [self.rows, *beside, self.references, self.free, self.num_free]
 
     def missing(self, num_pages: int) -> int:
         """How many of num_pages are not free; asks the device where it must."""
@@ -193,6 +208,16 @@ class PagePool:
         self.references.index_add_(0, page.long(), -torch.ones_like(page, dtype=torch.int32))
         self._list_free()
 
+    def release_without_reading(self, page: torch.Tensor) -> None:
+        """As `release`, of pages [K] of which num_pages stands for none. How many became free is not known here then."""
+        self.references.index_add_(0, page.long(), -torch.ones_like(page, dtype=torch.int32))
+        self.references[-1] = 0
+        is_free = self.references[:-1] == 0
+        number = torch.arange(self.num_pages, dtype=torch.int32, device=self.rows.device)
+        # The lowest last, as `_list_free` has them.
+        self.free = torch.where(is_free, number, -1).sort(descending=True).values.clamp(min=0)
+        self.num_free.copy_(is_free.sum())
+
     @outside_inference_mode
     def collect(self) -> None:
         """Take back the pages of stores that are gone."""
@@ -220,12 +245,17 @@ class PagePool:
             values = (values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
         self.rows.index_copy_(0, row, values)
 
+    def write_positions(self, page: torch.Tensor, entry: torch.Tensor, position: torch.Tensor) -> None:
+        """Write the positions [K] of entries [K] of pages [K]; num_pages, with entry 0, is the scratch place."""
+        assert self.entry_positions is not None, "the pool has positions"
+        self.entry_positions.index_copy_(0, (page * self.page_size + entry).long(), position.int())
+
     @outside_inference_mode
-    def trim(self, all_of_it: bool = False) -> None:
-        """Give back the free pages at the pool's end, where they are many."""
+    def trim(self, all_of_it: bool = False, part: int = 4) -> None:
+        """Give back the free pages at the pool's end, where they are more than a part-th of it."""
         used = (self.references[:-1] > 0).nonzero()[:, 0]
         size = int(used[-1]) + 1 if len(used) else 0
-        if self.num_pages - size > (0 if all_of_it else max(self.num_pages // 4, self.growth())) or size == 0:
+        if self.num_pages - size > (0 if all_of_it else max(self.num_pages // part, self.growth())) or size == 0:
             self.resize(size)
 
     def _allowed_growth(self, missing: int) -> int:
@@ -251,6 +281,10 @@ class PagePool:
             scales = self.row_scales.new_zeros(len(rows))
             scales[: num_copied * 2 * self.page_size] = self.row_scales[: num_copied * 2 * self.page_size]
             self.row_scales = scales
+        if self.entry_positions is not None:
+            positions = self.entry_positions.new_zeros(num_pages * self.page_size + 1)
+            positions[: num_copied * self.page_size] = self.entry_positions[: num_copied * self.page_size]
+            self.entry_positions = positions
         references = self.references.new_zeros(num_pages + 1)
         references[:num_copied] = self.references[:num_copied]
         self.rows, self.references = rows, references
@@ -258,7 +292,7 @@ class PagePool:
 
     def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy whole pages [K] onto others."""
-        for pages in (self.pages, self.scales):
+        for pages in (self.pages, self.scales, self.positions):
             if pages is not None:
                 pages[target] = pages[source]
 

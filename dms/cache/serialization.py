@@ -6,7 +6,7 @@ A file holds one tensor named "<layer>.<name>" for everything that a layer store
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dms.io.weights import save_tensors
 from dms.modes import DMSState
 
 _VERSION = "1"
-_STORED = ("ring_kv", "ring_state", "num_kept", "seq_len", "evicted", "decided")
+_STORED = ("ring_kv", "ring_state", "seq_len", "evicted", "decided")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SavedCache:
 
     def require_model(self, state: DMSState, model: str, path: Path) -> None:
         """Raises ValueError where `model`, the name of a class, with this state is not the one that made the cache."""
-        for name, value in asdict(state.config).items():
+        for name, value in state.config.to_dict().items():
             saved = self.settings.get(name)
             if saved != value:
                 raise ValueError(
@@ -80,7 +80,7 @@ def describe(layers: Sequence[Any], state: DMSState, rotary_length: int | None) 
             layer.crop(0)
             columns.append(layer.columns)
             tensors |= {f"{index}.{name}": tensor for name, tensor in _pack(layer.store).items()}
-            settings = settings or asdict(layer.dms) | {"page_size": layer.page_size, "kv_dtype": layer.kv_dtype}
+            settings = settings or layer.dms.to_dict() | {"page_size": layer.page_size, "kv_dtype": layer.kv_dtype}
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if getattr(layer, "record_past", False):
                 layer.crop(0)
@@ -143,28 +143,34 @@ def fingerprint(state: DMSState) -> str:
 
 
 def _pack(store: Store) -> dict[str, torch.Tensor]:
-    """Own tensors, and the entries [K, 2, D] in pages ordered by row, head and age, with their scales [K, 2] if they have any."""
-    entry = torch.arange(store.page_table.shape[2] * store.pool.page_size, device=store.device)
-    b, h, n = (entry < store.num_kept[..., None]).nonzero(as_tuple=True)
-    row = store.pool.row_of(store.page_table[b, h, n // store.pool.page_size].long(), n % store.pool.page_size)
-    row = torch.stack([row, row + store.pool.page_size], 1)
-    in_pages = {"kept": store.pool.rows[row]} | ({} if store.pool.row_scales is None else {"scales": store.pool.row_scales[row]})
+    """Own tensors, and the entries [K, 2, D] in pages ordered by row, head (or list) and age, with their scales [K, 2] and positions [K] if
+    they have any."""
+    pool, P = store.pool, store.pool.page_size
+    there = store.seen_by(store.seq_len - 1)
+    b, h, n = there.nonzero(as_tuple=True)
+    page = store.page_table[b, h, n // P].long()
+    row = pool.row_of(page, n % P)
+    row = torch.stack([row, row + P], 1)
+    in_pages = {"kept": pool.rows[row], "num_kept": there.sum(2, dtype=torch.int32)}
+    in_pages |= {} if pool.row_scales is None else {"scales": pool.row_scales[row]}
+    in_pages |= {} if pool.positions is None else {"positions": pool.positions[page, n % P]}
     return {name: getattr(store, name) for name in _STORED} | in_pages
 
 
 def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
     entries, scales, num_kept = own.pop("kept"), own.pop("scales", None), own.pop("num_kept")
+    positions = own.pop("positions", None)
     dtype, device = own["ring_kv"].dtype, entries.device
     if scales is not None:
         # Quantised again they get the same scales and numbers.
         entries = entries.float() * scales[..., None]
-    B, H = num_kept.shape
+    (B, H), num_lists = own["evicted"].shape, num_kept.shape[1]
     store = layer.make_store(B, H, entries.shape[-1], dtype, device)
     for name, tensor in own.items():
         setattr(store, name, tensor)
-    head = torch.repeat_interleave(torch.arange(B * H, device=device), num_kept.flatten().long())
-    if len(head):
-        store.append(head // H, head % H, entries[:, 0], entries[:, 1])
+    number = torch.repeat_interleave(torch.arange(B * num_lists, device=device), num_kept.flatten().long())
+    if len(number):
+        store.append(number // num_lists, number % num_lists, entries[:, 0], entries[:, 1], positions)
     store.recount()
 
 

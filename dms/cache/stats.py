@@ -15,7 +15,7 @@ from dms.cache.page_pool import held_bytes
 BYTES_BOUND = 1.15
 # In a text of this many windows something should have been evicted.
 _LONG_TEXT = 4
-# With fewer pages a head, rounding to whole pages dominates the bytes.
+# With fewer pages a head, or list, rounding to whole pages dominates the bytes.
 _MANY_PAGES = 8
 
 
@@ -81,10 +81,11 @@ def cache_stats(cache: Cache, warn: bool) -> CacheStats:
     for index, gated in compacted.items():
         store, pool = gated.store, gated.store.pool
         store.check()
-        B, H = store.num_kept.shape
+        store.release_gone()
+        B, H = store.evicted.shape
         seen_B, alive_BH = gated.row_lengths().long(), gated.entries_alive()
         seen, alive, size = int(seen_B.sum()) * H, int(alive_BH.sum()), 2 * pool.head_dim * store.ring_kv.element_size()
-        in_pages = int(store.num_kept.sum())
+        in_pages = int(store.num_kept.sum() if store.lists_per_head == 1 else store.seen_by(store.seq_len - 1).sum())
         stats.num_sequences, stats.page_size = B, pool.page_size
         stats.seen, stats.alive = stats.seen + seen, stats.alive + alive
         stats.pages_used, stats.pages_held = stats.pages_used + pool.num_used, stats.pages_held + pool.num_pages
@@ -138,8 +139,8 @@ def _warnings(stats: CacheStats, layers: list[CompactedLayer], evicted: int, exp
     if not layers:
         return messages
     window = max(layer.dms.windows[-1] for layer in layers)
-    num_heads = sum(layer.store.num_kept.numel() for layer in layers)
-    per_head = stats.seen / num_heads
+    per_head = stats.seen / sum(layer.store.evicted.numel() for layer in layers)
+    num_lists = sum(layer.store.num_kept.numel() for layer in layers)
     if evicted == 0 and per_head > _LONG_TEXT * (window + 1):
         messages.append(
             f"nothing was evicted over {per_head:.0f} tokens a sequence: the gates keep everything; were they trained, and is evict_bias right?"
@@ -147,7 +148,7 @@ def _warnings(stats: CacheStats, layers: list[CompactedLayer], evicted: int, exp
     if stats.pages_used != expected_pages:
         messages.append(f"{stats.pages_used} pages are in use and the tables list {expected_pages}: pages have leaked; please report this")
     alone = all(layer.store.pool.num_holders == 1 for layer in layers)
-    if alone and stats.pages_used / num_heads > _MANY_PAGES and stats.bytes > BYTES_BOUND * stats.bytes_alive:
+    if alone and stats.pages_used / num_lists > _MANY_PAGES and stats.bytes > BYTES_BOUND * stats.bytes_alive:
         messages.append(
             f"{stats.bytes:,} bytes are held for {stats.bytes_alive:,} bytes of entries, more than {BYTES_BOUND} times; "
             "smaller pages (page_size) waste less"

@@ -4,11 +4,14 @@ A token enters the ring. When it leaves, it is appended to its head's pages if t
 That equals the masked reference at every step: the ring is the newest token's window, in which every token is visible, and beyond
 the window only kept tokens are, which are those in pages.
 
-Shapes: B batch, H KV heads, N new tokens, R ring slots (w + 1), D head dim.
+With several windows the ring is the first one's. A token that leaves it is gone if the first decision evicts it; else it is appended to its
+head's list of the first decision that does, whose pages are given back from the front as what is in them falls out of that window, or to
+the list of what stays for good.
+
+Shapes: B batch, H KV heads, L = H * (number of windows) lists, N new tokens, R ring slots (w + 1), D head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,105 +19,19 @@ import torch.nn.functional as F
 from dms import masks
 from dms.cache.head_pages import HeadPages
 from dms.cache.page_pool import PagePool, outside_inference_mode
+from dms.cache.pending import EVICT, KEEP, UNDECIDED, Decisions, PendingTokens, fates, list_of
 from dms.config import DMSConfig
-from dms.gates import Gate
-from dms.masks import Tokens
-from dms_kernels.arguments import GateInputs, Keys
+from dms_kernels.arguments import Keys, state_lifetimes
 
-KEEP, EVICT, UNDECIDED = 0, 1, 2
 # The ring starts small and grows to its w + 1 slots, by this many at a time.
 _RING_STEP = 64
+# A pool of which more than this part is free at its end is made smaller, where pages are given back as entries go.
+_MUCH = 16
 
 
 def _ring_slots(num_tokens: int, ring_size: int) -> int:
     """Slots of a ring after num_tokens tokens."""
     return min(ring_size, -(-num_tokens // _RING_STEP) * _RING_STEP)
-
-
-@dataclass(frozen=True)
-class PendingGate:
-    """A gate that the append kernel runs by itself: it reads hidden [B, 1, M]; bias is added to its logits."""
-
-    gate: Gate
-    hidden: torch.Tensor
-    bias: float
-
-    def kernel_gate(self) -> GateInputs:
-        gate = self.gate
-        return GateInputs(self.hidden[:, 0], gate.weight, gate.bias, gate.scale, gate.offset, gate.normalize, self.bias)
-
-
-@dataclass(frozen=True)
-class PendingTokens:
-    """Tokens whose keys and values are known and not in the ring yet."""
-
-    decided: torch.Tensor | PendingGate
-    """[B, N, H] bool as the gates made it, True to evict; or, for one token a row, the gate that the append kernel runs."""
-    tokens: Tokens
-    k: torch.Tensor
-    """[B, H, N, D]"""
-    v: torch.Tensor
-    """[B, H, N, D]"""
-
-    @property
-    def decision(self) -> torch.Tensor:
-        """[B, N, H] bool, of tokens whose gates have run."""
-        assert isinstance(self.decided, torch.Tensor), "the append kernel runs this token's gate"
-        return self.decided
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens a row, padding included."""
-        return self.k.shape[2]
-
-    def cat(self, other: "PendingTokens") -> "PendingTokens":
-        k, v = torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2)
-        return PendingTokens(torch.cat([self.decision, other.decision], 1), self.tokens.cat(other.tokens), k, v)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether a row holds several documents."""
-        return self.num_tokens > 1 and self.tokens.packed
-
-    def last_documents(self) -> "PendingTokens":
-        """Everything before a row's last document turned into padding."""
-        segment = self.tokens.segment_BT
-        is_last = segment == segment.amax(1, keepdim=True)
-        tokens = Tokens(torch.where(is_last, segment, 0).clamp(max=1), self.tokens.position_BT)
-        return PendingTokens(self.decided, tokens, self.k, self.v)
-
-    def select(self, rows: torch.Tensor) -> "PendingTokens":
-        def chosen(x: torch.Tensor) -> torch.Tensor:
-            return x.index_select(0, rows)
-
-        return PendingTokens(chosen(self.decision), self.tokens.map(chosen), chosen(self.k), chosen(self.v))
-
-    def first(self, num_tokens: int) -> "PendingTokens":
-        part = slice(0, num_tokens)
-        return PendingTokens(self.decision[:, part], self.tokens.map(lambda x: x[:, part]), self.k[:, :, part], self.v[:, :, part])
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            "decision": self.decision,
-            "segment": self.tokens.segment_BT,
-            "position": self.tokens.position_BT,
-            "k": self.k,
-            "v": self.v,
-        }
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What the gates of new tokens decide."""
-
-    state: torch.Tensor
-    """[B, H, N] uint8: KEEP, EVICT or UNDECIDED for each new token."""
-    evicted: torch.Tensor
-    """[B, H] int64: how many of the decisions made now are to evict."""
-    decided: torch.Tensor
-    """[B] int64: how many decisions are made now, a head."""
-    last: torch.Tensor | None = None
-    """[B, H] uint8: the state of the ring's last token from now on (UNDECIDED: as it is); None under alignment `own`."""
 
 
 class Store(HeadPages):
@@ -131,7 +48,7 @@ class Store(HeadPages):
         self.ring_kv = torch.zeros(batch, num_heads, 2, min(self.ring_size, _RING_STEP), pool.head_dim, dtype=pool.dtype, device=device)
         """[B, H, 2, R, D]: keys and values, a token at slot position % ring_size."""
         self.ring_state = torch.zeros(batch, num_heads, self.ring_kv.shape[3], dtype=torch.uint8, device=device)
-        """[B, H, R] uint8: KEEP, EVICT or UNDECIDED."""
+        """[B, H, R] uint8: KEEP, EVICT or UNDECIDED, or one of several windows' states."""
         self.seq_len = torch.zeros(batch, dtype=torch.int32, device=device)
         """[B] int32: tokens of each row's document."""
         self.evicted = torch.zeros(batch, num_heads, dtype=torch.int64, device=device)
@@ -142,6 +59,12 @@ class Store(HeadPages):
         """A bound known without asking the device: no row has more tokens."""
         self.equal_lengths = self.reads_are_free
         """Whether all rows are known to have `longest` tokens; known on a CPU alone."""
+        self.next_release = 0
+        """With several windows: what `longest` must reach before a page can be gone."""
+
+    @property
+    def num_heads(self) -> int:
+        return self.evicted.shape[1]
 
     def check(self) -> None:
         """Raises RuntimeError where the contents are known to be wrong."""
@@ -162,6 +85,8 @@ class Store(HeadPages):
     def decisions(self, new: PendingTokens) -> Decisions:
         segment, sinks, decision = new.tokens.segment_BT, self.dms.sinks, new.decision
         real = segment > 0
+        if self.lists_per_head > 1:
+            return self._class_decisions(new, fates(decision), real)
         if real.shape[1] == 1 and self.dms.alignment == "own":
             # As below, for one token whose own gate decides.
             evicted = decision[:, 0] & real
@@ -180,6 +105,28 @@ class Store(HeadPages):
         decides = real.any(1) & (self.seq_len > 0)
         last = torch.where(decides[:, None], (first & (self.seq_len > sinks)[:, None]).to(torch.uint8), UNDECIDED)
         return Decisions(state, evicted + (first & decides[:, None]), decided + decides, last)
+
+    def _class_decisions(self, new: PendingTokens, fate_BNH: torch.Tensor, real_BN: torch.Tensor) -> Decisions:
+        """As `decisions`, of several windows."""
+        segment, sinks, alignment = new.tokens.segment_BT, self.dms.sinks, self.dms.alignment
+        aligned = masks.align(fate_BNH, segment, alignment, KEEP).transpose(1, 2)
+        known = masks.decided_tokens(segment, alignment)[:, None]
+        state = aligned.masked_fill((self.positions(new) < sinks)[:, None], KEEP) if sinks else aligned
+        state = torch.where(known, state, UNDECIDED).to(torch.uint8)
+        evicted, decided = ((aligned > 0) & known).sum(2), known.sum((1, 2))
+        if alignment == "own":
+            return Decisions(state, evicted, decided)
+        # The first new token's gate decides for the ring's last token.
+        at = real_BN.to(torch.uint8).argmax(1)[:, None, None].expand(-1, 1, fate_BNH.shape[2])
+        first = fate_BNH.gather(1, at)[:, 0]
+        decides = real_BN.any(1) & (self.seq_len > 0)
+        last = first.masked_fill((self.seq_len <= sinks)[:, None], KEEP)
+        last = torch.where(decides[:, None], last, UNDECIDED).to(torch.uint8)
+        return Decisions(state, evicted + ((first > 0) & decides[:, None]), decided + decides, last)
+
+    def keys(self, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, state: torch.Tensor) -> Keys:
+        """Entries in states [B, H, S], as attention takes them."""
+        return Keys(k, v, position, state == EVICT) if self.lists_per_head == 1 else Keys(k, v, position, state=state)
 
     def ring(self, last: torch.Tensor | None = None, newest_only: bool = False) -> Keys:
         """The ring's entries for attention.
@@ -203,11 +150,18 @@ class Store(HeadPages):
         if last is not None:
             is_last = (position == end) & (end >= 0)
             state = torch.where(is_last[:, None] & (last != UNDECIDED)[..., None], last[..., None], state)
-        return Keys(k, v, position, state == EVICT)
+        return self.keys(k, v, position, state)
 
     def entries_alive(self) -> torch.Tensor:
-        """[B, H] int64: in the ring and in pages."""
-        return (self.num_kept + self.seq_len.clamp(max=self.ring_size)[:, None]).long()
+        """[B, H] int64: in the ring and in pages, without those that the newest token does not see."""
+        in_pages = self.num_kept
+        if self.lists_per_head > 1:
+            in_pages = self.seen_by(self.seq_len - 1).sum(2).unflatten(1, (self.num_heads, -1)).sum(2)
+        return (in_pages + self.seq_len.clamp(max=self.ring_size)[:, None]).long()
+
+    def kept_for_good(self) -> torch.Tensor:
+        """[B, H] int32: entries in pages that no window takes away."""
+        return self.num_kept[:, :: self.lists_per_head]
 
     # Storing.
 
@@ -215,6 +169,9 @@ class Store(HeadPages):
     def push(self, new: PendingTokens) -> None:
         """Move new tokens into the ring, and what leaves it into the pages."""
         num_new = new.num_tokens
+        if self.lists_per_head > 1 and self.pool.budget is None:
+            # First, so that what comes can take the pages. Where a forward may be undone they are needed until the next one.
+            self.release_gone(num_new, new.tokens.real.sum(1, dtype=torch.int32))
         if num_new == 1 and self.dms.alignment == "own" and self.writes_one_slot(new):
             self._push_one_slot(new)
             return
@@ -235,6 +192,20 @@ class Store(HeadPages):
             self._push_many(new, decisions.state, real)
         self.longest += num_new
 
+    def release_gone(self, num_new: int = 0, count_B: torch.Tensor | None = None) -> None:
+        """With several windows: give back pages whose entries are all gone, for the newest tokens or for those after num_new more a row, of
+        which count [B] are no padding."""
+        longest = self.longest + num_new
+        if self.lists_per_head == 1 or longest < self.next_release:
+            return
+        pool, windows = self.pool, self.dms.windows
+        if (self.reads_are_free or num_new > 1) and pool.headroom > pool.num_pages // _MUCH:
+            pool.trim(part=_MUCH)
+        newest = self.seq_len - 1 if count_B is None else self.seq_len + count_B - 1
+        left = self.release_pages(newest)
+        # What leaves the ring from here on, a token a step, is visible for some more steps.
+        self.next_release = longest + min(left + 1, windows[1] - windows[0])
+
     def _grow_ring(self, num_new: int) -> None:
         have, size = self.ring_kv.shape[3], _ring_slots(self.longest + num_new, self.ring_size)
         if size > have:
@@ -244,13 +215,14 @@ class Store(HeadPages):
 
     def _push_one_slot(self, new: PendingTokens) -> None:
         """One token a row, as most steps of decoding are; what `decisions` and `_push_one` do for any."""
-        evicted, slot = new.decision[:, 0], self.longest % self.ring_size
-        self.evicted += evicted
+        evicted, slot = fates(new.decision)[:, 0], self.longest % self.ring_size
+        self.evicted += evicted if self.lists_per_head == 1 else evicted > 0
         self.decided += 1
-        self.append_to_some(self.ring_state[:, :, slot] != EVICT, self.ring_kv[:, :, :, slot])
+        leaving = self.ring_state[:, :, slot]
+        self.append_to_some(leaving != EVICT, self.ring_kv[:, :, :, slot], *self._place_of(leaving))
         self.ring_kv[:, :, 0, slot] = new.k[:, :, 0]
         self.ring_kv[:, :, 1, slot] = new.v[:, :, 0]
-        # EVICT is 1 and KEEP 0.
+        # EVICT is 1 and KEEP 0; of several windows these are states.
         self.ring_state[:, :, slot] = evicted if self.longest >= self.dms.sinks else KEEP
         self.seq_len += 1
         self.longest += 1
@@ -263,11 +235,15 @@ class Store(HeadPages):
         before_kv, before_state = self.ring_kv[rows, :, :, slot], self.ring_state[rows, :, slot]
         if self.longest >= self.ring_size:
             leaving = (self.seq_len >= self.ring_size) & real_B
-            append(leaving[:, None] & (before_state != EVICT), before_kv)
+            append(leaving[:, None] & (before_state != EVICT), before_kv, *self._place_of(before_state))
         kv = torch.stack([new.k[:, :, 0], new.v[:, :, 0]], 2)
         self.ring_kv[rows, :, :, slot] = torch.where(real_B[:, None, None, None], kv, before_kv)
         self.ring_state[rows, :, slot] = torch.where(real_B[:, None], state_BH, before_state)
         self.seq_len += real_B
+
+    def _place_of(self, state_BH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """With several windows: the list [B, H] and the position [B] of the tokens that leave the ring."""
+        return () if self.lists_per_head == 1 else (list_of(state_BH), self.seq_len - self.ring_size)
 
     def _push_many(self, new: PendingTokens, state_BHN: torch.Tensor, real_BN: torch.Tensor) -> None:
         position = self.positions(new)
@@ -279,7 +255,17 @@ class Store(HeadPages):
         state = self.ring_state.gather(2, slot[:, None].expand(-1, self.ring_state.shape[1], -1))
         leaves = ((order >= 0) & (order < stays))[:, None] & (state != EVICT)
         passes = (real_BN & (position < stays))[:, None] & (state_BHN != EVICT)
-        self._append_leaving(new, slot, leaves, passes)
+        if self.lists_per_head == 1:
+            self._append_leaving(new, slot, leaves, passes)
+        else:
+            lifetimes = state_lifetimes(self.dms.windows, self.device)
+            newest = self.seq_len + count - 1
+            leaves &= (newest[:, None] - order)[:, None] <= lifetimes[state.long()]
+            passes &= (newest[:, None] - position)[:, None] <= lifetimes[state_BHN.long()]
+            # The list that each goes to, from 1; 0: it goes to none.
+            self._append_to_lists(new, slot, order, (list_of(state) + 1) * leaves, (list_of(state_BHN) + 1) * passes)
+            # Of these some may be gone after one more token.
+            self.next_release = 0
         b, n = (real_BN & (position >= stays)).nonzero(as_tuple=True)
         slot = (position[b, n] % self.ring_size).long()
         self.ring_kv[b, :, 0, slot] = new.k[b, :, n]
@@ -297,8 +283,37 @@ class Store(HeadPages):
         if len(b):
             self.append(b, h, new.k[b, h, n], new.v[b, h, n])
 
+    def _append_to_lists(
+        self, new: PendingTokens, slot_BR: torch.Tensor, order_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor
+    ) -> None:
+        """As `_append_leaving`, of several windows: leaves and passes say to which list of its head each token goes, from 1, 0 for none; order:
+        the ring's tokens by position."""
+        self._append_by_list(leaves_BHR, order_BR, lambda b, h, n: self.ring_kv[b, h, :, slot_BR[b, n]].unbind(1))
+        self._append_by_list(passes_BHN, self.positions(new), lambda b, h, n: (new.k[b, h, n], new.v[b, h, n]))
+
+    def _append_by_list(self, to_BHN: torch.Tensor, position_BN: torch.Tensor, read: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+        """Append tokens, which come in order of age; read gives keys and values [K, D] of the tokens n [K] of heads b, h."""
+        b, h, n = to_BHN.nonzero(as_tuple=True)
+        if len(b) == 0:
+            return
+        number = h * self.lists_per_head + to_BHN[b, h, n] - 1
+        by_list = (b * self.num_kept.shape[1] + number).argsort(stable=True)
+        b, h, n, number = (x[by_list] for x in (b, h, n, number))
+        k, v = read(b, h, n)
+        self.append(b, number, k, v, position_BN[b, n])
+
+    def drop(self, dropped: torch.Tensor) -> None:
+        super().drop(dropped)
+        self.next_release = 0
+        self.release_gone()
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        self.release_gone()
+        return super().snapshot()
+
     def recount(self) -> None:
         super().recount()
+        self.next_release = 0
         self.longest = int(self.seq_len.max()) if len(self.seq_len) else 0
         self.equal_lengths = self.reads_are_free and bool((self.seq_len == self.longest).all())
 
@@ -312,7 +327,10 @@ class Store(HeadPages):
         slot = (self.seq_len % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
         state = self.ring_state[torch.arange(len(slot)), :, slot]
         leaving = (self.seq_len >= self.ring_size)[:, None] & (state != EVICT)
-        return int((leaving & (self.num_kept % self.pool.page_size == 0)).sum())
+        num_kept = self.num_kept
+        if self.lists_per_head > 1:
+            num_kept = num_kept.unflatten(1, (self.num_heads, -1)).gather(2, list_of(state)[..., None])[..., 0]
+        return int((leaving & (num_kept % self.pool.page_size == 0)).sum())
 
     def step_bytes(self) -> int:
         """Bytes by which the ring and the page table grow, at most."""

@@ -22,10 +22,12 @@ class Case:
     head_dim: int
     group: int
     kv: str
+    num_windows: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.operation} sm_{self.capability} D{self.head_dim} G{self.group} {self.kv}"
+        windows = f" K{self.num_windows}" if self.num_windows > 1 else ""
+        return f"{self.operation} sm_{self.capability} D{self.head_dim} G{self.group} {self.kv}{windows}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,18 +82,25 @@ def _gated_attention(case: Case) -> None:
 
 
 def _paged(case: Case) -> PagedKV:
+    windows = _windows(case)
     return PagedKV(
         pages=torch.zeros(8, 2, _P, case.head_dim, dtype=DTYPES[case.kv]),
-        page_table=torch.zeros(1, _H, 8, dtype=torch.int32),
-        num_kept=torch.full((1, _H), 130, dtype=torch.int32),
+        page_table=torch.zeros(1, _H * len(windows), 8, dtype=torch.int32),
+        num_kept=torch.full((1, _H * len(windows)), 130, dtype=torch.int32),
         page_scales=torch.ones(8, 2, _P) if case.kv in ("int8", "fp8") else None,
+        positions=torch.zeros(8, _P, dtype=torch.int32) if len(windows) > 1 else None,
+        windows=windows if len(windows) > 1 else (),
     )
+
+
+def _windows(case: Case) -> tuple[int, ...]:
+    return tuple(_WINDOW * 4**j for j in range(case.num_windows))
 
 
 def _ring(case: Case) -> Ring:
     kv = _randn(1, _H, 2, _WINDOW + 1, case.head_dim, case=case)
     state = torch.zeros(1, _H, _WINDOW + 1, dtype=torch.uint8)
-    return Ring(kv, state, seq_len=torch.full((1,), 400, dtype=torch.int32), window=_WINDOW)
+    return Ring(kv, state, seq_len=torch.full((1,), 400, dtype=torch.int32), window=_WINDOW, longer=_windows(case)[1:])
 
 
 def _sparse_prefill(case: Case) -> None:
@@ -101,8 +110,13 @@ def _sparse_prefill(case: Case) -> None:
     q = _randn(1, _H * case.group, _T, case.head_dim, case=case)
     k, v = (_randn(1, _H, _T, case.head_dim, case=case) for _ in range(2))
     evicted = torch.rand(1, _H, _T) < 0.7
-    sparse_prefill(q, k, v, evicted, None, paged, window=64, scale=0.1)
-    store_survivors(k, v, ~evicted, paged)
+    if case.num_windows == 1:
+        sparse_prefill(q, k, v, evicted, None, paged, window=64, scale=0.1)
+        store_survivors(k, v, ~evicted, paged)
+        return
+    last, position = torch.zeros(1, dtype=torch.int32), torch.zeros(1, _T, dtype=torch.int32)
+    sparse_prefill(q, k, v, evicted.to(torch.uint8), None, paged, window=paged.windows, scale=0.1, last_position=last)
+    store_survivors(k, v, evicted.to(torch.uint8), paged, position)
 
 
 def _paged_decode(case: Case) -> None:
@@ -114,8 +128,8 @@ def _paged_decode(case: Case) -> None:
 def _append(case: Case) -> None:
     from dms_kernels.append import append
 
-    H, D, M = _H, case.head_dim, 512
-    gate = GateInputs(_randn(1, M, case=case), weight=torch.zeros(H, M), bias=torch.zeros(H), scale=100.0, offset=5.0)
+    H, D, M, outputs = _H, case.head_dim, 512, _H * case.num_windows
+    gate = GateInputs(_randn(1, M, case=case), weight=torch.zeros(outputs, M), bias=torch.zeros(outputs), scale=100.0, offset=5.0)
     token = NewToken(
         k=_randn(1, H, D, case=case),
         v=_randn(1, H, D, case=case),
@@ -131,7 +145,7 @@ def _append(case: Case) -> None:
         evicted=torch.zeros(1, H, dtype=torch.int64),
         decided=torch.zeros(1, dtype=torch.int64),
         overflow=torch.zeros(1, dtype=torch.int32),
-        ticket=torch.zeros(1, dtype=torch.int32),
+        ticket=torch.zeros(1 if case.num_windows == 1 else 2, dtype=torch.int32),
     )
     append(token, _ring(case), _paged(case), free_pages, counters)
 
@@ -155,7 +169,8 @@ _LAUNCHES: dict[str, Callable[[Case], None]] = {
 
 
 def full_matrix() -> list[Case]:
-    """{sm_80, sm_90} x {D 64, 128} x {G 1, 4, 8} x dtypes; quantised pages where there are pages, the loss once a dtype."""
+    """{sm_80, sm_90} x {D 64, 128} x {G 1, 4, 8} x dtypes; quantised pages where there are pages, the loss once a dtype; a few of
+    several windows."""
     cases = []
     for capability in CAPABILITIES:
         for kv in DTYPES:
@@ -166,7 +181,18 @@ def full_matrix() -> list[Case]:
             cases += [Case(op, capability, D, G, kv) for op in operations for D in (64, 128) for G in (1, 4, 8)]
             if kv in ("bf16", "fp16"):
                 cases.append(Case("distill_loss", capability, 128, 1, kv))
-    return cases
+    return cases + [case for case in several_windows() if case.num_windows > 1]
+
+
+def several_windows(num_windows: int = 3) -> list[Case]:
+    """The cache's operations with so many windows, and beside each with one."""
+    return [
+        Case(operation, capability, 128, 4, kv, count)
+        for operation in ("append", "paged_decode", "sparse_prefill")
+        for capability in CAPABILITIES
+        for kv in ("bf16", "int8")
+        for count in (1, num_windows)
+    ]
 
 
 def representative() -> list[Case]:
@@ -177,5 +203,7 @@ def representative() -> list[Case]:
         Case("paged_decode", 90, 128, 4, "bf16"),
         Case("paged_decode", 80, 64, 8, "int8"),
         Case("append", 90, 128, 4, "bf16"),
+        Case("append", 90, 128, 4, "bf16", num_windows=3),
+        Case("paged_decode", 90, 128, 4, "bf16", num_windows=3),
         Case("distill_loss", 80, 128, 1, "bf16"),
     ]

@@ -1,4 +1,4 @@
-"""The table of what the kernels take: `python kernels/aot/table.py [--full] [--json FILE] [--only OPERATION ...]`. No GPU needed."""
+"""The table of what the kernels take: `python kernels/aot/table.py [--full | --windows] [--json FILE] [--only OPERATION ...]`. No GPU needed."""
 
 import argparse
 import json
@@ -14,18 +14,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--full", action="store_true", help="the whole matrix; otherwise a few representative cases")
+    parser.add_argument("--windows", action="store_true", help="three windows beside one")
     parser.add_argument("--only", nargs="+", metavar="OPERATION")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it", file=sys.stderr)
         return 2
-    from cases import full_matrix, representative
+    from cases import full_matrix, representative, several_windows
     from compiling import compiling
 
     rows = []
     print(f"{'case':<44} {'kernel':<24} {'warps':>5} {'regs':>5} {'stack':>6} {'shared':>8}  tensor cores")
-    for case in full_matrix() if given.full else representative():
+    for case in full_matrix() if given.full else several_windows() if given.windows else representative():
         if given.only and case.operation not in given.only:
             continue
         start = time.monotonic()

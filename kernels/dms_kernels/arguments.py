@@ -1,10 +1,15 @@
 """What the operations take: a layer's compacted cache and a decoding step, as dataclasses; what all of them check and derive.
 
 Shapes: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D head dim, R ring slots, N pages of a pool, P entries
-of a page, M model dim.
+of a page, M model dim, K windows, L = H * K page lists.
+
+Decisions with K > 1 windows w_1 < ... < w_K give each token a class: 1 = evicted by the first decision, j = evicted by the j-th and by none
+before it, 0 = by none. A token of class j is gone for the queries more than w_j after it. Class 1 goes as it leaves the ring; the others
+move to a page list of their KV head and class, list h * K for class 0 and h * K + j - 1 for class j.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +19,10 @@ from torch import Tensor
 from dms_kernels.dispatch import padded, target
 
 LOG2_E = math.log2(math.e)
+# The lifetime of what stays for good: beyond any distance, and far enough from the largest int32 to be added to.
+FOR_GOOD = 2**30
 MAX_HEAD_DIM = 256
+MAX_WINDOWS = 4
 PAGE_SIZES = (16, 32, 64)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 # What the kernels multiply; float64 is for plain PyTorch.
@@ -33,17 +41,20 @@ class Keys(NamedTuple):
     evicted: Tensor | None = None
     """[B, H, S] bool"""
     all_visible: bool = False
-    """No entry is hidden from any query; position and evicted are not read then."""
+    """No entry is hidden from any query; position, evicted and state are not read then."""
+    state: Tensor | None = None
+    """[B, H, S] uint8, as in the ring: with several windows, in place of evicted"""
 
     def placed(self) -> tuple[Tensor, Tensor]:
-        """position and evicted, which decide what a query sees.
+        """position, and evicted or state, which decide what a query sees.
 
         Raises:
             ValueError: they are missing.
         """
-        if self.position is None or self.evicted is None:
+        fate = self.evicted if self.state is None else self.state
+        if self.position is None or fate is None:
             raise ValueError("the ring and the new tokens must come with their positions and decisions")
-        return self.position, self.evicted
+        return self.position, fate
 
 
 @dataclass(frozen=True)
@@ -53,18 +64,24 @@ class Ring:
     kv: Tensor
     """[B, H, 2, R, D], keys and values; R may be below window + 1 as long as no sequence has more than R tokens"""
     state: Tensor
-    """[B, H, R] uint8: 0 keep, 1 evict, 2 undecided"""
+    """[B, H, R] uint8: 0 keep, 1 evict, 2 undecided; with several windows also j + 1 for the classes j from 2 on"""
     seq_len: Tensor
     """[B] int32: tokens of each sequence so far, of which the ring holds the last min(seq_len, window + 1)"""
     window: int
     """tokens after its own for which a token stays visible whatever was decided"""
+    longer: tuple[int, ...] = ()
+    """with several windows those after the first: w_2 < ... < w_K"""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return (self.window, *self.longer)
 
     def check(self, B: int, D: int) -> None:
         """Raises ValueError unless this is the ring of B sequences with head dim D."""
         expect("ring.kv", self.kv, (B, None, 2, None, D))
         expect("ring.state", self.state, (B, self.kv.shape[1], self.kv.shape[3]), torch.uint8)
         expect("ring.seq_len", self.seq_len, (B,), torch.int32)
-        check_count("ring.window", self.window)
+        check_windows("ring.window", self.windows)
 
 
 class PageRun(NamedTuple):
@@ -79,9 +96,13 @@ class PageRun(NamedTuple):
     part: Tensor
     """[m]: the pages of the n that are not full"""
     holder: Tensor
-    """[m]: b * H + h of the head that has each of them"""
+    """[m]: b * H + h of the head that has each of them; with several windows the list's place in num_kept"""
     start: Tensor
-    """[m]: entries of that head before the page"""
+    """[m]: entries of that head, or list, before the page"""
+    lifetime: Tensor | None = None
+    """[n] int32: how far behind a query entries are visible; None: any query sees them"""
+    is_front: bool = False
+    """pages of which the newest token may see a part"""
 
 
 class ReadOrder(NamedTuple):
@@ -96,18 +117,39 @@ class ReadOrder(NamedTuple):
 
 @dataclass(frozen=True)
 class PagedKV:
-    """Entries in pages: of each head the first num_kept in the order of its page table. Every query sees all of them."""
+    """Entries in pages: of each head the first num_kept in the order of its page table. Every query sees all of them.
+
+    With several windows each head has K such lists, and a query at position q sees an entry of a list that does not stay for good iff
+    q - position <= its window. Such a list gives back its front page as soon as all entries in it are gone for the newest stored token: its
+    row of the table moves left by one place, and num_kept falls by P, or to 0.
+    """
 
     pages: Tensor
     """[N, 2, P, D], keys and values; P 16, 32 or 64; the ring's dtype, or int8 or float8_e4m3fn beside page_scales"""
     page_table: Tensor
-    """[B, H, max_pages] int32: each head's pages, oldest first; behind its last page anything"""
+    """[B, H, max_pages] int32: each head's pages, oldest first; behind its last page anything. With several windows [B, L, max_pages]: each
+    list's"""
     num_kept: Tensor
-    """[B, H] int32"""
+    """[B, H] int32; with several windows [B, L]"""
     page_scales: Tensor | None = None
     """[N, 2, P] float32: what the components of each quantised key and value are to be multiplied by"""
     read_order: ReadOrder | None = None
     """of this table, for `cached_attention`; None: pages are gathered through the table, and nothing is read from the device"""
+    positions: Tensor | None = None
+    """[N, P] int32: of each entry, in its document, where there are several windows"""
+    windows: tuple[int, ...] = ()
+    """where there are several: w_1 < ... < w_K, of which the first is the ring's"""
+    newest_only: bool = False
+    """the queries are those of the newest stored tokens: of all pages only lists' front pages are partly gone for them"""
+
+    @property
+    def num_lists(self) -> int:
+        """Page lists of a head."""
+        return max(1, len(self.windows))
+
+    def list_lifetimes(self) -> Tensor:
+        """[K] int32: how far behind a query the entries of each list of a head are visible."""
+        return torch.tensor([FOR_GOOD, *self.windows[1:]], dtype=torch.int32, device=self.pages.device)
 
     def check(self, B: int, H: int, D: int, dtype: torch.dtype) -> None:
         """Raises ValueError unless these are the pages of B sequences with H KV heads, beside entries of this dtype."""
@@ -115,18 +157,24 @@ class PagedKV:
         N, _, P, _ = self.pages.shape
         if P not in PAGE_SIZES:
             raise ValueError(f"a page holds {P} entries; it should hold one of {PAGE_SIZES}")
-        expect("page_table", self.page_table, (B, H, None), torch.int32)
-        expect("num_kept", self.num_kept, (B, H), torch.int32)
+        expect("page_table", self.page_table, (B, H * self.num_lists, None), torch.int32)
+        expect("num_kept", self.num_kept, (B, H * self.num_lists), torch.int32)
+        if self.windows:
+            check_windows("windows", self.windows)
+            expect("positions", self.positions, (N, P), torch.int32)
+        elif self.positions is not None:
+            raise ValueError("positions belong to pages of several windows, and windows is empty")
         if self.pages.dtype in QUANTIZED:
             expect("page_scales", self.page_scales, (N, 2, P), torch.float32)
         elif self.pages.dtype != dtype:
             raise ValueError(f"pages are {self.pages.dtype} beside entries of {dtype}; they should be of that, int8 or float8_e4m3fn")
         elif self.page_scales is not None:
             raise ValueError(f"page_scales belong to pages of int8 or float8_e4m3fn, and these are {self.pages.dtype}")
-        expect_contiguous(pages=self.pages, page_scales=self.page_scales)
-        devices = {x.device for x in (self.pages, self.page_table, self.num_kept, self.page_scales) if x is not None}
+        expect_contiguous(pages=self.pages, page_scales=self.page_scales, positions=self.positions)
+        tensors = (self.pages, self.page_table, self.num_kept, self.page_scales, self.positions)
+        devices = {x.device for x in tensors if x is not None}
         if len(devices) > 1:
-            raise ValueError(f"pages, page_table, num_kept and page_scales are on {devices}; move them to one device")
+            raise ValueError(f"pages, page_table, num_kept, page_scales and positions are on {devices}; move them to one device")
 
 
 @dataclass(frozen=True)
@@ -149,22 +197,25 @@ class FreePages:
 
 @dataclass(frozen=True)
 class GateInputs:
-    """A gate that is still to decide. It evicts where scale * (hidden weight + bias) - offset + evict_bias > 0, in float32."""
+    """A gate that is still to decide. It evicts where scale * (hidden weight + bias) - offset + evict_bias > 0, in float32.
+
+    With K windows it gives K decisions: output h * K + j is head h's for window j.
+    """
 
     hidden: Tensor
     """[B, M]"""
     weight: Tensor
-    """[H or 1, M] float32"""
+    """[H or 1, M] float32; of K windows [H * K or K, M]"""
     bias: Tensor
-    """[H or 1] float32"""
+    """[H or 1] float32, or [H * K or K]"""
     scale: float = 1.0
     offset: float = 0.0
     normalize: bool = False
     """divide hidden by its RMS first"""
     evict_bias: float = 0.0
 
-    def check(self, B: int, H: int) -> None:
-        outputs = 1 if self.weight.shape[0] == 1 else H
+    def check(self, B: int, H: int, K: int = 1) -> None:
+        outputs = K if self.weight.shape[0] == K else H * K
         expect("gate.hidden", self.hidden, (B, None))
         expect("gate.weight", self.weight, (outputs, self.hidden.shape[1]), torch.float32)
         expect("gate.bias", self.bias, (outputs,), torch.float32)
@@ -179,7 +230,7 @@ class NewToken:
     v: Tensor
     """[B, H, D]"""
     evict: Tensor | GateInputs
-    """[B, H] bool: the decisions; or the gate that takes them"""
+    """[B, H] bool, of K windows [B, H, K]: the decisions; or the gate that takes them"""
     q: Tensor | None = None
     """[B, Hq, D], to be normed and rotated as k is; None: there are none"""
     q_norm: Tensor | None = None
@@ -192,15 +243,15 @@ class NewToken:
     real: Tensor | None = None
     """[B] bool: False for sequences without a new token, which stay as they are; None: all have one"""
 
-    def check(self) -> None:
-        """Raises ValueError where these do not go together."""
+    def check(self, K: int = 1) -> None:
+        """Raises ValueError where these do not go together, for K windows."""
         expect("k", self.k, (None, None, None))
         B, H, D = self.k.shape
         expect("v", self.v, (B, H, D), self.k.dtype)
         if isinstance(self.evict, GateInputs):
-            self.evict.check(B, H)
+            self.evict.check(B, H, K)
         else:
-            expect("evict", self.evict, (B, H), torch.bool)
+            expect("evict", self.evict, (B, H) if K == 1 else (B, H, K), torch.bool)
         if self.real is not None:
             expect("real", self.real, (B,), torch.bool)
         if self.q is not None:
@@ -225,20 +276,20 @@ class Counters:
     """What a step counts, and what its programs tell each other by."""
 
     evicted: Tensor
-    """[B, H] int64: decisions to evict, sinks' included"""
+    """[B, H] int64: decisions to evict, sinks' included; of several windows those by which a token goes sooner or later"""
     decided: Tensor
     """[B] int64: decisions"""
     overflow: Tensor
     """[1] int32, becomes 1 where there was no free page or no place in the table: the entry that left the ring is lost then, and
     everything else is as usual; or no slot in the ring: the sequence stays as it is then"""
     ticket: Tensor
-    """[B] int32: zeros, and zeros again afterwards"""
+    """[B] int32, of several windows [B + 1], whose last locks the free pages: zeros, and zeros again afterwards"""
 
-    def check(self, B: int, H: int) -> None:
+    def check(self, B: int, H: int, K: int = 1) -> None:
         expect("evicted", self.evicted, (B, H), torch.int64)
         expect("decided", self.decided, (B,), torch.int64)
         expect("overflow", self.overflow, (1,), torch.int32)
-        expect("ticket", self.ticket, (B,), torch.int32)
+        expect("ticket", self.ticket, (B if K == 1 else B + 1,), torch.int32)
 
 
 @dataclass(frozen=True)
@@ -317,6 +368,25 @@ def check_count(name: str, number: int) -> None:
         raise ValueError(f"{name} must be an integer of 0 or more, got {number!r}")
 
 
+def check_windows(name: str, windows: Sequence[int]) -> None:
+    """Raises ValueError unless these are 1 to 4 rising numbers of tokens."""
+    for window in windows:
+        check_count(name, window)
+    if not 1 <= len(windows) <= MAX_WINDOWS or list(windows) != sorted(set(windows)):
+        raise ValueError(f"{name} must be one number of tokens, or up to {MAX_WINDOWS} rising ones, got {tuple(windows)}")
+
+
+def state_lifetimes(windows: tuple[int, ...], device: torch.device) -> Tensor:
+    """[K + 2] int32, by a token's state: how far behind a query it is visible."""
+    return torch.tensor([FOR_GOOD, windows[0], FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)
+
+
+def check_same_windows(ring: Ring, paged: PagedKV | None) -> None:
+    """Raises ValueError where ring and pages are of different windows; one window is the ring's alone."""
+    if paged is not None and (paged.windows or len(ring.windows) > 1) and paged.windows != ring.windows:
+        raise ValueError(f"the pages are of windows {paged.windows} and the ring of {ring.windows}; give both the same")
+
+
 def check_heads(num_query_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads == 0 or num_query_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got Hq={num_query_heads} in q and H={num_kv_heads} in k")
@@ -370,16 +440,32 @@ def strides(x: Tensor | None, num_dims: int) -> tuple[int, ...]:
 
 
 def read_pages(paged: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """In plain PyTorch, without reading from the device: k and v [B, H, max_pages * P, D] of all that the table lists, whatever lies
-    where there is no entry, and which of it are entries [B, H, max_pages * P] bool."""
-    B, H, max_pages = paged.page_table.shape
+    """In plain PyTorch, without reading from the device: k and v [B, H, S, D] of all that the table lists, whatever lies where there is no
+    entry, and which of it are entries [B, H, S] bool. S is max_pages * P, with several windows K times that: a head's lists one after the
+    other."""
+    B, num_lists, max_pages = paged.page_table.shape
     P, D = paged.pages.shape[2:]
+    H, S = num_lists // paged.num_lists, paged.num_lists * max_pages * P
     there = torch.arange(max_pages * P, device=paged.pages.device) < paged.num_kept[..., None]
-    # Behind a head's last page the table may hold any number.
-    used = torch.arange(max_pages, device=paged.pages.device) * P < paged.num_kept[..., None]
-    at = paged.page_table.long().masked_fill(~used, 0)
+    at = _listed(paged)
     taken = paged.pages[at].to(dtype)
     if paged.page_scales is not None:
         taken = taken * paged.page_scales[at].to(dtype)[..., None]
-    k, v = (taken[:, :, :, i].reshape(B, H, max_pages * P, D) for i in (0, 1))
-    return k, v, there
+    k, v = (taken[:, :, :, i].reshape(B, H, S, D) for i in (0, 1))
+    return k, v, there.view(B, H, S)
+
+
+def seen_entries(paged: PagedKV, there_BHS: Tensor, q_position_BT: Tensor) -> Tensor:
+    """Which of `read_pages`' entries each query sees, [B, H, T, S] bool; T is 1 where all queries see the same."""
+    if paged.positions is None:
+        return there_BHS[:, :, None]
+    lifetime_S = paged.list_lifetimes()[:, None].expand(-1, there_BHS.shape[2] // paged.num_lists).flatten()
+    last_BHS = paged.positions[_listed(paged)].view_as(there_BHS) + lifetime_S
+    return there_BHS[:, :, None] & (q_position_BT[:, None, :, None] <= last_BHS[:, :, None])
+
+
+def _listed(paged: PagedKV) -> Tensor:
+    """page_table as int64, 0 behind each list's last page, where it may hold any number."""
+    P = paged.pages.shape[2]
+    used = torch.arange(paged.page_table.shape[2], device=paged.pages.device) * P < paged.num_kept[..., None]
+    return paged.page_table.long().masked_fill(~used, 0)

@@ -1,7 +1,8 @@
 """Attention of new queries over a compacted cache, in plain PyTorch: pages of kept entries, the ring of recent tokens, and the new tokens.
 
 Key k is visible to query q of its document iff `k <= q` and (`q - k <= window` or k is not evicted). Pages hold kept entries
-that are older than the window of every query, so that all of them are visible.
+that are older than the window of every query, so that all of them are visible. With several windows a head has a list of pages for each
+class of entries (`arguments`), and those that do not stay for good are visible as far as their class's window, by their positions.
 
 Few queries a head, as in decoding: all pages of all heads in batched products, each read once, where it lies. Each page gives a
 partial softmax for the sequences that it belongs to; the partial ones are merged by their maxima. Ragged heads cost what they hold,
@@ -14,12 +15,15 @@ block's length plus the window. The work is proportional to the visible pairs.
 Shapes: B batch, T queries, Hq query heads, H KV heads, G = Hq / H, D head dim, S keys, N pages of a pool, P entries of a page.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dms_kernels import dispatch
-from dms_kernels.arguments import Keys, PagedKV, PageRun, ReadOrder, read_pages
+from dms_kernels.arguments import FOR_GOOD, Keys, PagedKV, PageRun, ReadOrder, read_pages, seen_entries, state_lifetimes
 
 __all__ = ["cached_attention", "make_read_order", "reference"]
 
@@ -45,7 +49,7 @@ def cached_attention(
     paged: PagedKV | None,
     recent: list[Keys],
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -56,8 +60,14 @@ def cached_attention(
 
     recent: the ring, and the new tokens where they are not in it yet, in any order within each. The new tokens stand last, with
     positions that grow along S. sink_logits [Hq]: a logit beside the keys' (gpt_oss). Scores and sums are float32.
+
+    window: several, of which the first is the ring's, where keys come with states and pages with positions.
     """
     dispatch.count("cached_attention", "reference")
+    if paged is not None and tuple(paged.windows) != (() if isinstance(window, int) else tuple(window)):
+        raise ValueError(
+            f"the pages are those of windows {tuple(paged.windows)}, and attention was called with window {window}; pass the same"
+        )
     H = recent[0].k.shape[1]
     rows = q.shape[1] // H * q.shape[2]
     if rows <= _MAX_FEW_ROWS:
@@ -67,17 +77,20 @@ def cached_attention(
     return attend_many(q, q_position, paged, recent, window=window, scale=scale, softcap=softcap, sink_logits=sink_logits)
 
 
-def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int) -> ReadOrder:
-    """Order the reading of the pages in page_table [B, H, max_pages]. Good until the table changes. Reads from the device."""
-    B, H, max_pages = page_table.shape
-    device = page_table.device
+def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, windows: Sequence[int] = ()) -> ReadOrder:
+    """Order the reading of the pages in page_table [B, H, max_pages], or with several windows [B, H * K, max_pages]. Good until the table
+    changes. Reads from the device."""
+    B, num_lists, max_pages = page_table.shape
+    device, K = page_table.device, max(1, len(windows))
+    num_heads = B * num_lists // K
     used = torch.arange(max_pages, device=device) * page_size < num_kept[..., None]
-    holder, place = used.view(B * H, max_pages).nonzero(as_tuple=True)
-    ids = page_table.view(B * H, max_pages)[holder, place].long()
+    holder, place = used.view(B * num_lists, max_pages).nonzero(as_tuple=True)
+    ids = page_table.view(B * num_lists, max_pages)[holder, place].long()
     if ids.numel() == 0:
-        return ReadOrder([], torch.arange(B * H, device=device), ids)
+        return ReadOrder([], torch.arange(num_heads, device=device), ids)
     ids, order = ids.sort(stable=True)
     holder, place = holder[order], place[order]
+    head = holder if K == 1 else holder // K
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
     page, start = ids[first], first.nonzero()[:, 0]
@@ -85,8 +98,10 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int) -> Rea
     nth = torch.arange(ids.numel(), device=device) - start[first.cumsum(0) - 1]
     at = first.cumsum(0) - 1
     num_kept = num_kept.flatten()
+    # All lists that a page is in are of one class.
+    lifetime = None if K == 1 else torch.tensor([FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)[holder[start] % K]
 
-    def run(chosen: Tensor) -> PageRun:
+    def run(chosen: Tensor, is_front: bool = False) -> PageRun:
         """chosen: indices into `page`, in order."""
         lo, hi = int(page[chosen[0]]), int(page[chosen[-1]]) + 1
         # A gap of a few pages is read over rather than copied around.
@@ -95,26 +110,36 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int) -> Rea
         slot = torch.full((len(page),), -1, device=device)
         slot[chosen] = base
         mine = slot[at] >= 0
-        owner = torch.full((count, int(sharers[chosen].max())), B * H, device=device)
-        owner[slot[at[mine]], nth[mine]] = holder[mine]
+        owner = torch.full((count, int(sharers[chosen].max())), num_heads, device=device)
+        owner[slot[at[mine]], nth[mine]] = head[mine]
         # Full pages are shared, so that a page which is not has one holder.
         part = (mine & ((place + 1) * page_size > num_kept[holder])).nonzero()[:, 0]
         bias = torch.zeros(count, page_size, device=device)
-        return PageRun(slice(lo, hi) if in_place else page[chosen], owner, bias, slot[at[part]], holder[part], place[part] * page_size)
+        where = slice(lo, hi) if in_place else page[chosen]
+        taken = None if lifetime is None else lifetime.new_full((count,), FOR_GOOD).index_copy_(0, base, lifetime[chosen])
+        return PageRun(where, owner, bias, slot[at[part]], holder[part], place[part] * page_size, taken, is_front)
 
-    if int(sharers.max()) == 1:
-        runs = [run(torch.arange(len(page), device=device))]
-    else:
+    def runs(chosen: Tensor, is_front: bool = False) -> list[PageRun]:
+        if len(chosen) == 0:
+            return []
+        if int(sharers[chosen].max()) == 1:
+            return [run(chosen, is_front)]
         # Pages with about as many sequences go together; rows for sequences that do not hold a page are wasted.
-        kind = (sharers - 1).to(torch.float32).add(0.5).log2().floor().long()
-        cuts = ((kind[1:] != kind[:-1]).nonzero()[:, 0] + 1).tolist()
+        kinds = (sharers[chosen] - 1).to(torch.float32).add(0.5).log2().floor().long()
+        cuts = ((kinds[1:] != kinds[:-1]).nonzero()[:, 0] + 1).tolist()
         if len(cuts) < _MAX_PIECES:
-            runs = [run(torch.arange(lo, hi, device=device)) for lo, hi in zip([0, *cuts], [*cuts, len(page)], strict=True)]
-        else:
-            runs = [run((kind == value).nonzero()[:, 0]) for value in kind.unique()]
+            return [run(chosen[lo:hi], is_front) for lo, hi in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
+        return [run(chosen[kinds == value], is_front) for value in kinds.unique()]
+
+    if K == 1:
+        found = runs(torch.arange(len(page), device=device))
+    else:
+        front = torch.zeros_like(page, dtype=torch.bool)
+        front[at[(place == 0) & (holder % K > 0)]] = True
+        found = runs((~front).nonzero()[:, 0]) + runs(front.nonzero()[:, 0], is_front=True)
     return ReadOrder(
-        runs,
-        torch.cat([torch.arange(B * H, device=device), *(run.owner.flatten() for run in runs)]),
+        found,
+        torch.cat([torch.arange(num_heads, device=device), *(run.owner.flatten() for run in found)]),
         torch.arange(page_size, device=device),
     )
 
@@ -169,7 +194,7 @@ def attend_few(
     paged: PagedKV | None,
     recent: list[Keys],
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -197,9 +222,13 @@ def attend_few(
             hidden = ~visible(q_position, keys, window)[:, :, None].expand(B, H, G, T, -1).reshape(BH, G * T, -1)
         _add(softmax, rows_BHRD, keys.k.flatten(0, 1), keys.v.flatten(0, 1), softcap, hidden)
     for k, v, there in gathered:
-        _add(softmax, rows_BHRD, k.flatten(0, 1), v.flatten(0, 1), softcap, ~there.flatten(0, 1)[:, None])
+        hidden = ~there.flatten(0, 1)[:, None]
+        if paged is not None and paged.windows:
+            hidden = ~seen_entries(paged, there, _required(q_position))[:, :, None].expand(B, H, G, T, -1).reshape(BH, G * T, -1)
+        _add(softmax, rows_BHRD, k.flatten(0, 1), v.flatten(0, 1), softcap, hidden)
     if paged is not None and order is not None:
-        _add_pages(softmax, rows_BHRD, paged, order, softcap)
+        asking = _required(q_position)[:, None, None].expand(B, H, G, T).reshape(BH, G * T) if paged.windows else None
+        _add_pages(softmax, rows_BHRD, paged, order, softcap, asking)
     sink = None
     if sink_logits is not None:
         sink = sink_logits.to(compute).reshape(1, H, G, 1).expand(B, H, G, T).reshape(BH, G * T)
@@ -208,6 +237,12 @@ def attend_few(
         # Rows without any key are padding.
         out = out * (q_position >= 0)[:, None, None, :, None]
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
+
+
+def _required(q_position: Tensor | None) -> Tensor:
+    if q_position is None:
+        raise ValueError("queries without q_position see every key; with several windows, entries in pages are not all visible")
+    return q_position
 
 
 def _near(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -227,10 +262,14 @@ def _add(softmax: _Softmax, q: Tensor, k: Tensor, v: Tensor, softcap: float | No
         softmax.add(q[part], _near(k[part], q.dtype), _near(v[part], q.dtype), softcap, hidden=None if hidden is None else hidden[part])
 
 
-def _add_pages(softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: ReadOrder, softcap: float | None) -> None:
+def _add_pages(
+    softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: ReadOrder, softcap: float | None, asking_HR: Tensor | None
+) -> None:
+    """asking [B * H, rows]: positions of the queries; None: they see every entry."""
     P, D = paged.pages.shape[2:]
     rows = torch.cat([rows_BHRD, torch.zeros_like(rows_BHRD[:1])])
     num_kept = paged.num_kept.flatten()
+    asking_HR = None if asking_HR is None else torch.cat([asking_HR, torch.zeros_like(asking_HR[:1])])
     for run in order.runs:
         filled = num_kept.index_select(0, run.holder) - run.start
         # Stale entries are finite, so that the sum hides them whatever they are. A gap's pages are hidden by nobody reading them.
@@ -238,6 +277,9 @@ def _add_pages(softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: Read
         bias = run.bias[:, None].to(rows.dtype)
         n = run.owner.shape[0]
         q = rows.index_select(0, run.owner.flatten()).view(n, -1, rows.shape[2])
+        asking = None
+        if asking_HR is not None and (run.is_front or not paged.newest_only):
+            asking = asking_HR.index_select(0, run.owner.flatten()).view(n, -1, 1)
         step = max(1, _NEAR_BYTES // (2 * P * D * paged.pages.element_size()))
         for lo in range(0, n, step):
             hi = min(n, lo + step)
@@ -245,7 +287,10 @@ def _add_pages(softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: Read
             chosen = _near(paged.pages[part], rows.dtype)
             if paged.page_scales is not None:
                 chosen.mul_(paged.page_scales[part][..., None])
-            softmax.add(q[lo:hi], chosen[:, 0], chosen[:, 1], softcap, bias[lo:hi])
+            hidden = None
+            if asking is not None and paged.positions is not None and run.lifetime is not None:
+                hidden = asking[lo:hi] > (paged.positions[part] + run.lifetime[lo:hi, None])[:, None]
+            softmax.add(q[lo:hi], chosen[:, 0], chosen[:, 1], softcap, bias[lo:hi], hidden)
 
 
 def attend_many(
@@ -254,7 +299,7 @@ def attend_many(
     paged: PagedKV | None,
     recent: list[Keys],
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -269,7 +314,9 @@ def attend_many(
     G = Hq // H
     out = q.new_zeros(B, T, Hq, new.v.shape[-1])
     largest = _BLOCK if softcap is None and sink_logits is None else _BLOCK_EXPLICIT
-    new_position, new_evicted = new.placed()
+    new_position, new_fate = new.placed()
+    windows = (window,) if isinstance(window, int) else tuple(window)
+    K = len(windows)
     for b in range(B):
         here = new_position[b] >= 0
         key_at = here.nonzero()[:, 0]
@@ -280,22 +327,27 @@ def attend_many(
         first = int(new_position[b, key_at[0]])
         # Place of the first query among the row's new tokens, which stand without gaps.
         offset = int(q_position[b, query_at[0]]) - first
-        num_old = (rings[0].k.shape[2] if rings else 0) + (int(paged.num_kept[b].max()) if paged is not None else 0)
+        num_old = (rings[0].k.shape[2] if rings else 0) + (int(paged.num_kept[b].view(H, K).sum(1).max()) if paged is not None else 0)
         num_keys = num_old + len(key_at)
         block = min(largest, max(16, _MASK_ELEMENTS // num_keys))
         mask = new.k.new_zeros(block, num_keys)
         for h in range(H):
-            k, v, evicted = (x[b, h] if whole else x[b, h, key_at] for x in (new.k, new.v, new_evicted))
-            kept_at = (~evicted).nonzero()[:, 0]
+            k, v, fate = (x[b, h] if whole else x[b, h, key_at] for x in (new.k, new.v, new_fate))
+            # Of states, 0 is keep and 2 undecided.
+            kept_at = (~fate if K == 1 else (fate == 0) | (fate == 2)).nonzero()[:, 0]
             kept_k, kept_v = k[kept_at], v[kept_at]
-            page_k, page_v = (k[:0], v[:0]) if paged is None else _entries(paged, b, h, k.dtype)
+            page_k, page_v = (k[:0], v[:0]) if paged is None else _entries(paged, b, h * K, k.dtype)
+            passing = [] if K == 1 else _passing(k, v, fate, first, paged, b, h, windows)
             for start in range(0, len(query_at), block):
                 at = query_at[start : start + block]
                 lo, hi = offset + start, offset + start + len(at)
-                band = max(0, lo - window)
+                band = max(0, lo - windows[0])
                 num_far = int(torch.searchsorted(kept_at, band))
-                see = _see_band(lo, hi, band, evicted, window)
+                see = _see_band(lo, hi, band, fate, window)
                 ks, vs = [k[band:hi]], [v[band:hi]]
+                for entries in passing:
+                    there, seen = entries.seen_by(first + lo, first + hi, first + band)
+                    see, ks, vs = torch.cat([seen, see], 1), [there.k, *ks], [there.v, *vs]
                 if rings:
                     see = torch.cat([_see_ring(first + lo, len(at), rings[0], b, h, window), see], 1)
                     ks, vs = [rings[0].k[b, h], *ks], [rings[0].v[b, h], *vs]
@@ -318,28 +370,70 @@ def attend_many(
     return out
 
 
-def _entries(paged: PagedKV, b: int, h: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kept entries of one head, [n, D] each."""
-    num_kept, P = int(paged.num_kept[b, h]), paged.pages.shape[2]
-    table = paged.page_table[b, h, : -(-num_kept // P)].long()
+class _Passing(NamedTuple):
+    """Entries of one head and class that are visible for a while, in order of age."""
+
+    k: Tensor
+    """[n, D]"""
+    v: Tensor
+    position: Tensor
+    """[n]"""
+    window: int
+
+    def seen_by(self, lo: int, hi: int, end: int) -> tuple["_Passing", Tensor]:
+        """Those before position `end` that some of the queries at lo..hi see, and which query sees which, [queries, n] bool."""
+        bounds = self.position.new_tensor([lo - self.window, end])
+        oldest, behind = torch.searchsorted(self.position, bounds).tolist()
+        k, v, position = (x[oldest:behind] for x in (self.k, self.v, self.position))
+        query = torch.arange(lo, hi, device=position.device)[:, None]
+        return _Passing(k, v, position, self.window), query - position <= self.window
+
+
+def _passing(
+    k: Tensor, v: Tensor, state: Tensor, first: int, paged: PagedKV | None, b: int, h: int, windows: Sequence[int]
+) -> list[_Passing]:
+    """Of one head, for each class that goes later than the ring's tokens: its page list, and the new tokens, which begin at position first."""
+    found = []
+    for c, window in enumerate(windows[1:], 1):
+        if paged is not None and paged.positions is not None:
+            entry = h * len(windows) + c
+            num_kept, P = int(paged.num_kept[b, entry]), paged.pages.shape[2]
+            position = paged.positions[paged.page_table[b, entry, : -(-num_kept // P)].long()].flatten()[:num_kept]
+            found.append(_Passing(*_entries(paged, b, entry, k.dtype), position, window))
+        at = (state == c + 2).nonzero()[:, 0]
+        found.append(_Passing(k[at], v[at], at + first, window))
+    return found
+
+
+def _entries(paged: PagedKV, b: int, entry: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Entries of one list of the page table, [n, D] each."""
+    num_kept, P = int(paged.num_kept[b, entry]), paged.pages.shape[2]
+    table = paged.page_table[b, entry, : -(-num_kept // P)].long()
     taken = paged.pages[table]
     if paged.page_scales is not None:
         taken = (taken * paged.page_scales[table][..., None]).to(dtype)
     return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
 
 
-def _see_band(lo: int, hi: int, band: int, evicted: Tensor, window: int) -> Tensor:
+def _see_band(lo: int, hi: int, band: int, fate: Tensor, window: int | Sequence[int]) -> Tensor:
     """[queries, keys] bool of the queries lo..hi and the keys band..hi of one row's new tokens."""
-    query = torch.arange(lo, hi, device=evicted.device)[:, None]
-    key = torch.arange(band, hi, device=evicted.device)
-    return (key <= query) & ((query - key <= window) | ~evicted[band:hi])
+    query = torch.arange(lo, hi, device=fate.device)[:, None]
+    key = torch.arange(band, hi, device=fate.device)
+    return (key <= query) & _near_enough(query - key, fate[band:hi], window)
 
 
-def _see_ring(position: int, num_queries: int, ring: Keys, b: int, h: int, window: int) -> Tensor:
+def _see_ring(position: int, num_queries: int, ring: Keys, b: int, h: int, window: int | Sequence[int]) -> Tensor:
     query = torch.arange(position, position + num_queries, device=ring.k.device)[:, None]
-    key_position, evicted = ring.placed()
+    key_position, fate = ring.placed()
     key = key_position[b]
-    return (key >= 0) & ((query - key <= window) | ~evicted[b, h])
+    return (key >= 0) & _near_enough(query - key, fate[b, h], window)
+
+
+def _near_enough(distance: Tensor, fate: Tensor, window: int | Sequence[int]) -> Tensor:
+    """Whether keys are visible at a distance, as far as decisions go. fate: as of `Keys.placed`."""
+    if isinstance(window, int):
+        return (distance <= window) | ~fate
+    return distance <= state_lifetimes(tuple(window), fate.device)[fate.long()]
 
 
 def _explicit(
@@ -361,14 +455,14 @@ def _explicit(
     return torch.matmul(weights, v_SD.to(compute)) / total
 
 
-def visible(q_position: Tensor, keys: Keys, window: int) -> Tensor:
+def visible(q_position: Tensor, keys: Keys, window: int | Sequence[int]) -> Tensor:
     """[B, H or 1, T, S or 1] bool."""
     if keys.all_visible:
         return (q_position >= 0)[:, None, :, None]
-    position, evicted = keys.placed()
+    position, fate = keys.placed()
     distance = q_position[:, :, None] - position[:, None, :]
     causal = (distance >= 0) & (position[:, None, :] >= 0)
-    return causal[:, None] & ((distance <= window)[:, None] | ~evicted[:, :, None, :])
+    return causal[:, None] & _near_enough(distance[:, None], fate[:, :, None, :], window)
 
 
 def reference(
@@ -377,7 +471,7 @@ def reference(
     paged: PagedKV | None,
     recent: list[Keys],
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -392,7 +486,8 @@ def reference(
     if paged is not None:
         k, v, there = read_pages(paged, compute)
         ks, vs = [k], [v]
-        sees = [(there[:, :, None, :] & (q_position >= 0)[:, None, :, None]).expand(B, H, T, k.shape[2])]
+        see = seen_entries(paged, there, q_position)
+        sees = [(see & (q_position >= 0)[:, None, :, None]).expand(B, H, T, k.shape[2])]
     for keys in recent:
         ks, vs = [*ks, keys.k], [*vs, keys.v]
         sees.append(visible(q_position, keys, window).expand(B, H, T, keys.k.shape[2]))

@@ -1,10 +1,11 @@
 """append: its kernel against the plain one step by step, and both against the whole history and the rule of who is seen."""
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from append_steps import Run, assert_same, empty_cache, kept, normals
 from cache_arguments import append_to, decode_over
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from largest import note
 
 from dms_kernels import dispatch
 from dms_kernels.append import append
-from dms_kernels.append.reference import gate_logits, norm, reference, rotate
+from dms_kernels.append.reference import gate_logits, norm, rotate
 from dms_kernels.arguments import GateInputs
 from dms_kernels.paged_decode import reference as decode
 
@@ -20,82 +21,6 @@ pytest.importorskip("triton")
 from dms_kernels.append import fused
 
 interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
-
-STALE = float("nan")
-
-
-def empty_cache(B=2, H=2, D=16, P=16, window=3, num_pages=40, max_pages=8, slots=None, dtype=torch.float32, page_dtype=None) -> dict:
-    """What `append` changes, with nothing stored yet."""
-    pages = torch.full((num_pages, 2, P, D), STALE).to(dtype) if page_dtype is None else torch.zeros(num_pages, 2, P, D, dtype=page_dtype)
-    cache = {
-        "ring_kv": torch.full((B, H, 2, window + 1 if slots is None else slots, D), STALE, dtype=dtype),
-        "ring_state": torch.zeros(B, H, window + 1 if slots is None else slots, dtype=torch.uint8),
-        "seq_len": torch.zeros(B, dtype=torch.int32),
-        "num_kept": torch.zeros(B, H, dtype=torch.int32),
-        "page_table": torch.zeros(B, H, max_pages, dtype=torch.int32),
-        "pages": pages,
-        "references": torch.zeros(num_pages + 1, dtype=torch.int32),
-        "free": torch.arange(num_pages, dtype=torch.int32).flip(0),
-        "num_free": torch.tensor(num_pages),
-        "evicted": torch.zeros(B, H, dtype=torch.int64),
-        "decided": torch.zeros(B, dtype=torch.int64),
-        "overflow": torch.zeros(1, dtype=torch.int32),
-        "ticket": torch.zeros(B, dtype=torch.int32),
-    }
-    return cache | ({} if page_dtype is None else {"page_scales": torch.full((num_pages, 2, P), STALE)})
-
-
-def kept(cache: dict, b: int, h: int) -> torch.Tensor:
-    """Entries of a head's pages, oldest first: [2, n, D] float32."""
-    P = cache["pages"].shape[2]
-    n = int(cache["num_kept"][b, h])
-    at = cache["page_table"][b, h, : -(-n // P)].long()
-    taken = cache["pages"][at].float()
-    if "page_scales" in cache:
-        taken = taken * cache["page_scales"][at][..., None]
-    return taken.transpose(0, 1).flatten(1, 2)[:, :n]
-
-
-def assert_same(left: dict, right: dict) -> None:
-    """Two caches that hold the same, whatever the numbers of their pages."""
-    for name in left.keys() - {"pages", "page_scales", "page_table", "references", "free"}:
-        torch.testing.assert_close(left[name], right[name], equal_nan=True, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-    B, H = left["num_kept"].shape
-    for b in range(B):
-        for h in range(H):
-            torch.testing.assert_close(kept(left, b, h), kept(right, b, h), rtol=1e-6, atol=1e-6)
-    for cache in (left, right):
-        P = cache["pages"].shape[2]
-        used = torch.arange(cache["page_table"].shape[2]) * P < cache["num_kept"][..., None]
-        numbers = cache["page_table"][used].tolist()
-        free = cache["free"][: int(cache["num_free"])].tolist()
-        assert sorted(numbers + free) == sorted(cache["free"].tolist()), "every page is free or in one table, once"
-        assert set(cache["references"].nonzero()[:, 0].tolist()) == set(numbers)
-
-
-@dataclass
-class Run:
-    """Two caches, one for each implementation, and all that went into them."""
-
-    cache: dict
-    window: int
-    options: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.other = copy.deepcopy(self.cache)
-
-    def step(self, monkeypatch, k, v, evict, **more):
-        options = {"window": self.window, **self.options, **more}
-        expected = append_to(reference, self.other, k=k, v=v, evict=evict, **options)
-        monkeypatch.setenv("DMS_KERNELS", "triton")
-        rotated = append_to(append, self.cache, k=k, v=v, evict=evict, **options)
-        monkeypatch.delenv("DMS_KERNELS")
-        assert_same(self.cache, self.other)
-        if expected is None:
-            assert rotated is None
-        else:
-            torch.testing.assert_close(rotated, expected, rtol=1e-6, atol=1e-6)
-        return rotated
 
 
 class History:
@@ -218,21 +143,17 @@ def test_overflow(monkeypatch, short_of):
     assert run.cache["num_free"] == {"pages": 0, "places in the table": 38, "both": 40}[short_of]
 
 
-def _normals(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @interpreted
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize("D, rot, G", [(16, 16, 2), (20, 8, 3), (20, 20, 1)])
 def test_norm_and_rotation(monkeypatch, D, rot, G, dtype):
     """Bit for bit what PyTorch gives in half precision, one operation at a time."""
     B, H = 2, 2
-    q, k, v = _normals(B, H * G, D, dtype=dtype), _normals(B, H, D, dtype=dtype, seed=1), _normals(B, H, D, dtype=dtype, seed=2)
-    angle = _normals(B, rot // 2, seed=3).repeat(1, 2)
+    q, k, v = normals(B, H * G, D, dtype=dtype), normals(B, H, D, dtype=dtype, seed=1), normals(B, H, D, dtype=dtype, seed=2)
+    angle = normals(B, rot // 2, seed=3).repeat(1, 2)
     evict = torch.zeros(B, H, dtype=torch.bool)
     rope = {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
-    norms = {"q_norm": _normals(D, dtype=dtype, seed=4), "k_norm": _normals(D, dtype=dtype, seed=5)}
+    norms = {"q_norm": normals(D, dtype=dtype, seed=4), "k_norm": normals(D, dtype=dtype, seed=5)}
     one_row = {name: x[:1] for name, x in rope.items()}
     wide = {name: x.float() for name, x in rope.items()}
     for options in (rope, norms, rope | norms, one_row, wide | norms, rope | {"k_norm": norms["k_norm"].float()}):
@@ -248,14 +169,14 @@ def test_norm_and_rotation(monkeypatch, D, rot, G, dtype):
 def test_rotation_and_norm_are_those_of_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     qwen = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
-    q, k = _normals(2, 4, 16, dtype=torch.bfloat16), _normals(2, 2, 16, dtype=torch.bfloat16, seed=1)
-    angle = _normals(2, 8, seed=2).repeat(1, 2)
+    q, k = normals(2, 4, 16, dtype=torch.bfloat16), normals(2, 2, 16, dtype=torch.bfloat16, seed=1)
+    angle = normals(2, 8, seed=2).repeat(1, 2)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     expected = llama.apply_rotary_pos_emb(q[:, :, None], k[:, :, None], cos[:, None], sin[:, None])
     for x, theirs in zip((q, k), expected, strict=True):
         assert torch.equal(rotate(x, cos, sin), theirs[:, :, 0])
     rms = qwen.Qwen3RMSNorm(16, eps=1e-5).bfloat16()
-    rms.weight.data = _normals(16, dtype=torch.bfloat16, seed=3)
+    rms.weight.data = normals(16, dtype=torch.bfloat16, seed=3)
     assert torch.equal(norm(q, rms.weight, 1e-5), rms(q))
 
 
@@ -265,7 +186,7 @@ def test_the_gate_is_the_model_s():
         gate = gates.Gate(24, 3, config.DMSConfig(granularity=granularity, scale=10.0, offset=1.5), normalize)
         torch.nn.init.normal_(gate.weight)
         torch.nn.init.normal_(gate.bias)
-        hidden = _normals(2, 24, dtype=torch.bfloat16)
+        hidden = normals(2, 24, dtype=torch.bfloat16)
         logits = gate_logits(GateInputs(hidden, gate.weight, gate.bias, 10.0, 1.5, normalize)).expand(2, 3)
         assert torch.equal(logits, gate(hidden[:, None])[:, 0])
 
@@ -278,15 +199,15 @@ def test_the_gate_decides(monkeypatch, num_gates, normalize, alignment):
     """Model dims over several blocks, the bias that evict mode adds, and one gate for all heads."""
     monkeypatch.setattr(fused, "_MOST_BLOCK", 16)
     B, H, M = 2, 3, 40
-    gate = GateInputs(_normals(B, M), _normals(num_gates, M, seed=7), _normals(num_gates, seed=8), 10.0, 0.5, normalize)
+    gate = GateInputs(normals(B, M), normals(num_gates, M, seed=7), normals(num_gates, seed=8), 10.0, 0.5, normalize)
     run, seen = Run(empty_cache(B, H), 3, {"alignment": alignment}), set()
     for step in range(3):
-        hidden = _normals(B, M, seed=step, dtype=torch.float16)
+        hidden = normals(B, M, seed=step, dtype=torch.float16)
         gate = replace(gate, hidden=hidden)
         logits = gate_logits(gate)
         assert logits.abs().min() > 1e-3, "close calls may go either way"
         for bias in (0.0, -2.0 * float(logits.max()), float("inf")):
-            run.step(monkeypatch, *_normals(2, B, H, 16, seed=step), replace(gate, evict_bias=bias))
+            run.step(monkeypatch, *normals(2, B, H, 16, seed=step), replace(gate, evict_bias=bias))
             seen |= set(run.cache["ring_state"].flatten().tolist())
     assert seen == ({0, 1} if alignment == "own" else {0, 1, 2})
 
@@ -295,9 +216,9 @@ def test_the_gate_decides(monkeypatch, num_gates, normalize, alignment):
 def test_whatever_lies_otherwise_in_memory(monkeypatch):
     """Keys out of one projection, decisions and gates shared by all heads, positions shared by all rows."""
     B, H, G, D = 2, 2, 2, 16
-    qkv = _normals(B, 1, H * (G + 2) * D).view(B, 1, H * (G + 2), D).transpose(1, 2)[:, :, 0]
+    qkv = normals(B, 1, H * (G + 2) * D).view(B, 1, H * (G + 2), D).transpose(1, 2)[:, :, 0]
     q, k, v = qkv.split([H * G, H, H], 1)
-    angle = _normals(1, D // 2).repeat(1, 2).expand(B, D)
+    angle = normals(1, D // 2).repeat(1, 2).expand(B, D)
     run = Run(empty_cache(B, H), 3)
     run.step(monkeypatch, k, v, torch.tensor([[True], [False]]).expand(B, H), q=q, cos=angle.cos(), sin=angle.sin())
     run.step(
@@ -310,7 +231,7 @@ def test_whatever_lies_otherwise_in_memory(monkeypatch):
 def test_keys_of_another_dtype_than_the_cache(monkeypatch):
     """Under autocast the rotation leaves keys in float32."""
     run = Run(empty_cache(dtype=torch.float16), 3)
-    run.step(monkeypatch, *_normals(2, 2, 2, 16), torch.zeros(2, 2, dtype=torch.bool))
+    run.step(monkeypatch, *normals(2, 2, 2, 16), torch.zeros(2, 2, dtype=torch.bool))
     assert run.cache["ring_kv"].dtype == torch.float16
 
 
@@ -319,11 +240,11 @@ def test_keys_of_another_dtype_than_the_cache(monkeypatch):
 def test_the_operator_is_sound(quantised):
     cache = empty_cache(page_dtype=torch.int8 if quantised else None)
     cache["ring_kv"].zero_(), cache["pages"].zero_()
-    names = "ring_kv ring_state seq_len num_kept page_table pages page_scales references free num_free evicted decided overflow ticket"
-    k, v, q = _normals(2, 2, 16), _normals(2, 2, 16), _normals(2, 4, 16)
+    names = "ring_kv ring_state seq_len num_kept page_table pages page_scales positions references free num_free evicted decided overflow ticket"
+    k, v, q = normals(2, 2, 16), normals(2, 2, 16), normals(2, 4, 16)
     args = [
-        k, v, torch.zeros(2, 2, dtype=torch.bool), *(cache.get(name) for name in names.split()), 3, 0, True, None, q, None, None, None, None, 1e-6,
-        None, None, None, 1.0, 0.0, False, 0.0,
+        k, v, torch.zeros(2, 2, dtype=torch.bool), *(cache.get(name) for name in names.split()), [3], 0, True, None, q, None, None, None, None, 1e-6,
+        None, None, None, 1.0, 0.0, False, 0.0, True,
     ]  # fmt: skip
     torch.library.opcheck(fused.append_step, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cache_arguments import decode_over
+from few_programs import with_few_programs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from largest import note
@@ -158,34 +159,13 @@ def test_the_reference_is_the_rule(shape):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Runs a case on the kernel: how many programs there are, how many entries a tile has (None: as on a GPU), and how parts merge."""
+    """Runs a case on the kernel, by `with_few_programs`."""
     monkeypatch.setenv("DMS_KERNELS", "triton")
-    as_on_a_gpu = fused.launch
 
-    def run(
-        case: Case, num_programs: int = 3, waves: int = 1, tile: int | None = None, merge: dict | None = None, **changes
-    ) -> torch.Tensor:
-        def launch(*args, **kwargs):
-            chosen = as_on_a_gpu(*args, **kwargs)
-            return replace(chosen, num_programs=num_programs, waves=waves, share=1, tile=tile or chosen.tile, **(merge or {}))
-
-        monkeypatch.setattr(fused, "launch", launch)
-        monkeypatch.setattr(torch, "empty", _poisoned)
-        try:
-            return case.run(paged_decode, **changes)
-        finally:
-            monkeypatch.setattr(torch, "empty", _EMPTY)
+    def run(case: Case, num_programs: int = 3, waves: int = 1, tile: int | None = None, merge: dict | None = None, **changes):
+        return with_few_programs(lambda: case.run(paged_decode, **changes), num_programs, waves, tile, merge)
 
     return run
-
-
-_EMPTY = torch.empty
-
-
-def _poisoned(*shape, **options):
-    """The workspace and the output, as memory that held something else."""
-    made = _EMPTY(*shape, **options)
-    return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -355,7 +335,11 @@ def test_the_operator_is_sound(kernel):
     case = make_case(1, B=1, H=1, T=2, num_new=2, trial=True).cast(torch.float32)
     names = ("pages", "page_table", "num_kept")
     given_ = {**{name: case.stored[name] for name in names}, "page_scales": None, **case.options}
-    order = "pages page_table num_kept page_scales q_position real new_k new_v new_position new_state last_state sink_logits window scale softcap"
+    given_ |= {"windows": [given_["window"]]}
+    order = (
+        "pages page_table num_kept page_scales page_positions q_position real new_k new_v new_position new_state last_state sink_logits windows scale "
+        "softcap"
+    )
     args = [
         *(case.stored[name] for name in ("q", "ring_kv", "ring_state", "seq_len")),
         torch.zeros(2, dtype=torch.int32),

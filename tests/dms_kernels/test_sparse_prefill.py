@@ -183,14 +183,14 @@ def test_operators_hold_what_they_promise():
     options = case.options
     tests = ("test_schema", "test_faketensor")
     torch.use_deterministic_algorithms(False)
-    arguments = (*case.tensors, options["sink_logits"], None, options["window"], options["scale"], options["softcap"])
+    arguments = (*case.tensors, options["sink_logits"], None, None, None, [options["window"]], options["scale"], options["softcap"])
     torch.library.opcheck(fused.prefill, arguments, test_utils=tests)
     k, v, leaves = case.tensors[1:4]
     num_kept = torch.zeros(2, 2, dtype=torch.int32)
     table = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
     for dtype in (torch.float32, torch.int8):
         pages, scales = torch.zeros(12, 2, 16, 16, dtype=dtype), torch.zeros(12, 2, 16) if dtype == torch.int8 else None
-        torch.library.opcheck(fused.store, (k, v, ~leaves, num_kept, table, pages, scales), test_utils=tests)
+        torch.library.opcheck(fused.store, (k, v, ~leaves, num_kept, table, pages, scales, None, None), test_utils=tests)
 
 
 def test_plain_pytorch_where_it_is_asked_for(monkeypatch):

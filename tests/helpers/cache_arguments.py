@@ -8,21 +8,25 @@ from dms_kernels.arguments import Counters, FreePages, NewToken, PagedKV, Pendin
 
 
 def ring_of(cache: dict, window: int) -> Ring:
-    return Ring(cache["ring_kv"], cache["ring_state"], cache["seq_len"], window)
+    return Ring(cache["ring_kv"], cache["ring_state"], cache["seq_len"], window, cache.get("windows", ())[1:])
 
 
 def paged_of(cache: dict) -> PagedKV | None:
     """None where the pages are."""
     if cache["pages"] is None:
         return None
-    return PagedKV(cache["pages"], cache["page_table"], cache["num_kept"], cache.get("page_scales"))
+    scales, positions, windows = (cache.get(name) for name in ("page_scales", "positions", "windows"))
+    return PagedKV(cache["pages"], cache["page_table"], cache["num_kept"], scales, positions=positions, windows=windows or ())
 
 
-def append_to(function: Callable, cache: dict, *, window: int, sinks: int = 0, alignment: str = "own", **token) -> torch.Tensor | None:
+def append_to(
+    function: Callable, cache: dict, *, window: int, sinks: int = 0, alignment: str = "own", release_gone: bool = True, **token
+) -> torch.Tensor | None:
     """A step of `append` or its reference: cache by the names of fields, the rest of `NewToken`."""
+    options = {"sinks": sinks, "alignment": alignment, "release_gone": release_gone}
     free_pages = FreePages(cache["free"], cache["num_free"], cache["references"])
     counters = Counters(*(cache[name] for name in ("evicted", "decided", "overflow", "ticket")))
-    return function(NewToken(**token), ring_of(cache, window), paged_of(cache), free_pages, counters, sinks=sinks, alignment=alignment)
+    return function(NewToken(**token), ring_of(cache, window), paged_of(cache), free_pages, counters, **options)
 
 
 def decode_over(function: Callable, q: torch.Tensor, cache: dict, *, window: int, **options) -> torch.Tensor:

@@ -144,7 +144,7 @@ def read(
         num_seen=length - 1,
         bytes=round(held_bytes(cache) / batch),
         evicted=sum(int(store.evicted.sum()) for store in stores),
-        decided=sum(int(store.decided.sum()) * store.num_kept.shape[1] for store in stores),
+        decided=sum(int(store.decided.sum()) * store.num_heads for store in stores),
         step_ms=statistics.median(milliseconds) if milliseconds else 0.0,
         seconds=time.perf_counter() - start,
     )

@@ -13,7 +13,7 @@ import torch
 
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.page_pool import Budget
-from dms.cache.store import PendingGate
+from dms.cache.pending import PendingGate
 from dms.config import DMSConfig
 from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
 from dms.masks import Tokens

@@ -1,8 +1,10 @@
 """The Triton kernel of `append`, its launch parameters, and the custom operator.
 
-Shapes: B batch, H KV heads, G query heads of each, D head dim, R ring slots, N pages of a pool, P entries of a page, M model dim.
+Shapes: B batch, H KV heads, G query heads of each, D head dim, R ring slots, N pages of a pool, P entries of a page, M model dim, K
+windows (KP: padded to a power of 2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +26,15 @@ class AppendLaunch:
     """How the kernel is launched."""
 
     block: int
-    """elements of the hidden state that are multiplied by the gate's weight at a time"""
+    """elements of the hidden state that are multiplied by the gate's weights at a time"""
     num_warps: int
 
 
-def launch(*, M: int, group: int, dim: int) -> AppendLaunch:
-    """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded."""
+def launch(*, M: int, group: int, dim: int, num_logits: int = 1) -> AppendLaunch:
+    """M: of the hidden state, 0 where there is no gate. group and dim: query heads of a KV head and head dim, padded, as num_logits, the
+    gate's logits of a head, is."""
     if M:
-        return AppendLaunch(block=min(_MOST_BLOCK, dispatch.padded(M)), num_warps=4)
+        return AppendLaunch(block=min(max(16, _MOST_BLOCK // num_logits), dispatch.padded(M)), num_warps=4)
     # One warp has nobody to wait for; the gate's product wants more.
     return AppendLaunch(block=16, num_warps=max(1, min(4, group * dim // 512)))
 
@@ -50,6 +53,26 @@ def _gate_logit(hidden, weight, bias, M, scale, offset, NORMALIZE: tl.constexpr,
     if NORMALIZE:
         logit *= tl.rsqrt(tl.sum(square, 0) / M + 1e-6)
     return scale * (logit + tl.load(bias).to(tl.float32)) - offset
+
+
+@triton.jit
+def _gate_logits(
+    hidden, weight, bias, M, scale, offset, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr
+):  # fmt: skip
+    """As `_gate_logit`, of a head's K rows of weight [K, M] -> [KP] float32; anything behind the first K."""
+    j = tl.arange(0, KP)
+    product = tl.zeros([KP, BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden + at, mask=at < M, other=0.0).to(tl.float32)
+        rows = tl.load(weight + j[:, None] * M + at[None, :], mask=(j < K)[:, None] & (at < M)[None, :], other=0.0)
+        product += x[None, :] * rows.to(tl.float32)
+        square += x * x
+    logits = tl.sum(product, 1)
+    if NORMALIZE:
+        logits *= tl.rsqrt(tl.sum(square, 0) / M + 1e-6)
+    return scale * (logits + tl.load(bias + j, mask=j < K, other=0.0).to(tl.float32)) - offset
 
 
 @triton.jit
@@ -140,20 +163,100 @@ def _take_page(place, entry, table_row, max_pages, references, free, num_free):
     return page
 
 
+@triton.jit
+def _lock(lock):
+    """Wait until no other program has pages in hand: a page that is given back and one that is taken at once would meet on the stack."""
+    while tl.atomic_cas(lock, 0, 1, sem="acquire", scope="gpu") != 0:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _unlock(lock):
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0, sem="release", scope="gpu")
+
+
+@triton.jit
+def _take_page_locked(place, entry, table_row, max_pages, references, free, num_free, lock):
+    """As `_take_page`, where other programs may give pages back."""
+    page = -1
+    if place < max_pages:
+        if entry == 0:
+            _lock(lock)
+            # Around the first-level cache, which does not see what other processors write.
+            top = tl.load(num_free, cache_modifier=".cg") - 1
+            if top >= 0:
+                page = tl.load(free + top, cache_modifier=".cg")
+                tl.debug_barrier()
+                tl.store(num_free, top)
+                tl.store(references + page, 1)
+                tl.store(table_row + place, page)
+            _unlock(lock)
+        else:
+            page = tl.load(table_row + place)
+    return page
+
+
+@triton.jit
+def _release_front(table_row, num_pages, references, free, num_free, lock, CHUNK: tl.constexpr):
+    """Give back a list's oldest page, and move its row of the table left by one place."""
+    page = tl.load(table_row)
+    at = tl.arange(0, CHUNK)
+    for start in range(0, num_pages - 1, CHUNK):
+        there = start + at < num_pages - 1
+        moved = tl.load(table_row + start + at + 1, mask=there, other=0)
+        tl.debug_barrier()
+        tl.store(table_row + start + at, moved, mask=there)
+        tl.debug_barrier()
+    _lock(lock)
+    left = tl.load(references + page, cache_modifier=".cg") - 1
+    top = tl.load(num_free, cache_modifier=".cg")
+    tl.debug_barrier()
+    tl.store(references + page, left)
+    if left == 0:
+        tl.store(free + top, page)
+        tl.store(num_free, top + 1)
+    _unlock(lock)
+
+
+@triton.jit
+def _expire(
+    table_rows, num_kept, positions, newest, max_pages, references, free, num_free, lock,
+    WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Release the front page of each of a head's finite lists whose entries are all gone for the token at `newest`. A list loses one
+    entry a token at most, and so one page. table_rows, num_kept: those of the head's first list."""
+    c = tl.arange(0, KP)
+    window = tl.zeros([KP], tl.int32)
+    for j in tl.static_range(1, K):
+        window = tl.where(c == j, WINDOWS[j], window)
+    kept = tl.load(num_kept + c, mask=(c > 0) & (c < K), other=0)
+    front = tl.load(table_rows + c * max_pages, mask=kept > 0, other=0)
+    youngest = tl.load(positions + front.to(tl.int64) * P + tl.minimum(kept, P) - 1, mask=kept > 0, other=0)
+    gone = (kept > 0) & (newest - youngest > window)
+    if tl.sum(gone.to(tl.int32), 0) > 0:
+        for j in tl.static_range(1, K):
+            if tl.sum(((c == j) & gone).to(tl.int32), 0) > 0:
+                have = tl.sum(tl.where(c == j, kept, 0), 0)
+                _release_front(table_rows + j * max_pages, (have + P - 1) // P, references, free, num_free, lock, 64)
+                tl.store(num_kept + j, tl.maximum(have - P, 0))
+
+
 # These change while a cache grows, and what is compiled should not.
 @triton.jit(do_not_specialize=["num_slots", "max_pages"])
 def append_kernel(
     k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
-    ring, ring_state, seq_len, num_kept, table, pages, scales, references, free, num_free, evicted, decided, overflow, ticket,
+    ring, ring_state, seq_len, num_kept, table, pages, scales, positions, references, free, num_free, evicted, decided, overflow, ticket, lock,
     k_stride_b, k_stride_h, v_stride_b, v_stride_h, evict_stride_b, evict_stride_h, q_stride_b, q_stride_h,
     cos_stride_b, sin_stride_b, hidden_stride_b, weight_stride_h, bias_stride_h,
     num_slots, window, sinks, max_pages, M, eps, gate_scale, gate_offset, evict_bias,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B). States: 0 keep, 1 evict, 2 undecided."""
+    """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = b * H + h
     dim = tl.arange(0, DP)
@@ -161,11 +264,12 @@ def append_kernel(
     one = tl.arange(0, 1)
     ring_k = ring + head * 2 * num_slots * D
     state_row = ring_state + head * num_slots
-    table_row = table + head * max_pages
+    table_row = table + head * (K * max_pages)
 
     # What was there before, all of it before anything is changed.
     length = tl.load(seq_len + b)
-    kept = tl.load(num_kept + head)
+    if K == 1:
+        kept = tl.load(num_kept + head)
     evicted_before = tl.load(evicted + head)
     decided_before = tl.load(decided + b)
     present = length >= 0
@@ -184,8 +288,20 @@ def append_kernel(
     leaving_k = tl.load(slot_k, mask=leaving, other=0.0)
     leaving_v = tl.load(slot_v, mask=leaving, other=0.0)
 
-    # The gate.
-    if GATE:
+    # The gate. `evicts` is the state that it decides on.
+    if K > 1:
+        j = tl.arange(0, KP)
+        if GATE:
+            logits = _gate_logits(
+                hidden + b * hidden_stride_b, gate_weight + h * weight_stride_h, gate_bias + h * bias_stride_h, M, gate_scale, gate_offset,
+                NORMALIZE, BLOCK, K, KP,
+            )  # fmt: skip
+            evicted_by = (logits + evict_bias > 0) & (j < K)
+        else:
+            evicted_by = tl.load(evict + b * evict_stride_b + h * evict_stride_h + j, mask=j < K, other=0) != 0
+        by = tl.min(tl.where(evicted_by, j, K), 0)
+        evicts = tl.where(by == K, 0, tl.where(by == 0, 1, by + 2))
+    elif GATE:
         logit = _gate_logit(
             hidden + b * hidden_stride_b, gate_weight + h * weight_stride_h, gate_bias + h * bias_stride_h, M, gate_scale, gate_offset,
             NORMALIZE, BLOCK,
@@ -223,14 +339,30 @@ def append_kernel(
     # Loads of one thread and stores of another meet at the same addresses.
     tl.debug_barrier()
 
+    number = head
+    if K > 1:
+        if RELEASE:
+            # For the token at 0 nothing is gone.
+            newest = tl.where(present, length, 0)
+            _expire(table_row, num_kept + head * K, positions, newest, max_pages, references, free, num_free, lock, WINDOWS, K, KP, P)
+        tl.debug_barrier()
+        which = tl.maximum(leaving_state - 2, 0)
+        number = head * K + which
+        table_row += which * max_pages
+        kept = tl.load(num_kept + number)
     if leaves & (leaving_state != 1):
-        page = _take_page(kept // P, kept % P, table_row, max_pages, references, free, num_free)
+        if K > 1:
+            page = _take_page_locked(kept // P, kept % P, table_row, max_pages, references, free, num_free, lock)
+        else:
+            page = _take_page(kept // P, kept % P, table_row, max_pages, references, free, num_free)
         if page >= 0:
             page_k = pages + page.to(tl.int64) * (2 * P * D) + kept % P * D + dim[None, :]
             scale_at = page.to(tl.int64) * (2 * P) + kept % P
             _write_entry(page_k, scales, scale_at, leaving_k, within, QUANTIZED)
             _write_entry(page_k + P * D, scales, scale_at + P, leaving_v, within, QUANTIZED)
-            tl.store(num_kept + head, kept + 1)
+            if K > 1:
+                tl.store(positions + page.to(tl.int64) * P + kept % P, length - window - 1)
+            tl.store(num_kept + number, kept + 1)
         else:
             tl.atomic_max(overflow, 1)
     coming = (dim < tl.where(present, D, 0))[None, :]
@@ -239,7 +371,10 @@ def append_kernel(
     if NEXT:
         tl.store(state_row + last, last_state.to(tl.uint8), mask=rules)
     tl.store(state_row + slot, tl.zeros([], tl.uint8) + state, mask=present)
-    tl.store(evicted + head, evicted_before + evicts, mask=rules)
+    if K > 1:
+        tl.store(evicted + head, evicted_before + (evicts != 0).to(tl.int32), mask=rules)
+    else:
+        tl.store(evicted + head, evicted_before + evicts, mask=rules)
 
     # The row's length changes once all its programs have read it.
     tl.debug_barrier()
@@ -253,7 +388,7 @@ def append_kernel(
     f"{dispatch.NAMESPACE}::append",
     mutates_args=(
         "ring_kv", "ring_state", "seq_len", "num_kept", "page_table", "pages", "references", "num_free", "evicted", "decided", "overflow",
-        "ticket", "page_scales",
+        "ticket", "page_scales", "positions",
     ),
 )  # fmt: skip
 def append_step(
@@ -267,6 +402,7 @@ def append_step(
     page_table: torch.Tensor,
     pages: torch.Tensor,
     page_scales: torch.Tensor | None,
+    positions: torch.Tensor | None,
     references: torch.Tensor,
     free: torch.Tensor,
     num_free: torch.Tensor,
@@ -274,7 +410,7 @@ def append_step(
     decided: torch.Tensor,
     overflow: torch.Tensor,
     ticket: torch.Tensor,
-    window: int,
+    windows: Sequence[int],
     sinks: int,
     next_alignment: bool,
     real: torch.Tensor | None,
@@ -291,8 +427,9 @@ def append_step(
     gate_offset: float,
     gate_normalize: bool,
     evict_bias: float,
+    release_gone: bool,
 ) -> torch.Tensor:
-    """The rotated queries, or no elements where there are none."""
+    """The rotated queries, or no elements where there are none. ticket: with several windows one more, a lock."""
     dispatch.count("append", "triton")
     B, H, D = k.shape
     rotated = k.new_empty(0) if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -300,29 +437,38 @@ def append_step(
         return rotated
     expect_contiguous(
         ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, num_kept=num_kept, page_table=page_table, pages=pages,
-        page_scales=page_scales, references=references, free=free, evicted=evicted, decided=decided,
+        page_scales=page_scales, positions=positions, references=references, free=free, evicted=evicted, decided=decided, ticket=ticket,
     )  # fmt: skip
     k, v = with_dense_rows(k), with_dense_rows(v)
     q, cos, sin, hidden, gate_weight = (None if x is None else with_dense_rows(x) for x in (q, cos, sin, hidden, gate_weight))
+    K = len(windows)
+    if K > 1:
+        # Rows of a head's logits follow one another.
+        evict, gate_weight, gate_bias = (None if x is None else x.contiguous() for x in (evict, gate_weight, gate_bias))
     evict = evict if evict is None else evict.view(torch.uint8)
     real = real if real is None else real.contiguous().view(torch.uint8)
     G = 1 if q is None else q.shape[1] // H
     M = 0 if hidden is None else hidden.shape[1]
     dim, group = dispatch.padded(D), dispatch.power_of_two(G)
-    chosen = launch(M=M, group=group, dim=dim)
+    chosen = launch(M=M, group=group, dim=dim, num_logits=dispatch.power_of_two(K))
+    gate_strides = (*strides(gate_weight, 1), *strides(gate_bias, 1))
+    if K > 1 and gate_weight is not None:
+        # One gate for all heads, or one each.
+        gate_strides = (0, 0) if gate_weight.shape[0] == K else (K * M, K)
     with torch.cuda.device_of(k):
         append_kernel[(H, B)](
             k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
-            ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, references, free, num_free, evicted, decided, overflow, ticket,
+            ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, positions, references, free, num_free, evicted, decided, overflow,
+            ticket, ticket[B:] if K > 1 else None,
             *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),
-            *strides(gate_weight, 1), *strides(gate_bias, 1),
-            ring_kv.shape[3], window, sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
+            *gate_strides,
+            ring_kv.shape[3], windows[0], sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
             H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
             GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=chosen.block,
             REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
             ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-            QUANTIZED=page_scales is not None, num_warps=chosen.num_warps,
+            QUANTIZED=page_scales is not None, WINDOWS=tuple(windows) if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone, num_warps=chosen.num_warps,
             # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -331,14 +477,14 @@ def append_step(
 
 @append_step.register_fake
 def _(
-    k, v, evict, ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, references, free, num_free, evicted, decided, overflow,
-    ticket, window, sinks, next_alignment, real, q, *rest,
+    k, v, evict, ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, positions, references, free, num_free, evicted, decided,
+    overflow, ticket, windows, sinks, next_alignment, real, q, *rest,
 ):  # fmt: skip
     return k.new_empty(0) if q is None else q.new_empty(q.shape)
 
 
 def launch_append(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str
+    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str, release_gone: bool
 ) -> torch.Tensor | None:
     """`append` of arguments that were checked. An operator takes tensors and numbers alone."""
     gate = token.evict if isinstance(token.evict, GateInputs) else None
@@ -353,6 +499,7 @@ def launch_append(
         page_table=paged.page_table,
         pages=paged.pages,
         page_scales=paged.page_scales,
+        positions=paged.positions,
         references=free_pages.references,
         free=free_pages.free,
         num_free=free_pages.num_free,
@@ -360,7 +507,7 @@ def launch_append(
         decided=counters.decided,
         overflow=counters.overflow,
         ticket=counters.ticket,
-        window=ring.window,
+        windows=ring.windows,
         sinks=sinks,
         next_alignment=alignment == "next",
         real=token.real,
@@ -377,5 +524,6 @@ def launch_append(
         gate_offset=0.0 if gate is None else gate.offset,
         gate_normalize=False if gate is None else gate.normalize,
         evict_bias=0.0 if gate is None else gate.evict_bias,
+        release_gone=release_gone,
     )
     return None if token.q is None else rotated

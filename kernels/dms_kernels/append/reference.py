@@ -1,19 +1,30 @@
 """One decoding step of one layer's cache in plain PyTorch, on any device."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring
 
 _RMS_EPS = 1e-6
-EVICT, UNDECIDED = 1, 2
+KEEP, EVICT, UNDECIDED = 0, 1, 2
 
 
 def reference(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, *, sinks: int = 0, alignment: str = "own"
+    token: NewToken,
+    ring: Ring,
+    paged: PagedKV,
+    free_pages: FreePages,
+    counters: Counters,
+    *,
+    sinks: int = 0,
+    alignment: str = "own",
+    release_gone: bool = True,
 ) -> Tensor | None:
-    """As `append`. Pages are taken in the order of sequences, then heads."""
+    """As `append`. Pages are given back before others are taken, in the order of sequences, then heads and their lists."""
     B, H, D = token.k.shape
+    windows = ring.windows
     row = torch.arange(B, device=token.k.device)
     length = ring.seq_len.long()
     slot = length % (ring.window + 1)
@@ -21,22 +32,34 @@ def reference(
     present = torch.ones_like(fits) if token.real is None else token.real
     counters.overflow.logical_or_((present & ~fits).any())
     present, slot = present & fits, torch.where(fits, slot, 0)
-    evict = token.evict if isinstance(token.evict, Tensor) else gate_logits(token.evict).expand(B, H) + token.evict.evict_bias > 0
+    if isinstance(token.evict, Tensor):
+        evict = token.evict
+    elif len(windows) == 1:
+        evict = gate_logits(token.evict).expand(B, H) + token.evict.evict_bias > 0
+    else:
+        evict = gate_logits(token.evict).unflatten(1, (-1, len(windows))).expand(B, H, -1) + token.evict.evict_bias > 0
+    decision = evict.to(torch.uint8) if len(windows) == 1 else first_to_evict(evict)
     if alignment == "next":
         decides = present & (length > 0)
         last = (length - 1).clamp(min=0) % (ring.window + 1)
         last = torch.where(fits, last, 0)
-        last_state = (evict & (length > sinks)[:, None]).to(torch.uint8)
+        last_state = decision * (length > sinks)[:, None]
         ring.state[row, :, last] = torch.where(decides[:, None], last_state, ring.state[row, :, last])
         state = torch.full((B, H), UNDECIDED, dtype=torch.uint8, device=row.device)
     else:
         decides = present
-        state = (evict & (length >= sinks)[:, None]).to(torch.uint8)
-    counters.evicted.add_(evict & decides[:, None])
+        state = decision * (length >= sinks)[:, None]
+    counters.evicted.add_((decision != 0) & decides[:, None])
     counters.decided.add_(decides)
 
-    leaves = (present & (length > ring.window))[:, None] & (ring.state[row, :, slot] != EVICT)
-    _store(leaves, ring.kv[row, :, :, slot], paged, free_pages, counters.overflow)
+    leaving = ring.state[row, :, slot]
+    leaves = (present & (length > ring.window))[:, None] & (leaving != EVICT)
+    if len(windows) > 1:
+        if release_gone:
+            _expire(present, length, windows, paged, free_pages)
+        chosen = (leaving.int() - 2).clamp(min=0)
+        leaves = (leaves[..., None] & (chosen[..., None] == torch.arange(len(windows), device=row.device))).flatten(1)
+    _store(leaves, ring.kv[row, :, :, slot], length - ring.window - 1, paged, free_pages, counters.overflow)
 
     new_k = rotate(norm(token.k, token.k_norm, token.norm_eps), token.cos, token.sin).to(token.k.dtype)
     kv = torch.stack([new_k, token.v], 2).to(ring.kv.dtype)
@@ -46,26 +69,59 @@ def reference(
     return None if token.q is None else rotate(norm(token.q, token.q_norm, token.norm_eps), token.cos, token.sin).to(token.q.dtype)
 
 
-def _store(leaves_BH: Tensor, kv_BH2D: Tensor, paged: PagedKV, free_pages: FreePages, overflow: Tensor) -> None:
-    """Append what leaves the ring to pages; where no page is left it is lost, and `overflow` says so."""
+def first_to_evict(evict: Tensor) -> Tensor:
+    """Decisions [..., K] bool, one a window -> [...] uint8, the state of a token: 0 where none evicts, 1 where the first does, else c + 1
+    of the first, the c-th."""
+    number = torch.arange(evict.shape[-1], device=evict.device)
+    first = torch.where(evict, number, evict.shape[-1]).amin(-1)
+    return torch.where(first == 0, EVICT, (first + 2).masked_fill(first == evict.shape[-1], KEEP)).to(torch.uint8)
+
+
+def _expire(present: Tensor, length: Tensor, windows: Sequence[int], paged: PagedKV, free_pages: FreePages) -> None:
+    """Give back the front page of each finite list whose entries are all gone for the token that comes, at position `length`."""
+    P, K = paged.pages.shape[2], len(windows)
+    positions, table = _positions(paged), paged.page_table
+    for b, number in (present[:, None] & (paged.num_kept > 0)).nonzero().tolist():
+        page, filled = int(table[b, number, 0]), min(P, int(paged.num_kept[b, number]))
+        if number % K == 0 or length[b] - positions[page, filled - 1] <= windows[number % K]:
+            continue
+        table[b, number, :-1] = table[b, number, 1:].clone()
+        paged.num_kept[b, number] -= filled
+        free_pages.references[page] -= 1
+        if free_pages.references[page] == 0:
+            free_pages.free[free_pages.num_free] = page
+            free_pages.num_free.add_(1)
+
+
+def _positions(paged: PagedKV) -> Tensor:
+    if paged.positions is None:
+        raise ValueError("pages of several windows come with the positions of their entries")
+    return paged.positions
+
+
+def _store(leaves_BL: Tensor, kv_BH2D: Tensor, position_B: Tensor, paged: PagedKV, free_pages: FreePages, overflow: Tensor) -> None:
+    """Append what leaves the ring to lists of pages, L = H * K; where no page is left it is lost, and `overflow` says so."""
     P, max_pages = paged.pages.shape[2], paged.page_table.shape[2]
     place, entry = paged.num_kept.long() // P, paged.num_kept.long() % P
-    room = leaves_BH & (place < max_pages)
+    room = leaves_BL & (place < max_pages)
     wanted = room & (entry == 0)
     rank = wanted.flatten().cumsum(0).view_as(wanted)
     given = wanted & (rank <= free_pages.num_free)
-    b, h = given.nonzero(as_tuple=True)
-    page = free_pages.free[free_pages.num_free - rank[b, h]]
-    paged.page_table[b, h, place[b, h]] = page
+    b, number = given.nonzero(as_tuple=True)
+    page = free_pages.free[free_pages.num_free - rank[b, number]]
+    paged.page_table[b, number, place[b, number]] = page
     free_pages.references[page.long()] = 1
     free_pages.num_free.sub_(len(b))
     stored = room & (given | (entry > 0))
-    overflow.logical_or_((leaves_BH & ~stored).any())
-    b, h = stored.nonzero(as_tuple=True)
-    page, entry, kv = paged.page_table[b, h, place[b, h]].long(), entry[b, h], kv_BH2D[b, h]
+    overflow.logical_or_((leaves_BL & ~stored).any())
+    b, number = stored.nonzero(as_tuple=True)
+    h = number // (leaves_BL.shape[1] // kv_BH2D.shape[1])
+    page, entry, kv = paged.page_table[b, number, place[b, number]].long(), entry[b, number], kv_BH2D[b, h]
     if paged.page_scales is not None:
         kv, paged.page_scales[page, :, entry] = quantize(kv, paged.pages.dtype)
     paged.pages[page, :, entry] = kv.to(paged.pages.dtype)
+    if paged.positions is not None:
+        paged.positions[page, entry] = position_B[b].int()
     paged.num_kept.add_(stored)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels import dispatch
-from dms_kernels.arguments import PagedKV, PendingKV, Ring, check_heads, check_scores, expect, kernel_problem
+from dms_kernels.arguments import PagedKV, PendingKV, Ring, check_heads, check_same_windows, check_scores, expect, kernel_problem
 from dms_kernels.paged_decode.reference import reference
 
 __all__ = ["paged_decode", "reference"]
@@ -32,12 +32,13 @@ def paged_decode(
     Args:
         q: [B, Hq, T, D].
         ring: the last tokens of each sequence.
-        paged: what was kept of those before; every query sees all of it. None: there are no pages.
+        paged: what was kept of those before; every query sees all of it, of several windows what `PagedKV` says. None: there are no
+            pages.
         scale: factor on q.k, usually D ** -0.5.
         softcap: scores become softcap * tanh(score / softcap). None: off.
         sink_logits: [Hq], a logit beside the keys' (gpt_oss).
         q_position: [B, T] int32. The query at position p (-1: padding, gives 0) sees the key at s iff s <= p and (p - s <= window or
-            the key's state is not evict). Slower than None, as each entry of the ring is looked at. None: T is 1 and the query is that
+            the key's state is not evict; of several windows, that of its class). Slower than None, as each entry of the ring is looked at. None: T is 1 and the query is that
             of the sequence's newest stored token, which sees all that is stored (nothing stored: 0).
         real: [B] bool, beside q_position None: sequences that are False have no such query and give 0. None: all have one.
         pending: tokens that are not in the ring yet, beside q_position.
@@ -59,6 +60,7 @@ def paged_decode(
     check_heads(Hq, H)
     check_scores(scale, softcap, sink_logits, Hq)
     if paged is not None:
+        check_same_windows(ring, paged)
         paged.check(B, H, D, ring.kv.dtype)
     _check_queries(q, ring, q_position, real, pending, last_state)
     if not dispatch.use_triton("paged_decode", q, _problem(q, ring, paged)):

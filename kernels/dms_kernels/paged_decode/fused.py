@@ -7,9 +7,13 @@ are written at once. Of a head that is cut each program leaves its part (a sum o
 and whoever comes last merges the parts, in the order of their programs, so that the result does not depend on who that is. Of many
 parts (TREE) first groups are merged, side by side, then what came of them.
 
-Shapes: B batch, H KV heads, G query heads of each, T queries, D head dim, R ring slots, S pending tokens, P entries of a page.
+With several windows a head's lists of pages follow one another; those that do not stay for good are masked by position.
+
+Shapes: B batch, H KV heads, G query heads of each, T queries, D head dim, R ring slots, S pending tokens, P entries of a page, K
+windows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -17,8 +21,10 @@ import torch
 from torch import Tensor
 
 from dms_kernels import dispatch
+from dms_kernels.arguments import FOR_GOOD as _FOR_GOOD
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
+from dms_kernels.paged_decode.merging import merge, write
 
 try:
     import triton
@@ -26,6 +32,7 @@ try:
 except ImportError as error:
     raise RuntimeError("this needs Triton; install it (pip install triton)") from error
 
+FOR_GOOD = tl.constexpr(_FOR_GOOD)
 # Rows of queries that a program holds at a time; heads with more take several blocks, and read their keys as often.
 _MIN_ROWS, _MOST_ROWS = 16, 64
 # Of shared memory, beside keys and values: queries, weights, and what reductions exchange.
@@ -105,26 +112,30 @@ def _tiles_of(seq_len, num_kept, window, num_new, TILE: tl.constexpr):
 
 
 @triton.jit
-def _lengths(head, b, there, seq_len, num_kept, real, PAGES: tl.constexpr, REAL: tl.constexpr):
-    """seq_len and num_kept of heads; a row that is not real has nothing."""
+def _lengths(head, b, there, seq_len, num_kept, real, TILE: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, K: tl.constexpr):
+    """seq_len and num_kept of heads; a row that is not real has nothing. Of several lists num_kept is the sum, each in whole tiles."""
     if REAL:
         there = there & (tl.load(real + b, mask=there, other=0) != 0)
     length = tl.load(seq_len + b, mask=there, other=0)
     kept = length * 0
     if PAGES:
-        kept = tl.load(num_kept + head, mask=there, other=0)
+        if K == 1:
+            kept = tl.load(num_kept + head, mask=there, other=0)
+        else:
+            for c in tl.static_range(K):
+                kept += _tiles(tl.load(num_kept + head * K + c, mask=there, other=0), TILE) * TILE
     return length, kept
 
 
 @triton.jit
 def _tiles_of_heads(
     first, seq_len, num_kept, real, num_heads, H, window, num_new,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """[CHUNK]: the tiles of the heads from `first` on, 0 behind the last."""
     head = first + tl.arange(0, CHUNK)
     there = head < num_heads
-    length, kept = _lengths(head, head // H, there, seq_len, num_kept, real, PAGES, REAL)
+    length, kept = _lengths(head, head // H, there, seq_len, num_kept, real, TILE, PAGES, REAL, K)
     return tl.where(there, _tiles_of(length, kept, window, num_new, TILE), 0)
 
 
@@ -159,16 +170,22 @@ def _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, C
 
 
 @triton.jit
-def _see(position, state, q_position, window):
+def _see(position, state, q_position, window, WINDOWS: tl.constexpr):
     """[rows, TILE] bool; q_position -1 sees nothing, as no position is negative there."""
     distance = q_position[:, None] - position[None, :]
-    return (distance >= 0) & ((distance <= window) | (state != 1)[None, :])
+    if len(WINDOWS) == 0:
+        return (distance >= 0) & ((distance <= window) | (state != 1)[None, :])
+    else:
+        lifetime = tl.where(state == 1, window, FOR_GOOD)
+        for j in tl.static_range(1, len(WINDOWS)):
+            lifetime = tl.where(state == j + 2, WINDOWS[j], lifetime)
+        return (distance >= 0) & (distance <= lifetime[None, :])
 
 
 @triton.jit
 def _read_new(
     acc, top, total, q, q_position, first, last, k_row, v_row, position_row, state_row, num_new, stride_k, stride_v, window, inner, outer,
-    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the new tokens."""
     offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
@@ -180,7 +197,7 @@ def _read_new(
         v = tl.load(v_row + at.to(tl.int64)[:, None] * stride_v + dim[None, :], mask=mask, other=0.0)
         position = tl.load(position_row + at, mask=there, other=-1)
         state = tl.load(state_row + at, mask=there, other=0)
-        visible = _see(position, state, q_position, window) & (position >= 0)[None, :]
+        visible = _see(position, state, q_position, window, WINDOWS) & (position >= 0)[None, :]
         acc, top, total = _absorb(acc, top, total, q, k, v, visible, 0.0, 0.0, inner, outer, CAPPED, False)
     return acc, top, total
 
@@ -201,12 +218,14 @@ def _page_of(table_row, place, num_pages, offs, TILE: tl.constexpr, P: tl.conste
 def _read_stored(
     acc, top, total, q, q_position, first, last,
     ring_head, state_row, length, num_slots, window, last_state,
-    pages, table_row, kept, scales, inner, outer,
+    pages, table_row, kept, scales, page_positions, inner, outer,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, RING: tl.constexpr, PAGES: tl.constexpr,
     POSITIONS: tl.constexpr, LAST: tl.constexpr, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+    WINDOWS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the ring and of the pages that follow it, in one loop, so that loads run ahead from one into the
-    other. Pages of another dtype than the ring's are read by a second call."""
+    other. Pages of another dtype than the ring's, and those of each list but the first, are read by another call. LIST > 0: that list,
+    of which a query sees what is within its window."""
     offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
     in_ring = tl.minimum(length, window + 1)
     ring_tiles = _tiles(in_ring, TILE)
@@ -257,9 +276,16 @@ def _read_stored(
                 if PAGES:
                     # Entries of pages are as kept tokens of the beginning.
                     position, state = tl.where(is_ring, position, 0), tl.where(is_ring, state, 0)
-                visible = visible & _see(position, state, q_position, window)
+                visible = visible & _see(position, state, q_position, window, WINDOWS)
             else:
                 visible = visible & (q_position >= 0)[:, None]
+        if LIST > 0:
+            entry = page.to(tl.int64) * P + (place * TILE + offs) % P
+            position = tl.load(page_positions + entry, mask=there, other=0)
+            if POSITIONS:
+                visible = visible & (q_position[:, None] - position[None, :] <= WINDOWS[LIST])
+            else:
+                visible = visible & (end - position <= WINDOWS[LIST])[None, :]
         k_scale, v_scale = 0.0, 0.0
         if QUANTIZED:
             scale_row = scales + page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P
@@ -272,64 +298,11 @@ def _read_stored(
     return acc, top, total
 
 
-@triton.jit
-def _write(
-    out, o, top, total, sink, row, row0, b, h, Hq, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SINK: tl.constexpr
-):
-    """o / total to the output [B, T, Hq, D]; rows that see nothing become 0. Row t * G + g of the head is query t of its head g."""
-    dim = tl.arange(0, DP)
-    t, head = (row0 + row) // G, h * G + (row0 + row) % G
-    real = row0 + row < G * T
-    if SINK:
-        logit = tl.load(sink + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-        new_top = tl.maximum(top, logit)
-        # A row that sees nothing, beside a sink logit of -inf: any finite number will do.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade = tl.exp2(top - shift)
-        o, total = o * fade[:, None], total * fade + tl.exp2(logit - shift)
-    o = o / tl.where(total > 0, total, 1.0)[:, None]
-    at = (b.to(tl.int64) * T + t) * Hq + head
-    tl.store(out + at[:, None] * D + dim[None, :], o.to(out.dtype.element_ty), mask=real[:, None] & (dim < D)[None, :])
-
-
-@triton.jit
-def _merge(
-    part_acc, part_top, part_total, first_program, first, step, num_parts, row, DP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
-):
-    """`num_parts` parts of one head, from its part `first` on every `step`-th, as one [ROWS, DP], its maximum and its sum [ROWS];
-    PARTS of them at a time, each lane adding up its own, so that the loads do not wait for each other."""
-    lane, dim = tl.arange(0, PARTS), tl.arange(0, DP)
-    acc = tl.zeros([PARTS, ROWS, DP], tl.float32)
-    top = tl.full([PARTS, ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([PARTS, ROWS], tl.float32)
-    for start in range(0, num_parts, PARTS):
-        part = first + (start + lane) * step
-        # The program in which the head begins may end another's before it, and keeps this part in its second place.
-        at = (2 * (first_program + part) + (part == 0).to(tl.int32))[:, None] * ROWS + row[None, :]
-        there = (start + lane < num_parts)[:, None] & (row >= 0)[None, :]
-        # Around the first-level cache, which does not see what other processors write.
-        next_top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        next_total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            part_acc + at.to(tl.int64)[:, :, None] * DP + dim[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
-        )
-        new_top = tl.maximum(top, next_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, weight = tl.exp2(top - shift), tl.exp2(next_top - shift)
-        acc = acc * fade[:, :, None] + values * weight[:, :, None]
-        total = total * fade + next_total * weight
-        top = new_top
-    whole_top = tl.max(top, 0)
-    shift = tl.where(whole_top == float("-inf"), 0.0, whole_top)
-    weight = tl.exp2(top - shift[None, :])
-    return tl.sum(acc * weight[:, :, None], 0), whole_top, tl.sum(total * weight, 0)
-
-
 # These change while a cache grows, and what is compiled should not.
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "num_new", "max_pages"])
 @no_type_check
 def decode_kernel(
-    q, ring, ring_state, seq_len, pages, table, num_kept, scales, q_position, real,
+    q, ring, ring_state, seq_len, pages, table, num_kept, scales, page_positions, q_position, real,
     new_k, new_v, new_position, new_state, last_state, sink,
     out, part_acc, part_top, part_total, tickets,
     num_heads, H, num_slots, window, num_new, max_pages, num_processors,
@@ -338,7 +311,7 @@ def decode_kernel(
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
     PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr,
+    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
 
@@ -356,7 +329,7 @@ def decode_kernel(
 
     all_tiles = 0
     for start in range(0, num_heads, CHUNK):
-        all_tiles += tl.sum(_tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL))
+        all_tiles += tl.sum(_tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, K))
     # As many programs as processors unless each then has several shares: every cut costs a part, and parts cost a merge.
     programs = num_processors * tl.maximum(1, tl.minimum(WAVES, all_tiles // (SHARE * num_processors)))
     programs = tl.minimum(programs, _tiles(all_tiles, 2)).to(tl.int64)
@@ -366,7 +339,7 @@ def decode_kernel(
     # The head of the first tile, and where its tiles begin.
     head, begin, before = 0, 0, 0
     for start in range(0, num_heads, CHUNK):
-        tiles = _tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL)
+        tiles = _tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, K)
         passed = (before + tl.cumsum(tiles, 0) <= tile) & (start + tl.arange(0, CHUNK) < num_heads)
         head += tl.sum(passed.to(tl.int32))
         begin += tl.sum(tl.where(passed, tiles, 0))
@@ -378,7 +351,7 @@ def decode_kernel(
     t, g = (row0 + row) // G, (row0 + row) % G
     while tile < end:
         b, h = head // H, head % H
-        length, kept = _lengths(head, b, head >= 0, seq_len, num_kept, real, PAGES, REAL)
+        length, kept = _lengths(head, b, head >= 0, seq_len, num_kept, real, TILE, PAGES, REAL, K)
         finish = begin + _tiles_of(length, kept, window, num_new, TILE)
         upto = tl.minimum(finish, end)
         q_at = q + b.to(tl.int64) * q_stride_b + (h * G + g)[:, None].to(tl.int64) * q_stride_h + t[:, None] * q_stride_t + dim[None, :]
@@ -400,33 +373,59 @@ def decode_kernel(
                 new_k + b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h,
                 new_v + b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h,
                 new_position + b * num_new, new_state + head.to(tl.int64) * num_new,
-                num_new, k_stride_s, v_stride_s, window, inner, outer, D, DP, TILE, CAPPED,
+                num_new, k_stride_s, v_stride_s, window, inner, outer, D, DP, TILE, CAPPED, WINDOWS,
             )  # fmt: skip
             first, last = tl.maximum(first - new_tiles, 0), last - new_tiles
         ring_head = ring + head.to(tl.int64) * 2 * num_slots * D
         state_row = ring_state + head.to(tl.int64) * num_slots
         table_row = table
         if PAGES:
-            table_row = table + head.to(tl.int64) * max_pages
+            table_row = table + head.to(tl.int64) * (K * max_pages)
         ring_last = last
+        if K > 1:
+            # Where the first list ends, and the second begins.
+            ring_tiles = _tiles(tl.minimum(length, window + 1), TILE)
+            upto_kept = kept
+            kept = kept * 0
+            if PAGES:
+                kept = tl.load(num_kept + head * K, mask=upto_kept > 0, other=0)
+            list_begin = ring_tiles + _tiles(kept, TILE)
+            ring_last = tl.minimum(last, list_begin)
         if QUANTIZED:
             ring_last = tl.minimum(last, _tiles(tl.minimum(length, window + 1), TILE))
         acc, top, total = _read_stored(
             acc, top, total, query, at_position, first, ring_last, ring_head, state_row, length, num_slots, window, ruled,
-            pages, table_row, kept, scales, inner, outer,
-            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES,
+            pages, table_row, kept, scales, page_positions, inner, outer,
+            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES, WINDOWS, 0,
         )  # fmt: skip
         if QUANTIZED:
             acc *= _lift(query.dtype)
+            list_last = last
+            if K > 1:
+                list_last = tl.minimum(last, list_begin)
             acc, top, total = _read_stored(
-                acc, top, total, query, at_position, tl.maximum(first, ring_last), last, ring_head, state_row, length, num_slots, window, ruled,
-                pages, table_row, kept, scales, inner, outer,
-                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES,
+                acc, top, total, query, at_position, tl.maximum(first, ring_last), list_last, ring_head, state_row, length, num_slots, window, ruled,
+                pages, table_row, kept, scales, page_positions, inner, outer,
+                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES, WINDOWS, 0,
             )  # fmt: skip
+        if PAGES:
+            for c in tl.static_range(1, K):
+                # Each list by itself: its tiles as if they followed the ring's.
+                kept = tl.load(num_kept + head * K + c, mask=upto_kept > 0, other=0)
+                ahead = list_begin - ring_tiles
+                list_end = list_begin + _tiles(kept, TILE)
+                acc, top, total = _read_stored(
+                    acc, top, total, query, at_position, tl.maximum(first, list_begin) - ahead, tl.minimum(last, list_end) - ahead,
+                    ring_head, state_row, length, num_slots, window, ruled,
+                    pages, table_row + c * max_pages, kept, scales, page_positions, inner, outer,
+                    D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, QUANTIZED, STAGES, WINDOWS, c,
+                )  # fmt: skip
+                list_begin = list_end
+        if QUANTIZED:
             acc *= 1.0 / _lift(query.dtype)
         weight = tl.sum(total, 1)
         if (tile == begin) & (upto == finish):
-            _write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
+            write(out, acc, top, weight, sink, row, row0, b, h, H * G, G, T, D, DP, SINK)
         else:
             place = (2 * program + (tile == begin).to(tl.int32)) * PART_ROWS + row
             tl.store(part_acc + place.to(tl.int64)[:, None] * DP + dim[None, :], acc, mask=(row < PART_ROWS)[:, None] & (dim >= 0)[None, :])
@@ -447,11 +446,11 @@ def decode_kernel(
                 group_place = 2 * (first_program + group_first) + (group == 0).to(tl.int32)
                 if tl.atomic_add(group_tickets + group_place, 1, sem="acq_rel", scope="gpu") == in_group - 1:
                     tl.store(group_tickets + group_place, 0)
-                    o, whole_top, whole = _merge(
+                    o, whole_top, whole = merge(
                         part_acc, part_top, part_total, first_program, group_first, 1, in_group, part_row, DP, PART_ROWS, PARTS
                     )
                     if num_groups == 1:
-                        _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                        write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
                     else:
                         # In place of the group's first part, which all threads have read.
                         tl.debug_barrier()
@@ -462,14 +461,14 @@ def decode_kernel(
                         tl.debug_barrier()
                         if tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_groups - 1:
                             tl.store(tickets + head, 0)
-                            o, whole_top, whole = _merge(
+                            o, whole_top, whole = merge(
                                 part_acc, part_top, part_total, first_program, 0, PARTS, num_groups, part_row, DP, PART_ROWS, PARTS
                             )
-                            _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                            write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
             elif tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                 tl.store(tickets + head, 0)
-                o, whole_top, whole = _merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
-                _write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
+                o, whole_top, whole = merge(part_acc, part_top, part_total, first_program, 0, 1, num_parts, part_row, DP, PART_ROWS, PARTS)
+                write(out, o, whole_top, whole, sink, part_row, row0, b, h, H * G, G, T, D, DP, SINK)
         tile = upto
         begin = finish
         head += 1
@@ -486,6 +485,7 @@ def decode(
     page_table: Tensor | None,
     num_kept: Tensor | None,
     page_scales: Tensor | None,
+    page_positions: Tensor | None,
     q_position: Tensor | None,
     real: Tensor | None,
     new_k: Tensor | None,
@@ -494,7 +494,7 @@ def decode(
     new_state: Tensor | None,
     last_state: Tensor | None,
     sink_logits: Tensor | None,
-    window: int,
+    windows: Sequence[int],
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -509,12 +509,12 @@ def decode(
         return out
     expect_contiguous(
         ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, pages=pages, page_table=page_table, num_kept=num_kept,
-        page_scales=page_scales, q_position=q_position, real=real, new_position=new_position, new_state=new_state, last_state=last_state,
+        page_scales=page_scales, page_positions=page_positions, q_position=q_position, real=real, new_position=new_position, new_state=new_state, last_state=last_state,
         sink_logits=sink_logits, tickets=tickets,
     )  # fmt: skip
     max_pages = 0 if page_table is None else page_table.shape[2]
     if max_pages == 0:
-        pages = page_table = num_kept = page_scales = None
+        pages = page_table = num_kept = page_scales = page_positions = None
     real = real if real is None else real.view(torch.uint8)
     q = with_dense_rows(q)
     new_k, new_v = (None if x is None else with_dense_rows(x) for x in (new_k, new_v))
@@ -531,10 +531,10 @@ def decode(
     tree = chosen.tree and tickets.numel() >= blocks * (num_heads + 2 * chosen.num_programs)
     with torch.cuda.device_of(q):
         decode_kernel[(chosen.num_programs, blocks)](
-            q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, q_position, real,
+            q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, page_positions, q_position, real,
             new_k, new_v, new_position, new_state, last_state, sink_logits,
             out, part_acc, part_top, part_total, tickets,
-            num_heads, H, num_slots, window, 0 if new_k is None else new_k.shape[2], max_pages,
+            num_heads, H, num_slots, windows[0], 0 if new_k is None else new_k.shape[2], max_pages,
             chosen.num_programs // chosen.waves,
             *strides(q, 3), *strides(new_k, 3), *strides(new_v, 3),
             call.factor, call.cap_out,
@@ -542,7 +542,7 @@ def decode(
             P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
             WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
             LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-            STAGES=chosen.num_stages, TREE=tree, num_warps=chosen.num_warps,
+            STAGES=chosen.num_stages, TREE=tree, WINDOWS=tuple(windows) if len(windows) > 1 else (), K=len(windows), num_warps=chosen.num_warps,
         )  # fmt: skip
     return out
 
@@ -569,9 +569,9 @@ def launch_decode(
     """`paged_decode` of arguments that were checked. An operator takes tensors and numbers alone."""
     if tickets is None:
         tickets = torch.zeros(num_tickets(q, ring.kv.shape[1]), dtype=torch.int32, device=q.device)
-    pages = (None,) * 4 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales)
+    pages = (None,) * 5 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales, paged.positions)
     new = (None,) * 4 if pending is None else (pending.k, pending.v, pending.position, pending.state)
     queries = (q_position, real)
     return decode(
-        q, ring.kv, ring.state, ring.seq_len, tickets, *pages, *queries, *new, last_state, sink_logits, ring.window, scale, softcap
+        q, ring.kv, ring.state, ring.seq_len, tickets, *pages, *queries, *new, last_state, sink_logits, ring.windows, scale, softcap
     )

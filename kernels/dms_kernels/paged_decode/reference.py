@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dms_kernels.arguments import PagedKV, PendingKV, Ring, read_pages
+from dms_kernels.arguments import PagedKV, PendingKV, Ring, read_pages, seen_entries, state_lifetimes
 
 
 def reference(
@@ -33,14 +33,14 @@ def reference(
     if last_state is not None:
         here = (position == end) & (end >= 0)
         state = torch.where(here[:, None] & (last_state != 2)[..., None], last_state[..., None], state)
-    ks, vs, sees = [ring.kv[:, :, 0]], [ring.kv[:, :, 1]], [_visible(q_position, position, state, window)]
+    ks, vs, sees = [ring.kv[:, :, 0]], [ring.kv[:, :, 1]], [_visible(q_position, position, state, ring.windows)]
     if pending is not None:
         ks, vs = [*ks, pending.k], [*vs, pending.v]
-        sees.append(_visible(q_position, pending.position, pending.state, window))
+        sees.append(_visible(q_position, pending.position, pending.state, ring.windows))
     if paged is not None:
         k, v, there = read_pages(paged, compute)
         ks, vs = [*ks, k], [*vs, v]
-        sees.append(there[:, :, None] & (q_position >= 0)[:, None, :, None])
+        sees.append(seen_entries(paged, there, q_position) & (q_position >= 0)[:, None, :, None])
     see = torch.cat(sees, 3)[:, :, None]
     # What nobody may read may be anything, and 0 times NaN is NaN.
     alive = see.any(3)[..., 0, :, None]
@@ -57,8 +57,10 @@ def reference(
     return torch.einsum("bhgts,bhsd->bhgtd", weights, v).reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
 
 
-def _visible(q_position: Tensor, position: Tensor, state: Tensor, window: int) -> Tensor:
+def _visible(q_position: Tensor, position: Tensor, state: Tensor, windows: tuple[int, ...]) -> Tensor:
     """[B, H, T, S] bool."""
     distance = q_position[:, :, None] - position[:, None, :]
     causal = (distance >= 0) & (position >= 0)[:, None]
-    return causal[:, None] & ((distance <= window)[:, None] | (state != 1)[:, :, None])
+    # A ring's slots that nobody has written may hold any state.
+    lifetime = state_lifetimes(windows, state.device)[state.long().clamp(max=len(windows) + 1)]
+    return causal[:, None] & (distance[:, None] <= lifetime[:, :, None])

@@ -3,6 +3,7 @@
 Letters: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq/H, D head dim, N pages, P entries a page.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,11 +68,13 @@ def prefill(
     num_kept: Tensor | None,
     sink_logits: Tensor | None,
     page_scales: Tensor | None,
-    window: int,
+    page_positions: Tensor | None,
+    last_position: Tensor | None,
+    windows: Sequence[int],
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """`sparse_prefill` of arguments that were checked."""
+    """`sparse_prefill` of arguments that were checked. evicted: with several windows states, of which none is undecided."""
     dispatch.count("sparse_prefill", "triton")
     B, Hq, T, D = q.shape
     H, S = k.shape[1], k.shape[2]
@@ -79,8 +82,10 @@ def prefill(
     G = call.G
     q, k, v = (with_dense_rows(x) for x in (q, k, v))
     evicted = evicted.view(torch.uint8)
-    start, page_table, num_kept, sink_logits = (None if x is None else x.contiguous() for x in (start, page_table, num_kept, sink_logits))
-    window = min(window, S)
+    start, page_table, num_kept, last_position, sink_logits = (
+        None if x is None else x.contiguous() for x in (start, page_table, num_kept, last_position, sink_logits)
+    )
+    window, K = min(windows[0], S), len(windows)
     # Entries that some query has beyond its window.
     F = S - window
     out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
@@ -96,7 +101,7 @@ def prefill(
         sums = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
         state = torch.empty(parts, 2, *out.shape[:3], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        kept, num_before = _list_kept(evicted, start, F) if F > 1 else (None, None)
+        kept, num_before = _list_kept(evicted, start, F, K) if F > 1 else (None, None)
         prefill_kernel[(programs * parts,)](
             q,
             k,
@@ -107,8 +112,10 @@ def prefill(
             num_before,
             pages,
             page_scales,
+            page_positions,
             page_table,
             num_kept,
+            last_position,
             sink_logits,
             sums,
             state,
@@ -137,6 +144,8 @@ def prefill(
             BLOCK_N=shape.block_n,
             BLOCK_D=call.block_d,
             STAGES=shape.num_stages,
+            WINDOWS=tuple(windows) if K > 1 else (),
+            K=K,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
@@ -147,32 +156,45 @@ def prefill(
 
 
 @prefill.register_fake
-def _(q, k, v, evicted, start, pages, page_table, num_kept, sink_logits, page_scales, window, scale, softcap):
+def _(
+    q, k, v, evicted, start, pages, page_table, num_kept, sink_logits, page_scales, page_positions, last_position, windows, scale, softcap
+):
     B, Hq, T, D = q.shape
     return q.new_empty(B, T, Hq, D)
 
 
-def _list_kept(evicted: Tensor, start: Tensor | None, F: int) -> tuple[Tensor, Tensor]:
+def _list_kept(evicted: Tensor, start: Tensor | None, F: int, K: int) -> tuple[Tensor, Tensor]:
     B, H, S = evicted.shape
-    kept = torch.empty(B, H, F, dtype=torch.int32, device=evicted.device)
+    kept = torch.empty(B, H * K, F, dtype=torch.int32, device=evicted.device)
     num_before = torch.empty_like(kept)
     num_blocks = ceil_div(F, LIST_BLOCK)
-    list_kept_kernel[(num_blocks * B * H,)](
-        evicted, start, kept, num_before, F, num_blocks, H, *strides(evicted, 3), BLOCK=LIST_BLOCK, num_warps=8
+    list_kept_kernel[(num_blocks * B * H * K,)](
+        evicted, start, kept, num_before, F, num_blocks, H, *strides(evicted, 3), BLOCK=LIST_BLOCK, K=K, num_warps=8
     )
     return kept, num_before
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::store_survivors", mutates_args=("pages", "page_scales"))
-def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tensor, pages: Tensor, page_scales: Tensor | None) -> None:
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::store_survivors", mutates_args=("pages", "page_scales", "page_positions"))
+def store(
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    num_kept: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    page_scales: Tensor | None,
+    position: Tensor | None,
+    page_positions: Tensor | None,
+) -> None:
     """`store_survivors` of arguments that were checked."""
     dispatch.count("store_survivors", "triton")
     B, H, S, D = k.shape
     k, v = with_dense_rows(k), with_dense_rows(v)
     keep, num_kept, page_table = keep.view(torch.uint8), num_kept.contiguous(), page_table.contiguous()
-    num_blocks = ceil_div(S, STORE_BLOCK)
+    position = None if position is None else position.contiguous()
+    num_blocks, K = ceil_div(S, STORE_BLOCK), num_kept.shape[1] // H
     with torch.cuda.device_of(k):
-        store_survivors_kernel[(num_blocks * B * H,)](
+        store_survivors_kernel[(num_blocks * B * H * K,)](
             k,
             v,
             keep,
@@ -180,6 +202,8 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
             page_table,
             pages,
             page_scales,
+            position,
+            page_positions,
             S,
             H,
             page_table.shape[2],
@@ -194,10 +218,11 @@ def store(k: Tensor, v: Tensor, keep: Tensor, num_kept: Tensor, page_table: Tens
             BLOCK=STORE_BLOCK,
             ROWS=min(STORE_BLOCK, max(16, 8192 // padded(D))),
             BLOCK_D=padded(D),
+            K=K,
             num_warps=4,
         )
 
 
 @store.register_fake
-def _(k, v, keep, num_kept, page_table, pages, page_scales):
+def _(k, v, keep, num_kept, page_table, pages, page_scales, position, page_positions):
     return None

@@ -7,6 +7,10 @@ the last two, with the ends of pages and list that fill no tile, pay for masks b
 
 A hidden score is a large finite number: a row that has met only hidden entries so far carries garbage, which the first visible
 one scales by exp2(HIDDEN - top) = 0. Every query that is there sees itself, so that no row ends in garbage.
+
+With K windows entries of class j are visible as far as w_j. Those of each class from 2 on beyond the first window have a list of their own,
+of which a block reads the part that any of its queries sees, as it does of their pages: both with masks by element. `evicted` holds states
+then: 0 stays for good, 1 the first class, j + 1 class j.
 """
 
 try:
@@ -20,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _count_before(flags, stride, wanted: tl.constexpr, first, end, BLOCK: tl.constexpr):
+def _count_before(flags, stride, wanted, first, end, BLOCK: tl.constexpr):
     """How many of flags[first:end] are `wanted`; end is a multiple of BLOCK."""
     counts = tl.zeros([BLOCK], dtype=tl.int32)
     for n in range(0, end, BLOCK):
@@ -30,11 +34,17 @@ def _count_before(flags, stride, wanted: tl.constexpr, first, end, BLOCK: tl.con
 
 
 @triton.jit(do_not_specialize=["F", "num_blocks"])
-def list_kept_kernel(evicted, start, kept, num_before, F, num_blocks, H, stride_b, stride_h, stride_s, BLOCK: tl.constexpr):
+def list_kept_kernel(
+    evicted, start, kept, num_before, F, num_blocks, H, stride_b, stride_h, stride_s, BLOCK: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
     """kept [B, H, F] int32: the entries below F that are kept and not padding, in order; num_before [B, H, F] int32: how many of
-    them stand before each entry. Each program counts what comes before its block by itself, which needs no second launch."""
+    them stand before each entry. With several windows both [B, H * K, F], list c that of class c + 1. Each program counts what comes before
+    its block by itself, which needs no second launch."""
     pid = tl.program_id(0)
-    block, bh = pid % num_blocks, pid // num_blocks
+    block, number = pid % num_blocks, pid // num_blocks
+    bh, wanted = number // K, 0
+    if K > 1:
+        wanted = tl.where(number % K == 0, 0, number % K + 2)
     b, h = bh // H, bh % H
     first = 0
     if start is not None:
@@ -43,10 +53,10 @@ def list_kept_kernel(evicted, start, kept, num_before, F, num_blocks, H, stride_
     s = block * BLOCK + tl.arange(0, BLOCK)
     inside = s < F
     flag = tl.load(flags + s.to(tl.int64) * stride_s, mask=inside, other=1)
-    here = (flag == 0) & (s >= first) & inside
+    here = (flag == wanted) & (s >= first) & inside
     one = here.to(tl.int32)
-    rank = _count_before(flags, stride_s, 0, first, block * BLOCK, BLOCK) + tl.cumsum(one, 0) - one
-    row = bh.to(tl.int64) * F
+    rank = _count_before(flags, stride_s, wanted, first, block * BLOCK, BLOCK) + tl.cumsum(one, 0) - one
+    row = number.to(tl.int64) * F
     tl.store(num_before + row + s, rank, mask=inside)
     tl.store(kept + row + rank, s, mask=here)
 
@@ -107,6 +117,8 @@ def _add_pages(
     begin,
     end,
     held,
+    positions,
+    from_position,
     d,
     acc,
     total,
@@ -120,7 +132,8 @@ def _add_pages(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Entries begin to end of a head's pages, which hold `held`. Weights of quantised values are held LIFT times as high."""
+    """Entries begin to end of a head's pages, which hold `held`. Weights of quantised values are held LIFT times as high. positions [N, P],
+    beside MASKED: queries see entries from positions from_position [M] on; None: all of them."""
     column = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         entry = n + column
@@ -145,6 +158,9 @@ def _add_pages(
         scores = _scores(q, k, k_scale, factor, cap, MASKED)
         if MASKED:
             scores = tl.where(visible[None, :], scores, HIDDEN)
+            if positions is not None:
+                position = tl.load(positions + page.to(tl.int64) * P + entry % P)
+                scores = tl.where(position[None, :] >= from_position[:, None], scores, HIDDEN)
         acc, total, top = _take(scores, factor if not MASKED and cap is None else 1.0, v, v_scale, acc, total, top)
     return acc, total, top
 
@@ -160,8 +176,10 @@ def prefill_kernel(
     num_before,
     pages,
     scales,
+    page_positions,
     page_table,
     num_kept,
+    last_position,
     sink_logits,
     out,
     state,
@@ -197,10 +215,13 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    K: tl.constexpr,
 ):
     """q [B, H * G, T, D], k and v [B, H, S, D], evicted [B, H, S] uint8 with strides; start [B]; kept, num_before [B, H, F] of
     `list_kept_kernel`, None where no window ends within S; pages [N, 2, P, D], scales [N, 2, P], page_table [B, H, max_pages],
-    num_kept [B, H]; sink_logits [H * G]. factor, cap: as `_scores` takes them.
+    num_kept [B, H]; sink_logits [H * G]. factor, cap: as `_scores` takes them. WINDOWS: all K of several, with which the dims of H are
+    H * K in kept, num_before, page_table and num_kept; page_positions [N, P], last_position [B], that of entry S - 1.
 
     Writes out [B, T, H * G, D]. SPLIT: each program takes one of `parts` parts of what its queries see, and writes sums
     [parts, B, T, H * G, D] float32 to `out`, largest scores and total weights [parts, 2, B, T, H * G] to `state`.
@@ -251,8 +272,8 @@ def prefill_kernel(
     # Parts take alike of the tiles without masks, and the last one all others.
     is_last = part == parts - 1
     if pages is not None:
-        held = tl.where(i_last >= first, tl.load(num_kept + bh), 0)
-        table = page_table + bh.to(tl.int64) * max_pages
+        held = tl.where(i_last >= first, tl.load(num_kept + bh * K), 0)
+        table = page_table + bh.to(tl.int64) * (K * max_pages)
         num_paged = held // BLOCK_N
         begin, end = _part(num_paged, part, parts, SPLIT)
         acc, total, top = _add_pages(
@@ -263,6 +284,8 @@ def prefill_kernel(
             begin * BLOCK_N,
             end * BLOCK_N,
             held,
+            None,
+            None,
             d,
             acc,
             total,
@@ -284,6 +307,8 @@ def prefill_kernel(
             num_paged * BLOCK_N,
             tl.where(is_last, held, 0),
             held,
+            None,
+            None,
             d,
             acc,
             total,
@@ -297,6 +322,41 @@ def prefill_kernel(
             2 if STAGES > 1 and scales is None else 1,
             True,
         )
+        if K > 1:
+            # Position of entry 0.
+            origin = tl.load(last_position + b) - (S - 1)
+            for c in tl.static_range(1, K):
+                held = tl.where(i_last >= first, tl.load(num_kept + bh * K + c), 0)
+                table = page_table + (bh.to(tl.int64) * K + c) * max_pages
+                oldest = i_first + origin - WINDOWS[c]
+                # Positions rise from entry to entry, by 1 at least: so many of the last ones can be seen.
+                page = tl.load(table + tl.maximum(held - 1, 0) // P, mask=held > 0, other=0)
+                newest = tl.load(page_positions + page.to(tl.int64) * P + (held + P - 1) % P, mask=held > 0, other=0)
+                front = tl.maximum(held - 1 - (newest - oldest), 0) // BLOCK_N * BLOCK_N
+                begin, end = _part(tl.cdiv(tl.maximum(held - front, 0), BLOCK_N), part, parts, SPLIT)
+                acc, total, top = _add_pages(
+                    q_MD,
+                    pages,
+                    scales,
+                    table,
+                    front + begin * BLOCK_N,
+                    tl.minimum(front + end * BLOCK_N, held),
+                    held,
+                    page_positions,
+                    oldest + tl.arange(0, BLOCK_M) // HEADS,
+                    d,
+                    acc,
+                    total,
+                    top,
+                    factor,
+                    cap,
+                    D,
+                    P,
+                    LIFT,
+                    BLOCK_N,
+                    2 if STAGES > 1 and scales is None else 1,
+                    True,
+                )
         acc *= 1.0 / LIFT
 
     # Entries near..edge have left some windows, edge..diagonal none, and those from there on are not before every query.
@@ -306,8 +366,9 @@ def prefill_kernel(
     edge = diagonal - num_band * BLOCK_N
     num_far = 0
     if kept is not None:
-        num_far = tl.load(num_before + bh.to(tl.int64) * F + tl.maximum(i_first - window, 0))
-        kept += bh.to(tl.int64) * F
+        num_before += bh.to(tl.int64) * (K * F)
+        num_far = tl.load(num_before + tl.maximum(i_first - window, 0))
+        kept += bh.to(tl.int64) * (K * F)
     num_list_tiles = num_far // BLOCK_N
     column = tl.arange(0, BLOCK_N)
     # One loop for list and band, so that memory is waited for once.
@@ -322,6 +383,24 @@ def prefill_kernel(
         v_ND = _rows(v + (at * stride_vs)[:, None] + d[None, :], d, None, D, False)
         scores = _scores(q_MD, k_ND, None, factor, cap, False)
         acc, total, top = _take(scores, factor if cap is None else 1.0, v_ND, None, acc, total, top)
+
+    if K > 1 and kept is not None:
+        for c in tl.static_range(1, K):
+            list_before, list_kept = num_before + c * F, kept + c * F
+            num_gone = tl.load(list_before + tl.maximum(i_first - WINDOWS[c], 0))
+            num_listed = tl.load(list_before + tl.maximum(i_first - window, 0))
+            begin, end = _part(tl.cdiv(num_listed - num_gone, BLOCK_N), part, parts, SPLIT)
+            for tile in tl.range(begin, end, num_stages=2 if STAGES > 1 else 1):
+                at = num_gone + tile * BLOCK_N + column
+                s = tl.load(list_kept + at, mask=at < num_listed, other=0)
+                k_ND = _rows(k + (s.to(tl.int64) * stride_ks)[:, None] + d[None, :], d, at < num_listed, D, True)
+                v_ND = _rows(v + (s.to(tl.int64) * stride_vs)[:, None] + d[None, :], d, at < num_listed, D, True)
+                scores = _scores(q_MD, k_ND, None, factor, cap, True)
+                # Of what is not there every query is too far away.
+                s = tl.where(at < num_listed, s, -S - WINDOWS[c])
+                i = i_first + tl.arange(0, BLOCK_M) // HEADS
+                scores = tl.where(i[:, None] - s[None, :] <= WINDOWS[c], scores, HIDDEN)
+                acc, total, top = _take(scores, 1.0, v_ND, None, acc, total, top)
 
     # What is left of the list, the edge, the diagonal.
     num_rest = tl.cdiv(num_far, BLOCK_N) - num_list_tiles
@@ -347,7 +426,13 @@ def prefill_kernel(
         # Queries so far behind an entry see it; one before it, or before an entry at S, is behind by a huge unsigned number.
         # Entries of the list are kept, and an entry's number in the list is no larger than its entry.
         leaves = tl.load(evicted + s.to(tl.int64) * stride_es, mask=s < tl.where(in_list, 0, end), other=0)
-        reach = tl.where(leaves == 0, S, window).to(tl.uint32)
+        if K > 1:
+            reach = tl.where(leaves == 0, S, window)
+            for j in tl.static_range(1, K):
+                reach = tl.where(leaves == j + 2, WINDOWS[j], reach)
+            reach = reach.to(tl.uint32)
+        else:
+            reach = tl.where(leaves == 0, S, window).to(tl.uint32)
         s = tl.where(inside, s, S)
         # Masks are made after the product: before it, they would take its registers.
         scores = _scores(q_MD, k_ND, None, factor, cap, True)
@@ -400,6 +485,8 @@ def store_survivors_kernel(
     page_table,
     pages,
     scales,
+    position,
+    page_positions,
     S,
     H,
     max_pages,
@@ -420,26 +507,33 @@ def store_survivors_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    K: tl.constexpr,
 ):
     """Copy those of a head's BLOCK entries that stay, ROWS at a time. LARGEST: what the largest component of a quantised entry
-    becomes; ROUND: to whole numbers. Each program counts those before its own by itself."""
+    becomes; ROUND: to whole numbers. Each program counts those before its own by itself. Of K lists a program fills one, c, from the entries
+    of which `keep` is c + 1; position [B, S] goes to page_positions [N, P]."""
     pid = tl.program_id(0)
-    block, bh = pid % num_blocks, pid // num_blocks
+    block, number = pid % num_blocks, pid // num_blocks
+    bh, wanted = number // K, 1
+    if K > 1:
+        wanted = number % K + 1
     b, h = bh // H, bh % H
     keep += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
     k += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
     v += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
-    table = page_table + bh.to(tl.int64) * max_pages
-    place = tl.load(num_kept + bh) + _count_before(keep, stride_ms, 1, 0, block * BLOCK, BLOCK)
+    table = page_table + number.to(tl.int64) * max_pages
+    place = tl.load(num_kept + number) + _count_before(keep, stride_ms, wanted, 0, block * BLOCK, BLOCK)
     d = tl.arange(0, BLOCK_D)
     for n in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, S), ROWS):
         s = n + tl.arange(0, ROWS)
-        stays = tl.load(keep + s.to(tl.int64) * stride_ms, mask=s < S, other=0) == 1
+        stays = tl.load(keep + s.to(tl.int64) * stride_ms, mask=s < S, other=0) == wanted
         one = stays.to(tl.int32)
         mine = place + tl.cumsum(one, 0) - one
         place += tl.sum(one, 0)
         page = tl.load(table + mine // P, mask=stays, other=0).to(tl.int64)
         row = page * (2 * P) + mine % P
+        if K > 1:
+            tl.store(page_positions + page * P + mine % P, tl.load(position + b.to(tl.int64) * S + s, mask=stays, other=0), mask=stays)
         at = s.to(tl.int64)[:, None]
         _store_rows(k + at * stride_ks + d[None, :], pages, scales, row, stays, d, D, LARGEST, ROUND)
         _store_rows(v + at * stride_vs + d[None, :], pages, scales, row + P, stays, d, D, LARGEST, ROUND)

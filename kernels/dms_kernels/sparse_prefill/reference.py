@@ -3,11 +3,13 @@
 Shapes: B batch, T queries, S entries, Hq query heads, H KV heads, G = Hq / H, D head dim, N pages of a pool, P entries of a page.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dms_kernels.append.reference import quantize
-from dms_kernels.arguments import PagedKV, read_pages
+from dms_kernels.arguments import PagedKV, read_pages, seen_entries, state_lifetimes
 
 
 def reference(
@@ -18,10 +20,11 @@ def reference(
     start: Tensor | None,
     paged: PagedKV | None,
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    last_position: Tensor | None = None,
 ) -> Tensor:
     """As `sparse_prefill`; float64 where q is, else float32."""
     B, Hq, T, D = q.shape
@@ -31,14 +34,18 @@ def reference(
     query = torch.arange(S - T, S, device=q.device)[:, None]
     key = torch.arange(S, device=q.device)
     there_BT1 = query >= first[:, None, None]
-    see_BHTS = (key <= query) & (key >= first[:, None, None, None]) & ((query - key <= window) | ~evicted[:, :, None])
+    near = (query - key <= window) | ~evicted[:, :, None] if isinstance(window, int) else _near(query - key, evicted, window)
+    see_BHTS = (key <= query) & (key >= first[:, None, None, None]) & near
     # What padding left behind may be NaN.
     k, v = k.to(compute), v.to(compute).masked_fill(key[:, None] < first[:, None, None, None], 0.0)
     if paged is not None:
         page_k, page_v, held_BHK = read_pages(paged, compute)
         page_k, page_v = (x.masked_fill(~held_BHK[..., None], 0.0) for x in (page_k, page_v))
         k, v = torch.cat([page_k, k], 2), torch.cat([page_v, v], 2)
-        see_BHTS = torch.cat([(held_BHK[:, :, None] & there_BT1[:, None]), see_BHTS], 3)
+        held = held_BHK[:, :, None]
+        if last_position is not None:
+            held = seen_entries(paged, held_BHK, last_position[:, None] + (query[:, 0] - (S - 1)).int())
+        see_BHTS = torch.cat([(held & there_BT1[:, None]), see_BHTS], 3)
     scores = torch.einsum("bhgtd,bhsd->bhgts", q.reshape(B, H, Hq // H, T, D).to(compute), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -53,12 +60,21 @@ def reference(
     return out.reshape(B, Hq, T, D).transpose(1, 2).to(q.dtype)
 
 
-def store_survivors_reference(k: Tensor, v: Tensor, keep: Tensor, paged: PagedKV) -> None:
+def _near(distance_TS: Tensor, state_BHS: Tensor, windows: Sequence[int]) -> Tensor:
+    """[B, H, T, S] bool: no farther than entries in these states are visible."""
+    return distance_TS <= state_lifetimes(tuple(windows), state_BHS.device)[state_BHS.long()][:, :, None]
+
+
+def store_survivors_reference(k: Tensor, v: Tensor, keep: Tensor, paged: PagedKV, position: Tensor | None = None) -> None:
     """As `store_survivors`. Reads back how many there are."""
-    P = paged.pages.shape[2]
-    b, h, s = keep.nonzero(as_tuple=True)
-    place = (paged.num_kept[..., None] + keep.cumsum(2) - 1)[b, h, s]
-    page, entry = paged.page_table[b, h, place // P].long(), place % P
+    P, K = paged.pages.shape[2], paged.num_lists
+    if K > 1:
+        keep = (keep[:, :, None] == torch.arange(1, K + 1, device=keep.device)[:, None]).flatten(1, 2)
+    b, number, s = keep.nonzero(as_tuple=True)
+    place = (paged.num_kept[..., None] + keep.cumsum(2) - 1)[b, number, s]
+    page, entry, h = paged.page_table[b, number, place // P].long(), place % P, number // K
+    if paged.positions is not None and position is not None:
+        paged.positions[page, entry] = position[b, s]
     for i, x in enumerate((k, v)):
         rows = x[b, h, s]
         if paged.page_scales is not None:

@@ -34,6 +34,7 @@ def check_pages(caches) -> None:
             for pages, kept in ((table[b][h], num_kept[b][h]) for b in range(len(table)) for h in range(len(table[b]))):
                 holders_of.update(pages[: -(-kept // P)])
         for store in stores:
+            check_lists(store)
             for pages, kept in zip(store.page_table.flatten(0, 1).tolist(), store.num_kept.flatten().tolist(), strict=True):
                 assert kept % P == 0 or holders_of[pages[kept // P]] == 1, "a last page that is not full is shared"
         assert pool.references[:-1].tolist() == [holders_of[page] for page in range(pool.num_pages)]
@@ -42,6 +43,26 @@ def check_pages(caches) -> None:
         assert len(free) == len(set(free)) and set(free) == set(range(pool.num_pages)) - set(holders_of)
         assert pool.headroom <= len(free) and pool.num_holders == len(stores)
         assert pool.rows.shape[0] == pool.num_pages * 2 * P + 1
+
+
+def check_lists(store) -> None:
+    """Of several windows: what is in a list is older than the ring and in order of age, and its front page is not gone altogether."""
+    windows, P, positions = store.pool.windows, store.pool.page_size, store.pool.positions
+    if not windows:
+        assert positions is None and store.page_table.shape[1] == store.num_heads
+        return
+    if store.pool.budget is not None:
+        # What is gone is given back before the next forward.
+        store.release_gone()
+    assert positions.shape == (store.pool.num_pages, P) and store.page_table.shape[1] == store.num_heads * len(windows)
+    for b, newest in enumerate((store.seq_len - 1).tolist()):
+        for number, (pages, kept) in enumerate(zip(store.page_table[b].tolist(), store.num_kept[b].tolist(), strict=True)):
+            listed = positions[pages[: -(-kept // P)]].flatten()[:kept].tolist()
+            assert listed == sorted(set(listed)) and (not listed or (listed[0] >= 0 and listed[-1] < newest - windows[0]))
+            passes = number % len(windows)
+            if passes and listed:
+                front = listed[:P][-1]
+                assert newest - front <= windows[passes], "a page whose entries are all gone is held"
 
 
 class Tape:

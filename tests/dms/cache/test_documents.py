@@ -15,7 +15,13 @@ def _positions(lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @pytest.mark.parametrize(
     ("window", "family"),
-    [pytest.param(0, "llama", marks=pytest.mark.slow), (4, "llama"), (4, "gemma4_text"), pytest.param(40, "llama", marks=pytest.mark.slow)],
+    [
+        pytest.param(0, "llama", marks=pytest.mark.slow),
+        (4, "llama"),
+        (4, "gemma4_text"),
+        pytest.param(40, "llama", marks=pytest.mark.slow),
+        ((1, 9, 14), "llama"),
+    ],
 )
 def test_the_last_document_goes_on(window, family, alignment, lengths, evicting, make_batch):
     model = evicting(family, window=window, alignment=alignment, sinks=1)

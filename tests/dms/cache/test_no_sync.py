@@ -76,7 +76,7 @@ def _step(model, cache, ids, mask=None):
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow), (5, 6, 30)])
 def test_decoding_waits_for_nothing(window, alignment, padded, evicting, slow_device):
     """Before the ring is full, and after; the step that first stores a page makes room for many."""
     model = evicting(window=window, alignment=alignment)

@@ -38,14 +38,20 @@ _steps = st.one_of(
     st.tuples(st.just("save"), st.sampled_from([16, 32, 64])),
     st.tuples(st.just("reset"), st.integers(1, 4)),
 )
-_configs = st.fixed_dictionaries(
-    {
-        "granularity": st.sampled_from(["head", "layer"]),
-        "window": st.sampled_from([0, 1, 2, 5, 16, 33, 64]),
-        "sinks": st.integers(0, 3),
-        "num_key_value_heads": st.sampled_from([1, 2, 4]),
-    }
-)
+_window = st.sampled_from([0, 1, 2, 5, 16, 33, 64])
+# Of any sizes up to those of the longest texts.
+_several = st.lists(st.one_of(_window, st.integers(0, MAX_COLUMNS)), min_size=2, max_size=4, unique=True).map(lambda x: tuple(sorted(x)))
+
+
+def _configs(window):
+    return st.fixed_dictionaries(
+        {
+            "granularity": st.sampled_from(["head", "layer"]),
+            "window": window,
+            "sinks": st.integers(0, 3),
+            "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        }
+    )
 
 
 class Schedule:
@@ -186,7 +192,7 @@ def run_schedule(evicting, lockstep, page_accounts, tmp_path_factory):
 
 
 _arguments = dict(
-    config=_configs,
+    config=_configs(_window),
     page_size=st.sampled_from([16, 32, 64]),
     batch=st.integers(1, 4),
     first_length=_lengths,
@@ -201,19 +207,24 @@ _settings = dict(
 
 
 # Of kernels in the interpreter, which take milliseconds a tile.
-_few_arguments = _arguments | dict(
-    config=st.fixed_dictionaries(
+def _few_configs(window):
+    return st.fixed_dictionaries(
         {
             "granularity": st.sampled_from(["head", "layer"]),
-            "window": st.sampled_from([0, 1, 5, 16]),
+            "window": window,
             "sinks": st.integers(0, 2),
             "num_key_value_heads": st.sampled_from([1, 2]),
         }
-    ),
+    )
+
+
+_few_arguments = _arguments | dict(
+    config=_few_configs(st.sampled_from([0, 1, 5, 16])),
     batch=st.integers(1, 2),
     first_length=st.integers(1, 60),
     steps=st.lists(_steps, min_size=4, max_size=8),
 )
+_few_arguments_of_several = _few_arguments | {"config": _few_configs(st.sampled_from([(0, 5), (1, 16, 40), (0, 2, 7, 30)]))}
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU see test_on_gpu.py")
 
 
@@ -230,6 +241,19 @@ def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, co
     run_schedule(config | {"alignment": alignment}, route, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("alignment", "route"),
+    [
+        ("own", "cpu"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("next", "cpu"), ("own", "slow device"), ("next", "slow device"))),
+    ],
+)
+@settings(max_examples=12, derandomize=True, **_settings)
+@given(**(_arguments | {"config": _configs(_several)}))
+def test_schedules_of_several_windows_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, route, **arguments)
+
+
 @needs_interpreter
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @settings(max_examples=2, derandomize=True, **_settings)
@@ -238,11 +262,27 @@ def test_schedules_on_kernels(run_schedule, alignment, config, **arguments):
     run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("alignment", ["own", pytest.param("next", marks=pytest.mark.slow)])
+@settings(max_examples=2, derandomize=True, **_settings)
+@given(**_few_arguments_of_several)
+def test_schedules_of_several_windows_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
+
+
 @pytest.mark.parametrize("route", ["cpu", pytest.param("kernels", marks=[needs_interpreter, pytest.mark.slow])])
 @settings(max_examples=3, derandomize=True, **_settings)
 @given(**_few_arguments, alignment=st.sampled_from(["own", "next"]))
 def test_schedules_where_layers_follow_others(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **arguments)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")) // 40, **_settings)
+@given(**_few_arguments_of_several, alignment=st.sampled_from(["own", "next"]))
+def test_many_schedules_of_several_windows_on_kernels(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, "kernels", **arguments)
 
 
 @pytest.mark.slow
@@ -257,4 +297,15 @@ def test_many_schedules_on_kernels(run_schedule, alignment, config, **arguments)
 @settings(max_examples=int(os.environ.get("DMS_CASES", "2000")), **_settings)
 @given(**_arguments, alignment=st.sampled_from(["own", "next"]), route=st.sampled_from(["cpu", "slow device"]))
 def test_many_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, route, **arguments)
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")), **_settings)
+@given(
+    **(_arguments | {"config": _configs(_several)}),
+    alignment=st.sampled_from(["own", "next"]),
+    route=st.sampled_from(["cpu", "slow device"]),
+)
+def test_many_schedules_of_several_windows(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"alignment": alignment}, route, **arguments)

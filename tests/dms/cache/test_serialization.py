@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dms.cache import CacheFull, DMSCache, held_bytes
 from dms.retrofitting import gate_parameters
@@ -36,6 +37,33 @@ def test_a_loaded_cache_goes_on(family, length, evicting, lockstep, tmp_path):
     one.read(torch.ones(2, 30, dtype=torch.long))
     one.same_counts()
     assert one.largest[0] < 1e-4
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("alignment", ["own", "next"])
+def test_a_loaded_cache_of_several_windows_goes_on(alignment, page_size, evicting, lockstep, page_accounts, tmp_path):
+    """What is gone in a front page is not written; pages of another size are filled anew, each entry with its position."""
+    one = lockstep(evicting(window=(3, 25, 90), alignment=alignment), page_size=32)
+    mask = torch.ones(2, 120, dtype=torch.long)
+    mask[1, :31] = 0
+    one.read(mask)
+    before = one.cache.report(warn=False)
+    one.cache.save(tmp_path / "cache")
+    with safe_open(str(tmp_path / "cache"), framework="pt") as file:
+        num_entries = sum(len(file.get_tensor(f"{i}.positions")) for i in range(len(one.cache.layers)))
+    assert num_entries == before.alive - sum(4 * layer.store.num_heads * 2 for layer in one.cache.layers)
+    one.cache = DMSCache.load(tmp_path / "cache", one.model, page_size=page_size)
+    loaded = one.cache.report(warn=False)
+    assert (loaded.seen, loaded.alive, loaded.cr_decided) == (before.seen, before.alive, before.cr_decided)
+    page_accounts([one.cache])
+    one.decode(40)
+    one.read(torch.ones(2, 30, dtype=torch.long))
+    one.same_counts()
+    page_accounts([one.cache])
+    assert one.largest[0] < 1e-4
+    one.cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"dms.window was \[3, 25, 90\] and is \[3, 25, 91\] here"):
+        DMSCache.load(tmp_path / "cache", evicting(window=(3, 25, 91), alignment=alignment))
 
 
 def test_the_file_holds_what_is_alive_alone(saved):

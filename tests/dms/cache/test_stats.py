@@ -144,12 +144,14 @@ def test_a_leaked_page(evicting, lockstep):
         one.cache.report()
 
 
-def _fill(layer: CompactedLayer, num_tokens: int, chunk: int, share_evicted: float, batch: int = 1, heads: int = 4, D: int = 16) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, num_tokens, chunk):
-        length = min(chunk, num_tokens - start)
+def _fill(
+    layer: CompactedLayer, num_tokens: int, chunk: int, share_evicted: float, batch: int = 1, heads: int = 4, D: int = 16, first: int = 0
+) -> None:
+    generator, windows = torch.Generator().manual_seed(first), layer.dms.windows
+    for start in range(first, first + num_tokens, chunk):
+        length = min(chunk, first + num_tokens - start)
         k, v = torch.randn(2, batch, heads, length, D, generator=generator).unbind(0)
-        evict = torch.rand(batch, length, heads, generator=generator) < share_evicted
+        evict = torch.rand(batch, length, heads, *([len(windows)] * (len(windows) > 1)), generator=generator) < share_evicted
         position = torch.arange(start, start + length, dtype=torch.int32).expand(batch, length)
         layer.extend(k, v, evict, Tokens(torch.ones_like(position), position))
 
@@ -167,6 +169,27 @@ def test_bytes_follow_what_is_alive(page_size, chunk, evicting):
     kept = int(cache.layers[0].store.num_kept.sum())
     assert 0 <= report.pages_used * page_size - kept <= 4 * (page_size - 1)
     assert report.pages_held <= 1.04 * report.pages_used + 1
+
+
+@pytest.mark.parametrize("chunk", [16384, 1000, 61])
+@pytest.mark.parametrize("page_size", [16, pytest.param(32, marks=pytest.mark.slow)])
+def test_bytes_follow_what_is_alive_in_several_windows(page_size, chunk, evicting, page_accounts):
+    """Lists lose half a page at either end. After a long text, and after a thousand steps of decoding that keep less and then more."""
+    cache = DMSCache(evicting(), page_size=page_size)
+    layer = CompactedLayer(DMSConfig(window=[64, 512, 4096]), page_size)
+    cache.layers = [layer]
+    _fill(layer, 16384, chunk, 0.5)
+    for first, share in ((16384, None), (16384, 0.8), (16984, 0.3)):
+        if share is not None:
+            _fill(layer, 600 if share == 0.8 else 400, 1, share, first=first)
+        report, store = cache.report(), layer.store
+        assert report.bytes <= 1.15 * report.bytes_alive and report.warnings == []
+        in_pages = int(store.num_kept.sum())
+        assert 0 <= report.pages_used * page_size - in_pages <= store.num_kept.numel() * (page_size - 1)
+        gone = in_pages - (report.alive - 4 * 65)
+        assert 0 <= gone <= 4 * 2 * (page_size - 1)
+        page_accounts([cache])
+    assert report.cr > 4
 
 
 def test_bytes_beyond_their_bound(evicting):
