@@ -5,6 +5,7 @@ key is read once for all of them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from dms_kernels.arguments import AttentionCall
 from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two
 
+MAX_WINDOWS = 4
 # Of rows or keys in a tile, unless a group is larger still.
 LARGEST = 128
 # Of the rows that a group takes at the least, in a tile: what leaves room for the rest on the smallest GPUs.
@@ -84,9 +86,9 @@ _FLOAT32 = {
 
 @dataclass(frozen=True)
 class Call(AttentionCall):
-    """One call as the kernels take it; window and sinks are at most T."""
+    """One call as the kernels take it; windows and sinks are at most T."""
 
-    window: int
+    windows: tuple[int, ...]
     sinks: int
     margin: float
     """nats below the floor at which a far key is left out, so that all that are left out together weigh less than a rounding"""
@@ -101,7 +103,7 @@ class Call(AttentionCall):
         k: Tensor,
         log_keep: Tensor | None,
         first_BT: Tensor | None,
-        window: int,
+        windows: Sequence[int],
         scale: float,
         sinks: int,
         softcap: float | None,
@@ -118,7 +120,7 @@ class Call(AttentionCall):
             D=D,
             scale=scale,
             softcap=softcap,
-            window=min(window, T),
+            windows=tuple(min(w, T) for w in windows),
             sinks=min(sinks, T),
             margin=math.log(T) + rounding,
             padding=max(LARGEST, smallest_rows(Hq // H)),
@@ -130,6 +132,11 @@ class Call(AttentionCall):
         """Programs for all rows of queries, `rows` of them each (fewer where G does not divide them)."""
         return self.B * self.H * ceil_div(self.T, rows // self.G)
 
+    @property
+    def four_windows(self) -> tuple[int | None, ...]:
+        """As many as the kernels have arguments for; None says that there is none."""
+        return (*self.windows, *[None] * (MAX_WINDOWS - len(self.windows)))
+
     def of_heads(self) -> dict[str, int]:
         return {"G": self.G, "D": self.D, "BLOCK_D": self.block_d}
 
@@ -139,6 +146,7 @@ class Call(AttentionCall):
             **self.of_heads(),
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.keys,
+            "K": len(self.windows),
             "PADDING": self.padding,
             "HAS_GATE": self.has_gate,
             "HAS_SEGMENTS": self.has_segments,
