@@ -32,13 +32,12 @@ def compile_all(tmp_path_factory, *arguments: str) -> list[dict]:
 
 
 def check(rows: list[dict], cases: list) -> None:
-    assert {(row["operation"], row["capability"], row["head_dim"], row["group"], row["kv"]) for row in rows} == {
-        (case.operation, case.capability, case.head_dim, case.group, case.kv) for case in cases
-    }
+    fields = ("operation", "capability", "head_dim", "group", "kv", "num_windows")
+    assert {tuple(row[field] for field in fields) for row in rows} == {tuple(getattr(case, field) for field in fields) for case in cases}
     wrong = []
     for row in rows:
         budget = budget_of(row["kernel"])
-        takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']}: {row['kernel']} takes"
+        takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']} K{row['num_windows']}: {row['kernel']} takes"
         for name, limit in (
             ("registers", budget.registers),
             ("stack_bytes", budget.stack_bytes),

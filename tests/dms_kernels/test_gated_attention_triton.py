@@ -38,7 +38,7 @@ def _small_tiles(monkeypatch):
 
 
 def _tiles(rows, keys):
-    return lambda kernel, target, D, G, dtype: launch.Tile(max(rows, launch.smallest_rows(G)), keys, 4, 2)
+    return lambda kernel, target, D, G, *_: launch.Tile(max(rows, launch.smallest_rows(G)), keys, 4, 2)
 
 
 def _inputs(B=1, T=33, H=1, G=2, D=8, dtype=torch.float32, gates="mixed", seed=0, sink_logits=False, trained=_NAMES):

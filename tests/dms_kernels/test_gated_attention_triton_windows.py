@@ -38,7 +38,7 @@ def _small_tiles(monkeypatch):
 
 
 def _set_tiles(patch, rows, keys):
-    patch.setattr(launch, "pick_tile", lambda kernel, target, D, G, dtype: launch.Tile(max(rows, launch.smallest_rows(G)), keys, 4, 2))
+    patch.setattr(launch, "pick_tile", lambda kernel, target, D, G, *_: launch.Tile(max(rows, launch.smallest_rows(G)), keys, 4, 2))
 
 
 def _trained(tensors, evicting=0.6, seed=3):

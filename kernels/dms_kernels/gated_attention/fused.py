@@ -125,7 +125,7 @@ def _measure_keys(
         call.cap_in,
         call.softcap or 0.0,
         BLOCK_M=rows,
-        K=len(call.windows),
+        K=call.K,
         HAS_SEGMENTS=call.has_segments,
         HAS_SOFTCAP=call.softcap is not None,
         **call.of_heads(),
@@ -144,7 +144,7 @@ def _list_far_keys(
     top_BH = (norm_q_BHR * (longest_BH * call.scale)[..., None] - floor_BHR).amax(2)
     slope_BH = (top_BH - base_BH) / longest_BH.clamp(min=1e-30)
     limits_BH3 = torch.stack([base_BH, slope_BH, norm_q_BHR.amax(2)], dim=2)
-    B, H, K, T = call.B, call.H, len(call.windows), call.T
+    B, H, K, T = call.B, call.H, call.K, call.T
     log2_keep_BHKT = norm_k_BHT.new_empty(B, H, K, T)
     kept_BHKT = torch.empty_like(log2_keep_BHKT, dtype=torch.int32)
     kept_log2_keep_BHK = norm_k_BHT.new_empty(B, H, K, call.padding + T)
@@ -166,7 +166,7 @@ def _list_far_keys(
         call.margin,
         call.cap_in,
         call.softcap or 0.0,
-        K=len(call.windows),
+        K=call.K,
         BLOCK=_LIST_BLOCK,
         PADDING=call.padding,
         HAS_SEGMENTS=call.has_segments,
@@ -182,9 +182,8 @@ def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[T
 
     if not call.has_gate:
         return None, None
-    K = len(call.windows)
-    kept_k, kept_v = (k.new_empty(call.B, call.H, K, call.padding + call.T, call.D) for _ in range(2))
-    gather_kernel[(call.B * call.H * K * ceil_div(call.padding + call.T, _COPY_ROWS),)](
+    kept_k, kept_v = (k.new_empty(call.B, call.H, call.K, call.padding + call.T, call.D) for _ in range(2))
+    gather_kernel[(call.B * call.H * call.K * ceil_div(call.padding + call.T, _COPY_ROWS),)](
         k,
         v,
         far.kept_BHKT,
@@ -198,7 +197,7 @@ def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[T
         D=call.D,
         BLOCK_D=call.block_d,
         BLOCK_N=_COPY_ROWS,
-        K=K,
+        K=call.K,
         PADDING=call.padding,
     )
     return kept_k, kept_v
@@ -247,7 +246,7 @@ def _launch_forward(
         far = _list_far_keys(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, floor_BHR)
     out_BTHqD = q.new_empty(q.shape)
     lse2_BHR = q.new_empty(call.B, call.H, call.T * call.G, dtype=torch.float32)
-    tile = launch.pick_tile("forward", dispatch.target(q.device), call.D, call.G, q.dtype)
+    tile = call.pick_tile("forward", q)
     forward_kernel[(call.num_blocks(tile.rows),)](
         q,
         k,
@@ -373,7 +372,7 @@ def _launch_backward(call: Call, grad_out: Tensor, saved: _Saved, needs: list[bo
 def _launch_queries(call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, far: _FarKeys, grad_q: Tensor) -> None:
     from dms_kernels.gated_attention.backward import queries_kernel
 
-    tile = launch.pick_tile("queries", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
+    tile = call.pick_tile("queries", saved.q)
     queries_kernel[(call.num_blocks(tile.rows),)](
         saved.q,
         saved.k,
@@ -407,9 +406,9 @@ def _launch_keys(
 ) -> None:
     from dms_kernels.gated_attention.backward import keys_kernel
 
-    tile = launch.pick_tile("keys", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
+    tile = call.pick_tile("keys", saved.q)
     # Keys of different reach do not share a tile: for each window one more may be begun.
-    num_tiles = ceil_div(call.T, tile.keys) + (len(call.windows) if call.has_gate else 0)
+    num_tiles = ceil_div(call.T, tile.keys) + (call.K if call.has_gate else 0)
     _, grad_k, grad_v, grad_gate, _ = grads
     keys_kernel[(call.B * call.H * num_tiles,)](
         saved.q,

@@ -6,13 +6,13 @@ key is read once for all of them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dms_kernels.arguments import AttentionCall
-from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two
+from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two, target
 
 MAX_WINDOWS = 4
 # Of rows or keys in a tile, unless a group is larger still.
@@ -33,7 +33,7 @@ class Tile:
     stages: int
 
 
-def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype) -> Tile:
+def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype, num_windows: int = 1) -> Tile:
     """kernel: forward, queries (dq) or keys (dk, dv and the gate's gradient)."""
     if dtype == torch.float32:
         tiles = _FLOAT32
@@ -42,6 +42,9 @@ def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype) -
     else:
         tiles = _AMPERE if target.shared_bytes > 160_000 else _SMALL
     tile = tiles[kernel][max(padded(D), 64)]
+    if num_windows > 1 and kernel != "keys":
+        # Masks for each window take registers, and the edges of the windows are narrow.
+        tile = replace(tile, keys=min(tile.keys, 64))
     rows = smallest_rows(G)
     if rows > tile.rows:
         return Tile(rows, max(16, tile.keys * tile.rows // rows), tile.warps, 1)
@@ -128,9 +131,17 @@ class Call(AttentionCall):
             has_segments=first_BT is not None,
         )
 
+    def pick_tile(self, kernel: str, q: Tensor) -> Tile:
+        """See the function of this name."""
+        return pick_tile(kernel, target(q.device), self.D, self.G, q.dtype, self.K)
+
     def num_blocks(self, rows: int) -> int:
         """Programs for all rows of queries, `rows` of them each (fewer where G does not divide them)."""
         return self.B * self.H * ceil_div(self.T, rows // self.G)
+
+    @property
+    def K(self) -> int:
+        return len(self.windows)
 
     @property
     def four_windows(self) -> tuple[int | None, ...]:
@@ -146,7 +157,7 @@ class Call(AttentionCall):
             **self.of_heads(),
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.keys,
-            "K": len(self.windows),
+            "K": self.K,
             "PADDING": self.padding,
             "HAS_GATE": self.has_gate,
             "HAS_SEGMENTS": self.has_segments,
