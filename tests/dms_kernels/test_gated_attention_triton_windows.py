@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from dms_kernels import dispatch, gated_attention
-from dms_kernels.gated_attention import FirstPass, fused, launch
+from dms_kernels.gated_attention import FirstPass, backward, forward, fused, launch
 from dms_kernels.gated_attention.chunked import gated_attention_chunked
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
@@ -83,6 +83,8 @@ def _assert_small(errors, bound=1e-5):
         ([2, 13, 37], {"T": 60, "G": 1}, {}),
         ([1, 3, 4, 6], {"T": 40, "G": 2}, {"softcap": 2.0, "sinks": 2}),
         ([0, 1], {"T": 35, "G": 1, "gates": "soft"}, {"sinks": 1}),
+        # Borders at those of tiles.
+        ([15, 16, 31, 48], {"T": 64, "G": 1}, {}),
         ([5, 20, 59, 90], {"T": 61, "G": 3, "D": 20, "sink_logits": True}, {}),
         ([17, 40], {"T": 58, "G": 1, "gates": "kept"}, {}),
         ([3, 30], {"T": 50, "G": 2, "gates": "evicted"}, {}),
@@ -217,8 +219,30 @@ def test_a_key_is_in_the_lists_of_the_ranges_that_it_is_read_in(monkeypatch):
             assert sorted(lists.kept_BHKT[0, 0, r, T - num_dropped :].tolist()) == dropped.nonzero()[:, 0].tolist()
 
 
-def test_what_is_left_out_is_not_read(monkeypatch):
-    """A key of class j is read within w_j alone, forward and backward: what is further may hold anything in the copies."""
+def test_work_falls_with_each_decision(monkeypatch):
+    T, windows, calls, score = 96, [4, 20, 50], [0], forward.score
+
+    def counted(*arguments):
+        calls[0] += 1
+        return score(*arguments)
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "score", counted)
+
+    def products(*evicted):
+        tensors = inputs(1, T, 1, 1, gates="kept", dtype=torch.float32, num_windows=3)
+        with torch.no_grad():
+            tensors["log_keep"][..., list(evicted)] = -500.0
+        calls[0] = 0
+        forward_backward(gated_attention, tensors, window=windows, scale=0.5, segment_ids=None)
+        return calls[0]
+
+    none, last, middle, first = products(), products(2), products(1), products(0)
+    assert first < middle < last < none and first < 0.7 * none, (first, middle, last, none)
+    assert products(0, 1, 2) == first
+
+
+def test_lists_copy_what_they_name_and_no_more(monkeypatch):
     T, windows = 64, [2, 12, 30]
     tensors = _trained(inputs(1, T, 1, 1, dtype=torch.float32, num_windows=3), evicting=0.0)
     with torch.no_grad():
