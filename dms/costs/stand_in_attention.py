@@ -70,8 +70,8 @@ class _StandIn(torch.autograd.Function):
         lse_BHqT = q_BTHqD.new_empty(B, Hq, T, dtype=torch.float32)
         if kernels:
             # Without gates there are no far keys to choose from.
-            norms = () if log_keep_BTH is None else (torch.empty_like(lse_BHqT), torch.empty_like(log_keep_BTH))
-            workspace = _lists(k_BTHD) if norms else []
+            norms = () if log_keep_BTH is None else (torch.empty_like(lse_BHqT), lse_BHqT.new_empty(k_BTHD.shape[:3]))
+            workspace = [] if log_keep_BTH is None else _lists(k_BTHD, log_keep_BTH)
         else:
             norms = ()
             # The own scores' product copies the queries.
@@ -89,7 +89,7 @@ class _StandIn(torch.autograd.Function):
         # With documents or padding the gradient is masked first; then a sum for each row.
         workspace = [torch.empty_like(grad_out)]
         if ctx.kernels:
-            lists = [] if inputs[3] is None else _lists(k_BTHD)
+            lists = [] if inputs[3] is None else _lists(k_BTHD, inputs[3])
             workspace += [*lists, *(torch.empty_like(ctx.saved_tensors[6]) for _ in range(2))]
         else:
             workspace += [_block(q_BTHqD, k_BTHD, 2), *_far(k_BTHD), *_far(k_BTHD), *_far(k_BTHD)]
@@ -98,10 +98,11 @@ class _StandIn(torch.autograd.Function):
         return *grads, None
 
 
-def _lists(k_BTHD: torch.Tensor) -> list[torch.Tensor]:
-    """The kernels' lists of far keys, and those keys and values side by side."""
-    sizes = [k_BTHD.new_empty(k_BTHD.shape[:3], dtype=torch.float32) for _ in range(4)]
-    return [torch.empty_like(k_BTHD), torch.empty_like(k_BTHD), *sizes]
+def _lists(k_BTHD: torch.Tensor, log_keep: torch.Tensor) -> list[torch.Tensor]:
+    """The kernels' lists of far keys, one for each window (log_keep [B, T, H] or [B, T, H, K]), and those keys and values side by side."""
+    num_windows = log_keep[0, 0, 0].numel()
+    sizes = [k_BTHD.new_empty((num_windows, *k_BTHD.shape[:3]), dtype=torch.float32) for _ in range(4)]
+    return [*(k_BTHD.new_empty((num_windows, *k_BTHD.shape)) for _ in range(2)), *sizes]
 
 
 def _block(q_BTHqD: torch.Tensor, k_BTHD: torch.Tensor, num: int) -> torch.Tensor:

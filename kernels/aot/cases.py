@@ -75,9 +75,10 @@ def _gated_attention(case: Case) -> None:
 
     q = _randn(1, _T, _H * case.group, case.head_dim, case=case).requires_grad_()
     k, v = (_randn(1, _T, _H, case.head_dim, case=case).requires_grad_() for _ in range(2))
-    log_keep = torch.nn.functional.logsigmoid(torch.randn(1, _T, _H) * 20).requires_grad_()
+    window = (64, 96, 128, 256)[: case.num_windows]
+    log_keep = torch.nn.functional.logsigmoid(torch.randn(1, _T, _H, case.num_windows) * 20).requires_grad_()
     segments = torch.ones(1, _T, dtype=torch.int32)
-    out = gated_attention(q, k, v, log_keep, window=64, scale=0.1, segment_ids=segments)
+    out = gated_attention(q, k, v, log_keep, window=window, scale=0.1, segment_ids=segments)
     out.backward(torch.ones_like(out))
 
 
@@ -179,6 +180,8 @@ def full_matrix() -> list[Case]:
             paged = ("sparse_prefill", "paged_decode", "append")
             operations = paged if kv in ("int8", "fp8") else ("gated_attention", *paged)
             cases += [Case(op, capability, D, G, kv) for op in operations for D in (64, 128) for G in (1, 4, 8)]
+            if kv == "bf16":
+                cases += [Case("gated_attention", capability, D, G, kv, num_windows=3) for D in (64, 128) for G in (1, 4, 8)]
             if kv in ("bf16", "fp16"):
                 cases.append(Case("distill_loss", capability, 128, 1, kv))
     return cases + [case for case in several_windows() if case.num_windows > 1]
@@ -199,6 +202,7 @@ def representative() -> list[Case]:
     """About a dozen kernels, for every run of the tests."""
     return [
         Case("gated_attention", 90, 128, 4, "bf16"),
+        Case("gated_attention", 90, 128, 4, "bf16", num_windows=3),
         Case("sparse_prefill", 90, 128, 4, "bf16"),
         Case("paged_decode", 90, 128, 4, "bf16"),
         Case("paged_decode", 80, 64, 8, "int8"),

@@ -20,8 +20,8 @@ def _fused(monkeypatch):
     assert not dispatch.is_interpreted(), "unset TRITON_INTERPRET to test on a GPU"
 
 
-def _inputs(B, T, H, G, D, *, dtype=torch.bfloat16, gates="trained", evicted=0.75, sink_logits=False, seed=0):
-    """Leaf tensors by name; gates: trained (nearly binary), mixed (with hard evictions), soft, none."""
+def _inputs(B, T, H, G, D, *, dtype=torch.bfloat16, gates="trained", evicted=0.75, sink_logits=False, seed=0, num_windows=None):
+    """Leaf tensors by name; gates: trained (nearly binary), mixed (with hard evictions), soft, none; num_windows: K of log_keep."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
@@ -29,10 +29,11 @@ def _inputs(B, T, H, G, D, *, dtype=torch.bfloat16, gates="trained", evicted=0.7
 
     tensors = {"q": normal(B, T, H * G, D), "k": normal(B, T, H, D), "v": normal(B, T, H, D)}
     tensors = {name: x.to(dtype) for name, x in tensors.items()}
-    is_evicted = torch.rand(B, T, H, generator=generator, device="cuda") < evicted
-    log_keep = torch.nn.functional.logsigmoid(4 * normal(B, T, H))
+    shape = (B, T, H) if num_windows is None else (B, T, H, num_windows)
+    is_evicted = torch.rand(*shape, generator=generator, device="cuda") < evicted
+    log_keep = torch.nn.functional.logsigmoid(4 * normal(*shape))
     if gates == "trained":
-        log_keep = torch.where(is_evicted, -80.0, -1e-3) + 0.01 * normal(B, T, H)
+        log_keep = torch.where(is_evicted, -80.0, -1e-3) + 0.01 * normal(*shape)
     elif gates == "mixed":
         log_keep[is_evicted] = -math.inf
     if gates != "none":
@@ -101,6 +102,23 @@ def test_float32(D):
     want = _forward_backward(gated_attention_reference, {name: x.detach().double() for name, x in tensors.items()}, **options)
     for name, x in _forward_backward(gated_attention, tensors, **options).items():
         torch.testing.assert_close(x.double(), want[name], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("windows", [[24, 96, 384], [0, 1, 2, 3], [100, 600], [63, 64, 127, 256]])
+@pytest.mark.parametrize("gates", ["trained", "mixed", "soft"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_several_windows(windows, gates, D):
+    tensors = _inputs(2, 700, 2, 4, D, gates=gates, evicted=0.4, num_windows=len(windows))
+    options = _options(D, window=windows, sinks=2, segment_ids=_documents(2, 700, 2, num_pad=37) if gates == "mixed" else None)
+    exact = {name: x.detach().double() for name, x in tensors.items()}
+    want = _forward_backward(gated_attention_reference, exact, **options)
+    plain = _forward_backward(gated_attention_reference, tensors, **options)
+    ours = _forward_backward(gated_attention, tensors, **options)
+    again = _forward_backward(gated_attention, tensors, **options)
+    for name, x in want.items():
+        assert torch.equal(ours[name], again[name]), name
+        error, allowed = ((result[name] - x).abs().max() for result in (ours, plain))
+        assert error <= 2 * allowed + 1e-6 * x.abs().max(), (name, float(error), float(allowed))
 
 
 @pytest.mark.parametrize("segments", [None, 5])

@@ -248,13 +248,3 @@ def test_bad_arguments_are_named(change, message):
     gated_attention(**arguments)
     with pytest.raises(ValueError, match=message):
         gated_attention(**{**arguments, **change})
-
-
-def test_the_kernels_say_that_they_know_one_window(monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_problem", lambda device: None)
-    monkeypatch.setenv("DMS_KERNELS", "triton")
-    q, kv = _ZEROS(1, 5, 4, 16), _ZEROS(1, 5, 2, 16)
-    with pytest.raises(RuntimeError, match="the kernels of gated_attention know one window, and there are 2: 1, 3"):
-        gated_attention(q, kv, kv, _ZEROS(1, 5, 2, 2), window=[1, 3], scale=1.0, segment_ids=None)
-    monkeypatch.delenv("DMS_KERNELS")
-    assert gated_attention(q, kv, kv, _ZEROS(1, 5, 2, 2), window=[1, 3], scale=1.0, segment_ids=None).shape == q.shape

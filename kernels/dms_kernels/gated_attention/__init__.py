@@ -13,10 +13,9 @@ from dms_kernels import dispatch
 from dms_kernels.arguments import check_count, check_devices, check_heads, check_scores
 from dms_kernels.gated_attention.chunked import FirstPass, gated_attention_chunked
 from dms_kernels.gated_attention.fused import gated_attention_fused, problem
+from dms_kernels.gated_attention.launch import MAX_WINDOWS
 
 __all__ = ["FirstPass", "gated_attention"]
-
-MAX_WINDOWS = 4
 
 
 def gated_attention(
@@ -51,7 +50,7 @@ def gated_attention(
             probability that the token is kept, already aligned to the token that it rules; -inf evicts it outright (its
             gradient is then 0). None: plain causal.
         window: tokens before the query that are seen whatever their gate says; 0 leaves only the query's own. Or 1 to 4
-            of these, strictly increasing; those of T and more never count. The kernels take one.
+            of these, strictly increasing; those of T and more never count.
         scale: factor on q.k, usually D ** -0.5.
         segment_ids: [B, T] int32, equal numbers for the tokens of one document, 0 for padding, whose output and
             gradients are 0. A document is one run of equal numbers. None: one document a row, no padding.
@@ -81,7 +80,7 @@ def gated_attention(
         log_keep = None if log_keep is None else log_keep[..., 0]
     function = None if first_pass is None else first_pass.function
     if function is None:
-        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k, window)) else gated_attention_chunked
+        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
     return function(
         q,
         k,

@@ -1,9 +1,10 @@
 """Fused gated attention, backward: dq by blocks of queries; dk, dv and the gate's gradient by tiles of keys. No atomics.
 
-Keys go in tiles of those that far queries see and tiles of those that only near ones do (the two ends of the head's list).
-So each key belongs to one program, which sums over all its queries and over the G query heads, and writes it once.
+A tile's keys have one reach, the last range in which they weigh anything: of reach K are those that all later queries see, of
+reach r < K those that only queries within w_(r+1) do (the front of the last list and the backs of all; see `forward`). So each key
+belongs to one program, which sums over all its queries and over the G query heads, and writes it once.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C positions of a block; M, N see `forward`.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows, C positions of a block; M, N see `forward`.
 """
 
 try:
@@ -12,7 +13,18 @@ try:
 except ImportError as error:
     raise RuntimeError("this needs Triton; install it (pip install triton)") from error
 
-from dms_kernels.gated_attention.forward import NEG, NEVER, load_rows, near_tiles, score, store_rows
+from dms_kernels.gated_attention.forward import (
+    NEG,
+    NEVER,
+    load_rows,
+    masked_bias,
+    masked_tile,
+    near_tiles,
+    num_edge_tiles,
+    score,
+    store_rows,
+    window_edge,
+)
 
 
 @triton.jit
@@ -69,7 +81,7 @@ def _fold_keys(x_MN, slope_MN, lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS
     return tl.dot(ds_MN.to(k_ND.dtype), k_ND, acc_MD, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "window_2", "window_3", "window_4"])
 def queries_kernel(
     q,
     k,
@@ -99,6 +111,9 @@ def queries_kernel(
     T,
     H,
     window,
+    window_2,
+    window_3,
+    window_4,
     scale,
     scale2,
     cap_in,
@@ -108,6 +123,7 @@ def queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    K: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -124,6 +140,7 @@ def queries_kernel(
     h = (bh % H).to(tl.int64)
     bh = bh.to(tl.int64)
 
+    windows = (window, window_2, window_3, window_4)
     r_M = tl.arange(0, BLOCK_M)
     i_M = i0 + r_M // G
     n_N = tl.arange(0, BLOCK_N)
@@ -147,29 +164,35 @@ def queries_kernel(
         document = 0
         before_lse2_M = lse2_M
     if HAS_GATE:
-        log2_keep += bh * T
+        log2_keep += bh * K * T
         begin, num_edge, diagonal, num_tiles = near_tiles(i0, i_last, document, window, BLOCK_N)
     else:
         begin, num_edge, diagonal, num_tiles = near_tiles(i0, i_last, document, T, BLOCK_N)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_GATE:
-        num_before += bh * (T + 1)
-        far_begin = PADDING + tl.load(num_before + document)
-        far_end = PADDING + tl.load(num_before + begin)
-        kept_log2_keep += bh * (PADDING + T)
-        kept_k += bh * (PADDING + T) * D
-        kept_v += bh * (PADDING + T) * D
-        # From the end, so that the last tile reaches into the padding before the list instead of needing a mask.
-        for step in range(tl.cdiv(far_end - far_begin, BLOCK_N)):
-            at = far_end - (step + 1) * BLOCK_N
-            bias_N = tl.load(kept_log2_keep + at + n_N)
-            if HAS_SEGMENTS:
-                bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
-            k_ND = load_rows(kept_k + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
-            v_ND = load_rows(kept_v + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
-            x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
-            acc_MD = _fold_keys(x_MN + bias_N[None, :], slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
+        far_stop = begin
+        for r in tl.static_range(K):
+            next_stop, far_first = document, document
+            if r + 1 < K:
+                next_stop, far_first = window_edge(i0, i_last, document, windows[r], windows[r + 1])
+            far_before = num_before + (bh * K + r) * (T + 1)
+            far_begin = PADDING + tl.load(far_before + far_first)
+            far_end = PADDING + tl.load(far_before + far_stop)
+            far_stop = next_stop
+            far_log2_keep = kept_log2_keep + (bh * K + r) * (PADDING + T)
+            far_k = kept_k + (bh * K + r) * (PADDING + T) * D
+            far_v = kept_v + (bh * K + r) * (PADDING + T) * D
+            # From the end, so that the last tile reaches into the padding before the list instead of needing a mask.
+            for step in range(tl.cdiv(far_end - far_begin, BLOCK_N)):
+                at = far_end - (step + 1) * BLOCK_N
+                bias_N = tl.load(far_log2_keep + at + n_N)
+                if HAS_SEGMENTS or r + 1 < K:
+                    bias_N = tl.where(at + n_N >= far_begin, bias_N, NEG)
+                k_ND = load_rows(far_k + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
+                v_ND = load_rows(far_v + at.to(tl.int64) * D, n_N * D, None, D, BLOCK_D, False)
+                x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
+                acc_MD = _fold_keys(x_MN + bias_N[None, :], slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
 
     for tile in range(num_edge, diagonal):
         j0 = (begin + tile * BLOCK_N).to(tl.int64)
@@ -178,19 +201,22 @@ def queries_kernel(
         x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
         acc_MD = _fold_keys(x_MN, slope_MN, before_lse2_M, delta_M, grad_MD, k_ND, v_ND, acc_MD, HAS_SOFTCAP)
 
-    for step in range(num_edge + num_tiles - diagonal):
-        tile = step + tl.where(step < num_edge, 0, diagonal - num_edge)
-        j_N = begin + tile * BLOCK_N + n_N
-        is_near_N = j_N < T
-        j0 = (begin + tile * BLOCK_N).to(tl.int64)
-        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, is_near_N, D, BLOCK_D, True)
-        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, is_near_N, D, BLOCK_D, True)
+    num_near = num_edge + num_tiles - diagonal
+    for step in range(num_near + num_edge_tiles(i0, i_last, document, windows, BLOCK_N, K)):
+        near = begin + (step + tl.where(step < num_edge, 0, diagonal - num_edge)) * BLOCK_N
+        j0, j_stop = masked_tile(step, num_near, near, i0, i_last, document, windows, T, BLOCK_N, K)
+        j_N = j0 + n_N
+        is_key_N = j_N < j_stop
+        j0 = j0.to(tl.int64)
+        k_ND = load_rows(k + j0 * k_stride_t, n_N * k_stride_t, is_key_N, D, BLOCK_D, True)
+        v_ND = load_rows(v + j0 * v_stride_t, n_N * v_stride_t, is_key_N, D, BLOCK_D, True)
         x_MN, slope_MN = score(q_MD, k_ND, scale2, cap_in, cap_out, HAS_SOFTCAP)
         gap_MN = i_M[:, None] - j_N[None, :]
         if HAS_GATE:
-            bias_N = tl.load(log2_keep + j_N, mask=is_near_N, other=0.0)
-            x_MN += tl.where(gap_MN > window, bias_N[None, :], 0.0)
+            x_MN += masked_bias(log2_keep, gap_MN, j_N, is_key_N, windows, T, K)
         is_seen_MN = gap_MN >= 0
+        if K > 1:
+            is_seen_MN &= is_key_N[None, :]
         if HAS_SEGMENTS:
             is_seen_MN &= j_N[None, :] >= first_M[:, None]
         x_MN = tl.where(is_seen_MN, x_MN, NEG)
@@ -204,7 +230,6 @@ def queries_kernel(
 def _fold_queries(
     x_NM,
     slope_NM,
-    weigh_NM,
     lse2_M,
     delta_M,
     q_MD,
@@ -212,17 +237,18 @@ def _fold_queries(
     v_ND,
     grad_k_ND,
     grad_v_ND,
-    grad_gate_N,
-    weight,
+    grad_gates,
+    counts,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_K: tl.constexpr,
     NEEDS_V: tl.constexpr,
     NEEDS_GATE: tl.constexpr,
     MASKED: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """Add a tile's part of dk (still to be scaled), dv and the gate's gradient.
+    """Add a tile's part of dk (still to be scaled), dv and the gradients of the K decisions.
 
-    The gate counts where weigh_NM is true if MASKED, else `weight` times.
+    Decision r counts where counts[r], bool [N, M], is true if MASKED, else for all alike: counts[r] is 1.0 or 0.0.
     """
     p_NM = tl.exp2(x_NM - lse2_M[None, :])
     if NEEDS_V:
@@ -230,18 +256,23 @@ def _fold_queries(
     if NEEDS_K or NEEDS_GATE:
         ds_NM = p_NM * (tl.dot(v_ND, tl.trans(grad_MD), input_precision="ieee") - delta_M[None, :])
         if NEEDS_GATE:
+            added = ()
             if MASKED:
-                grad_gate_N += tl.sum(tl.where(weigh_NM, ds_NM, 0.0), 1)
+                for r in tl.static_range(K):
+                    added += (grad_gates[r] + tl.sum(tl.where(counts[r], ds_NM, 0.0), 1),)
             else:
-                grad_gate_N += tl.sum(ds_NM, 1) * weight
+                sum_N = tl.sum(ds_NM, 1)
+                for r in tl.static_range(K):
+                    added += (grad_gates[r] + sum_N * counts[r],)
+            grad_gates = added
         if NEEDS_K:
             if HAS_SOFTCAP:
                 ds_NM *= slope_NM
             grad_k_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, grad_k_ND, input_precision="ieee")
-    return grad_k_ND, grad_v_ND, grad_gate_N
+    return grad_k_ND, grad_v_ND, grad_gates
 
 
-@triton.jit(do_not_specialize=["window", "sinks"])
+@triton.jit(do_not_specialize=["window", "window_2", "window_3", "window_4", "sinks"])
 def keys_kernel(
     q,
     k,
@@ -272,6 +303,9 @@ def keys_kernel(
     T,
     H,
     window,
+    window_2,
+    window_3,
+    window_4,
     sinks,
     scale,
     scale2,
@@ -282,6 +316,7 @@ def keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    K: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -290,16 +325,16 @@ def keys_kernel(
     NEEDS_GATE: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """grad_k and grad_v [B,T,H,D] and grad_gate [B,T,H] float32, contiguous.
+    """grad_k and grad_v [B,T,H,D] and grad_gate [B,T,H,K] float32, contiguous.
 
-    Queries come in blocks of C from the tile's first key on. Those at the diagonal and those at which the window leaves the
+    Queries come in blocks of C from the tile's first key on. Those at the diagonal and those at which a window leaves the
     tile are masked element by element; between them and after them a bias per key says all.
     """
     C: tl.constexpr = BLOCK_M // G
     NEAR: tl.constexpr = NEEDS_K or NEEDS_V
     pid = tl.program_id(0)
     # Tile after tile of all heads, those with the most queries first: a head after the other would leave its long tiles for the end.
-    num_heads = tl.num_programs(0) // (tl.cdiv(T, BLOCK_N) + HAS_GATE)
+    num_heads = tl.num_programs(0) // (tl.cdiv(T, BLOCK_N) + (K if HAS_GATE else 0))
     tile = pid // num_heads
     bh = pid % num_heads
     b = (bh // H).to(tl.int64)
@@ -308,18 +343,32 @@ def keys_kernel(
 
     n_N = tl.arange(0, BLOCK_N)
     if HAS_GATE:
-        # The kept first: they have the most queries.
-        num_kept = tl.load(num_before + bh * (T + 1) + T)
-        num_kept_tiles = tl.cdiv(num_kept, BLOCK_N)
-        is_kept = tile < num_kept_tiles
-        at_N = tl.where(is_kept, tile, tile - num_kept_tiles) * BLOCK_N + n_N
-        is_key_N = at_N < tl.where(is_kept, num_kept, T - num_kept)
-        index_N = tl.load(kept + bh * T + tl.where(is_kept, at_N, T - 1 - at_N), mask=is_key_N, other=0)
+        # Those of the longest reach first: they have the most queries.
+        num_before += bh * K * (T + 1)
+        kept += bh * K * T
+        num_kept = tl.load(num_before + (K - 1) * (T + 1) + T)
+        reach, num_keys, tiles_before, num_tiles = K, num_kept, 0, tl.cdiv(num_kept, BLOCK_N)
+        for i in tl.static_range(K):
+            r = K - 1 - i
+            num_reaching = T
+            if r > 0:
+                num_reaching = tl.load(num_before + (r - 1) * (T + 1) + T)
+            is_before = tile < num_tiles
+            reach = tl.where(is_before, reach, r)
+            num_keys = tl.where(is_before, num_keys, num_reaching - num_kept)
+            tiles_before = tl.where(is_before, tiles_before, num_tiles)
+            num_tiles += tl.cdiv(num_reaching - num_kept, BLOCK_N)
+            num_kept = num_reaching
+        at_N = (tile - tiles_before) * BLOCK_N + n_N
+        is_key_N = at_N < num_keys
+        row_N = tl.where(reach == K, at_N + (K - 1) * T, reach * T + T - 1 - at_N)
+        index_N = tl.load(kept + row_N, mask=is_key_N, other=0)
     else:
-        is_kept = True
+        reach = 1
         index_N = tile * BLOCK_N + n_N
         is_key_N = index_N < T
         window = T
+    windows = (window, window_2, window_3, window_4)
     k += b * k_stride_b + h * k_stride_h
     v += b * v_stride_b + h * v_stride_h
     k_ND = load_rows(k, index_N.to(tl.int64) * k_stride_t, is_key_N, D, BLOCK_D, True)
@@ -340,26 +389,38 @@ def keys_kernel(
     j_first = tl.min(j_N, 0)
     j_last = tl.max(tl.where(is_seen_N, index_N, -1), 0)
     if HAS_GATE:
-        bias_N = tl.where(is_kept, tl.load(log2_keep + bh * T + index_N, mask=is_key_N, other=0.0), NEG)
-        # Far queries see none of the keys left out.
-        i_end = tl.where(is_kept, i_end, tl.minimum(i_end, j_last + window + 1) if NEAR else 0)
+        log2_keep += bh * K * T
+        biases = ()
+        for r in tl.static_range(K):
+            biases += (tl.where(reach > r, tl.load(log2_keep + r * T + index_N, mask=is_key_N, other=0.0), NEG),)
+        for r in tl.static_range(K):
+            # Queries further than its reach see none of it, and those in the window do not ask its gate.
+            seen_end = tl.minimum(i_end, j_last + windows[r] + 1) if NEAR or r > 0 else 0
+            i_end = tl.where(reach == r, seen_end, i_end)
     else:
-        bias_N = tl.zeros([BLOCK_N], tl.float32)
+        biases = (tl.zeros([BLOCK_N], tl.float32),)
     # Blocks of queries after the tile's last key belong to its document: the keys of others are the same for all of them.
     other_N = tl.where(is_seen_N & (j_N >= document), 0.0, NEG)
 
+    # Of the blocks of queries, masked are [0, num_diagonal) and, for each window that leaves the tile, [edges[r], fars[r]).
+    span = tl.maximum(j_last - j_first, 0)
     num_blocks = tl.cdiv(tl.maximum(i_end - j_first, 0), C)
-    num_diagonal = tl.minimum(tl.cdiv(tl.maximum(j_last - j_first, 0), C), num_blocks)
-    num_inside = tl.minimum((window + 1) // C, num_blocks)
-    far = tl.minimum((tl.maximum(j_last - j_first, 0) + window) // C + 1, num_blocks)
-    if NEAR:
-        edge = tl.maximum(num_diagonal, num_inside)
-        num_band = edge - num_diagonal
-    else:
-        # Only gaps beyond the window have a gate.
-        edge = num_inside
-        num_diagonal = 0
-        num_band = 0
+    # Only gaps beyond the window have a gate.
+    num_diagonal = tl.minimum(tl.cdiv(span, C), num_blocks) if NEAR else 0
+    far = num_diagonal
+    edges, fars = (), ()
+    for r in tl.static_range(K):
+        edges += (tl.maximum(far, tl.minimum((windows[r] + 1) // C, num_blocks)),)
+        far = tl.minimum((span + windows[r]) // C + 1, num_blocks)
+        fars += (far,)
+    # How many come before each edge in the masked loop, and before each range in the other; and of all.
+    num_masked, num_plain = num_diagonal, edges[0] - num_diagonal if NEAR else 0
+    masked_before, plain_before = (), ()
+    for r in tl.static_range(K):
+        masked_before += (num_masked,)
+        plain_before += (num_plain,)
+        num_masked += fars[r] - edges[r]
+        num_plain += (edges[r + 1] if r + 1 < K else num_blocks) - fars[r]
 
     r_M = tl.arange(0, BLOCK_M)
     c_M = r_M // G
@@ -371,10 +432,13 @@ def keys_kernel(
     delta += bh * (T * G + PADDING)
     grad_k_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_gate_N = tl.zeros([BLOCK_N], tl.float32)
+    grad_gates = (tl.zeros([BLOCK_N], tl.float32),) * K
 
-    for step in range(num_diagonal + far - edge):
-        i0 = j_first + (step + tl.where(step < num_diagonal, 0, edge - num_diagonal)) * C
+    for step in range(num_masked):
+        shift = 0
+        for r in tl.static_range(K):
+            shift = tl.where(step < masked_before[r], shift, edges[r] - masked_before[r])
+        i0 = j_first + (step + shift) * C
         i_M = i0 + c_M
         at = i0.to(tl.int64)
         q_MD = load_rows(q + at * q_stride_t, q_offsets_M, i_M < T, D, BLOCK_D, True)
@@ -385,18 +449,22 @@ def keys_kernel(
             lse2_M = tl.where(r_M < C * G, lse2_M, NEVER)
         x_NM, slope_NM = score(k_ND, q_MD, scale2, cap_in, cap_out, HAS_SOFTCAP)
         gap_NM = i_M[None, :] - j_N[:, None]
-        is_far_NM = gap_NM > window
+        is_far = ()
+        for r in tl.static_range(K):
+            is_far += (gap_NM > windows[r],)
         if HAS_GATE:
-            x_NM += tl.where(is_far_NM, bias_N[:, None], 0.0)
+            bias_NM = tl.where(is_far[0], biases[0][:, None], 0.0)
+            for r in tl.static_range(1, K):
+                bias_NM = tl.where(is_far[r], biases[r][:, None], bias_NM)
+            x_NM += bias_NM
         is_seen_NM = gap_NM >= 0
         if HAS_SEGMENTS:
             first_M = tl.load(first + i_M, mask=i_M < T, other=0)
             is_seen_NM &= j_N[:, None] >= first_M[None, :]
         x_NM = tl.where(is_seen_NM, x_NM, NEG)
-        grad_k_ND, grad_v_ND, grad_gate_N = _fold_queries(
+        grad_k_ND, grad_v_ND, grad_gates = _fold_queries(
             x_NM,
             slope_NM,
-            is_far_NM,
             lse2_M,
             delta_M,
             q_MD,
@@ -404,18 +472,21 @@ def keys_kernel(
             v_ND,
             grad_k_ND,
             grad_v_ND,
-            grad_gate_N,
-            1.0,
+            grad_gates,
+            is_far,
             HAS_SOFTCAP,
             NEEDS_K,
             NEEDS_V,
             NEEDS_GATE,
             True,
+            K,
         )
 
-    for step in range(num_band + num_blocks - far):
-        is_far = step >= num_band
-        i0 = j_first + (step + tl.where(is_far, far - num_band, num_diagonal)) * C
+    for step in range(num_plain):
+        shift = num_diagonal
+        for r in tl.static_range(K):
+            shift = tl.where(step < plain_before[r], shift, fars[r] - plain_before[r])
+        i0 = j_first + (step + shift) * C
         i_M = i0 + c_M
         at = i0.to(tl.int64)
         q_MD = load_rows(q + at * q_stride_t, q_offsets_M, i_M < T, D, BLOCK_D, True)
@@ -426,12 +497,17 @@ def keys_kernel(
             # The document may end inside its last block.
             lse2_M = tl.where((r_M < C * G) & (i_M < i_end), lse2_M, NEVER)
         x_NM, slope_NM = score(k_ND, q_MD, scale2, cap_in, cap_out, HAS_SOFTCAP)
+        counts = ()
+        bias_N = tl.zeros([BLOCK_N], tl.float32)
+        for r in tl.static_range(K):
+            is_past = step >= plain_before[r]
+            counts += (tl.where(is_past, 1.0, 0.0),)
+            bias_N = tl.where(is_past, biases[r], bias_N)
         if HAS_GATE or HAS_SEGMENTS:
-            x_NM += (other_N + tl.where(is_far, bias_N, 0.0))[:, None]
-        grad_k_ND, grad_v_ND, grad_gate_N = _fold_queries(
+            x_NM += (other_N + bias_N)[:, None]
+        grad_k_ND, grad_v_ND, grad_gates = _fold_queries(
             x_NM,
             slope_NM,
-            x_NM,
             lse2_M,
             delta_M,
             q_MD,
@@ -439,13 +515,14 @@ def keys_kernel(
             v_ND,
             grad_k_ND,
             grad_v_ND,
-            grad_gate_N,
-            tl.where(is_far, 1.0, 0.0),
+            grad_gates,
+            counts,
             HAS_SOFTCAP,
             NEEDS_K,
             NEEDS_V,
             NEEDS_GATE,
             False,
+            K,
         )
 
     index_N = index_N.to(tl.int64)
@@ -459,5 +536,6 @@ def keys_kernel(
         else:
             position_N = index_N
         # A sink's gate rules nothing, and a key left out passes nothing on.
-        grad_gate_N = tl.where(is_kept & (position_N >= sinks), grad_gate_N, 0.0)
-        tl.store(grad_gate + (b * T + index_N) * H + h, grad_gate_N, mask=is_key_N)
+        for r in tl.static_range(K):
+            grad_gate_N = tl.where((reach > r) & (position_N >= sinks), grad_gates[r], 0.0)
+            tl.store(grad_gate + ((b * T + index_N) * H + h) * K + r, grad_gate_N, mask=is_key_N)

@@ -1,10 +1,10 @@
 """Gated attention in Triton: two custom operators, so that torch.compile, checkpointing and CUDA graphs see it whole.
 
 Saved for the backward: q, k, v, log_keep, out, a log-sum-exp and a length for each query and head, a length for each key.
-Keys that weigh nothing for far queries are left out by a list made on the device (see `forward`). The backward makes a shorter
-one, now that it knows the log-sum-exps.
+Keys that weigh nothing for far queries are left out by lists made on the device (see `forward`). The backward makes shorter
+ones, now that it knows the log-sum-exps.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R = T * G rows of a KV head.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows, R = T * G rows of a KV head.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,11 @@ _LIST_BLOCK = 4096
 _COPY_ROWS = 64
 
 
-def problem(q: Tensor, k: Tensor, window: int | Sequence[int]) -> str | None:
+def problem(q: Tensor, k: Tensor) -> str | None:
     """What keeps the kernels from taking these; None if nothing does."""
     found = kernel_problem(q)
     if found is not None:
         return found
-    if not isinstance(window, int):
-        return f"the kernels of gated_attention know one window, and there are {len(window)}: {', '.join(map(str, window))}"
     G = q.shape[2] // k.shape[2]
     if launch.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > launch.LARGEST_GROUP_BYTES:
         return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"
@@ -56,9 +54,15 @@ def gated_attention_fused(
     first_pass: FirstPass | None = None,
 ) -> Tensor:
     """Same arguments and result as `dms_kernels.gated_attention`, unchecked; see `problem`."""
-    assert isinstance(window, int), "several windows are a problem"
+    windows = [window] if isinstance(window, int) else list(window)
+    if log_keep is None:
+        windows = windows[:1]
+    else:
+        # Decisions whose window no key leaves never count; there is always one.
+        windows = [w for w in windows if w < q.shape[1] - 1] or windows[:1]
+        log_keep = log_keep[..., None] if isinstance(window, int) else log_keep[..., : len(windows)]
     first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
-    arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap
+    arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, windows, scale, sinks, softcap
     made = None if first_pass is None else first_pass.take()
     if made is not None:
         return _Resumed.apply(*arguments, made)
@@ -83,13 +87,13 @@ def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _FarKeys:
-    """The keys that far queries are to see, as `forward.list_kernel` writes them. All None without a gate."""
+    """The keys that far queries are to see, by range, as `forward.list_kernel` writes them. All None without a gate."""
 
-    log2_keep_BHT: Tensor | None = None
-    """the bias of each token in base 2"""
-    kept_BHT: Tensor | None = None
-    kept_log2_keep_BH: Tensor | None = None
-    num_before_BH: Tensor | None = None
+    log2_keep_BHKT: Tensor | None = None
+    """the bias of each token in each range in base 2"""
+    kept_BHKT: Tensor | None = None
+    kept_log2_keep_BHK: Tensor | None = None
+    num_before_BHK: Tensor | None = None
 
 
 def _measure_keys(
@@ -112,15 +116,16 @@ def _measure_keys(
         floor_BHR,
         *strides(q, 3),
         *strides(k, 3),
-        *strides(log_keep, 3),
+        *strides(log_keep, 4),
         call.T,
         call.H,
-        call.window,
+        *call.four_windows,
         call.sinks,
         call.scale,
         call.cap_in,
         call.softcap or 0.0,
         BLOCK_M=rows,
+        K=call.K,
         HAS_SEGMENTS=call.has_segments,
         HAS_SOFTCAP=call.softcap is not None,
         **call.of_heads(),
@@ -139,26 +144,29 @@ def _list_far_keys(
     top_BH = (norm_q_BHR * (longest_BH * call.scale)[..., None] - floor_BHR).amax(2)
     slope_BH = (top_BH - base_BH) / longest_BH.clamp(min=1e-30)
     limits_BH3 = torch.stack([base_BH, slope_BH, norm_q_BHR.amax(2)], dim=2)
-    kept_BHT = torch.empty_like(norm_k_BHT, dtype=torch.int32)
-    kept_log2_keep_BH = norm_k_BHT.new_empty(call.B, call.H, call.padding + call.T)
-    num_before_BH = kept_BHT.new_empty(call.B, call.H, call.T + 1)
-    found = _FarKeys(torch.empty_like(norm_k_BHT), kept_BHT, kept_log2_keep_BH, num_before_BH)
+    B, H, K, T = call.B, call.H, call.K, call.T
+    log2_keep_BHKT = norm_k_BHT.new_empty(B, H, K, T)
+    kept_BHKT = torch.empty_like(log2_keep_BHKT, dtype=torch.int32)
+    kept_log2_keep_BHK = norm_k_BHT.new_empty(B, H, K, call.padding + T)
+    num_before_BHK = kept_BHKT.new_empty(B, H, K, T + 1)
+    found = _FarKeys(log2_keep_BHKT, kept_BHKT, kept_log2_keep_BHK, num_before_BHK)
     list_kernel[(call.B * call.H,)](
         log_keep,
         first_BT,
         norm_k_BHT,
         limits_BH3,
-        found.log2_keep_BHT,
-        kept_BHT,
-        kept_log2_keep_BH,
-        num_before_BH,
-        *strides(log_keep, 3),
+        log2_keep_BHKT,
+        kept_BHKT,
+        kept_log2_keep_BHK,
+        num_before_BHK,
+        *strides(log_keep, 4),
         call.T,
         call.H,
         call.sinks,
         call.margin,
         call.cap_in,
         call.softcap or 0.0,
+        K=call.K,
         BLOCK=_LIST_BLOCK,
         PADDING=call.padding,
         HAS_SEGMENTS=call.has_segments,
@@ -169,17 +177,17 @@ def _list_far_keys(
 
 
 def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[Tensor | None, Tensor | None]:
-    """The keys of the compacted list and their values, [B, H, padding + T, D] in their dtype; None without a gate."""
+    """The keys of the compacted lists and their values, [B, H, K, padding + T, D] in their dtype; None without a gate."""
     from dms_kernels.gated_attention.forward import gather_kernel
 
     if not call.has_gate:
         return None, None
-    kept_k, kept_v = (k.new_empty(call.B, call.H, call.padding + call.T, call.D) for _ in range(2))
-    gather_kernel[(call.B * call.H * ceil_div(call.padding + call.T, _COPY_ROWS),)](
+    kept_k, kept_v = (k.new_empty(call.B, call.H, call.K, call.padding + call.T, call.D) for _ in range(2))
+    gather_kernel[(call.B * call.H * call.K * ceil_div(call.padding + call.T, _COPY_ROWS),)](
         k,
         v,
-        far.kept_BHT,
-        far.num_before_BH,
+        far.kept_BHKT,
+        far.num_before_BHK,
         kept_k,
         kept_v,
         *strides(k, 3),
@@ -189,6 +197,7 @@ def _gather_far_keys(call: Call, k: Tensor, v: Tensor, far: _FarKeys) -> tuple[T
         D=call.D,
         BLOCK_D=call.block_d,
         BLOCK_N=_COPY_ROWS,
+        K=call.K,
         PADDING=call.padding,
     )
     return kept_k, kept_v
@@ -203,14 +212,14 @@ def _forward(
     sink_logits: Tensor | None,
     first_BT: Tensor | None,
     last_BT: Tensor | None,
-    window: int,
+    windows: list[int],
     scale: float,
     sinks: int,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B,T,Hq,D] in q's dtype; float32: lse2 [B,H,R] in base 2, norm_q [B,H,R] and norm_k [B,H,T] (empty without a gate)."""
     dispatch.count("gated_attention", "triton")
-    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
+    call = Call.of(q, k, log_keep, first_BT, windows, scale, sinks, softcap)
     q, k, v = (with_dense_rows(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         return _launch_forward(call, q, k, v, log_keep, sink_logits, first_BT, last_BT)
@@ -237,15 +246,15 @@ def _launch_forward(
         far = _list_far_keys(call, log_keep, first_BT, norm_q_BHR, norm_k_BHT, floor_BHR)
     out_BTHqD = q.new_empty(q.shape)
     lse2_BHR = q.new_empty(call.B, call.H, call.T * call.G, dtype=torch.float32)
-    tile = launch.pick_tile("forward", dispatch.target(q.device), call.D, call.G, q.dtype)
+    tile = call.pick_tile("forward", q)
     forward_kernel[(call.num_blocks(tile.rows),)](
         q,
         k,
         v,
-        far.log2_keep_BHT,
-        far.kept_log2_keep_BH,
+        far.log2_keep_BHKT,
+        far.kept_log2_keep_BHK,
         *_gather_far_keys(call, k, v, far),
-        far.num_before_BH,
+        far.num_before_BHK,
         first_BT,
         last_BT,
         sink_logits,
@@ -256,7 +265,7 @@ def _launch_forward(
         *strides(v, 3),
         call.T,
         call.H,
-        call.window,
+        *call.four_windows,
         call.scale2,
         call.cap_in,
         call.cap_out,
@@ -267,7 +276,7 @@ def _launch_forward(
 
 
 @_forward.register_fake
-def _(q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap):
+def _(q, k, v, log_keep, sink_logits, first_BT, last_BT, windows, scale, sinks, softcap):
     B, T, Hq, _ = q.shape
     H = k.shape[2]
     lse2_BHR = q.new_empty(B, H, T * (Hq // H), dtype=torch.float32)
@@ -294,7 +303,7 @@ def _backward(
     lse2_BHR: Tensor,
     norm_q_BHR: Tensor,
     norm_k_BHT: Tensor,
-    window: int,
+    windows: list[int],
     scale: float,
     sinks: int,
     softcap: float | None,
@@ -305,7 +314,7 @@ def _backward(
     if last_BT is not None:
         # Nothing comes of padding, whatever is handed in for it.
         grad_out = grad_out.masked_fill((last_BT < 0)[:, :, None, None], 0.0)
-    call = Call.of(q, k, log_keep, first_BT, window, scale, sinks, softcap)
+    call = Call.of(q, k, log_keep, first_BT, windows, scale, sinks, softcap)
     q, k, v, grad_out = (with_dense_rows(x) for x in (q, k, v, grad_out))
     with torch.cuda.device_of(q):
         saved = _Saved(q, k, v, log_keep, sink_logits, first_BT, last_BT, out_BTHqD, lse2_BHR, norm_q_BHR, norm_k_BHT)
@@ -363,16 +372,16 @@ def _launch_backward(call: Call, grad_out: Tensor, saved: _Saved, needs: list[bo
 def _launch_queries(call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, far: _FarKeys, grad_q: Tensor) -> None:
     from dms_kernels.gated_attention.backward import queries_kernel
 
-    tile = launch.pick_tile("queries", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
+    tile = call.pick_tile("queries", saved.q)
     queries_kernel[(call.num_blocks(tile.rows),)](
         saved.q,
         saved.k,
         saved.v,
         grad_out,
-        far.log2_keep_BHT,
-        far.kept_log2_keep_BH,
+        far.log2_keep_BHKT,
+        far.kept_log2_keep_BHK,
         *_gather_far_keys(call, saved.k, saved.v, far),
-        far.num_before_BH,
+        far.num_before_BHK,
         saved.first_BT,
         rows.lse2_BH,
         rows.delta_BH,
@@ -383,7 +392,7 @@ def _launch_queries(call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, fa
         *strides(grad_out, 3),
         call.T,
         call.H,
-        call.window,
+        *call.four_windows,
         call.scale,
         call.scale2,
         call.cap_in,
@@ -397,18 +406,18 @@ def _launch_keys(
 ) -> None:
     from dms_kernels.gated_attention.backward import keys_kernel
 
-    tile = launch.pick_tile("keys", dispatch.target(grad_out.device), call.D, call.G, saved.q.dtype)
-    # Keys of the list and other keys do not share a tile: one more may be begun.
-    num_tiles = ceil_div(call.T, tile.keys) + call.has_gate
+    tile = call.pick_tile("keys", saved.q)
+    # Keys of different reach do not share a tile: for each window one more may be begun.
+    num_tiles = ceil_div(call.T, tile.keys) + (call.K if call.has_gate else 0)
     _, grad_k, grad_v, grad_gate, _ = grads
     keys_kernel[(call.B * call.H * num_tiles,)](
         saved.q,
         saved.k,
         saved.v,
         grad_out,
-        far.log2_keep_BHT,
-        far.kept_BHT,
-        far.num_before_BH,
+        far.log2_keep_BHKT,
+        far.kept_BHKT,
+        far.num_before_BHK,
         saved.first_BT,
         saved.last_BT,
         rows.lse2_BH,
@@ -422,7 +431,7 @@ def _launch_keys(
         *strides(grad_out, 3),
         call.T,
         call.H,
-        call.window,
+        *call.four_windows,
         call.sinks,
         call.scale,
         call.scale2,
@@ -436,7 +445,7 @@ def _launch_keys(
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out, lse2, norm_q, norm_k, window, scale, sinks, softcap, needs):
+def _(grad_out, q, k, v, log_keep, sink_logits, first_BT, last_BT, out, lse2, norm_q, norm_k, windows, scale, sinks, softcap, needs):
     return _empty_grads(q, (k, v, log_keep, sink_logits), needs)
 
 
@@ -468,7 +477,7 @@ def _row_sums(call: Call, grad_out: Tensor, saved: _Saved) -> _Rows:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap = inputs
+    *tensors, ctx.windows, ctx.scale, ctx.sinks, ctx.softcap = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -478,7 +487,7 @@ def _differentiate(ctx, grad_out, *_):
     needs = list(ctx.needs_input_grad[:5])
     grads = [None] * 11
     if grad_out is not None and any(needs):
-        found = _backward(grad_out, *ctx.saved_tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap, needs)
+        found = _backward(grad_out, *ctx.saved_tensors, ctx.windows, ctx.scale, ctx.sinks, ctx.softcap, needs)
         grads[:5] = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return tuple(grads)
 
@@ -492,7 +501,7 @@ class _Resumed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs_and_made):
         *inputs, made = inputs_and_made
-        *tensors, ctx.window, ctx.scale, ctx.sinks, ctx.softcap = inputs
+        *tensors, ctx.windows, ctx.scale, ctx.sinks, ctx.softcap = inputs
         ctx.save_for_backward(*tensors, *made)
         return made[0]
 

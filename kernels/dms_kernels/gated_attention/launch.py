@@ -5,14 +5,16 @@ key is read once for all of them.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dms_kernels.arguments import AttentionCall
-from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two
+from dms_kernels.dispatch import Target, ceil_div, padded, power_of_two, target
 
+MAX_WINDOWS = 4
 # Of rows or keys in a tile, unless a group is larger still.
 LARGEST = 128
 # Of the rows that a group takes at the least, in a tile: what leaves room for the rest on the smallest GPUs.
@@ -31,7 +33,7 @@ class Tile:
     stages: int
 
 
-def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype) -> Tile:
+def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype, num_windows: int = 1) -> Tile:
     """kernel: forward, queries (dq) or keys (dk, dv and the gate's gradient)."""
     if dtype == torch.float32:
         tiles = _FLOAT32
@@ -40,6 +42,9 @@ def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype) -
     else:
         tiles = _AMPERE if target.shared_bytes > 160_000 else _SMALL
     tile = tiles[kernel][max(padded(D), 64)]
+    if num_windows > 1 and kernel != "keys":
+        # Masks for each window take registers, and the edges of the windows are narrow.
+        tile = replace(tile, keys=min(tile.keys, 64))
     rows = smallest_rows(G)
     if rows > tile.rows:
         return Tile(rows, max(16, tile.keys * tile.rows // rows), tile.warps, 1)
@@ -84,9 +89,9 @@ _FLOAT32 = {
 
 @dataclass(frozen=True)
 class Call(AttentionCall):
-    """One call as the kernels take it; window and sinks are at most T."""
+    """One call as the kernels take it; windows and sinks are at most T."""
 
-    window: int
+    windows: tuple[int, ...]
     sinks: int
     margin: float
     """nats below the floor at which a far key is left out, so that all that are left out together weigh less than a rounding"""
@@ -101,7 +106,7 @@ class Call(AttentionCall):
         k: Tensor,
         log_keep: Tensor | None,
         first_BT: Tensor | None,
-        window: int,
+        windows: Sequence[int],
         scale: float,
         sinks: int,
         softcap: float | None,
@@ -118,7 +123,7 @@ class Call(AttentionCall):
             D=D,
             scale=scale,
             softcap=softcap,
-            window=min(window, T),
+            windows=tuple(min(w, T) for w in windows),
             sinks=min(sinks, T),
             margin=math.log(T) + rounding,
             padding=max(LARGEST, smallest_rows(Hq // H)),
@@ -126,9 +131,22 @@ class Call(AttentionCall):
             has_segments=first_BT is not None,
         )
 
+    def pick_tile(self, kernel: str, q: Tensor) -> Tile:
+        """See the function of this name."""
+        return pick_tile(kernel, target(q.device), self.D, self.G, q.dtype, self.K)
+
     def num_blocks(self, rows: int) -> int:
         """Programs for all rows of queries, `rows` of them each (fewer where G does not divide them)."""
         return self.B * self.H * ceil_div(self.T, rows // self.G)
+
+    @property
+    def K(self) -> int:
+        return len(self.windows)
+
+    @property
+    def four_windows(self) -> tuple[int | None, ...]:
+        """As many as the kernels have arguments for; None says that there is none."""
+        return (*self.windows, *[None] * (MAX_WINDOWS - len(self.windows)))
 
     def of_heads(self) -> dict[str, int]:
         return {"G": self.G, "D": self.D, "BLOCK_D": self.block_d}
@@ -139,6 +157,7 @@ class Call(AttentionCall):
             **self.of_heads(),
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.keys,
+            "K": self.K,
             "PADDING": self.padding,
             "HAS_GATE": self.has_gate,
             "HAS_SEGMENTS": self.has_segments,
