@@ -266,16 +266,16 @@ def _results(found: _Figures) -> str:
         body = []
         for variant, figures in here.items():
             row = next(iter(figures.values()))
-            ratios = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in (row.cr_decided, row.cr)]
+            ratios = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in (row.cr_decided, row.cr, row.cr_mean)]
             body.append([_label(variant, variants), *(_value(figures.get(name)) for name in main), *ratios, row.memory or "–"])
-        parts.append(table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "memory"], body))
+        parts.append(table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "cr_mean", "memory"], body))
         if others:
             body = [[_label(variant, variants), *(_value(figures.get(name)) for name in others)] for variant, figures in here.items()]
             parts.append(table(["policy", *others], body))
         counts = {figures["recall"].num_samples for figures in here.values() if "recall" in figures}
         if len(counts) == 1 and None not in counts:
             parts.append(f"Recall is over {counts.pop()} questions of held-out documents.")
-    notes = "`cr_decided`: tokens decided over tokens kept by the gates. `cr`: tokens seen over entries alive at the end, window and sinks included."
+    notes = "`cr_decided`: tokens decided over tokens kept by the gates. `cr`: tokens seen over entries alive at the end, window and sinks included; `cr_mean`: the same over all positions."
     if any(name in figures for figures in found.values() for name in _QUARTILES):
         notes += " `recall q1` to `q4`: by the distance of what is asked for, from the nearest quarter of the document to the farthest."
     return "\n\n".join([*parts, notes])

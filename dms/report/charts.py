@@ -11,6 +11,7 @@ from dms.report.run_metrics import LoggedStep, is_number
 
 COSTS = (
     ("bytes", "memory", "bytes of the cache at the document's end"),
+    ("entries_mean", "mean entries", "entries per KV head alive in the mean over positions"),
     ("reads", "reads", "entries read per decoded token and KV head"),
     ("step_ms", "latency", "milliseconds of a decoding step"),
 )

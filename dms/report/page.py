@@ -19,7 +19,22 @@ from dms.report.evidence import Conditions, Evidence, describe_marks
 
 _COLUMNS = (
     *("suite", "task", "length", "metric", "policy", "evict_bias", "value", "ci_low", "ci_high", "num_samples", "num_documents", "chance"),
-    *("cr", "cr_decided", "entries", "peak_entries", "budget", "reads", "bytes", "step_ms", "memory", "marks", "vs_dense", "vs_dms"),
+    *(
+        "cr",
+        "cr_mean",
+        "cr_decided",
+        "entries",
+        "entries_mean",
+        "peak_entries",
+        "budget",
+        "reads",
+        "bytes",
+        "step_ms",
+        "memory",
+        "marks",
+        "vs_dense",
+        "vs_dms",
+    ),
 )
 """Fields of rows that the page's table shows, or tells of at a pointer."""
 
