@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from dms import hf_compat
-from dms.cache import DMSCache, compact_layers
+from dms.cache import DMSCache, compact_layers, make_evict_cache
 from dms.modes import reading, state_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Decoding(_Model):
             )
         generation_config.cache_implementation = None
         if cache is None:
-            cache = model_kwargs[hf_compat.generation_cache_name()] = DMSCache(self)
+            cache = model_kwargs[hf_compat.generation_cache_name()] = make_evict_cache(self)
         if isinstance(cache, DMSCache):
             if generation_config.is_assistant:
                 cache.activate_past_recording()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dms import attention, hf_compat, masks
-from dms.cache import CompactedLayer, DMSCache, masked_cache
+from dms.cache import CompactedLayer, DMSCache, make_evict_cache
 from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
@@ -40,10 +40,8 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     found = find_layers(model)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.windows[0] >= context:
-        raise ValueError(
-            f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
-        )
+    if context is not None:
+        config.check_context(context)
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
@@ -189,7 +187,7 @@ def _before_decoder(
 
     cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
-        cache = DMSCache(decoder, state=state) if len(state.config.windows) == 1 else masked_cache(decoder, state=state)
+        cache = make_evict_cache(decoder, state=state)
     if cache is not None:
         args, kwargs = _with_cache(decoder, state.decoder_signature, cache, args, kwargs)
     for module in (layer.module for layers in (state.layers, state.following) for layer in layers):

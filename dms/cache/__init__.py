@@ -1,8 +1,18 @@
 """The compacted cache, whose evicted entries are freed and not read, and the masked reference."""
 
-from dms.cache.cache import DMSCache, compact_layers, masked_cache
+from dms.cache.cache import DMSCache, compact_layers, make_evict_cache, masked_cache
 from dms.cache.layer import CompactedLayer, MaskedLayer
 from dms.cache.page_pool import CacheFull, held_bytes
 from dms.cache.stats import CacheStats
 
-__all__ = ["CacheFull", "CacheStats", "CompactedLayer", "DMSCache", "MaskedLayer", "compact_layers", "held_bytes", "masked_cache"]
+__all__ = [
+    "CacheFull",
+    "CacheStats",
+    "CompactedLayer",
+    "DMSCache",
+    "MaskedLayer",
+    "compact_layers",
+    "held_bytes",
+    "make_evict_cache",
+    "masked_cache",
+]

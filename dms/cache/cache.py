@@ -341,6 +341,12 @@ def masked_cache(model, *, state: DMSState | None = None) -> MaskedCache:
     return cache
 
 
+def make_evict_cache(model, *, state: DMSState | None = None) -> Cache:
+    """An empty cache as evict mode makes it by itself: a DMSCache; of several windows a masked one, so far. state: as of `masked_cache`."""
+    found = state or state_of(model)
+    return DMSCache(model, state=state) if len(found.config.windows) == 1 else masked_cache(model, state=state)
+
+
 def compact_layers(cache: Cache, state: DMSState) -> None:
     """Replace the layers with gates of an empty DynamicCache, which a user gave or the model made; those that evict stay.
 

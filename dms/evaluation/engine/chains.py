@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from dms.cache import make_evict_cache
 from dms.evaluation.data.problems import STOP_TOKENS
-from dms.evaluation.engine.entries import count_entries, count_shared, make_evict_cache, memory_of_cache
+from dms.evaluation.engine.entries import count_entries, count_shared, memory_of_cache
 from dms.generation import draw_tokens
 from dms.hf_compat import cache_argument
 from dms.modes import reading, state_of

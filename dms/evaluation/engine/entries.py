@@ -12,18 +12,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from dms import masks
-from dms.cache import CompactedLayer, DMSCache, masked_cache
+from dms.cache import CompactedLayer
 from dms.cache.layer import MaskedLayer
 from dms.masks import Tokens
 from dms.modes import state_of
 
 Decisions = dict[int, torch.Tensor]
 """By layer index: [B, T, H] bool, of several windows [B, T, H, K], as the gates at these tokens made them."""
-
-
-def make_evict_cache(model: Any) -> Cache:
-    """An empty cache as evict mode makes it by itself."""
-    return DMSCache(model) if len(state_of(model).config.windows) == 1 else masked_cache(model)
 
 
 def memory_of_cache(cache: Cache | None) -> str | None:

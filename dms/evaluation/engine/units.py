@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from dms.cache import make_evict_cache
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.text_sources import GivenText
 from dms.evaluation.engine.decode import Reading, read
-from dms.evaluation.engine.entries import make_evict_cache, mean_of_budget
+from dms.evaluation.engine.entries import mean_of_budget
 from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings

@@ -8,8 +8,8 @@ from evicting import embedded
 
 from dms import masks
 from dms.attention import evict_pass
-from dms.cache import DMSCache, masked_cache
-from dms.evaluation.engine.entries import count_entries, count_shared, make_evict_cache, mean_of_budget, memory_of_cache
+from dms.cache import DMSCache, make_evict_cache, masked_cache
+from dms.evaluation.engine.entries import count_entries, count_shared, mean_of_budget, memory_of_cache
 from dms.evaluation.engine.one_pass import read_in_one_pass
 from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.engine.units import Unit, run_unit
