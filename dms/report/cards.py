@@ -13,6 +13,7 @@ from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER
 from dms.evaluation.stats.rows import ResultRow
 from dms.report import card_text
 from dms.report.card_text import Card, facts, hub_id, new_card, public_base, public_name, table
+from dms.report.charts import window_name
 from dms.report.evidence import TrainingFacts
 
 _QUARTILES = tuple(f"recall_q{i}" for i in range(1, 5))
@@ -220,7 +221,11 @@ def _summary(shown: str, dms_config: Mapping[str, Any]) -> str:
     by = {"head": ", for each token and KV head", "layer": ", for each token and layer"}.get(dms_config.get("granularity", ""), "")
     text = f"`{shown}` with gates that learned which entries of the KV cache to evict{by}: Dynamic Memory Sparsification (DMS), {card_text.PAPER}."
     window = dms_config.get("window")
-    return text if window is None else f"{text} An evicted entry stays visible for {window} more tokens, and then no longer."
+    if window is None:
+        return text
+    if isinstance(window, int):
+        return f"{text} An evicted entry stays visible for {window} more tokens, and then no longer."
+    return f"{text} They choose how long an entry stays: for {window_name(window)} more tokens, or for good."
 
 
 def _figure_name(row: ResultRow) -> str:

@@ -227,6 +227,13 @@ def position_charts(profile: GateProfile, target_cr: float | None) -> list[Chart
     ]
 
 
+def window_name(window: int | Sequence[int]) -> str:
+    """`24` or `24, 96 or 384`."""
+    if isinstance(window, int):
+        return f"{window:,}"
+    return " or ".join([", ".join(f"{w:,}" for w in window[:-1]), f"{window[-1]:,}"])
+
+
 def training_charts(metrics: Sequence[LoggedStep]) -> list[Chart]:
     """Target and achieved ratio over the steps, and the divergence from the dense model. Charts without a value are left out."""
     chosen = list(metrics[:: max(1, math.ceil(len(metrics) / _MAX_POINTS))])

@@ -184,7 +184,7 @@ def _checks(evidence: Evidence, license_id: str | None) -> str:
             ("hash of the gates", _code(about.gates_hash)),
             ("hash of the recipe", _code(recipe)),
             ("target compression ratio", f"{about.target_cr:g}" if about.target_cr else None),
-            ("window, sinks", f"{about.window}, {about.sinks}" if about.window is not None else None),
+            ("window, sinks", f"{charts.window_name(about.window)}, {about.sinks}" if about.window is not None else None),
             ("gates trained at", f"{about.trained_length:,} tokens" if about.trained_length else "a length that was not recorded"),
             ("seed", about.seed),
             ("versions", card_text.format_versions(about.versions)),
