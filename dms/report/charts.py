@@ -250,7 +250,7 @@ def training_charts(metrics: Sequence[LoggedStep]) -> list[Chart]:
         return [Chart(title=title, y_label=label, y_log=log, xs=[axis], series=series)] if series else []
 
     target = line("target", "dense", (row.target_cr for row in chosen))
-    achieved = line("achieved", "line0", (row.cr_decided for row in chosen))
+    achieved = line("achieved", "line0", (row.reached for row in chosen))
     kl = [row.kl for row in chosen if row.kl is not None]
     log = bool(kl) and min(kl) > 0 and max(kl) > 10 * min(kl)
     return [

@@ -176,10 +176,11 @@ def plot_training(metrics: Sequence[LoggedStep], out_png: str | Path, model_name
 def _draw_ratios(axes: "Axes", steps: list[float], metrics: Sequence[LoggedStep]) -> list[Any]:
     from matplotlib.ticker import MaxNLocator
 
-    target, decided = _or_nan(row.target_cr for row in metrics), _or_nan(row.cr_decided for row in metrics)
+    target, decided = _or_nan(row.target_cr for row in metrics), _or_nan(row.reached for row in metrics)
     few = _markers_of_few(steps)
+    label = "achieved CR (decided)" if all(row.cr is None or row.cr_decided is not None for row in metrics) else "achieved CR"
     lines = axes.plot(steps, target, color=INK, linewidth=1.5, linestyle=(0, (5, 2)), label="target CR", zorder=3, **few)
-    lines += axes.plot(steps, decided, color=BLUE, linewidth=2.2, label="achieved CR (decided)", zorder=4, **few)
+    lines += axes.plot(steps, decided, color=BLUE, linewidth=2.2, label=label, zorder=4, **few)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("compression ratio of the KV cache (×)", color=BLUE)
     axes.tick_params(axis="y", colors=BLUE)
