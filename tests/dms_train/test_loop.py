@@ -63,6 +63,7 @@ def test_metrics_name_the_ratio_that_the_budget_counts(finished):
     assert all(m["cr"] == m["cr_decided"] for m in metrics)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_windows(make_values, tmp_path, capsys):
     folder = tmp_path / "run"
     values = make_values(folder, steps=4, dms={"window": [4, 16, 64], "offset": 0.5, "scale": 5.0}, budget="end")
