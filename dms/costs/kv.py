@@ -120,7 +120,8 @@ def written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
 def held_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """After T tokens, for each KV head of a sequence; as `dms.cache.held_bytes` counts them after one prefill.
 
-    Not in here: while decoding, pools grow ahead of need by up to an eighth on a GPU; and between a prompt and the first step
+    Not in here: while decoding, pools grow ahead of need by up to an eighth on a GPU, and of a list that tokens leave half of the first page is
+    gone on average; and between a prompt and the first step
     transformers' sliding layers hold the whole prompt, of which they show the end.
     """
     if not layer.holds:
@@ -131,9 +132,8 @@ def held_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
         return num_held * _entry_bytes(layer, _plain_bits(layer, kv))
     slots = min(kv.windows[0] + 1, -(-tokens // RING_STEP) * RING_STEP)
     ring = slots * (_entry_bytes(layer, 16) + 1)
-    staying, *leaving = kv.lifetimes.in_lists(tokens)
-    # A last page is half full on average, and of a list that tokens leave half of the first page is gone.
-    lists = [staying / kv.page_size + (0.5 if staying else 0.0), *(kept / kv.page_size + (1.0 if kept else 0.0) for kept in leaving)]
+    # A last page is half full on average.
+    lists = [kept / kv.page_size + (0.5 if kept else 0.0) for kept in kv.lifetimes.in_lists(tokens)]
     # All lists have rows of one table.
     places = len(lists) * -(-max(lists) // TABLE_STEP) * TABLE_STEP
     pages = sum(lists) * (kv.page_size * _page_entry_bytes(layer, kv) + PAGE_EXTRA)

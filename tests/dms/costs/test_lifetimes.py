@@ -74,7 +74,7 @@ def test_bytes_are_of_the_ring_of_what_leaves_and_of_what_stays():
     tokens, number = 1000, 2 * 32
     entries = {"ring": 8, "stay": (tokens - 8) / 4, "leave": 0.375 * 24}
     assert kv.entries_seen(LAYER, cache, tokens) == pytest.approx(sum(entries.values()))
-    pages = (entries["stay"] / 16 + 0.5) + (entries["leave"] / 16 + 1)
+    pages = (entries["stay"] / 16 + 0.5) + (entries["leave"] / 16 + 0.5)
     expected = 8 * (number + 1) + pages * (16 * (number + 4) + 8) + 2 * 64 * 4 + 2 * 4 + 8
     assert kv.held_bytes(LAYER, cache, tokens) == pytest.approx(expected)
     in_pages = entries["stay"] + entries["leave"]
