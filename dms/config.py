@@ -72,6 +72,12 @@ class DMSConfig:
         """
         given = dict(saved)
         version = given.pop("format_version", None)
+        several = isinstance(given.get("window"), list | tuple)
+        if version == (FORMAT_VERSION if several else WINDOWS_VERSION):
+            raise ValueError(
+                f"{source}: format_version is {version} and window {given.get('window')!r}: one window is format {FORMAT_VERSION}, several are "
+                f"{WINDOWS_VERSION}; the file was changed, or half of it is another's"
+            )
         if version not in FORMAT_VERSIONS:
             raise ValueError(
                 f"{source}: format_version is {version!r}, this version of dms reads {' and '.join(map(str, FORMAT_VERSIONS))}; upgrade "
@@ -91,6 +97,21 @@ class DMSConfig:
     def format_version(self) -> int:
         """Of the files that this is saved in."""
         return FORMAT_VERSION if isinstance(self.window, int) else WINDOWS_VERSION
+
+    def check_context(self, context: int) -> None:
+        """Raises ValueError where a window is as long as the longest text, of `context` tokens: its decisions would never count."""
+        if self.windows[-1] < context:
+            return
+        if isinstance(self.window, int):
+            raise ValueError(
+                f"window is {self.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the "
+                "context"
+            )
+        beyond = ", ".join(str(w) for w in self.windows if w >= context)
+        raise ValueError(
+            f"window is {list(self.windows)} and the model's context is {context} tokens: decisions of {beyond} could never count; choose windows "
+            "below the context, or leave these out"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as YAML and JSON have them."""

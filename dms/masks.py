@@ -173,6 +173,15 @@ def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequ
     return torch.where(tokens.real[..., None], steps + 1, 0)
 
 
+def classes(evicted_BSH: torch.Tensor) -> torch.Tensor:
+    """Of each token the first decision that evicts it, from 1, or 0 where none does: [B, S, H] uint8. evicted_BSH: as in `visible`."""
+    if evicted_BSH.dim() == 3:
+        return evicted_BSH.to(torch.uint8)
+    # Of equal ones argmax finds the first.
+    first = evicted_BSH.to(torch.uint8).argmax(-1) + 1
+    return torch.where(evicted_BSH.any(-1), first, 0).to(torch.uint8)
+
+
 def each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Each window with its decisions [B, S, H]."""
     if isinstance(window, int):

@@ -5,4 +5,13 @@ from dms.cache.layer import CompactedLayer, MaskedLayer
 from dms.cache.page_pool import CacheFull, held_bytes
 from dms.cache.stats import CacheStats
 
-__all__ = ["CacheFull", "CacheStats", "CompactedLayer", "DMSCache", "MaskedLayer", "compact_layers", "held_bytes", "masked_cache"]
+__all__ = [
+    "CacheFull",
+    "CacheStats",
+    "CompactedLayer",
+    "DMSCache",
+    "MaskedLayer",
+    "compact_layers",
+    "held_bytes",
+    "masked_cache",
+]

@@ -101,7 +101,12 @@ class Analysis:
 
 
 def _cache_values(kv: KV) -> dict[str, Any]:
-    return {"policy": "dense" if kv.cr is None else "dms", "cr_decided": kv.cr, "kv_bits": kv.bits, "window": kv.window}
+    return {
+        "policy": "dense" if kv.cr is None else "dms",
+        "cr_decided": kv.cr,
+        "kv_bits": kv.bits,
+        "window": list(kv.windows) if len(kv.windows) > 1 else kv.windows[0],
+    }
 
 
 def _point_values(one: AnalysisPoint) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def analyze(
     batches: Sequence[int] = (),
     ratios: Sequence[float] = (),
     machine: Machine | None = None,
-    window: int = 256,
+    window: int | tuple[int, ...] = 256,
     page_size: int = 64,
 ) -> Analysis:
     """Compute all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:

@@ -189,7 +189,14 @@ def _legend(found: Analysis) -> str:
         "FLOPs/byte, ms/step and binds: of dense. x: does not fit, which is judged while decoding, prompts read in pieces. b8: batch 8."
     ]
     if found.shape.why_dense is None:
-        parts.append(f"CR: of decided tokens, the last {found.caches[0].window + 1} stay.")
+        first, *later = found.caches[0].windows
+        if later:
+            spread = ", ".join(f"{w:,}" for w in (first, *later[:-1])) + f" and {later[-1]:,} tokens"
+            parts.append(
+                f"CR: one token in so many stays for good, the others leave after {spread} alike; the last {first + 1:,} are there."
+            )
+        else:
+            parts.append(f"CR: of decided tokens, the last {first + 1} stay.")
     parts.append(
         "16b, 8b: bits of the KV cache; at 8 a byte a number and two float32 scales an entry, the window at 16. Contexts that fit may exceed the "
         "model's own."

@@ -6,6 +6,7 @@ Letters: T tokens, w window, D head dim, V vocabulary, M model dim.
 from dataclasses import dataclass
 
 from dms.costs.job import Job
+from dms.costs.lifetimes import Lifetimes
 from dms.costs.shapes import PACKED_ATTENTION, AttentionShape, LayerShape, ModelShape
 
 # QK^T and PV; backward: QK^T again, dV, dP, dQ, dK. Our kernels make the first and the third twice, and need no atomics so.
@@ -17,11 +18,7 @@ GATE_PRODUCTS = 2
 
 def visible_pairs(tokens: int, window: int, keep: float, causal: bool = True) -> float:
     """Pairs of a query and a key that each query head computes: all keys at most `window` back, and `keep` of those farther."""
-    near = min(window + 1, tokens)
-    band = near * tokens - near * (near - 1) / 2
-    far = (tokens - near) * (tokens - near + 1) / 2
-    # Without a direction each pair is there twice, but for a token and itself.
-    return band + keep * far if causal else 2 * (band + keep * far) - tokens
+    return Lifetimes.alike([window], keep).pairs(tokens, causal)
 
 
 def attention_flops(layer: AttentionShape, pairs: float, products: int = FORWARD_PRODUCTS, *, num_gpus: int = 1) -> float:
@@ -66,15 +63,15 @@ class TrainingFlops:
 def of_sequence(shape: ModelShape, job: Job, *, checkpointing: bool, route: str = "kernels", keep: float | None = None) -> TrainingFlops:
     """FLOPs of training on one sequence.
 
-    keep: 1 / CR of the far tokens; None: the run's mean. Under activation checkpointing gated attention's results are kept, so that
+    keep: the share of tokens that stay beyond all windows; None: the run's mean of what its target asks for. Under activation checkpointing gated attention's results are kept, so that
     it is not run again.
     """
-    keep = job.mean_keep if keep is None else keep
+    lifetimes = job.mean_lifetimes if keep is None else Lifetimes.alike(job.windows, keep)
     sums = dict.fromkeys(TrainingFlops.__dataclass_fields__, 0.0)
     trains_base = job.trainable == "all"
     first = shape.first_trained
     for place, layer in enumerate(shape.layers):
-        teacher, student = _pairs(layer, shape, job, keep)
+        teacher, student = _pairs(layer, shape, job, lifetimes)
         linear = 2.0 * job.length * (layer.linear + layer.gate + layer.adapters)
         if job.has_teacher_pass:
             sums["teacher"] += 2.0 * job.length * layer.linear
@@ -105,7 +102,7 @@ def _attention(layer: LayerShape, pairs: float, products: int) -> float:
     return 0.0 if layer.attention is None else attention_flops(layer.attention, pairs, products)
 
 
-def _pairs(layer: LayerShape, shape: ModelShape, job: Job, keep: float) -> tuple[float, float]:
+def _pairs(layer: LayerShape, shape: ModelShape, job: Job, lifetimes: Lifetimes) -> tuple[float, float]:
     """The teacher's and the student's pairs, of each query head.
 
     Of attention without a gate: ours computes the pairs that are seen, transformers' own those that are causal, or all where it goes by a
@@ -121,4 +118,4 @@ def _pairs(layer: LayerShape, shape: ModelShape, job: Job, keep: float) -> tuple
         dense = float(job.length**2)
     else:
         dense = visible_pairs(job.length, job.length, 0.0)
-    return dense, visible_pairs(job.length, job.window, keep) if layer.gated else dense
+    return dense, lifetimes.pairs(job.length) if layer.gated else dense

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dms.costs.lifetimes import Budget, Lifetimes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -17,7 +19,7 @@ class Job:
     steps: int
     ramp: float
     target_cr: float
-    window: int
+    window: int | tuple[int, ...]
     batch_size: int
     micro_batch_size: int
     beta: float
@@ -27,16 +29,22 @@ class Job:
     evaluation_batch_size: int
     has_teacher_pass: bool = True
     """False: a cache answers for the teacher."""
+    budget: Budget = "decided"
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return (self.window,) if isinstance(self.window, int) else self.window
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_size * self.length
 
     @property
-    def mean_keep(self) -> float:
-        """The mean over the run's steps of 1 / CR, the share of tokens that stay."""
+    def mean_lifetimes(self) -> Lifetimes:
+        """The mean over the run's steps of what the ratio of each asks for."""
         ramp = max(1.0, self.ramp * self.steps)
-        return sum(1.0 / (1.0 + (self.target_cr - 1.0) * min(1.0, step / ramp)) for step in range(1, self.steps + 1)) / self.steps
+        ratios = (1.0 + (self.target_cr - 1.0) * min(1.0, step / ramp) for step in range(1, self.steps + 1))
+        return Lifetimes.mean(Lifetimes.of_target(self.windows, cr, self.budget, self.length) for cr in ratios)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ class Plan:
             "loss_rows": self.loss_rows,
             "flops_per_step": asdict(self.flops) | {"total": self.flops.total},
             "job": asdict(self.job),
+            "lifetimes": asdict(self.job.mean_lifetimes),
             "recipe": None if self.own is None else self.own.as_dict(),
             "recommended": None if self.recommended is None else self.recommended.as_dict(),
             "choices": [outcome.as_dict() for outcome in self.outcomes],

@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dms.costs.job import Job
 from dms.costs.plan import Plan, PlannedChoice, recipe_lines
 
 _GB = 1e9
@@ -36,8 +37,18 @@ def _facts(name: str, plan: Plan) -> list[str]:
         f"{_share(flops.recomputed + flops.recomputed_attention, flops.total)}, backward {_share(flops.backward + flops.backward_attention, flops.total)}, "
         f"loss {_share(flops.loss, flops.total)}; attention in all {_share(flops.attention, flops.total)}",
         f"the loss has {plan.loss_rows:,} rows of logits alive at once",
+        *_lifetimes(job),
         *_packed(plan),
     ]
+
+
+def _lifetimes(job: Job) -> list[str]:
+    """With several windows: what attention is reckoned with."""
+    if len(job.windows) == 1:
+        return []
+    found = job.mean_lifetimes
+    leave = ", ".join(f"{share:.0%} after {window:,}" for share, window in zip(found.leave, found.windows, strict=True))
+    return [f"assumed of tokens, in the mean over the steps: {leave}, and {found.stay:.0%} stay (a target says how many, gates say which)"]
 
 
 def _packed(plan: Plan) -> list[str]:

@@ -225,12 +225,20 @@ def set_gates(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str
     """Give a retrofitted model's gates their values. Raises ValueError for others than it has."""
     parameters = gate_parameters(model)
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
-        raise ValueError(
-            f"{folder}: the gates do not fit {type(model).__name__}: they name {len(tensors)} tensors, the model has {len(parameters)} of other names or shapes"
-        )
+        raise ValueError(f"{folder}: the gates do not fit {type(model).__name__}: {_misfit(parameters, tensors)}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def _misfit(needed: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """The first difference in names or shapes. A gate has an output for each window of a head."""
+    for name in sorted(needed.keys() | given.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (needed, given)]
+        if shapes[0] != shapes[1]:
+            wanted, found = ("nothing" if shape is None else str(list(shape)) for shape in shapes)
+            return f"{name} is {found} and the configuration needs {wanted} ({len(given)} tensors given, {len(needed)} needed)"
+    return "nothing differs"
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER
 from dms.evaluation.stats.rows import ResultRow
 from dms.report import card_text
 from dms.report.card_text import Card, facts, hub_id, new_card, public_base, public_name, table
+from dms.report.charts import window_name
 from dms.report.evidence import TrainingFacts
 
 _QUARTILES = tuple(f"recall_q{i}" for i in range(1, 5))
@@ -220,7 +221,11 @@ def _summary(shown: str, dms_config: Mapping[str, Any]) -> str:
     by = {"head": ", for each token and KV head", "layer": ", for each token and layer"}.get(dms_config.get("granularity", ""), "")
     text = f"`{shown}` with gates that learned which entries of the KV cache to evict{by}: Dynamic Memory Sparsification (DMS), {card_text.PAPER}."
     window = dms_config.get("window")
-    return text if window is None else f"{text} An evicted entry stays visible for {window} more tokens, and then no longer."
+    if window is None:
+        return text
+    if isinstance(window, int):
+        return f"{text} An evicted entry stays visible for {window} more tokens, and then no longer."
+    return f"{text} They choose how long an entry stays: for {window_name(window)} more tokens, or for good."
 
 
 def _figure_name(row: ResultRow) -> str:
@@ -266,16 +271,16 @@ def _results(found: _Figures) -> str:
         body = []
         for variant, figures in here.items():
             row = next(iter(figures.values()))
-            ratios = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in (row.cr_decided, row.cr)]
+            ratios = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in (row.cr_decided, row.cr, row.cr_mean)]
             body.append([_label(variant, variants), *(_value(figures.get(name)) for name in main), *ratios, row.memory or "–"])
-        parts.append(table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "memory"], body))
+        parts.append(table(["policy", *(_TITLES.get(name, name) for name in main), "cr_decided", "cr", "cr_mean", "memory"], body))
         if others:
             body = [[_label(variant, variants), *(_value(figures.get(name)) for name in others)] for variant, figures in here.items()]
             parts.append(table(["policy", *others], body))
         counts = {figures["recall"].num_samples for figures in here.values() if "recall" in figures}
         if len(counts) == 1 and None not in counts:
             parts.append(f"Recall is over {counts.pop()} questions of held-out documents.")
-    notes = "`cr_decided`: tokens decided over tokens kept by the gates. `cr`: tokens seen over entries alive at the end, window and sinks included."
+    notes = "`cr_decided`: tokens decided over tokens kept by the gates. `cr`: tokens seen over entries alive at the end, window and sinks included; `cr_mean`: the same over all positions."
     if any(name in figures for figures in found.values() for name in _QUARTILES):
         notes += " `recall q1` to `q4`: by the distance of what is asked for, from the nearest quarter of the document to the farthest."
     return "\n\n".join([*parts, notes])

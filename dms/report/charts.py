@@ -11,6 +11,7 @@ from dms.report.run_metrics import LoggedStep, is_number
 
 COSTS = (
     ("bytes", "memory", "bytes of the cache at the document's end"),
+    ("entries_mean", "mean entries", "entries per KV head alive in the mean over positions"),
     ("reads", "reads", "entries read per decoded token and KV head"),
     ("step_ms", "latency", "milliseconds of a decoding step"),
 )
@@ -226,6 +227,13 @@ def position_charts(profile: GateProfile, target_cr: float | None) -> list[Chart
     ]
 
 
+def window_name(window: int | Sequence[int]) -> str:
+    """`24` or `24, 96 or 384`."""
+    if isinstance(window, int):
+        return f"{window:,}"
+    return " or ".join([", ".join(f"{w:,}" for w in window[:-1]), f"{window[-1]:,}"])
+
+
 def training_charts(metrics: Sequence[LoggedStep]) -> list[Chart]:
     """Target and achieved ratio over the steps, and the divergence from the dense model. Charts without a value are left out."""
     chosen = list(metrics[:: max(1, math.ceil(len(metrics) / _MAX_POINTS))])
@@ -242,7 +250,7 @@ def training_charts(metrics: Sequence[LoggedStep]) -> list[Chart]:
         return [Chart(title=title, y_label=label, y_log=log, xs=[axis], series=series)] if series else []
 
     target = line("target", "dense", (row.target_cr for row in chosen))
-    achieved = line("achieved", "line0", (row.cr_decided for row in chosen))
+    achieved = line("achieved", "line0", (row.reached for row in chosen))
     kl = [row.kl for row in chosen if row.kl is not None]
     log = bool(kl) and min(kl) > 0 and max(kl) > 10 * min(kl)
     return [

@@ -9,7 +9,7 @@ from dms.report.document_picture import plot_document
 from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import Evidence, read_evidence
 from dms.report.page import write_evaluation_page
-from dms.report.plots import plot_charts, plot_eviction, plot_training
+from dms.report.plots import plot_charts, plot_eviction, plot_lifetimes, plot_training
 
 MAX_BYTES = 3_000_000
 """Of a page that can still be mailed and opened on a phone."""
@@ -42,6 +42,9 @@ def _write_pictures(evidence: Evidence, folder: Path) -> list[Path]:
         point = evidence.profile.usual_point()
         names = [f"layer {index}" for index in point.layer_indices]
         written.append(plot_eviction(point.evicted_LH, folder / "eviction.png", names))
+        windows = evidence.profile.window
+        if point.class_LHK is not None and not isinstance(windows, int):
+            written.append(plot_lifetimes(point.class_LHK, windows, folder / "lifetimes.png", names))
         written.append(plot_charts(charts.position_charts(evidence.profile, target), folder / "positions.png", name))
     if evidence.metrics:
         written.append(plot_training(evidence.metrics, folder / "training.png", name))

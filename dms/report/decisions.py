@@ -1,6 +1,7 @@
 """Decisions of the gates as data: of one document token by token, and of several by layer, head and position.
 
-Shapes: L layers with gates, H KV heads, T tokens.
+With several windows each token has a class: 0, no decision evicts it; j from 1 on, decision j is the first that evicts it, and it is gone for
+queries more than w_j after it. Shapes: L layers with gates, H KV heads, K windows, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ class DocumentTrace:
     tokens: list[str]
     """Decoded text of each token [T]."""
     evict_prob_LHT: list[list[list[float | None]]]
-    """Sigmoid of the evict logit, as nested lists [L][H][T]; None: undecided, and so kept and not counted."""
+    """Sigmoid of the evict logit, of several windows' the highest, as nested lists [L][H][T]; None: undecided, and so kept and not counted."""
     layer_indices: list[int]
     """The model's index of each layer [L]."""
     answers: Sequence[tuple[int, int, bool]] = ()
@@ -35,7 +36,11 @@ class DocumentTrace:
     title: str = ""
     """What the document is."""
     window: int | None = None
-    """As in `DMSConfig`; None: not known."""
+    """As in `DMSConfig`, of several the first: how long every token stays; None: not known."""
+    windows: Sequence[int] = ()
+    """Where there are several; else none."""
+    class_LHT: list[list[str]] | None = None
+    """With several windows the class of each token, a digit of a string of T; None: one window."""
     sinks: int = 0
     """As in `DMSConfig`."""
     prompt: int | None = None
@@ -64,11 +69,25 @@ class DocumentTrace:
             raise ValueError("a trace needs at least one head")
         if self.head_indices is not None and [len(row) for row in self.head_indices] != [len(row) for row in self.evict_prob_LHT]:
             raise ValueError(f"head_indices {self.head_indices} do not name the heads of evict_prob_LHT")
+        self._check_classes()
         at = 0
         for start, end, _ in self.answers:
             if not at <= start < end <= num_tokens:
                 raise ValueError(f"answer {start}..{end} is empty, overlaps the one before or leaves the {num_tokens} tokens")
             at = end
+
+    def _check_classes(self) -> None:
+        if (self.class_LHT is None) != (len(self.windows) < 2):
+            raise ValueError(f"a trace has classes where it has several windows; given windows {list(self.windows)}")
+        if self.class_LHT is None:
+            return
+        if [len(row) for row in self.class_LHT] != [len(row) for row in self.evict_prob_LHT]:
+            raise ValueError("class_LHT and evict_prob_LHT are of different heads")
+        known = "".join(map(str, range(len(self.windows) + 1)))
+        for layer, classes in zip(self.layer_indices, self.class_LHT, strict=True):
+            for head, row in enumerate(classes):
+                if len(row) != len(self.tokens) or row.strip(known):
+                    raise ValueError(f"layer {layer} head {head}: classes are {len(self.tokens)} digits of {known}; given {row[:40]!r}")
 
     @property
     def num_heads(self) -> int:
@@ -101,11 +120,22 @@ class DocumentTrace:
         evicted, decided = (sum(count) for count in zip(*counts, strict=True))
         return evicted / decided if decided else 0.0
 
+    def class_shares(self) -> list[float]:
+        """Share of the decided tokens that leave by each of several windows, in their order."""
+        decided = sum(self.counts(position)[1] for position in range(len(self.tokens)))
+        rows = [row for classes in self.class_LHT or () for row in classes]
+        return [sum(row.count(str(j + 1)) for row in rows) / max(1, decided) for j in range(len(self.windows))]
+
     def summary(self) -> str:
         """One line: tokens, what is evicted, answers."""
         share = self.evicted_share()
         ratio = f" (CR {1 / (1 - share):.1f})" if share < 1 else ""
-        text = f"{len(self.tokens):,} tokens, {self.num_heads} KV heads: {100 * share:.0f} % of the entries marked for eviction{ratio}"
+        marked = f"{100 * share:.0f} % of the entries marked for eviction{ratio}"
+        if self.class_LHT is not None:
+            leave = zip(self.class_shares(), self.windows, strict=True)
+            leaving = ", ".join(f"{100 * part:.0f} % {'leave ' * (j == 0)}after {w:,}" for j, (part, w) in enumerate(leave))
+            marked = f"{leaving} tokens, {100 * (1 - share):.0f} % stay"
+        text = f"{len(self.tokens):,} tokens, {self.num_heads} KV heads: {marked}"
         if self.answers:
             text += f"; {sum(right for *_, right in self.answers)} of {len(self.answers)} answers right"
         return text
@@ -130,6 +160,9 @@ class DocumentTrace:
             self,
             tokens=self.tokens[skipped:],
             evict_prob_LHT=[[self.evict_prob_LHT[i][h][skipped:] for h in row] for i, row in zip(layers, heads, strict=True)],
+            class_LHT=None
+            if (classes := self.class_LHT) is None
+            else [[classes[i][h][skipped:] for h in row] for i, row in zip(layers, heads, strict=True)],
             layer_indices=[self.layer_indices[i] for i in layers],
             head_indices=[[names[i][h] for h in row] for i, row in zip(layers, heads, strict=True)],
             answers=[(start - skipped, end - skipped, right) for start, end, right in self.answers if start >= skipped],
@@ -139,6 +172,7 @@ class DocumentTrace:
 
     def to_dict(self) -> dict[str, Any]:
         """As in traces.json and in pages; probabilities to four digits."""
+        several = {} if self.class_LHT is None else {"windows": list(self.windows), "classes": self.class_LHT}
         return {
             "title": self.title,
             "tokens": self.tokens,
@@ -152,6 +186,7 @@ class DocumentTrace:
             "prompt": self.prompt,
             "first": self.first,
             "left_out": self.left_out,
+            **several,
         }
 
     @classmethod
@@ -159,8 +194,8 @@ class DocumentTrace:
         """Raises ValueError where a field is missing or unknown."""
         given = dict(saved)
         try:
-            probs, answers = given.pop("evict_prob"), given.pop("answers")
-            return cls(evict_prob_LHT=probs, answers=[(start, end, right) for start, end, right in answers], **given)
+            probs, answers, classes = given.pop("evict_prob"), given.pop("answers"), given.pop("classes", None)
+            return cls(evict_prob_LHT=probs, class_LHT=classes, answers=[(start, end, right) for start, end, right in answers], **given)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a trace of this version ({error}); evaluate again to write it anew") from None
 
@@ -192,13 +227,15 @@ class ProfilePoint:
     """Some positions in the documents, in order."""
     cr_at: list[float]
     """Tokens seen over entries alive when the token at each of `positions` is read."""
+    class_LHK: list[list[list[float]]] | None = None
+    """With several windows: share of the decided tokens that leave by each; None: one window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateProfile:
     """What the gates evict where, over several documents: profile.json."""
 
-    window: int
+    window: int | list[int]
     sinks: int
     granularity: str
     alignment: str
@@ -212,8 +249,12 @@ class GateProfile:
         return min(self.points, key=lambda point: abs(point.evict_bias))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in profile.json."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """As in profile.json; `class_LHK` where there are several windows."""
+        saved = asdict(self)
+        for point in saved["points"]:
+            if point["class_LHK"] is None:
+                del point["class_LHK"]
+        return {"format_version": FORMAT_VERSION, **saved}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "GateProfile":

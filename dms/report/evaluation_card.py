@@ -87,7 +87,7 @@ def _evaluation(evidence: Evidence) -> str:
     how += [conditions.device, f"in {conditions.dtype}" if conditions.dtype else None]
     parts = [
         f"Measured with `dms evaluate`: {', '.join(filter(None, how))}. In brackets: 95 % bootstrap intervals over documents; differences are paired "
-        "on the same documents. Training-free policies get the entries that dms was measured to keep."
+        "on the same documents. Training-free policies get the entries that dms was measured to hold at a document's end."
     ]
     if conditions.other_base:
         parts.append(f"On another form of the base: {card_text.public_sentence(conditions.other_base)}.")
@@ -138,6 +138,7 @@ def _operating_points(rows: Sequence[ResultRow]) -> str:
         held = [
             _cell(_first([row.cr for row in own]), ".2f"),
             _cell(_first([row.entries for row in own]), ",.0f"),
+            _cell(_first([row.entries_mean for row in own]), ",.0f"),
             _cell(_first([row.bytes for row in own]), ",.0f"),
             _cell(_first([row.step_ms for row in own]), ".2f"),
         ]
@@ -145,8 +146,8 @@ def _operating_points(rows: Sequence[ResultRow]) -> str:
         body.append([policy, _cell(bias, "g"), *held, memory, *(_value(figures.get(column)) for column in columns)])
     names = [task if metric == "accuracy" else charts.METRICS.get(metric, metric) for task, metric in columns]
     notes = "`evict_bias` is added to every gate's logit; 0 is what was trained. cr: tokens seen over entries alive at the end, window and sinks included. "
-    notes += "entries: alive at the end, per KV head. bytes: of a document's cache, as held. ms: a decoding step of the batch."
-    return table(["policy", "evict_bias", "cr", "entries", "bytes", "ms", "memory", *names], body) + f"\n\n{notes}"
+    notes += "entries: alive at the end, per KV head, where budgets are equal; mean entries: over all positions. bytes: of a document's cache, as held. ms: a decoding step of the batch."
+    return table(["policy", "evict_bias", "cr", "entries", "mean entries", "bytes", "ms", "memory", *names], body) + f"\n\n{notes}"
 
 
 def _scaling(rows: Sequence[ResultRow]) -> str:
@@ -183,7 +184,7 @@ def _checks(evidence: Evidence, license_id: str | None) -> str:
             ("hash of the gates", _code(about.gates_hash)),
             ("hash of the recipe", _code(recipe)),
             ("target compression ratio", f"{about.target_cr:g}" if about.target_cr else None),
-            ("window, sinks", f"{about.window}, {about.sinks}" if about.window is not None else None),
+            ("window, sinks", f"{charts.window_name(about.window)}, {about.sinks}" if about.window is not None else None),
             ("gates trained at", f"{about.trained_length:,} tokens" if about.trained_length else "a length that was not recorded"),
             ("seed", about.seed),
             ("versions", card_text.format_versions(about.versions)),

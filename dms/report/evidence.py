@@ -32,7 +32,7 @@ class Conditions:
     run_dir: str | None = None
     """The run that trained the gates."""
     target_cr: float | None = None
-    window: int | None = None
+    window: int | list[int] | None = None
     sinks: int | None = None
     granularity: str | None = None
     alignment: str | None = None
@@ -67,7 +67,7 @@ class TrainingFacts:
     """What the base was packed into for the training."""
     beta: float | None = None
     alignment: str | None = None
-    window: int | None = None
+    window: int | list[int] | None = None
     granularity: str | None = None
 
     @classmethod

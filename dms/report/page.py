@@ -19,7 +19,22 @@ from dms.report.evidence import Conditions, Evidence, describe_marks
 
 _COLUMNS = (
     *("suite", "task", "length", "metric", "policy", "evict_bias", "value", "ci_low", "ci_high", "num_samples", "num_documents", "chance"),
-    *("cr", "cr_decided", "entries", "peak_entries", "budget", "reads", "bytes", "step_ms", "memory", "marks", "vs_dense", "vs_dms"),
+    *(
+        "cr",
+        "cr_mean",
+        "cr_decided",
+        "entries",
+        "entries_mean",
+        "peak_entries",
+        "budget",
+        "reads",
+        "bytes",
+        "step_ms",
+        "memory",
+        "marks",
+        "vs_dense",
+        "vs_dms",
+    ),
 )
 """Fields of rows that the page's table shows, or tells of at a pointer."""
 
@@ -167,7 +182,7 @@ _SECTIONS = (
     (
         "viewer",
         "What is kept, token by token",
-        "Choose a head and move the slider. An evicted token stays visible in the window first.",
+        "Choose a head and move the slider. An evicted token stays visible in the window first; with several windows, as long as its own.",
         "traces",
     ),
 )
@@ -241,7 +256,7 @@ def _facts(evidence: Evidence) -> str:
         ("hash of the gates", about.gates_hash),
         ("recipe", next((row.recipe_hash for row in evidence.rows if row.recipe_hash), None)),
         ("target ratio", None if about.target_cr is None else f"{about.target_cr:g}"),
-        ("window and sinks", None if about.window is None else f"{about.window} tokens{sinks}"),
+        ("window and sinks", None if about.window is None else f"{charts.window_name(about.window)} tokens{sinks}"),
         ("decisions", _joined(decisions)),
         ("gates trained at", f"{about.trained_length:,} tokens" if about.trained_length else None),
         ("the model's context", f"{about.context:,} tokens" if about.context else None),
@@ -275,7 +290,9 @@ def _cell(value: Any) -> Any:
 
 def _heat_map(profile: GateProfile) -> dict[str, Any]:
     keys = ("evict_bias", "layer_indices", "evicted_LH", "cr_LH")
-    return {"points": [{key: getattr(point, key) for key in keys} for point in profile.points]}
+    several = {} if isinstance(profile.window, int) else {"windows": list(profile.window)}
+    keys += ("class_LHK",) if several else ()
+    return {**several, "points": [{key: getattr(point, key) for key in keys} for point in profile.points]}
 
 
 def _first_length(evidence: Evidence) -> int:

@@ -176,10 +176,11 @@ def plot_training(metrics: Sequence[LoggedStep], out_png: str | Path, model_name
 def _draw_ratios(axes: "Axes", steps: list[float], metrics: Sequence[LoggedStep]) -> list[Any]:
     from matplotlib.ticker import MaxNLocator
 
-    target, decided = _or_nan(row.target_cr for row in metrics), _or_nan(row.cr_decided for row in metrics)
+    target, decided = _or_nan(row.target_cr for row in metrics), _or_nan(row.reached for row in metrics)
     few = _markers_of_few(steps)
+    label = "achieved CR (decided)" if all(row.cr is None or row.cr_decided is not None for row in metrics) else "achieved CR"
     lines = axes.plot(steps, target, color=INK, linewidth=1.5, linestyle=(0, (5, 2)), label="target CR", zorder=3, **few)
-    lines += axes.plot(steps, decided, color=BLUE, linewidth=2.2, label="achieved CR (decided)", zorder=4, **few)
+    lines += axes.plot(steps, decided, color=BLUE, linewidth=2.2, label=label, zorder=4, **few)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("compression ratio of the KV cache (×)", color=BLUE)
     axes.tick_params(axis="y", colors=BLUE)
@@ -244,6 +245,53 @@ def plot_eviction(rate_LH: Rates, out_png: str | Path, layer_names: Sequence[str
 
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, bottom / height, inner_width / width, inner_height))
+    image = _draw_map(axes, grid, names, size)
+    axes.set_title("Tokens evicted, by layer and KV head (%)", fontsize=11.5, pad=10)
+    _draw_bar(figure, image, (1 - (right - 0.2) / width, bottom / height, 0.16 / width, inner_height), "evicted (% of tokens)")
+    return save(figure, out_png)
+
+
+def plot_lifetimes(
+    class_LHK: Sequence[Sequence[Sequence[float]]], windows: Sequence[int], out_png: str | Path, layer_names: Sequence[str] | None = None
+) -> Path:
+    """A heat map for each of several windows, of the share of tokens (0..1) that leave by it, and one of those that stay.
+
+    class_LHK: [L][H][K], in the windows' order.
+    """
+    names = [f"layer {i}" for i in range(len(class_LHK))] if layer_names is None else [str(name) for name in layer_names]
+    wrong = next((shares for layer in class_LHK for shares in layer if len(shares) != len(windows)), None)
+    if len(windows) < 2 or wrong is not None or len(names) != len(class_LHK):
+        raise ValueError(
+            f"lifetimes need several windows, a share for each and a name for each layer; given windows {list(windows)}, "
+            f"{len(wrong or windows)} shares, {len(names)} names and {len(class_LHK)} layers"
+        )
+    titles = [f"leave after {window:,} tokens" for window in windows] + ["stay"]
+    by_class = [[[shares[k] for shares in layer] for layer in class_LHK] for k in range(len(windows))]
+    # Of shares that were rounded.
+    by_class.append([[max(0.0, 1.0 - sum(shares)) for shares in layer] for layer in class_LHK])
+    grids = [_percentages(rate_LH) for rate_LH in by_class]
+
+    # Inches.
+    num_heads = len(grids[0][0])
+    cell_width, cell_height, size = (0.5, 0.36, 8.5) if num_heads <= 16 else (0.3, 0.24, 5.5)
+    left, right, top, bottom, gap = 0.45 + 0.075 * max(map(len, names)), 1.0, 0.85, 0.62, 0.3
+    inner_width = max(1.9, cell_width * num_heads)
+    width = left + len(grids) * (inner_width + gap) + right
+    height = max(top + cell_height * len(names) + bottom, 2.8)
+    inner_height = (height - top - bottom) / height
+    figure = new_figure(width, height)
+    for number, (grid, title) in enumerate(zip(grids, titles, strict=True)):
+        place = ((left + number * (inner_width + gap)) / width, bottom / height, inner_width / width, inner_height)
+        axes = figure.add_axes(place)
+        image = _draw_map(axes, grid, names if number == 0 else [""] * len(names), size)
+        axes.set_title(title, fontsize=9.5, pad=6)
+    figure.suptitle("How long tokens stay, by layer and KV head (%)", fontsize=11.5, y=1 - 0.12 / height, va="top")
+    _draw_bar(figure, image, (1 - (right - 0.1) / width, bottom / height, 0.16 / width, inner_height), "% of tokens")
+    return save(figure, out_png)
+
+
+def _draw_map(axes: "Axes", grid: list[list[float]], names: Sequence[str], size: float) -> Any:
+    num_layers, num_heads = len(grid), len(grid[0])
     image = _draw_cells(axes, grid, size)
     axes.set_xticks(range(num_heads), [str(h) for h in range(num_heads)], fontsize=size)
     axes.set_yticks(range(num_layers), names, fontsize=size, parse_math=False)
@@ -254,12 +302,14 @@ def plot_eviction(rate_LH: Rates, out_png: str | Path, layer_names: Sequence[str
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_xlabel("KV head")
-    axes.set_title("Tokens evicted, by layer and KV head (%)", fontsize=11.5, pad=10)
-    bar = figure.colorbar(image, cax=figure.add_axes((1 - (right - 0.2) / width, bottom / height, 0.16 / width, inner_height)))
+    return image
+
+
+def _draw_bar(figure: "Figure", image: Any, place: tuple[float, float, float, float], label: str) -> None:
+    bar = figure.colorbar(image, cax=figure.add_axes(place))
     bar.set_ticks(range(0, 101, 25))
-    bar.set_label("evicted (% of tokens)")
+    bar.set_label(label)
     bar.outline.set_visible(False)
-    return save(figure, out_png)
 
 
 def _percentages(rate_LH: Rates) -> list[list[float]]:

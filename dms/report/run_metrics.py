@@ -16,7 +16,14 @@ class LoggedStep:
     kl: float | None = None
     """To the dense model, nats a token."""
     target_cr: float | None = None
+    cr: float | None = None
+    """What was reached of the target, by the recipe's `budget`."""
     cr_decided: float | None = None
+    """The same of decisions, which runs of earlier versions have alone."""
+
+    @property
+    def reached(self) -> float | None:
+        return self.cr_decided if self.cr is None else self.cr
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "LoggedStep":

@@ -42,7 +42,9 @@ class TrainPass(ForwardPass):
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B] sums of what there is to save over heads and tokens."""
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
-    """[H] share of decided tokens evicted, detached."""
+    """[H] share of what there is to save that is saved, detached: of decided tokens that are evicted, or of entries, by the budget."""
+    class_rate: dict[int, torch.Tensor] = field(default_factory=dict)
+    """With several windows [H, K]: share of tokens that leave by each, detached."""
     first_passes: dict[int, FirstPass] = field(default_factory=dict)
     """What attention made in checkpointed layers, for their recomputation."""
     keeps: bool = False
@@ -66,7 +68,7 @@ class TrainPass(ForwardPass):
 
     def as_recomputation(self) -> TrainPass:
         # With counts of its own.
-        fresh: dict[str, Any] = {name: {} for name in ("evicted_count", "decided_count", "head_rate")}
+        fresh: dict[str, Any] = {name: {} for name in ("evicted_count", "decided_count", "head_rate", "class_rate")}
         return replace(self, **fresh, has_cache=False, store=None, entered=set(), keeps=False)
 
     def decide(
@@ -94,6 +96,8 @@ class TrainPass(ForwardPass):
         self.evicted_count[layer.index] = saved.sum((1, 2))
         self.decided_count[layer.index] = whole_BT.sum(1).to(log_keep.dtype) * layer.num_heads
         self.head_rate[layer.index] = (saved.detach().sum((0, 1)) / whole_BT.sum().clamp(min=1)).float()
+        if num_windows > 1:
+            self.class_rate[layer.index] = _class_rates(evicted.detach(), whole_BT > 0)
         attend = functools.partial(
             train_attention if rows is None else rows.train_attention,
             tokens=tokens,
@@ -117,6 +121,13 @@ class TrainPass(ForwardPass):
         first_pass = FirstPass() if self.store is None else FirstPass(self.store.put, self.store.get)
         self.first_passes[layer] = first_pass
         return first_pass
+
+
+def _class_rates(evicted_BTHK: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+    """[H, K] share of tokens that leave by each window, the first whose decision evicts them."""
+    class_BTH = masks.classes(evicted_BTHK > 0.5)
+    counts = [((class_BTH == j + 1) & real_BT[..., None]).sum((0, 1)) for j in range(evicted_BTHK.shape[-1])]
+    return torch.stack(counts, -1).float() / real_BT.sum().clamp(min=1)
 
 
 def savings_of(state: DMSState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:

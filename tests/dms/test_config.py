@@ -6,6 +6,7 @@ import json
 import pickle
 
 import pytest
+from evicting import embedded
 
 from dms.config import DMSConfig
 
@@ -52,6 +53,23 @@ def test_several_windows_are_a_window_of_several_numbers():
     assert DMSConfig.from_saved(json.loads(json.dumps(saved)), "here") == config
     assert dataclasses.replace(config, sinks=3).windows == (4, 16, 64)
     assert hash(config) == hash(DMSConfig(window=(4, 16, 64), sinks=2))
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (2048, r"window is 2048 and the model's context is 2048 tokens: nothing could ever be evicted"),
+        (
+            (8, 2048),
+            r"window is \[8, 2048\] and the model's context is 2048 tokens: decisions of 2048 could never count; choose windows below",
+        ),
+        ((8, 4096, 5000), r"decisions of 4096, 5000 could never count"),
+    ],
+)
+def test_windows_are_below_the_context(window, message):
+    with pytest.raises(ValueError, match=message):
+        embedded(window)
+    DMSConfig(window=window).check_context(5001)
 
 
 def test_one_window_is_saved_as_before():

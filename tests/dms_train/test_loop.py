@@ -58,6 +58,38 @@ def test_gates_learn_to_evict(finished):
     assert result["policies"]["dms"]["cr_decided"] > 2.0
 
 
+def test_metrics_name_the_ratio_that_the_budget_counts(finished):
+    metrics = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["cr"] == m["cr_decided"] for m in metrics)
+
+
+@pytest.mark.slow
+def test_a_run_of_several_windows(make_values, tmp_path, capsys):
+    folder = tmp_path / "run"
+    values = make_values(folder, steps=4, dms={"window": [4, 16, 64], "offset": 0.5, "scale": 5.0}, budget="end")
+    result = loop.run(load(values))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "target CR 4 (of entries at a document's end), window 4, 16 or 64" in printed and "cr mean" in printed
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["cr_decided"] is None and m["cr"] >= 1 for m in metrics)
+    figures = result["policies"]["dms"]
+    assert figures["memory"] in ("masked", "compacted") and (figures["bytes"] is None) == (figures["memory"] == "masked")
+    assert 4 < figures["entries_mean"] < 97 and figures["cr_mean"] == pytest.approx(193 / 2 / figures["entries_mean"])
+    rows = [row for row in result["rows"] if row["policy"] == "dms"]
+    assert {(row["entries"], row["entries_mean"], row["cr_mean"]) for row in rows} == {
+        (figures["entries"], figures["entries_mean"], figures["cr_mean"])
+    }
+    window = result["policies"]["sliding_window"]
+    assert window["memory"] == "compacted" and window["entries"] == pytest.approx(figures["entries"], rel=0.05)
+    assert (folder / "report" / "lifetimes.png").is_file()
+    (trace,) = json.loads((folder / "report" / "traces.json").read_text())["documents"]
+    assert trace["windows"] == [4, 16, 64] and set("".join(trace["classes"][0])) <= set("0123")
+    card = (folder / "model" / "README.md").read_text()
+    assert "They choose how long an entry stays: for 4, 16 or 64 more tokens, or for good." in card and "cr_mean" in card
+    model = dms.load(folder / "model", dtype="float32")
+    assert model.dms.config.windows == (4, 16, 64)
+
+
 def test_the_saved_model_is_the_one_that_was_measured(finished):
     from dms.evaluation.engine.run_end import evaluate_run, make_documents
 

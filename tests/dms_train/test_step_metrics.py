@@ -6,9 +6,10 @@ from dms_train.step import StepOutput
 from dms_train.step_metrics import StepSums
 
 
-def output(kl, compression, evicted, decided, rate_LH):
+def output(kl, compression, evicted, decided, rate_LH, class_rate_LHK=None):
     numbers = (torch.tensor(float(x)) for x in (0.0, kl, compression, evicted, decided))
-    return StepOutput(*numbers, head_rate_LH=torch.tensor(rate_LH))
+    classes = None if class_rate_LHK is None else torch.tensor(class_rate_LHK)
+    return StepOutput(*numbers, head_rate_LH=torch.tensor(rate_LH), class_rate_LHK=classes)
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -30,7 +31,21 @@ def test_what_processes_pack_is_read_back_by_name(num_processes, stopping):
         assert totals.stops == (stopping is not None and stopping < num_processes)
         assert totals.waited == [0.5 * rank for rank in range(num_processes)]
         assert totals.plan_marks == marks
-        assert totals.head_rate_LH.tolist() == [[0.25, 0.75]]
+        assert totals.head_rate_LH.tolist() == [[0.25, 0.75]] and totals.class_rate_LHK is None
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_rates_of_several_windows_go_along(num_processes):
+    ranks = [StepSums(rank=rank, num_processes=num_processes, num_micro_batches=2, device="cpu") for rank in range(num_processes)]
+    for rank, sums in enumerate(ranks):
+        sums.add(output(1, 0, 10, 100, [[0.0, 0.5]], [[[0.0, 0.0], [0.25, 0.25]]]))
+        sums.add(output(1, 0, 20, 100, [[1.0, 0.5 + 0.25 * rank]], [[[0.5, 0.5], [0.25, 0.25 + 0.25 * rank]]]))
+    summed = torch.stack([sums.pack(stops=False, waited=0.0, plan_mark=1) for sums in ranks]).sum(0)
+    more = 0.0 if num_processes == 1 else 0.0625
+    for sums in ranks:
+        totals = sums.unpack(summed)
+        assert totals.head_rate_LH.tolist() == [[0.5, 0.5 + more]] and totals.plan_marks == [1] * num_processes
+        assert totals.class_rate_LHK.tolist() == [[[0.25, 0.25], [0.25, 0.25 + more]]]
 
 
 def test_sums_are_those_of_one_tensor_of_float32():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,24 @@ def follow(tracker, steps, offset=0.0):
     for step in steps:
         rates = torch.tensor([[0.0, 0.5], [0.25, 1.0]])
         tracker.log({"step": step, "loss": step + offset, "kl": 0.5, "note": "not a number"}, rates, _LAYERS)
+
+
+@pytest.mark.parametrize("windows", [(8,), (8, 32)])
+def test_shares_of_lifetimes_are_logged(make_recipe, console, windows):
+    """By layer and over all, where there are several windows."""
+    recipe = make_recipe(wandb="off")
+    tracker = open_tracker(recipe, Path(recipe.output_dir), console, run_id=None, step=0)
+    logged = []
+    tracker._trackers["ours"] = SimpleNamespace(log=lambda step, scalars, heatmap: logged.append((step, scalars)))
+    several = len(windows) > 1
+    classes = torch.tensor([[[0.0, 0.25], [0.5, 0.25]], [[1.0, 0.0], [0.5, 0.5]]]) if several else None
+    tracker.log({"step": 3, "kl": 0.5}, torch.tensor([[0.0, 0.5], [0.25, 1.0]]), _LAYERS, windows, classes)
+    ((step, scalars),) = logged
+    named = {name: value for name, value in scalars.items() if name.startswith("leave_after")}
+    first, second = _LAYERS
+    expected = {f"leave_after_8/layer{first}": 0.25, f"leave_after_8/layer{second}": 0.75, "leave_after_8/all": 0.5}
+    expected |= {f"leave_after_32/layer{first}": 0.25, f"leave_after_32/layer{second}": 0.25, "leave_after_32/all": 0.25}
+    assert step == 3 and named == (expected if several else {})
 
 
 def end_process():

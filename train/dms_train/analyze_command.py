@@ -54,7 +54,7 @@ def run(
         batches=batches,
         ratios=ratios,
         machine=Machine(num=num_gpus, weight_bits=weight_bits),
-        window=dms.windows[0],
+        window=dms.window,
     )
     title = Path(name).stem if name.endswith(".json") else name
     table.show(console, title, found)

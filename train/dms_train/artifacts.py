@@ -164,7 +164,14 @@ def finish(
     # Before anything is drawn: figures must outlive a failing picture. Its name makes a run finished, so it gets that at the end.
     unnamed = folder / "result.json.new"
     unnamed.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    report.write_report(folder, report.read_metrics(folder / "metrics.jsonl"), evaluated.evicted_share_LH, trace, names)
+    report.write_report(
+        folder,
+        report.read_metrics(folder / "metrics.jsonl"),
+        evaluated.evicted_share_LH,
+        trace,
+        names,
+        class_LHK=evaluated.class_share_LHK,
+    )
     write_run_card(
         model_folder,
         base_name=recipe.model,

@@ -21,6 +21,7 @@ from dms.attention import evict_pass, scale_of
 from dms.config import DMSConfig
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.tasks import CHAIN_TASKS
+from dms.evaluation.engine.entries import mean_of_budget
 from dms.evaluation.engine.one_pass import add_predictions, add_to, read_in_one_pass
 from dms.evaluation.engine.run_end import make_documents
 from dms.evaluation.engine.scoring import score_beside_dense
@@ -162,8 +163,7 @@ class Entries:
 
 def entries_of_budget(budget: int, length: int) -> tuple[float, float]:
     """Entries alive at the end and in the mean over positions, of a policy that holds `budget` once it has seen so many."""
-    held = min(budget, length)
-    return float(held), held - held * (held - 1) / (2 * length)
+    return float(min(budget, length)), mean_of_budget(budget, length)
 
 
 def budget_of_mean(entries_mean: float, length: int) -> int:

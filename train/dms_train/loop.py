@@ -328,6 +328,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             seconds = time.perf_counter() - step_start
             position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
             if setup.tracker is not None:
+                reached = 1.0 / max(1e-9, 1.0 - totals.evicted / totals.decided)
                 metrics = StepMetrics(
                     step=step,
                     loss=loss,
@@ -335,7 +336,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                     compression_loss=totals.compression,
                     target=target,
                     target_cr=target_cr,
-                    cr_decided=1.0 / max(1e-9, 1.0 - totals.evicted / totals.decided),
+                    cr=reached,
+                    cr_decided=reached if recipe.budget == "decided" else None,
                     lr=settings.lr * factor,
                     grad_norm=grad_norm,
                     tokens=position.tokens,
@@ -348,7 +350,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 )
                 metrics_file.write(json.dumps(asdict(metrics)) + "\n")
                 metrics_file.flush()
-                setup.tracker.log(asdict(metrics), totals.head_rate_LH, layer_indices)
+                setup.tracker.log(asdict(metrics), totals.head_rate_LH, layer_indices, recipe.dms.windows, totals.class_rate_LHK)
                 line.update(metrics)
 
             # Save: where the schedule passes a ratio of save.at_cr, every save.every steps, at the end, and before stopping.

@@ -41,7 +41,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate")]
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate", "compare-gates")]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
@@ -85,7 +85,8 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         steps=recipe.steps,
         ramp=recipe.ramp,
         target_cr=recipe.target_cr,
-        window=recipe.dms.windows[0],
+        window=recipe.dms.window,
+        budget=recipe.budget,
         batch_size=recipe.batch_size,
         micro_batch_size=recipe.micro_batch_size,
         beta=recipe.beta,

@@ -7,9 +7,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dms.io.quantization import packed_tensors, quant_method
 from dms.modes import state_of
+from dms.report.charts import window_name
 from dms.training.sharding import num_elements, resident_bytes
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step_metrics import StepMetrics
+
+# What a target ratio is of.
+_OF_BUDGET = {"decided": "of decisions", "end": "of entries at a document's end", "mean": "of entries in the mean"}
 
 
 def describe_start(console: Console, recipe: RetrofitRecipe, student: Any, num_trained: int) -> None:
@@ -19,7 +23,8 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: Any, num_t
     total = student.num_parameters() if packed else sum(num_elements(p) for p in student.parameters())
     console.print(
         f"[bold]{recipe.model}[/]: gates on {len(state.layers)} layers of {state.layers[0].num_heads} KV heads, "
-        f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g}, window {recipe.dms.window}",
+        f"training {num_trained:,} of {total:,} parameters, target CR {recipe.target_cr:g} ({_OF_BUDGET[recipe.budget]}), "
+        f"window {window_name(recipe.dms.window)}",
         highlight=False,
     )
     if packed:
@@ -66,7 +71,7 @@ class StepLine(LiveLine):
         self.steps = steps
 
     def update(self, metrics: StepMetrics) -> None:
-        text = f"kl {metrics.kl:.4f}  cr {metrics.cr_decided:.2f} of {metrics.target_cr:.2f}  {metrics.tokens_per_second:,.0f} tok/s"
+        text = f"kl {metrics.kl:.4f}  cr {metrics.cr:.2f} of {metrics.target_cr:.2f}  {metrics.tokens_per_second:,.0f} tok/s"
         self.progress.update(self.task, advance=1, text=text)
         step = metrics.step
         if not self.console.is_terminal and (step % self.every == 0 or step in (1, self.steps)):

@@ -246,7 +246,13 @@ class RetrofitRecipe(Strict):
             )
         if self.dms.windows[0] >= self.data.length:
             raise ValueError(
-                f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
+                f"dms.window is {self.dms.to_dict()['window']} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
+            )
+        if self.dms.windows[-1] >= self.data.length:
+            beyond = ", ".join(str(w) for w in self.dms.windows if w >= self.data.length)
+            raise ValueError(
+                f"dms.window is {list(self.dms.windows)} and data.length {self.data.length}: decisions of {beyond} would never count, and cannot be "
+                "learned; lengthen the data, narrow these windows or leave them out"
             )
         return self
 

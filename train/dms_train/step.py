@@ -47,7 +47,9 @@ class StepOutput:
     decided: torch.Tensor
     """All decisions, summed likewise."""
     head_rate_LH: torch.Tensor
-    """Share evicted per layer and head."""
+    """Share evicted per layer and head: of what the budget counts."""
+    class_rate_LHK: torch.Tensor | None = None
+    """With several windows the share of tokens that leave by each."""
 
 
 def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
@@ -187,6 +189,7 @@ def distill_step(
         evicted=evicted_B.detach().sum(),
         decided=decided_B.detach().sum(),
         head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
+        class_rate_LHK=torch.stack([rates for _, rates in sorted(forward.class_rate.items())]) if forward.class_rate else None,
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,18 @@ class Tracker:
         if recipe.tracking.tensorboard:
             self._try("TensorBoard", lambda: self._trackers.update(TensorBoard=TensorBoardTracker(recipe, folder, step)))
 
-    def log(self, metrics: dict, rate_LH: torch.Tensor, layer_indices: list[int]) -> None:
-        """One step: its metrics, and the share of tokens that each KV head (H) of each gated layer (L, numbered by the list) evicts."""
+    def log(
+        self,
+        metrics: dict,
+        rate_LH: torch.Tensor,
+        layer_indices: list[int],
+        windows: Sequence[int] = (),
+        class_rate_LHK: torch.Tensor | None = None,
+    ) -> None:
+        """One step: its metrics, and the share of tokens that each KV head (H) of each gated layer (L, numbered by the list) evicts.
+
+        class_rate_LHK: with several windows the share of tokens that leave by each.
+        """
         step, rate_LH = metrics["step"], rate_LH.detach().float().cpu()
         layers = list(zip(layer_indices, rate_LH.tolist(), strict=True))
         self._last = step, [[layer, head, rate] for layer, rates in layers for head, rate in enumerate(rates)]
@@ -143,6 +153,12 @@ class Tracker:
         scalars |= {f"evicted/layer{layer}": sum(rates) / len(rates) for layer, rates in layers}
         # The usual failures: heads that evict nothing, and heads that evict everything.
         scalars |= {"evicted/least_head": rate_LH.min().item(), "evicted/most_head": rate_LH.max().item()}
+        for number, window in enumerate(windows if class_rate_LHK is not None else ()):
+            share_LH = class_rate_LHK[..., number].detach().float().cpu()
+            scalars |= {
+                f"leave_after_{window}/layer{layer}": share for layer, share in zip(layer_indices, share_LH.mean(1).tolist(), strict=True)
+            }
+            scalars[f"leave_after_{window}/all"] = share_LH.mean().item()
         self._each(lambda tracker: tracker.log(step, scalars, _draw_heatmap(rate_LH, layer_indices, step) if step in self._drawn else None))
 
     def finish(self, result: dict, model_folder: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from dms.cache import CompactedLayer, DMSCache
+from dms.cache import DMSCache
 from dms.evaluation.data.problems import STOP_TOKENS
+from dms.evaluation.engine.entries import count_entries, count_shared, memory_of_cache
 from dms.generation import draw_tokens
 from dms.hf_compat import cache_argument
 from dms.modes import reading, state_of
@@ -65,10 +66,12 @@ class Sampled:
     """Over which the chains' counts are summed."""
     shared: int
     """Of the entries that are alive after the prompt, those that all chains can share for as long as they go on: dense all of them, dms
-    those that have left the ring, of which each chain has its own."""
+    those that have left the ring, of which each chain has its own, and that no decision evicts."""
     step_ms: float | None
     """Median of a decoding step of the whole batch."""
     seconds: float
+    masked: bool = False
+    """What is evicted stayed in memory."""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -104,6 +107,7 @@ def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number
         shared,
         statistics.median(step_ms) if step_ms else None,
         time.perf_counter() - start,
+        masked=memory_of_cache(cache) == "masked",
     )
 
 
@@ -114,39 +118,6 @@ def _read_prompt(model: Any, input_ids: tuple[int, ...], cache: Cache, chunk: in
     for part in ids_1T.split(chunk or len(input_ids), dim=1):
         logits = model(input_ids=part, use_cache=True, **cache_argument(model, cache), **last_only).logits
     return logits[:, -1]
-
-
-def count_entries(model: Any, cache: Cache) -> torch.Tensor:
-    """[4, B] int64: alive, seen, evicted and decided entries of each sequence over the heads of the layers with gates, as the cache holds them."""
-    total_4B = torch.zeros((), dtype=torch.long)
-    for layer in state_of(model).layers:
-        held = cache.layers[layer.index]
-        if isinstance(held, CompactedLayer):
-            seen_B, H = held.row_lengths().long(), layer.num_heads
-            counts = held.entries_alive().sum(1), seen_B * H, held.store.evicted.long().sum(1), held.store.decided.long() * H
-        else:
-            B, H, S = _keys(held).shape[:3]
-            full_B = torch.full((B,), H * S)
-            counts = full_B, full_B, torch.zeros_like(full_B), full_B
-        total_4B = total_4B + torch.stack([count.cpu() for count in counts])
-    return total_4B
-
-
-def count_shared(model: Any, cache: Cache) -> int:
-    """Entries of a cache of one sequence that its forks share for good, over the heads of the layers with gates: those in pages are never
-    evicted again, but for what goes by a later one of several windows, and those of a dense cache never were. To the entry, where pages
-    round up."""
-    total = 0
-    for layer in state_of(model).layers:
-        held = cache.layers[layer.index]
-        total += int(held.store.kept_for_good().sum()) if isinstance(held, CompactedLayer) else _keys(held).shape[1:3].numel()
-    return total
-
-
-def _keys(layer: Any) -> torch.Tensor:
-    """Of a dense layer that has read a prompt."""
-    assert isinstance(layer.keys, torch.Tensor)
-    return layer.keys
 
 
 class _Batch:

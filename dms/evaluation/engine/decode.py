@@ -10,9 +10,21 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from dms.cache import CompactedLayer, held_bytes
+from dms.cache.layer import MaskedLayer
+from dms.evaluation.engine.entries import (
+    Decisions,
+    alive_entries,
+    collect_decisions,
+    count_entries,
+    entries_by_position,
+    join_decisions,
+    mean_of_budget,
+    memory_of_cache,
+)
+from dms.evaluation.policies import PolicyCache
 from dms.hf_compat import cache_argument
 from dms.modes import reading, set_mode, state_of
 
@@ -35,17 +47,22 @@ class Reading:
     """What greedy decoding writes after the prompt; None where it was not asked for."""
     entries_B: torch.Tensor
     """Alive at the end."""
+    entries_mean_B: torch.Tensor | None
+    """Alive in the mean over positions; None: of a training-free policy, which has a budget."""
     reads_B: torch.Tensor
     """Read per decoded token."""
     peak_B: torch.Tensor
     """The most at any time, a forward's own tokens included."""
     num_seen: int
     """Tokens of a document that were read."""
-    bytes: int
-    """All that the cache holds at the end, per document, when its pools have given back what lies free."""
+    bytes: int | None
+    """All that the cache holds at the end, per document, when its pools have given back what lies free; None: evicted entries are masked
+    and stay."""
     evicted: int
     decided: int
     """Decisions of the gates, over all heads."""
+    memory: str | None
+    """As `memory_of_cache` says it."""
     step_ms: float
     """Median of the decoding steps of the batch, without what a training-free policy takes to choose, which is plain code here."""
     seconds: float
@@ -76,8 +93,8 @@ class _Reader:
         return out.logits[:, -1]
 
     def _alive(self, layer) -> torch.Tensor:
-        if isinstance(layer, CompactedLayer):
-            return layer.entries_alive().float().mean(1)
+        if isinstance(layer, CompactedLayer | MaskedLayer):
+            return alive_entries(layer).float().mean(1)
         return torch.full_like(self.peak_B, layer.get_seq_length())
 
 
@@ -95,15 +112,20 @@ def read(
 ) -> Reading:
     """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others.
 
-    cache: an empty one, which says what is evicted: a DMSCache, a PolicyCache, or a DynamicCache for the dense model. dense: what the
+    cache: an empty one, which says what is evicted: one of `DMSCache`, a PolicyCache, or a DynamicCache for the dense model. dense: what the
     dense model made of the same documents, its logits included, to compare with. num_greedy: also write so many tokens after the prompt.
     """
-    set_mode(model, "dense" if isinstance(cache, DynamicCache) else "evict")
+    set_mode(model, "evict" if memory_of_cache(cache) else "dense")
     start = time.perf_counter()
     batch, length = ids_BT.shape
     reader = _Reader(model, cache, batch, length)
-    for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
-        logits_BV = reader.forward(part)
+    decided: list[Decisions] = []
+    with collect_decisions(model) as latest:
+        for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
+            logits_BV = reader.forward(part)
+            decided.append(dict(latest))
+    # By position: a part's tokens from its decisions, and then one by one.
+    sums_B = _sum_over_positions(model, cache, decided, num_given)
     greedy_Bn = _write(reader, logits_BV, num_greedy) if num_greedy else None
     reader.reads_B = torch.zeros_like(reader.reads_B)
 
@@ -128,9 +150,11 @@ def read(
             logits_BV = reader.forward(ids_BT[:, place : place + 1])
             _wait(ids_BT.device)
             milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
-    stores = [layer.store for layer in cache.layers if isinstance(layer, CompactedLayer)]
-    for store in stores:
-        store.pool.trim(all_of_it=True)
+            sums_B = None if sums_B is None else sums_B + reader.entries_B.double().cpu()
+    for layer in cache.layers:
+        if isinstance(layer, CompactedLayer):
+            layer.store.pool.trim(all_of_it=True)
+    _, _, evicted_B, decided_B = count_entries(model, cache)
     return Reading(
         nll_BN=torch.stack(nll, 1),
         right_BN=torch.stack(right, 1),
@@ -139,15 +163,26 @@ def read(
         logits_BNV=kept_BNV,
         greedy_Bn=greedy_Bn,
         entries_B=reader.entries_B,
+        entries_mean_B=None if sums_B is None else sums_B / (length - 1),
         reads_B=reader.reads_B / max(1, len(milliseconds)),
         peak_B=reader.peak_B,
         num_seen=length - 1,
-        bytes=round(held_bytes(cache) / batch),
-        evicted=sum(int(store.evicted.sum()) for store in stores),
-        decided=sum(int(store.decided.sum()) * store.num_heads for store in stores),
+        bytes=None if memory_of_cache(cache) == "masked" else round(held_bytes(cache) / batch),
+        evicted=int(evicted_B.sum()),
+        decided=int(decided_B.sum()),
+        memory=memory_of_cache(cache),
         step_ms=statistics.median(milliseconds) if milliseconds else 0.0,
         seconds=time.perf_counter() - start,
     )
+
+
+def _sum_over_positions(model, cache: Cache, decided: list[Decisions], num_given: int) -> torch.Tensor | None:
+    """[B] entries alive after each token of a prompt that was read in parts, summed over its positions; None: of a training-free policy."""
+    if isinstance(cache, PolicyCache):
+        return None
+    if memory_of_cache(cache) is not None:
+        return entries_by_position(model, join_decisions(decided))
+    return torch.tensor(num_given * mean_of_budget(num_given, num_given), dtype=torch.float64)
 
 
 def _write(reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -26,13 +26,15 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
     ids = torch.tensor([document.input_ids], device=device)
     right = predict(model, ids, use_cache=False).right_BT[0].tolist()
     shift = state.config.alignment == "next"
-    logits = evict_pass(model).logits
-    probabilities = []
+    logits, evicted = evict_pass(model).logits, evict_pass(model).evicted
+    several = len(state.config.windows) > 1
+    probabilities, classes = [], []
     for index in sorted(logits):
         # Of several decisions, the one that is most for evicting: whether the token is evicted by any.
-        logits_TH = logits[index][0].float() if len(state.config.windows) == 1 else logits[index][0].float().amax(-1)
+        logits_TH = logits[index][0].float().amax(-1) if several else logits[index][0].float()
         prob_HT = torch.sigmoid(logits_TH).T.tolist()
         probabilities.append([[*row[1:], None] if shift else row for row in prob_HT])
+        classes.append(["".join(map(str, row)) for row in masks.classes(evicted[index])[0].T.tolist()])
     return report.DocumentTrace(
         tokens=[tokenizer.decode([token]) for token in document.input_ids],
         evict_prob_LHT=probabilities,
@@ -40,6 +42,8 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
         layer_indices=sorted(logits),
         title=title,
         window=state.config.windows[0],
+        windows=state.config.windows if several else (),
+        class_LHT=classes if several else None,
         sinks=state.config.sinks,
         prompt=document.prompt,
     )
@@ -61,7 +65,7 @@ class _Sums:
     decided: int = 0
     seen: int = 0
     evicted: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer, [H]."""
+    """By layer, [H]; of several windows those that leave by each, [H, K]."""
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
     """By layer, [H]."""
 
@@ -134,8 +138,8 @@ def _traced(documents: Sequence[EvaluationDocument]) -> list[int]:
 
 
 def _method(state) -> dict:
-    config = state.config
-    return {name: getattr(config, name) for name in ("window", "sinks", "granularity", "alignment")}
+    saved = state.config.to_dict()
+    return {name: saved[name] for name in ("window", "sinks", "granularity", "alignment")}
 
 
 @torch.no_grad()
@@ -153,12 +157,13 @@ def _profile(model, documents: Sequence[EvaluationDocument], point: float, lengt
         if progress:
             progress(1)
     layers = sorted(sums.evicted)
+    class_LHK = [[_rounded(row / max(1, sums.decided)) for row in sums.evicted[i]] for i in layers if sums.evicted[i].dim() > 1]
     reached = sums.seen_at > 0
     shares = (sums.evicted_by_bin / sums.decided_by_bin.clamp(min=1)).tolist()
     return {
         "evict_bias": point,
         "layer_indices": layers,
-        "evicted_LH": [_rounded(sums.evicted[i] / max(1, sums.decided)) for i in layers],
+        "evicted_LH": [_rounded(_of_any(sums.evicted[i]) / max(1, sums.decided)) for i in layers],
         "cr_LH": [_rounded(sums.seen / sums.alive[i].clamp(min=1)) for i in layers],
         "bins": [
             {"start": start, "end": end, "evicted": round(share, 5)}
@@ -167,7 +172,12 @@ def _profile(model, documents: Sequence[EvaluationDocument], point: float, lengt
         ],
         "positions": positions[reached].tolist(),
         "cr_at": _rounded(sums.seen_at[reached] / sums.alive_at[reached].clamp(min=1)),
+        **({} if len(state.config.windows) == 1 else {"class_LHK": class_LHK}),
     }
+
+
+def _of_any(evicted_HX: torch.Tensor) -> torch.Tensor:
+    return evicted_HX if evicted_HX.dim() == 1 else evicted_HX.sum(-1)
 
 
 def _add(sums: _Sums, state, edges: torch.Tensor, positions: torch.Tensor) -> None:
@@ -185,7 +195,11 @@ def _add(sums: _Sums, state, edges: torch.Tensor, positions: torch.Tensor) -> No
         evicted_TH = decisions[0] if decisions.dim() == 3 else decisions[0].any(-1)
         num_heads = evicted_TH.shape[1]
         alive_H = masks.alive(tokens, decisions, window=config.window, sinks=config.sinks)[0].sum(0)
-        sums.evicted[index] = sums.evicted.get(index, 0) + evicted_TH.sum(0)
+        counts = evicted_TH.sum(0)
+        if decisions.dim() > 3:
+            class_TH = masks.classes(decisions)[0]
+            counts = torch.stack([(class_TH == number + 1).sum(0) for number in range(decisions.shape[-1])], -1)
+        sums.evicted[index] = sums.evicted.get(index, 0) + counts
         sums.alive[index] = sums.alive.get(index, 0) + alive_H
         sums.evicted_by_bin.index_add_(0, bin_T, evicted_TH.sum(1))
         sums.decided_by_bin.index_add_(0, bin_T, decided_T.long() * num_heads)

@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from dms import masks
-from dms.evaluation.engine.chains import count_entries
+from dms.evaluation.engine.entries import count_entries, memory_of_cache
 from dms.evaluation.engine.lm_eval_compat import STEPS, harness_step, max_new_tokens
 from dms.evaluation.engine.lm_eval_rows import HarnessCounts
 from dms.hf_compat import output_cache
@@ -73,7 +73,7 @@ class Harness(HFLM):
         output = self.model(inps, use_cache=state.mode == "evict" and state.takes_cache)
         cache = output_cache(output) if state.mode == "evict" and state.takes_cache else None
         if cache is not None:
-            self.counted.add(count_entries(self.model, cache), inps.shape[1], "compacted")
+            self.counted.add(count_entries(self.model, cache), inps.shape[1], memory_of_cache(cache) or "compacted")
         else:
             self.counted.add(_without_cache(state, *inps.shape), inps.shape[1], "masked")
         return output.logits
@@ -103,7 +103,7 @@ class Harness(HFLM):
         state, length = state_of(self.model), output.sequences.shape[1]
         cache = output_cache(output) if state.mode == "evict" else None
         if cache is not None:
-            self.counted.add(count_entries(self.model, cache), length, "compacted")
+            self.counted.add(count_entries(self.model, cache), length, memory_of_cache(cache) or "compacted")
         else:
             # The last token was not read any more.
             seen_B = settings["attention_mask"].sum(1).cpu() + length - context.shape[1] - 1

@@ -45,7 +45,7 @@ class HarnessCounts:
         return cls(**{**values, "memory": set(values["memory"])})
 
     def add(self, counts_4B: torch.Tensor, length: int, memory: str) -> None:
-        """counts_4B: as of `chains.count_entries`."""
+        """counts_4B: as of `entries.count_entries`."""
         alive, seen, evicted, decided = counts_4B.sum(1).tolist()
         self.num_rows += counts_4B.shape[1]
         self.alive += alive

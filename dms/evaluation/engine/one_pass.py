@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from dms.cache.stats import cache_stats, compacted_layers
+from dms import masks
+from dms.cache.page_pool import held_bytes
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.tasks import RECALL_TASKS
+from dms.evaluation.engine.entries import (
+    Decisions,
+    collect_decisions,
+    count_entries,
+    entries_by_position,
+    mean_of_budget,
+    memory_of_cache,
+)
 from dms.evaluation.engine.scoring import predict, predict_in_parts
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.stats.collect import NUM_QUARTILES
@@ -38,8 +47,10 @@ def read_in_one_pass(
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
         ids_BT = torch.tensor([document.input_ids for document in batch], device=device)
+        decisions: Decisions = {}
         if budget is None:
-            found = predict(model, ids_BT, use_cache=policy != "dense")
+            with collect_decisions(model) as decisions:
+                found = predict(model, ids_BT, use_cache=policy != "dense")
         elif TRAINING_FREE[policy].masks_within_forward:
             found = predict(model, ids_BT, use_cache=True, cache=make_policy_cache(model, policy, budget, seed))
         else:
@@ -47,15 +58,18 @@ def read_in_one_pass(
             cache = make_policy_cache(model, policy, budget, seed)
             found = predict_in_parts(model, ids_BT, cache, num_given=num_given, chunk=chunk)
         add_predictions(metrics, len(documents), first, batch, found.nll_BT, found.right_BT)
-        counts.add(ids_BT, found.cache)
+        counts.add(model, ids_BT, found.cache, decisions)
+    num_seen = len(documents[0].input_ids)
     return PolicyResult(
         metrics=metrics,
         entries=counts.entries,
+        entries_mean=counts.entries_mean if budget is None else [mean_of_budget(budget, num_seen)] * len(documents),
         reads=None,
         peak=None,
         budget=budget,
-        num_seen=len(documents[0].input_ids),
+        num_seen=num_seen,
         bytes=round(counts.bytes / len(documents)) if counts.bytes else None,
+        memory=counts.memory,
         evicted=counts.evicted,
         decided=counts.decided,
         step_ms=None,
@@ -64,6 +78,7 @@ def read_in_one_pass(
         seen=counts.seen,
         alive=counts.alive,
         evicted_share_LH=counts.evicted_share_LH(),
+        class_share_LHK=counts.class_share_LHK(),
     )
 
 
@@ -118,32 +133,57 @@ def add_answers(
 
 
 class _Counts:
-    """What caches held at the end of documents, over the layers with gates and their heads."""
+    """What caches held at the end of documents and on the way there, over the layers with gates and their heads."""
 
     def __init__(self, state: DMSState):
+        self.config = state.config
         self.num_heads = sum(layer.num_heads for layer in state.layers)
         self.seen = self.alive = self.evicted = self.decided = self.bytes = 0
         self.entries: list[float] = []
-        self._evicted_LH: torch.Tensor | None = None
-        self._decided_per_head = 0
+        self.entries_mean: list[float] = []
+        self.memory: str | None = None
+        self._num_in_class_LHC: Any = 0
+        """Decided tokens by class, that of `masks.classes`."""
 
-    def add(self, ids_BT: torch.Tensor, cache: Cache | None) -> None:
-        """The documents of a batch. cache: None: dense."""
+    def add(self, model: Any, ids_BT: torch.Tensor, cache: Cache | None, decisions: Decisions) -> None:
+        """The documents of a batch. cache: None: dense. decisions: what the gates decided in its one pass; none: of training-free policies."""
+        B, T = ids_BT.shape
         if cache is None:
-            total = ids_BT.numel() * self.num_heads
+            total = B * T * self.num_heads
             self.seen, self.alive, self.decided = self.seen + total, self.alive + total, self.decided + total
-            self.entries += [float(ids_BT.shape[1])] * ids_BT.shape[0]
+            self.entries += [float(T)] * B
+            self.entries_mean += [mean_of_budget(T, T)] * B
             return
-        report, layers = cache_stats(cache, warn=False), list(compacted_layers(cache).values())
-        self.seen, self.alive, self.bytes = self.seen + report.seen, self.alive + report.alive, self.bytes + report.bytes
-        alive_B = torch.stack([layer.entries_alive().sum(1).cpu() for layer in layers]).sum(0)
-        self.entries += [alive / self.num_heads for alive in alive_B.tolist()]
-        stores = [layer.store for layer in layers]
-        evicted_LH = torch.stack([store.evicted.sum(0).cpu() for store in stores])
-        self._evicted_LH = evicted_LH if self._evicted_LH is None else self._evicted_LH + evicted_LH
-        self._decided_per_head += int(stores[0].decided.sum())
-        self.evicted += int(evicted_LH.sum())
-        self.decided += sum(int(store.decided.sum()) * store.num_heads for store in stores)
+        self.memory = memory_of_cache(cache)
+        counts = count_entries(model, cache)
+        alive, seen, evicted, decided = counts.sum(1).tolist()
+        self.alive, self.seen = self.alive + alive, self.seen + seen
+        self.evicted, self.decided = self.evicted + evicted, self.decided + decided
+        self.entries += [alive / self.num_heads for alive in counts[0].tolist()]
+        if self.memory == "compacted":
+            self.bytes += held_bytes(cache)
+        if decisions:
+            self.entries_mean += (entries_by_position(model, decisions) / T).tolist()
+            self._num_in_class_LHC = self._num_in_class_LHC + self._by_class(ids_BT, decisions)
+
+    def _by_class(self, ids_BT: torch.Tensor, decisions: Decisions) -> torch.Tensor:
+        segment_BT = torch.ones(ids_BT.shape, dtype=torch.int32, device=ids_BT.device)
+        decided_BT1 = masks.decided_tokens(segment_BT, self.config.alignment)[..., None]
+        found = []
+        for index in sorted(decisions):
+            class_BTH = masks.classes(masks.align(decisions[index], segment_BT, self.config.alignment, False))
+            found.append([((class_BTH == number) & decided_BT1).sum((0, 1)).cpu() for number in range(len(self.config.windows) + 1)])
+        return torch.stack([torch.stack(of_layer, -1) for of_layer in found])
+
+    def _share_LHK(self) -> torch.Tensor | None:
+        """Of the decided tokens of each layer and head those that leave by each window."""
+        counts_LHC = self._num_in_class_LHC
+        return None if isinstance(counts_LHC, int) else counts_LHC[..., 1:] / counts_LHC.sum(-1, keepdim=True).clamp(min=1)
 
     def evicted_share_LH(self) -> list[list[float]] | None:
-        return None if self._evicted_LH is None else (self._evicted_LH / max(1, self._decided_per_head)).tolist()
+        share_LHK = self._share_LHK()
+        return None if share_LHK is None else share_LHK.sum(-1).tolist()
+
+    def class_share_LHK(self) -> list[list[list[float]]] | None:
+        share_LHK = self._share_LHK()
+        return None if share_LHK is None or len(self.config.windows) == 1 else share_LHK.tolist()

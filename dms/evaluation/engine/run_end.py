@@ -52,6 +52,11 @@ class RunEvaluation:
         assert shares is not None, "one-pass reading of dms counts them"
         return shares
 
+    @property
+    def class_share_LHK(self) -> list[list[list[float]]] | None:
+        """With several windows the share of decided tokens that leave by each, in each layer and head of dms; None: one window."""
+        return self.results[OperatingPoint("dms", self.settings.evict_bias[0]).name].class_share_LHK
+
 
 def evaluate_run(
     model: Any,

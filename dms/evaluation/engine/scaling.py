@@ -321,7 +321,7 @@ def _make_rows(
                 batch_size=sampling.chains_at_once,
                 # Transformers' dense cache copies the prompt for each chain: bytes of the two caches say nothing of chains.
                 bytes=None,
-                memory=memory_of(curve.policy),
+                memory=memory_of(curve.policy, "masked" if any(sampled.masked for sampled in found.sampled) else None),
                 marks=(*marks, Mark.DENSE_AT_CHANCE) if is_at_chance(dense_sample, draws_RN, chance) else tuple(marks),
                 vs_dense=None if curve is dense else compare(sample, dense_sample, draws_RN, higher_is_better=True),
                 seconds=sum(sampled.seconds for sampled in found.sampled),

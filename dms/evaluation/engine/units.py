@@ -15,6 +15,7 @@ from dms.cache import DMSCache
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.text_sources import GivenText
 from dms.evaluation.engine.decode import Reading, read
+from dms.evaluation.engine.entries import mean_of_budget
 from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings
@@ -194,17 +195,26 @@ def _result(unit: Unit, reading: Reading, dense: Reading | None, budget: int | N
     return PolicyResult(
         metrics=metrics,
         entries=reading.entries_B.tolist(),
+        entries_mean=_entries_mean(reading, budget, num_documents),
         reads=reading.reads_B.tolist(),
         peak=reading.peak_B.tolist(),
         budget=budget,
         num_seen=reading.num_seen,
         bytes=reading.bytes,
+        memory=reading.memory,
         evicted=reading.evicted,
         decided=reading.decided,
         step_ms=reading.step_ms,
         seconds=reading.seconds,
         batch_size=num_documents,
     )
+
+
+def _entries_mean(reading: Reading, budget: int | None, num_documents: int) -> list[float]:
+    if budget is not None:
+        return [mean_of_budget(budget, reading.num_seen)] * num_documents
+    assert reading.entries_mean_B is not None, "of dense and dms it is counted"
+    return reading.entries_mean_B.expand(num_documents).tolist()
 
 
 def _text_metrics(

@@ -71,10 +71,17 @@ def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]
 def _heading(dms: Sequence[ResultRow], length: int | None, bias: float | None) -> str:
     place = "In lm-evaluation-harness" if length is None else f"At {length} tokens"
     point = f" at evict_bias {bias:+g}" if bias is not None else ""
-    ratios = [row.cr for row in dms if row.cr is not None]
-    held = f"1/{min(ratios):.2f}" + (f" to 1/{max(ratios):.2f}" if max(ratios) - min(ratios) >= 0.01 else "")
+    held = f"{_one_in([row.cr for row in dms if row.cr is not None])} of the entries"
+    if means := [row.cr_mean for row in dms if row.cr_mean is not None]:
+        held += f" at the end and {_one_in(means)} in the mean over positions"
+    if any(row.memory == "masked" for row in dms):
+        held += ", masked: they are hidden and not freed"
     beyond = ", beyond the length that its gates were trained at" if Mark.BEYOND_TRAINING in dms[0].marks else ""
-    return f"{place}{point}, dms holds {held} of the entries{beyond}."
+    return f"{place}{point}, dms holds {held}{beyond}."
+
+
+def _one_in(ratios: Sequence[float]) -> str:
+    return f"1/{min(ratios):.2f}" + (f" to 1/{max(ratios):.2f}" if max(ratios) - min(ratios) >= 0.01 else "")
 
 
 def _beside_dense(dms: Sequence[ResultRow]) -> list[str]:
@@ -101,6 +108,8 @@ def _beside_dense(dms: Sequence[ResultRow]) -> list[str]:
 def _beside_others(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]:
     off = sorted({row.policy for row in here if Mark.BUDGET_MISSED in row.marks})
     found = [f"{', '.join(off)} missed the budget, and no comparison with that is told."] if off else []
+    if in_the_mean := _in_the_mean(here):
+        found.append(in_the_mean)
     wins, ties = [], []
     for own in dms:
         others = [
@@ -123,6 +132,21 @@ def _beside_others(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[
     if wins:
         found.append(f"At the same budget it is better than every other policy in {', '.join(wins)}.")
     return found
+
+
+def _in_the_mean(here: Sequence[ResultRow]) -> str | None:
+    """What policies of equal entries at the end hold on the way there; None: not counted, or there are no others."""
+    ratios = []
+    for own in here:
+        if own.policy != "dms" or not own.entries_mean:
+            continue
+        others = [row.entries_mean for row in here if row.budget is not None and row.entries_mean and row.suite == own.suite]
+        ratios += [own.entries_mean / other for other in others]
+    if not ratios:
+        return None
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    span = low if low == high else f"{low} to {high}"
+    return f"The other policies hold as many entries at the end; in the mean over positions it holds {span} times theirs."
 
 
 def _name(row: ResultRow) -> str:

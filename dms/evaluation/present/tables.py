@@ -12,10 +12,14 @@ from dms.evaluation.stats.rows import Mark, ResultRow, Verdict
 def results_table(figures: Mapping[str, RunFigures], title: str) -> Table:
     """The table at a run's end: a line for each policy."""
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE, caption="recall by the distance of what is asked: q1 nearest, q4 farthest"
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
+        caption="recall by the distance of what is asked: q1 nearest, q4 farthest; cr: entries at the end, cr mean: over all positions",
     )
     table.add_column("policy", no_wrap=True)
-    for name in ("bits/byte", "recall", "q1", "q2", "q3", "q4", "cr decided", "cr", "memory"):
+    for name in ("bits/byte", "recall", "q1", "q2", "q3", "q4", "cr decided", "cr mean", "cr", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for policy, found in figures.items():
         table.add_row(
@@ -23,6 +27,7 @@ def results_table(figures: Mapping[str, RunFigures], title: str) -> Table:
             f"{found.bits_per_byte:.4f}",
             *(_share(value) for value in (found.recall, *found.recall_by_distance)),
             "-" if found.cr_decided is None else f"{found.cr_decided:.2f}",
+            "-" if found.cr_mean is None else f"{found.cr_mean:.2f}",
             f"{found.cr:.2f}",
             found.memory or "-",
         )
@@ -42,9 +47,18 @@ _SIGNS = {
 _LEGEND = (
     "▲ better, ▼ worse, = not told apart, at 95 %: from dense (dms), from dms (the others). What is asked comes after the prompt was read "
     "and evicted from: methods that look at the question first (snapkv) are at a disadvantage. step ms: without what the others take to choose, "
-    "which is plain code here."
+    "which is plain code here. entries, cr: at a document's end, where budgets are equal; mean: over its positions."
 )
-_COSTS = {"entries": ",.0f", "cr": ".2f", "peak_entries": ",.0f", "reads": ",.0f", "step_ms": ".1f", "bytes": ",.0fk"}
+_COSTS = {
+    "entries": ",.0f",
+    "entries_mean": ",.0f",
+    "cr": ".2f",
+    "cr_mean": ".2f",
+    "peak_entries": ",.0f",
+    "reads": ",.0f",
+    "step_ms": ".1f",
+    "bytes": ",.0fk",
+}
 _VERDICTS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_DIFFERENT: "="}
 # By distance: in rows.json and in the report.
 _NOT_SHOWN = ("recall_q1", "recall_q2", "recall_q3", "recall_q4")

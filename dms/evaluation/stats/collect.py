@@ -29,12 +29,16 @@ class Collected:
     """By task and metric."""
     entries: float
     """Entries a head alive at the end, mean over documents."""
+    entries_mean: float | None
+    """Entries a head alive in the mean over positions, mean over documents; None: not counted, as in results of earlier versions."""
     peak_entries: float | None
     reads: float | None
     budget: float | None
     num_seen: int
     cr: float
+    cr_mean: float | None
     bytes: int | None
+    memory: str | None
     evicted: int
     decided: int
     step_ms: float | None
@@ -65,6 +69,8 @@ def collect(results: Iterable[PolicyResult]) -> Collected:
 
     entries = float(np.concatenate([result.entries for result in results]).mean())
     reads = [result.reads for result in results if result.reads is not None]
+    means = [result.entries_mean for result in results if result.entries_mean is not None]
+    entries_mean = float(np.concatenate(means).mean()) if len(means) == len(results) else None
     peak = [result.peak for result in results if result.peak is not None]
     budgets = [result.budget for result in results if result.budget is not None]
     held = [result.bytes for result in results if result.bytes is not None]
@@ -75,12 +81,15 @@ def collect(results: Iterable[PolicyResult]) -> Collected:
     return Collected(
         metrics={name: sample(name) for name in names},
         entries=entries,
+        entries_mean=entries_mean,
         peak_entries=float(np.concatenate(peak).max()) if peak else None,
         reads=float(np.concatenate(reads).mean()) if reads else None,
         budget=mean(budgets) if budgets else None,
         num_seen=first.num_seen,
         cr=sum(seen) / max(1, sum(alive)) if alive else first.num_seen / entries,
+        cr_mean=(first.num_seen + 1) / 2 / entries_mean if entries_mean else None,
         bytes=round(mean(held)) if held else None,
+        memory=next((result.memory for result in results if result.memory is not None), None),
         evicted=sum(result.evicted for result in results),
         decided=sum(result.decided for result in results),
         step_ms=float(np.median(step_ms)) if step_ms else None,
@@ -182,9 +191,11 @@ def _row(
         cr_decided=found.cr_decided(policy),
         cr=found.cr,
         bytes=found.bytes,
-        memory=memory_of(policy),
+        memory=memory_of(policy, found.memory),
         budget=found.budget,
         entries=found.entries,
+        entries_mean=found.entries_mean,
+        cr_mean=found.cr_mean,
         peak_entries=found.peak_entries,
         reads=found.reads,
         step_ms=found.step_ms,
@@ -198,9 +209,9 @@ def _row(
     )
 
 
-def memory_of(policy: str) -> str | None:
-    """How a policy's cache holds what is alive; None: dense."""
-    return None if policy == "dense" else "compacted"
+def memory_of(policy: str, measured: str | None) -> str | None:
+    """How a policy's cache holds what is alive; None: dense. measured: None: by an earlier version, whose caches were compacted."""
+    return None if policy == "dense" else measured or "compacted"
 
 
 def is_at_chance(dense: Sample, draws_RD: np.ndarray, chance: float) -> bool:
@@ -225,6 +236,11 @@ class RunFigures:
     bytes: int | None
     memory: str | None
     seconds: float
+    entries: float | None = None
+    """A head's, at the document's end."""
+    entries_mean: float | None = None
+    """A head's, in the mean over positions."""
+    cr_mean: float | None = None
 
     @classmethod
     def of(cls, policy: str, found: Collected) -> "RunFigures":
@@ -239,8 +255,11 @@ class RunFigures:
             cr_decided=found.cr_decided(policy),
             cr=found.cr,
             bytes=found.bytes,
-            memory=memory_of(policy),
+            memory=memory_of(policy, found.memory),
             seconds=found.seconds,
+            entries=found.entries,
+            entries_mean=found.entries_mean,
+            cr_mean=found.cr_mean,
         )
 
     def to_dict(self) -> dict[str, Any]:

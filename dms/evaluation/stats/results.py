@@ -42,6 +42,8 @@ class PolicyResult:
     """By task and metric."""
     entries: list[float]
     """Alive at the end of each document."""
+    entries_mean: list[float] | None = None
+    """Alive in the mean over each document's positions; None: not counted (results of earlier versions)."""
     reads: list[float] | None
     """Read per decoded token; None: nothing was decoded."""
     peak: list[float] | None
@@ -51,7 +53,9 @@ class PolicyResult:
     num_seen: int
     """Tokens of a document that were read."""
     bytes: int | None
-    """Held by the cache at a document's end, mean over documents; None: there was no cache."""
+    """Held by the cache at a document's end, mean over documents; None: there was no cache, or it masks what is evicted."""
+    memory: str | None = None
+    """`masked` or `compacted`; None: no cache that evicts, and in results of earlier versions."""
     evicted: int
     decided: int
     """Decisions of the gates, over documents, layers and heads."""
@@ -64,6 +68,9 @@ class PolicyResult:
     """Entries seen, and alive at the end, as whole numbers over documents, layers and heads; None: by `num_seen` and `entries`."""
     evicted_share_LH: list[list[float]] | None = None
     """Share of the decisions of each layer and head that evict; None: not measured."""
+    class_share_LHK: list[list[list[float]]] | None = None
+    """With several windows: the share of the tokens of each layer and head that leave by each window, in the windows' order; None: one window,
+    or not measured."""
 
     @property
     def num_documents(self) -> int:

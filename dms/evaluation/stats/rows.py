@@ -98,6 +98,10 @@ class ResultRow:
     """Entries a head that the policy was allowed."""
     entries: float | None = None
     """Entries a head alive at the end, mean over documents."""
+    entries_mean: float | None = None
+    """Entries a head alive in the mean over a document's positions, mean over documents; of a training-free policy by its budget."""
+    cr_mean: float | None = None
+    """As cr, with both sums taken over all positions: equal entries at the end may have been more or fewer on the way there."""
     peak_entries: float | None = None
     reads: float | None = None
     """Entries read in decoding."""

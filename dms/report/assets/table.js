@@ -36,8 +36,8 @@
       if (d) parts.push(`${d.verdict} ${d.verdict === "not different" ? "from" : "than"} ${name}: ${signed(d.difference, unit)}` +
         (known(d.ci_low) && known(d.ci_high) ? ` (${signed(d.ci_low, unit)} to ${signed(d.ci_high, unit)})` : ""));
     }
-    for (const [name, key] of [["samples", "num_samples"], ["documents", "num_documents"], ["budget", "budget"], ["entries alive", "entries"], ["at most", "peak_entries"],
-      ["reads a token", "reads"], ["CR", "cr"], ["CR decided", "cr_decided"], ["bytes", "bytes"], ["ms a step", "step_ms"], ["guessing gives", "chance"], ["memory", "memory"]])
+    for (const [name, key] of [["samples", "num_samples"], ["documents", "num_documents"], ["budget", "budget"], ["entries alive", "entries"], ["in the mean", "entries_mean"], ["at most", "peak_entries"],
+      ["reads a token", "reads"], ["CR", "cr"], ["CR in the mean", "cr_mean"], ["CR decided", "cr_decided"], ["bytes", "bytes"], ["ms a step", "step_ms"], ["guessing gives", "chance"], ["memory", "memory"]])
       if (known(r[key]) && r[key] !== "") parts.push(`${name} ${typeof r[key] === "number" ? short(r[key]) : r[key]}`);
     for (const mark of r.marks || []) parts.push(`marked: ${data.mark_texts[mark] || mark}`);
     return parts.join(" · ");
@@ -59,6 +59,7 @@
     const of = (policy, key) => group.map(r => r.policy === policy ? r[key] : null).find(known);
     const lines = [
       ["entries alive (CR)", policy => known(of(policy, "entries")) ? short(of(policy, "entries")) + (known(of(policy, "cr")) ? ` (${short(of(policy, "cr"))}×)` : "") : known(of(policy, "cr")) ? short(of(policy, "cr")) + "×" : null],
+      ["in the mean (CR)", policy => known(of(policy, "entries_mean")) ? short(of(policy, "entries_mean")) + (known(of(policy, "cr_mean")) ? ` (${short(of(policy, "cr_mean"))}×)` : "") : null],
       ["bytes", policy => known(of(policy, "bytes")) ? short(of(policy, "bytes")) : null],
       ["reads a token", policy => known(of(policy, "reads")) ? short(of(policy, "reads")) : null],
       ["ms a step", policy => known(of(policy, "step_ms")) ? short(of(policy, "step_ms")) : null],

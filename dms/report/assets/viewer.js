@@ -51,19 +51,31 @@
     leftOut.hidden = !trace.left_out;
     choose();
   }
+  // How long an evicted token stays, by its class: class k, from 1 on, is seen by the windows[k - 1] queries after it.
+  const windowsOf = t => t.windows || [known(t.window) ? t.window : -1];
+  const classOf = (l, h, i) => trace.classes ? Number(trace.classes[l][h][i]) : Number(trace.evict_prob[l][h][i] !== null && trace.evict_prob[l][h][i] > trace.threshold);
+  const staying = c => c === 0 ? "stays" : `leaves after ${windowsOf(trace)[c - 1].toLocaleString("en")} tokens`;
   function heads() {
-    if (view.value === "") return trace.evict_prob.flat();
-    const [layer, head] = view.value.split(":");
-    return head === "" ? trace.evict_prob[layer] : [trace.evict_prob[layer][head]];
+    const [layer, head] = view.value.split(":"), found = [];
+    trace.evict_prob.forEach((rows, l) => rows.forEach((_, h) => {
+      if (view.value === "" || (String(l) === layer && (head === "" || String(h) === head))) found.push([l, h]);
+    }));
+    return found;
   }
   function choose() {
     const shown = heads();
     counts = spans.map((_, i) => {
-      let out = 0, said = 0, sum = 0;
-      for (const head of shown) if (head[i] !== null) { said++; sum += head[i]; if (head[i] > trace.threshold) out++; }
-      return {out: out, said: said, mean: said ? sum / said : null, heads: shown.length};
+      const by = [0, ...windowsOf(trace).map(() => 0)];
+      let said = 0, sum = 0;
+      for (const [l, h] of shown) { const p = trace.evict_prob[l][h][i]; if (p !== null) { said++; sum += p; by[classOf(l, h, i)]++; } }
+      return {by: by, out: said - by[0], said: said, mean: said ? sum / said : null, heads: shown.length};
     });
     draw();
+  }
+  // Heads for which a token is gone once it has been read up to the slider.
+  function lostAt(i) {
+    const age = Number(upTo.value) - 1 - i;
+    return counts[i].by.slice(1).reduce((sum, n, k) => sum + (age > windowsOf(trace)[k] ? n : 0), 0);
   }
   function stateOf(i) {
     const last = Number(upTo.value) - 1;
@@ -75,7 +87,7 @@
     let alive = 0, window = 0, gone = 0;
     const read = Number(upTo.value), number = counts.length ? counts[0].heads : 1;
     spans.forEach((span, i) => {
-      const state = stateOf(i), share = state === "decided" && counts[i].said ? counts[i].out / counts[i].said : 0;
+      const state = stateOf(i), lost = state === "decided" ? lostAt(i) : 0, share = counts[i].said ? lost / counts[i].said : 0;
       span.style.setProperty("--e", share.toFixed(3));
       // A token that only one of eight heads keeps must still look kept.
       span.style.setProperty("--k", ((1 - share) ** .6).toFixed(3));
@@ -84,7 +96,6 @@
       span.classList.toggle("unread", state === "unread");
       if (state === "unread") return;
       if (state === "win") window++;
-      const lost = state === "decided" ? counts[i].out : 0;
       gone += lost;
       alive += number - lost;
     });
@@ -101,7 +112,11 @@
     spans[i].classList.add("at");
     current = i;
     const c = counts[i], state = stateOf(i);
-    const decided = c.mean === null ? "undecided (kept)" : c.heads === 1
+    const until = c.by.map((n, k) => n ? `${staying(k)} in ${n}` : null).filter(known);
+    const decided = c.mean === null ? "undecided (kept)" : trace.classes
+      ? c.heads === 1 ? `${staying(c.by.findIndex(n => n))}, highest eviction probability ${c.mean.toFixed(4)}`
+        : `${until.join(", ")} of ${c.said} heads; gone now for ${state === "decided" ? lostAt(i) : 0}`
+      : c.heads === 1
       ? `${c.out ? "evicted" : "kept"}, eviction probability ${c.mean.toFixed(4)}`
       : `evicted by ${c.out} of ${c.said} heads, mean eviction probability ${c.mean.toFixed(4)}`;
     const where = state === "win" ? "in the window still; decided: " : state === "unread" ? "not read yet; will be " : state === "sink" ? "a sink, kept whatever is decided: " : "";
@@ -112,7 +127,7 @@
       layer.forEach((head, h) => {
         const p = head[i], out = p !== null && p > trace.threshold;
         const chosen = view.value !== "" && String(l) === layerShown && (headShown === "" || String(h) === headShown);
-        group.append(element("i", {style: `--e:${out ? 1 : 0}`, class: chosen ? "chosen" : null, title: `head ${trace.head_indices[l][h]}: ${p === null ? "undecided" : (out ? "evicts" : "keeps") + ", " + p.toFixed(4)}`}));
+        group.append(element("i", {style: `--e:${out ? 1 : 0}`, class: chosen ? "chosen" : null, title: `head ${trace.head_indices[l][h]}: ${p === null ? "undecided" : (trace.classes ? staying(classOf(l, h, i)) : out ? "evicts" : "keeps") + ", " + p.toFixed(4)}`}));
       });
       list.append(group);
     });

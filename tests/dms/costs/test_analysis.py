@@ -278,6 +278,32 @@ def test_another_window_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
     assert measured == [replace(saved, window=99)]
 
 
+def test_several_windows_of_a_retrofitted_model(tmp_path):
+    windows = [64, 512, 2048]
+    for name, window in (("one", 64), ("three", windows)):
+        config = read("Qwen3-0.6B", 2).to_dict() | {"dms": DMSConfig(window=window).to_saved()}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        result = run(tmp_path / f"{name}.json", "--batch", 1, "--context", 16384, "--cr", 8, "--json", tmp_path / f"{name}.out")
+        assert result.exit_code == 0, result.output
+    assert says(
+        result.output,
+        "CR: one token in so many stays for good, the others leave after 64, 512 and 2,048 tokens alike; the last 65 are there",
+    )
+    one, three = (json.loads((tmp_path / f"{name}.out").read_text()) for name in ("one", "three"))
+    assert three["gate_parameters"] == 3 * one["gate_parameters"]
+    assert {str(limit["window"]) for limit in three["limits"]} == {str(windows)} and one["limits"][0]["window"] == 64
+    held = [
+        [
+            point["kv_read_bytes"]
+            for point in found["points"]
+            if (point["phase"], point["cr_decided"], point["kv_bits"]) == ("decode", 8.0, 16)
+        ]
+        for found in (one, three)
+    ]
+    more = 7 / 24 * (448 + 1984)
+    assert held[1][0] / held[0][0] == pytest.approx((65 + (16384 - 65) / 8 + more) / (65 + (16384 - 65) / 8), rel=0.03)
+
+
 def test_an_encoder(tmp_path):
     AutoConfig.for_model("bert").to_json_file(str(tmp_path / "bert.json"), use_diff=False)
     result = run(tmp_path / "bert.json", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")

@@ -19,6 +19,8 @@ from dms.costs import inference, kv, torch_compat
 from dms.costs.kv import KV
 from dms.costs.operators import grouped_flops
 from dms.costs.shapes import measure
+from dms.evaluation.engine.entries import count_entries, memory_of_cache
+from dms.hf_compat import cache_argument
 
 WITHIN = 0.02
 MACHINE = inference.Machine()
@@ -236,6 +238,42 @@ def test_bytes_of_an_evicting_cache(family, kv_dtype, share, capsys):
     read = sum(B * layer.num_heads * kv.read_bytes(layer, chosen, T) for layer in shape.attentions)
     plain = sum(layer.num_heads * B * 4 * 64 for layer in shape.attentions if not layer.gated)
     tell(capsys, "bytes read", read, report.bytes_alive + plain)
+
+
+def with_lifetimes(config, lifetimes, dtype):
+    """A model whose gates draw the class of each token and head by these shares."""
+    model = dms.retrofit(build(config, "sdpa"), DMSConfig(window=lifetimes.windows)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.tensor([lifetimes.stay, *lifetimes.leave])
+
+    def draw(gate, args, logits_BTHK):
+        # Class 0 stays: no decision evicts it.
+        class_BTH = torch.multinomial(shares, logits_BTHK[..., 0].numel(), True, generator=generator).view(logits_BTHK.shape[:3])
+        return torch.stack([(class_BTH == j + 1).float() * 2 - 1 for j in range(len(lifetimes.windows))], -1)
+
+    for layer in model.dms.layers:
+        layer.gate.register_forward_hook(draw)
+    dms.set_mode(model, "evict")
+    return model
+
+
+@pytest.mark.parametrize("kv_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_entries_and_bytes_of_several_windows(kv_dtype, capsys):
+    config, B, T = config_of("llama", head_dim=64), 1, 2048
+    chosen = KV(cr=8.0, bits=8 if kv_dtype else 16, window=(64, 192, 512), page_size=16)
+    model = with_lifetimes(config, chosen.lifetimes, torch.bfloat16)
+    shape = measure(config, DMSConfig(window=chosen.windows))
+    assert shape.gates == sum(p.numel() for layer in model.dms.layers for p in layer.gate.parameters())
+    model.dms.kv_dtype, model.dms.page_size = kv_dtype, 16
+    cache = DMSCache(model)
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, 500, (B, T)), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    alive = int(count_entries(model, cache)[0].sum())
+    entries = sum(B * layer.num_heads * kv.entries_seen(layer, chosen, T) for layer in shape.attentions)
+    tell(capsys, "entries alive", entries, alive)
+    if memory_of_cache(cache) == "compacted":
+        reckoned = B * (inference.sequence_bytes(shape, chosen, MACHINE, T) - 2 * shape.inference.decode.numbers / len(shape.attentions))
+        tell(capsys, f"{kv_dtype}, bytes held", reckoned, held_bytes(cache))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.875])

@@ -153,6 +153,24 @@ def test_the_plan_says_what_is_packed_and_what_would_fit(capsys):
     assert "a base in 4 bits (quantize=nf4), or a shorter data.length" in " ".join(capsys.readouterr().out.split())
 
 
+def test_several_windows(capsys):
+    one = plan_of("tiny/retrofit", "dms.window=24", "budget=end")
+    three = plan_of("tiny/retrofit", "dms.window=[24,96,384]", "budget=end")
+    assert three.shape.gates == 3 * one.shape.gates
+    # The same target of entries at the end: windows hold what then need not stay.
+    assert three.job.mean_lifetimes.stay < one.job.mean_lifetimes.stay
+    length = one.job.length
+    assert three.job.mean_lifetimes.entries(length) == pytest.approx(one.job.mean_lifetimes.entries(length))
+    kept = [plan.job.mean_lifetimes.pairs(length) for plan in (one, three)]
+    assert three.flops.student_attention / one.flops.student_attention == pytest.approx(kept[1] / kept[0])
+    values = json.loads(json.dumps(three.as_dict()))
+    assert values["job"]["window"] == values["lifetimes"]["windows"] == [24, 96, 384] and values["job"]["budget"] == "end"
+    table.show(make_console(), "tiny/retrofit", three)
+    assert says(
+        capsys.readouterr().out, "assumed of tokens, in the mean over the steps: 21% after 24, 21% after 96, 21% after 384, and 37% stay"
+    )
+
+
 def test_a_quantised_checkpoint_is_planned_as_it_lies_in_memory(tmp_path):
     config = json.loads(Path(CONFIGS, "Qwen3-0.6B.json").read_text()) | {"num_hidden_layers": 2}
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.0"]}

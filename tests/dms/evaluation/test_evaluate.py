@@ -268,6 +268,19 @@ def test_findings_say_what_rows_say():
         "Dense itself is at chance in passage: nothing is shown there.",
     ]
     assert Finding.from_dict(json.loads(json.dumps(finding.to_dict()))) == finding
+    in_the_mean = {"dms": (4.0, 512.0), "tova": (3.5, 480.0), "h2o": (3.5, 640.0)}
+    counted = [
+        replace(
+            row, cr_mean=in_the_mean[row.policy][0], entries_mean=in_the_mean[row.policy][1], budget=None if row.policy == "dms" else 315.0
+        )
+        for row in rows
+    ]
+    (both,) = make_findings(counted)
+    assert both.heading == "At 2048 tokens, dms holds 1/6.50 of the entries at the end and 1/4.00 in the mean over positions."
+    at_the_end = "The other policies hold as many entries at the end; in the mean over positions it holds 0.80 to 1.07 times theirs."
+    assert [sentence for sentence in both.sentences if sentence not in finding.sentences] == [at_the_end]
+    (masked,) = make_findings([replace(row, memory="masked") for row in rows])
+    assert masked.heading == "At 2048 tokens, dms holds 1/6.50 of the entries, masked: they are hidden and not freed."
     (nothing,) = make_findings([replace(row, marks=(Mark.EVICTED_NOTHING,)) for row in rows])
     assert nothing.sentences[0].startswith("It evicted nothing") and len(nothing.sentences) == 1
 

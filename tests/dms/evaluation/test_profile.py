@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import torch
+from evicting import embedded
 
 import dms
 from dms.cache.stats import cache_stats
@@ -14,6 +15,7 @@ from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.io import base_models
 from dms.modes import set_mode, state_of
 from dms.report import DocumentTrace
+from dms.report.decisions import GateProfile
 from dms.retrofitting import gate_parameters
 
 LENGTHS = (96, 130)
@@ -118,6 +120,33 @@ def test_traces_are_of_the_point_nearest_to_the_training(model, documents, writt
             for head, probs in enumerate(heads):
                 assert [None if p is None else p > 0.5 for p in probs] == [row[head] for row in found[layer]]
     assert read[0].title == "document 1"
+
+
+@torch.no_grad()
+def test_several_windows_are_told_apart(tokenizer, documents, tmp_path):
+    model, _ = embedded((4, 12, 40), sinks=SINKS)
+    paths = write_profile(model, tokenizer, documents, tmp_path, points=[0.0])
+    told, traces = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    profile = GateProfile.from_dict(told)
+    (point,) = profile.points
+    assert profile.window == [4, 12, 40] and json.loads(json.dumps(profile.to_dict())) == told
+    set_mode(model, "evict")
+    firsts: dict[int, list] = {}
+    for document, saved in zip(documents, traces["documents"], strict=True):
+        trace = DocumentTrace.from_dict(saved)
+        assert list(trace.windows) == [4, 12, 40] and trace.window == 4
+        model(input_ids=torch.tensor([document.input_ids]), use_cache=False)
+        for layer, (index, evicted) in enumerate(sorted(model.dms.forward.evicted.items())):
+            # Of each token and head the first decision that evicts it.
+            first = [[row.index(True) + 1 if any(row) else 0 for row in heads] for heads in evicted[0].tolist()]
+            firsts.setdefault(index, []).extend(first)
+            for head in range(evicted.shape[2]):
+                assert trace.class_LHT[layer][head] == "".join(str(row[head]) for row in first)
+    for layer, index in enumerate(point.layer_indices):
+        for head, shares in enumerate(point.class_LHK[layer]):
+            column = [row[head] for row in firsts[index]]
+            assert shares == pytest.approx([column.count(j) / len(column) for j in (1, 2, 3)], abs=1e-4)
+            assert point.evicted_LH[layer][head] == pytest.approx(sum(shares), abs=1e-4)
 
 
 def test_a_profile_needs_something_to_profile(model, tokenizer, documents, tmp_path):

@@ -53,6 +53,15 @@ def tiny(tmp_path_factory):
     return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
 
 
+@pytest.fixture(scope="session")
+def lifetimes(tmp_path_factory):
+    """The embedded model with random gates of several windows."""
+    model = base_models.load_base("builtin:tiny", "float32", "cpu")
+    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD | {"window": (4, 12, 40)})), 0.3)
+    folder = tmp_path_factory.mktemp("lifetimes") / "model"
+    return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+
+
 _SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,

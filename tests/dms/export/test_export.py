@@ -114,6 +114,48 @@ def test_merged_is_what_the_run_left(tiny, tmp_path):
     assert model.dms.mode == "evict" and same(dict(gate_parameters(model)), load_file(tiny / "gates.safetensors"))
 
 
+@pytest.mark.parametrize("format", ["hf", "merged", "gates"])
+def test_several_windows_go_along(format, lifetimes, tmp_path):
+    source = lifetimes
+    if format == "gates":
+        # As a run has them whose base was not trained.
+        source = tmp_path / "run"
+        shutil.copytree(lifetimes, source / "model")
+        model, base = dms.load(lifetimes, device="cpu"), base_models.resolve_model("builtin:tiny").path
+        checkpoint.save_gates(model, source / "gates", base_name="builtin:tiny", base_digest=base_hash(base), target_cr=4.0)
+    export(source, tmp_path / "out", format=format)
+    _, metadata = read_gates(tmp_path / "out")
+    saved = json.loads(metadata["dms"])
+    assert (saved["window"], saved["format_version"], metadata["format_version"]) == ([4, 12, 40], 2, "2")
+    assert same(load_file(tmp_path / "out" / GATES_FILE), load_file(lifetimes / GATES_FILE))
+    if format != "gates":
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["dms"] == saved
+    model = dms.load(tmp_path / "out", base="builtin:tiny" if format == "gates" else None, device="cpu")
+    assert model.dms.config.windows == (4, 12, 40) and all(layer.gate.num_windows == 3 for layer in model.dms.layers)
+
+
+def test_gates_of_another_number_of_windows_are_refused(lifetimes, tmp_path):
+    out = shutil.copytree(lifetimes, tmp_path / "changed")
+    gates, metadata = read_gates(out)
+    config = {**json.loads(metadata["dms"]), "window": [4, 12]}
+    save_tensors(gates, out / GATES_FILE, {**metadata, "dms": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"config.json and gates.safetensors disagree about the DMS configuration"):
+        dms.load(out, device="cpu")
+    written = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**written, "dms": config}))
+    num_heads = dms.load(lifetimes, device="cpu").dms.layers[0].num_heads
+    with pytest.raises(ValueError, match=rf"layers.0.gate.bias is \[{3 * num_heads}\] and the configuration needs \[{2 * num_heads}\]"):
+        dms.load(out, device="cpu")
+    for version, window in ((1, [4, 12, 40]), (2, 4)):
+        config = {**config, "format_version": version, "window": window}
+        (out / "config.json").write_text(json.dumps({**written, "dms": config}))
+        with pytest.raises(
+            ValueError, match=rf"config.json: format_version is {version} and window .*: one window is format 1, several are 2"
+        ):
+            save_tensors(gates, out / GATES_FILE, metadata)
+            dms.load(out, device="cpu")
+
+
 def test_layers_that_follow_others_and_both_codes_in_one_process(following, tmp_path):
     from transformers import AutoModelForCausalLM
 

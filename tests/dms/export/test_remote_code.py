@@ -60,12 +60,13 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, mixed, renamed, tmp_path_factory):
+def folders(tiny, mixed, renamed, lifetimes, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     export(tiny, root / "out")
     export(tiny, root / "v1.0 of a-model" / "1 out.v2", max_shard_size="1MB")
     export(mixed, root / "mixed")
     export(renamed, root / "renamed")
+    export(lifetimes, root / "lifetimes")
     shutil.copytree(root / "out", root / "copied" / "there")
     # Another version of the code under the same name.
     changed = shutil.copytree(root / "out", root / "other" / "out")
@@ -92,6 +93,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
         "sharded": (folders / "v1.0 of a-model" / "1 out.v2", {}),
         "mixed": (folders / "mixed", {}),
         "renamed": (folders / "renamed", {}),
+        "lifetimes": (folders / "lifetimes", {}),
         "copied": (folders / "copied" / "there", {}),
         "hub": ("acme/tiny", {}),
         "biased": (folders / "out", {"evict_bias": 1.0}),
@@ -101,7 +103,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
         # Loaded last, its attention function must not become that of the others.
         "changed": (folders / "other" / "out", {}),
     }
-    again = {"tiny": {}, "sharded": {"max_shard_size": "1MB"}, "mixed": {}, "renamed": {}}
+    again = {"tiny": {}, "sharded": {"max_shard_size": "1MB"}, "mixed": {}, "renamed": {}, "lifetimes": {}}
     printed = run_without_us(
         CODE,
         folders / "hub",
@@ -114,7 +116,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
 
 
 @pytest.fixture(scope="module")
-def ours(tiny, mixed, renamed):
+def ours(tiny, mixed, renamed, lifetimes):
     """What `dms.load` gives, by case."""
     model = dms.load(tiny, device="cpu")
     found = {"tiny": measure(model)}
@@ -122,7 +124,8 @@ def ours(tiny, mixed, renamed):
     found["biased"] = measure(model)
     dms.set_mode(model, "dense")
     found["dense"] = measure(model)
-    found |= {name: measure(dms.load(folder, device="cpu")) for name, folder in (("mixed", mixed), ("renamed", renamed))}
+    others = {"mixed": mixed, "renamed": renamed, "lifetimes": lifetimes}
+    found |= {name: measure(dms.load(folder, device="cpu")) for name, folder in others.items()}
     return found
 
 
@@ -139,6 +142,7 @@ def ours(tiny, mixed, renamed):
         ("eager", "tiny"),
         ("mixed", "mixed"),
         ("renamed", "renamed"),
+        ("lifetimes", "lifetimes"),
         ("dense", "dense"),
         ("plain", "dense"),
     ],
@@ -151,7 +155,7 @@ def test_computes_what_dms_computes(case, same_as, theirs, ours):
 
 
 def test_evicts(ours):
-    for one, other in (("tiny", "dense"), ("tiny", "biased")):
+    for one, other in (("tiny", "dense"), ("tiny", "biased"), ("lifetimes", "dense"), ("lifetimes", "tiny")):
         assert (ours[one]["forward"] - ours[other]["forward"]).abs().max() > 0.1
         assert not torch.equal(ours[one]["greedy"], ours[other]["greedy"])
 
@@ -161,7 +165,7 @@ def test_the_class_is_the_base_s_and_gates_stay_float32(theirs):
     assert {fact["class"] for name, fact in facts.items() if name not in ("mixed", "renamed")} == {"LlamaForCausalLM"}
     assert (facts["mixed"]["class"], facts["renamed"]["class"]) == ("Gemma3ForCausalLM", "GPTNeoXForCausalLM")
     assert {fact["mode"] for fact in facts.values()} == {"evict"}
-    assert {fact["evicting"] for fact in facts.values()} == {"DMSCache"}
+    assert {fact["evicting"] for name, fact in facts.items() if name != "lifetimes"} == {"DMSCache"}
     assert facts["bfloat16"]["dtype"] == "torch.bfloat16"
     assert all(fact["gates"] == ["torch.float32"] for fact in facts.values())
 
@@ -189,7 +193,8 @@ def test_training_is_refused_with_the_way_to_do_it(theirs, folders):
 
 
 @pytest.mark.parametrize(
-    ("case", "source"), [("tiny", "out"), ("sharded", "v1.0 of a-model/1 out.v2"), ("mixed", "mixed"), ("renamed", "renamed")]
+    ("case", "source"),
+    [("tiny", "out"), ("sharded", "v1.0 of a-model/1 out.v2"), ("mixed", "mixed"), ("renamed", "renamed"), ("lifetimes", "lifetimes")],
 )
 def test_saved_again_it_is_the_same_folder(case, source, theirs, folders):
     out, facts = theirs
@@ -208,5 +213,5 @@ def test_saved_again_it_is_the_same_folder(case, source, theirs, folders):
     assert {path.name for path in after.glob("*.py")} == code
     assert all((before / name).read_bytes() == (after / name).read_bytes() for name in code)
     one, other = (json.loads((folder / "config.json").read_text()) for folder in (before, after))
-    assert one == other
+    assert one == other and one["dms"]["format_version"] == (2 if case == "lifetimes" else 1)
     assert set(gate_parameters(dms.load(after, device="cpu"))) == set(load_file(after / "gates.safetensors"))

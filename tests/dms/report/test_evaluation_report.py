@@ -19,6 +19,9 @@ from dms.report.page import write_evaluation_page
 from dms.report.plots import plot_charts
 from dms.report.run_metrics import LoggedStep
 
+# What quality is drawn against: fields of rows.
+COSTS = ["bytes", "entries_mean", "reads", "step_ms"]
+
 
 def run(*arguments):
     from dms_train.cli import app
@@ -154,8 +157,8 @@ def test_pareto_charts_are_the_rows():
             by_point = sorted((row for row in own if row.policy == series.name), key=lambda row: row.evict_bias or 0.0)
             for point, row in zip(series.points, by_point, strict=True):
                 assert (point.y, point.low, point.high) == pytest.approx((row.value, row.ci_low, row.ci_high), rel=1e-4)
-                assert point.x == pytest.approx({"bytes": row.bytes, "reads": row.reads, "step_ms": row.step_ms}, rel=1e-4)
-        assert chart.series[0].name == "dms" and [x.key for x in chart.xs] == ["bytes", "reads", "step_ms"]
+                assert point.x == pytest.approx({name: getattr(row, name) for name in COSTS}, rel=1e-4)
+        assert chart.series[0].name == "dms" and [x.key for x in chart.xs] == COSTS
         dense = [row.value for row in own if row.policy == "dense"]
         assert [line.y for line in chart.references] == pytest.approx(dense, rel=1e-4)
     noted = [point.note for chart in found for series in chart.series for point in series.points if series.name == "random"]
@@ -164,7 +167,7 @@ def test_pareto_charts_are_the_rows():
 
 def test_charts_take_gaps():
     dms, other = [row for row in evaluated.make_rows() if row.task == "recall" and row.length == 1024 and row.evict_bias == 0.0][:2]
-    unknown = {"bytes": None, "reads": None, "step_ms": None}
+    unknown = dict.fromkeys(COSTS)
     assert charts.pareto_charts([replace(dms, **unknown)]) == [], "no cost was measured"
     (chart,) = charts.pareto_charts([replace(dms, **unknown | {"reads": 12.0}), replace(other, value=float("nan"))])
     assert [s.name for s in chart.series] == ["dms"] and [x.key for x in chart.xs] == ["reads"] and chart.references == []
@@ -214,7 +217,7 @@ def test_pictures_draw_the_charts(tmp_path, monkeypatch):
     assert [chart.choices["suite"] for chart in found] == list(evaluated.SUITES)
     plot_charts(found, tmp_path / "p.png", "my $model$")
     (figure,) = figures
-    assert len(figure.axes) == 15 and figure.axes[0].get_xscale() == "log"
+    assert len(figure.axes) == 20 and figure.axes[0].get_xscale() == "log"
     bars = figure.axes[0].containers
     dms = next(c for c, series in zip(bars, found[0].series, strict=True) if series.name == "dms")
     assert list(dms.lines[0].get_xdata()) == [point.x["bytes"] for point in found[0].series[0].points]

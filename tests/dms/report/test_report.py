@@ -15,6 +15,7 @@ from dms.report import (
     document_picture,
     plot_document,
     plot_eviction,
+    plot_lifetimes,
     plot_training,
     plots,
     read_metrics,
@@ -293,6 +294,53 @@ def test_html_keeps_decisions_that_rounding_would_turn(tmp_path):
     trace = DocumentTrace(tokens=list("abcdefg"), evict_prob_LHT=[[probs]], layer_indices=[0])
     (read,) = read_data(write_document_html(trace, tmp_path / "d.html"))["traces"]
     assert read["evict_prob"][0][0] == [0.50000001, 0.5, 0.5, 0.1235, 0, 1, 0.0001234]
+
+
+CLASSES = {"windows": (2, 5), "window": 2, "class_LHT": [["2012", "0011"], ["0100", "2222"]]}
+
+
+def test_a_trace_of_several_windows_says_until_when(tmp_path, drawn):
+    probs = [[[0.9 if digit != "0" else 0.1 for digit in row] for row in layer] for layer in CLASSES["class_LHT"]]
+    trace = DocumentTrace(tokens=list("abcd"), evict_prob_LHT=probs, layer_indices=[3, 7], **CLASSES)
+    assert trace.class_shares() == [4 / 16, 6 / 16]
+    assert trace.summary() == "4 tokens, 4 KV heads: 25 % leave after 2, 38 % after 5 tokens, 38 % stay"
+    (read,) = read_data(write_document_html(trace, tmp_path / "d.html"))["traces"]
+    assert read["windows"] == [2, 5] and read["classes"] == CLASSES["class_LHT"]
+    again = DocumentTrace.from_dict(read)
+    assert again.class_LHT == trace.class_LHT and list(again.windows) == [2, 5] and again.window == 2
+    assert not {"windows", "classes"} & make_trace().to_dict().keys(), "of one window as earlier versions read it"
+    small = trace.fitted(4)
+    assert (small.class_LHT, small.evict_prob_LHT) == ([["2012"]], [[probs[0][0]]])
+    image(plot_document(trace, tmp_path / "d.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": ()}, "classes where it has several windows"),
+        ({"class_LHT": None}, "classes where it has several windows"),
+        ({"class_LHT": [["2012"], ["0100", "2222"]]}, "of different heads"),
+        ({"class_LHT": [["2012", "0011"], ["0100", "222"]]}, "layer 7 head 1: classes are 4 digits of 012; given '222'"),
+        ({"class_LHT": [["2013", "0011"], ["0100", "2222"]]}, "layer 3 head 0: classes are 4 digits of 012; given '2013'"),
+    ],
+)
+def test_classes_that_are_none(change, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentTrace(tokens=list("abcd"), evict_prob_LHT=[[[0.5] * 4] * 2] * 2, layer_indices=[3, 7], **{**CLASSES, **change})
+
+
+def test_lifetimes_are_drawn_by_layer_and_head(tmp_path, drawn):
+    share_LHK = [[[0.25, 0.5], [0.0, 1.0], [0.1, 0.2]], [[1.0, 0.0], [0.3, 0.3], [0.0, 0.0]]]
+    image(plot_lifetimes(share_LHK, (16, 1024), tmp_path / "l.png", ["layer 3", "layer 7"]))
+    *maps, bar = drawn[0].axes
+    assert [axes.get_title() for axes in maps] == ["leave after 16 tokens", "leave after 1,024 tokens", "stay"]
+    shown = [[int(text.get_text()) for text in axes.texts] for axes in maps]
+    assert shown == [[25, 0, 10, 100, 30, 0], [50, 100, 20, 0, 30, 0], [25, 0, 70, 0, 40, 100]]
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["layer 3", "layer 7"]
+    assert bar.get_ylabel() == "% of tokens"
+    for windows, names in (((16,), None), ((16, 24, 32), None), ((16, 24), ["layer 3"])):
+        with pytest.raises(ValueError, match="lifetimes need several windows, a share for each and a name for each layer"):
+            plot_lifetimes(share_LHK, windows, tmp_path / "l.png", names)
 
 
 def test_html_needs_no_network_and_fits_phone_and_dark_mode(tmp_path):

@@ -239,6 +239,53 @@ def test_the_viewer_reads_on_with_the_slider(open_page, report_html):
 
 
 @pytest.mark.slow
+def test_the_viewer_shows_until_when_tokens_stay(open_page, tmp_path):
+    windows, num_tokens = (4, 10), 30
+    classes = ["".join(str((t * 7 + head) % 3) for t in range(num_tokens)) for head in range(2)]
+    probs = [[[0.0 if digit == "0" else 0.9 for digit in row] for row in classes]]
+    trace = DocumentTrace(
+        tokens=[f" w{t}" for t in range(num_tokens)],
+        evict_prob_LHT=probs,
+        layer_indices=[5],
+        window=4,
+        windows=windows,
+        class_LHT=[classes],
+    )
+    page = open_page(write_document_html(trace, tmp_path / "d.html"))
+    page.select_option("[name=view]", "0:1")
+    for read in (3, 8, 20, num_tokens):
+        page.eval_on_selector("[name=read]", f"e => {{ e.value = {read}; e.dispatchEvent(new Event('input')) }}")
+        states = page.eval_on_selector_all("#doc .t", "all => all.map(s => s.classList.contains('out'))")
+        gone = [t < read and classes[1][t] != "0" and read - 1 - t > windows[int(classes[1][t]) - 1] for t in range(num_tokens)]
+        assert states == gone, read
+        assert f"{read - sum(gone)} alive a head" in page.inner_text("#summary")
+    told = {"0": "stays", "1": "leaves after 4 tokens", "2": "leaves after 10 tokens"}
+    page.locator("#doc .t").nth(9).hover()
+    assert told[classes[1][9]] in page.inner_text("#at")
+    page.select_option("[name=view]", "")
+    kinds = sorted(told[row[9]] for row in classes)
+    assert all(f"{kind} in {kinds.count(kind)}" in page.inner_text("#at") for kind in kinds) and "of 2 heads" in page.inner_text("#at")
+
+
+@pytest.mark.slow
+def test_the_heat_map_shows_lifetimes(open_page, tmp_path):
+    run = evaluated.write_run(tmp_path / "run")
+    evaluated.write_evaluation(run / "evaluation")
+    evidence = read_evidence(run)
+    profile = evidence.profile
+    points = [
+        replace(point, class_LHK=[[[0.75 * rate, 0.25 * rate] for rate in row] for row in point.evicted_LH]) for point in profile.points
+    ]
+    shown = replace(evidence, profile=replace(profile, window=[16, 64], points=points))
+    page = open_page(write_evaluation_page(shown, run / "report.html"))
+    first, rate = page.locator(".heat td").first, profile.usual_point().evicted_LH[0][0]
+    for kind, share in (("evicted_LH", rate), ("0", 0.75 * rate), ("1", 0.25 * rate), ("stays", 1 - rate)):
+        page.select_option("#heatmap [name=heat-kind]", kind)
+        assert first.inner_text() == f"{100 * share:.0f} %"
+    assert "share that leaves after 64 tokens" in page.inner_text("#heatmap")
+
+
+@pytest.mark.slow
 def test_the_viewer_changes_documents_and_frames_answers(open_page, report_html):
     page = open_page(report_html)
     assert page.locator("#doc mark.yes").count() == 1 and page.locator("#doc mark.no").count() == 1
