@@ -197,7 +197,9 @@ def whole_attention(
     """`dms.attention.evict_attention` of whole documents without padding, by the kernels of training: what is evicted is not read."""
     log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device)
     return gated_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         log_keep.masked_fill_(evicted_BSH, -math.inf),
         window=window,
         scale=scale_of(scaling, query),
@@ -210,7 +212,7 @@ def whole_attention(
 
 def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:
     """The same with windows in proportion. Raises ValueError where two of them become one."""
-    windows = [round(window * factor) for window in config.windows]
+    windows = tuple(round(window * factor) for window in config.windows)
     return replace(config, window=windows[0] if len(windows) == 1 else windows)
 
 
