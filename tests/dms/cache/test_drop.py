@@ -50,15 +50,16 @@ def test_drop_leaves_the_others_in_order(kv_dtype, window, build_gated, make_bat
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="without the interpreter kernels need a GPU")
 @pytest.mark.slow
+@pytest.mark.parametrize(("window", "max_cache_bytes"), [(3, None), ((3, 9, 30), None), ((3, 9, 30), 10**9)])
 @torch.no_grad()
-def test_drop_where_kernels_run(build_gated, make_batch, monkeypatch):
+def test_drop_where_kernels_run(window, max_cache_bytes, build_gated, make_batch, monkeypatch):
     """The kernels' store reads and goes on after a drop as the plain one does."""
-    model = build_gated("llama", window=3)
+    model = build_gated("llama", window=window)
     set_mode(model, "evict")
     ids, logits = make_batch(2, 44)["input_ids"], {}
     for kernels, kind in (("reference", Store), ("triton", FusedStore)):
         monkeypatch.setenv("DMS_KERNELS", kernels)
-        cache, generator = DMSCache(model, page_size=16), torch.Generator().manual_seed(5)
+        cache, generator = DMSCache(model, page_size=16, max_cache_bytes=max_cache_bytes), torch.Generator().manual_seed(5)
         outputs = [model(ids[:, :40], past_key_values=cache).logits]
         for place in range(40, 44):
             for index, layer in cache.compacted_layers().items():
