@@ -83,6 +83,8 @@ def _assert_small(errors, bound=1e-5):
         ([2, 13, 37], {"T": 60, "G": 1}, {}),
         ([1, 3, 4, 6], {"T": 40, "G": 2}, {"softcap": 2.0, "sinks": 2}),
         ([0, 1], {"T": 35, "G": 1, "gates": "soft"}, {"sinks": 1}),
+        # Wide enough between windows for blocks that need no mask.
+        ([1, 60], {"T": 112, "G": 1, "gates": "soft"}, {}),
         # Borders at those of tiles.
         ([15, 16, 31, 48], {"T": 64, "G": 1}, {}),
         ([5, 20, 59, 90], {"T": 61, "G": 3, "D": 20, "sink_logits": True}, {}),
