@@ -20,7 +20,8 @@ from dms.modes import DMSState, state_of
 
 
 class DMSCache(Cache):
-    """A cache whose evicted entries are freed and not read: each head has the last w + 1 tokens and the kept ones before them.
+    """A cache whose evicted entries are freed and not read: each head has the last w + 1 tokens and the kept ones before them, with several
+    windows also what goes by a later window, as long as that lasts.
 
     `model.generate` and forwards in evict mode make one by themselves; make one to keep it: `cache = DMSCache(model)`, then
     pass it as `cache` (before transformers 5.24: `past_key_values`). Layers without gates have transformers' own cache layers in it.

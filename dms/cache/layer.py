@@ -221,7 +221,7 @@ class CompactedLayer(CacheLayerMixin):
         if dropped_BHS.dtype != torch.bool or dropped_BHS.dim() != 3 or tuple(dropped_BHS.shape) != expected:
             raise ValueError(
                 f"drop was given {dropped_BHS.dtype} {tuple(dropped_BHS.shape)}, and this layer takes torch.bool {expected}: "
-                "[sequences, KV heads, most entries that a head has in pages], with several windows the lists of each KV head one after the other"
+                "[sequences, KV heads, most entries that a head has in pages]; with several windows the lists of each KV head stand for the head"
             )
         if expected[2]:
             self.store.drop(dropped_BHS.to(self.device))

@@ -134,7 +134,8 @@ def count_entries(model: Any, cache: Cache) -> torch.Tensor:
 
 def count_shared(model: Any, cache: Cache) -> int:
     """Entries of a cache of one sequence that its forks share for good, over the heads of the layers with gates: those in pages are never
-    evicted again, and those of a dense cache never were. To the entry, where pages round up."""
+    evicted again, but for what goes by a later one of several windows, and those of a dense cache never were. To the entry, where pages
+    round up."""
     total = 0
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
