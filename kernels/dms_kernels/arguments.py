@@ -102,7 +102,12 @@ class PageRun(NamedTuple):
     lifetime: Tensor | None = None
     """[n] int32: how far behind a query entries are visible; None: any query sees them"""
     is_front: bool = False
-    """pages of which the newest token may see a part"""
+    """all are shared pages of which the newest token may see a part"""
+    part_page: Tensor | None = None
+    """[m]: with several windows, where no page is shared: the numbers of the pages in `part`, which has those too of which the newest token
+    may see a part"""
+    part_owner: Tensor | None = None
+    """[m]: b * H + h of each of them"""
 
 
 class ReadOrder(NamedTuple):

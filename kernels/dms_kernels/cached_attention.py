@@ -98,8 +98,14 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, window
     nth = torch.arange(ids.numel(), device=device) - start[first.cumsum(0) - 1]
     at = first.cumsum(0) - 1
     num_kept = num_kept.flatten()
-    # All lists that a page is in are of one class.
-    lifetime = None if K == 1 else torch.tensor([FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)[holder[start] % K]
+    lifetime = front = None
+    # A mask for each page will do where no page is shared: the newest tokens of several sequences see different parts of one.
+    unshared = K > 1 and int(sharers.max()) == 1
+    if K > 1:
+        # All lists that a page is in are of one class.
+        lifetime = torch.tensor([FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)[holder[start] % K]
+        front = torch.zeros_like(page, dtype=torch.bool)
+        front[at[(place == 0) & (holder % K > 0)]] = True
 
     def run(chosen: Tensor, is_front: bool = False) -> PageRun:
         """chosen: indices into `page`, in order."""
@@ -113,11 +119,15 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, window
         owner = torch.full((count, int(sharers[chosen].max())), num_heads, device=device)
         owner[slot[at[mine]], nth[mine]] = head[mine]
         # Full pages are shared, so that a page which is not has one holder.
-        part = (mine & ((place + 1) * page_size > num_kept[holder])).nonzero()[:, 0]
+        in_part = (place + 1) * page_size > num_kept[holder]
+        if front is not None and unshared:
+            in_part |= front[at]
+        part = (mine & in_part).nonzero()[:, 0]
         bias = torch.zeros(count, page_size, device=device)
         where = slice(lo, hi) if in_place else page[chosen]
         taken = None if lifetime is None else lifetime.new_full((count,), FOR_GOOD).index_copy_(0, base, lifetime[chosen])
-        return PageRun(where, owner, bias, slot[at[part]], holder[part], place[part] * page_size, taken, is_front)
+        dated = (ids[part], head[part]) if unshared else (None, None)
+        return PageRun(where, owner, bias, slot[at[part]], holder[part], place[part] * page_size, taken, is_front, *dated)
 
     def runs(chosen: Tensor, is_front: bool = False) -> list[PageRun]:
         if len(chosen) == 0:
@@ -131,11 +141,9 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, window
             return [run(chosen[lo:hi], is_front) for lo, hi in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
         return [run(chosen[kinds == value], is_front) for value in kinds.unique()]
 
-    if K == 1:
+    if front is None or unshared:
         found = runs(torch.arange(len(page), device=device))
     else:
-        front = torch.zeros_like(page, dtype=torch.bool)
-        front[at[(place == 0) & (holder % K > 0)]] = True
         found = runs((~front).nonzero()[:, 0]) + runs(front.nonzero()[:, 0], is_front=True)
     return ReadOrder(
         found,
@@ -273,7 +281,14 @@ def _add_pages(
     for run in order.runs:
         filled = num_kept.index_select(0, run.holder) - run.start
         # Stale entries are finite, so that the sum hides them whatever they are. A gap's pages are hidden by nobody reading them.
-        run.bias[run.part] = torch.zeros(len(filled), P, device=filled.device).masked_fill_(order.entry >= filled[:, None], -torch.inf)
+        beyond, hidden_by = order.entry >= filled[:, None], -torch.inf
+        if run.part_page is not None and asking_HR is not None and paged.newest_only:
+            assert paged.positions is not None and run.part_owner is not None and run.lifetime is not None, "there are several windows"
+            until = paged.positions[run.part_page] + run.lifetime.index_select(0, run.part)[:, None]
+            beyond |= asking_HR[:, 0].index_select(0, run.part_owner)[:, None] > until
+            # All entries of a page may be hidden, and a softmax over nothing is NaN.
+            hidden_by = torch.finfo(torch.float32).min
+        run.bias[run.part] = torch.zeros(len(filled), P, device=filled.device).masked_fill_(beyond, hidden_by)
         bias = run.bias[:, None].to(rows.dtype)
         n = run.owner.shape[0]
         q = rows.index_select(0, run.owner.flatten()).view(n, -1, rows.shape[2])

@@ -172,11 +172,22 @@ def test_the_newest_tokens_see_all_but_parts_of_front_pages(seed, windows, shape
 def test_masks_are_made_for_front_pages_alone():
     """The order names the pages of which the newest token may see a part: one for each list that holds something and does not stay."""
     text = _read_text(3, (2, 40, 120), B=1, H=2, D=4, P=16, length=400, num_new=0)
-    order = make_read_order(text.pages.page_table, text.pages.num_kept, 16, text.pages.windows)
-    fronts = [int((run.owner < 2).sum()) for run in order.runs if run.is_front]
-    assert sum(fronts) == int((text.pages.num_kept.view(2, 3)[:, 1:] > 0).sum()) == 4
-    num_pages = sum(int((run.owner < 2).sum()) for run in order.runs)
-    assert num_pages == int((-(-text.pages.num_kept // 16)).sum()) > 12
+    num_kept, table = text.pages.num_kept.view(6), text.pages.page_table.view(6, -1)
+    (run,) = _ordered(text.pages).read_order.runs
+    lists = [number for number in range(6) if number % 3 and num_kept[number] > 0]
+    fronts = {int(table[number, 0]) for number in lists}
+    last = {int(table[number, num_kept[number] // 16]) for number in range(6) if num_kept[number] % 16}
+    assert len(lists) == 4 and set(run.part_page.tolist()) == fronts | last
+    assert int((run.owner < 2).sum()) == int((-(-num_kept // 16)).sum()) > 12
+
+
+def test_shared_front_pages_are_masked_for_each_row():
+    """Two rows that have read the same to different ends, and share a page of which each sees another part."""
+    text = _read_text(5, (0, 100), B=3, H=1, D=4, P=16, length=120, num_new=0)
+    order = _ordered(text.pages, newest_only=True).read_order
+    assert [run.is_front for run in order.runs].count(True) >= 1 and all(run.part_page is None for run in order.runs)
+    shared = [run for run in order.runs if run.is_front and run.owner.shape[1] > 1]
+    assert shared and len(set(text.stored)) > 1
 
 
 def test_windows_that_do_not_go_together():
