@@ -27,6 +27,10 @@ class Job:
     evaluation_batch_size: int
     has_teacher_pass: bool = True
     """False: a cache answers for the teacher."""
+    warm_up_steps: int = 0
+    """Those of `warm_start`, among `steps`; counted as whole steps."""
+    start_cr: float = 1.0
+    """The ratio from which the target rises after them."""
 
     @property
     def tokens(self) -> int:
@@ -34,9 +38,10 @@ class Job:
 
     @property
     def mean_keep(self) -> float:
-        """The mean over the run's steps of 1 / CR, the share of tokens that stay."""
-        ramp = max(1.0, self.ramp * self.steps)
-        return sum(1.0 / (1.0 + (self.target_cr - 1.0) * min(1.0, step / ramp)) for step in range(1, self.steps + 1)) / self.steps
+        """The mean over the run's steps, but for those of a warm start, of 1 / CR, the share of tokens that stay."""
+        steps, rise = self.steps - self.warm_up_steps, self.target_cr - self.start_cr
+        ramp = max(1.0, self.ramp * steps)
+        return sum(1.0 / (self.start_cr + rise * min(1.0, step / ramp)) for step in range(1, steps + 1)) / steps
 
 
 @dataclass(frozen=True, kw_only=True)

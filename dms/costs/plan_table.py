@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dms.costs.job import Job
 from dms.costs.plan import Plan, PlannedChoice, recipe_lines
 
 _GB = 1e9
@@ -36,7 +37,17 @@ def _facts(name: str, plan: Plan) -> list[str]:
         f"{_share(flops.recomputed + flops.recomputed_attention, flops.total)}, backward {_share(flops.backward + flops.backward_attention, flops.total)}, "
         f"loss {_share(flops.loss, flops.total)}; attention in all {_share(flops.attention, flops.total)}",
         f"the loss has {plan.loss_rows:,} rows of logits alive at once",
+        *_warm_up(job),
         *_packed(plan),
+    ]
+
+
+def _warm_up(job: Job) -> list[str]:
+    if job.warm_up_steps == 0:
+        return []
+    return [
+        f"{job.warm_up_steps} of the steps are those of warm_start: one dense pass and attention scores, about a third of another step; they are "
+        "counted as whole steps here"
     ]
 
 

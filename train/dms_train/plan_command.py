@@ -93,6 +93,8 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         evaluation_length=recipe.evaluation.length or recipe.data.length,
         evaluation_batch_size=recipe.evaluation.batch_size,
         has_teacher_pass=recipe.teacher_cache is None,
+        warm_up_steps=0 if recipe.warm_start is None else recipe.warm_start.steps,
+        start_cr=1.0 if recipe.warm_start is None else recipe.warm_start.begins_at(recipe.target_cr),
     )
 
 

@@ -131,5 +131,5 @@ def test_sequences_that_processes_share_have_no_labels(build_model, make_batch):
     rows.size = 2
     tokens = masks.locate_tokens(1, 32, torch.device("cpu"), None, None, None)
     set_mode(model, "label", tokens=tokens, rows=rows)
-    with pytest.raises(ValueError, match="2 processes share, .*set sequence_parallel: 1"):
+    with pytest.raises(ValueError, match=r"2 processes share, .*set sequence_parallel: 1"):
         hidden_states(model, given)
