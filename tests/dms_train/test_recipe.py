@@ -1,12 +1,13 @@
 import pytest
 import yaml
+from dms_train.bench_gates import GateComparison
 from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
 from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 from dms.builtin import recipes_folder
 from dms.evaluation.engine.settings import EvaluationSettings
 
-SCHEMAS = {"pretrain": PretrainRecipe, "generate": GenerateRecipe, "evaluate": EvaluationSettings}
+SCHEMAS = {"pretrain": PretrainRecipe, "generate": GenerateRecipe, "evaluate": EvaluationSettings, "compare-gates": GateComparison}
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_unknown_nested_key_names_the_nearest(write):
         ({"alignment": "previous"}, "dms: alignment: Input should be 'own' or 'next'; given: 'previous'"),
         (
             {"window": True, "tau": 0.0},
-            "dms: tau: Input should be greater than 0; given: 0.0; window: Input should be a valid integer; given: True",
+            "dms: tau: Input should be greater than 0; given: 0.0; window: Input should be a valid integer, or a list of them; given: True",
         ),
         (16, "dms: a section of keys and values, such as {window: 16}, is needed; given: 16"),
     ],

@@ -18,6 +18,8 @@ from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import load_recipe, packaged_recipes
 
 EVERY = "all"
+# Packaged files that are no retrofits, by the last part of their names.
+_OTHERS = ("pretrain", "generate", "evaluate", "compare-gates")
 
 
 def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str | None, json_file: str | None, console: Console) -> None:
@@ -41,7 +43,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate")]
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in _OTHERS]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:

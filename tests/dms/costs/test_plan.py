@@ -50,6 +50,12 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     assert plan["flops_per_step"]["total"] == pytest.approx(sum(value for key, value in plan["flops_per_step"].items() if key != "total"))
 
 
+def test_every_packaged_retrofit_is_planned_and_nothing_else():
+    for name in planning._every():
+        load_recipe(name, [], RetrofitRecipe)
+    assert {"tiny/retrofit", "qwen3-8b"} <= set(planning._every())
+
+
 def test_steps_of_a_warm_start_are_counted_whole_and_said_so(capsys):
     plan, warm = plan_of("tiny/retrofit", "steps=10"), plan_of("tiny/retrofit", "steps=10", "warm_start={steps: 4, start_cr: 2}")
     assert warm.own.bytes == plan.own.bytes and warm.job.tokens == plan.job.tokens
