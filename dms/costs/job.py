@@ -29,6 +29,10 @@ class Job:
     evaluation_batch_size: int
     has_teacher_pass: bool = True
     """False: a cache answers for the teacher."""
+    warm_up_steps: int = 0
+    """Those of `warm_start`, among `steps`; counted as whole steps."""
+    start_cr: float = 1.0
+    """The ratio from which the target rises after them."""
     budget: Budget = "decided"
 
     @property
@@ -41,9 +45,10 @@ class Job:
 
     @property
     def mean_lifetimes(self) -> Lifetimes:
-        """The mean over the run's steps of what the ratio of each asks for."""
-        ramp = max(1.0, self.ramp * self.steps)
-        ratios = (1.0 + (self.target_cr - 1.0) * min(1.0, step / ramp) for step in range(1, self.steps + 1))
+        """The mean over the run's steps, but for those of a warm start, of what the ratio of each asks for."""
+        steps, rise = self.steps - self.warm_up_steps, self.target_cr - self.start_cr
+        ramp = max(1.0, self.ramp * steps)
+        ratios = (self.start_cr + rise * min(1.0, step / ramp) for step in range(1, steps + 1))
         return Lifetimes.mean(Lifetimes.of_target(self.windows, cr, self.budget, self.length) for cr in ratios)
 
 

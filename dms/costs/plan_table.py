@@ -38,6 +38,7 @@ def _facts(name: str, plan: Plan) -> list[str]:
         f"loss {_share(flops.loss, flops.total)}; attention in all {_share(flops.attention, flops.total)}",
         f"the loss has {plan.loss_rows:,} rows of logits alive at once",
         *_lifetimes(job),
+        *_warm_up(job),
         *_packed(plan),
     ]
 
@@ -49,6 +50,15 @@ def _lifetimes(job: Job) -> list[str]:
     found = job.mean_lifetimes
     leave = ", ".join(f"{share:.0%} after {window:,}" for share, window in zip(found.leave, found.windows, strict=True))
     return [f"assumed of tokens, in the mean over the steps: {leave}, and {found.stay:.0%} stay (a target says how many, gates say which)"]
+
+
+def _warm_up(job: Job) -> list[str]:
+    if job.warm_up_steps == 0:
+        return []
+    return [
+        f"{job.warm_up_steps} of the steps are those of warm_start: one dense pass and attention scores, about a third of another step; they are "
+        "counted as whole steps here"
+    ]
 
 
 def _packed(plan: Plan) -> list[str]:

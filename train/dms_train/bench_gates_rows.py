@@ -326,7 +326,8 @@ def training_figures(folder: Path) -> dict[str, Any]:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = steps[-max(1, round(_LAST * len(steps))) :]
     return {
-        "training_kl": fmean(step["kl"] for step in last),
+        # The steps of a warm start have none; the last step is never one of them.
+        "training_kl": fmean(step["kl"] for step in last if step["kl"] is not None),
         "seconds_per_step": median(step["seconds"] for step in steps),
         "steps": len(steps),
         "tokens": steps[-1]["tokens"],

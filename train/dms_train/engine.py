@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
@@ -68,7 +68,10 @@ def make_accelerator(recipe: RetrofitRecipe) -> Accelerator:
     backend, timeout = "nccl" if has_gpu else "gloo", timedelta(minutes=recipe.timeout_minutes)
     if recipe.zero.stage == 0:
         # Named without a launcher, a backend would make accelerate wait for a group.
-        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if is_launched() else []
+        handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if is_launched() else []
+        if recipe.warm_start is not None and recipe.trainable != "gates":
+            # In its steps only the gates have gradients, and data parallelism would wait for the others'.
+            handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
         accelerator = Accelerator(cpu=not has_gpu, mixed_precision="no", kwargs_handlers=handlers)
         check_batch(recipe, accelerator.num_processes)
         return accelerator

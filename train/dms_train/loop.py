@@ -36,11 +36,12 @@ from dms_train.models import Fingerprint, Models
 from dms_train.progress import StepLine, describe_start
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import RunFolder
-from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
+from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, target_at
 from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
+from dms_train.warm_start import plan_step, warm_up_step
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -55,12 +56,15 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
+    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer, warms_up: bool) -> tuple[torch.Tensor, ...]:
         """The fields of StepOutput, as a plain tuple: ZeRO-3 finds tensors in no other output."""
         recipe = self.recipe
         # Under ZeRO-3 autocast's cache of casts would keep a whole copy of each weight that was gathered.
         cached = recipe.zero.stage < 3
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=cached):
+            if warms_up:
+                output = warm_up_step(self.student, batch, target=target, normalizer=normalizer, attention=self.attention)
+                return tuple(vars(output).values())
             output = distill_step(
                 self.student,
                 self.teacher,
@@ -284,9 +288,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
         for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
             # Target and learning rate are functions of the step alone, so a run that is continued needs no state for them.
-            target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
-            factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
-            engine.set_learning_rate(factor)
+            plan = plan_step(recipe, step)
+            engine.set_learning_rate(plan.lr_factor)
 
             # Data. The loss is divided by the predictions of the whole step, so that it does not depend on how a step is split among
             # processes and micro-batches: they are counted before the first forward.
@@ -302,7 +305,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = StepOutput(*engine.module(batch, target, normalizer))
+                    output = StepOutput(*engine.module(batch, plan.target, normalizer, plan.warms_up))
                     engine.backward(output.loss)
                 sums.add(output)
 
@@ -316,8 +319,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             loss = totals.kl + recipe.compression_weight * totals.compression
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}); lower optimizer.lr, or look at "
-                    "the data of this step"
+                    f"the loss is {loss} at step {step} ({'labels' if plan.warms_up else 'kl'} {totals.kl}, compression {totals.compression}); lower "
+                    f"{'warm_start.lr' if plan.warms_up else 'optimizer.lr'}, or look at the data of this step"
                 )
             try:
                 grad_norm = engine.step()
@@ -332,13 +335,13 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                 metrics = StepMetrics(
                     step=step,
                     loss=loss,
-                    kl=totals.kl,
+                    kl=None if plan.warms_up else totals.kl,
                     compression_loss=totals.compression,
-                    target=target,
-                    target_cr=target_cr,
+                    target=plan.target,
+                    target_cr=plan.target_cr,
                     cr=reached,
                     cr_decided=reached if recipe.budget == "decided" else None,
-                    lr=settings.lr * factor,
+                    lr=settings.lr * plan.lr_factor,
                     grad_norm=grad_norm,
                     tokens=position.tokens,
                     tokens_per_second=num_tokens / seconds,

@@ -18,6 +18,8 @@ from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import load_recipe, packaged_recipes
 
 EVERY = "all"
+# Packaged files that are no retrofits, by the last part of their names.
+_OTHERS = ("pretrain", "generate", "evaluate", "compare-gates")
 
 
 def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str | None, json_file: str | None, console: Console) -> None:
@@ -41,7 +43,7 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 def _every() -> list[str]:
     """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in ("pretrain", "generate", "evaluate", "compare-gates")]
+    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in _OTHERS]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
@@ -94,6 +96,8 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         evaluation_length=recipe.evaluation.length or recipe.data.length,
         evaluation_batch_size=recipe.evaluation.batch_size,
         has_teacher_pass=recipe.teacher_cache is None,
+        warm_up_steps=0 if recipe.warm_start is None else recipe.warm_start.steps,
+        start_cr=1.0 if recipe.warm_start is None else recipe.warm_start.begins_at(recipe.target_cr),
     )
 
 

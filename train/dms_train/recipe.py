@@ -136,6 +136,23 @@ class TeacherCacheSettings(Strict):
     """Most probable tokens of each distribution; all others together count as one. A cache with a larger K can be used."""
 
 
+class WarmStart(Strict):
+    """First train the gates on labels: the keys that the dense model reads least once the window has passed them are to be evicted."""
+
+    steps: int = Field(ge=1)
+    """How many of the run's `steps` come first on labels, a fifth of them, say. `optimizer`'s schedule runs once in them and once more in the
+    rest."""
+    lr: float | None = Field(default=None, gt=0.0)
+    """The gates' largest learning rate in these steps; None: `optimizer.lr`."""
+    start_cr: float | None = Field(default=None, ge=1.0)
+    """The ratio from which the target then rises to `target_cr`, over the first `ramp` of the steps that are left; 1: as without a warm start.
+    None: half of `target_cr`."""
+
+    def begins_at(self, target_cr: float) -> float:
+        """The ratio after these steps."""
+        return max(1.0, target_cr / 2.0) if self.start_cr is None else self.start_cr
+
+
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
@@ -148,7 +165,7 @@ class RetrofitRecipe(Strict):
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
-    """The compression ratio at the end, of what `budget` says; it rises linearly from 1 ([P] section 3.2)."""
+    """The compression ratio at the end, of what `budget` says; it rises linearly from 1 ([P] section 3.2), or from `warm_start.start_cr`."""
     budget: Literal["decided", "end", "mean"] = "decided"
     """What `target_cr` counts: decided, decisions, windows left aside; end, entries alive at a document's end, windows included; mean, their
     mean over positions. Several windows need end or mean."""
@@ -159,6 +176,8 @@ class RetrofitRecipe(Strict):
     """Optimizer steps."""
     ramp: float = Field(default=0.8, gt=0.0, le=1.0)
     """The share of the steps over which the ratio rises; then it stays."""
+    warm_start: WarmStart | None = None
+    """First steps in which gates learn from labels; None: distillation from the first step on."""
     batch_size: int = Field(ge=1)
     """Sequences of an optimizer step, over all devices and accumulation steps."""
     micro_batch_size: int = Field(default=1, ge=1)
@@ -239,6 +258,8 @@ class RetrofitRecipe(Strict):
                     f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
                 )
             at_step[step] = cr
+        if self.warm_start is not None:
+            self._check_warm_start(self.warm_start)
         if len(self.dms.windows) > 1 and self.budget == "decided":
             raise ValueError(
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
@@ -256,12 +277,41 @@ class RetrofitRecipe(Strict):
             )
         return self
 
+    def _check_warm_start(self, warm: WarmStart) -> None:
+        if warm.steps >= self.steps:
+            raise ValueError(f"warm_start.steps is {warm.steps} of {self.steps} steps, which leaves none for distillation; lower it")
+        for key, value, needed, why in (
+            ("zero.stage", self.zero.stage, 0, "DeepSpeed does not run its steps yet"),
+            ("sequence_parallel", self.sequence_parallel, 1, "its labels are made of whole sequences"),
+            ("save.at_cr", self.save.at_cr, [], "gates that start at target_cr are at no ratio on the way to it"),
+        ):
+            if value != needed:
+                raise ValueError(f"{key} is {value}, which does not go with warm_start ({why}); set {key}={needed}, or remove warm_start")
+        if self.target_cr == 1.0:
+            raise ValueError("target_cr is 1, with which the labels of warm_start evict nothing; raise it, or remove warm_start")
+        if warm.start_cr is not None and warm.start_cr > self.target_cr:
+            raise ValueError(
+                f"warm_start.start_cr is {warm.start_cr:g}, and the ratio rises from it to target_cr {self.target_cr:g}; lower it"
+            )
+        num_held = min(self.dms.windows[0] + 1 + self.dms.sinks, self.data.length)
+        held = {"decided": 0.0, "end": num_held / self.data.length, "mean": _mean_share(num_held, self.data.length)}[self.budget]
+        if 1.0 / self.target_cr <= held:
+            raise ValueError(
+                f"the labels of warm_start keep 1 / target_cr = {1.0 / self.target_cr:.1%} of what budget={self.budget} counts, and window and sinks "
+                f"alone hold {held:.1%} in data.length {self.data.length}; narrow the window, lengthen the data, or lower target_cr"
+            )
+
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""
         if self.trainable == "all":
             raise ValueError(f"{why}, and packed weights do not train: choose trainable=gates or gates+lora, or {cure}")
         if self.zero.stage > 0:
             raise ValueError(f"{why}, and DeepSpeed does not handle packed weights: choose zero.stage 0 (what trains is small), or {cure}")
+
+
+def _mean_share(num_held: int, length: int) -> float:
+    """What the last `num_held` entries are of all, over the positions of a document together."""
+    return sum(min(n, num_held) for n in range(1, length + 1)) / (length * (length + 1) / 2)
 
 
 class PretrainStage(Strict):

@@ -87,7 +87,8 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
+    kl: float | None
+    """None in the steps of `warm_start`, whose loss is that of labels."""
     compression_loss: float
     target: float
     """The share of decisions that should evict."""

@@ -50,6 +50,23 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     assert plan["flops_per_step"]["total"] == pytest.approx(sum(value for key, value in plan["flops_per_step"].items() if key != "total"))
 
 
+def test_every_packaged_retrofit_is_planned_and_nothing_else():
+    for name in planning._every():
+        load_recipe(name, [], RetrofitRecipe)
+    assert {"tiny/retrofit", "qwen3-8b"} <= set(planning._every())
+
+
+def test_steps_of_a_warm_start_are_counted_whole_and_said_so(capsys):
+    plan, warm = plan_of("tiny/retrofit", "steps=10"), plan_of("tiny/retrofit", "steps=10", "warm_start={steps: 4, start_cr: 2}")
+    assert warm.own.bytes == plan.own.bytes and warm.job.tokens == plan.job.tokens
+    # The ratio of the 6 steps of distillation rises from 2 to 4 in 4.8.
+    assert warm.job.mean_keep == pytest.approx(sum(1 / (2 + 2 * min(1, step / 4.8)) for step in range(1, 7)) / 6)
+    table.show(make_console(), "warm", warm)
+    assert says(capsys.readouterr().out, "4 of the steps are those of warm_start") and warm.own.seconds.total < plan.own.seconds.total
+    table.show(make_console(), "cold", plan)
+    assert "warm_start" not in capsys.readouterr().out
+
+
 def test_the_overview_is_readable_in_a_file(capsys):
     plans = {"deepseek-r1-distill-qwen-1.5b": plan_of("deepseek-r1-distill-qwen-1.5b"), "qwen3-8b": plan_of("qwen3-8b", gpu="h100-80")}
     table.overview(make_console(), plans)

@@ -1,0 +1,135 @@
+"""Labels of the dense model's future attention, against loops over single queries and keys."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import dms
+from dms import masks
+from dms.lm_head import hidden_states
+from dms.masks import Tokens
+from dms.modes import set_mode
+from dms.training import future_attention as module
+from dms.training.budgets import saved_by, savings
+from dms.training.future_attention import evict_labels, future_attention, label_pass
+from dms.training.packed_attention import PackedAttention
+
+B, T, H, G, D = 3, 41, 2, 3, 8
+
+
+@pytest.fixture
+def tokens():
+    """One document; two; padding, a document and padding."""
+    segment = torch.ones(B, T, dtype=torch.int32)
+    segment[1, 17:] = 2
+    segment[2, :3] = segment[2, -5:] = 0
+    starts = torch.tensor([[0] * T, [0] * 17 + [17] * (T - 17), [3] * T])
+    position = torch.where(segment > 0, torch.arange(T) - starts, 0)
+    return Tokens(segment, position.int())
+
+
+def _random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def qkv():
+    return _random(B, H * G, T, D, seed=0) * 2, _random(B, H, T, D, seed=1), _random(B, H, T, D, seed=2)
+
+
+def _brute_force(query, key, value, tokens, window, softcap, s_aux):
+    """The same by loops, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    out, score = torch.zeros(B, T, H * G, D).double(), torch.zeros(B, T, H).double()
+    for b, h, g, q in itertools.product(range(B), range(H), range(G), range(T)):
+        seen = [k for k in range(q + 1) if tokens.real[b, q] and tokens.segment_BT[b, k] == tokens.segment_BT[b, q]]
+        if not seen:
+            continue
+        logits = query[b, h * G + g, q] @ key[b, h, seen].T / math.sqrt(D)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        sink = [] if s_aux is None else [s_aux[h * G + g].double()]
+        probs = torch.softmax(torch.stack([*logits, *sink]), 0)[: len(seen)]
+        out[b, q, h * G + g] = probs @ value[b, h, seen]
+        for k, prob in zip(seen, probs, strict=True):
+            if q - k > window:
+                score[b, k, h] = max(score[b, k, h], prob)
+    return out, score
+
+
+@pytest.mark.parametrize(
+    ("windows", "softcap", "s_aux"),
+    [((4,), None, None), ((0, 6, 20), None, None), ((7,), 3.0, None), ((0, 12), None, torch.linspace(-1, 2, H * G))],
+)
+def test_scores_and_attention_equal_loops(windows, softcap, s_aux, tokens, qkv, monkeypatch):
+    # Chunks of 7 queries, which do not divide T.
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 7 * 4 * B * H * G * T)
+    out, scores = future_attention(*qkv, tokens, windows, softcap=softcap, s_aux=s_aux)
+    assert scores.shape == (B, T, H, len(windows)) and scores.dtype == torch.float32
+    for j, window in enumerate(windows):
+        expected_out, expected = _brute_force(*qkv, tokens, window, softcap, s_aux)
+        torch.testing.assert_close(scores[..., j].double(), expected, rtol=1e-5, atol=1e-6)
+        assert (expected > 0).any() and (expected == 0).any()
+    torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "windows", "sinks"), [("decided", (4,), 2), ("end", (4,), 0), ("end", (2, 9), 1), ("mean", (4,), 0), ("mean", (2, 9), 1)]
+)
+def test_labels_leave_what_the_budget_allows_and_evict_the_least(budget, windows, sinks, tokens):
+    scores = torch.rand(B, T, H, len(windows), generator=torch.Generator().manual_seed(0))
+    # Heads are ranked together, so that the one that is read less keeps less.
+    scores[:, :, 1] *= 0.5
+    evict, has_label = evict_labels(scores, tokens, windows, sinks=sinks, keep=0.6, budget=budget)
+    for b, k, j in itertools.product(range(B), range(T), range(len(windows))):
+        beyond = [q for q in range(T) if tokens.segment_BT[b, q] == tokens.segment_BT[b, k] and q - k > windows[j]]
+        assert has_label[b, k, j] == bool(tokens.real[b, k] and tokens.position_BT[b, k] >= sinks and beyond)
+    assert not (evict & ~has_label[:, :, None]).any()
+    # By a longer window too.
+    assert not (evict[..., :-1] & ~evict[..., 1:] & has_label[:, :, None, 1:]).any()
+
+    if budget == "decided":
+        saved, whole = has_label.float(), has_label[..., 0].float()
+    else:
+        saved, whole = savings(tokens, windows, sinks=sinks, alignment="own", budget=budget)
+    left_B = 1 - saved_by(evict.float(), saved).sum((1, 2)) / (H * whole.sum(1))
+    # One entry is up to T queries of the mean.
+    assert (left_B >= 0.6 - 1e-6).all() and (left_B <= 0.6 + (0.05 if budget != "mean" else 0.1)).all()
+
+    # What a short window evicts is what the longer ones read least too.
+    effective = scores.flip(-1).cummax(-1).values.flip(-1)
+    for b in range(B):
+        ruled, kept = evict[b], ~evict[b] & has_label[b, :, None]
+        assert effective[b][ruled].max() <= effective[b][kept].min()
+    assert evict[:, :, 1].sum() > 1.5 * evict[:, :, 0].sum()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["own-attention", "rows"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "gpt_oss"])
+def test_a_label_pass_is_dense_and_differentiates_gates_alone(family, rows, build_model, make_batch):
+    model = dms.retrofit(build_model(family), dms.DMSConfig(window=(4, 12)))
+    given = make_batch(2, 40, right=[0, 6])
+    tokens = masks.locate_tokens(2, 40, torch.device("cpu"), given["attention_mask"], given["position_ids"], None)
+    with torch.no_grad():
+        set_mode(model, "dense")
+        dense = hidden_states(model, given)
+        set_mode(model, "label", tokens=tokens, rows=PackedAttention() if rows else None)
+        labelling = hidden_states(model, given)
+    torch.testing.assert_close(labelling[tokens.real], dense[tokens.real], rtol=1e-3, atol=1e-4)
+    forward = label_pass(model)
+    assert set(forward.scores) == set(forward.logits) == {layer.index for layer in model.dms.layers}
+    assert all(scores.shape == forward.logits[index].shape for index, scores in forward.scores.items())
+    sum(logits.sum() for logits in forward.logits.values()).backward()
+    gates = {id(p) for layer in model.dms.layers for p in layer.gate.parameters()}
+    assert all((p.grad is not None) == (id(p) in gates) for p in model.parameters())
+
+
+def test_sequences_that_processes_share_have_no_labels(build_model, make_batch):
+    model = dms.retrofit(build_model("llama"), dms.DMSConfig(window=4))
+    given, rows = make_batch(1, 16), PackedAttention()
+    rows.size = 2
+    tokens = masks.locate_tokens(1, 32, torch.device("cpu"), None, None, None)
+    set_mode(model, "label", tokens=tokens, rows=rows)
+    with pytest.raises(ValueError, match=r"2 processes share, .*set sequence_parallel: 1"):
+        hidden_states(model, given)
