@@ -289,7 +289,7 @@ def _cell(value: Any) -> Any:
 
 
 def _heat_map(profile: GateProfile) -> dict[str, Any]:
-    keys = ("evict_bias", "layer_indices", "evicted_LH", "cr_LH")
+    keys: tuple[str, ...] = ("evict_bias", "layer_indices", "evicted_LH", "cr_LH")
     several = {} if isinstance(profile.window, int) else {"windows": list(profile.window)}
     keys += ("class_LHK",) if several else ()
     return {**several, "points": [{key: getattr(point, key) for key in keys} for point in profile.points]}

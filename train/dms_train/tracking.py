@@ -153,8 +153,8 @@ class Tracker:
         scalars |= {f"evicted/layer{layer}": sum(rates) / len(rates) for layer, rates in layers}
         # The usual failures: heads that evict nothing, and heads that evict everything.
         scalars |= {"evicted/least_head": rate_LH.min().item(), "evicted/most_head": rate_LH.max().item()}
-        for number, window in enumerate(windows if class_rate_LHK is not None else ()):
-            share_LH = class_rate_LHK[..., number].detach().float().cpu()
+        shares = () if class_rate_LHK is None else class_rate_LHK.detach().float().cpu().unbind(-1)
+        for share_LH, window in zip(shares, windows, strict=class_rate_LHK is not None):
             scalars |= {
                 f"leave_after_{window}/layer{layer}": share for layer, share in zip(layer_indices, share_LH.mean(1).tolist(), strict=True)
             }

@@ -7,6 +7,9 @@ belongs to one program, which sums over all its queries and over the G query hea
 Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows, C positions of a block; M, N see `forward`.
 """
 
+# Triton's tuples grow as loops over constants are unrolled.
+# mypy: disable-error-code="assignment, misc"
+
 try:
     import triton
     import triton.language as tl

@@ -60,7 +60,7 @@ def test_steps_of_a_warm_start_are_counted_whole_and_said_so(capsys):
     plan, warm = plan_of("tiny/retrofit", "steps=10"), plan_of("tiny/retrofit", "steps=10", "warm_start={steps: 4, start_cr: 2}")
     assert warm.own.bytes == plan.own.bytes and warm.job.tokens == plan.job.tokens
     # The ratio of the 6 steps of distillation rises from 2 to 4 in 4.8.
-    assert warm.job.mean_keep == pytest.approx(sum(1 / (2 + 2 * min(1, step / 4.8)) for step in range(1, 7)) / 6)
+    assert warm.job.mean_lifetimes.stay == pytest.approx(sum(1 / (2 + 2 * min(1, step / 4.8)) for step in range(1, 7)) / 6)
     table.show(make_console(), "warm", warm)
     assert says(capsys.readouterr().out, "4 of the steps are those of warm_start") and warm.own.seconds.total < plan.own.seconds.total
     table.show(make_console(), "cold", plan)
