@@ -202,12 +202,10 @@ def representative() -> list[Case]:
     """About a dozen kernels, for every run of the tests."""
     return [
         Case("gated_attention", 90, 128, 4, "bf16"),
-        Case("gated_attention", 90, 128, 4, "bf16", num_windows=3),
         Case("sparse_prefill", 90, 128, 4, "bf16"),
         Case("paged_decode", 90, 128, 4, "bf16"),
         Case("paged_decode", 80, 64, 8, "int8"),
         Case("append", 90, 128, 4, "bf16"),
         Case("append", 90, 128, 4, "bf16", num_windows=3),
-        Case("paged_decode", 90, 128, 4, "bf16", num_windows=3),
         Case("distill_loss", 80, 128, 1, "bf16"),
     ]

@@ -159,6 +159,7 @@ def _check_case(case):
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(case=_cases(25))
+@pytest.mark.slow
 def test_equals_the_reference_anywhere(case):
     _check_case(case)
 
@@ -221,6 +222,7 @@ def test_a_key_is_in_the_lists_of_the_ranges_that_it_is_read_in(monkeypatch):
             assert sorted(lists.kept_BHKT[0, 0, r, T - num_dropped :].tolist()) == dropped.nonzero()[:, 0].tolist()
 
 
+@pytest.mark.slow
 def test_work_falls_with_each_decision(monkeypatch):
     T, windows, calls, score = 96, [4, 20, 50], [0], forward.score
 
@@ -305,6 +307,7 @@ def test_one_window_of_a_sequence_is_the_window():
             assert x is None or torch.equal(actual[name], x), name
 
 
+@pytest.mark.slow
 def test_strides_and_a_recomputation_change_nothing():
     tensors = _trained(inputs(2, 40, 2, 1, dtype=torch.float32, num_windows=3))
     options = {"window": (1, 5, 18), "scale": 0.5, "segment_ids": random_segments("both", 2, 40, torch.Generator().manual_seed(0))}

@@ -233,6 +233,7 @@ def test_all_weights_with_a_frozen_copy_as_teacher(recipe_values, tiny_folder):
     assert result["trainable"] == "all"
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_and_offloading_change_nothing(recipe_values, tmp_path):
     losses = {}
     for name, changes in {

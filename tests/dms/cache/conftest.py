@@ -28,6 +28,10 @@ def check_pages(caches) -> None:
         pool, P = stores[0].pool, stores[0].pool.page_size
         # Pages of caches that are gone come back when they are next asked for.
         pool.collect()
+        for store in stores:
+            if pool.budget is not None:
+                # What is gone is given back before the next forward.
+                store.release_gone()
         holders_of: Counter[int] = Counter()
         for store in stores:
             table, num_kept = store.page_table.tolist(), store.num_kept.tolist()
@@ -51,9 +55,6 @@ def check_lists(store) -> None:
     if not windows:
         assert positions is None and store.page_table.shape[1] == store.num_heads
         return
-    if store.pool.budget is not None:
-        # What is gone is given back before the next forward.
-        store.release_gone()
     assert positions.shape == (store.pool.num_pages, P) and store.page_table.shape[1] == store.num_heads * len(windows)
     for b, newest in enumerate((store.seq_len - 1).tolist()):
         for number, (pages, kept) in enumerate(zip(store.page_table[b].tolist(), store.num_kept[b].tolist(), strict=True)):

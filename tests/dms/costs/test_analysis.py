@@ -217,6 +217,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(tmp_path):
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     result = run(CONFIGS / "Llama-3.1-8B.json", "--gpu", "h100-80", "--json", out, "--plot", picture)

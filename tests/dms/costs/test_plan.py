@@ -123,6 +123,7 @@ def test_recommended_lines_are_a_recipe_s():
     assert fitting.own.fits and fitting.own.bytes.evaluation <= fitting.gpu.memory < small.recommended.bytes.evaluation
 
 
+@pytest.mark.slow
 def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
     used = outcome_of(plan_of("qwen3-8b"), activation_checkpointing=True).bytes
     assert used.weights == 8_190_735_360 * 2 + 1_179_936 * 4
@@ -239,6 +240,7 @@ def test_adapters_on_a_packed_base_make_it_whole_for_the_evaluation():
     assert packed.own.bytes.evaluation > 2 * packed.shape.parameters
 
 
+@pytest.mark.slow
 def test_casts_of_weights_are_whole_on_every_gpu_that_shares_a_row():
     plan = plan_of("llama3.2-1b-all", "micro_batch_size=1", num=8)
     whole, shared = (outcome_of(plan, stage=2, sequence_parallel=width).bytes for width in (1, 8))

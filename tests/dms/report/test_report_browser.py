@@ -77,7 +77,7 @@ def style_of(page, selector, name):
 def test_every_figure_is_there_and_has_a_size(open_page, report_html):
     page = open_page(report_html)
     page.wait_for_selector("#training svg.chart")
-    counts = {"pareto": 3, "positions": 2, "scaling": 2, "training": 2}
+    counts = {"pareto": 4, "positions": 2, "scaling": 2, "training": 2}
     for name, count in counts.items():
         found = boxes(page, f"#{name} svg.chart")
         assert len(found) == count, name
