@@ -53,7 +53,8 @@ class DMSConfig:
             _problem(known[name], value) if name in known else f"unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}"
             for name, value in given.items()
         ]
-        if given.get("window") is not None and given.get("windows") is not None:
+        # A copy has both.
+        if not any(problems) and given.get("windows") is not None and given.get("window") not in (None, given["windows"][0]):
             problems.append(f"window is {given['window']} and windows {given['windows']}; give one of them")
         if any(problems):
             raise ValueError("; ".join(filter(None, problems)))

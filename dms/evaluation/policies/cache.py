@@ -135,7 +135,7 @@ class WindowLayer(CompactedLayer):
     """A compacted layer that evicts all that leaves its window, whatever the gates say."""
 
     def __init__(self, policy: SlidingWindow, config: DMSConfig, page_size: int):
-        super().__init__(replace(config, window=policy.window, sinks=policy.sinks, alignment="own"), page_size)
+        super().__init__(replace(config, window=policy.window, windows=None, sinks=policy.sinks, alignment="own"), page_size)
 
     def runs_gate(self, num_tokens: int) -> bool:
         return False
