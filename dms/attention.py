@@ -109,7 +109,7 @@ class EvictPass(ForwardPass):
                 "be kept there or lost; such a model cannot be retrofitted"
             )
         config, tokens = state.config, self.tokens.to(hidden_BTM.device)
-        masked = functools.partial(evict_attention, query_tokens=tokens, window=config.windows or config.window, sinks=config.sinks)
+        masked = functools.partial(evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
         if cache is None:
             logits = self.logits[layer.index] = _evict_logits(gate, hidden_BTM, state.evict_bias)
             evicted = self.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)

@@ -40,7 +40,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     found = find_layers(model)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.window >= context:
+    if context is not None and config.windows[0] >= context:
         raise ValueError(
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
         )
@@ -189,7 +189,7 @@ def _before_decoder(
 
     cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
-        cache = DMSCache(decoder, state=state) if state.config.windows is None else masked_cache(decoder, state=state)
+        cache = DMSCache(decoder, state=state) if len(state.config.windows) == 1 else masked_cache(decoder, state=state)
     if cache is not None:
         args, kwargs = _with_cache(decoder, state.decoder_signature, cache, args, kwargs)
     for module in (layer.module for layers in (state.layers, state.following) for layer in layers):

@@ -45,11 +45,6 @@ class DMSCache(Cache):
         state: DMSState | None = None,
     ):
         state = state or state_of(model)
-        if state.config.windows is not None:
-            raise ValueError(
-                f"windows are {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
-                "which hides what is evicted and keeps it"
-            )
         if not state.takes_cache:
             raise ValueError(
                 f"{type(model).__name__} works with a cache of its own kind alone; give it no cache, and the one that it makes evicts"
@@ -68,6 +63,11 @@ class DMSCache(Cache):
         """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
+        if len(state.config.windows) > 1:
+            raise ValueError(
+                f"window is {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
+                "which hides what is evicted and keeps it"
+            )
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
@@ -363,7 +363,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        if state.config.windows is not None:
+        if len(state.config.windows) > 1:
             layers[index] = MaskedLayer(state.config)
             continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)
