@@ -117,33 +117,41 @@ def test_hidden_mismatch_of_a_teacher_that_is_zero_is_finite():
     assert hidden_mismatch([(hidden, torch.zeros(1, 2, 4))], torch.tensor([True, False])).isfinite()
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_hard_tokens_weigh_more(student, batch, power):
+def test_the_kl_by_token_is_the_one_that_is_summed_up_at_once(student, batch):
+    """Value and gradient, with weights that are 1 but for rounding."""
+    plain, found = take(student, batch, target=0.0), take(student, batch, target=0.0, hard_token_power=1e-6)
+    assert float(found.kl) == pytest.approx(float(plain.kl), rel=1e-4) and float(plain.kl) > 1e-4
+    expected = gradient(student, plain)
+    torch.testing.assert_close(gradient(student, found), expected, rtol=0.0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("power", [-1.0, 1.0])
+def test_tokens_weigh_by_their_kl(student, batch, power):
+    """The gradient is that of the KL of each token by itself, times its weight."""
+    batch = {name: tensor[:1] for name, tensor in batch.items()}
+    batch["loss_mask"] = torch.arange(T)[None] % 3 == 0
     (final_t, _), (final_s, _), _ = states(student, batch)
     log_t, log_s = (make_logits(student, x[valid(batch)]).detach().log_softmax(-1) for x in (final_t, final_s))
-    kl = (log_t.exp() * (log_t - log_s)).sum(-1)
-    weights = kl.clamp(min=0) ** power
-    weights /= weights.mean()
-    plain, found = take(student, batch), take(student, batch, hard_token_power=power)
-    assert float(found.kl) == pytest.approx(float(plain.kl), rel=1e-4) == pytest.approx(float(kl.sum()) / 100, rel=1e-4)
-    assert float(found.kl + found.trial) == pytest.approx(float((weights * kl).sum()) / 100, rel=1e-4)
-    assert float(found.trial) > 0.1 * float(found.kl)
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1).clamp(min=0)
+    weights = (kl + 0.01) ** power
+    weights *= kl.sum() / (weights * kl).sum()
+    assert float(weights.max() / weights.min()) > 1.1
+    expected = torch.zeros(())
+    for (b, t), weight in zip(valid(batch).nonzero().tolist(), weights.tolist(), strict=True):
+        only = torch.zeros_like(batch["loss_mask"])
+        only[b, t] = True
+        expected = expected + weight * gradient(student, take(student, {**batch, "loss_mask": only}, target=0.0))
+    found = take(student, batch, target=0.0, hard_token_power=power)
+    assert float(found.trial) == pytest.approx(0.0, abs=1e-5 * float(found.kl) + 1e-9)
+    torch.testing.assert_close(gradient(student, found), expected, rtol=0.0, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_a_power_near_zero_is_the_plain_loss(student, batch):
-    """The KL by token has the gradient of the one that is summed up at once. Tokens whose KL is 0, such as a window's first ones, give their
-    weight to the others."""
-    plain, found = take(student, batch, target=0.0), take(student, batch, target=0.0, hard_token_power=1e-9)
-    expected = gradient(student, plain)
-    share = float(found.kl / (found.kl + found.trial))
-    assert 0.8 < share < 0.95
-    torch.testing.assert_close(share * gradient(student, found), expected, rtol=0.0, atol=1e-3 * float(expected.abs().max()))
-
-
-def test_weights_of_hard_tokens():
-    weights = hard_token_weights(torch.tensor([0.0, -1e-9, 1.0, 3.0], requires_grad=True), 1.0)
-    assert weights.tolist() == pytest.approx([0.0, 0.0, 1.0, 3.0]) and not weights.requires_grad
-    assert hard_token_weights(torch.zeros(3), 1.0).tolist() == [0.0] * 3
+def test_weights_of_tokens():
+    kl = torch.tensor([0.0, -1e-9, 0.99, 2.99], requires_grad=True)
+    weights = hard_token_weights(kl, 1.0)
+    assert weights.tolist() == pytest.approx([x * 3.98 / (0.99 + 3 * 2.99) for x in (0.01, 0.01, 1.0, 3.0)]) and not weights.requires_grad
+    assert float((weights * kl).sum()) == pytest.approx(3.98)
+    assert hard_token_weights(torch.zeros(3), -0.5).tolist() == [0.0] * 3
     assert hard_token_weights(torch.zeros(0), 1.0).tolist() == []
 
 

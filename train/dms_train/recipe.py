@@ -143,8 +143,9 @@ class Trial(Strict):
     """Factor of the hidden-state loss: |student - teacher|^2 / |teacher|^2, per valid token, the mean over the layers of `hidden_of`."""
     hidden_of: Literal["attention", "final"] = "attention"
     """What is matched: the output of every gated layer's attention, or the final hidden states."""
-    hard_token_power: float = Field(default=0.0, ge=0.0)
-    """Each token's KL is weighted by its own size to this power; the weights have mean 1 over a micro-batch. 0: all weigh the same."""
+    hard_token_power: float = Field(default=0.0, ge=-1.0, le=2.0)
+    """Each token's KL is weighted by its own size to this power, with which the sum over a micro-batch stays what it is. Above 0 presses on
+    the tokens that lose most (what was to be recalled), below 0 on the many that lose little (running text). 0: all weigh the same."""
     budget_scope: Literal["sequence", "layer", "head"] = "sequence"
     """What the hinge compares with the target: the share evicted of a sequence, or of each of its layers or KV heads."""
     budget_mix: float = Field(default=1.0, gt=0.0, le=1.0)

@@ -17,6 +17,8 @@ from dms.training.soft_decisions import TrainPass
 # Tokens whose logits are alive at once.
 _ROWS = 1024
 _TINY = 1e-12
+# Nats that are added to a token's KL in its weight, so that negative powers do not favour tokens that lose nothing.
+_FLOOR = 0.01
 
 HeadWeights = tuple[torch.Tensor | None, torch.Tensor | None]
 """Weight [V, M] and bias [V]."""
@@ -74,10 +76,15 @@ def token_kl(
 
 
 def hard_token_weights(kl_N: torch.Tensor, power: float) -> torch.Tensor:
-    """Weights in proportion to KL^power, of mean 1, detached."""
+    """Weights in proportion to (KL + 0.01)^power, detached, with which the sum of the KL stays what it is.
+
+    A few tokens have most of the KL: weights of mean 1 would multiply the sum by ten or more, and so undo its balance with the compression
+    loss.
+    """
     # Rounding makes a KL that is all but zero negative.
-    raw = kl_N.detach().clamp(min=0.0).pow(power)
-    return raw / raw.mean().clamp(min=_TINY)
+    kl_N = kl_N.detach().clamp(min=0.0)
+    raw = (kl_N + _FLOOR).pow(power)
+    return raw * (kl_N.sum() / (raw * kl_N).sum().clamp(min=_TINY))
 
 
 def counts_by(scope: Literal["layer", "head"], forward: TrainPass) -> tuple[torch.Tensor, torch.Tensor]:
