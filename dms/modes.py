@@ -42,6 +42,8 @@ class Noise:
     """The run's."""
     sequence_B: torch.Tensor
     """[B] int64: the number of each sequence among all sequences of the run."""
+    tau: float | None = None
+    """The temperature of the decisions; None: the configuration's."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
+from dms_train.trial_schedules import WaitingRamp, tau_at
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -55,7 +56,9 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer, tau: float | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """The fields of StepOutput, as a plain tuple: ZeRO-3 finds tensors in no other output."""
         recipe = self.recipe
         # Under ZeRO-3 autocast's cache of casts would keep a whole copy of each weight that was gathered.
@@ -71,6 +74,8 @@ class Distillation(nn.Module):
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
                 attention=self.attention,
+                tau=tau,
+                trial=recipe.trial,
             )
         return tuple(vars(output).values())
 
@@ -283,8 +288,16 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     with writing(path), path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
         for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
-            # Target and learning rate are functions of the step alone, so a run that is continued needs no state for them.
+            # Target, temperature and learning rate are functions of the step alone, so a run that is continued needs no state for them;
+            # but for a target that waits for the KL, whose state is in the position.
             target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
+            ramp = None
+            if recipe.trial.kl_ceiling is not None:
+                ramp = WaitingRamp(**(position.ramp or {})).advance(
+                    step, steps=recipe.steps, ramp=recipe.ramp, kl_ceiling=recipe.trial.kl_ceiling
+                )
+                target_cr, target = ramp.target(recipe.target_cr)
+            tau = tau_at(step, steps=recipe.steps, ramp=recipe.ramp, start=recipe.trial.tau_start, end=recipe.dms.tau)
             factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
             engine.set_learning_rate(factor)
 
@@ -302,7 +315,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = StepOutput(*engine.module(batch, target, normalizer))
+                    output = StepOutput(*engine.module(batch, target, normalizer, tau))
                     engine.backward(output.loss)
                 sums.add(output)
 
@@ -313,10 +326,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             preflight.check_alike(totals.plan_marks, f"step {step}")
 
             # The optimizer steps only on a finite loss and gradient: weights of an earlier checkpoint stay usable.
-            loss = totals.kl + recipe.compression_weight * totals.compression
+            loss = totals.kl + recipe.compression_weight * totals.compression + totals.trial
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}); lower optimizer.lr, or look at "
+                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}, trial {totals.trial}); lower optimizer.lr, or look at "
                     "the data of this step"
                 )
             try:
@@ -326,7 +339,13 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
 
             # Record. Seconds end here: what follows is not training.
             seconds = time.perf_counter() - step_start
-            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
+            position = Position(
+                step,
+                position.tokens + num_tokens,
+                position.training_seconds + seconds,
+                setup.stream.state(),
+                ramp=None if ramp is None else asdict(ramp.after(totals.kl)),
+            )
             if setup.tracker is not None:
                 metrics = StepMetrics(
                     step=step,

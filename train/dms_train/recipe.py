@@ -139,6 +139,35 @@ class TeacherCacheSettings(Strict):
 class Trial(Strict):
     """Ideas under trial. The defaults change nothing."""
 
+    hidden_weight: float = Field(default=0.0, ge=0.0)
+    """Factor of the hidden-state loss: |student - teacher|^2 / |teacher|^2, per valid token, the mean over the layers of `hidden_of`."""
+    hidden_of: Literal["attention", "final"] = "attention"
+    """What is matched: the output of every gated layer's attention, or the final hidden states."""
+    hard_token_power: float = Field(default=0.0, ge=-1.0, le=2.0)
+    """Each token's KL is weighted by its own size to this power, with which the sum over a micro-batch stays what it is. Above 0 presses on
+    the tokens that lose most (what was to be recalled), below 0 on the many that lose little (running text). 0: all weigh the same."""
+    budget_scope: Literal["sequence", "layer", "head"] = "sequence"
+    """What the hinge compares with the target: the share evicted of a sequence, or of each of its layers or KV heads."""
+    budget_mix: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Weight of the layers' or heads' hinges; the sequence's own has the rest."""
+    squared_hinge: bool = False
+    """The hinge squared: presses less, the closer the share is to the target."""
+    tau_start: float | None = Field(default=None, gt=0.0)
+    """The temperature falls from this to `dms.tau` over the ramp, by the same factor each step. None: it is `dms.tau` throughout."""
+    kl_ceiling: float | None = Field(default=None, gt=0.0)
+    """The ratio rises at twice the pace while the running mean of the KL is at most this, and waits while it is above; in the ramp's second
+    half it is never below a straight line to `target_cr`. None: it rises by step."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.hidden_weight == 0.0 and self.hidden_of != "attention":
+            raise ValueError(f"trial.hidden_of: {self.hidden_of} has no effect with hidden_weight 0; set hidden_weight, or remove it")
+        if self.budget_scope == "sequence" and self.budget_mix != 1.0:
+            raise ValueError(
+                f"trial.budget_mix {self.budget_mix:g} has no effect with budget_scope: sequence; choose budget_scope layer or head, or remove it"
+            )
+        return self
+
 
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
@@ -254,7 +283,41 @@ class RetrofitRecipe(Strict):
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )
+        self._check_trial()
         return self
+
+    def _check_trial(self) -> None:
+        """Raises ValueError for keys of `trial` that do not go with the rest."""
+        trial = self.trial
+        reads_teacher = {"hidden_weight": trial.hidden_weight, "hard_token_power": trial.hard_token_power}
+        for name, value in reads_teacher.items():
+            if value and self.teacher_cache is not None:
+                raise ValueError(
+                    f"trial.{name} is {value:g} and reads the teacher's hidden states, which a teacher cache has not: remove one"
+                )
+            if value and self.zero.stage == 3:
+                raise ValueError(
+                    f"trial.{name} is {value:g} and does not work with zero.stage 3, which divides weights: choose stage 0 or 2"
+                )
+        if trial.hidden_weight and trial.hidden_of == "attention" and self.activation_checkpointing:
+            raise ValueError(
+                f"trial.hidden_weight is {trial.hidden_weight:g} and keeps the outputs of attention, as activation_checkpointing does not: set hidden_of=final, or remove one of them"
+            )
+        if trial.hard_token_power and self.beta != 0.0:
+            raise ValueError(f"trial.hard_token_power is {trial.hard_token_power:g} and works for beta 0 only; given: beta {self.beta:g}")
+        if trial.hard_token_power and self.sequence_parallel > 1:
+            raise ValueError(
+                f"trial.hard_token_power is {trial.hard_token_power:g} and compares the tokens of whole sequences, which sequence_parallel "
+                f"{self.sequence_parallel} divides: set sequence_parallel=1"
+            )
+        if trial.tau_start is not None and trial.tau_start < self.dms.tau:
+            raise ValueError(
+                f"trial.tau_start is {trial.tau_start:g} and dms.tau {self.dms.tau:g}: the temperature falls; choose a larger start"
+            )
+        if trial.kl_ceiling is not None and self.save.at_cr:
+            raise ValueError(
+                f"save.at_cr is {self.save.at_cr}, and with trial.kl_ceiling the step that passes a ratio is not known beforehand: remove one"
+            )
 
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""
