@@ -26,7 +26,7 @@ from dms.io.vocabulary import check_documents, num_embeddings
 from dms.modes import set_mode, state_of
 from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
-from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight
+from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight, trial_length
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
 from dms_train.data.packing import cost_of
@@ -41,6 +41,7 @@ from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
+from dms_train.trial_length import length_at
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -231,6 +232,7 @@ def _open_stream(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: An
         seed=recipe.seed,
         cost=cost_of(config),
         num_embeddings=num_embeddings(config),
+        lengths=recipe.trial.lengths,
         # Processes that share a sequence read the same data.
         group=accelerator.process_index // recipe.sequence_parallel,
         num_groups=accelerator.num_processes // recipe.sequence_parallel,
@@ -291,10 +293,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             # Data. The loss is divided by the predictions of the whole step, so that it does not depend on how a step is split among
             # processes and micro-batches: they are counted before the first forward.
             data = setup.stream.next_step()
-            micro_batches = [_on_device(setup, batch) for batch in data.micro_batches]
+            micro_batches = [_on_device(setup, batch, step) for batch in data.micro_batches]
             num_tokens, num_predictions = accelerator.reduce(_count_tokens(micro_batches, device), "sum").tolist()
             # A step of prompts alone has nothing to predict.
-            normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
+            normalizer = Normalizer(max(1, num_predictions), recipe.batch_size * _documents_per_sequence(recipe, step))
 
             # Forward and backward. Gradients are shared among processes with the last micro-batch only.
             sums = StepSums(
@@ -364,8 +366,18 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     return position
 
 
-def _on_device(setup: Setup, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _documents_per_sequence(recipe: RetrofitRecipe, step: int) -> int:
+    lengths = recipe.trial.lengths
+    return 1 if lengths is None else recipe.data.length // length_at(lengths, step)
+
+
+def _on_device(setup: Setup, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
     """A micro-batch, with what a cache knows of the teacher; of sequences that processes share, this one's part."""
+    trial = setup.recipe.trial
+    if trial.lengths is not None:
+        batch = trial_length.divide(batch, length_at(trial.lengths, step), min(trial.lengths))
+    if trial.position_offset:
+        batch = trial_length.add_offsets(batch, trial.position_offset, setup.recipe.seed)
     if setup.teacher_cache is not None:
         batch = setup.teacher_cache.add_to(batch)
     if setup.attention is not None:

@@ -139,6 +139,13 @@ class TeacherCacheSettings(Strict):
 class Trial(Strict):
     """Ideas under trial. The defaults change nothing."""
 
+    lengths: list[Annotated[int, Field(ge=8)]] | None = Field(default=None, min_length=2)
+    """Tokens of the built-in source's documents, one of these in each step by turns; `data.length` is the longest and a multiple of all.
+    A step has as many tokens at each: of shorter documents, more. None: all have `data.length`."""
+    position_offset: int = Field(default=0, ge=0)
+    """Each sequence's positions, as the model's rotary embedding has them, begin at a number drawn from 0 to this, for teacher and student
+    alike. Windows and sinks stay those of the document."""
+
 
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
@@ -250,11 +257,35 @@ class RetrofitRecipe(Strict):
                 f"budget is decided and dms.windows {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
                 "budget=end or budget=mean"
             )
+        self._check_lengths()
+        if self.trial.position_offset and self.teacher_cache is not None:
+            raise ValueError("trial.position_offset moves positions, and a teacher cache was made without; remove one of them")
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )
         return self
+
+    def _check_lengths(self) -> None:
+        lengths, data = self.trial.lengths, self.data
+        if lengths is None:
+            return
+        if [source.source for source in data.all_sources] != ["builtin"]:
+            raise ValueError("trial.lengths works with source: builtin alone, whose documents can be made of any length; remove it")
+        if max(lengths) != data.length or any(data.length % length for length in lengths) or len(set(lengths)) < len(lengths):
+            raise ValueError(
+                f"trial.lengths is {lengths} and data.length {data.length}; give different divisors of data.length, itself among them"
+            )
+        if self.dms.window >= min(lengths):
+            raise ValueError(
+                f"dms.window is {self.dms.window} and trial.lengths has {min(lengths)}, where no token would ever leave the window; remove that"
+            )
+        if self.sequence_parallel > 1:
+            raise ValueError(
+                f"trial.lengths does not work with sequence_parallel {self.sequence_parallel}; set it to 1, or remove the lengths"
+            )
+        if self.teacher_cache is not None:
+            raise ValueError("trial.lengths does not work with a teacher cache, which holds sequences of data.length; remove one of them")
 
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""
