@@ -5,7 +5,7 @@ import math
 import os
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
-from dms_train.trial_length import length_at
+from dms_train.trial_length import length_at, target_at_length
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -296,7 +296,12 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             micro_batches = [_on_device(setup, batch, step) for batch in data.micro_batches]
             num_tokens, num_predictions = accelerator.reduce(_count_tokens(micro_batches, device), "sum").tolist()
             # A step of prompts alone has nothing to predict.
-            normalizer = Normalizer(max(1, num_predictions), recipe.batch_size * _documents_per_sequence(recipe, step))
+            normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
+            asked = target
+            if recipe.trial.lengths is not None:
+                length, longest = length_at(recipe.trial.lengths, step), recipe.data.length
+                normalizer = replace(normalizer, num_sequences=recipe.batch_size * longest // length)
+                asked = target_at_length(target, length, longest, recipe.dms, recipe.budget)
 
             # Forward and backward. Gradients are shared among processes with the last micro-batch only.
             sums = StepSums(
@@ -304,7 +309,7 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = StepOutput(*engine.module(batch, target, normalizer))
+                    output = StepOutput(*engine.module(batch, asked, normalizer))
                     engine.backward(output.loss)
                 sums.add(output)
 
@@ -366,18 +371,13 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     return position
 
 
-def _documents_per_sequence(recipe: RetrofitRecipe, step: int) -> int:
-    lengths = recipe.trial.lengths
-    return 1 if lengths is None else recipe.data.length // length_at(lengths, step)
-
-
 def _on_device(setup: Setup, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
     """A micro-batch, with what a cache knows of the teacher; of sequences that processes share, this one's part."""
     trial = setup.recipe.trial
     if trial.lengths is not None:
         batch = trial_length.divide(batch, length_at(trial.lengths, step), min(trial.lengths))
-    if trial.position_offset:
-        batch = trial_length.add_offsets(batch, trial.position_offset, setup.recipe.seed)
+    if trial.position_jump:
+        batch = trial_length.add_jumps(batch, trial.position_jump, setup.recipe.seed)
     if setup.teacher_cache is not None:
         batch = setup.teacher_cache.add_to(batch)
     if setup.attention is not None:

@@ -142,9 +142,9 @@ class Trial(Strict):
     lengths: list[Annotated[int, Field(ge=8)]] | None = Field(default=None, min_length=2)
     """Tokens of the built-in source's documents, one of these in each step by turns; `data.length` is the longest and a multiple of all.
     A step has as many tokens at each: of shorter documents, more. None: all have `data.length`."""
-    position_offset: int = Field(default=0, ge=0)
-    """Each sequence's positions, as the model's rotary embedding has them, begin at a number drawn from 0 to this, for teacher and student
-    alike. Windows and sinks stay those of the document."""
+    position_jump: int = Field(default=0, ge=0)
+    """The built-in source's documents: the positions that the model sees, teacher and student alike, jump by 1 to this at one token of each
+    document, so that it attends over distances of up to data.length + this. Windows and sinks count the document's tokens."""
 
 
 class RetrofitRecipe(Strict):
@@ -258,8 +258,6 @@ class RetrofitRecipe(Strict):
                 "budget=end or budget=mean"
             )
         self._check_lengths()
-        if self.trial.position_offset and self.teacher_cache is not None:
-            raise ValueError("trial.position_offset moves positions, and a teacher cache was made without; remove one of them")
         if self.dms.window >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
@@ -267,25 +265,28 @@ class RetrofitRecipe(Strict):
         return self
 
     def _check_lengths(self) -> None:
-        lengths, data = self.trial.lengths, self.data
+        lengths, length = self.trial.lengths, self.data.length
+        given = [name for name in ("lengths", "position_jump") if getattr(self.trial, name)]
+        if not given:
+            return
+        name = f"trial.{given[0]}"
+        if [source.source for source in self.data.all_sources] != ["builtin"]:
+            raise ValueError(f"{name} works with data.source: builtin alone; choose it, or remove {name}")
+        if self.sequence_parallel > 1:
+            raise ValueError(f"{name} does not work with sequence_parallel {self.sequence_parallel}; set that to 1, or remove {name}")
+        if self.teacher_cache is not None:
+            raise ValueError(f"{name} does not work with a teacher cache, whose documents are as the source makes them; remove one of them")
         if lengths is None:
             return
-        if [source.source for source in data.all_sources] != ["builtin"]:
-            raise ValueError("trial.lengths works with source: builtin alone, whose documents can be made of any length; remove it")
-        if max(lengths) != data.length or any(data.length % length for length in lengths) or len(set(lengths)) < len(lengths):
+        if max(lengths) != length or any(length % each for each in lengths) or len(set(lengths)) < len(lengths):
             raise ValueError(
-                f"trial.lengths is {lengths} and data.length {data.length}; give different divisors of data.length, itself among them"
+                f"trial.lengths is {lengths} and data.length {length}; give different divisors of data.length, itself among them"
             )
-        if self.dms.window >= min(lengths):
+        if self.dms.window + 1 >= min(lengths):
             raise ValueError(
-                f"dms.window is {self.dms.window} and trial.lengths has {min(lengths)}, where no token would ever leave the window; remove that"
+                f"dms.window is {self.dms.window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
+                "narrow the window"
             )
-        if self.sequence_parallel > 1:
-            raise ValueError(
-                f"trial.lengths does not work with sequence_parallel {self.sequence_parallel}; set it to 1, or remove the lengths"
-            )
-        if self.teacher_cache is not None:
-            raise ValueError("trial.lengths does not work with a teacher cache, which holds sequences of data.length; remove one of them")
 
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""

@@ -1,12 +1,17 @@
-"""Under trial: gates that hold beyond their training length, by training at several lengths and at positions that begin anywhere.
+"""Under trial: gates that hold beyond their training length, by training at several lengths, and at positions that jump.
 
 Both are functions of the recipe and a sequence's number, so that a continued run, and any split into micro-batches, sees the same.
 B sequences, T tokens of a sequence.
 """
 
+from functools import cache
 from random import Random
 
 import torch
+
+from dms.config import DMSConfig
+from dms.masks import Tokens
+from dms.training.budgets import Budget, savings
 
 
 def length_at(lengths: list[int], step: int) -> int:
@@ -27,7 +32,31 @@ def divide(batch: dict[str, torch.Tensor], length: int, shortest: int) -> dict[s
     return divided
 
 
-def add_offsets(batch: dict[str, torch.Tensor], most: int, seed: int) -> dict[str, torch.Tensor]:
-    """Add `position_offset` [B] int64, drawn from 0..most for each sequence of the run: what the models' positions begin at."""
-    drawn = [Random(f"{seed}:position_offset:{number}").randint(0, most) for number in batch["number"].tolist()]
-    return {**batch, "position_offset": torch.tensor(drawn)}
+def target_at_length(target: float, length: int, longest: int, config: DMSConfig, budget: Budget) -> float:
+    """The share to save in documents of `length` tokens for which gates evict as often as for `target` in those of the longest.
+
+    Of a short document the window is a larger part: an equal share could not be saved, or would teach gates to evict more in long ones.
+    """
+    return target * _most_saved(length, config, budget) / _most_saved(longest, config, budget)
+
+
+@cache
+def _most_saved(length: int, config: DMSConfig, budget: Budget) -> float:
+    """The share that is saved where all is evicted, by the first window."""
+    tokens = Tokens(torch.ones(1, length, dtype=torch.int32), torch.arange(length, dtype=torch.int32)[None])
+    saved_BTK, whole_BT = savings(tokens, config.delays, sinks=config.sinks, alignment=config.alignment, budget=budget)
+    return float(saved_BTK[..., 0].sum() / whole_BT.sum())
+
+
+def add_jumps(batch: dict[str, torch.Tensor], most: int, seed: int) -> dict[str, torch.Tensor]:
+    """Add `model_position_ids` [B, T]: positions that jump by 1..most at one token of each sequence, both drawn anew for each.
+
+    The distances of a longer text at the price of a short one (PoSE, arXiv 2309.10400). To a rotary embedding, which sees distances
+    alone, positions that all begin later would be the same ones.
+    """
+    place_BT = batch["position_ids"]
+    moved = torch.zeros_like(place_BT)
+    for row, number in enumerate(batch["number"].tolist()):
+        rng = Random(f"{seed}:position_jump:{number}")
+        moved[row, rng.randrange(1, place_BT.shape[1]) :] = rng.randint(1, most)
+    return {**batch, "model_position_ids": place_BT + moved}

@@ -1,0 +1,131 @@
+"""Training at several lengths, and at positions that jump."""
+
+from itertools import islice
+
+import pytest
+import torch
+from dms_train import loop
+from dms_train.data.loader import open_data
+from dms_train.data.packing import Cost
+from dms_train.data.settings import Data
+from dms_train.recipe import RetrofitRecipe
+from dms_train.step import HeadLoss, Normalizer, distill_step
+from dms_train.trial_length import add_jumps, divide, length_at, target_at_length
+from jobs import read_metrics
+
+import dms
+from dms.io import base_models
+
+LENGTHS = [96, 192]
+
+
+@pytest.fixture(scope="module")
+def student(tiny_folder):
+    model = base_models.load_base(str(tiny_folder), "float32")
+    return dms.retrofit(model, dms.DMSConfig(window=8)).train()
+
+
+def steps_of(tiny_folder, lengths, count=4):
+    tokenizer = base_models.load_tokenizer(str(tiny_folder))
+    data = Data(source="builtin", length=192, items=[2, 4], prefetch=0)
+    stream = open_data(
+        tokenizer,
+        data,
+        batch_size=2,
+        micro_batch_size=1,
+        steps=count,
+        seed=0,
+        cost=Cost(1, 1),
+        num_embeddings=len(tokenizer),
+        lengths=lengths,
+    )
+    return [stream.next_step().micro_batches for _ in range(count)]
+
+
+def test_steps_take_turns_at_the_lengths(tiny_folder):
+    several, plain = steps_of(tiny_folder, LENGTHS), steps_of(tiny_folder, None)
+    numbers = []
+    for step, batches in enumerate(several, 1):
+        for batch, usual in zip(batches, plain[step - 1], strict=True):
+            length = length_at(LENGTHS, step)
+            divided = divide(batch, length, min(LENGTHS))
+            assert divided["input_ids"].shape == (192 // length, length)
+            assert torch.equal(divided["position_ids"], torch.arange(length).expand(192 // length, -1))
+            assert (divided["segment_ids"] == 1).all()
+            assert length == 96 or torch.equal(batch["input_ids"], usual["input_ids"])
+            numbers += divided["number"].tolist()
+    assert len(set(numbers)) == len(numbers) == 2 * 2 * (2 + 1)
+    # Documents of the shorter length, not halves of longer ones, each of its own text.
+    first = several[0][0]["input_ids"].view(2, 96)
+    assert not torch.equal(first[0], plain[0][0]["input_ids"][0, :96])
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("budget, share", [("decided", 0.75), ("end", 0.75 * (87 / 96) / (183 / 192))])
+def test_short_documents_are_asked_for_as_many_decisions_to_evict(budget, share):
+    assert target_at_length(0.75, 96, 192, dms.DMSConfig(window=8), budget) == pytest.approx(share)
+    assert target_at_length(0.75, 192, 192, dms.DMSConfig(window=8), budget) == 0.75
+
+
+def test_positions_jump_once_for_teacher_and_student(student, monkeypatch):
+    batch = {
+        "input_ids": torch.randint(2, 500, (3, 32), generator=torch.Generator().manual_seed(0)),
+        "segment_ids": torch.ones(3, 32, dtype=torch.long),
+        "position_ids": torch.arange(32).repeat(3, 1),
+        "loss_mask": torch.ones(3, 32, dtype=torch.bool),
+        "number": torch.tensor([7, 8, 9]),
+    }
+    jumping = add_jumps(batch, 100, seed=0)
+    gaps = jumping["model_position_ids"].diff(dim=1)
+    assert (gaps > 0).all() and ((gaps > 1).sum(1) <= 1).all() and gaps.max() > 1 and gaps.max() <= 101
+    alone = add_jumps({name: tensor[1:2] for name, tensor in batch.items()}, 100, seed=0)
+    assert torch.equal(alone["model_position_ids"], jumping["model_position_ids"][1:2])
+
+    given = []
+    handle = student.model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
+    )
+    output = distill_step(
+        student,
+        None,
+        jumping,
+        head_loss=HeadLoss(student, None, beta=0.0, chunk=None),
+        target=0.5,
+        normalizer=Normalizer(96, 3),
+        seed=0,
+        compression_weight=1.0,
+    )
+    handle.remove()
+    assert [torch.equal(positions, jumping["model_position_ids"]) for positions in given] == [True, True]
+    # Zero-initialised gates evict next to nothing, so that student and teacher agree where both read one document.
+    assert output.kl < 0.01
+
+
+@pytest.mark.parametrize(
+    "trial, change, said",
+    [
+        ({"lengths": [96, 100]}, {}, "different divisors of data.length"),
+        ({"lengths": [96, 48]}, {}, "itself among them"),
+        ({"lengths": [8, 192]}, {}, "dms.window is 8"),
+        ({"lengths": LENGTHS}, {"data": {"source": "text", "path": "x", "length": 192}}, "builtin alone"),
+        ({"lengths": LENGTHS}, {"teacher_cache": {"path": "x"}}, "teacher cache"),
+        ({"position_jump": 9}, {"sequence_parallel": 2}, "sequence_parallel 2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(make_values, tmp_path, trial, change, said):
+    with pytest.raises(ValueError, match=said):
+        RetrofitRecipe(**{**make_values(tmp_path), "trial": trial, **change})
+
+
+def test_a_jump_beyond_the_context_is_refused(make_values, tmp_path):
+    with pytest.raises(ValueError, match="jump by at most 320"):
+        loop.run(RetrofitRecipe(**make_values(tmp_path / "run", trial={"position_jump": 321})))
+
+
+@pytest.mark.parametrize("budget", ["decided", "end"])
+def test_a_run_at_several_lengths_with_jumps(make_values, tmp_path, budget):
+    values = make_values(tmp_path / "run", trial={"lengths": LENGTHS, "position_jump": 320}, budget=budget, steps=3)
+    loop.run(RetrofitRecipe(**values))
+    metrics = list(islice(read_metrics(tmp_path / "run"), 3))
+    assert [line["tokens"] for line in metrics] == [768, 1536, 2304]
+    assert all(line["kl"] < 1 for line in metrics)
