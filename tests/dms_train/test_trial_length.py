@@ -10,11 +10,12 @@ from dms_train.data.packing import Cost
 from dms_train.data.settings import Data
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step import Normalizer, distill_step
-from dms_train.trial_length import add_jumps, divide, length_at, target_at_length
+from dms_train.trial_length import add_jumps, divide, length_at, target_at_length, windows_at
 from jobs import read_metrics
 
 import dms
 from dms.io import base_models
+from dms.training import soft_decisions
 
 LENGTHS = [96, 192]
 
@@ -63,8 +64,15 @@ def test_steps_take_turns_at_the_lengths(tiny_folder):
 
 @pytest.mark.parametrize("budget, share", [("decided", 0.75), ("end", 0.75 * (87 / 96) / (183 / 192))])
 def test_short_documents_are_asked_for_as_many_decisions_to_evict(budget, share):
-    assert target_at_length(0.75, 96, 192, dms.DMSConfig(window=8), budget) == pytest.approx(share)
-    assert target_at_length(0.75, 192, 192, dms.DMSConfig(window=8), budget) == 0.75
+    config = dms.DMSConfig(window=8)
+    assert target_at_length(0.75, 96, 192, config, config, budget) == pytest.approx(share)
+    assert target_at_length(0.75, 192, 192, config, config, budget) == 0.75
+
+
+def test_windows_in_proportion_to_the_length():
+    assert windows_at(dms.DMSConfig(window=32, sinks=4), 512, 2048) == dms.DMSConfig(window=128, sinks=4)
+    assert windows_at(dms.DMSConfig(windows=(8, 32, 128)), 512, 2048).windows == (32, 128, 512)
+    assert windows_at(dms.DMSConfig(window=32), 512, 128).window == 8
 
 
 def test_positions_jump_once_for_teacher_and_student(student):
@@ -117,10 +125,19 @@ def test_a_jump_beyond_the_context_is_refused(make_values, tmp_path):
         loop.run(RetrofitRecipe(**make_values(tmp_path / "run", trial={"position_jump": 321})))
 
 
-@pytest.mark.parametrize("budget", ["decided", "end"])
-def test_a_run_at_several_lengths_with_jumps(make_values, tmp_path, budget):
-    values = make_values(tmp_path / "run", trial={"lengths": LENGTHS, "position_jump": 320}, budget=budget, steps=3)
-    loop.run(RetrofitRecipe(**values))
+@pytest.mark.parametrize("budget, grow", [("decided", False), ("end", True)])
+def test_a_run_at_several_lengths_with_jumps(make_values, tmp_path, monkeypatch, budget, grow):
+    windows, original = [], soft_decisions.train_attention
+
+    def watch(*tensors, window, **options):
+        windows.append((tensors[0].shape[2], window))
+        return original(*tensors, window=window, **options)
+
+    monkeypatch.setattr(soft_decisions, "train_attention", watch)
+    trial = {"lengths": LENGTHS, "position_jump": 320, "windows_grow": grow}
+    loop.run(RetrofitRecipe(**make_values(tmp_path / "run", trial=trial, budget=budget, steps=3)))
+    assert set(windows) == {(96, 4 if grow else 8), (192, 8)}
+    assert dms.load(tmp_path / "run" / "model").dms.config.window == 8
     metrics = list(islice(read_metrics(tmp_path / "run"), 3))
     assert [line["tokens"] for line in metrics] == [768, 1536, 2304]
     assert all(line["kl"] < 1 for line in metrics)

@@ -41,7 +41,7 @@ from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
-from dms_train.trial_length import length_at, target_at_length
+from dms_train.trial_length import length_at, target_at_length, windows_at
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -301,7 +301,9 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             if recipe.trial.lengths is not None:
                 length, longest = length_at(recipe.trial.lengths, step), recipe.data.length
                 normalizer = replace(normalizer, num_sequences=recipe.batch_size * longest // length)
-                asked = target_at_length(target, length, longest, recipe.dms, recipe.budget)
+                config = windows_at(recipe.dms, longest, length) if recipe.trial.windows_grow else recipe.dms
+                state_of(setup.parts.student).config = config
+                asked = target_at_length(target, length, longest, recipe.dms, config, recipe.budget)
 
             # Forward and backward. Gradients are shared among processes with the last micro-batch only.
             sums = StepSums(
@@ -312,6 +314,8 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
                     output = StepOutput(*engine.module(batch, asked, normalizer))
                     engine.backward(output.loss)
                 sums.add(output)
+            # What is saved has the windows of the longest.
+            state_of(setup.parts.student).config = recipe.dms
 
             # One all-reduce for all that processes tell each other of the step. All hear of a signal that one of them got, and stop after
             # the same step.

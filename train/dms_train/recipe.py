@@ -9,6 +9,7 @@ from dms.config import DMSConfig
 from dms.strict_config import Strict
 from dms_train.data.compressed import SUFFIXES
 from dms_train.data.settings import Data, Prompts
+from dms_train.trial_length import windows_at
 
 
 def _method(value: Any) -> DMSConfig:
@@ -145,6 +146,9 @@ class Trial(Strict):
     position_jump: int = Field(default=0, ge=0)
     """The built-in source's documents: the positions that the model sees, teacher and student alike, jump by 1 to this at one token of each
     document, so that it attends over distances of up to data.length + this. Windows and sinks count the document's tokens."""
+    windows_grow: bool = False
+    """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and in the evaluation of
+    saved gates at other lengths, where the same gates then reach the same ratio."""
 
 
 class RetrofitRecipe(Strict):
@@ -282,9 +286,10 @@ class RetrofitRecipe(Strict):
             raise ValueError(
                 f"trial.lengths is {lengths} and data.length {length}; give different divisors of data.length, itself among them"
             )
-        if self.dms.window + 1 >= min(lengths):
+        window = windows_at(self.dms, length, min(lengths)).window if self.trial.windows_grow else self.dms.window
+        if window + 1 >= min(lengths):
             raise ValueError(
-                f"dms.window is {self.dms.window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
+                f"dms.window is {window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
                 "narrow the window"
             )
 

@@ -32,12 +32,23 @@ def divide(batch: dict[str, torch.Tensor], length: int, shortest: int) -> dict[s
     return divided
 
 
-def target_at_length(target: float, length: int, longest: int, config: DMSConfig, budget: Budget) -> float:
+def windows_at(config: DMSConfig, trained_length: int, length: int) -> DMSConfig:
+    """The configuration whose windows are to `length` what those of `config` are to `trained_length`, rounded.
+
+    Raises:
+        ValueError: so short a length that two windows become one.
+    """
+    scaled = [round(window * length / trained_length) for window in config.delays]
+    return DMSConfig(**(config.to_dict() | ({"window": scaled[0]} if config.windows is None else {"windows": scaled})))
+
+
+def target_at_length(target: float, length: int, longest: int, config: DMSConfig, config_there: DMSConfig, budget: Budget) -> float:
     """The share to save in documents of `length` tokens for which gates evict as often as for `target` in those of the longest.
 
-    Of a short document the window is a larger part: an equal share could not be saved, or would teach gates to evict more in long ones.
+    Of a short document the same window is a larger part: an equal share could not be saved, or would teach gates to evict more in long ones.
+    config: at the longest; config_there: at `length`.
     """
-    return target * _most_saved(length, config, budget) / _most_saved(longest, config, budget)
+    return target * _most_saved(length, config_there, budget) / _most_saved(longest, config, budget)
 
 
 @cache
