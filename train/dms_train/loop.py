@@ -5,7 +5,7 @@ import math
 import os
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dms.io.vocabulary import check_documents, num_embeddings
 from dms.modes import set_mode, state_of
 from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
-from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight
+from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight, trial_length
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
 from dms_train.data.packing import cost_of
@@ -41,6 +41,7 @@ from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
+from dms_train.trial_length import length_at, target_at_length, windows_at
 from dms_train.trial_schedules import WaitingRamp, tau_at
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
@@ -236,6 +237,7 @@ def _open_stream(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: An
         seed=recipe.seed,
         cost=cost_of(config),
         num_embeddings=num_embeddings(config),
+        lengths=recipe.trial.lengths,
         # Processes that share a sequence read the same data.
         group=accelerator.process_index // recipe.sequence_parallel,
         num_groups=accelerator.num_processes // recipe.sequence_parallel,
@@ -304,10 +306,17 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             # Data. The loss is divided by the predictions of the whole step, so that it does not depend on how a step is split among
             # processes and micro-batches: they are counted before the first forward.
             data = setup.stream.next_step()
-            micro_batches = [_on_device(setup, batch) for batch in data.micro_batches]
+            micro_batches = [_on_device(setup, batch, step) for batch in data.micro_batches]
             num_tokens, num_predictions = accelerator.reduce(_count_tokens(micro_batches, device), "sum").tolist()
             # A step of prompts alone has nothing to predict.
             normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
+            asked = target
+            if recipe.trial.lengths is not None:
+                length, longest = length_at(recipe.trial.lengths, step), recipe.data.length
+                normalizer = replace(normalizer, num_sequences=recipe.batch_size * longest // length)
+                config = windows_at(recipe.dms, longest, length) if recipe.trial.windows_grow else recipe.dms
+                state_of(setup.parts.student).config = config
+                asked = target_at_length(target, length, longest, recipe.dms, config, recipe.budget)
 
             # Forward and backward. Gradients are shared among processes with the last micro-batch only.
             sums = StepSums(
@@ -315,9 +324,11 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = StepOutput(*engine.module(batch, target, normalizer, tau))
+                    output = StepOutput(*engine.module(batch, asked, normalizer, tau))
                     engine.backward(output.loss)
                 sums.add(output)
+            # What is saved has the windows of the longest.
+            state_of(setup.parts.student).config = recipe.dms
 
             # One all-reduce for all that processes tell each other of the step. All hear of a signal that one of them got, and stop after
             # the same step.
@@ -383,8 +394,13 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     return position
 
 
-def _on_device(setup: Setup, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_device(setup: Setup, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
     """A micro-batch, with what a cache knows of the teacher; of sequences that processes share, this one's part."""
+    trial = setup.recipe.trial
+    if trial.lengths is not None:
+        batch = trial_length.divide(batch, length_at(trial.lengths, step), min(trial.lengths))
+    if trial.position_jump:
+        batch = trial_length.add_jumps(batch, trial.position_jump, setup.recipe.seed)
     if setup.teacher_cache is not None:
         batch = setup.teacher_cache.add_to(batch)
     if setup.attention is not None:

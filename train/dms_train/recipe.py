@@ -9,6 +9,7 @@ from dms.config import DMSConfig
 from dms.strict_config import Strict
 from dms_train.data.compressed import SUFFIXES
 from dms_train.data.settings import Data, Prompts
+from dms_train.trial_length import windows_at
 
 
 def _method(value: Any) -> DMSConfig:
@@ -157,6 +158,15 @@ class Trial(Strict):
     kl_ceiling: float | None = Field(default=None, gt=0.0)
     """The ratio rises at twice the pace while the running mean of the KL is at most this, and waits while it is above; in the ramp's second
     half it is never below a straight line to `target_cr`. None: it rises by step."""
+    lengths: list[Annotated[int, Field(ge=8)]] | None = Field(default=None, min_length=2)
+    """Tokens of the built-in source's documents, one of these in each step by turns; `data.length` is the longest and a multiple of all.
+    A step has as many tokens at each: of shorter documents, more. None: all have `data.length`."""
+    position_jump: int = Field(default=0, ge=0)
+    """The built-in source's documents: the positions that the model sees, teacher and student alike, jump by 1 to this at one token of each
+    document, so that it attends over distances of up to data.length + this. Windows and sinks count the document's tokens."""
+    windows_grow: bool = False
+    """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and in the evaluation of
+    saved gates at other lengths, where the same gates then reach the same ratio."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -279,6 +289,7 @@ class RetrofitRecipe(Strict):
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
                 "budget=end or budget=mean"
             )
+        self._check_lengths()
         if self.dms.windows[0] >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
@@ -317,6 +328,31 @@ class RetrofitRecipe(Strict):
         if trial.kl_ceiling is not None and self.save.at_cr:
             raise ValueError(
                 f"save.at_cr is {self.save.at_cr}, and with trial.kl_ceiling the step that passes a ratio is not known beforehand: remove one"
+            )
+
+    def _check_lengths(self) -> None:
+        lengths, length = self.trial.lengths, self.data.length
+        given = [name for name in ("lengths", "position_jump") if getattr(self.trial, name)]
+        if not given:
+            return
+        name = f"trial.{given[0]}"
+        if [source.source for source in self.data.all_sources] != ["builtin"]:
+            raise ValueError(f"{name} works with data.source: builtin alone; choose it, or remove {name}")
+        if self.sequence_parallel > 1:
+            raise ValueError(f"{name} does not work with sequence_parallel {self.sequence_parallel}; set that to 1, or remove {name}")
+        if self.teacher_cache is not None:
+            raise ValueError(f"{name} does not work with a teacher cache, whose documents are as the source makes them; remove one of them")
+        if lengths is None:
+            return
+        if max(lengths) != length or any(length % each for each in lengths) or len(set(lengths)) < len(lengths):
+            raise ValueError(
+                f"trial.lengths is {lengths} and data.length {length}; give different divisors of data.length, itself among them"
+            )
+        window = (windows_at(self.dms, length, min(lengths)) if self.trial.windows_grow else self.dms).windows[0]
+        if window + 1 >= min(lengths):
+            raise ValueError(
+                f"dms.window is {window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
+                "narrow the window"
             )
 
     def check_packed(self, why: str, cure: str) -> None:

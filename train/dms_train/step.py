@@ -164,6 +164,9 @@ def distill_step(
     trial = trial or Trial()
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if "model_position_ids" in batch:
+        # Without a mask, transformers would take a jump for the beginning of another document.
+        inputs |= {"position_ids": batch["model_position_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
     # Of the whole sequences, of which this process may hold a part.
     whole = None if attention is None else Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
