@@ -27,8 +27,8 @@ from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
 from dms.training.budgets import Budget, savings
 
-# Weights of one chunk of queries, of which there are a few copies.
-_CHUNK_BYTES = 64 * 2**20
+# Weights of one chunk of queries, of which there are a few copies; larger ones cost a CPU more time, in memory that is fetched anew.
+_CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
