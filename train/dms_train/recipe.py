@@ -137,6 +137,32 @@ class TeacherCacheSettings(Strict):
     """Most probable tokens of each distribution; all others together count as one. A cache with a larger K can be used."""
 
 
+def _mean_of_window(window: int, length: int) -> float:
+    """The share of the entries of all positions of a document that its last `window` ones are."""
+    return sum(min(n, window) for n in range(1, length + 1)) / (length * (length + 1) / 2)
+
+
+class WarmStart(Strict):
+    """Gates are first trained on labels: what the dense model attends to beyond the window. The steps cost a third of others."""
+
+    steps: int = Field(ge=1)
+    """The first of the run's `steps`. `optimizer`'s schedule of the learning rate runs once in them and once more in those after."""
+    lr: float | None = Field(default=None, gt=0.0)
+    """The largest learning rate in these steps; None: `optimizer.lr`."""
+    keep: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The share that labels keep of what `budget` counts; None: 1 / `target_cr`."""
+    label: Literal["max", "mean", "sum"] = "max"
+    """Of the attention that a key gets from queries beyond the window."""
+    heads: Literal["max", "mean"] = "max"
+    """Over the query heads of a KV head."""
+    values: bool = False
+    """Weigh attention by the norms of values."""
+    scope: Literal["head", "model"] = "head"
+    """Where keys are ranked: within each head, or all together, so that heads differ in what they keep."""
+    start_cr: float = Field(default=1.0, ge=1.0)
+    """The ratio at which its rise begins after these steps."""
+
+
 class Trial(Strict):
     """Ideas under trial. The defaults change nothing."""
 
@@ -167,6 +193,8 @@ class Trial(Strict):
     windows_grow: bool = False
     """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and in the evaluation of
     saved gates at other lengths, where the same gates then reach the same ratio."""
+    warm_start: WarmStart | None = None
+    """None: distillation from the first step."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -290,6 +318,8 @@ class RetrofitRecipe(Strict):
                 "budget=end or budget=mean"
             )
         self._check_lengths()
+        if self.trial.warm_start is not None:
+            self._check_warm_start(self.trial.warm_start)
         if self.dms.windows[0] >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
@@ -353,6 +383,41 @@ class RetrofitRecipe(Strict):
             raise ValueError(
                 f"dms.window is {window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
                 "narrow the window"
+            )
+
+    @property
+    def label_keep(self) -> float:
+        """The share of what `budget` counts that the labels of `trial.warm_start` keep."""
+        warm = self.trial.warm_start
+        return 1.0 / self.target_cr if warm is None or warm.keep is None else warm.keep
+
+    def _check_warm_start(self, warm: WarmStart) -> None:
+        if warm.steps >= self.steps:
+            raise ValueError(f"trial.warm_start.steps is {warm.steps} of {self.steps} steps: none is left for distillation; lower it")
+        for key, value, needed in (
+            ("trainable", self.trainable, "gates"),
+            ("sequence_parallel", self.sequence_parallel, 1),
+            ("zero.stage", self.zero.stage, 0),
+            ("save.at_cr", self.save.at_cr, []),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"{key} is {value}, which does not go with trial.warm_start; set {key}={needed}, or remove trial.warm_start"
+                )
+        if warm.start_cr > self.target_cr:
+            raise ValueError(
+                f"trial.warm_start.start_cr is {warm.start_cr:g}, and the ratio rises to target_cr {self.target_cr:g}; lower it"
+            )
+        if self.label_keep == 1.0:
+            raise ValueError(
+                "target_cr is 1, so that labels would evict nothing; raise it, set trial.warm_start.keep, or remove trial.warm_start"
+            )
+        least = min(self.dms.windows) + 1 + self.dms.sinks
+        held = {"decided": 0.0, "end": least / self.data.length, "mean": _mean_of_window(least, self.data.length)}[self.budget]
+        if self.label_keep <= held:
+            raise ValueError(
+                f"labels are to keep {self.label_keep:.1%} of the entries (trial.warm_start.keep, or 1 / target_cr), and the window alone holds "
+                f"{held:.1%} of data.length {self.data.length}; narrow the window, lengthen the data, or keep more"
             )
 
     def check_packed(self, why: str, cure: str) -> None:

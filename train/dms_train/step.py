@@ -42,7 +42,7 @@ class StepOutput:
     loss: torch.Tensor
     """To differentiate: `kl` + weight * `compression` + `trial`."""
     kl: torch.Tensor
-    """Detached, as all that follows."""
+    """Detached, as all that follows. In steps of `trial.warm_start`, their loss."""
     compression: torch.Tensor
     evicted: torch.Tensor
     """Evict decisions, summed over sequences, tokens, heads and layers."""
@@ -244,9 +244,9 @@ def _hinge(
     return whole - whole.detach() * (1.0 - 1.0 / attention.size)
 
 
-def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:
-    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly over the first `ramp` of the steps."""
-    cr = 1.0 + (target_cr - 1.0) * min(1.0, step / max(1.0, ramp * steps))
+def target_at(step: int, *, steps: int, ramp: float, target_cr: float, start_cr: float = 1.0) -> tuple[float, float]:
+    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly from `start_cr` over the first `ramp` of the steps."""
+    cr = start_cr + (target_cr - start_cr) * min(1.0, step / max(1.0, ramp * steps))
     return cr, 1.0 - 1.0 / cr
 
 

@@ -77,7 +77,8 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
+    kl: float | None
+    """None in a step of `trial.warm_start`, whose loss is of labels."""
     compression_loss: float
     target: float
     """The share of decisions that should evict."""
