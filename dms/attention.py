@@ -118,8 +118,9 @@ class EvictPass(ForwardPass):
         if not isinstance(held, MaskedLayer | CompactedLayer):
             compact_layers(cache, state)
             held = cache.layers[layer.index]
-        # The append kernel can run the gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
-        if isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden_BTM.shape[1]):
+        # The append kernel can run a linear gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
+        in_kernel = isinstance(held, CompactedLayer) and gate.hidden_weight is None and not hf_compat.has_forward_hooks(gate)
+        if in_kernel and held.runs_gate(hidden_BTM.shape[1]):
             held.decide(PendingGate(gate, hidden_BTM, state.evict_bias), tokens)
         else:
             held.decide(_evict_logits(gate, hidden_BTM, state.evict_bias) > 0, tokens)

@@ -45,6 +45,8 @@ class DMSConfig:
     """Minus the logit at the start, where w = b = 0: sigmoid(-5) = 0.7 %, so that nothing is evicted at first ([P] section 3.1)."""
     sinks: int = field(default=0, metadata={"least": 0})
     """How many first tokens of each document are never evicted."""
+    gate_hidden: int = field(default=0, metadata={"least": 0})
+    """Width of a hidden layer (SiLU) between what a gate reads and its logits; 0: none, the gate is linear."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
         # Checked before the generated __init__, which would raise TypeError for an unknown name.

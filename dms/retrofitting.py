@@ -72,7 +72,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         takes_cache=hf_compat.makes_default_cache(model),
     )
     for layer in found.gated:
-        gate = Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
+        gate = Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input, seed=layer.index)
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
         layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
