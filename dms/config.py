@@ -8,10 +8,12 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
-# Of files whose gates choose among several windows; others stay what older versions read.
-WINDOWS_VERSION = 2
-FORMAT_VERSIONS = (FORMAT_VERSION, WINDOWS_VERSION)
+# Of files whose gates choose among several windows, or are of another form than the linear one; others stay what older versions read.
+FORMS_VERSION = 2
+FORMAT_VERSIONS = (FORMAT_VERSION, FORMS_VERSION)
 MAX_WINDOWS = 4
+# The fields that older versions do not know.
+_FORM = ("gate_hidden", "gate_input")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -47,6 +49,11 @@ class DMSConfig:
     """How many first tokens of each document are never evicted."""
     gate_hidden: int = field(default=0, metadata={"least": 0})
     """Width of a hidden layer (SiLU) between what a gate reads and its logits; 0: none, the gate is linear."""
+    gate_input: Literal["hidden", "key", "key_rotated", "hidden+key+key_rotated", "hidden+attention", "hidden+near_attention"] = "hidden"
+    """What a gate reads. hidden: what its attention layer reads. key, key_rotated: the layer's keys before and after rotation, normed per head
+    (arXiv 2512.17452). attention: how much attention the token's key receives from the queries up to `window` after it, on a log scale; then the
+    decision is taken when the token leaves the window (arXiv 2607.05061). near_attention: the same among keys within the window alone. All but
+    hidden work without a cache only."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
         # Checked before the generated __init__, which would raise TypeError for an unknown name.
@@ -65,6 +72,10 @@ class DMSConfig:
         if self.windows is not None:
             object.__setattr__(self, "windows", tuple(self.windows))
             object.__setattr__(self, "window", self.windows[0])
+        if "attention" in self.gate_input and self.alignment == "next":
+            raise ValueError(
+                f"gate_input is {self.gate_input} and alignment next: a gate reads what attention its own token received; choose alignment own"
+            )
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
@@ -89,6 +100,11 @@ class DMSConfig:
             raise ValueError(f"{source}: {error}") from None
 
     @property
+    def has_caches(self) -> bool:
+        """Whether caches can run gates of this form. Otherwise evict mode masks: `model(..., use_cache=False)`."""
+        return self.gate_input == "hidden"
+
+    @property
     def delays(self) -> tuple[int, ...]:
         """The windows, one or several, in tokens."""
         return self.windows or (self.window,)
@@ -96,7 +112,7 @@ class DMSConfig:
     @property
     def format_version(self) -> int:
         """Of the files that this is saved in."""
-        return FORMAT_VERSION if self.windows is None else WINDOWS_VERSION
+        return FORMS_VERSION if self.windows is not None or any(map(self._is_set, _FORM)) else FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """As it is given: `window` or `windows`."""
@@ -104,7 +120,11 @@ class DMSConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != unused}
 
     def to_saved(self) -> dict[str, Any]:
-        return {**self.to_dict(), "format_version": self.format_version}
+        given = {name: value for name, value in self.to_dict().items() if name not in _FORM or self._is_set(name)}
+        return {**given, "format_version": self.format_version}
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:

@@ -1,5 +1,3 @@
-from dataclasses import asdict
-
 import pytest
 import yaml
 from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
@@ -84,7 +82,7 @@ def test_the_method_s_section_is_strict_too(section, message, write):
 def test_the_method_s_section_is_written_out_and_read_again(write):
     recipe = load_recipe(write(), ["dms.offset=4", "dms.granularity=layer"], RetrofitRecipe)
     written = yaml.safe_load(dump_recipe(recipe))["dms"]
-    assert written == asdict(DMSConfig()) | {"window": 8, "granularity": "layer", "alignment": "own", "scale": 100.0, "offset": 4.0}
+    assert written == DMSConfig().to_dict() | {"window": 8, "granularity": "layer", "alignment": "own", "scale": 100.0, "offset": 4.0}
     assert RetrofitRecipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert RetrofitRecipe.model_validate({**recipe.model_dump(), "dms": recipe.dms}) == recipe
 
