@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dms import attention, hf_compat, masks
-from dms.cache import CompactedLayer, DMSCache
+from dms.cache import CompactedLayer, DMSCache, masked_cache
 from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
@@ -189,7 +189,7 @@ def _before_decoder(
 
     cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
-        cache = DMSCache(decoder, state=state)
+        cache = DMSCache(decoder, state=state) if state.config.windows is None else masked_cache(decoder, state=state)
     if cache is not None:
         args, kwargs = _with_cache(decoder, state.decoder_signature, cache, args, kwargs)
     for module in (layer.module for layers in (state.layers, state.following) for layer in layers):

@@ -45,6 +45,11 @@ class DMSCache(Cache):
         state: DMSState | None = None,
     ):
         state = state or state_of(model)
+        if state.config.windows is not None:
+            raise ValueError(
+                f"windows are {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
+                "which hides what is evicted and keeps it"
+            )
         if not state.takes_cache:
             raise ValueError(
                 f"{type(model).__name__} works with a cache of its own kind alone; give it no cache, and the one that it makes evicts"
@@ -324,9 +329,12 @@ class MaskedCache(DynamicCache):
             hf_compat.empty_layer(layer)
 
 
-def masked_cache(model) -> MaskedCache:
-    """An empty cache that hides what is evicted and keeps it, the reference for `DMSCache`: pass it as `cache` in evict mode."""
-    state = state_of(model)
+def masked_cache(model, *, state: DMSState | None = None) -> MaskedCache:
+    """An empty cache that hides what is evicted and keeps it, the reference for `DMSCache`: pass it as `cache` in evict mode.
+
+    state: of the model that `model` is part of; None: its own.
+    """
+    state = state or state_of(model)
     cache = MaskedCache(config=model.config)
     for layer in state.layers:
         cache.layers[layer.index] = MaskedLayer(state.config)
@@ -355,4 +363,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
+        if state.config.windows is not None:
+            layers[index] = MaskedLayer(state.config)
+            continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -110,12 +110,13 @@ def masked_ratios(cache: Cache) -> dict[str, float]:
     for layer in cache.layers:
         if not isinstance(layer, MaskedLayer) or layer.decided is None:
             continue
-        tokens, evicted_BSH = layer.decided.tokens, layer.evicted()
+        tokens, decisions = layer.decided.tokens, layer.evicted()
+        evicted_BSH = decisions if layer.dms.windows is None else decisions.any(-1)
         decided_BSH = masks.decided_tokens(tokens.segment_BT, layer.dms.alignment)[..., None].expand_as(evicted_BSH)
         evicted += int((evicted_BSH & decided_BSH).sum())
         decided += int(decided_BSH.sum())
         seen += int(tokens.real.sum()) * evicted_BSH.shape[-1]
-        alive += int(masks.alive(tokens, evicted_BSH, window=layer.dms.window, sinks=layer.dms.sinks).sum())
+        alive += int(masks.alive(tokens, decisions, window=layer.dms.windows or layer.dms.window, sinks=layer.dms.sinks).sum())
     return {"cr_decided": _decided_ratio(evicted, decided), "cr": seen / max(1, alive), "seen": seen, "alive": alive}
 
 

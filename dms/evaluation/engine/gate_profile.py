@@ -29,7 +29,9 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
     logits = evict_pass(model).logits
     probabilities = []
     for index in sorted(logits):
-        prob_HT = torch.sigmoid(logits[index][0].float()).T.tolist()
+        # Of several decisions, the one that is most for evicting: whether the token is evicted by any.
+        logits_TH = logits[index][0].float() if state.config.windows is None else logits[index][0].float().amax(-1)
+        prob_HT = torch.sigmoid(logits_TH).T.tolist()
         probabilities.append([[*row[1:], None] if shift else row for row in prob_HT])
     return report.DocumentTrace(
         tokens=[tokenizer.decode([token]) for token in document.input_ids],
