@@ -101,8 +101,8 @@ class DMSConfig:
 
     @property
     def has_caches(self) -> bool:
-        """Whether caches can run gates of this form. Otherwise evict mode masks: `model(..., use_cache=False)`."""
-        return self.gate_input == "hidden"
+        """Whether compacted caches can do what these gates decide. Otherwise evict mode masks."""
+        return self.windows is None and self.gate_input == "hidden"
 
     @property
     def delays(self) -> tuple[int, ...]:

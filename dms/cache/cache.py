@@ -363,7 +363,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        if state.config.windows is not None:
+        if not state.config.has_caches:
             layers[index] = MaskedLayer(state.config)
             continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -58,6 +58,8 @@ class CompactedLayer(CacheLayerMixin):
         kv_dtype: "int8" or None, the model's own dtype, for what is in pages.
     """
 
+    heeds_gates = True
+    """False: something else says what is evicted."""
     is_croppable = True
     is_sliding = False
     supports_early_init = False

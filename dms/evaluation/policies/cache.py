@@ -29,6 +29,8 @@ class _Asking(NamedTuple):
 class PolicyLayer(CompactedLayer):
     """A compacted layer whose gates have no say: `policy` chooses. Every head holds as many entries, position_BHS [B, H, S]."""
 
+    heeds_gates = False
+
     def __init__(self, policy: Policy, config: DMSConfig, page_size: int):
         # Only the newest token stands in the ring: all others can be dropped.
         super().__init__(replace(config, window=0, sinks=0, alignment="own"), page_size)
@@ -133,6 +135,8 @@ class PolicyLayer(CompactedLayer):
 
 class WindowLayer(CompactedLayer):
     """A compacted layer that evicts all that leaves its window, whatever the gates say."""
+
+    heeds_gates = False
 
     def __init__(self, policy: SlidingWindow, config: DMSConfig, page_size: int):
         super().__init__(replace(config, window=policy.window, sinks=policy.sinks, alignment="own"), page_size)
