@@ -16,8 +16,8 @@ from dms.gates import Gate, over_rms
 from dms.masks import Tokens
 from dms.modes import AttentionFunction
 
-# Scores of one chunk of queries, of which there are a few copies.
-_CHUNK_BYTES = 64 * 2**20
+# Queries whose scores are alive at once.
+_CHUNK = 128
 # Attention below this share of what uniform attention gives counts as this.
 _LEAST_ATTENTION = 1e-4
 
@@ -108,14 +108,17 @@ def first_attention(
     received_BHT = torch.zeros(B, H, T, device=query.device)
     uniform_BT = torch.zeros(B, T, device=query.device)
     none_BTH = torch.zeros(B, T, 1, dtype=torch.bool, device=query.device)
-    chunk = max(1, _CHUNK_BYTES // (4 * B * Hq * T))
-    for start in range(0, T, chunk):
-        asking = tokens.map(lambda x: x[:, start : start + chunk])  # noqa: B023 - used at once
-        see_BCT = masks.visible(asking, tokens, none_BTH, window=0, sinks=0)[:, 0]
-        first_BCT = see_BCT & (asking.position_BT[:, :, None] - tokens.position_BT[:, None] <= window)
+    for start in range(0, T, _CHUNK):
+        end = min(T, start + _CHUNK)
+        # The first column within any of these queries' windows; padding between two tokens would put it anywhere.
+        close = 0 if tokens.has_holes else max(0, start - window)
+        far = close if near else 0
+        asking, asked = (Tokens(tokens.segment_BT[:, part], tokens.position_BT[:, part]) for part in (slice(start, end), slice(far, end)))
+        see_BCT = masks.visible(asking, asked, none_BTH[:, far:end], window=0, sinks=0)[:, 0]
+        first_BCT = see_BCT & (asking.position_BT[:, :, None] - asked.position_BT[:, None] <= window)
         among_BCT = first_BCT if near else see_BCT
-        q = query[:, :, start : start + chunk].unflatten(1, (H, -1)).float()
-        scores = torch.einsum("bhgcd,bhtd->bhgct", q, key.float()) * scale
+        q = query[:, :, start:end].unflatten(1, (H, -1)).float()
+        scores = torch.einsum("bhgcd,bhtd->bhgct", q * scale, key[:, :, far:end].float())
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~among_BCT[:, None, None], float("-inf"))
@@ -123,8 +126,9 @@ def first_attention(
         if s_aux is not None:
             total = torch.logaddexp(total, s_aux.float().view(1, H, -1, 1, 1))
         # Queries of padding see nothing.
-        weights = (scores - total.masked_fill(total.isinf(), 0.0)).exp()
-        received_BHT += (weights.mean(2) * first_BCT[:, None]).sum(2)
-        uniform_BT += (first_BCT / among_BCT.sum(-1, keepdim=True).clamp(min=1)).sum(1)
+        weights = (scores[..., close - far :] - total.masked_fill(total.isinf(), 0.0)).exp()
+        first_BCt = first_BCT[..., close - far :]
+        received_BHT[:, :, close:end] += (weights.mean(2) * first_BCt[:, None]).sum(2)
+        uniform_BT[:, close:end] += (first_BCt / among_BCT.sum(-1, keepdim=True).clamp(min=1)).sum(1)
     share_BTH = received_BHT.transpose(1, 2) / uniform_BT.clamp(min=1e-9)[..., None]
     return share_BTH.clamp(min=_LEAST_ATTENTION).log() * tokens.real[..., None]

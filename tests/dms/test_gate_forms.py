@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import dms
-from dms import hf_compat
+from dms import gate_inputs, hf_compat
 from dms.attention import evict_pass
 from dms.cache import DMSCache
 from dms.evaluation.policies import make_policy_cache
@@ -122,13 +122,15 @@ def test_folders_from_before_the_forms_are_linear_gates(build_gated, make_batch,
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 2.0, "s_aux": torch.tensor([0.5, -1.0, 0.0, 2.0]), "scaling": 0.7}], ids=["", "capped"]
 )
-def test_first_attention_is_what_its_words_say(near, options):
+def test_first_attention_is_what_its_words_say(near, options, monkeypatch):
+    monkeypatch.setattr(gate_inputs, "_CHUNK", 4)
     generator = torch.Generator().manual_seed(3)
     B, Hq, H, T, D, window = 2, 4, 2, 11, 8, 3
     q, k = (torch.randn(B, heads, T, D, generator=generator) for heads in (Hq, H))
-    # Padding on the left; two documents.
-    segment = [[0, 0, *[1] * 9], [*[1] * 4, *[2] * 7]]
-    position = [[0, 0, *range(9)], [*range(4), *range(7)]]
+    # Padding on the left, and in holes where there is no cap; two documents.
+    holes = not options
+    segment = [[0, 0, *[1] * 3, *([0] * 2 if holes else [1] * 2), *[1] * 4], [*[1] * 4, *[2] * 7]]
+    position = [[0, 0, *range(3), *([0, 0, *range(3, 7)] if holes else range(3, 9))], [*range(4), *range(7)]]
     tokens = Tokens(torch.tensor(segment).int(), torch.tensor(position).int())
     found = first_attention(q, k, tokens, window, near=near, **options)
     for b, h, t in itertools.product(range(B), range(H), range(T)):
@@ -136,10 +138,11 @@ def test_first_attention_is_what_its_words_say(near, options):
             assert found[b, t, h] == 0
             continue
         received = uniform = 0.0
-        for asking in range(t, min(T, t + window + 1)):
-            if segment[b][asking] != segment[b][t]:
+        for asking in range(t, T):
+            if segment[b][asking] != segment[b][t] or position[b][asking] - position[b][t] > window:
                 continue
-            keys = [s for s in range(asking + 1) if segment[b][s] == segment[b][asking] and (not near or asking - s <= window)]
+            keys = [s for s in range(asking + 1) if segment[b][s] == segment[b][asking]]
+            keys = [s for s in keys if not near or position[b][asking] - position[b][s] <= window]
             uniform += 1 / len(keys)
             for g in (2 * h, 2 * h + 1):
                 scores = {s: float(q[b, g, asking] @ k[b, h, s]) * options.get("scaling", D**-0.5) for s in keys}
