@@ -24,7 +24,6 @@ from dms import hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
 from dms.cache.layer import DecidedTokens, MaskedLayer
 from dms.cache.store import PendingGate
-from dms.config import DMSConfig
 from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
@@ -111,7 +110,7 @@ class EvictPass(ForwardPass):
                 "be kept there or lost; such a model cannot be retrofitted"
             )
         config, tokens = state.config, self.tokens.to(hidden_BTM.device)
-        masked = functools.partial(evict_attention, query_tokens=tokens, window=config.windows or config.window, sinks=config.sinks)
+        masked = functools.partial(evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
         late = config.gate_input != "hidden"
         decide_late = functools.partial(decide_in_attention, config, layer.module, gate, hidden_BTM, tokens, not layer.normalized_input)
         if cache is None:
@@ -127,8 +126,12 @@ class EvictPass(ForwardPass):
             compact_layers(cache, state)
             held = cache.layers[layer.index]
         if late:
-            _check_late(held, config)
-            # A masked layer is told better within attention; the layers of other policies do as they do.
+            if isinstance(held, MaskedLayer) and held.tokens is not None:
+                raise ValueError(
+                    f"gate_input is {config.gate_input}, for which a document is read in one pass, and the cache holds tokens already; choose "
+                    "gate_input hidden to go on from a cache"
+                )
+            # A masked layer is told better within attention; compacted ones are here other policies', which do not ask.
             held.decide(torch.zeros(*hidden_BTM.shape[:2], layer.num_heads, dtype=torch.bool, device=hidden_BTM.device), tokens)
             if isinstance(held, MaskedLayer):
                 return decide_late(functools.partial(self._masked_in_layer, state, layer, held, masked))
@@ -181,19 +184,6 @@ def evict_pass(model: nn.Module) -> EvictPass:
 
 def _with_bias(logits: torch.Tensor, bias: float) -> torch.Tensor:
     return logits + bias if bias else logits
-
-
-def _check_late(held: MaskedLayer | CompactedLayer, config: DMSConfig) -> None:
-    """Raises ValueError where a cache layer cannot wait for a decision until attention."""
-    if isinstance(held, MaskedLayer) and held.tokens is not None:
-        raise ValueError(
-            f"gate_input is {config.gate_input}, for which a document is read in one pass, and the cache holds tokens already; choose gate_input "
-            "hidden to go on from a cache"
-        )
-    if isinstance(held, CompactedLayer) and held.heeds_gates:
-        raise ValueError(
-            f"gate_input is {config.gate_input}, which compacted caches do not know; call the model with use_cache=False, or choose gate_input hidden"
-        )
 
 
 class _Inference(torch.autograd.Function):

@@ -74,7 +74,7 @@ def decide_in_attention(
             else:
                 options = {name: given.get(name) for name in ("scaling", "softcap", "s_aux")}
                 with torch.autocast(query.device.type, enabled=False):
-                    found.append(first_attention(query, key, tokens, config.window, near=part == "near_attention", **options))
+                    found.append(first_attention(query, key, tokens, config.windows[0], near=part == "near_attention", **options))
         return attend_by(gate(torch.cat(found, -1)))(query, key, value, **given)
 
     return attend

@@ -28,7 +28,7 @@ class Gate(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale, self.offset, self.normalize = config.scale, config.offset, normalize
-        self.num_windows = len(config.delays)
+        self.num_windows = len(config.windows)
         num_outputs = (num_heads if config.granularity == "head" else 1) * self.num_windows
         self.weight = nn.Parameter(torch.zeros(num_outputs, config.gate_hidden or num_inputs, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_outputs, dtype=torch.float32))

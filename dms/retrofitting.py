@@ -40,7 +40,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     found = find_layers(model)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.window >= context:
+    if context is not None and config.windows[0] >= context:
         raise ValueError(
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
         )

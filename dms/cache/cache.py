@@ -45,11 +45,6 @@ class DMSCache(Cache):
         state: DMSState | None = None,
     ):
         state = state or state_of(model)
-        if state.config.windows is not None:
-            raise ValueError(
-                f"windows are {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
-                "which hides what is evicted and keeps it"
-            )
         if not state.takes_cache:
             raise ValueError(
                 f"{type(model).__name__} works with a cache of its own kind alone; give it no cache, and the one that it makes evicts"
@@ -68,6 +63,16 @@ class DMSCache(Cache):
         """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
+        if len(state.config.windows) > 1:
+            raise ValueError(
+                f"window is {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
+                "which hides what is evicted and keeps it"
+            )
+        if not state.config.has_caches:
+            raise ValueError(
+                f"gate_input is {state.config.gate_input}, which a compacted cache does not know; call the model with use_cache=False, pass "
+                "cache=dms.cache.masked_cache(model), or choose gate_input hidden"
+            )
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)

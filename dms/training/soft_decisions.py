@@ -77,7 +77,8 @@ class TrainPass(ForwardPass):
 
     def _attend_by(self, state: DMSState, layer: AttentionLayer, logits: torch.Tensor) -> AttentionFunction:
         config, tokens, rows = state.config, self.tokens, self.rows
-        saved_BTK, whole_BT = savings(tokens, config.delays, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
+        num_windows = len(config.windows)
+        saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
         if rows is not None:
             saved_BTK, whole_BT = rows.held(saved_BTK), rows.held(whole_BT)
         noise = torch.zeros_like(logits)
@@ -85,22 +86,22 @@ class TrainPass(ForwardPass):
             noise = logistic_noise(
                 self.noise.sequence_B.to(logits.device),
                 logits.shape[1],
-                (layer.num_heads if config.granularity == "head" else 1) * len(config.delays),
+                (layer.num_heads if config.granularity == "head" else 1) * num_windows,
                 seed=self.noise.seed,
                 layer=layer.index,
                 first_token=0 if rows is None else rows.rank * logits.shape[1],
             )
-            noise = noise.unflatten(-1, (-1, len(config.delays))) if config.windows else noise
+            noise = noise.unflatten(-1, (-1, num_windows)) if num_windows > 1 else noise
         log_keep = keep_log_prob(logits, noise, config.tau)
         evicted = straight_through(log_keep)
-        saved = saved_by(evicted if config.windows else evicted[..., None], saved_BTK)
+        saved = saved_by(evicted if num_windows > 1 else evicted[..., None], saved_BTK)
         self.evicted_count[layer.index] = saved.sum((1, 2))
         self.decided_count[layer.index] = whole_BT.sum(1).to(log_keep.dtype) * layer.num_heads
         self.head_rate[layer.index] = (saved.detach().sum((0, 1)) / whole_BT.sum().clamp(min=1)).float()
         attend = functools.partial(
             train_attention if rows is None else rows.train_attention,
             tokens=tokens,
-            window=config.windows or config.window,
+            window=config.window,
             sinks=config.sinks,
             first_pass=self._first_pass(layer.index),
         )

@@ -85,5 +85,5 @@ def test_hidden_layer_is_between_input_and_logits():
     torch.testing.assert_close(gate(x), 100.0 * (hidden @ gate.weight.T + gate.bias) - 5.0)
     same, other = (Gate(8, 3, dms.DMSConfig(gate_hidden=5), normalize=False, seed=seed).hidden_weight for seed in (1, 2))
     assert torch.equal(gate.hidden_weight, same) and not torch.equal(gate.hidden_weight, other)
-    assert Gate(8, 3, dms.DMSConfig(gate_hidden=5, windows=(4, 9)), normalize=False)(x).shape == (2, 5, 3, 2)
+    assert Gate(8, 3, dms.DMSConfig(gate_hidden=5, window=[4, 9]), normalize=False)(x).shape == (2, 5, 3, 2)
     assert dict(Gate(8, 3, dms.DMSConfig(), normalize=False).named_parameters()).keys() == {"weight", "bias"}

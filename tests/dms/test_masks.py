@@ -144,3 +144,18 @@ def test_padding_within_a_document_is_for_inference_only():
     masks.require_unbroken(_locate(mask=[[1, 1, 0, 1]], position=[[0, 1, 0, 0]]))
     with pytest.raises(ValueError, match="padding between two tokens"):
         masks.require_unbroken(_locate(mask=[[1, 0, 1, 1]]))
+
+
+def test_several_windows_hide_by_each_decision():
+    tokens = _tokens([[1] * 6], [list(range(6))])
+    evicted = torch.zeros(1, 6, 1, 2, dtype=torch.bool)
+    evicted[0, 0, 0] = torch.tensor([True, False])
+    evicted[0, 1, 0] = torch.tensor([False, True])
+    evicted[0, 2, 0] = torch.tensor([True, True])
+    see = masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=0)[0, 0]
+    # Key 0 leaves after 1, key 1 after 3, key 2 after 1.
+    assert see[:, 0].tolist() == [True, True, False, False, False, False]
+    assert see[:, 1].tolist() == [False, True, True, True, True, False]
+    assert see[:, 2].tolist() == [False, False, True, True, False, False]
+    assert masks.alive(tokens, evicted, window=(1, 3), sinks=0)[0, :, 0].tolist() == see[-1].tolist()
+    assert masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=1)[0, 0, :, 0].all()

@@ -253,12 +253,12 @@ class RetrofitRecipe(Strict):
                     f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
                 )
             at_step[step] = cr
-        if self.dms.windows is not None and self.budget == "decided":
+        if len(self.dms.windows) > 1 and self.budget == "decided":
             raise ValueError(
-                f"budget is decided and dms.windows {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
+                f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
                 "budget=end or budget=mean"
             )
-        if self.dms.window >= self.data.length:
+        if self.dms.windows[0] >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )

@@ -147,8 +147,8 @@ class _Counts:
         for layer in layers:
             tokens, decisions, config = layer.tokens, layer.evicted(), layer.dms
             assert tokens is not None, "documents were read"
-            alive_B = alive_B + masks.alive(tokens, decisions, window=config.windows or config.window, sinks=config.sinks).sum((1, 2))
-            evicted.append((decisions if config.windows is None else decisions.any(-1)).sum((0, 1)).cpu())
+            alive_B = alive_B + masks.alive(tokens, decisions, window=config.window, sinks=config.sinks).sum((1, 2))
+            evicted.append((decisions if decisions.dim() == 3 else decisions.any(-1)).sum((0, 1)).cpu())
         self.entries += [alive / self.num_heads for alive in alive_B.tolist()]
         evicted_LH = torch.stack(evicted)
         self._evicted_LH = evicted_LH if self._evicted_LH is None else self._evicted_LH + evicted_LH

@@ -29,8 +29,6 @@ class _Asking(NamedTuple):
 class PolicyLayer(CompactedLayer):
     """A compacted layer whose gates have no say: `policy` chooses. Every head holds as many entries, position_BHS [B, H, S]."""
 
-    heeds_gates = False
-
     def __init__(self, policy: Policy, config: DMSConfig, page_size: int):
         # Only the newest token stands in the ring: all others can be dropped.
         super().__init__(replace(config, window=0, sinks=0, alignment="own"), page_size)
@@ -51,7 +49,7 @@ class PolicyLayer(CompactedLayer):
                 f"{type(self.policy).__name__} reads one document a row, without padding; give rows of one length (dms takes any)"
             )
         assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
-        super().decide(torch.zeros_like(decision_BNH), tokens)
+        super().decide(torch.zeros_like(_of_each_head(decision_BNH)), tokens)
 
     def activate_past_recording(self) -> None:
         raise ValueError(f"{type(self.policy).__name__} cannot take tokens back: assisted generation works with dms and dense")
@@ -136,8 +134,6 @@ class PolicyLayer(CompactedLayer):
 class WindowLayer(CompactedLayer):
     """A compacted layer that evicts all that leaves its window, whatever the gates say."""
 
-    heeds_gates = False
-
     def __init__(self, policy: SlidingWindow, config: DMSConfig, page_size: int):
         super().__init__(replace(config, window=policy.window, sinks=policy.sinks, alignment="own"), page_size)
 
@@ -146,7 +142,12 @@ class WindowLayer(CompactedLayer):
 
     def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
         assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
-        super().decide(torch.ones_like(decision_BNH), tokens)
+        super().decide(torch.ones_like(_of_each_head(decision_BNH)), tokens)
+
+
+def _of_each_head(decision_BNX: torch.Tensor) -> torch.Tensor:
+    """One decision a head, whatever it is, where gates may have made one for each of several windows."""
+    return decision_BNX if decision_BNX.dim() == 3 else decision_BNX[..., 0]
 
 
 class PolicyCache(DMSCache):
