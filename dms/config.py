@@ -8,10 +8,12 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
-# Of files whose gates choose among several windows; others stay what older versions read.
-WINDOWS_VERSION = 2
-FORMAT_VERSIONS = (FORMAT_VERSION, WINDOWS_VERSION)
+# Of files whose gates choose among several windows, or are of another form than the linear one; others stay what older versions read.
+FORMS_VERSION = 2
+FORMAT_VERSIONS = (FORMAT_VERSION, FORMS_VERSION)
 MAX_WINDOWS = 4
+# The fields that older versions do not know.
+_FORM = ("gate_hidden", "gate_input")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -44,6 +46,13 @@ class DMSConfig:
     """Minus the logit at the start, where w = b = 0: sigmoid(-5) = 0.7 %, so that nothing is evicted at first ([P] section 3.1)."""
     sinks: int = field(default=0, metadata={"least": 0})
     """How many first tokens of each document are never evicted."""
+    gate_hidden: int = field(default=0, metadata={"least": 0})
+    """Width of a hidden layer (SiLU) between what a gate reads and its logits; 0: none, the gate is linear."""
+    gate_input: Literal["hidden", "key", "key_rotated", "hidden+key+key_rotated", "hidden+attention", "hidden+near_attention"] = "hidden"
+    """What a gate reads. hidden: what its attention layer reads. key, key_rotated: the layer's keys before and after rotation, normed per head
+    (arXiv 2512.17452). attention: how much attention the token's key receives from the queries up to the (first) window after it, on a log scale; then the
+    decision is taken when the token leaves the window (arXiv 2607.05061). near_attention: the same among keys within the window alone. All but
+    hidden work without a cache only."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
         # Checked before the generated __init__, which would raise TypeError for an unknown name.
@@ -59,6 +68,10 @@ class DMSConfig:
     def __post_init__(self):
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
+        if "attention" in self.gate_input and self.alignment == "next":
+            raise ValueError(
+                f"gate_input is {self.gate_input} and alignment next: a gate reads what attention its own token received; choose alignment own"
+            )
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
@@ -88,16 +101,25 @@ class DMSConfig:
         return (self.window,) if isinstance(self.window, int) else self.window
 
     @property
+    def has_caches(self) -> bool:
+        """Whether compacted caches can do what these gates decide. Otherwise evict mode masks."""
+        return isinstance(self.window, int) and self.gate_input == "hidden"
+
+    @property
     def format_version(self) -> int:
         """Of the files that this is saved in."""
-        return FORMAT_VERSION if isinstance(self.window, int) else WINDOWS_VERSION
+        return FORMS_VERSION if not isinstance(self.window, int) or any(map(self._is_set, _FORM)) else FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as YAML and JSON have them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def to_saved(self) -> dict[str, Any]:
-        return {**self.to_dict(), "format_version": self.format_version}
+        given = {name: value for name, value in self.to_dict().items() if name not in _FORM or self._is_set(name)}
+        return {**given, "format_version": self.format_version}
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:

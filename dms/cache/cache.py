@@ -68,6 +68,11 @@ class DMSCache(Cache):
                 f"window is {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
                 "which hides what is evicted and keeps it"
             )
+        if not state.config.has_caches:
+            raise ValueError(
+                f"gate_input is {state.config.gate_input}, which a compacted cache does not know; call the model with use_cache=False, pass "
+                "cache=dms.cache.masked_cache(model), or choose gate_input hidden"
+            )
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
@@ -363,7 +368,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        if len(state.config.windows) > 1:
+        if not state.config.has_caches:
             layers[index] = MaskedLayer(state.config)
             continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import scale_of
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
@@ -63,9 +64,22 @@ class TrainPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
+        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept.
+
+        Raises:
+            ValueError: gates that read keys, under activation checkpointing or where attention is computed by document.
+        """
+        by_logits = functools.partial(self._attend_by, state, layer)
+        if state.config.gate_input == "hidden":
+            return by_logits(gate(hidden_BTM))
+        if self.keeps or self.rows is not None:
+            what = "activation checkpointing" if self.keeps else "packed sequences whose attention is computed by document, or shared ones"
+            raise ValueError(f"gate_input is {state.config.gate_input}, which does not work with {what}; choose gate_input hidden")
+        return decide_in_attention(state.config, layer.module, gate, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
+
+    def _attend_by(self, state: DMSState, layer: AttentionLayer, logits: torch.Tensor) -> AttentionFunction:
         config, tokens, rows = state.config, self.tokens, self.rows
-        logits, num_windows = gate(hidden_BTM), len(config.windows)
+        num_windows = len(config.windows)
         saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
         if rows is not None:
             saved_BTK, whole_BT = rows.held(saved_BTK), rows.held(whole_BT)

@@ -290,6 +290,14 @@ class RetrofitRecipe(Strict):
             raise ValueError(f"lora has no effect with trainable: {self.trainable}; remove it, or choose gates+lora")
         if self.quantize is not None:
             self.check_packed(f"quantize is {self.quantize}", "remove it")
+        if self.dms.gate_input != "hidden" and (self.activation_checkpointing or self.sequence_parallel > 1):
+            given = (
+                "activation_checkpointing is true" if self.activation_checkpointing else f"sequence_parallel is {self.sequence_parallel}"
+            )
+            raise ValueError(
+                f"{given} and dms.gate_input {self.dms.gate_input}: gates that read keys decide within attention, which is not recomputed or divided "
+                "with them; switch that off, or choose dms.gate_input=hidden"
+            )
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError("offload_activations has no effect without activation_checkpointing; set activation_checkpointing=true too")
         if self.teacher_cache is not None and self.beta != 0.0:
