@@ -200,6 +200,7 @@ def distill_step(
     else:
         kl_sum = head_loss(hidden_s_NM, hidden_t_NM, valid_N, *topk)
     if trial.hidden_weight:
+        assert hidden_t_NM is not None
         pairs = list(zip(outputs_s, outputs_t, strict=True)) if matched else [(hidden_s_NM, hidden_t_NM)]
         added.append(trial.hidden_weight * hidden_mismatch(pairs, valid_N))
     evicted_B = _sum(forward.evicted_count.values())
