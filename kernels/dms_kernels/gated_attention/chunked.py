@@ -18,7 +18,7 @@ of scores (row c * G + g), N keys of a list, E keys of an edge, S keys that a bl
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def _forward(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry) -> t
         for block in each_block(b, lists, geometry, tiles):
             q_RD = q[b, block.begin : block.end, heads].to(dtype).mul(geometry.scale).flatten(0, 1)
             (probs_RS,) = tiles.buffers(block)
-            tiles.fill_scores(probs_RS, q_RD, block, b)
+            probs_of_pieces = tiles.fill_scores(probs_RS, q_RD, block, b)
             peak_R1 = probs_RS.amax(1, keepdim=True)
             if sink_logits is not None:
                 sink_R1 = sink_logits[heads].to(dtype).repeat(block.num_queries)[:, None]
@@ -158,10 +158,9 @@ def _forward(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry) -> t
             total_R1 = probs_RS.sub_(peak_R1).exp_().sum(1, keepdim=True)
             if sink_logits is not None:
                 total_R1 += (sink_R1 - peak_R1).exp_()
-            near, *far = block.pieces
-            out_RD = torch.mm(probs_RS[:, near.columns], near.keys.v_ND[near.rows])
-            for piece in far:
-                out_RD.addmm_(probs_RS[:, piece.columns], piece.keys.v_ND[piece.rows])
+            out_RD = torch.mm(probs_of_pieces[0], block.pieces[0].v_ND)
+            for piece, probs_RN in zip(block.pieces[1:], probs_of_pieces[1:], strict=True):
+                out_RD.addmm_(probs_RN, piece.v_ND)
             out_BTHqD[b, block.begin : block.end, heads] = out_RD.div_(total_R1).view(-1, G, D)
             lse_BHqT[b, heads, block.begin : block.end] = total_R1.log_().add_(peak_R1).view(-1, G).T
     if is_pad_BT is not None:
@@ -194,34 +193,34 @@ def _backward(q, k, v, log_keep, first_BT, grad_out, delta_BTHq, lse_BHqT, geome
             grad_out_RD = grad_out[b, rows, heads].to(dtype).flatten(0, 1)
             probs_RS, *others = tiles.buffers(block)
             slope_RS = others[1] if needs_slope else None
-            tiles.fill_scores(probs_RS, q_RD, block, b, slope_RS)
+            probs_of_pieces = tiles.fill_scores(probs_RS, q_RD, block, b, slope_RS)
             probs_RS.sub_(lse_BHqT[b, heads, rows].T.reshape(-1, 1)).exp_()
             if needs_v:
-                for piece, v_ND in zip(block.pieces, sums.v_ND, strict=True):
-                    v_ND[piece.rows].addmm_(probs_RS[:, piece.columns].T, grad_out_RD)
+                for piece, probs_RN, v_ND in zip(block.pieces, probs_of_pieces, sums.v_ND, strict=True):
+                    v_ND[piece.rows].addmm_(probs_RN.T, grad_out_RD)
             if not needs_scores:
                 continue
             grad_RS = others[0]
-            for piece in block.pieces:
-                torch.mm(grad_out_RD, piece.keys.v_ND[piece.rows].T, out=grad_RS[:, piece.columns])
+            grad_of_pieces = block.split(grad_RS)
+            for piece, grad_RN in zip(block.pieces, grad_of_pieces, strict=True):
+                torch.mm(grad_out_RD, piece.v_ND.T, out=grad_RN)
             grad_RS.sub_(delta_BTHq[b, rows, heads].reshape(-1, 1)).mul_(probs_RS)
             if needs_bias:
-                for piece, bias_KN in zip(block.pieces, sums.bias_KN, strict=True):
-                    if piece.keys.bias_N is not None:
-                        bias_KN[piece.keys.num_counting - 1, piece.rows].add_(grad_RS[:, piece.columns].sum(0))
+                for piece, grad_RN, bias_KN in zip(block.pieces, grad_of_pieces, sums.bias_KN, strict=True):
+                    if piece.bias_N is not None:
+                        bias_KN[piece.num_counting - 1, piece.rows].add_(grad_RN.sum(0))
                     for edge in piece.edges:
-                        edge_CGE = grad_RS[:, edge.columns].unflatten(0, (-1, G))
+                        edge_CGE = edge.view(grad_RS)
                         bias_KN[edge.decision, edge.rows].add_((edge_CGE.sum(1) * edge.beyond_CE).sum(0))
             if slope_RS is not None:
                 grad_RS.mul_(slope_RS)
             if needs_k:
-                for piece, k_ND in zip(block.pieces, sums.k_ND, strict=True):
-                    k_ND[piece.rows].addmm_(grad_RS[:, piece.columns].T, q_RD)
+                for piece, grad_RN, k_ND in zip(block.pieces, grad_of_pieces, sums.k_ND, strict=True):
+                    k_ND[piece.rows].addmm_(grad_RN.T, q_RD)
             if needs_q:
-                near, *far = block.pieces
-                grad_RD = torch.mm(grad_RS[:, near.columns], near.keys.k_ND[near.rows])
-                for piece in far:
-                    grad_RD.addmm_(grad_RS[:, piece.columns], piece.keys.k_ND[piece.rows])
+                grad_RD = torch.mm(grad_of_pieces[0], block.pieces[0].k_ND)
+                for piece, grad_RN in zip(block.pieces[1:], grad_of_pieces[1:], strict=True):
+                    grad_RD.addmm_(grad_RN, piece.k_ND)
                 grad_q[b, rows, heads] = grad_RD.mul_(geometry.scale).view(-1, G, D)
         for grad, total in ((grad_k, sums.k()), (grad_v, sums.v()), (grad_bias, sums.bias())):
             if grad is not None:
@@ -274,45 +273,56 @@ class KeyList:
     """decisions that count for every query which reads from this list beyond the edges: 0 near, j in far range j"""
     k_ND: Tensor
     v_ND: Tensor
-    log_keep_KN: Tensor | None
-    """None: nothing is ever evicted"""
+    log_keep_KN: tuple[Tensor, ...] | None
+    """None: no further decision will count"""
     bias_N: Tensor | None
-    """sum of the first num_counting of log_keep_KN; None: 0"""
+    """sum of the decisions that count; None: 0"""
     index_N: Tensor | None
     """which keys these are; None: all of them"""
     num_before: list[int] | None
     """how many of these come before each key; None: all of them"""
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """Keys of one piece that are beyond the window of one more decision for a part of the block's queries."""
 
     decision: int
-    """row of log_keep_KN"""
+    """which one, from 0"""
     rows: slice
-    columns: slice
+    """of the list"""
+    column: int
+    """the first one, of the block's scores"""
+    log_keep_E: Tensor
     beyond_CE: Tensor
     """bool, whether a key is beyond that window of a query"""
 
+    def view(self, x_RS: Tensor) -> Tensor:
+        """These columns, [C, G, E]."""
+        C, E = self.beyond_CE.shape
+        return x_RS.view(C, -1, x_RS.shape[1]).narrow(2, self.column, E)
 
-@dataclass(frozen=True)
-class Piece:
-    """What a block reads of one list: its keys `rows`, in `columns` of the block's scores."""
 
-    keys: KeyList
+class Piece(NamedTuple):
+    """What a block reads of one list."""
+
+    num_counting: int
     rows: slice
-    columns: slice
+    """of the list"""
+    k_ND: Tensor
+    v_ND: Tensor
+    bias_N: Tensor | None
+    index_N: Tensor
     edges: list[Edge]
 
 
-@dataclass(frozen=True)
-class Block:
-    """Queries [begin, end) and the keys that they can see: near, far 1, ..., far K. Near ones have the last columns."""
+class Block(NamedTuple):
+    """Queries [begin, end) and the keys that they can see: near, far 1, ..., far K. In the scores' columns near comes last."""
 
     begin: int
     end: int
-    pieces: tuple[Piece, ...]
+    pieces: list[Piece]
+    widths: list[int]
+    """columns of far K, ..., far 1, near"""
     is_split: bool
     """whether another document starts inside the block"""
 
@@ -322,7 +332,11 @@ class Block:
 
     @property
     def num_keys(self) -> int:
-        return self.pieces[0].columns.stop
+        return sum(self.widths)
+
+    def split(self, x_RS: Tensor) -> tuple[Tensor, ...]:
+        """The columns of each piece, [R, N] views."""
+        return x_RS.split_with_sizes(self.widths, 1)[::-1]
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
@@ -371,11 +385,12 @@ def each_head(
     for b in range(B):
         for h in range(H):
             k_TD, v_TD, log_keep_KT = k[b, :, h].to(dtype), v[b, :, h].to(dtype), log_keep[b, :, h].T.to(dtype)
-            lists = [KeyList(0, k_TD, v_TD, log_keep_KT, None, None, None)]
+            lists = [KeyList(0, k_TD, v_TD, log_keep_KT.unbind(), None, None, None)]
             for j, num_before in enumerate(num_kept_BHKT[b][h]):
                 index_N = kept_first_BHKT[b, h, j, : num_before[T]]
                 bias_N = bias_BTHK[b, :, h, j][index_N]
-                lists.append(KeyList(j + 1, k_TD[index_N], v_TD[index_N], log_keep_KT[:, index_N], bias_N, index_N, num_before))
+                log_keep_KN = log_keep_KT[:, index_N].unbind() if j + 1 < len(log_keep_KT) else None
+                lists.append(KeyList(j + 1, k_TD[index_N], v_TD[index_N], log_keep_KN, bias_N, index_N, num_before))
             yield b, h, tuple(lists)
 
 
@@ -389,36 +404,37 @@ def each_block(b: int, lists: tuple[KeyList, ...], geometry: Geometry, tiles: "T
         first, last = (0, 0) if geometry.spans is None else geometry.spans[b][i]
         # Keys [bounds[j + 1], bounds[j]) are in range j.
         bounds = [end, *(max(begin - w, first) for w in windows), first]
-        column, pieces = 0, []
+        pieces: list[Piece] = []
+        widths: list[int] = []
         for j in reversed(range(len(lists))):
-            piece = _piece(lists[j], bounds[j + 1], bounds[j], column, begin, end, windows, tiles)
-            column = piece.columns.stop
-            pieces.append(piece)
-        yield Block(begin=begin, end=end, pieces=tuple(reversed(pieces)), is_split=first != last)
+            piece = _piece(lists[j], bounds[j + 1], bounds[j], sum(widths), begin, end, windows, tiles)
+            pieces.insert(0, piece)
+            widths.append(len(piece.k_ND))
+        yield Block(begin=begin, end=end, pieces=pieces, widths=widths, is_split=first != last)
 
 
 def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: int, windows: tuple[int, ...], tiles: "Tiles") -> Piece:
     """What queries [begin, end) read of a list for the range [first, stop) of keys, in the columns from `column`."""
-
-    def place(key: int) -> int:
-        return key if keys.num_before is None else keys.num_before[key]
-
-    row, row_stop = place(first), place(stop)
+    before = keys.num_before
+    row, row_stop = (first, stop) if before is None else (before[first], before[stop])
     edges = []
-    if keys.log_keep_KN is not None:
-        for decision in range(keys.num_counting, len(windows)):
-            # The gap of this key to the first query is the window.
-            corner = begin - windows[decision]
-            edge_stop = min(stop, corner + end - begin)
-            if edge_stop <= first or (num_edge := place(edge_stop) - row) == 0:
-                continue
-            rows, columns = slice(row, row + num_edge), slice(column, column + num_edge)
-            if keys.index_N is None:
-                beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
-            else:
-                beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
-            edges.append(Edge(decision, rows, columns, beyond_CE))
-    return Piece(keys, slice(row, row_stop), slice(column, column + row_stop - row), edges)
+    for decision in range(keys.num_counting, len(windows)) if keys.log_keep_KN is not None else ():
+        # The gap of this key to the first query is the window.
+        corner = begin - windows[decision]
+        edge_stop = max(min(stop, corner + end - begin), first)
+        num_edge = (edge_stop if before is None else before[edge_stop]) - row
+        if num_edge == 0:
+            continue
+        rows = slice(row, row + num_edge)
+        if keys.index_N is None:
+            beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
+        else:
+            beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
+        edges.append(Edge(decision, rows, column, keys.log_keep_KN[decision][rows], beyond_CE))
+    rows = slice(row, row_stop)
+    bias_N = None if keys.bias_N is None else keys.bias_N[rows]
+    index_N = tiles.index_T if keys.index_N is None else keys.index_N
+    return Piece(keys.num_counting, rows, keys.k_ND[rows], keys.v_ND[rows], bias_N, index_N, edges)
 
 
 class Tiles:
@@ -441,35 +457,34 @@ class Tiles:
         num_rows = block.num_queries * self.num_groups
         return [x[: num_rows * block.num_keys].view(num_rows, block.num_keys) for x in self.scratch]
 
-    def fill_scores(self, scores_RS: Tensor, q_RD: Tensor, block: Block, b: int, slope_RS: Tensor | None = None) -> None:
-        """Write the masked and biased scores of scaled queries, and the slope of the softcap if asked."""
-        for piece in block.pieces:
-            k_DN, bias_N = piece.keys.k_ND[piece.rows].T, piece.keys.bias_N
-            if bias_N is not None and self.softcap is None:
-                torch.addmm(bias_N[piece.rows], q_RD, k_DN, out=scores_RS[:, piece.columns])
+    def fill_scores(self, scores_RS: Tensor, q_RD: Tensor, block: Block, b: int, slope_RS: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Write the masked and biased scores of scaled queries, and the slope of the softcap if asked. Returns the pieces' columns."""
+        scores_of_pieces = block.split(scores_RS)
+        for piece, scores_RN in zip(block.pieces, scores_of_pieces, strict=True):
+            if piece.bias_N is not None and self.softcap is None:
+                torch.addmm(piece.bias_N, q_RD, piece.k_ND.T, out=scores_RN)
             else:
-                torch.mm(q_RD, k_DN, out=scores_RS[:, piece.columns])
+                torch.mm(q_RD, piece.k_ND.T, out=scores_RN)
         if self.softcap is not None:
             scores_RS.div_(self.softcap).tanh_()
             if slope_RS is not None:
                 torch.mul(scores_RS, scores_RS, out=slope_RS).neg_().add_(1.0)
             scores_RS.mul_(self.softcap)
-            for piece in block.pieces:
-                if piece.keys.bias_N is not None:
-                    scores_RS[:, piece.columns].add_(piece.keys.bias_N[piece.rows])
+            for piece, scores_RN in zip(block.pieces, scores_of_pieces, strict=True):
+                if piece.bias_N is not None:
+                    scores_RN.add_(piece.bias_N)
 
         C = block.num_queries
-        scores_CGS = scores_RS.unflatten(0, (C, self.num_groups))
         for piece in block.pieces:
             for edge in piece.edges:
-                bias_E = piece.keys.log_keep_KN[edge.decision, edge.rows]
-                scores_CGS[..., edge.columns].add_(torch.where(edge.beyond_CE, bias_E, 0.0)[:, None])
+                edge.view(scores_RS).add_(torch.where(edge.beyond_CE, edge.log_keep_E, 0.0)[:, None])
+        scores_CGS = scores_RS.view(C, self.num_groups, -1)
         scores_CGS[..., -C:].add_(self.future_CC[:C, None, :C])
         if block.is_split and self.first_BT is not None:
-            indices = [self.index_T if piece.keys.index_N is None else piece.keys.index_N for piece in block.pieces]
-            index_S = torch.cat([index_N[piece.rows] for index_N, piece in zip(indices[::-1], block.pieces[::-1], strict=True)])
+            index_S = torch.cat([piece.index_N[piece.rows] for piece in reversed(block.pieces)])
             is_other_CS = index_S < self.first_BT[b, block.begin : block.end, None]
             scores_CGS.masked_fill_(is_other_CS[:, None], -math.inf)
+        return scores_of_pieces
 
 
 class _HeadGrads:
@@ -477,16 +492,13 @@ class _HeadGrads:
 
     def __init__(self, lists: tuple[KeyList, ...], needs_k: bool, needs_v: bool, needs_bias: bool) -> None:
         self.lists = lists
-        self.k_ND = self._zeros([keys.k_ND for keys in lists], needs_k)
-        self.v_ND = self._zeros([keys.v_ND for keys in lists], needs_v)
-        self.bias_KN = self._zeros([keys.log_keep_KN for keys in lists], needs_bias)
-
-    def _zeros(self, like: list, needed: bool) -> list[Tensor]:
-        """Empty where none are needed."""
-        if not needed or like[0] is None:
-            return []
-        zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like]
-        return [zeros[0] if keys.index_N is None else x for keys, x in zip(self.lists, zeros, strict=True)]
+        self.k_ND = [torch.zeros_like(keys.k_ND, memory_format=torch.contiguous_format) for keys in lists] if needs_k else []
+        self.v_ND = [torch.zeros_like(keys.v_ND, memory_format=torch.contiguous_format) for keys in lists] if needs_v else []
+        K = len(lists) - 1
+        self.bias_KN = [keys.k_ND.new_zeros(K, len(keys.k_ND)) for keys in lists] if needs_bias else []
+        for sums in (self.k_ND, self.v_ND):
+            if sums and lists[1].index_N is None:
+                sums[1] = sums[0]
 
     def _merge(self, sums: list[Tensor], dim: int) -> Tensor | None:
         # An index occurs once in a list, so the additions have one order and the result is deterministic.
