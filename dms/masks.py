@@ -142,7 +142,7 @@ def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: in
     q_position, k_position = query.position_BT[:, :, None], key.position_BT[:, None, :]
     causal = (query.segment_BT[:, :, None] == key.segment_BT[:, None, :]) & (key.segment_BT[:, None, :] > 0) & (k_position <= q_position)
     see = causal[:, None]
-    for delay, evicted in _each_window(window, evicted_BSH):
+    for delay, evicted in each_window(window, evicted_BSH):
         near = (q_position - k_position <= delay) | (k_position < sinks)
         kept = ~evicted.permute(0, 2, 1)[:, :, None, :]
         see = see & (near[:, None] | kept)
@@ -153,13 +153,27 @@ def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[i
     """Entries alive at each document's end, [B, S, H] bool: its window and sinks included, padding not. evicted_BSH: as in `visible`."""
     position = tokens.position_BT
     there = (tokens.segment_BT > 0)[..., None]
-    for delay, evicted in _each_window(window, evicted_BSH):
+    for delay, evicted in each_window(window, evicted_BSH):
         near = (document_end(tokens) - position <= delay) | (position < sinks)
         there = there & (near[..., None] | ~evicted)
     return there
 
 
-def _each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[int], sinks: int) -> torch.Tensor:
+    """For how many positions of its document each entry is alive, its own among them, [B, S, H] int64; 0 for padding.
+
+    Summed over a document's tokens, and divided by its length, these are the entries alive in the mean over positions. evicted_BSH: as in
+    `visible`.
+    """
+    position = tokens.position_BT.long()
+    rest = (document_end(tokens) - tokens.position_BT).long()
+    steps = rest[..., None].expand(evicted_BSH.shape[:3])
+    for delay, evicted in each_window(window, evicted_BSH):
+        steps = torch.where(evicted & (position >= sinks)[..., None], steps.clamp(max=delay), steps)
+    return torch.where(tokens.real[..., None], steps + 1, 0)
+
+
+def each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Each window with its decisions [B, S, H]."""
     if isinstance(window, int):
         return [(window, evicted_BSH)]

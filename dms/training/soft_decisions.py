@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import scale_of
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
@@ -36,6 +37,8 @@ class TrainPass(ForwardPass):
     """[B] sums of what decisions to evict save over heads and tokens: straight-through, with the gate's gradient."""
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B] sums of what there is to save over heads and tokens."""
+    evicted_by_head: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, H] sums over tokens, as `evicted_count`."""
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
     """[H] share of decided tokens evicted, detached."""
     first_passes: dict[int, FirstPass] = field(default_factory=dict)
@@ -61,10 +64,23 @@ class TrainPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
+        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept.
+
+        Raises:
+            ValueError: gates that read keys, under activation checkpointing or where attention is computed by document.
+        """
+        by_logits = functools.partial(self._attend_by, state, layer)
+        if state.config.gate_input == "hidden":
+            return by_logits(gate(hidden_BTM))
+        if self.keeps or self.rows is not None:
+            what = "activation checkpointing" if self.keeps else "packed sequences whose attention is computed by document, or shared ones"
+            raise ValueError(f"gate_input is {state.config.gate_input}, which does not work with {what}; choose gate_input hidden")
+        return decide_in_attention(state.config, layer.module, gate, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
+
+    def _attend_by(self, state: DMSState, layer: AttentionLayer, logits: torch.Tensor) -> AttentionFunction:
         config, tokens, rows = state.config, self.tokens, self.rows
-        logits = gate(hidden_BTM)
-        saved_BTK, whole_BT = savings(tokens, config.delays, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
+        num_windows = len(config.windows)
+        saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
         if rows is not None:
             saved_BTK, whole_BT = rows.held(saved_BTK), rows.held(whole_BT)
         noise = torch.zeros_like(logits)
@@ -72,22 +88,24 @@ class TrainPass(ForwardPass):
             noise = logistic_noise(
                 self.noise.sequence_B.to(logits.device),
                 logits.shape[1],
-                (layer.num_heads if config.granularity == "head" else 1) * len(config.delays),
+                (layer.num_heads if config.granularity == "head" else 1) * num_windows,
                 seed=self.noise.seed,
                 layer=layer.index,
                 first_token=0 if rows is None else rows.rank * logits.shape[1],
             )
-            noise = noise.unflatten(-1, (-1, len(config.delays))) if config.windows else noise
-        log_keep = keep_log_prob(logits, noise, config.tau)
+            noise = noise.unflatten(-1, (-1, num_windows)) if num_windows > 1 else noise
+        tau = config.tau if self.noise is None or self.noise.tau is None else self.noise.tau
+        log_keep = keep_log_prob(logits, noise, tau)
         evicted = straight_through(log_keep)
-        saved = saved_by(evicted if config.windows else evicted[..., None], saved_BTK)
+        saved = saved_by(evicted if num_windows > 1 else evicted[..., None], saved_BTK)
         self.evicted_count[layer.index] = saved.sum((1, 2))
+        self.evicted_by_head[layer.index] = saved.sum(1)
         self.decided_count[layer.index] = whole_BT.sum(1).to(log_keep.dtype) * layer.num_heads
         self.head_rate[layer.index] = (saved.detach().sum((0, 1)) / whole_BT.sum().clamp(min=1)).float()
         attend = functools.partial(
             train_attention if rows is None else rows.train_attention,
             tokens=tokens,
-            window=config.windows or config.window,
+            window=config.window,
             sinks=config.sinks,
             first_pass=self._first_pass(layer.index),
         )

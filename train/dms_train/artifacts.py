@@ -142,7 +142,7 @@ def finish(
     result = {
         "model": recipe.model,
         "target_cr": recipe.target_cr,
-        "window": recipe.dms.window,
+        "window": recipe.dms.to_dict()["window"],
         "alignment": recipe.dms.alignment,
         "granularity": recipe.dms.granularity,
         "trainable": recipe.trainable,

@@ -38,8 +38,8 @@ def windows_at(config: DMSConfig, trained_length: int, length: int) -> DMSConfig
     Raises:
         ValueError: so short a length that two windows become one.
     """
-    scaled = [round(window * length / trained_length) for window in config.delays]
-    return DMSConfig(**(config.to_dict() | ({"window": scaled[0]} if config.windows is None else {"windows": scaled})))
+    scaled = [round(window * length / trained_length) for window in config.windows]
+    return DMSConfig(**(config.to_dict() | {"window": scaled if len(scaled) > 1 else scaled[0]}))
 
 
 def target_at_length(target: float, length: int, longest: int, config: DMSConfig, config_there: DMSConfig, budget: Budget) -> float:
@@ -55,7 +55,7 @@ def target_at_length(target: float, length: int, longest: int, config: DMSConfig
 def _most_saved(length: int, config: DMSConfig, budget: Budget) -> float:
     """The share that is saved where all is evicted, by the first window."""
     tokens = Tokens(torch.ones(1, length, dtype=torch.int32), torch.arange(length, dtype=torch.int32)[None])
-    saved_BTK, whole_BT = savings(tokens, config.delays, sinks=config.sinks, alignment=config.alignment, budget=budget)
+    saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=budget)
     return float(saved_BTK[..., 0].sum() / whole_BT.sum())
 
 
