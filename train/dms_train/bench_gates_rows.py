@@ -40,6 +40,7 @@ from dms.retrofitting import retrofit
 from dms_train.artifacts import saved_dtype
 from dms_train.bench_gates import Comparison, Run
 from dms_train.models import held_dtype
+from dms_train.trial_length import windows_at
 
 ROWS_FILE = "rows.jsonl"
 # Of other training-free policies: tokens that are read between two evictions.
@@ -293,8 +294,11 @@ class Evaluator:
         if not missing:
             return
         model = dms.load(run.folder / "gates", base=run.recipe.model, dtype=self._dtype())
+        trained = state_of(model).config
         for length in missing:
             dense, start = self.dense(length), perf_counter()
+            if run.recipe.trial.windows_grow:
+                state_of(model).config = windows_at(trained, run.recipe.data.length, length)
             metrics, entries = read_masked(
                 model,
                 self.documents[length],
