@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import attention_weights, scale_of
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
@@ -62,9 +63,18 @@ class LabelPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        with torch.enable_grad():
-            self.logits[layer.index] = gate(hidden_BTM.detach())
-        return functools.partial(self._attend, index=layer.index, windows=state.config.windows)
+        config, hidden_BTM = state.config, hidden_BTM.detach()
+
+        def by_logits(logits: torch.Tensor) -> AttentionFunction:
+            self.logits[layer.index] = logits
+            return functools.partial(self._attend, index=layer.index, windows=config.windows)
+
+        # The pass is without gradients, but for its gates.
+        if config.gate_input == "hidden":
+            with torch.enable_grad():
+                return by_logits(gate(hidden_BTM))
+        attend = decide_in_attention(config, layer.module, gate, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
+        return torch.enable_grad()(attend)
 
     def _attend(
         self, query, key, value, *, index: int, windows: Sequence[int], scaling=None, softcap=None, s_aux=None, **_
