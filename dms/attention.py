@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache
 
 from dms import hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
-from dms.cache.layer import MaskedLayer
+from dms.cache.layer import DecidedTokens, MaskedLayer
 from dms.cache.store import PendingGate
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
@@ -110,19 +111,37 @@ class EvictPass(ForwardPass):
             )
         config, tokens = state.config, self.tokens.to(hidden_BTM.device)
         masked = functools.partial(evict_attention, query_tokens=tokens, window=config.window, sinks=config.sinks)
+        late = config.gate_input != "hidden"
+        decide_late = functools.partial(decide_in_attention, config, layer.module, gate, hidden_BTM, tokens, not layer.normalized_input)
         if cache is None:
-            logits = self.logits[layer.index] = _evict_logits(gate, hidden_BTM, state.evict_bias)
-            evicted = self.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)
-            return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
+
+            def masked_by(logits: torch.Tensor) -> AttentionFunction:
+                logits = self.logits[layer.index] = _with_bias(logits, state.evict_bias)
+                evicted = self.evicted[layer.index] = masks.align(logits > 0, tokens.segment_BT, config.alignment, False)
+                return functools.partial(masked, evicted_BSH=evicted, key_tokens=tokens)
+
+            return decide_late(masked_by) if late else masked_by(gate(hidden_BTM))
         held: Any = cache.layers[layer.index] if layer.index < len(cache.layers) else None
         if not isinstance(held, MaskedLayer | CompactedLayer):
             compact_layers(cache, state)
             held = cache.layers[layer.index]
-        # The append kernel can run the gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
-        if isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden_BTM.shape[1]):
+        if late:
+            if isinstance(held, MaskedLayer) and held.tokens is not None:
+                raise ValueError(
+                    f"gate_input is {config.gate_input}, for which a document is read in one pass, and the cache holds tokens already; choose "
+                    "gate_input hidden to go on from a cache"
+                )
+            # A masked layer is told better within attention; compacted ones are here other policies', which do not ask.
+            held.decide(torch.zeros(*hidden_BTM.shape[:2], layer.num_heads, dtype=torch.bool, device=hidden_BTM.device), tokens)
+            if isinstance(held, MaskedLayer):
+                return decide_late(functools.partial(self._masked_in_layer, state, layer, held, masked))
+            return functools.partial(compacted_attention, held=held, cache=cache, masked=masked)
+        # The append kernel can run a linear gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
+        in_kernel = isinstance(held, CompactedLayer) and gate.hidden_weight is None and not hf_compat.has_forward_hooks(gate)
+        if in_kernel and held.runs_gate(hidden_BTM.shape[1]):
             held.decide(PendingGate(gate, hidden_BTM, state.evict_bias), tokens)
         else:
-            held.decide(_evict_logits(gate, hidden_BTM, state.evict_bias) > 0, tokens)
+            held.decide(_with_bias(gate(hidden_BTM), state.evict_bias) > 0, tokens)
         if isinstance(held, MaskedLayer):
             evicted = self.evicted[layer.index] = held.evicted()
             return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
@@ -130,6 +149,13 @@ class EvictPass(ForwardPass):
         if followed:
             self.read.append((held, cache))
         return functools.partial(compacted_attention, held=held, cache=cache, masked=masked, followed=followed)
+
+    def _masked_in_layer(
+        self, state: DMSState, layer: AttentionLayer, held: MaskedLayer, masked: AttentionFunction, logits: torch.Tensor
+    ) -> AttentionFunction:
+        held.decided = DecidedTokens(_with_bias(logits, state.evict_bias) > 0, self.tokens.to(logits.device))
+        evicted = self.evicted[layer.index] = held.evicted()
+        return functools.partial(masked, evicted_BSH=evicted, key_tokens=held.tokens)
 
     def end(self) -> None:
         while self.read:
@@ -156,8 +182,7 @@ def evict_pass(model: nn.Module) -> EvictPass:
     return forward
 
 
-def _evict_logits(gate: Gate, hidden_BTM: torch.Tensor, bias: float) -> torch.Tensor:
-    logits = gate(hidden_BTM)
+def _with_bias(logits: torch.Tensor, bias: float) -> torch.Tensor:
     return logits + bias if bias else logits
 
 
@@ -217,7 +242,7 @@ def evict_attention(
     evicted_BSH: torch.Tensor,
     query_tokens: Tokens,
     key_tokens: Tokens,
-    window: int,
+    window: int | tuple[int, ...],
     sinks: int,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -255,6 +280,13 @@ def evict_attention(
 
 def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None):
     """Softmax written out, float32: with gemma2's capped scores or gpt_oss's sink logit in the denominator."""
+    B, Hq, C, _ = q_BqCD.shape
+    weights = attention_weights(q_BqCD, k, see_BHCS, G, scale, softcap, s_aux)
+    return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
+
+
+def attention_weights(q_BqCD, k, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, G, C, S] float32; 0 for a query that sees nothing."""
     B, Hq, C, D = q_BqCD.shape
     H = k.shape[1]
     scores = torch.einsum("bhgcd,bhsd->bhgcs", q_BqCD.reshape(B, H, G, C, D).float(), k.float()) * scale
@@ -270,8 +302,7 @@ def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | Non
     total = weights.sum(-1, keepdim=True)
     if s_aux is not None:
         total = total + (sink - top).exp()
-    weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
+    return weights / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def scale_of(scaling: float | None, query: torch.Tensor) -> float:

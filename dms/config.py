@@ -1,12 +1,19 @@
 """`DMSConfig`: the settings of the method, as checkpoints store them. Symbols as in arXiv 2506.05345 (cited as [P])."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
+# Of files whose gates choose among several windows, or are of another form than the linear one; others stay what older versions read.
+FORMS_VERSION = 2
+FORMAT_VERSIONS = (FORMAT_VERSION, FORMS_VERSION)
+MAX_WINDOWS = 4
+# The fields that older versions do not know.
+_FORM = ("gate_hidden", "gate_input")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,8 +30,10 @@ class DMSConfig:
         ValueError: unknown, misspelt or mistyped fields, or values out of range; all of them in one message.
     """
 
-    window: int = field(default=256, metadata={"least": 0})
-    """w in tokens: an evicted token stays visible for the w queries after its own ([P] section 3.1, delayed eviction)."""
+    window: int | tuple[int, ...] = field(default=256, metadata={"windows": True})
+    """w in tokens: an evicted token stays visible for the w queries after its own ([P] section 3.1, delayed eviction). A list of 2 to 4 rising
+    numbers lets gates choose among lifetimes: there is a decision for each window w_j, and a token is gone for the queries more than w_j after
+    it where decision j evicts it."""
     granularity: Literal["head", "layer"] = "head"
     """One decision per token and KV head, or one per token for all heads of a layer."""
     alignment: Literal["own", "next"] = "own"
@@ -37,6 +46,13 @@ class DMSConfig:
     """Minus the logit at the start, where w = b = 0: sigmoid(-5) = 0.7 %, so that nothing is evicted at first ([P] section 3.1)."""
     sinks: int = field(default=0, metadata={"least": 0})
     """How many first tokens of each document are never evicted."""
+    gate_hidden: int = field(default=0, metadata={"least": 0})
+    """Width of a hidden layer (SiLU) between what a gate reads and its logits; 0: none, the gate is linear."""
+    gate_input: Literal["hidden", "key", "key_rotated", "hidden+key+key_rotated", "hidden+attention", "hidden+near_attention"] = "hidden"
+    """What a gate reads. hidden: what its attention layer reads. key, key_rotated: the layer's keys before and after rotation, normed per head
+    (arXiv 2512.17452). attention: how much attention the token's key receives from the queries up to the (first) window after it, on a log scale; then the
+    decision is taken when the token leaves the window (arXiv 2607.05061). near_attention: the same among keys within the window alone. All but
+    hidden work without a cache only."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
         # Checked before the generated __init__, which would raise TypeError for an unknown name.
@@ -50,6 +66,12 @@ class DMSConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
+        if "attention" in self.gate_input and self.alignment == "next":
+            raise ValueError(
+                f"gate_input is {self.gate_input} and alignment next: a gate reads what attention its own token received; choose alignment own"
+            )
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
@@ -63,23 +85,56 @@ class DMSConfig:
         """
         given = dict(saved)
         version = given.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise ValueError(
-                f"{source}: format_version is {version!r}, this version of dms reads {FORMAT_VERSION}; upgrade dms-retrofit or retrofit anew"
+                f"{source}: format_version is {version!r}, this version of dms reads {' and '.join(map(str, FORMAT_VERSIONS))}; upgrade "
+                "dms-retrofit or retrofit anew"
             )
         try:
             return cls(**given)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window, or the several, in tokens."""
+        return (self.window,) if isinstance(self.window, int) else self.window
+
+    @property
+    def has_caches(self) -> bool:
+        """Whether compacted caches can do what these gates decide. Otherwise evict mode masks."""
+        return isinstance(self.window, int) and self.gate_input == "hidden"
+
+    @property
+    def format_version(self) -> int:
+        """Of the files that this is saved in."""
+        return FORMS_VERSION if not isinstance(self.window, int) or any(map(self._is_set, _FORM)) else FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as YAML and JSON have them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
     def to_saved(self) -> dict[str, Any]:
-        return {**asdict(self), "format_version": FORMAT_VERSION}
+        given = {name: value for name, value in self.to_dict().items() if name not in _FORM or self._is_set(name)}
+        return {**given, "format_version": self.format_version}
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a field's value, in the words that recipes' errors use, or None."""
     bounds, allowed = f.metadata, None
-    if f.type in (int, float):
+    if "windows" in bounds and isinstance(value, list | tuple):
+        whole = all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in value)
+        if not (whole and 2 <= len(value) <= MAX_WINDOWS and all(a < b for a, b in itertools.pairwise(value))):
+            allowed = f"a number of tokens, or 2 to {MAX_WINDOWS} rising ones, such as [24, 96, 384]"
+    elif "windows" in bounds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            allowed = "a valid integer, or a list of them"
+        elif value < 0:
+            allowed = "greater than or equal to 0"
+    elif f.type in (int, float):
         # To Python a bool is an int.
         if isinstance(value, bool) or not isinstance(value, int if f.type is int else (int, float)):
             allowed = "a valid integer" if f.type is int else "a valid number"

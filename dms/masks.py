@@ -1,10 +1,11 @@
 """Which tokens see which: documents, positions, alignment of decisions, visibility. Every other file asks here.
 
 Key k is visible to query q iff both belong to one document, k <= q, and (q - k <= w or k is not evicted or k < sinks), in
-positions of the document. Shapes: B batch, T new tokens, S all tokens, H KV heads.
+positions of the document. With several windows w_1 < ... < w_K there is a decision for each, and k is visible iff no decision j with
+q - k > w_j evicts it. Shapes: B batch, T new tokens, S all tokens, H KV heads, K windows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,15 +105,18 @@ def require_unbroken(tokens: Tokens) -> None:
         raise ValueError("the attention mask has padding between two tokens of a document; in train mode pad at a row's start or end")
 
 
-def align(decision_BTH: torch.Tensor, segment_BT: torch.Tensor, alignment: str, undecided: float | bool) -> torch.Tensor:
+def align(decision_BTX: torch.Tensor, segment_BT: torch.Tensor, alignment: str, undecided: float | bool) -> torch.Tensor:
     """Move decisions from the token whose gate made them to the token that they are for.
 
-    Under `next` the gate at k + 1 decides for k; a document's last token is `undecided` until its successor comes.
+    decision_BTX: [B, T, H] or [B, T, H, K]. Under `next` the gate at k + 1 decides for k; a document's last token is `undecided` until
+    its successor comes.
     """
     if alignment == "own":
-        return decision_BTH
+        return decision_BTX
     successor, has = _successor(segment_BT)
-    return torch.where(has[..., None], decision_BTH.gather(1, successor[..., None].expand_as(decision_BTH)), undecided)
+    trailing = (1,) * (decision_BTX.dim() - 2)
+    index = successor.view(*successor.shape, *trailing).expand_as(decision_BTX)
+    return torch.where(has.view(*has.shape, *trailing), decision_BTX.gather(1, index), undecided)
 
 
 def decided_tokens(segment_BT: torch.Tensor, alignment: str) -> torch.Tensor:
@@ -130,35 +134,53 @@ def _successor(segment_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return successor, has
 
 
-def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
-    """Visibility [B, H, T, S] bool. Within a document keys are in order, so that k <= q is a comparison of positions."""
+def visible(query: Tokens, key: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[int], sinks: int) -> torch.Tensor:
+    """Visibility [B, H, T, S] bool. Within a document keys are in order, so that k <= q is a comparison of positions.
+
+    evicted_BSH: of several windows [B, S, H, K].
+    """
     q_position, k_position = query.position_BT[:, :, None], key.position_BT[:, None, :]
     causal = (query.segment_BT[:, :, None] == key.segment_BT[:, None, :]) & (key.segment_BT[:, None, :] > 0) & (k_position <= q_position)
-    near = (q_position - k_position <= window) | (k_position < sinks)
-    kept = ~evicted_BSH.permute(0, 2, 1)[:, :, None, :]
-    return causal[:, None] & (near[:, None] | kept)
+    see = causal[:, None]
+    for delay, evicted in each_window(window, evicted_BSH):
+        near = (q_position - k_position <= delay) | (k_position < sinks)
+        kept = ~evicted.permute(0, 2, 1)[:, :, None, :]
+        see = see & (near[:, None] | kept)
+    return see
 
 
-def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
-    """Entries alive at each document's end, [B, S, H] bool: its window and sinks included, padding not."""
+def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[int], sinks: int) -> torch.Tensor:
+    """Entries alive at each document's end, [B, S, H] bool: its window and sinks included, padding not. evicted_BSH: as in `visible`."""
     position = tokens.position_BT
-    near = (_document_end(tokens) - position <= window) | (position < sinks)
-    return (tokens.segment_BT > 0)[..., None] & (near[..., None] | ~evicted_BSH)
+    there = (tokens.segment_BT > 0)[..., None]
+    for delay, evicted in each_window(window, evicted_BSH):
+        near = (document_end(tokens) - position <= delay) | (position < sinks)
+        there = there & (near[..., None] | ~evicted)
+    return there
 
 
-def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int, sinks: int) -> torch.Tensor:
+def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[int], sinks: int) -> torch.Tensor:
     """For how many positions of its document each entry is alive, its own among them, [B, S, H] int64; 0 for padding.
 
-    Summed over a document's tokens, and divided by its length, these are the entries alive in the mean over positions.
+    Summed over a document's tokens, and divided by its length, these are the entries alive in the mean over positions. evicted_BSH: as in
+    `visible`.
     """
     position = tokens.position_BT.long()
-    rest = (_document_end(tokens) - tokens.position_BT).long()
-    for_good = (position < sinks)[..., None] | ~evicted_BSH
-    steps = torch.where(for_good, rest[..., None], rest.clamp(max=window)[..., None]) + 1
-    return torch.where(tokens.real[..., None], steps, 0)
+    rest = (document_end(tokens) - tokens.position_BT).long()
+    steps = rest[..., None].expand(evicted_BSH.shape[:3])
+    for delay, evicted in each_window(window, evicted_BSH):
+        steps = torch.where(evicted & (position >= sinks)[..., None], steps.clamp(max=delay), steps)
+    return torch.where(tokens.real[..., None], steps + 1, 0)
 
 
-def _document_end(tokens: Tokens) -> torch.Tensor:
+def each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Each window with its decisions [B, S, H]."""
+    if isinstance(window, int):
+        return [(window, evicted_BSH)]
+    return list(zip(window, evicted_BSH.unbind(-1), strict=True))
+
+
+def document_end(tokens: Tokens) -> torch.Tensor:
     """Position of the last token of each token's document, [B, S]."""
     segment = tokens.segment_BT.long()
     ends = torch.zeros(

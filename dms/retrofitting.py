@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from dms import attention, hf_compat, masks
-from dms.cache import CompactedLayer, DMSCache
+from dms import attention, gate_inputs, hf_compat, masks
+from dms.cache import CompactedLayer, DMSCache, masked_cache
 from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
 from dms.gates import Gate
@@ -40,9 +40,14 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     found = find_layers(model)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.window >= context:
+    if context is not None and config.windows[0] >= context:
         raise ValueError(
             f"window is {config.window} and the model's context is {context} tokens: nothing could ever be evicted; choose a window below the context"
+        )
+    if found.following and config.gate_input != "hidden":
+        raise ValueError(
+            f"gate_input is {config.gate_input}, and {found.following[0].name} ({type(found.following[0].module).__name__}) attends by another layer's "
+            "decisions, which that one would take too late; choose gate_input hidden"
         )
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
@@ -72,7 +77,10 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         takes_cache=hf_compat.makes_default_cache(model),
     )
     for layer in found.gated:
-        gate = Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
+        num_inputs = gate_inputs.num_inputs(layer.name, layer.module, _hidden_size(layer, text), layer.num_heads, config)
+        # Of several inputs, hidden states are normalised before they are put together.
+        normalize = not layer.normalized_input and config.gate_input == "hidden"
+        gate = Gate(num_inputs, layer.num_heads, config, normalize=normalize, seed=layer.index)
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
         layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
@@ -189,7 +197,7 @@ def _before_decoder(
 
     cache = hf_compat.own_cache(next((given[name] for name in hf_compat.CACHE_NAMES if given.get(name) is not None), None))
     if state.mode == "evict" and cache is None and state.takes_cache and _wants_cache(decoder, given):
-        cache = DMSCache(decoder, state=state)
+        cache = DMSCache(decoder, state=state) if state.config.has_caches else masked_cache(decoder, state=state)
     if cache is not None:
         args, kwargs = _with_cache(decoder, state.decoder_signature, cache, args, kwargs)
     for module in (layer.module for layers in (state.layers, state.following) for layer in layers):
@@ -200,7 +208,7 @@ def _before_decoder(
     if isinstance(cache, DMSCache):
         cache.before_forward(num_tokens)
 
-    if state.mode == "train" and state.tokens is not None:
+    if state.mode in ("train", "label") and state.tokens is not None:
         tokens = _given_tokens(state, state.tokens, source)
     else:
         tokens = masks.locate_tokens(batch, num_tokens, source.device, mask, given.get("position_ids"), past)

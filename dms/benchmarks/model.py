@@ -60,7 +60,7 @@ def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
         gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator).div(gate.weight.shape[1] ** 0.5))
         gate.weight.requires_grad_(False)
         gates[layer.index] = gate
-    length = min(state.config.window, _NUM_SAMPLES)
+    length = min(state.config.windows[0], _NUM_SAMPLES)
     ids = torch.randint(config.get_text_config().vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
     state.decoder(input_ids=ids, use_cache=False)
     passed = evict_pass(model)

@@ -63,6 +63,16 @@ class DMSCache(Cache):
         """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
+        if len(state.config.windows) > 1:
+            raise ValueError(
+                f"window is {list(state.config.windows)}: a compacted cache works for one window so far; pass cache=dms.cache.masked_cache(model), "
+                "which hides what is evicted and keeps it"
+            )
+        if not state.config.has_caches:
+            raise ValueError(
+                f"gate_input is {state.config.gate_input}, which a compacted cache does not know; call the model with use_cache=False, pass "
+                "cache=dms.cache.masked_cache(model), or choose gate_input hidden"
+            )
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
         return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
@@ -324,9 +334,12 @@ class MaskedCache(DynamicCache):
             hf_compat.empty_layer(layer)
 
 
-def masked_cache(model) -> MaskedCache:
-    """An empty cache that hides what is evicted and keeps it, the reference for `DMSCache`: pass it as `cache` in evict mode."""
-    state = state_of(model)
+def masked_cache(model, *, state: DMSState | None = None) -> MaskedCache:
+    """An empty cache that hides what is evicted and keeps it, the reference for `DMSCache`: pass it as `cache` in evict mode.
+
+    state: of the model that `model` is part of; None: its own.
+    """
+    state = state or state_of(model)
     cache = MaskedCache(config=model.config)
     for layer in state.layers:
         cache.layers[layer.index] = MaskedLayer(state.config)
@@ -355,4 +368,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
+        if not state.config.has_caches:
+            layers[index] = MaskedLayer(state.config)
+            continue
         layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)

@@ -68,7 +68,7 @@ class FusedStore(Store):
         )
 
     def _ring(self) -> Ring:
-        return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.window)
+        return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.windows[0])
 
     # Under autocast, rotation leaves queries in float32 and values are narrower, as what is stored is; what comes out is cast anyway.
 

@@ -150,7 +150,7 @@ class CompactedLayer(CacheLayerMixin):
         """
         if self._reading is None:
             self._reading = self._begin_reading()
-        options: dict[str, Any] = {"window": self.dms.window, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        options: dict[str, Any] = {"window": self.dms.windows[0], "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         out = self._reading.attend(query, **options)
         if ends:
             self.end_reading()

@@ -110,12 +110,13 @@ def masked_ratios(cache: Cache) -> dict[str, float]:
     for layer in cache.layers:
         if not isinstance(layer, MaskedLayer) or layer.decided is None:
             continue
-        tokens, evicted_BSH = layer.decided.tokens, layer.evicted()
+        tokens, decisions = layer.decided.tokens, layer.evicted()
+        evicted_BSH = decisions.any(-1) if len(layer.dms.windows) > 1 else decisions
         decided_BSH = masks.decided_tokens(tokens.segment_BT, layer.dms.alignment)[..., None].expand_as(evicted_BSH)
         evicted += int((evicted_BSH & decided_BSH).sum())
         decided += int(decided_BSH.sum())
         seen += int(tokens.real.sum()) * evicted_BSH.shape[-1]
-        alive += int(masks.alive(tokens, evicted_BSH, window=layer.dms.window, sinks=layer.dms.sinks).sum())
+        alive += int(masks.alive(tokens, decisions, window=layer.dms.window, sinks=layer.dms.sinks).sum())
     return {"cr_decided": _decided_ratio(evicted, decided), "cr": seen / max(1, alive), "seen": seen, "alive": alive}
 
 
@@ -136,7 +137,7 @@ def _warnings(stats: CacheStats, layers: list[CompactedLayer], evicted: int, exp
     messages: list[str] = []
     if not layers:
         return messages
-    window = max(layer.dms.window for layer in layers)
+    window = max(layer.dms.windows[-1] for layer in layers)
     num_heads = sum(layer.store.num_kept.numel() for layer in layers)
     per_head = stats.seen / num_heads
     if evicted == 0 and per_head > _LONG_TEXT * (window + 1):

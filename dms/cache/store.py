@@ -127,7 +127,7 @@ class Store(HeadPages):
         super().__init__(pool, batch, num_heads)
         device = self.device
         self.dms = config
-        self.ring_size = config.window + 1
+        self.ring_size = config.windows[0] + 1
         self.ring_kv = torch.zeros(batch, num_heads, 2, min(self.ring_size, _RING_STEP), pool.head_dim, dtype=pool.dtype, device=device)
         """[B, H, 2, R, D]: keys and values, a token at slot position % ring_size."""
         self.ring_state = torch.zeros(batch, num_heads, self.ring_kv.shape[3], dtype=torch.uint8, device=device)

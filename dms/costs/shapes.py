@@ -195,7 +195,7 @@ def measure(config: PreTrainedConfig, dms: DMSConfig, *, packed: bool = True) ->
             f"{config.model_type} is an encoder-decoder, whose two halves hold caches of two kinds; name a decoder, or an encoder alone"
         )
     context = context_of(config)
-    if context is not None and dms.window >= context:
+    if context is not None and dms.windows[0] >= context:
         raise ValueError(f"window is {dms.window} and the model's context is {context} tokens; choose a window below the context")
     packing = packing_of(config) if packed else None
     model = build(config)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dms import hf_compat
-from dms.config import FORMAT_VERSION, DMSConfig
+from dms.config import FORMAT_VERSIONS, DMSConfig
 from dms.io.weights import GATES_FILE, Structure, base_hash, follow_umask, save_tensors, weight_files, write_index
 from dms.modes import set_mode, state_of
 from dms.retrofitting import gate_parameters, retrofit
@@ -77,7 +77,7 @@ def write_gates(
         "base_name": base_name,
         "base_hash": base_digest,
         "target_cr": "" if target_cr is None else str(float(target_cr)),
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(config.format_version),
         "dms": json.dumps(config.to_saved()),
     }
     if trained_on is not None and trained_on.endswith(f"(hash {base_digest})"):
@@ -104,9 +104,10 @@ def read_config(metadata: Mapping[str, str], in_model_config: Mapping[str, Any] 
     Raises:
         ValueError: an unknown format, no configuration, or two that disagree.
     """
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    version = metadata.get("format_version")
+    if version not in map(str, FORMAT_VERSIONS):
         raise ValueError(
-            f"{folder}/{GATES_FILE}: format_version is {metadata.get('format_version')!r}, this version of dms reads {FORMAT_VERSION}"
+            f"{folder}/{GATES_FILE}: format_version is {version!r}, this version of dms reads {' and '.join(map(str, FORMAT_VERSIONS))}"
         )
     saved = json.loads(metadata.get("dms", "null"))
     if saved is None:

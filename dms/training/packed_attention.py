@@ -12,7 +12,7 @@ Shapes: B batch, T tokens of a sequence, N processes that share it, S = T / N to
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,14 +85,15 @@ class PackedAttention:
         *,
         log_keep_BSH: torch.Tensor,
         tokens: Tokens,
-        window: int,
+        window: int | Sequence[int],
         sinks: int,
         alignment: str,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Noisy soft masking over whole sequences. query [B, Hq, S, D], key and value [B, H, S, D] -> [B, S, Hq, D].
 
-        log_keep_BSH: of the tokens held here, by the token whose gate decided. tokens: of the whole sequences.
+        log_keep_BSH: of the tokens held here, by the token whose gate decided; [B, S, H, K] for a sequence of K windows. tokens: of
+        the whole sequences.
         """
         return self._attend(query, key, value, log_keep_BSH, tokens, window=window, sinks=sinks, alignment=alignment, **kwargs)
 
@@ -122,7 +123,7 @@ class PackedAttention:
         log_keep_BSH: torch.Tensor | None,
         tokens: Tokens,
         *,
-        window: int,
+        window: int | Sequence[int],
         sinks: int,
         alignment: str,
         first_pass: FirstPass | None = None,
@@ -135,8 +136,10 @@ class PackedAttention:
         k_BTHD, v_BTHD = (self._to_heads(self._copied(x.transpose(1, 2))) for x in (key, value))
         log_keep_BTH = None
         if log_keep_BSH is not None:
-            gathered = self._to_heads(self._copied(log_keep_BSH[..., None]))[..., 0]
-            log_keep_BTH = masks.align(gathered, tokens.segment_BT, alignment, 0.0).contiguous()
+            # One decision a token and head, or one for each window.
+            is_single = log_keep_BSH.dim() == 3
+            gathered = self._to_heads(self._copied(log_keep_BSH[..., None] if is_single else log_keep_BSH))
+            log_keep_BTH = masks.align(gathered[..., 0] if is_single else gathered, tokens.segment_BT, alignment, 0.0).contiguous()
         sinks_of_heads = None if s_aux is None else s_aux.chunk(self.size)[self.rank]
         out_BTHD = gated_attention(
             q_BTHD,

@@ -16,11 +16,13 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import scale_of
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise, state_of
 from dms.training.activation_checkpointing import follow_passes
+from dms.training.budgets import saved_by, savings
 from dms.training.offload import HostStore
 from dms_kernels import gated_attention
 from dms_kernels.gated_attention import FirstPass
@@ -32,9 +34,11 @@ class TrainPass(ForwardPass):
 
     noise: Noise | None = None
     evicted_count: dict[int, torch.Tensor] = field(default_factory=dict)
-    """[B] sums of decisions to evict over heads and tokens: straight-through, with the gate's gradient."""
+    """[B] sums of what decisions to evict save over heads and tokens: straight-through, with the gate's gradient."""
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
-    """[B] decisions over heads and tokens."""
+    """[B] sums of what there is to save over heads and tokens."""
+    evicted_by_head: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, H] sums over tokens, as `evicted_count`."""
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
     """[H] share of decided tokens evicted, detached."""
     first_passes: dict[int, FirstPass] = field(default_factory=dict)
@@ -60,27 +64,44 @@ class TrainPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
+        """Count a layer's decisions, and return attention that weighs each key by its probability of being kept.
+
+        Raises:
+            ValueError: gates that read keys, under activation checkpointing or where attention is computed by document.
+        """
+        by_logits = functools.partial(self._attend_by, state, layer)
+        if state.config.gate_input == "hidden":
+            return by_logits(gate(hidden_BTM))
+        if self.keeps or self.rows is not None:
+            what = "activation checkpointing" if self.keeps else "packed sequences whose attention is computed by document, or shared ones"
+            raise ValueError(f"gate_input is {state.config.gate_input}, which does not work with {what}; choose gate_input hidden")
+        return decide_in_attention(state.config, layer.module, gate, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
+
+    def _attend_by(self, state: DMSState, layer: AttentionLayer, logits: torch.Tensor) -> AttentionFunction:
         config, tokens, rows = state.config, self.tokens, self.rows
-        logits = gate(hidden_BTM)
-        # A document's first token has nobody before it to decide for, wherever its successors are.
-        deciding = tokens.real if config.alignment == "own" else tokens.real & (tokens.position_BT > 0)
-        deciding = deciding if rows is None else rows.held(deciding)
+        num_windows = len(config.windows)
+        saved_BTK, whole_BT = savings(tokens, config.windows, sinks=config.sinks, alignment=config.alignment, budget=state.budget)
+        if rows is not None:
+            saved_BTK, whole_BT = rows.held(saved_BTK), rows.held(whole_BT)
         noise = torch.zeros_like(logits)
         if self.noise is not None:
             noise = logistic_noise(
                 self.noise.sequence_B.to(logits.device),
                 logits.shape[1],
-                layer.num_heads if config.granularity == "head" else 1,
+                (layer.num_heads if config.granularity == "head" else 1) * num_windows,
                 seed=self.noise.seed,
                 layer=layer.index,
                 first_token=0 if rows is None else rows.rank * logits.shape[1],
             )
-        log_keep = keep_log_prob(logits, noise, config.tau)
-        evicted = straight_through(log_keep) * deciding[..., None]
-        self.evicted_count[layer.index] = evicted.sum((1, 2))
-        self.decided_count[layer.index] = deciding.sum(1).to(log_keep.dtype) * layer.num_heads
-        self.head_rate[layer.index] = (evicted.detach().sum((0, 1)) / deciding.sum().clamp(min=1)).float()
+            noise = noise.unflatten(-1, (-1, num_windows)) if num_windows > 1 else noise
+        tau = config.tau if self.noise is None or self.noise.tau is None else self.noise.tau
+        log_keep = keep_log_prob(logits, noise, tau)
+        evicted = straight_through(log_keep)
+        saved = saved_by(evicted if num_windows > 1 else evicted[..., None], saved_BTK)
+        self.evicted_count[layer.index] = saved.sum((1, 2))
+        self.evicted_by_head[layer.index] = saved.sum(1)
+        self.decided_count[layer.index] = whole_BT.sum(1).to(log_keep.dtype) * layer.num_heads
+        self.head_rate[layer.index] = (saved.detach().sum((0, 1)) / whole_BT.sum().clamp(min=1)).float()
         attend = functools.partial(
             train_attention if rows is None else rows.train_attention,
             tokens=tokens,
@@ -120,7 +141,7 @@ def train_attention(
     *,
     log_keep_BTH: torch.Tensor,
     tokens: Tokens,
-    window: int,
+    window: int | tuple[int, ...],
     sinks: int,
     first_pass: FirstPass | None = None,
     scaling: float | None = None,
@@ -130,7 +151,7 @@ def train_attention(
 ) -> torch.Tensor:
     """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D].
 
-    log_keep_BTH: by the token that was decided on. scaling, softcap, s_aux: as transformers' attention interface gives them.
+    log_keep_BTH: by the token that was decided on; of several windows [B, T, H, K]. scaling, softcap, s_aux: as transformers' attention interface gives them.
     """
     if key.shape[2] != query.shape[2]:
         raise ValueError(

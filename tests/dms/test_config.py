@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import pickle
 
 import pytest
@@ -14,7 +15,7 @@ def test_all_problems_are_told_at_once():
         DMSConfig(windw=4, granularity="token", tau=0, sinks=True, scale="100", offset=float("inf"))
     assert str(caught.value).split("; ") == [
         "unknown key 'windw' (did you mean 'window'?)",
-        "allowed: window, granularity, alignment, tau, scale, offset, sinks",
+        f"allowed: {', '.join(field.name for field in dataclasses.fields(DMSConfig))}",
         "granularity: Input should be 'head' or 'layer'",
         "given: 'token'",
         "tau: Input should be greater than 0",
@@ -28,10 +29,34 @@ def test_all_problems_are_told_at_once():
     ]
 
 
-@pytest.mark.parametrize("value", [4.0, None, [4], -1])
+@pytest.mark.parametrize("value", [4.0, None, "4", True, -1])
 def test_a_window_is_a_whole_number(value):
     with pytest.raises(ValueError, match=r"window: Input should be .*; given: "):
         DMSConfig(window=value)
+
+
+@pytest.mark.parametrize("value", [[8], [8, 8], [16, 8], [-1, 8], [1, 2, 3, 4, 5], [1.0, 2], [True, 2], []])
+def test_several_windows_rise(value):
+    with pytest.raises(
+        ValueError, match=r"window: Input should be a number of tokens, or 2 to 4 rising ones, such as \[24, 96, 384\]; given: "
+    ):
+        DMSConfig(window=value)
+
+
+def test_several_windows_are_a_window_of_several_numbers():
+    config = DMSConfig(window=[4, 16, 64], sinks=2)
+    assert config.window == config.windows == (4, 16, 64)
+    assert DMSConfig(window=4).windows == (4,)
+    saved = config.to_saved()
+    assert saved["window"] == [4, 16, 64] and saved["format_version"] == 2
+    assert DMSConfig.from_saved(json.loads(json.dumps(saved)), "here") == config
+    assert dataclasses.replace(config, sinks=3).windows == (4, 16, 64)
+    assert hash(config) == hash(DMSConfig(window=(4, 16, 64), sinks=2))
+
+
+def test_one_window_is_saved_as_before():
+    saved = DMSConfig(window=4).to_saved()
+    assert saved["format_version"] == 1 and saved["window"] == 4
 
 
 def test_whole_numbers_serve_as_others():
@@ -76,7 +101,7 @@ def test_config_is_saved_and_read():
     config = DMSConfig(window=8, alignment="next", sinks=2)
     saved = config.to_saved()
     assert saved["format_version"] == 1 and DMSConfig.from_saved(saved, "here") == config
-    with pytest.raises(ValueError, match="here: format_version is 2, this version of dms reads 1"):
-        DMSConfig.from_saved(saved | {"format_version": 2}, "here")
+    with pytest.raises(ValueError, match="here: format_version is 3, this version of dms reads 1 and 2"):
+        DMSConfig.from_saved(saved | {"format_version": 3}, "here")
     with pytest.raises(ValueError, match=r"here: .*'sideways'"):
         DMSConfig.from_saved(saved | {"alignment": "sideways"}, "here")

@@ -73,3 +73,17 @@ def test_gradients_under_autocast_are_close(family, options, build_gated, make_b
         assert half[index].dtype == torch.float32
         assert torch.cosine_similarity(exact[index], half[index], dim=0) > 0.98, index
         assert not torch.equal(exact[index], half[index])
+
+
+def test_hidden_layer_is_between_input_and_logits():
+    gate = Gate(8, 3, dms.DMSConfig(gate_hidden=5), normalize=False, seed=1)
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(gate(x), torch.full((2, 5, 3), -5.0)), "nothing is evicted at first"
+    with torch.no_grad():
+        gate.weight.normal_()
+    hidden = torch.nn.functional.silu(x @ gate.hidden_weight.T + gate.hidden_bias)
+    torch.testing.assert_close(gate(x), 100.0 * (hidden @ gate.weight.T + gate.bias) - 5.0)
+    same, other = (Gate(8, 3, dms.DMSConfig(gate_hidden=5), normalize=False, seed=seed).hidden_weight for seed in (1, 2))
+    assert torch.equal(gate.hidden_weight, same) and not torch.equal(gate.hidden_weight, other)
+    assert Gate(8, 3, dms.DMSConfig(gate_hidden=5, window=[4, 9]), normalize=False)(x).shape == (2, 5, 3, 2)
+    assert dict(Gate(8, 3, dms.DMSConfig(), normalize=False).named_parameters()).keys() == {"weight", "bias"}

@@ -146,11 +146,27 @@ def test_padding_within_a_document_is_for_inference_only():
         masks.require_unbroken(_locate(mask=[[1, 0, 1, 1]]))
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (2, 0), (3, 2), (50, 1)])
+def test_several_windows_hide_by_each_decision():
+    tokens = _tokens([[1] * 6], [list(range(6))])
+    evicted = torch.zeros(1, 6, 1, 2, dtype=torch.bool)
+    evicted[0, 0, 0] = torch.tensor([True, False])
+    evicted[0, 1, 0] = torch.tensor([False, True])
+    evicted[0, 2, 0] = torch.tensor([True, True])
+    see = masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=0)[0, 0]
+    # Key 0 leaves after 1, key 1 after 3, key 2 after 1.
+    assert see[:, 0].tolist() == [True, True, False, False, False, False]
+    assert see[:, 1].tolist() == [False, True, True, True, True, False]
+    assert see[:, 2].tolist() == [False, False, True, True, False, False]
+    assert masks.alive(tokens, evicted, window=(1, 3), sinks=0)[0, :, 0].tolist() == see[-1].tolist()
+    assert masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=1)[0, 0, :, 0].all()
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (2, 0), (3, 2), (50, 1), ((0, 2), 0), ((1, 3, 50), 1), ((2, 3, 4, 5), 2)])
 def test_entries_are_counted_as_often_as_queries_see_them(window, sinks):
-    generator = torch.Generator().manual_seed(window)
+    generator = torch.Generator().manual_seed(sinks)
     tokens = _tokens([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0]], [[0, 0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 0]])
-    evicted = torch.rand(2, 9, 3, generator=generator) < 0.6
+    windows = () if isinstance(window, int) else (len(window),)
+    evicted = torch.rand(2, 9, 3, *windows, generator=generator) < 0.6
     see = masks.visible(tokens, tokens, evicted, window=window, sinks=sinks)
     steps = masks.alive_steps(tokens, evicted, window=window, sinks=sinks)
     assert torch.equal(steps, see.sum(2).transpose(1, 2))

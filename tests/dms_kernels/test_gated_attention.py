@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gated_inputs import assert_close, forward_backward, inputs, random_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,61 +35,6 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _inputs(B=2, T=37, H=2, G=2, D=8, dtype=torch.float64, gates="mixed", seed=0, sink_logits=False):
-    """Random leaf tensors by name; gates: mixed (with hard evictions), soft, evicted, kept, none."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = {"q": normal(B, T, H * G, D), "k": normal(B, T, H, D), "v": normal(B, T, H, D)}
-    log_keep = torch.nn.functional.logsigmoid(8 * normal(B, T, H, dtype=torch.float64).detach())
-    if gates == "mixed":
-        log_keep[torch.rand(B, T, H, generator=generator) < 0.4] = -math.inf
-    elif gates == "evicted":
-        log_keep.fill_(-math.inf)
-    elif gates == "kept":
-        log_keep.zero_()
-    tensors["log_keep"] = None if gates == "none" else log_keep.to(gate_dtype).requires_grad_()
-    tensors["sink_logits"] = normal(H * G) if sink_logits else None
-    return tensors
-
-
-def _forward_backward(function, tensors, **options):
-    """The output and the gradients of a fixed random projection of it, by name; None where none was asked."""
-    tensors = {name: None if x is None else x.detach().requires_grad_(x.requires_grad) for name, x in tensors.items()}
-    out = function(**tensors, **options)
-    generator = torch.Generator().manual_seed(1)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype))
-    return {"out": out.detach(), **{name: None if x is None else x.grad for name, x in tensors.items()}}
-
-
-def _assert_close(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name, want in expected.items():
-        if want is None:
-            assert actual[name] is None, name
-            continue
-        assert torch.isfinite(actual[name]).all(), name
-        torch.testing.assert_close(actual[name], want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def _segments(kind, B, T, generator):
-    """[B, T] int32 of the kind asked: packed documents of random lengths, padded on a side, or both."""
-    segment_ids = torch.ones(B, T, dtype=torch.int32)
-    for b in range(B):
-        if kind in ("packed", "both"):
-            starts = torch.rand(T, generator=generator) < 0.15
-            segment_ids[b] = starts.cumsum(0).to(torch.int32) + 1
-        num_pad = int(torch.randint(0, T, (1,), generator=generator))
-        if kind in ("left", "both"):
-            segment_ids[b, :num_pad] = 0
-        if kind == "right":
-            segment_ids[b, T - num_pad :] = 0
-    return segment_ids
-
-
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
@@ -106,23 +52,23 @@ def _segments(kind, B, T, generator):
     seed=st.integers(0, 2**16),
 )
 def test_chunked_equals_reference(B, T, H, G, D, window, chunk, gates, segments, sinks, softcap, sink_logits, seed):
-    tensors = _inputs(B, T, H, G, D, gates=gates, seed=seed, sink_logits=sink_logits)
+    tensors = inputs(B, T, H, G, D, gates=gates, seed=seed, sink_logits=sink_logits)
     generator = torch.Generator().manual_seed(seed)
     options = {
         "window": window,
         "scale": 0.7,
-        "segment_ids": None if segments is None else _segments(segments, B, T, generator),
+        "segment_ids": None if segments is None else random_segments(segments, B, T, generator),
         "sinks": sinks,
         "softcap": softcap,
     }
-    expected = _forward_backward(gated_attention_reference, tensors, **options)
-    actual = _forward_backward(gated_attention_chunked, tensors, **options, chunk=chunk)
-    _assert_close(actual, expected, 1e-11)
+    expected = forward_backward(gated_attention_reference, tensors, **options)
+    actual = forward_backward(gated_attention_chunked, tensors, **options, chunk=chunk)
+    assert_close(actual, expected, 1e-11)
 
 
 def test_reference_follows_the_rule():
     window, sinks = 3, 2
-    tensors = _inputs(B=1, T=14, H=1, G=1, D=4, gates="mixed")
+    tensors = inputs(B=1, T=14, H=1, G=1, D=4, gates="mixed")
     segment_ids = torch.tensor([[0, 0, 5, 5, 5, 5, 5, 5, 5, 5, 9, 9, 9, 0]], dtype=torch.int32)
     out = gated_attention_reference(**tensors, window=window, scale=0.5, segment_ids=segment_ids, sinks=sinks)
     q, k, v, log_keep = (tensors[name].detach()[0, :, 0] for name in ("q", "k", "v", "log_keep"))
@@ -144,7 +90,7 @@ def test_reference_follows_the_rule():
 
 @pytest.mark.parametrize("gates", ["none", "kept"])
 def test_without_eviction_equals_sdpa(gates):
-    tensors = _inputs(gates=gates)
+    tensors = inputs(gates=gates)
     out = gated_attention(**tensors, window=4, scale=8**-0.5, segment_ids=None)
     q, k, v = (tensors[name].transpose(1, 2) for name in ("q", "k", "v"))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -152,7 +98,7 @@ def test_without_eviction_equals_sdpa(gates):
 
 
 def test_all_evicted_equals_sliding_window():
-    tensors = _inputs(gates="evicted")
+    tensors = inputs(gates="evicted")
     window, T = 5, tensors["q"].shape[1]
     gap = torch.arange(T)[:, None] - torch.arange(T)
     q, k, v = (tensors[name].transpose(1, 2) for name in ("q", "k", "v"))
@@ -163,7 +109,7 @@ def test_all_evicted_equals_sliding_window():
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_gradcheck(softcap):
-    tensors = _inputs(B=1, T=9, H=1, G=2, D=3, gates="soft", sink_logits=True)
+    tensors = inputs(B=1, T=9, H=1, G=2, D=3, gates="soft", sink_logits=True)
     segment_ids = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 2, 2]], dtype=torch.int32)
 
     def function(*args):
@@ -175,7 +121,7 @@ def test_gradcheck(softcap):
 
 def test_packed_equals_each_document_alone():
     lengths = [11, 1, 20, 5]
-    tensors = _inputs(B=1, T=sum(lengths), gates="mixed", sink_logits=True)
+    tensors = inputs(B=1, T=sum(lengths), gates="mixed", sink_logits=True)
     segment_ids = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(lengths))[None].to(torch.int32)
     options = {"window": 3, "scale": 0.5, "sinks": 2}
     packed = gated_attention_chunked(**tensors, **options, segment_ids=segment_ids, chunk=8)
@@ -190,10 +136,10 @@ def test_packed_equals_each_document_alone():
 @pytest.mark.parametrize("gates", ["mixed", "evicted", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_finite_and_padding_is_silent(dtype, gates):
-    tensors = _inputs(T=40, dtype=dtype, gates=gates, sink_logits=True)
+    tensors = inputs(T=40, dtype=dtype, gates=gates, sink_logits=True)
     segment_ids = torch.ones(2, 40, dtype=torch.int32)
     segment_ids[0, :13], segment_ids[1] = 0, 0
-    result = _forward_backward(gated_attention_chunked, tensors, window=2, scale=0.5, segment_ids=segment_ids, sinks=1, chunk=8)
+    result = forward_backward(gated_attention_chunked, tensors, window=2, scale=0.5, segment_ids=segment_ids, sinks=1, chunk=8)
     for name, tensor in result.items():
         if tensor is None:
             continue
@@ -204,8 +150,8 @@ def test_finite_and_padding_is_silent(dtype, gates):
 
 
 def test_hard_eviction_has_no_gradient_and_soft_eviction_has():
-    tensors = _inputs(T=40, gates="mixed")
-    grad = _forward_backward(gated_attention, tensors, window=2, scale=0.5, segment_ids=None)["log_keep"]
+    tensors = inputs(T=40, gates="mixed")
+    grad = forward_backward(gated_attention, tensors, window=2, scale=0.5, segment_ids=None)["log_keep"]
     is_evicted = tensors["log_keep"].isinf()
     assert not grad[is_evicted].any()
     assert grad[:, :-3][~is_evicted[:, :-3]].abs().mean() > 1e-4
@@ -215,12 +161,12 @@ def test_hard_eviction_has_no_gradient_and_soft_eviction_has():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_error_is_at_most_twice_plain_torch(dtype):
-    tensors = _inputs(B=2, T=150, D=32, dtype=dtype, gates="soft", sink_logits=True)
+    tensors = inputs(B=2, T=150, D=32, dtype=dtype, gates="soft", sink_logits=True)
     exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     options = {"window": 8, "scale": 32**-0.5, "segment_ids": None}
-    want = _forward_backward(gated_attention_reference, exact, **options)
-    plain = _forward_backward(gated_attention_reference, tensors, **options)
-    ours = _forward_backward(gated_attention_chunked, tensors, **options, chunk=32)
+    want = forward_backward(gated_attention_reference, exact, **options)
+    plain = forward_backward(gated_attention_reference, tensors, **options)
+    ours = forward_backward(gated_attention_chunked, tensors, **options, chunk=32)
     for name in want:
         assert ours[name].dtype == plain[name].dtype
         allowed = 2 * (plain[name].double() - want[name]).abs().max()
@@ -228,28 +174,28 @@ def test_half_error_is_at_most_twice_plain_torch(dtype):
 
 
 def test_float32_error_is_near_rounding():
-    tensors = _inputs(B=1, T=300, D=32, dtype=torch.float32, gates="mixed")
+    tensors = inputs(B=1, T=300, D=32, dtype=torch.float32, gates="mixed")
     exact = {name: None if x is None else x.detach().double().requires_grad_() for name, x in tensors.items()}
     options = {"window": 8, "scale": 32**-0.5, "segment_ids": None}
-    want = _forward_backward(gated_attention_reference, exact, **options)
-    ours = _forward_backward(gated_attention, tensors, **options)
-    _assert_close({name: None if x is None else x.double() for name, x in ours.items()}, want, 1e-5)
+    want = forward_backward(gated_attention_reference, exact, **options)
+    ours = forward_backward(gated_attention, tensors, **options)
+    assert_close({name: None if x is None else x.double() for name, x in ours.items()}, want, 1e-5)
 
 
 def test_evicted_keys_are_skipped_only_where_it_is_safe():
     T, chunk = 256, 32
 
     def products(log_keep_value, q_scale):
-        tensors = _inputs(B=1, T=T, H=1, G=1, gates="kept")
+        tensors = inputs(B=1, T=T, H=1, G=1, gates="kept")
         with torch.no_grad():
             tensors["q"].mul_(q_scale)
             tensors["log_keep"].fill_(log_keep_value)
             tensors["log_keep"][:, ::50] = 0.0
         options = {"window": 4, "scale": 0.5, "segment_ids": None}
-        want = _forward_backward(gated_attention_reference, tensors, **options)
+        want = forward_backward(gated_attention_reference, tensors, **options)
         with _Recorder() as recorder:
-            actual = _forward_backward(gated_attention_chunked, tensors, **options, chunk=chunk)
-        _assert_close(actual, want, 1e-11)
+            actual = forward_backward(gated_attention_chunked, tensors, **options, chunk=chunk)
+        assert_close(actual, want, 1e-11)
         return sum(recorder.product_numels)
 
     assert products(-500.0, 1.0) < 0.6 * products(-5.0, 1.0)
@@ -259,7 +205,7 @@ def test_evicted_keys_are_skipped_only_where_it_is_safe():
 
 def test_only_the_needed_products_are_computed():
     def num_products(*names):
-        tensors = {name: x.detach() for name, x in _inputs(T=64).items() if x is not None}
+        tensors = {name: x.detach() for name, x in inputs(T=64).items() if x is not None}
         for name in names:
             tensors[name].requires_grad_()
         out = gated_attention_chunked(**tensors, window=4, scale=0.5, segment_ids=None, chunk=16)
@@ -278,10 +224,10 @@ def test_only_the_needed_products_are_computed():
 @pytest.mark.parametrize("gates", ["soft", "none"])
 def test_no_tensor_of_size_t_squared(gates):
     T = 1024
-    tensors = _inputs(B=1, T=T, H=1, G=2, D=4, dtype=torch.float32, gates=gates)
+    tensors = inputs(B=1, T=T, H=1, G=2, D=4, dtype=torch.float32, gates=gates)
     options = {"window": 16, "scale": 0.5, "segment_ids": torch.ones(1, T, dtype=torch.int32)}
     with _Recorder() as recorder:
-        _forward_backward(gated_attention, tensors, **options)
+        forward_backward(gated_attention, tensors, **options)
     assert 0 < max(recorder.numels) < T * T
     with _Recorder() as recorder:
         gated_attention_reference(**tensors, **options)
@@ -289,7 +235,7 @@ def test_no_tensor_of_size_t_squared(gates):
 
 
 def test_only_inputs_output_and_lse_are_saved():
-    tensors = _inputs(T=64, dtype=torch.float32)
+    tensors = inputs(T=64, dtype=torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda x: x):
         gated_attention(**tensors, window=4, scale=0.5, segment_ids=None)
@@ -298,10 +244,10 @@ def test_only_inputs_output_and_lse_are_saved():
 
 
 def test_deterministic_and_strides_do_not_matter():
-    tensors = _inputs(T=70, dtype=torch.float32)
+    tensors = inputs(T=70, dtype=torch.float32)
     options = {"window": 4, "scale": 0.5, "segment_ids": None}
-    first = _forward_backward(gated_attention, tensors, **options)
-    again = _forward_backward(gated_attention, tensors, **options)
+    first = forward_backward(gated_attention, tensors, **options)
+    again = forward_backward(gated_attention, tensors, **options)
     moved = {
         name: x if name == "log_keep" or x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2)
         for name, x in tensors.items()
@@ -313,27 +259,27 @@ def test_deterministic_and_strides_do_not_matter():
 
 
 def test_autocast_casts_as_sdpa_does():
-    tensors = _inputs(dtype=torch.float32)
+    tensors = inputs(dtype=torch.float32)
     mixed = {**tensors, "v": tensors["v"].detach().bfloat16().requires_grad_()}
     options = {"window": 4, "scale": 0.5, "segment_ids": None}
     half = {name: x if name == "log_keep" or x is None else x.detach().bfloat16().requires_grad_() for name, x in tensors.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = _forward_backward(gated_attention, mixed, **options)
-    want = _forward_backward(gated_attention, half, **options)
+        actual = forward_backward(gated_attention, mixed, **options)
+    want = forward_backward(gated_attention, half, **options)
     assert actual["out"].dtype == torch.bfloat16 and actual["q"].dtype == torch.float32
     for name in ("out", "q", "k", "v", "log_keep"):
         assert torch.equal(actual[name].float(), want[name].float()), name
 
 
 def test_checkpointing_changes_nothing():
-    tensors = _inputs(dtype=torch.float32)
+    tensors = inputs(dtype=torch.float32)
     options = {"window": 4, "scale": 0.5, "segment_ids": None}
 
     def checkpointed(**kwargs):
         return checkpoint(gated_attention, use_reentrant=False, **kwargs)
 
-    want = _forward_backward(gated_attention, tensors, **options)
-    actual = _forward_backward(checkpointed, tensors, **options)
+    want = forward_backward(gated_attention, tensors, **options)
+    actual = forward_backward(checkpointed, tensors, **options)
     for name in ("out", "q", "k", "v", "log_keep"):
         assert torch.equal(actual[name], want[name]), name
 
@@ -383,19 +329,19 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("needs", ["all", "log_keep"])
 @pytest.mark.parametrize("gates", ["mixed", "none"])
 def test_a_recomputation_resumes_and_computes_nothing(gates, needs):
-    tensors = _inputs(T=40, gates=gates, sink_logits=True)
+    tensors = inputs(T=40, gates=gates, sink_logits=True)
     if needs == "log_keep" and gates == "mixed":
         tensors = {name: x if name == needs else x.detach() for name, x in tensors.items()}
     segment_ids = torch.tensor([[1] * 17 + [2] * 20 + [0] * 3, [0] * 5 + [1] * 35], dtype=torch.int32)
     options = {"window": 3, "scale": 0.6, "segment_ids": segment_ids, "sinks": 2, "softcap": 5.0}
-    want = _forward_backward(gated_attention, tensors, **options)
+    want = forward_backward(gated_attention, tensors, **options)
     first_pass = FirstPass()
 
     def checkpointed(**arguments):
         return checkpoint(lambda: gated_attention(**arguments, first_pass=first_pass), use_reentrant=False)
 
     dispatch.reset_calls()
-    actual = _forward_backward(checkpointed, tensors, **options)
+    actual = forward_backward(checkpointed, tensors, **options)
     assert dispatch.calls() == {"gated_attention": {"reference": 1}}
     assert first_pass.take() is None
     for name, x in want.items():
@@ -403,10 +349,10 @@ def test_a_recomputation_resumes_and_computes_nothing(gates, needs):
 
 
 def test_a_first_pass_without_a_backward_keeps_nothing():
-    tensors = {name: None if x is None else x.detach() for name, x in _inputs().items()}
+    tensors = {name: None if x is None else x.detach() for name, x in inputs().items()}
     first_pass = FirstPass()
     gated_attention(**tensors, window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
     assert first_pass.take() is None
     with torch.no_grad():
-        gated_attention(**_inputs(), window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
+        gated_attention(**inputs(), window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
     assert first_pass.take() is None

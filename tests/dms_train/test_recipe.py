@@ -4,6 +4,7 @@ from dms_train.recipe import GenerateRecipe, PretrainRecipe, RetrofitRecipe
 from dms_train.recipe_file import dump_recipe, load_recipe, packaged_recipes, parse_yaml
 
 from dms.builtin import recipes_folder
+from dms.config import DMSConfig
 from dms.evaluation.engine.settings import EvaluationSettings
 
 SCHEMAS = {"pretrain": PretrainRecipe, "generate": GenerateRecipe, "evaluate": EvaluationSettings}
@@ -81,7 +82,7 @@ def test_the_method_s_section_is_strict_too(section, message, write):
 def test_the_method_s_section_is_written_out_and_read_again(write):
     recipe = load_recipe(write(), ["dms.offset=4", "dms.granularity=layer"], RetrofitRecipe)
     written = yaml.safe_load(dump_recipe(recipe))["dms"]
-    assert written == {"window": 8, "granularity": "layer", "alignment": "own", "tau": 0.1, "scale": 100.0, "offset": 4.0, "sinks": 0}
+    assert written == DMSConfig().to_dict() | {"window": 8, "granularity": "layer", "alignment": "own", "scale": 100.0, "offset": 4.0}
     assert RetrofitRecipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert RetrofitRecipe.model_validate({**recipe.model_dump(), "dms": recipe.dms}) == recipe
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def finish(
     result = {
         "model": recipe.model,
         "target_cr": recipe.target_cr,
-        "window": recipe.dms.window,
+        "window": recipe.dms.to_dict()["window"],
         "alignment": recipe.dms.alignment,
         "granularity": recipe.dms.granularity,
         "trainable": recipe.trainable,
@@ -170,7 +170,7 @@ def finish(
         base_name=recipe.model,
         base_license=base_facts.license,
         base_sha256=base_facts.sha256,
-        dms_config=asdict(recipe.dms),
+        dms_config=recipe.dms.to_dict(),
         rows=rows,
         run=TrainingFacts.from_result(result),
         data="standard-library sources with planted recall tasks (built-in)" if recipe.data.source == "builtin" else recipe.data.describe(),

@@ -88,7 +88,7 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
     student.config.use_cache = False
     retrofit(student, recipe.dms)
     state = state_of(student)
-    state.trained_length = recipe.data.length
+    state.trained_length, state.budget = recipe.data.length, recipe.budget
     apart = not_called(student)
     if recipe.trainable == "gates+lora":
         add_adapters(student, recipe, apart=apart)

@@ -29,7 +29,9 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
     logits = evict_pass(model).logits
     probabilities = []
     for index in sorted(logits):
-        prob_HT = torch.sigmoid(logits[index][0].float()).T.tolist()
+        # Of several decisions, the one that is most for evicting: whether the token is evicted by any.
+        logits_TH = logits[index][0].float() if len(state.config.windows) == 1 else logits[index][0].float().amax(-1)
+        prob_HT = torch.sigmoid(logits_TH).T.tolist()
         probabilities.append([[*row[1:], None] if shift else row for row in prob_HT])
     return report.DocumentTrace(
         tokens=[tokenizer.decode([token]) for token in document.input_ids],
@@ -37,7 +39,7 @@ def trace_document(model, tokenizer, document: EvaluationDocument, title: str = 
         answers=[(a.start, a.end, all(right[a.start - 1 : a.end - 1])) for a in document.answers],
         layer_indices=sorted(logits),
         title=title,
-        window=state.config.window,
+        window=state.config.windows[0],
         sinks=state.config.sinks,
         prompt=document.prompt,
     )
@@ -179,19 +181,18 @@ def _add(sums: _Sums, state, edges: torch.Tensor, positions: torch.Tensor) -> No
     sums.decided += int(decided_T.sum())
     sums.seen += num_tokens
     for index, evicted_BTH in forward.evicted.items():
-        evicted_TH = evicted_BTH[0].cpu() & decided_T[:, None]
+        decisions = evicted_BTH.cpu() & decided_T.view(1, -1, *(1,) * (evicted_BTH.dim() - 2))
+        evicted_TH = decisions[0] if decisions.dim() == 3 else decisions[0].any(-1)
         num_heads = evicted_TH.shape[1]
-        alive_H = masks.alive(tokens, evicted_TH[None], window=config.window, sinks=config.sinks)[0].sum(0)
+        alive_H = masks.alive(tokens, decisions, window=config.window, sinks=config.sinks)[0].sum(0)
         sums.evicted[index] = sums.evicted.get(index, 0) + evicted_TH.sum(0)
         sums.alive[index] = sums.alive.get(index, 0) + alive_H
         sums.evicted_by_bin.index_add_(0, bin_T, evicted_TH.sum(1))
         sums.decided_by_bin.index_add_(0, bin_T, decided_T.long() * num_heads)
-        # When token q is read, gone is what was evicted of the tokens before its window.
-        gone_T = evicted_TH.sum(1)
-        gone_T[: config.sinks] = 0
-        gone_before = torch.cat([gone_T.new_zeros(1), gone_T.cumsum(0)])[(positions - config.window).clamp(min=0)]
+        asking = tokens.map(lambda x: x[:, positions])
+        see = masks.visible(asking, tokens, decisions, window=config.window, sinks=config.sinks)
         sums.seen_at[: len(positions)] += (positions + 1) * num_heads
-        sums.alive_at[: len(positions)] += (positions + 1) * num_heads - gone_before
+        sums.alive_at[: len(positions)] += see.sum((0, 1, 3))
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from dms import masks
 from dms.evaluation.engine.chains import count_entries
 from dms.evaluation.engine.lm_eval_compat import STEPS, harness_step, max_new_tokens
 from dms.evaluation.engine.lm_eval_rows import HarnessCounts
@@ -119,8 +120,11 @@ def _without_cache(state: Any, B: int, T: int) -> torch.Tensor:
         return torch.stack([full_B, full_B, torch.zeros_like(full_B), full_B])
     config, gone_B, evicted_B = state.config, torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.long)
     for evicted_BTH in state.forward.evicted.values():
-        evicted_B += evicted_BTH.sum((1, 2)).cpu()
+        evicted_B += (evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)).sum((1, 2)).cpu()
         # Those that the next token would no longer see.
-        gone_B += evicted_BTH[:, config.sinks : max(config.sinks, T - config.window - 1)].sum((1, 2)).cpu()
+        gone_BTH = torch.zeros(evicted_BTH.shape[:3], dtype=torch.bool, device=evicted_BTH.device)
+        for window, evicted in masks.each_window(config.window, evicted_BTH):
+            gone_BTH[:, : max(0, T - window - 1)] |= evicted[:, : max(0, T - window - 1)]
+        gone_B += gone_BTH[:, config.sinks :].sum((1, 2)).cpu()
     undecided = num_heads if config.alignment == "next" else 0
     return torch.stack([full_B - gone_B, full_B, evicted_B, full_B - undecided])

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from dms.cache.stats import cache_stats, compacted_layers
+from dms import masks
+from dms.cache.layer import MaskedLayer
+from dms.cache.stats import cache_stats, compacted_layers, masked_ratios
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.tasks import RECALL_TASKS
 from dms.evaluation.engine.scoring import predict, predict_in_parts
@@ -134,6 +136,9 @@ class _Counts:
             self.seen, self.alive, self.decided = self.seen + total, self.alive + total, self.decided + total
             self.entries += [float(ids_BT.shape[1])] * ids_BT.shape[0]
             return
+        if any(isinstance(layer, MaskedLayer) for layer in cache.layers):
+            self._add_masked(cache)
+            return
         report, layers = cache_stats(cache, warn=False), list(compacted_layers(cache).values())
         self.seen, self.alive, self.bytes = self.seen + report.seen, self.alive + report.alive, self.bytes + report.bytes
         alive_B = torch.stack([layer.entries_alive().sum(1).cpu() for layer in layers]).sum(0)
@@ -144,6 +149,25 @@ class _Counts:
         self._decided_per_head += int(stores[0].decided.sum())
         self.evicted += int(evicted_LH.sum())
         self.decided += sum(int(store.decided.sum()) * store.num_kept.shape[1] for store in stores)
+
+    def _add_masked(self, cache: Cache) -> None:
+        layers = [layer for layer in cache.layers if isinstance(layer, MaskedLayer)]
+        ratios = masked_ratios(cache)
+        self.seen, self.alive = self.seen + int(ratios["seen"]), self.alive + int(ratios["alive"])
+        alive_B: Any = 0
+        evicted = []
+        for layer in layers:
+            tokens, decisions, config = layer.tokens, layer.evicted(), layer.dms
+            assert tokens is not None, "documents were read"
+            alive_B = alive_B + masks.alive(tokens, decisions, window=config.window, sinks=config.sinks).sum((1, 2))
+            evicted.append((decisions if decisions.dim() == 3 else decisions.any(-1)).sum((0, 1)).cpu())
+        self.entries += [alive / self.num_heads for alive in alive_B.tolist()]
+        evicted_LH = torch.stack(evicted)
+        self._evicted_LH = evicted_LH if self._evicted_LH is None else self._evicted_LH + evicted_LH
+        decided = int(masks.decided_tokens(tokens.segment_BT, layers[0].dms.alignment).sum())
+        self._decided_per_head += decided
+        self.evicted += int(evicted_LH.sum())
+        self.decided += decided * evicted_LH.numel()
 
     def evicted_share_LH(self) -> list[list[float]] | None:
         return None if self._evicted_LH is None else (self._evicted_LH / max(1, self._decided_per_head)).tolist()

@@ -49,7 +49,7 @@ class PolicyLayer(CompactedLayer):
                 f"{type(self.policy).__name__} reads one document a row, without padding; give rows of one length (dms takes any)"
             )
         assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
-        super().decide(torch.zeros_like(decision_BNH), tokens)
+        super().decide(torch.zeros_like(_of_each_head(decision_BNH)), tokens)
 
     def activate_past_recording(self) -> None:
         raise ValueError(f"{type(self.policy).__name__} cannot take tokens back: assisted generation works with dms and dense")
@@ -142,7 +142,12 @@ class WindowLayer(CompactedLayer):
 
     def decide(self, decision_BNH: torch.Tensor | PendingGate, tokens: Tokens) -> None:
         assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
-        super().decide(torch.ones_like(decision_BNH), tokens)
+        super().decide(torch.ones_like(_of_each_head(decision_BNH)), tokens)
+
+
+def _of_each_head(decision_BNX: torch.Tensor) -> torch.Tensor:
+    """One decision a head, whatever it is, where gates may have made one for each of several windows."""
+    return decision_BNX if decision_BNX.dim() == 3 else decision_BNX[..., 0]
 
 
 class PolicyCache(DMSCache):

@@ -1,7 +1,10 @@
-"""Causal attention in which a key fades once it has left the window: the training attention of DMS.
+"""Causal attention in which a key fades once it has left the window, or one of several: the training attention of DMS.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 
 __all__ = ["FirstPass", "gated_attention"]
 
+MAX_WINDOWS = 4
+
 
 def gated_attention(
     q: Tensor,
@@ -20,7 +25,7 @@ def gated_attention(
     v: Tensor,
     log_keep: Tensor | None,
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     segment_ids: Tensor | None,
     sinks: int = 0,
@@ -32,7 +37,8 @@ def gated_attention(
 
     Implements the delayed eviction mask of "Inference-Time Hyper-Scaling with KV Cache Compression"
     (arXiv 2506.05345, section 3.2 and figure 2b). Key k is visible to query q iff k <= q and both lie in the same
-    document. Its bias counts iff q - k > window and its position in its document is `sinks` or more.
+    document. Its bias counts iff q - k > window and its position in its document is `sinks` or more. With several windows
+    w_1 < ... < w_K a token has K decisions, and its bias is the sum of those log_keep[b, k, h, j] for which q - k > w_j.
     Nothing of size T x T is held, forward or backward; results are deterministic. Plain PyTorch computes half inputs in
     float32, float64 stays float64; the kernels multiply half inputs as they are and sum in float32. Under autocast q, k
     and v are cast as SDPA's would be; log_keep is not. On what it runs: `dms_kernels.dispatch`.
@@ -41,9 +47,11 @@ def gated_attention(
         q: [B, T, Hq, D], float16, bfloat16, float32 or float64.
         k: [B, T, H, D], dtype of q; Hq is a multiple of H, and query head i reads KV head i // (Hq / H).
         v: [B, T, H, D], dtype of q.
-        log_keep: [B, T, H] float32 (or q's float64), natural log of the probability that the token is kept, already
-            aligned to the token that it rules; -inf evicts it outright (its gradient is then 0). None: plain causal.
-        window: tokens before the query that are seen whatever their gate says; 0 leaves only the query's own.
+        log_keep: [B, T, H], or [B, T, H, K] for a sequence of K windows; float32 (or q's float64), natural log of the
+            probability that the token is kept, already aligned to the token that it rules; -inf evicts it outright (its
+            gradient is then 0). None: plain causal.
+        window: tokens before the query that are seen whatever their gate says; 0 leaves only the query's own. Or 1 to 4
+            of these, strictly increasing; those of T and more never count. The kernels take one.
         scale: factor on q.k, usually D ** -0.5.
         segment_ids: [B, T] int32, equal numbers for the tokens of one document, 0 for padding, whose output and
             gradients are 0. A document is one run of equal numbers. None: one document a row, no padding.
@@ -64,13 +72,16 @@ def gated_attention(
         # Some models' norms hand over float32 queries beside bfloat16 values.
         half = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(half), k.to(half), v.to(half)
-    _check_tensors(q, k, v, log_keep, segment_ids, sink_logits)
-    check_count("window", window)
+    _check_window(window)
+    _check_tensors(q, k, v, log_keep, window, segment_ids, sink_logits)
     check_count("sinks", sinks)
     check_scores(scale, softcap, sink_logits, q.shape[2])
+    if not isinstance(window, int) and len(window) == 1:
+        (window,) = window
+        log_keep = None if log_keep is None else log_keep[..., 0]
     function = None if first_pass is None else first_pass.function
     if function is None:
-        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
+        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k, window)) else gated_attention_chunked
     return function(
         q,
         k,
@@ -87,8 +98,23 @@ def gated_attention(
     )
 
 
+def _check_window(window: int | Sequence[int]) -> None:
+    if not isinstance(window, Sequence) or isinstance(window, str):
+        check_count("window", window)
+        return
+    is_count = [isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in window]
+    if not (1 <= len(window) <= MAX_WINDOWS and all(is_count) and all(a < b for a, b in pairwise(window))):
+        raise ValueError(f"window must be an integer of 0 or more, or 1 to {MAX_WINDOWS} strictly increasing ones, got {list(window)}")
+
+
 def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, segment_ids: Tensor | None, sink_logits: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor | None,
+    window: int | Sequence[int],
+    segment_ids: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> None:
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, T, Hq, D] with no empty dimension, got shape {tuple(q.shape)}")
@@ -104,8 +130,11 @@ def _check_tensors(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if log_keep is not None:
-        if log_keep.shape != (B, T, H):
-            raise ValueError(f"log_keep must be [B={B}, T={T}, H={H}], got {tuple(log_keep.shape)}")
+        shape, letters = (B, T, H), f"[B={B}, T={T}, H={H}]"
+        if not isinstance(window, int):
+            shape, letters = (*shape, len(window)), f"[B={B}, T={T}, H={H}, K={len(window)}] beside the windows {list(window)}"
+        if log_keep.shape != shape:
+            raise ValueError(f"log_keep must be {letters}, got {tuple(log_keep.shape)}")
         allowed = {torch.float32, torch.float64} if q.dtype == torch.float64 else {torch.float32}
         if log_keep.dtype not in allowed:
             raise ValueError(f"log_keep must be float32 (or float64 beside float64 q), got {log_keep.dtype}")

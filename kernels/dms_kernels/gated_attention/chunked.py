@@ -1,21 +1,22 @@
 """Gated attention a block of queries at a time, with its own backward: memory O(block * T), never T x T.
 
-One sequence and one KV head at a time, G query heads share each block of scores, small enough to stay in cache. Keys
-fall in four classes, of which only two narrow ones need a mask:
+One sequence and one KV head at a time, G query heads share each block of scores, small enough to stay in cache. With
+windows w_1 < ... < w_K a block's keys fall in K + 1 ranges, by how many decisions count for every query of the block:
 
-    far         at least window + 1 before every query of the block: scores + bias, no mask
-    edge        C keys whose gap to the block's queries passes `window`: bias below a triangle
-    band        between edge and diagonal: nothing to add
-    diagonal    the block's own C keys: the future is cut off, a triangle
+    near        none yet: the keys after begin - w_1, up to the block's own C keys, where a triangle cuts off the future
+    far j       the first j, whose biases are summed beforehand: the keys from begin - w_(j + 1), or the first, to begin - w_j
+    edge of w   C keys, of near or of a far range, whose gap to the block's queries passes w: w's bias below a triangle
+
+Of each far range a list has the keys that can weigh anything there: what is evicted by decision j is read within w_j only.
 
 Only q, k, v, log_keep, out and the log-sum-exp are kept for the backward, which recomputes the probabilities.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, C queries of a block, R = C * G rows of
-scores (row c * G + g), F far keys, N near keys (edge, band, diagonal), S = F + N.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows, C queries of a block, R = C * G rows
+of scores (row c * G + g), N keys of a list, E keys of an edge, S keys that a block sees.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ def gated_attention_chunked(
     v: Tensor,
     log_keep: Tensor | None,
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     segment_ids: Tensor | None,
     sinks: int = 0,
@@ -91,9 +92,17 @@ def gated_attention_chunked(
         is_pad_BT = segment_ids == 0
         first_BT = first_visible(segment_ids)
         spans = document_spans(first_BT, chunk)
+    if isinstance(window, int):
+        window = (window,)
+        log_keep = None if log_keep is None else log_keep[..., None]
     if log_keep is not None and sinks > 0:
         log_keep = log_keep.masked_fill(is_sink(first_BT, T, sinks, q.device), 0.0)
-    geometry = Geometry(window=min(window, T), scale=scale, softcap=softcap, chunk=chunk, spans=spans)
+    # Decisions whose window no key leaves never count; there is always one.
+    num_counting = max(sum(w < T - 1 for w in window), 1)
+    if num_counting < len(window) and log_keep is not None:
+        log_keep = log_keep[..., :num_counting]
+    windows = tuple(min(w, T) for w in window[:num_counting])
+    geometry = Geometry(windows=windows, scale=scale, softcap=softcap, chunk=chunk, spans=spans)
     return _GatedAttention.apply(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry, first_pass)
 
 
@@ -136,12 +145,12 @@ def _forward(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry) -> t
     lse_BHqT = torch.empty(B, Hq, T, dtype=dtype, device=q.device)
     floor_BH = None if log_keep is None else own_score_floor(q, k, geometry)
     tiles = Tiles(q, G, geometry, first_BT, num=1)
-    for b, h, keys in each_head(q, k, v, log_keep, floor_BH, geometry):
+    for b, h, lists in each_head(q, k, v, log_keep, floor_BH, geometry):
         heads = slice(h * G, (h + 1) * G)
-        for block in each_block(b, T, keys, geometry):
+        for block in each_block(b, lists, geometry, tiles):
             q_RD = q[b, block.begin : block.end, heads].to(dtype).mul(geometry.scale).flatten(0, 1)
             (probs_RS,) = tiles.buffers(block)
-            tiles.fill_scores(probs_RS, q_RD, keys, block, b)
+            tiles.fill_scores(probs_RS, q_RD, block, b)
             peak_R1 = probs_RS.amax(1, keepdim=True)
             if sink_logits is not None:
                 sink_R1 = sink_logits[heads].to(dtype).repeat(block.num_queries)[:, None]
@@ -149,8 +158,10 @@ def _forward(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry) -> t
             total_R1 = probs_RS.sub_(peak_R1).exp_().sum(1, keepdim=True)
             if sink_logits is not None:
                 total_R1 += (sink_R1 - peak_R1).exp_()
-            out_RD = torch.mm(probs_RS[:, block.num_far :], keys.v_TD[block.near_begin : block.end])
-            out_RD.addmm_(probs_RS[:, : block.num_far], keys.far_v_FD[block.far_begin : block.far_end])
+            near, *far = block.pieces
+            out_RD = torch.mm(probs_RS[:, near.columns], near.keys.v_ND[near.rows])
+            for piece in far:
+                out_RD.addmm_(probs_RS[:, piece.columns], piece.keys.v_ND[piece.rows])
             out_BTHqD[b, block.begin : block.end, heads] = out_RD.div_(total_R1).view(-1, G, D)
             lse_BHqT[b, heads, block.begin : block.end] = total_R1.log_().add_(peak_R1).view(-1, G).T
     if is_pad_BT is not None:
@@ -174,41 +185,43 @@ def _backward(q, k, v, log_keep, first_BT, grad_out, delta_BTHq, lse_BHqT, geome
     needs_slope = geometry.softcap is not None and (needs_q or needs_k)
     tiles = Tiles(q, G, geometry, first_BT, num=1 + needs_scores + needs_slope)
     floor_BH = lse_BHqT.view(B, H, G * T).amin(2)
-    for b, h, keys in each_head(q, k, v, log_keep, floor_BH, geometry):
+    for b, h, lists in each_head(q, k, v, log_keep, floor_BH, geometry):
         heads = slice(h * G, (h + 1) * G)
-        sums = _HeadGrads(keys, needs_k, needs_v, needs_bias)
-        for block in each_block(b, T, keys, geometry):
+        sums = _HeadGrads(lists, needs_k, needs_v, needs_bias)
+        for block in each_block(b, lists, geometry, tiles):
             rows = slice(block.begin, block.end)
-            far, near = slice(block.far_begin, block.far_end), slice(block.near_begin, block.end)
             q_RD = q[b, rows, heads].to(dtype).mul(geometry.scale).flatten(0, 1)
             grad_out_RD = grad_out[b, rows, heads].to(dtype).flatten(0, 1)
             probs_RS, *others = tiles.buffers(block)
             slope_RS = others[1] if needs_slope else None
-            tiles.fill_scores(probs_RS, q_RD, keys, block, b, slope_RS)
+            tiles.fill_scores(probs_RS, q_RD, block, b, slope_RS)
             probs_RS.sub_(lse_BHqT[b, heads, rows].T.reshape(-1, 1)).exp_()
             if needs_v:
-                sums.v_far_FD[far].addmm_(probs_RS[:, : block.num_far].T, grad_out_RD)
-                sums.v_TD[near].addmm_(probs_RS[:, block.num_far :].T, grad_out_RD)
+                for piece, v_ND in zip(block.pieces, sums.v_ND, strict=True):
+                    v_ND[piece.rows].addmm_(probs_RS[:, piece.columns].T, grad_out_RD)
             if not needs_scores:
                 continue
             grad_RS = others[0]
-            grad_far_RF, grad_near_RN = grad_RS[:, : block.num_far], grad_RS[:, block.num_far :]
-            torch.mm(grad_out_RD, keys.far_v_FD[far].T, out=grad_far_RF)
-            torch.mm(grad_out_RD, keys.v_TD[near].T, out=grad_near_RN)
+            for piece in block.pieces:
+                torch.mm(grad_out_RD, piece.keys.v_ND[piece.rows].T, out=grad_RS[:, piece.columns])
             grad_RS.sub_(delta_BTHq[b, rows, heads].reshape(-1, 1)).mul_(probs_RS)
             if needs_bias:
-                sums.bias_far_F[far].add_(grad_far_RF.sum(0))
-                if block.num_edge:
-                    edge_CGE = grad_near_RN[:, : block.num_edge].unflatten(0, (-1, G))
-                    edge = slice(block.near_begin, block.near_begin + block.num_edge)
-                    sums.bias_T[edge].add_((edge_CGE.sum(1) * tiles.beyond(block)).sum(0))
+                for piece, bias_KN in zip(block.pieces, sums.bias_KN, strict=True):
+                    if piece.keys.bias_N is not None:
+                        bias_KN[piece.keys.num_counting - 1, piece.rows].add_(grad_RS[:, piece.columns].sum(0))
+                    for edge in piece.edges:
+                        edge_CGE = grad_RS[:, edge.columns].unflatten(0, (-1, G))
+                        bias_KN[edge.decision, edge.rows].add_((edge_CGE.sum(1) * edge.beyond_CE).sum(0))
             if slope_RS is not None:
                 grad_RS.mul_(slope_RS)
             if needs_k:
-                sums.k_far_FD[far].addmm_(grad_far_RF.T, q_RD)
-                sums.k_TD[near].addmm_(grad_near_RN.T, q_RD)
+                for piece, k_ND in zip(block.pieces, sums.k_ND, strict=True):
+                    k_ND[piece.rows].addmm_(grad_RS[:, piece.columns].T, q_RD)
             if needs_q:
-                grad_RD = torch.mm(grad_near_RN, keys.k_TD[near]).addmm_(grad_far_RF, keys.far_k_FD[far])
+                near, *far = block.pieces
+                grad_RD = torch.mm(grad_RS[:, near.columns], near.keys.k_ND[near.rows])
+                for piece in far:
+                    grad_RD.addmm_(grad_RS[:, piece.columns], piece.keys.k_ND[piece.rows])
                 grad_q[b, rows, heads] = grad_RD.mul_(geometry.scale).view(-1, G, D)
         for grad, total in ((grad_k, sums.k()), (grad_v, sums.v()), (grad_bias, sums.bias())):
             if grad is not None:
@@ -225,10 +238,10 @@ def first_visible(segment_ids_BT: Tensor) -> Tensor:
 
 
 def is_sink(first_BT: Tensor | None, T: int, sinks: int, device: torch.device) -> Tensor:
-    """[B or 1, T, 1] bool, whether a token is among the first `sinks` of its document."""
+    """[B or 1, T, 1, 1] bool, whether a token is among the first `sinks` of its document."""
     index_T = torch.arange(T, device=device)
     position_BT = index_T[None] if first_BT is None else index_T - first_BT
-    return (position_BT < sinks)[..., None]
+    return (position_BT < sinks)[..., None, None]
 
 
 def document_spans(first_BT: Tensor, chunk: int) -> list[list[tuple[int, int]]]:
@@ -243,7 +256,8 @@ def document_spans(first_BT: Tensor, chunk: int) -> list[list[tuple[int, int]]]:
 class Geometry:
     """The numbers that shape the mask."""
 
-    window: int
+    windows: tuple[int, ...]
+    """each the largest gap at which its decision does not count, increasing"""
     scale: float
     softcap: float | None
     chunk: int
@@ -253,32 +267,52 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class HeadKeys:
-    """Keys of one sequence and KV head in the accumulation dtype. Far keys that weigh nothing are left out."""
+class KeyList:
+    """Keys of one sequence and KV head in the accumulation dtype, all or those that can weigh something in one range."""
 
-    k_TD: Tensor
-    v_TD: Tensor
-    bias_T: Tensor | None
-    far_k_FD: Tensor
-    far_v_FD: Tensor
-    far_bias_F: Tensor | None
-    far_index_F: Tensor | None
-    """which keys the far ones are; None: all of them"""
-    num_far_before: list[int] | None
-    """how many far keys come before each key; None: all of them"""
+    num_counting: int
+    """decisions that count for every query which reads from this list beyond the edges: 0 near, j in far range j"""
+    k_ND: Tensor
+    v_ND: Tensor
+    log_keep_KN: Tensor | None
+    """None: nothing is ever evicted"""
+    bias_N: Tensor | None
+    """sum of the first num_counting of log_keep_KN; None: 0"""
+    index_N: Tensor | None
+    """which keys these are; None: all of them"""
+    num_before: list[int] | None
+    """how many of these come before each key; None: all of them"""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Keys of one piece that are beyond the window of one more decision for a part of the block's queries."""
+
+    decision: int
+    """row of log_keep_KN"""
+    rows: slice
+    columns: slice
+    beyond_CE: Tensor
+    """bool, whether a key is beyond that window of a query"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a block reads of one list: its keys `rows`, in `columns` of the block's scores."""
+
+    keys: KeyList
+    rows: slice
+    columns: slice
+    edges: list[Edge]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [begin, end), far keys [far_begin, far_end) of the head's list, near keys [near_begin, end)."""
+    """Queries [begin, end) and the keys that they can see: near, far 1, ..., far K. Near ones have the last columns."""
 
     begin: int
     end: int
-    near_begin: int
-    far_begin: int
-    far_end: int
-    edge_skip: int
-    """edge columns missing because they lie before the document"""
+    pieces: tuple[Piece, ...]
     is_split: bool
     """whether another document starts inside the block"""
 
@@ -287,16 +321,8 @@ class Block:
         return self.end - self.begin
 
     @property
-    def num_far(self) -> int:
-        return self.far_end - self.far_begin
-
-    @property
     def num_keys(self) -> int:
-        return self.num_far + self.end - self.near_begin
-
-    @property
-    def num_edge(self) -> int:
-        return max(self.num_queries - self.edge_skip, 0)
+        return self.pieces[0].columns.stop
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
@@ -315,8 +341,8 @@ def own_score_floor(q: Tensor, k: Tensor, geometry: Geometry) -> Tensor:
 
 def each_head(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, floor_BH: Tensor | None, geometry: Geometry
-) -> Iterator[tuple[int, int, HeadKeys]]:
-    """Each sequence and KV head with its keys, the far ones that can weigh nothing left out.
+) -> Iterator[tuple[int, int, tuple[KeyList, ...]]]:
+    """Each sequence and KV head with its lists of keys: near, far 1, ..., far K. Far keys that can weigh nothing are left out.
 
     `floor_BH` bounds the log-sum-exp of every query of the head from below. A far key whose score plus bias stays
     below it by more than ln(T / eps) has a weight under eps / T: all those left out together weigh less than one
@@ -329,43 +355,70 @@ def each_head(
         for b in range(B):
             for h in range(H):
                 k_TD, v_TD = k[b, :, h].to(dtype), v[b, :, h].to(dtype)
-                yield b, h, HeadKeys(k_TD, v_TD, None, k_TD, v_TD, None, None, None)
+                near = KeyList(0, k_TD, v_TD, None, None, None, None)
+                yield b, h, (near, near)
         return
     norm_q_BH = torch.linalg.vector_norm(q, dim=3, dtype=dtype).amax(1).view(B, H, Hq // H).amax(2)
     ceiling_BTH = torch.linalg.vector_norm(k, dim=3, dtype=dtype) * norm_q_BH[:, None] * geometry.scale
     if geometry.softcap is not None:
         ceiling_BTH = geometry.softcap * torch.tanh(ceiling_BTH / geometry.softcap)
     margin = math.log(T / torch.finfo(dtype).eps)
-    is_idle_BHT = (ceiling_BTH + log_keep < floor_BH[:, None] - margin).transpose(1, 2)
-    num_kept_BHT = torch.nn.functional.pad((~is_idle_BHT).cumsum(2), (1, 0)).tolist()
+    bias_BTHK = log_keep.to(dtype).cumsum(3)
+    is_idle_BHKT = (ceiling_BTH[..., None] + bias_BTHK < (floor_BH - margin)[:, None, :, None]).permute(0, 2, 3, 1)
+    num_kept_BHKT = torch.nn.functional.pad((~is_idle_BHKT).cumsum(3), (1, 0)).tolist()
     # A stable sort lists the kept keys first, in order, without the transfer that nonzero would need.
-    kept_first_BHT = torch.argsort(is_idle_BHT, dim=2, stable=True)
+    kept_first_BHKT = torch.argsort(is_idle_BHKT, dim=3, stable=True)
     for b in range(B):
         for h in range(H):
-            k_TD, v_TD, bias_T = k[b, :, h].to(dtype), v[b, :, h].to(dtype), log_keep[b, :, h].to(dtype)
-            num_before = num_kept_BHT[b][h]
-            index_F = kept_first_BHT[b, h, : num_before[T]]
-            far_F = k_TD[index_F], v_TD[index_F], bias_T[index_F], index_F
-            yield b, h, HeadKeys(k_TD, v_TD, bias_T, *far_F, num_before)
+            k_TD, v_TD, log_keep_KT = k[b, :, h].to(dtype), v[b, :, h].to(dtype), log_keep[b, :, h].T.to(dtype)
+            lists = [KeyList(0, k_TD, v_TD, log_keep_KT, None, None, None)]
+            for j, num_before in enumerate(num_kept_BHKT[b][h]):
+                index_N = kept_first_BHKT[b, h, j, : num_before[T]]
+                bias_N = bias_BTHK[b, :, h, j][index_N]
+                lists.append(KeyList(j + 1, k_TD[index_N], v_TD[index_N], log_keep_KT[:, index_N], bias_N, index_N, num_before))
+            yield b, h, tuple(lists)
 
 
-def each_block(b: int, T: int, keys: HeadKeys, geometry: Geometry) -> Iterator[Block]:
+def each_block(b: int, lists: tuple[KeyList, ...], geometry: Geometry, tiles: "Tiles") -> Iterator[Block]:
     """The blocks of queries of sequence b in order, with the keys that they can see."""
     # Without a bias near and far differ in nothing but the causal mask.
-    window = geometry.window if keys.bias_T is not None else 0
+    windows = geometry.windows if lists[0].log_keep_KN is not None else (0,)
+    T = len(lists[0].k_ND)
     for i, begin in enumerate(range(0, T, geometry.chunk)):
+        end = min(begin + geometry.chunk, T)
         first, last = (0, 0) if geometry.spans is None else geometry.spans[b][i]
-        near_begin = max(begin - window, first)
-        before = keys.num_far_before
-        yield Block(
-            begin=begin,
-            end=min(begin + geometry.chunk, T),
-            near_begin=near_begin,
-            far_begin=first if before is None else before[first],
-            far_end=near_begin if before is None else before[near_begin],
-            edge_skip=near_begin - (begin - window),
-            is_split=first != last,
-        )
+        # Keys [bounds[j + 1], bounds[j]) are in range j.
+        bounds = [end, *(max(begin - w, first) for w in windows), first]
+        column, pieces = 0, []
+        for j in reversed(range(len(lists))):
+            piece = _piece(lists[j], bounds[j + 1], bounds[j], column, begin, end, windows, tiles)
+            column = piece.columns.stop
+            pieces.append(piece)
+        yield Block(begin=begin, end=end, pieces=tuple(reversed(pieces)), is_split=first != last)
+
+
+def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: int, windows: tuple[int, ...], tiles: "Tiles") -> Piece:
+    """What queries [begin, end) read of a list for the range [first, stop) of keys, in the columns from `column`."""
+
+    def place(key: int) -> int:
+        return key if keys.num_before is None else keys.num_before[key]
+
+    row, row_stop = place(first), place(stop)
+    edges = []
+    if keys.log_keep_KN is not None:
+        for decision in range(keys.num_counting, len(windows)):
+            # The gap of this key to the first query is the window.
+            corner = begin - windows[decision]
+            edge_stop = min(stop, corner + end - begin)
+            if edge_stop <= first or (num_edge := place(edge_stop) - row) == 0:
+                continue
+            rows, columns = slice(row, row + num_edge), slice(column, column + num_edge)
+            if keys.index_N is None:
+                beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
+            else:
+                beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
+            edges.append(Edge(decision, rows, columns, beyond_CE))
+    return Piece(keys, slice(row, row_stop), slice(column, column + row_stop - row), edges)
 
 
 class Tiles:
@@ -388,64 +441,70 @@ class Tiles:
         num_rows = block.num_queries * self.num_groups
         return [x[: num_rows * block.num_keys].view(num_rows, block.num_keys) for x in self.scratch]
 
-    def beyond(self, block: Block) -> Tensor:
-        """[C, E] bool, whether an edge key is beyond the window of a query."""
-        return self.beyond_CC[: block.num_queries, block.edge_skip : block.num_queries]
-
-    def fill_scores(self, scores_RS: Tensor, q_RD: Tensor, keys: HeadKeys, block: Block, b: int, slope_RS: Tensor | None = None) -> None:
+    def fill_scores(self, scores_RS: Tensor, q_RD: Tensor, block: Block, b: int, slope_RS: Tensor | None = None) -> None:
         """Write the masked and biased scores of scaled queries, and the slope of the softcap if asked."""
-        far, near = slice(block.far_begin, block.far_end), slice(block.near_begin, block.end)
-        far_RF, near_RN = scores_RS[:, : block.num_far], scores_RS[:, block.num_far :]
-        torch.mm(q_RD, keys.k_TD[near].T, out=near_RN)
-        if keys.far_bias_F is not None and self.softcap is None:
-            torch.addmm(keys.far_bias_F[far], q_RD, keys.far_k_FD[far].T, out=far_RF)
-        else:
-            torch.mm(q_RD, keys.far_k_FD[far].T, out=far_RF)
+        for piece in block.pieces:
+            k_DN, bias_N = piece.keys.k_ND[piece.rows].T, piece.keys.bias_N
+            if bias_N is not None and self.softcap is None:
+                torch.addmm(bias_N[piece.rows], q_RD, k_DN, out=scores_RS[:, piece.columns])
+            else:
+                torch.mm(q_RD, k_DN, out=scores_RS[:, piece.columns])
         if self.softcap is not None:
             scores_RS.div_(self.softcap).tanh_()
             if slope_RS is not None:
                 torch.mul(scores_RS, scores_RS, out=slope_RS).neg_().add_(1.0)
             scores_RS.mul_(self.softcap)
-            if keys.far_bias_F is not None:
-                far_RF.add_(keys.far_bias_F[far])
+            for piece in block.pieces:
+                if piece.keys.bias_N is not None:
+                    scores_RS[:, piece.columns].add_(piece.keys.bias_N[piece.rows])
 
-        C, E, G = block.num_queries, block.num_edge, self.num_groups
-        near_CGN = near_RN.unflatten(0, (C, G))
-        if keys.bias_T is not None and E:
-            bias_E = keys.bias_T[block.near_begin : block.near_begin + E]
-            near_CGN[..., :E].add_(torch.where(self.beyond(block), bias_E, 0.0)[:, None])
-        near_CGN[..., -C:].add_(self.future_CC[:C, None, :C])
+        C = block.num_queries
+        scores_CGS = scores_RS.unflatten(0, (C, self.num_groups))
+        for piece in block.pieces:
+            for edge in piece.edges:
+                bias_E = piece.keys.log_keep_KN[edge.decision, edge.rows]
+                scores_CGS[..., edge.columns].add_(torch.where(edge.beyond_CE, bias_E, 0.0)[:, None])
+        scores_CGS[..., -C:].add_(self.future_CC[:C, None, :C])
         if block.is_split and self.first_BT is not None:
-            index_F = self.index_T if keys.far_index_F is None else keys.far_index_F
-            index_S = torch.cat([index_F[far], self.index_T[near]])
+            indices = [self.index_T if piece.keys.index_N is None else piece.keys.index_N for piece in block.pieces]
+            index_S = torch.cat([index_N[piece.rows] for index_N, piece in zip(indices[::-1], block.pieces[::-1], strict=True)])
             is_other_CS = index_S < self.first_BT[b, block.begin : block.end, None]
-            scores_RS.unflatten(0, (C, G)).masked_fill_(is_other_CS[:, None], -math.inf)
+            scores_CGS.masked_fill_(is_other_CS[:, None], -math.inf)
 
 
 class _HeadGrads:
-    """Sums over the blocks of one head, near keys by index and far keys in the list's order (the same tensor where the list has all keys)."""
+    """Sums over the blocks of one head, in the order of each list (the same tensor for lists of all keys)."""
 
-    def __init__(self, keys: HeadKeys, needs_k: bool, needs_v: bool, needs_bias: bool) -> None:
-        self.index_F = keys.far_index_F
-        self.k_TD, self.k_far_FD = self._pair(keys.k_TD, keys.far_k_FD, needs_k)
-        self.v_TD, self.v_far_FD = self._pair(keys.v_TD, keys.far_v_FD, needs_v)
-        self.bias_T, self.bias_far_F = self._pair(keys.bias_T, keys.far_bias_F, needs_bias)
+    def __init__(self, lists: tuple[KeyList, ...], needs_k: bool, needs_v: bool, needs_bias: bool) -> None:
+        self.lists = lists
+        self.k_ND = self._zeros([keys.k_ND for keys in lists], needs_k)
+        self.v_ND = self._zeros([keys.v_ND for keys in lists], needs_v)
+        self.bias_KN = self._zeros([keys.log_keep_KN for keys in lists], needs_bias)
 
-    def _pair(self, near: Tensor | None, far: Tensor | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
-        if near is None or not needed:
-            return None, None
-        zeros = torch.zeros_like(near, memory_format=torch.contiguous_format)
-        return zeros, zeros if far is None or self.index_F is None else torch.zeros_like(far)
+    def _zeros(self, like: list, needed: bool) -> list[Tensor]:
+        """Empty where none are needed."""
+        if not needed or like[0] is None:
+            return []
+        zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like]
+        return [zeros[0] if keys.index_N is None else x for keys, x in zip(self.lists, zeros, strict=True)]
 
-    def _merge(self, near: Tensor | None, far: Tensor | None) -> Tensor | None:
-        # An index occurs once in the list, so the addition has one order and the result is deterministic.
-        return near if near is None or far is None or self.index_F is None else near.index_add_(0, self.index_F, far)
+    def _merge(self, sums: list[Tensor], dim: int) -> Tensor | None:
+        # An index occurs once in a list, so the additions have one order and the result is deterministic.
+        for keys, x in zip(self.lists, sums, strict=True) if sums else ():
+            if keys.index_N is not None:
+                sums[0].index_add_(dim, keys.index_N, x)
+        return sums[0] if sums else None
 
     def k(self) -> Tensor | None:
-        return self._merge(self.k_TD, self.k_far_FD)
+        return self._merge(self.k_ND, 0)
 
     def v(self) -> Tensor | None:
-        return self._merge(self.v_TD, self.v_far_FD)
+        return self._merge(self.v_ND, 0)
 
     def bias(self) -> Tensor | None:
-        return self._merge(self.bias_T, self.bias_far_F)
+        for keys, bias_KN in zip(self.lists, self.bias_KN, strict=True) if self.bias_KN else ():
+            # Decisions that count for a whole range share one sum.
+            if keys.num_counting > 1:
+                bias_KN[: keys.num_counting - 1] = bias_KN[keys.num_counting - 1]
+        total_KT = self._merge(self.bias_KN, 1)
+        return None if total_KT is None else total_KT.T

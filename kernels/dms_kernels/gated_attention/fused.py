@@ -7,6 +7,7 @@ one, now that it knows the log-sum-exps.
 Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, R = T * G rows of a KV head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,11 +28,13 @@ _LIST_BLOCK = 4096
 _COPY_ROWS = 64
 
 
-def problem(q: Tensor, k: Tensor) -> str | None:
+def problem(q: Tensor, k: Tensor, window: int | Sequence[int]) -> str | None:
     """What keeps the kernels from taking these; None if nothing does."""
     found = kernel_problem(q)
     if found is not None:
         return found
+    if not isinstance(window, int):
+        return f"the kernels of gated_attention know one window, and there are {len(window)}: {', '.join(map(str, window))}"
     G = q.shape[2] // k.shape[2]
     if launch.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > launch.LARGEST_GROUP_BYTES:
         return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"

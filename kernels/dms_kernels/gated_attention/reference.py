@@ -1,7 +1,9 @@
 """Gated attention written down densely: T x T scores, gradients by autograd. The oracle of the tests.
 
-Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim; in T x T, queries come first.
+Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim; K windows; in T x T, queries come first.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ def gated_attention_reference(
     v: Tensor,
     log_keep: Tensor | None,
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     segment_ids: Tensor | None,
     sinks: int = 0,
@@ -43,9 +45,11 @@ def gated_attention_reference(
     valid_BT = segment_ids != 0
 
     if log_keep is not None:
-        ruled_BTT = (gap_TT > window) & (position_BT >= sinks)[:, None, :]
-        bias_BHqT = log_keep.to(scores_BHqTT.dtype).transpose(1, 2).repeat_interleave(Hq // H, dim=1)
-        scores_BHqTT = scores_BHqTT + torch.where(ruled_BTT[:, None], bias_BHqT[:, :, None, :], 0.0)
+        by_window = [(window, log_keep)] if isinstance(window, int) else zip(window, log_keep.unbind(3), strict=True)
+        for w, log_keep_BTH in by_window:
+            ruled_BTT = (gap_TT > w) & (position_BT >= sinks)[:, None, :]
+            bias_BHqT = log_keep_BTH.to(scores_BHqTT.dtype).transpose(1, 2).repeat_interleave(Hq // H, dim=1)
+            scores_BHqTT = scores_BHqTT + torch.where(ruled_BTT[:, None], bias_BHqT[:, :, None, :], 0.0)
 
     visible_BTT = (gap_TT >= 0) & (run_BT[:, :, None] == run_BT[:, None, :])
     scores_BHqTT = scores_BHqTT.masked_fill(~visible_BTT[:, None], float("-inf"))
