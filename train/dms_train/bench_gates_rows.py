@@ -114,7 +114,7 @@ class Entries:
     num_tokens: int = 0
     num_documents_heads: int = 0
     evicted_LH: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Evict decisions by layer index, [H]."""
+    """Evict decisions by layer index, [H]; of several windows [H, K]."""
     decided_per_head: int = 0
 
     def add(self, config: DMSConfig, evicted: dict[int, torch.Tensor], ids_BT: torch.Tensor) -> None:
@@ -132,10 +132,13 @@ class Entries:
             self.num_tokens = T
             self.alive += int(masks.alive(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
             self.alive_steps += int(masks.alive_steps(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
-            evicted_H = (evicted_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
+            # Of several windows there is a decision for each, [B, T, H, K]: evicted is what any of them evicts.
+            is_decided = decided_BT.view(B, T, *[1] * (evicted_BTH.dim() - 2))
+            evicted_H = (evicted_BTH & is_decided).sum((0, 1)).cpu()
+            gone_BTH = evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
-            self.evicted += int(evicted_H.sum())
+            self.evicted += int((gone_BTH & decided_BT[..., None]).sum())
 
     def figures(self) -> dict[str, Any]:
         """Fields of a row. Entries are a head's, means over documents, layers and heads."""
@@ -146,8 +149,7 @@ class Entries:
             "entries_end": self.alive / self.num_documents_heads,
             "entries_mean": self.alive_steps / self.num_documents_heads / self.num_tokens,
             "evicted_share": {
-                str(index): [count / max(1, self.decided_per_head) for count in evicted_H.tolist()]
-                for index, evicted_H in self.evicted_LH.items()
+                str(index): (evicted_H / max(1, self.decided_per_head)).tolist() for index, evicted_H in self.evicted_LH.items()
             },
         }
 

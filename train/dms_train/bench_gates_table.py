@@ -78,7 +78,8 @@ def make_sections(comparison: GateComparison, runs: Sequence[Run]) -> list[Secti
     for length in comparison.evaluation.lengths:
         dense = file.find(**name_of_policy("dense", None, length, comparison, model))
         for target_cr in comparison.target_cr:
-            lines, users = [], {}
+            lines: list[Line] = []
+            users: dict[int, dict[str, list[str]]] = {}
             for variant in comparison.variants:
                 of_variant = [run for run in runs if (run.variant, run.recipe.target_cr) == (variant, target_cr) and run.is_finished]
                 found = [row for run in of_variant if (row := file.find(**name_of_run(run, length, comparison))) is not None]
