@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from dms_train import bench_gates, bench_gates_rows, bench_gates_runs, bench_gates_table
-from dms_train.bench_gates import Comparison
+from dms_train.bench_gates import GateComparison
 from dms_train.bench_gates_rows import Entries, RowFile, budget_of_mean, entries_of_budget, read_masked
 from dms_train.recipe_file import load_recipe, packaged_recipes
 from dms_train.stopping import Stopped
@@ -22,6 +22,7 @@ from rich.console import Console
 from said import says
 
 import dms
+from dms import masks
 from dms.evaluation.engine.one_pass import read_in_one_pass
 from dms.evaluation.engine.run_end import make_documents
 from dms.io import base_models
@@ -54,15 +55,15 @@ def values_of(folder, **changes):
     }
 
 
-def read(folder, **changes) -> Comparison:
+def read(folder, **changes) -> GateComparison:
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values_of(folder, **changes), sort_keys=False))
-    return load_recipe(str(path), [], Comparison)
+    return load_recipe(str(path), [], GateComparison)
 
 
 def test_the_packaged_comparison_is_valid():
     (name,) = [name for name in packaged_recipes() if "compare" in name]
-    runs = bench_gates.make_runs(load_recipe(name, [], Comparison))
+    runs = bench_gates.make_runs(load_recipe(name, [], GateComparison))
     assert len({run.digest for run in runs}) == len({run.folder for run in runs}) == len(runs) == 9
 
 
@@ -331,6 +332,21 @@ def test_entries_of_gates_that_keep_all_and_of_none():
     assert found["entries_mean"] == pytest.approx(1.9) and found["cr_mean"] == pytest.approx(5.5 / 1.9)
 
 
+def test_entries_of_gates_that_choose_among_lifetimes():
+    """Counted as queries see them: one token of four stays, one goes after 1 more, one after 3, one after 1 whatever decision 2 says."""
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    evicted = torch.zeros(1, 8, 1, 2, dtype=torch.bool)
+    evicted[0, 1::4, 0, 0] = evicted[0, 2::4, 0, 1] = evicted[0, 3::4, 0] = True
+    entries = Entries()
+    entries.add(dms.DMSConfig(window=[1, 3], alignment="own"), {0: evicted}, ids)
+    tokens = masks.locate_tokens(1, 8, torch.device("cpu"), None, None, None)
+    see = masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=0)
+    found = entries.figures()
+    assert (found["entries_end"], found["entries_mean"]) == (see[0, 0, -1].sum(), pytest.approx(see.sum() / 8))
+    # 0, 4 stay; 6 and 7 are near.
+    assert found["entries_end"] == 4 and found["cr_decided"] == 4.0 and found["evicted_share"] == {"0": [[0.5, 0.5]]}
+
+
 def test_torn_rows_are_left_out(tmp_path):
     rows = RowFile(tmp_path / "rows.jsonl")
     rows.add({"a": 1})
@@ -374,7 +390,8 @@ def test_the_table_shows_means_and_half_ranges_beside_policies_of_equal_memory(t
 def test_a_comparison_that_is_killed_goes_on_and_names_what_failed(tmp_path):
     """The command itself, from the embedded model to the table."""
     folder, path = tmp_path / "out", tmp_path / "compare.yaml"
-    broken = {"data": {"source": "text", "path": str(tmp_path / "nowhere"), "items": None}}
+    # Refused where processes are counted, which no recipe says.
+    broken = {"sequence_parallel": 2}
     values = values_of(folder, variants={"near": {"dms.window": 8, "steps": 30}, "broken": broken, "far": {"dms.window": 24}})
     values["evaluation"]["lengths"] = [128, 192]
     path.write_text(yaml.safe_dump(values, sort_keys=False))

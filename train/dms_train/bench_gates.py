@@ -59,7 +59,7 @@ class GateEvaluation(Strict):
         return self.model_dump(include={"num_documents", "num_items", "seed"})
 
 
-class Comparison(Strict):
+class GateComparison(Strict):
     """`dms bench gates`: which recipes are compared, and how."""
 
     recipe: str
@@ -154,7 +154,7 @@ def digest_of(recipe: RetrofitRecipe) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def make_runs(comparison: Comparison) -> list[Run]:
+def make_runs(comparison: GateComparison) -> list[Run]:
     """Every run, its recipe checked: all seeds of a ratio of a variant, then the next ratio, then the next variant.
 
     Raises:
@@ -239,7 +239,7 @@ def check_folders(runs: list[Run]) -> None:
         )
 
 
-def run(comparison: Comparison, *, table_only: bool = False, console: Console | None = None) -> bool:
+def run(comparison: GateComparison, *, table_only: bool = False, console: Console | None = None) -> bool:
     """Make what is missing of a comparison's runs and rows, print the table, write it and the picture.
 
     table_only: show what is there. Returns whether every run finished and was evaluated.

@@ -38,7 +38,7 @@ from dms.masks import Tokens
 from dms.modes import set_mode, state_of
 from dms.retrofitting import retrofit
 from dms_train.artifacts import saved_dtype
-from dms_train.bench_gates import Comparison, Run
+from dms_train.bench_gates import GateComparison, Run
 from dms_train.models import held_dtype
 from dms_train.trial_length import windows_at
 
@@ -80,7 +80,7 @@ class RowFile:
         return next((row for row in reversed(self.read()) if all(row.get(key) == value for key, value in name.items())), None)
 
 
-def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]:
+def name_of_run(run: Run, length: int, comparison: GateComparison) -> dict[str, Any]:
     """What a row of a run's gates is found by."""
     gates = run.folder / "gates" / "gates.safetensors"
     return {
@@ -95,7 +95,7 @@ def name_of_run(run: Run, length: int, comparison: Comparison) -> dict[str, Any]
     }
 
 
-def name_of_policy(policy: str, budget: int | None, length: int, comparison: Comparison, model: str) -> dict[str, Any]:
+def name_of_policy(policy: str, budget: int | None, length: int, comparison: GateComparison, model: str) -> dict[str, Any]:
     """What a row of dense, or of a training-free policy with a budget, is found by."""
     return {"policy": policy, "budget": budget, "length": length, "model": model, "documents": comparison.evaluation.documents}
 
@@ -115,7 +115,7 @@ class Entries:
     num_tokens: int = 0
     num_documents_heads: int = 0
     evicted_LH: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Evict decisions by layer index, [H]."""
+    """Evict decisions by layer index, [H]; of several windows [H, K]."""
     decided_per_head: int = 0
 
     def add(self, config: DMSConfig, evicted: dict[int, torch.Tensor], ids_BT: torch.Tensor) -> None:
@@ -133,10 +133,13 @@ class Entries:
             self.num_tokens = T
             self.alive += int(masks.alive(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
             self.alive_steps += int(masks.alive_steps(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
-            evicted_H = (evicted_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
+            # Of several windows there is a decision for each, [B, T, H, K]: evicted is what any of them evicts.
+            is_decided = decided_BT.view(B, T, *[1] * (evicted_BTH.dim() - 2))
+            evicted_H = (evicted_BTH & is_decided).sum((0, 1)).cpu()
+            gone_BTH = evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
-            self.evicted += int(evicted_H.sum())
+            self.evicted += int((gone_BTH & decided_BT[..., None]).sum())
 
     def figures(self) -> dict[str, Any]:
         """Fields of a row. Entries are a head's, means over documents, layers and heads."""
@@ -147,8 +150,7 @@ class Entries:
             "entries_end": self.alive / self.num_documents_heads,
             "entries_mean": self.alive_steps / self.num_documents_heads / self.num_tokens,
             "evicted_share": {
-                str(index): [count / max(1, self.decided_per_head) for count in evicted_H.tolist()]
-                for index, evicted_H in self.evicted_LH.items()
+                str(index): (evicted_H / max(1, self.decided_per_head)).tolist() for index, evicted_H in self.evicted_LH.items()
             },
         }
 
@@ -263,7 +265,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
 class Evaluator:
     """Evaluates runs of a comparison, one after the other; what is in `rows.jsonl` is not done again."""
 
-    def __init__(self, comparison: Comparison, recipe, between: Callable[[], None] = lambda: None):
+    def __init__(self, comparison: GateComparison, recipe, between: Callable[[], None] = lambda: None):
         """recipe: of any run; all have one base. between: called before each batch, and may raise.
 
         Raises:

@@ -18,7 +18,7 @@ from typing import IO
 from rich.console import Console
 
 from dms.errors import describe
-from dms_train.bench_gates import Comparison, Run
+from dms_train.bench_gates import GateComparison, Run
 from dms_train.recipe_file import dump_recipe
 from dms_train.run_folder import LOCK_FILE
 from dms_train.stopping import Stopped, StopRequest, listening
@@ -65,7 +65,7 @@ def _is_in_use(path: Path) -> bool:
         return not _try_lock(file)
 
 
-def make_all(comparison: Comparison, runs: Sequence[Run], console: Console) -> None:
+def make_all(comparison: GateComparison, runs: Sequence[Run], console: Console) -> None:
     """Make and evaluate every run that is missing, `processes` at a time, and then read the baselines. A run that fails leaves its reason.
 
     Raises:
@@ -77,7 +77,7 @@ def make_all(comparison: Comparison, runs: Sequence[Run], console: Console) -> N
 
 
 class _Bench:
-    def __init__(self, comparison: Comparison, runs: Sequence[Run], console: Console, request: StopRequest):
+    def __init__(self, comparison: GateComparison, runs: Sequence[Run], console: Console, request: StopRequest):
         from dms_train.bench_gates_rows import Evaluator
 
         self.comparison, self.runs, self.console, self.request = comparison, runs, console, request

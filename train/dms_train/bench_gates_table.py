@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dms.report.plots import BLUE, GREEN, GREY, INK, VERMILLION, new_figure
-from dms_train.bench_gates import Comparison, Run
+from dms_train.bench_gates import GateComparison, Run
 from dms_train.bench_gates_rows import ROWS_FILE, RowFile, budgets_of, name_of_policy, name_of_run
 
 _COLOURS = (BLUE, VERMILLION, GREEN, "#B0508A", "#A87000", "#6B3F1D", "#4B4B9A", "#00A0A0")
@@ -70,7 +70,7 @@ class Section:
         return f"{self.length} tokens, target CR {self.target_cr:g}"
 
 
-def make_sections(comparison: Comparison, runs: Sequence[Run]) -> list[Section]:
+def make_sections(comparison: GateComparison, runs: Sequence[Run]) -> list[Section]:
     """What is measured, in the order of the settings; nothing for a length and ratio of which no run is evaluated."""
     file = RowFile(comparison.folder / ROWS_FILE)
     model = runs[0].recipe.model
@@ -78,7 +78,8 @@ def make_sections(comparison: Comparison, runs: Sequence[Run]) -> list[Section]:
     for length in comparison.evaluation.lengths:
         dense = file.find(**name_of_policy("dense", None, length, comparison, model))
         for target_cr in comparison.target_cr:
-            lines, users = [], {}
+            lines: list[Line] = []
+            users: dict[int, dict[str, list[str]]] = {}
             for variant in comparison.variants:
                 of_variant = [run for run in runs if (run.variant, run.recipe.target_cr) == (variant, target_cr) and run.is_finished]
                 found = [row for run in of_variant if (row := file.find(**name_of_run(run, length, comparison))) is not None]
@@ -95,7 +96,7 @@ def make_sections(comparison: Comparison, runs: Sequence[Run]) -> list[Section]:
     return sections
 
 
-def _policy_lines(comparison: Comparison, file: RowFile, length: int, model: str, users: dict[int, dict[str, list[str]]]) -> list[Line]:
+def _policy_lines(comparison: GateComparison, file: RowFile, length: int, model: str, users: dict[int, dict[str, list[str]]]) -> list[Line]:
     lines = []
     for policy in comparison.baselines:
         for budget, by_when in sorted(users.items()):
@@ -106,7 +107,7 @@ def _policy_lines(comparison: Comparison, file: RowFile, length: int, model: str
     return lines
 
 
-def show(comparison: Comparison, runs: Sequence[Run], console: Console) -> bool:
+def show(comparison: GateComparison, runs: Sequence[Run], console: Console) -> bool:
     """Print the tables, write them and the picture, and name what is missing. Returns whether nothing is."""
     sections, folder = make_sections(comparison, runs), comparison.folder
     missing = _missing(comparison, runs)
@@ -124,7 +125,7 @@ def show(comparison: Comparison, runs: Sequence[Run], console: Console) -> bool:
     return not missing
 
 
-def _missing(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
+def _missing(comparison: GateComparison, runs: Sequence[Run]) -> list[str]:
     """A sentence for each run that has no rows."""
     file = RowFile(comparison.folder / ROWS_FILE)
     found = []

@@ -337,10 +337,10 @@ def bench_gates(
     """Train variants of a recipe over ratios and seeds, and compare their gates at equal memory; repeated, it continues."""
     require("dms bench gates", *RETROFIT_NEEDS)
     prepare("auto")
-    from dms_train.bench_gates import Comparison, run
+    from dms_train.bench_gates import GateComparison, run
     from dms_train.recipe_file import load_recipe
 
-    loaded = load_recipe(comparison, overrides or [], Comparison)
+    loaded = load_recipe(comparison, overrides or [], GateComparison)
 
     with writing(loaded.output_dir):
         complete = run(loaded, table_only=table_only)
