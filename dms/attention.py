@@ -280,6 +280,13 @@ def evict_attention(
 
 def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None):
     """Softmax written out, float32: with gemma2's capped scores or gpt_oss's sink logit in the denominator."""
+    B, Hq, C, _ = q_BqCD.shape
+    weights = attention_weights(q_BqCD, k, see_BHCS, G, scale, softcap, s_aux)
+    return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
+
+
+def attention_weights(q_BqCD, k, see_BHCS, G: int, scale: float, softcap: float | None, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, G, C, S] float32; 0 for a query that sees nothing."""
     B, Hq, C, D = q_BqCD.shape
     H = k.shape[1]
     scores = torch.einsum("bhgcd,bhsd->bhgcs", q_BqCD.reshape(B, H, G, C, D).float(), k.float()) * scale
@@ -295,8 +302,7 @@ def _explicit(q_BqCD, k, v, see_BHCS, G: int, scale: float, softcap: float | Non
     total = weights.sum(-1, keepdim=True)
     if s_aux is not None:
         total = total + (sink - top).exp()
-    weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.einsum("bhgcs,bhsd->bhgcd", weights, v.float()).reshape(B, Hq, C, -1).to(q_BqCD.dtype)
+    return weights / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def scale_of(scaling: float | None, query: torch.Tensor) -> float:

@@ -159,6 +159,20 @@ def alive(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[i
     return there
 
 
+def alive_steps(tokens: Tokens, evicted_BSH: torch.Tensor, *, window: int | Sequence[int], sinks: int) -> torch.Tensor:
+    """For how many positions of its document each entry is alive, its own among them, [B, S, H] int64; 0 for padding.
+
+    Summed over a document's tokens, and divided by its length, these are the entries alive in the mean over positions. evicted_BSH: as in
+    `visible`.
+    """
+    position = tokens.position_BT.long()
+    rest = (document_end(tokens) - tokens.position_BT).long()
+    steps = rest[..., None].expand(evicted_BSH.shape[:3])
+    for delay, evicted in each_window(window, evicted_BSH):
+        steps = torch.where(evicted & (position >= sinks)[..., None], steps.clamp(max=delay), steps)
+    return torch.where(tokens.real[..., None], steps + 1, 0)
+
+
 def each_window(window: int | Sequence[int], evicted_BSH: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Each window with its decisions [B, S, H]."""
     if isinstance(window, int):

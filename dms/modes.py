@@ -1,7 +1,7 @@
 """The modes of a retrofitted model, and its state: what is fixed between passes, and what one pass collects.
 
 "dense" is the untouched model, bit for bit. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
-prefill as in decode.
+prefill as in decode. "label" is dense, and sees beside the gates' logits what keys are read for.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from dms.masks import Tokens
 
 if TYPE_CHECKING:
     from dms.training.budgets import Budget
+    from dms.training.future_attention import FutureScore
     from dms.training.offload import HostStore
     from dms.training.packed_attention import PackedAttention
 
-Mode = Literal["dense", "train", "evict"]
+Mode = Literal["dense", "train", "evict", "label"]
 
 AttentionFunction = Callable[..., torch.Tensor]
 """query [B, Hq, T, D], key and value [B, H, S, D], and what transformers' attention interface gives by name -> [B, T, Hq, D]."""
@@ -42,13 +43,16 @@ class Noise:
     """The run's."""
     sequence_B: torch.Tensor
     """[B] int64: the number of each sequence among all sequences of the run."""
+    tau: float | None = None
+    """The temperature of the decisions; None: the configuration's."""
 
 
 @dataclass(frozen=True)
 class ForwardPass:
     """One pass of the decoder with its gates on: fixed when it begins, and collecting what its layers decide.
 
-    Each mode has a subclass: `dms.attention.EvictPass`, `dms.training.soft_decisions.TrainPass`.
+    Each mode has a subclass: `dms.attention.EvictPass`, `dms.training.soft_decisions.TrainPass`,
+    `dms.training.future_attention.LabelPass`.
     """
 
     mode: Mode
@@ -151,6 +155,8 @@ class DMSState:
     """Tokens of a prompt that `generate` reads at a time; None: all."""
     budget: Budget = "decided"
     """In training, what the target ratio counts."""
+    future_score: FutureScore | None = None
+    """Of passes in label mode; None: its defaults."""
     offload_activations: bool = False
     """In training, inputs and attention outputs of checkpointed layers rest in host memory until the backward."""
 
@@ -215,13 +221,17 @@ def _pass_type(mode: Mode) -> type[ForwardPass] | None:
         from dms.training.soft_decisions import TrainPass
 
         return TrainPass
+    if mode == "label":
+        from dms.training.future_attention import LabelPass
+
+        return LabelPass
     return None
 
 
 def set_mode(
     model: nn.Module, mode: Mode, noise: Noise | None = None, tokens: Tokens | None = None, rows: PackedAttention | None = None
 ) -> None:
-    """Switch a retrofitted model to "dense", "train" or "evict".
+    """Switch a retrofitted model to "dense", "train", "evict" or "label".
 
     noise: of the training passes; None: none. tokens: where the tokens of training passes stand, which packed documents beside padding
     need; None: found from attention mask and positions. rows: computes the attention of packed sequences; `tokens` are then those of
@@ -233,10 +243,10 @@ def set_mode(
     """
     state = state_of(model)
     if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train' and 'evict'")
+        raise ValueError(f"mode is {mode!r}; the modes are 'dense', 'train', 'evict' and 'label'")
     state.noise, state.tokens, state.rows = noise, tokens, rows
     if rows is not None:
-        if mode == "evict" or tokens is None:
+        if mode in ("evict", "label") or tokens is None:
             raise ValueError("set_mode was given rows, which are for mode 'train' and the teacher's 'dense' passes, and need tokens too")
         rows.tokens = tokens
     state.activate(mode)

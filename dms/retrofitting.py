@@ -208,7 +208,7 @@ def _before_decoder(
     if isinstance(cache, DMSCache):
         cache.before_forward(num_tokens)
 
-    if state.mode == "train" and state.tokens is not None:
+    if state.mode in ("train", "label") and state.tokens is not None:
         tokens = _given_tokens(state, state.tokens, source)
     else:
         tokens = masks.locate_tokens(batch, num_tokens, source.device, mask, given.get("position_ids"), past)

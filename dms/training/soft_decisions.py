@@ -37,6 +37,8 @@ class TrainPass(ForwardPass):
     """[B] sums of what decisions to evict save over heads and tokens: straight-through, with the gate's gradient."""
     decided_count: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B] sums of what there is to save over heads and tokens."""
+    evicted_by_head: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, H] sums over tokens, as `evicted_count`."""
     head_rate: dict[int, torch.Tensor] = field(default_factory=dict)
     """[H] share of decided tokens evicted, detached."""
     first_passes: dict[int, FirstPass] = field(default_factory=dict)
@@ -92,10 +94,12 @@ class TrainPass(ForwardPass):
                 first_token=0 if rows is None else rows.rank * logits.shape[1],
             )
             noise = noise.unflatten(-1, (-1, num_windows)) if num_windows > 1 else noise
-        log_keep = keep_log_prob(logits, noise, config.tau)
+        tau = config.tau if self.noise is None or self.noise.tau is None else self.noise.tau
+        log_keep = keep_log_prob(logits, noise, tau)
         evicted = straight_through(log_keep)
         saved = saved_by(evicted if num_windows > 1 else evicted[..., None], saved_BTK)
         self.evicted_count[layer.index] = saved.sum((1, 2))
+        self.evicted_by_head[layer.index] = saved.sum(1)
         self.decided_count[layer.index] = whole_BT.sum(1).to(log_keep.dtype) * layer.num_heads
         self.head_rate[layer.index] = (saved.detach().sum((0, 1)) / whole_BT.sum().clamp(min=1)).float()
         attend = functools.partial(

@@ -159,3 +159,18 @@ def test_several_windows_hide_by_each_decision():
     assert see[:, 2].tolist() == [False, False, True, True, False, False]
     assert masks.alive(tokens, evicted, window=(1, 3), sinks=0)[0, :, 0].tolist() == see[-1].tolist()
     assert masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=1)[0, 0, :, 0].all()
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (2, 0), (3, 2), (50, 1), ((0, 2), 0), ((1, 3, 50), 1), ((2, 3, 4, 5), 2)])
+def test_entries_are_counted_as_often_as_queries_see_them(window, sinks):
+    generator = torch.Generator().manual_seed(sinks)
+    tokens = _tokens([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0]], [[0, 0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 0]])
+    windows = () if isinstance(window, int) else (len(window),)
+    evicted = torch.rand(2, 9, 3, *windows, generator=generator) < 0.6
+    see = masks.visible(tokens, tokens, evicted, window=window, sinks=sinks)
+    steps = masks.alive_steps(tokens, evicted, window=window, sinks=sinks)
+    assert torch.equal(steps, see.sum(2).transpose(1, 2))
+    # Alive at the end is what the document's last query sees.
+    ends = [[8], [2, 7]]
+    seen_at_ends = torch.stack([see[row, :, at].any(1).T for row, at in enumerate(ends)])
+    assert torch.equal(masks.alive(tokens, evicted, window=window, sinks=sinks), seen_at_ends)

@@ -122,7 +122,7 @@ def test_a_failed_forward_leaves_nothing_behind(build_gated, make_batch):
 
 
 def test_unknown_modes_are_refused(build_model, build_gated):
-    with pytest.raises(ValueError, match="'evcit'; the modes are 'dense', 'train' and 'evict'"):
+    with pytest.raises(ValueError, match="'evcit'; the modes are 'dense', 'train', 'evict' and 'label'"):
         set_mode(build_gated(), "evcit")
     with pytest.raises(ValueError, match=r"no gates.*dms.retrofit"):
         set_mode(build_model("llama"), "evict")

@@ -38,13 +38,15 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands after `step`. Noise and schedule are functions of the step alone."""
+    """Where a run stands after `step`. Noise and schedule are functions of the step alone, but for `ramp`."""
 
     step: int = 0
     tokens: int = 0
     training_seconds: float = 0.0
     data: dict[str, Any] | None = None
     """The data cursors, as `Stream.state` gives them; None before the first step."""
+    ramp: dict[str, Any] | None = None
+    """The fields of `trial_schedules.WaitingRamp`; None: the target is a function of the step alone."""
 
 
 @dataclass(frozen=True)

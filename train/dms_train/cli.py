@@ -326,6 +326,28 @@ def bench_retrofit(context: typer.Context) -> None:
     measure(context.args)
 
 
+@bench.command("gates")
+def bench_gates(
+    comparison: Annotated[
+        str, typer.Argument(metavar="COMPARISON.yaml", help="What is compared: a path, or a packaged file such as tiny/compare-gates.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as processes=2 seeds=[0].", show_default=False)] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Show and draw what is measured; start and evaluate nothing.")] = False,
+) -> None:
+    """Train variants of a recipe over ratios and seeds, and compare their gates at equal memory; repeated, it continues."""
+    require("dms bench gates", *RETROFIT_NEEDS)
+    prepare("auto")
+    from dms_train.bench_gates import Comparison, run
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(comparison, overrides or [], Comparison)
+
+    with writing(loaded.output_dir):
+        complete = run(loaded, table_only=table_only)
+    if not complete and not table_only:
+        raise typer.Exit(1)
+
+
 @app.command()
 def analyze(
     model: Annotated[

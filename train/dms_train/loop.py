@@ -5,7 +5,7 @@ import math
 import os
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dms.io.vocabulary import check_documents, num_embeddings
 from dms.modes import set_mode, state_of
 from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import num_elements
-from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight
+from dms_train import artifacts, cache_teacher, checkpoints, compat, models, preflight, trial_length
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
 from dms_train.data.packing import cost_of
@@ -36,11 +36,14 @@ from dms_train.models import Fingerprint, Models
 from dms_train.progress import StepLine, describe_start
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import RunFolder
-from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, learning_rate, target_at
+from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, target_at
 from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
 from dms_train.tracking import Tracker, check_trackers, open_tracker
+from dms_train.trial_length import length_at, target_at_length, windows_at
+from dms_train.trial_schedules import WaitingRamp, tau_at
+from dms_train.warm_start import plan_step, warm_up_step
 
 # A run that ends below this share of evicted tokens did not learn to evict, whatever its loss says.
 _NEXT_TO_NOTHING = 0.02
@@ -55,12 +58,21 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.recipe = parts.student, parts.teacher, recipe
         self.head_loss = HeadLoss(parts.student, parts.teacher, beta=recipe.beta, chunk=recipe.loss_chunk)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, normalizer: Normalizer) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],
+        target: float,
+        normalizer: Normalizer,
+        tau: float | None = None,
+        warms_up: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
         """The fields of StepOutput, as a plain tuple: ZeRO-3 finds tensors in no other output."""
         recipe = self.recipe
         # Under ZeRO-3 autocast's cache of casts would keep a whole copy of each weight that was gathered.
         cached = recipe.zero.stage < 3
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=cached):
+            if warms_up:
+                return tuple(vars(warm_up_step(self.student, batch, recipe, normalizer)).values())
             output = distill_step(
                 self.student,
                 self.teacher,
@@ -71,6 +83,8 @@ class Distillation(nn.Module):
                 seed=recipe.seed,
                 compression_weight=recipe.compression_weight,
                 attention=self.attention,
+                tau=tau,
+                trial=recipe.trial,
             )
         return tuple(vars(output).values())
 
@@ -231,6 +245,7 @@ def _open_stream(recipe: RetrofitRecipe, accelerator: Accelerator, tokenizer: An
         seed=recipe.seed,
         cost=cost_of(config),
         num_embeddings=num_embeddings(config),
+        lengths=recipe.trial.lengths,
         # Processes that share a sequence read the same data.
         group=accelerator.process_index // recipe.sequence_parallel,
         num_groups=accelerator.num_processes // recipe.sequence_parallel,
@@ -258,7 +273,8 @@ def _build_engine(
     engine = Engine(accelerator, module, groups, recipe, console)
     sample = torch.tensor(stream.sample_ids[:32], device=accelerator.device)
     check_head(parts.student, sample[None])
-    if recipe.data.packs and attention is None:
+    # Warm-up steps leave the attention of layers without gates to transformers.
+    if recipe.data.packs and (attention is None or recipe.trial.warm_start is not None):
         check_packing(parts.student, sample)
     return attention, engine
 
@@ -283,18 +299,33 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     with writing(path), path.open("a", encoding="utf-8") as metrics_file, StepLine(setup.console, recipe.steps, position.step) as line:
         for step in range(position.step + 1, recipe.steps + 1):
             step_start = time.perf_counter()
-            # Target and learning rate are functions of the step alone, so a run that is continued needs no state for them.
-            target_cr, target = target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)
-            factor = learning_rate(step, steps=recipe.steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
-            engine.set_learning_rate(factor)
+            # Target, temperature and learning rate are functions of the step alone, so a run that is continued needs no state for them;
+            # but for a target that waits for the KL, whose state is in the position.
+            plan = plan_step(recipe, step)
+            target_cr, target = plan.target_cr, plan.target
+            ramp = None
+            if recipe.trial.kl_ceiling is not None:
+                ramp = WaitingRamp(**(position.ramp or {})).advance(
+                    step, steps=recipe.steps, ramp=recipe.ramp, kl_ceiling=recipe.trial.kl_ceiling
+                )
+                target_cr, target = ramp.target(recipe.target_cr)
+            tau = tau_at(step, steps=recipe.steps, ramp=recipe.ramp, start=recipe.trial.tau_start, end=recipe.dms.tau)
+            engine.set_learning_rate(plan.lr_factor)
 
             # Data. The loss is divided by the predictions of the whole step, so that it does not depend on how a step is split among
             # processes and micro-batches: they are counted before the first forward.
             data = setup.stream.next_step()
-            micro_batches = [_on_device(setup, batch) for batch in data.micro_batches]
+            micro_batches = [_on_device(setup, batch, step) for batch in data.micro_batches]
             num_tokens, num_predictions = accelerator.reduce(_count_tokens(micro_batches, device), "sum").tolist()
             # A step of prompts alone has nothing to predict.
             normalizer = Normalizer(max(1, num_predictions), recipe.batch_size)
+            asked = target
+            if recipe.trial.lengths is not None:
+                length, longest = length_at(recipe.trial.lengths, step), recipe.data.length
+                normalizer = replace(normalizer, num_sequences=recipe.batch_size * longest // length)
+                config = windows_at(recipe.dms, longest, length) if recipe.trial.windows_grow else recipe.dms
+                state_of(setup.parts.student).config = config
+                asked = target_at_length(target, length, longest, recipe.dms, config, recipe.budget)
 
             # Forward and backward. Gradients are shared among processes with the last micro-batch only.
             sums = StepSums(
@@ -302,9 +333,11 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             )
             for number, batch in enumerate(micro_batches, 1):
                 with engine.micro_batch(last=number == micro_steps):
-                    output = StepOutput(*engine.module(batch, target, normalizer))
+                    output = StepOutput(*engine.module(batch, asked, normalizer, tau, plan.warms_up))
                     engine.backward(output.loss)
                 sums.add(output)
+            # What is saved has the windows of the longest.
+            state_of(setup.parts.student).config = recipe.dms
 
             # One all-reduce for all that processes tell each other of the step. All hear of a signal that one of them got, and stop after
             # the same step.
@@ -313,10 +346,10 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
             preflight.check_alike(totals.plan_marks, f"step {step}")
 
             # The optimizer steps only on a finite loss and gradient: weights of an earlier checkpoint stay usable.
-            loss = totals.kl + recipe.compression_weight * totals.compression
+            loss = totals.kl + recipe.compression_weight * totals.compression + totals.trial
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}); lower optimizer.lr, or look at "
+                    f"the loss is {loss} at step {step} (kl {totals.kl}, compression {totals.compression}, trial {totals.trial}); lower optimizer.lr, or look at "
                     "the data of this step"
                 )
             try:
@@ -326,17 +359,23 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
 
             # Record. Seconds end here: what follows is not training.
             seconds = time.perf_counter() - step_start
-            position = Position(step, position.tokens + num_tokens, position.training_seconds + seconds, setup.stream.state())
+            position = Position(
+                step,
+                position.tokens + num_tokens,
+                position.training_seconds + seconds,
+                setup.stream.state(),
+                ramp=None if ramp is None else asdict(ramp.after(totals.kl)),
+            )
             if setup.tracker is not None:
                 metrics = StepMetrics(
                     step=step,
                     loss=loss,
-                    kl=totals.kl,
+                    kl=None if plan.warms_up else totals.kl,
                     compression_loss=totals.compression,
                     target=target,
                     target_cr=target_cr,
                     cr_decided=1.0 / max(1e-9, 1.0 - totals.evicted / totals.decided),
-                    lr=settings.lr * factor,
+                    lr=settings.lr * plan.lr_factor,
                     grad_norm=grad_norm,
                     tokens=position.tokens,
                     tokens_per_second=num_tokens / seconds,
@@ -364,8 +403,13 @@ def _train(setup: Setup, stop: StopRequest) -> Position:
     return position
 
 
-def _on_device(setup: Setup, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_device(setup: Setup, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
     """A micro-batch, with what a cache knows of the teacher; of sequences that processes share, this one's part."""
+    trial = setup.recipe.trial
+    if trial.lengths is not None:
+        batch = trial_length.divide(batch, length_at(trial.lengths, step), min(trial.lengths))
+    if trial.position_jump:
+        batch = trial_length.add_jumps(batch, trial.position_jump, setup.recipe.seed)
     if setup.teacher_cache is not None:
         batch = setup.teacher_cache.add_to(batch)
     if setup.attention is not None:

@@ -41,6 +41,11 @@ def check_context(recipe: RetrofitRecipe) -> Any:
         )
     if recipe.data.length > context:
         raise ValueError(f"data.length is {recipe.data.length} and the context of {recipe.model} is {context} tokens; shorten the data")
+    if recipe.data.length + recipe.trial.position_jump > context:
+        raise ValueError(
+            f"trial.position_jump is {recipe.trial.position_jump}, data.length {recipe.data.length}, and the context of {recipe.model} "
+            f"{context} tokens; jump by at most {context - recipe.data.length}"
+        )
     return config
 
 

@@ -66,7 +66,8 @@ class StepLine(LiveLine):
         self.steps = steps
 
     def update(self, metrics: StepMetrics) -> None:
-        text = f"kl {metrics.kl:.4f}  cr {metrics.cr_decided:.2f} of {metrics.target_cr:.2f}  {metrics.tokens_per_second:,.0f} tok/s"
+        loss = f"labels {metrics.loss:.4f}" if metrics.kl is None else f"kl {metrics.kl:.4f}"
+        text = f"{loss}  cr {metrics.cr_decided:.2f} of {metrics.target_cr:.2f}  {metrics.tokens_per_second:,.0f} tok/s"
         self.progress.update(self.task, advance=1, text=text)
         step = metrics.step
         if not self.console.is_terminal and (step % self.every == 0 or step in (1, self.steps)):

@@ -9,6 +9,7 @@ from dms.config import DMSConfig
 from dms.strict_config import Strict
 from dms_train.data.compressed import SUFFIXES
 from dms_train.data.settings import Data, Prompts
+from dms_train.trial_length import windows_at
 
 
 def _method(value: Any) -> DMSConfig:
@@ -136,8 +137,74 @@ class TeacherCacheSettings(Strict):
     """Most probable tokens of each distribution; all others together count as one. A cache with a larger K can be used."""
 
 
+def _mean_of_window(window: int, length: int) -> float:
+    """The share of the entries of all positions of a document that its last `window` ones are."""
+    return sum(min(n, window) for n in range(1, length + 1)) / (length * (length + 1) / 2)
+
+
+class WarmStart(Strict):
+    """Gates are first trained on labels: what the dense model attends to beyond the window. The steps cost a third of others."""
+
+    steps: int = Field(ge=1)
+    """The first of the run's `steps`. `optimizer`'s schedule of the learning rate runs once in them and once more in those after."""
+    lr: float | None = Field(default=None, gt=0.0)
+    """The largest learning rate in these steps; None: `optimizer.lr`."""
+    keep: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The share that labels keep of what `budget` counts; None: 1 / `target_cr`."""
+    label: Literal["max", "mean", "sum"] = "max"
+    """Of the attention that a key gets from queries beyond the window."""
+    heads: Literal["max", "mean"] = "max"
+    """Over the query heads of a KV head."""
+    values: bool = False
+    """Weigh attention by the norms of values."""
+    scope: Literal["head", "model"] = "head"
+    """Where keys are ranked: within each head, or all together, so that heads differ in what they keep."""
+    start_cr: float = Field(default=1.0, ge=1.0)
+    """The ratio at which its rise begins after these steps."""
+
+
 class Trial(Strict):
     """Ideas under trial. The defaults change nothing."""
+
+    hidden_weight: float = Field(default=0.0, ge=0.0)
+    """Factor of the hidden-state loss: |student - teacher|^2 / |teacher|^2, per valid token, the mean over the layers of `hidden_of`."""
+    hidden_of: Literal["attention", "final"] = "attention"
+    """What is matched: the output of every gated layer's attention, or the final hidden states."""
+    hard_token_power: float = Field(default=0.0, ge=-1.0, le=2.0)
+    """Each token's KL is weighted by its own size to this power, with which the sum over a micro-batch stays what it is. Above 0 presses on
+    the tokens that lose most (what was to be recalled), below 0 on the many that lose little (running text). 0: all weigh the same."""
+    budget_scope: Literal["sequence", "layer", "head"] = "sequence"
+    """What the hinge compares with the target: the share evicted of a sequence, or of each of its layers or KV heads."""
+    budget_mix: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Weight of the layers' or heads' hinges; the sequence's own has the rest."""
+    squared_hinge: bool = False
+    """The hinge squared: presses less, the closer the share is to the target."""
+    tau_start: float | None = Field(default=None, gt=0.0)
+    """The temperature falls from this to `dms.tau` over the ramp, by the same factor each step. None: it is `dms.tau` throughout."""
+    kl_ceiling: float | None = Field(default=None, gt=0.0)
+    """The ratio rises at twice the pace while the running mean of the KL is at most this, and waits while it is above; in the ramp's second
+    half it is never below a straight line to `target_cr`. None: it rises by step."""
+    lengths: list[Annotated[int, Field(ge=8)]] | None = Field(default=None, min_length=2)
+    """Tokens of the built-in source's documents, one of these in each step by turns; `data.length` is the longest and a multiple of all.
+    A step has as many tokens at each: of shorter documents, more. None: all have `data.length`."""
+    position_jump: int = Field(default=0, ge=0)
+    """The built-in source's documents: the positions that the model sees, teacher and student alike, jump by 1 to this at one token of each
+    document, so that it attends over distances of up to data.length + this. Windows and sinks count the document's tokens."""
+    windows_grow: bool = False
+    """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and in the evaluation of
+    saved gates at other lengths, where the same gates then reach the same ratio."""
+    warm_start: WarmStart | None = None
+    """None: distillation from the first step."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.hidden_weight == 0.0 and self.hidden_of != "attention":
+            raise ValueError(f"trial.hidden_of: {self.hidden_of} has no effect with hidden_weight 0; set hidden_weight, or remove it")
+        if self.budget_scope == "sequence" and self.budget_mix != 1.0:
+            raise ValueError(
+                f"trial.budget_mix {self.budget_mix:g} has no effect with budget_scope: sequence; choose budget_scope layer or head, or remove it"
+            )
+        return self
 
 
 class RetrofitRecipe(Strict):
@@ -258,11 +325,108 @@ class RetrofitRecipe(Strict):
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
                 "budget=end or budget=mean"
             )
+        self._check_lengths()
+        if self.trial.warm_start is not None:
+            self._check_warm_start(self.trial.warm_start)
         if self.dms.windows[0] >= self.data.length:
             raise ValueError(
                 f"dms.window is {self.dms.window} and data.length {self.data.length}: no token would ever leave the window; lengthen the data or narrow the window"
             )
+        self._check_trial()
         return self
+
+    def _check_trial(self) -> None:
+        """Raises ValueError for keys of `trial` that do not go with the rest."""
+        trial = self.trial
+        reads_teacher = {"hidden_weight": trial.hidden_weight, "hard_token_power": trial.hard_token_power}
+        for name, value in reads_teacher.items():
+            if value and self.teacher_cache is not None:
+                raise ValueError(
+                    f"trial.{name} is {value:g} and reads the teacher's hidden states, which a teacher cache has not: remove one"
+                )
+            if value and self.zero.stage == 3:
+                raise ValueError(
+                    f"trial.{name} is {value:g} and does not work with zero.stage 3, which divides weights: choose stage 0 or 2"
+                )
+        if trial.hidden_weight and trial.hidden_of == "attention" and self.activation_checkpointing:
+            raise ValueError(
+                f"trial.hidden_weight is {trial.hidden_weight:g} and keeps the outputs of attention, as activation_checkpointing does not: set hidden_of=final, or remove one of them"
+            )
+        if trial.hard_token_power and self.beta != 0.0:
+            raise ValueError(f"trial.hard_token_power is {trial.hard_token_power:g} and works for beta 0 only; given: beta {self.beta:g}")
+        if trial.hard_token_power and self.sequence_parallel > 1:
+            raise ValueError(
+                f"trial.hard_token_power is {trial.hard_token_power:g} and compares the tokens of whole sequences, which sequence_parallel "
+                f"{self.sequence_parallel} divides: set sequence_parallel=1"
+            )
+        if trial.tau_start is not None and trial.tau_start < self.dms.tau:
+            raise ValueError(
+                f"trial.tau_start is {trial.tau_start:g} and dms.tau {self.dms.tau:g}: the temperature falls; choose a larger start"
+            )
+        if trial.kl_ceiling is not None and self.save.at_cr:
+            raise ValueError(
+                f"save.at_cr is {self.save.at_cr}, and with trial.kl_ceiling the step that passes a ratio is not known beforehand: remove one"
+            )
+
+    def _check_lengths(self) -> None:
+        lengths, length = self.trial.lengths, self.data.length
+        given = [name for name in ("lengths", "position_jump") if getattr(self.trial, name)]
+        if not given:
+            return
+        name = f"trial.{given[0]}"
+        if [source.source for source in self.data.all_sources] != ["builtin"]:
+            raise ValueError(f"{name} works with data.source: builtin alone; choose it, or remove {name}")
+        if self.sequence_parallel > 1:
+            raise ValueError(f"{name} does not work with sequence_parallel {self.sequence_parallel}; set that to 1, or remove {name}")
+        if self.teacher_cache is not None:
+            raise ValueError(f"{name} does not work with a teacher cache, whose documents are as the source makes them; remove one of them")
+        if lengths is None:
+            return
+        if max(lengths) != length or any(length % each for each in lengths) or len(set(lengths)) < len(lengths):
+            raise ValueError(
+                f"trial.lengths is {lengths} and data.length {length}; give different divisors of data.length, itself among them"
+            )
+        window = (windows_at(self.dms, length, min(lengths)) if self.trial.windows_grow else self.dms).windows[0]
+        if window + 1 >= min(lengths):
+            raise ValueError(
+                f"dms.window is {window}, and of trial.lengths {min(lengths)} is too short for a token to leave it; lengthen that, or "
+                "narrow the window"
+            )
+
+    @property
+    def label_keep(self) -> float:
+        """The share of what `budget` counts that the labels of `trial.warm_start` keep."""
+        warm = self.trial.warm_start
+        return 1.0 / self.target_cr if warm is None or warm.keep is None else warm.keep
+
+    def _check_warm_start(self, warm: WarmStart) -> None:
+        if warm.steps >= self.steps:
+            raise ValueError(f"trial.warm_start.steps is {warm.steps} of {self.steps} steps: none is left for distillation; lower it")
+        for key, value, needed in (
+            ("trainable", self.trainable, "gates"),
+            ("sequence_parallel", self.sequence_parallel, 1),
+            ("zero.stage", self.zero.stage, 0),
+            ("save.at_cr", self.save.at_cr, []),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"{key} is {value}, which does not go with trial.warm_start; set {key}={needed}, or remove trial.warm_start"
+                )
+        if warm.start_cr > self.target_cr:
+            raise ValueError(
+                f"trial.warm_start.start_cr is {warm.start_cr:g}, and the ratio rises to target_cr {self.target_cr:g}; lower it"
+            )
+        if self.label_keep == 1.0:
+            raise ValueError(
+                "target_cr is 1, so that labels would evict nothing; raise it, set trial.warm_start.keep, or remove trial.warm_start"
+            )
+        least = min(self.dms.windows) + 1 + self.dms.sinks
+        held = {"decided": 0.0, "end": least / self.data.length, "mean": _mean_of_window(least, self.data.length)}[self.budget]
+        if self.label_keep <= held:
+            raise ValueError(
+                f"labels are to keep {self.label_keep:.1%} of the entries (trial.warm_start.keep, or 1 / target_cr), and the window alone holds "
+                f"{held:.1%} of data.length {self.data.length}; narrow the window, lengthen the data, or keep more"
+            )
 
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""

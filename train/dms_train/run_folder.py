@@ -61,7 +61,7 @@ class RunFolder:
         folder, recipe = self.path, self.recipe
         if not folder.exists() or {path.name for path in folder.iterdir()} <= _BARELY_BEGUN:
             return None
-        stored = _stored_recipe(folder)
+        stored = stored_recipe(folder)
         if stored is None:
             raise ValueError(f"output_dir '{folder}' is not empty and holds no run; choose another folder")
         self._lock()
@@ -117,7 +117,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if self._held is None:
             self._lock()
-            if _stored_recipe(folder) is not None:
+            if stored_recipe(folder) is not None:
                 raise ValueError(f"output_dir '{folder}' was taken by another run meanwhile; choose another folder")
         if saved is None:
             base = base_models.resolve_model(recipe.model).path.absolute()
@@ -172,7 +172,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _stored_recipe(folder: Path) -> dict[str, Any] | None:
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the run that a folder holds, or None where it holds none."""
     if not all((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
         return None
@@ -186,5 +186,10 @@ def _stored_recipe(folder: Path) -> dict[str, Any] | None:
 def differences(stored: dict[str, Any], recipe: RetrofitRecipe) -> list[str]:
     """Keys in which the recipes differ and which make it another run, with both values."""
     then, now = flat(stored), flat(recipe.model_dump())
-    keys = [key for key in {**now, **then} if not key.startswith(_FREE) and key not in _SAME_SUMS]
+    keys = [key for key in {**now, **then} if is_of_another_run(key)]
     return [f"{key} is {then.get(key)!r} there and {now.get(key)!r} here" for key in keys if then.get(key) != now.get(key)]
+
+
+def is_of_another_run(key: str) -> bool:
+    """Whether a recipe that differs in this dotted key is another run's."""
+    return not key.startswith(_FREE) and key not in _SAME_SUMS

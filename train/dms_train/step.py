@@ -7,7 +7,7 @@ loss and gradient however the step is split. Shapes: B sequences, T tokens, M mo
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -15,13 +15,15 @@ from torch import nn
 
 from dms.lm_head import difference_of_head, find_head, head_parameters, hidden_states
 from dms.masks import Tokens
-from dms.modes import Noise, set_mode
+from dms.modes import Noise, set_mode, state_of
 from dms.training.packed_attention import PackedAttention
 from dms.training.sharding import is_sharded
 from dms.training.soft_decisions import train_pass
 from dms_kernels import distill_loss, distill_loss_topk
 from dms_train.lora import without_adapters
+from dms_train.recipe import Trial
 from dms_train.teacher_cache import BATCH_KEYS
+from dms_train.trial_losses import attention_outputs, counts_by, hard_token_weights, hidden_mismatch, token_kl
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class StepOutput:
     """A micro-batch's share of the step's loss, and what was decided."""
 
     loss: torch.Tensor
-    """To differentiate: `kl` + weight * `compression`."""
+    """To differentiate: `kl` + weight * `compression` + `trial`."""
     kl: torch.Tensor
-    """Detached, as all that follows."""
+    """Detached, as all that follows. In steps of `trial.warm_start`, their loss."""
     compression: torch.Tensor
     evicted: torch.Tensor
     """Evict decisions, summed over sequences, tokens, heads and layers."""
@@ -48,6 +50,8 @@ class StepOutput:
     """All decisions, summed likewise."""
     head_rate_LH: torch.Tensor
     """Share evicted per layer and head."""
+    trial: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """What losses under trial add."""
 
 
 def check_head(model: nn.Module, input_ids_BT: torch.Tensor) -> None:
@@ -141,6 +145,8 @@ def distill_step(
     seed: int,
     compression_weight: float,
     attention: PackedAttention | None = None,
+    tau: float | None = None,
+    trial: Trial | None = None,
 ) -> StepOutput:
     """Distil the dense model into itself under noisy eviction, and press the share of evicted tokens towards `target`.
 
@@ -152,9 +158,15 @@ def distill_step(
         batch: as `data.batches.micro_batches` makes it. One to which `TeacherCache.add_to` added needs no teacher.
         attention: attention by document instead of transformers' masks. `batch` is then what its `divide` made for this process, and the
             losses are this process's share of the sums over all processes that share its sequences.
+        tau: the temperature of the decisions; None: the configuration's.
+        trial: losses under trial; None: none.
     """
+    trial = trial or Trial()
     # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if "model_position_ids" in batch:
+        # Without a mask, transformers would take a jump for the beginning of another document.
+        inputs |= {"position_ids": batch["model_position_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
     # Of the whole sequences, of which this process may hold a part.
     whole = None if attention is None else Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
@@ -163,30 +175,52 @@ def distill_step(
     set_mode(student, "dense", tokens=whole, rows=attention)
     topk = [batch[name].flatten(0, 1) for name in BATCH_KEYS if name in batch]
     hidden_t_NM = None
+    matched = [layer.name for layer in state_of(student).layers] if trial.hidden_weight and trial.hidden_of == "attention" else []
+    outputs_t: list[torch.Tensor] = []
     if not topk:
         serving = nullcontext() if attention is None or teacher is None else attention.serving(teacher)
-        with torch.no_grad(), without_adapters(student), serving:
-            hidden_t_NM = hidden_states(student if teacher is None else teacher, inputs).flatten(0, 1)
+        dense = student if teacher is None else teacher
+        with torch.no_grad(), without_adapters(student), serving, attention_outputs(dense, matched) as outputs_t:
+            hidden_t_NM = hidden_states(dense, inputs).flatten(0, 1)
 
     # The student, whose gates decide with noise.
-    set_mode(student, "train", Noise(seed, batch["number"]), tokens=tokens if whole is None else whole, rows=attention)
-    hidden_s = hidden_states(student, inputs)
+    set_mode(student, "train", Noise(seed, batch["number"], tau), tokens=tokens if whole is None else whole, rows=attention)
+    with attention_outputs(student, matched) as outputs_s:
+        hidden_s_NM = hidden_states(student, inputs).flatten(0, 1)
     forward = train_pass(student)
     set_mode(student, "dense")
 
-    kl_sum = head_loss(hidden_s.flatten(0, 1), hidden_t_NM, (tokens.real & batch["loss_mask"]).flatten(), *topk)
+    valid_N = (tokens.real & batch["loss_mask"]).flatten()
+    added: list[torch.Tensor] = []
+    if trial.hard_token_power:
+        assert hidden_t_NM is not None
+        kl_of_valid = token_kl(hidden_s_NM, hidden_t_NM, head_loss.head, *head_loss.weights, valid_N)
+        kl_sum = kl_of_valid.sum()
+        added.append(((hard_token_weights(kl_of_valid, trial.hard_token_power) - 1.0) * kl_of_valid).sum())
+    else:
+        kl_sum = head_loss(hidden_s_NM, hidden_t_NM, valid_N, *topk)
+    if trial.hidden_weight:
+        pairs = list(zip(outputs_s, outputs_t, strict=True)) if matched else [(hidden_s_NM, hidden_t_NM)]
+        added.append(trial.hidden_weight * hidden_mismatch(pairs, valid_N))
     evicted_B = _sum(forward.evicted_count.values())
     decided_B = _sum(forward.decided_count.values())
-    hinge = _hinge(evicted_B, decided_B, target, attention)
+    hinge = _hinge(evicted_B, decided_B, target, attention, squared=trial.squared_hinge)
+    if trial.budget_scope != "sequence":
+        evicted_BX, decided_BX = counts_by(trial.budget_scope, forward)
+        scoped = _hinge(evicted_BX, decided_BX, target, attention, squared=trial.squared_hinge) / evicted_BX.shape[1]
+        hinge = (1.0 - trial.budget_mix) * hinge + trial.budget_mix * scoped
     kl = kl_sum / normalizer.num_predictions
     compression = hinge / normalizer.num_sequences
+    loss = kl + compression_weight * compression
+    extra = _sum(added) / normalizer.num_predictions if added else None
     return StepOutput(
-        loss=kl + compression_weight * compression,
+        loss=loss if extra is None else loss + extra,
         kl=kl.detach(),
         compression=compression.detach(),
         evicted=evicted_B.detach().sum(),
         decided=decided_B.detach().sum(),
         head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
+        trial=torch.zeros_like(kl.detach()) if extra is None else extra.detach(),
     )
 
 
@@ -194,18 +228,25 @@ def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return reduce(torch.add, tensors)
 
 
-def _hinge(evicted_B: torch.Tensor, decided_B: torch.Tensor, target: float, attention: PackedAttention | None) -> torch.Tensor:
-    """This process's share of the sum over sequences."""
+def _hinge(
+    evicted: torch.Tensor, decided: torch.Tensor, target: float, attention: PackedAttention | None, *, squared: bool
+) -> torch.Tensor:
+    """This process's share of the sum over sequences, [B], or their parts, [B, X]."""
+    if attention is not None:
+        evicted_whole, decided_whole = attention.total(evicted), attention.total(decided)
+    else:
+        evicted_whole, decided_whole = evicted, decided
+    missing = torch.clamp(target - evicted_whole / decided_whole.clamp(min=1), min=0.0)
+    whole = (missing.square() if squared else missing).sum()
     if attention is None:
-        return torch.clamp(target - evicted_B / decided_B.clamp(min=1), min=0.0).sum()
-    whole = torch.clamp(target - attention.total(evicted_B) / attention.total(decided_B).clamp(min=1), min=0.0).sum()
+        return whole
     # All compute the same value; each has its own decisions' gradient of it.
     return whole - whole.detach() * (1.0 - 1.0 / attention.size)
 
 
-def target_at(step: int, *, steps: int, ramp: float, target_cr: float) -> tuple[float, float]:
-    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly over the first `ramp` of the steps."""
-    cr = 1.0 + (target_cr - 1.0) * min(1.0, step / max(1.0, ramp * steps))
+def target_at(step: int, *, steps: int, ramp: float, target_cr: float, start_cr: float = 1.0) -> tuple[float, float]:
+    """(CR, share to evict) of optimizer step 1..steps: CR rises linearly from `start_cr` over the first `ramp` of the steps."""
+    cr = start_cr + (target_cr - start_cr) * min(1.0, step / max(1.0, ramp * steps))
     return cr, 1.0 - 1.0 / cr
 
 

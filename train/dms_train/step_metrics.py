@@ -20,6 +20,8 @@ class StepTotals:
     evicted: float
     """Evict decisions, of `decided`: over sequences, tokens, heads and layers."""
     decided: float
+    trial: float
+    """What losses under trial add to the loss."""
     stops: bool
     """Whether any process got a signal to stop."""
     waited: list[float]
@@ -31,7 +33,7 @@ class StepTotals:
 
 
 # Fields of StepOutput that add up over micro-batches and processes.
-_SUMMED = ("kl", "compression", "evicted", "decided")
+_SUMMED = ("kl", "compression", "evicted", "decided", "trial")
 
 
 class StepSums:
@@ -75,7 +77,8 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
+    kl: float | None
+    """None in a step of `trial.warm_start`, whose loss is of labels."""
     compression_loss: float
     target: float
     """The share of decisions that should evict."""

@@ -48,13 +48,7 @@ def read_in_one_pass(
             num_given = min(document.prompt for document in batch)
             cache = make_policy_cache(model, policy, budget, seed)
             found = predict_in_parts(model, ids_BT, cache, num_given=num_given, chunk=chunk)
-        is_text_BT = torch.tensor([document.role for document in batch], device=device)[:, 1:] == 0
-        bits_B = (found.nll_BT * is_text_BT).sum(1).div(math.log(2)).tolist()
-        # Of token t at t - 1: the first token is not predicted.
-        right_BT = found.right_BT.tolist()
-        for row, document in enumerate(batch):
-            add_to(metrics, len(documents), "text", "bits_per_byte", first + row, bits_B[row], document.num_bytes)
-            add_answers(metrics, len(documents), first + row, document, right_BT[row], first_token=1, by_distance=True)
+        add_predictions(metrics, len(documents), first, batch, found.nll_BT, found.right_BT)
         counts.add(ids_BT, found.cache)
     return PolicyResult(
         metrics=metrics,
@@ -73,6 +67,24 @@ def read_in_one_pass(
         alive=counts.alive,
         evicted_share_LH=counts.evicted_share_LH(),
     )
+
+
+def add_predictions(
+    metrics: dict[tuple[str, str], Sums],
+    num_documents: int,
+    first: int,
+    batch: Sequence[EvaluationDocument],
+    nll_BT: torch.Tensor,
+    right_BT: torch.Tensor,
+) -> None:
+    """Add the text and the answers of a batch, whose documents have the numbers from `first` on. nll_BT, right_BT: as `predict` gives them."""
+    is_text_BT = torch.tensor([document.role for document in batch], device=nll_BT.device)[:, 1:] == 0
+    bits_B = (nll_BT * is_text_BT).sum(1).div(math.log(2)).tolist()
+    # Of token t at t - 1: the first token is not predicted.
+    rights = right_BT.tolist()
+    for row, document in enumerate(batch):
+        add_to(metrics, num_documents, "text", "bits_per_byte", first + row, bits_B[row], document.num_bytes)
+        add_answers(metrics, num_documents, first + row, document, rights[row], first_token=1, by_distance=True)
 
 
 def add_to(

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, M model dim, V vocabulary.
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -53,6 +53,32 @@ def predict_in_parts(model: Any, ids_BT: torch.Tensor, cache: Cache, *, num_give
                 parts.append(_score_outputs(model, outputs, ids_BT[:, first + 1 : end + 1]))
     nll_BT, right_BT = (torch.cat(scores, 1) for scores in zip(*parts, strict=True))
     return Predictions(nll_BT, right_BT, cache)
+
+
+class PredictionsBesideDense(NamedTuple):
+    """How well tokens 1..T-1 of each text are predicted, and how far from the dense model."""
+
+    nll_BT: torch.Tensor
+    """[B, T - 1] float32: negative log-likelihood in nats."""
+    right_BT: torch.Tensor
+    """[B, T - 1] bool: the first choice is the token."""
+    kl_BT: torch.Tensor
+    """[B, T - 1] float32: KL(dense || model) in nats."""
+
+
+@torch.no_grad()
+def score_beside_dense(model: Any, ids_BT: torch.Tensor, hidden_BTM: torch.Tensor, dense_BTM: torch.Tensor) -> PredictionsBesideDense:
+    """Score final hidden states of `ids_BT` [B, T] beside the dense model's, through a head that `dms.lm_head` knows."""
+    shape, target_N = ids_BT[:, 1:].shape, ids_BT[:, 1:].flatten()
+    # Of both models there are logits, and their log-probabilities.
+    rows = max(1, CHUNK_BYTES // (16 * model.config.get_text_config().vocab_size))
+    parts = []
+    hidden_NM, dense_NM = (hidden[:, :-1].flatten(0, 1) for hidden in (hidden_BTM, dense_BTM))
+    for hidden_nM, dense_nM, target_n in zip(hidden_NM.split(rows), dense_NM.split(rows), target_N.split(rows), strict=True):
+        logits_nV = make_logits(model, hidden_nM)
+        log_nV, log_dense_nV = (logits.float().log_softmax(-1) for logits in (logits_nV, make_logits(model, dense_nM)))
+        parts.append((*_score(logits_nV, target_n), (log_dense_nV.exp() * (log_dense_nV - log_nV)).sum(-1)))
+    return PredictionsBesideDense(*(torch.cat(part).view(shape) for part in zip(*parts, strict=True)))
 
 
 def _knows_head(model: Any, ids_BT: torch.Tensor) -> bool:

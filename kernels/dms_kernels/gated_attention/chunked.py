@@ -97,7 +97,11 @@ def gated_attention_chunked(
         log_keep = None if log_keep is None else log_keep[..., None]
     if log_keep is not None and sinks > 0:
         log_keep = log_keep.masked_fill(is_sink(first_BT, T, sinks, q.device), 0.0)
-    windows = tuple(min(w, T) for w in window)
+    # Decisions whose window no key leaves never count; there is always one.
+    num_counting = max(sum(w < T - 1 for w in window), 1)
+    if num_counting < len(window) and log_keep is not None:
+        log_keep = log_keep[..., :num_counting]
+    windows = tuple(min(w, T) for w in window[:num_counting])
     geometry = Geometry(windows=windows, scale=scale, softcap=softcap, chunk=chunk, spans=spans)
     return _GatedAttention.apply(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry, first_pass)
 
@@ -143,7 +147,7 @@ def _forward(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry) -> t
     tiles = Tiles(q, G, geometry, first_BT, num=1)
     for b, h, lists in each_head(q, k, v, log_keep, floor_BH, geometry):
         heads = slice(h * G, (h + 1) * G)
-        for block in each_block(b, T, lists, geometry):
+        for block in each_block(b, lists, geometry, tiles):
             q_RD = q[b, block.begin : block.end, heads].to(dtype).mul(geometry.scale).flatten(0, 1)
             (probs_RS,) = tiles.buffers(block)
             tiles.fill_scores(probs_RS, q_RD, block, b)
@@ -184,7 +188,7 @@ def _backward(q, k, v, log_keep, first_BT, grad_out, delta_BTHq, lse_BHqT, geome
     for b, h, lists in each_head(q, k, v, log_keep, floor_BH, geometry):
         heads = slice(h * G, (h + 1) * G)
         sums = _HeadGrads(lists, needs_k, needs_v, needs_bias)
-        for block in each_block(b, T, lists, geometry):
+        for block in each_block(b, lists, geometry, tiles):
             rows = slice(block.begin, block.end)
             q_RD = q[b, rows, heads].to(dtype).mul(geometry.scale).flatten(0, 1)
             grad_out_RD = grad_out[b, rows, heads].to(dtype).flatten(0, 1)
@@ -207,7 +211,7 @@ def _backward(q, k, v, log_keep, first_BT, grad_out, delta_BTHq, lse_BHqT, geome
                         bias_KN[piece.keys.num_counting - 1, piece.rows].add_(grad_RS[:, piece.columns].sum(0))
                     for edge in piece.edges:
                         edge_CGE = grad_RS[:, edge.columns].unflatten(0, (-1, G))
-                        bias_KN[edge.decision, edge.rows].add_((edge_CGE.sum(1) * tiles.beyond(block, edge)).sum(0))
+                        bias_KN[edge.decision, edge.rows].add_((edge_CGE.sum(1) * edge.beyond_CE).sum(0))
             if slope_RS is not None:
                 grad_RS.mul_(slope_RS)
             if needs_k:
@@ -288,10 +292,8 @@ class Edge:
     """row of log_keep_KN"""
     rows: slice
     columns: slice
-    skip: int
-    """edge columns missing because they lie before the range"""
-    place_E: Tensor | None
-    """columns of the whole edge that these keys would have; None: successive ones from `skip`"""
+    beyond_CE: Tensor
+    """bool, whether a key is beyond that window of a query"""
 
 
 @dataclass(frozen=True)
@@ -377,10 +379,11 @@ def each_head(
             yield b, h, tuple(lists)
 
 
-def each_block(b: int, T: int, lists: tuple[KeyList, ...], geometry: Geometry) -> Iterator[Block]:
+def each_block(b: int, lists: tuple[KeyList, ...], geometry: Geometry, tiles: "Tiles") -> Iterator[Block]:
     """The blocks of queries of sequence b in order, with the keys that they can see."""
     # Without a bias near and far differ in nothing but the causal mask.
     windows = geometry.windows if lists[0].log_keep_KN is not None else (0,)
+    T = len(lists[0].k_ND)
     for i, begin in enumerate(range(0, T, geometry.chunk)):
         end = min(begin + geometry.chunk, T)
         first, last = (0, 0) if geometry.spans is None else geometry.spans[b][i]
@@ -388,13 +391,13 @@ def each_block(b: int, T: int, lists: tuple[KeyList, ...], geometry: Geometry) -
         bounds = [end, *(max(begin - w, first) for w in windows), first]
         column, pieces = 0, []
         for j in reversed(range(len(lists))):
-            piece = _piece(lists[j], bounds[j + 1], bounds[j], column, begin, end, windows)
+            piece = _piece(lists[j], bounds[j + 1], bounds[j], column, begin, end, windows, tiles)
             column = piece.columns.stop
             pieces.append(piece)
         yield Block(begin=begin, end=end, pieces=tuple(reversed(pieces)), is_split=first != last)
 
 
-def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: int, windows: tuple[int, ...]) -> Piece:
+def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: int, windows: tuple[int, ...], tiles: "Tiles") -> Piece:
     """What queries [begin, end) read of a list for the range [first, stop) of keys, in the columns from `column`."""
 
     def place(key: int) -> int:
@@ -410,7 +413,11 @@ def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: i
             if edge_stop <= first or (num_edge := place(edge_stop) - row) == 0:
                 continue
             rows, columns = slice(row, row + num_edge), slice(column, column + num_edge)
-            edges.append(Edge(decision, rows, columns, first - corner, None if keys.index_N is None else keys.index_N[rows] - corner))
+            if keys.index_N is None:
+                beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
+            else:
+                beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
+            edges.append(Edge(decision, rows, columns, beyond_CE))
     return Piece(keys, slice(row, row_stop), slice(column, column + row_stop - row), edges)
 
 
@@ -434,12 +441,6 @@ class Tiles:
         num_rows = block.num_queries * self.num_groups
         return [x[: num_rows * block.num_keys].view(num_rows, block.num_keys) for x in self.scratch]
 
-    def beyond(self, block: Block, edge: Edge) -> Tensor:
-        """[C, E] bool, whether an edge key is beyond the window of a query."""
-        if edge.place_E is None:
-            return self.beyond_CC[: block.num_queries, edge.skip : edge.skip + edge.columns.stop - edge.columns.start]
-        return self.index_T[: block.num_queries, None] > edge.place_E
-
     def fill_scores(self, scores_RS: Tensor, q_RD: Tensor, block: Block, b: int, slope_RS: Tensor | None = None) -> None:
         """Write the masked and biased scores of scaled queries, and the slope of the softcap if asked."""
         for piece in block.pieces:
@@ -462,7 +463,7 @@ class Tiles:
         for piece in block.pieces:
             for edge in piece.edges:
                 bias_E = piece.keys.log_keep_KN[edge.decision, edge.rows]
-                scores_CGS[..., edge.columns].add_(torch.where(self.beyond(block, edge), bias_E, 0.0)[:, None])
+                scores_CGS[..., edge.columns].add_(torch.where(edge.beyond_CE, bias_E, 0.0)[:, None])
         scores_CGS[..., -C:].add_(self.future_CC[:C, None, :C])
         if block.is_split and self.first_BT is not None:
             indices = [self.index_T if piece.keys.index_N is None else piece.keys.index_N for piece in block.pieces]

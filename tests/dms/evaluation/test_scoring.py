@@ -8,6 +8,7 @@ import dms
 from dms.costs.operators import LiveBytes
 from dms.evaluation.engine import scoring
 from dms.evaluation.policies import make_policy_cache
+from dms.lm_head import hidden_states
 
 HEADS = {"llama": {}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}
 
@@ -63,3 +64,22 @@ def test_parts_into_a_cache_that_keeps_everything_score_as_one_pass(family):
         parts = scoring.predict_in_parts(model, ids, make_policy_cache(model, "tova", 40), num_given=num_given, chunk=16)
         torch.testing.assert_close(parts.nll_BT, whole.nll_BT, rtol=1e-4, atol=1e-4)
         assert torch.equal(parts.right_BT, whole.right_BT)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_scores_beside_dense_are_those_of_both_models_own_logits(family, monkeypatch):
+    model = make_model(family)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 7 * 16 * 90)
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+    dms.set_mode(model, "evict")
+    with torch.no_grad():
+        hidden = hidden_states(model, {"input_ids": ids})
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    # The other row's states are those of a model that says something else.
+    found = scoring.score_beside_dense(model, ids, hidden, hidden.flip(0))
+    ours, dense = (torch.distributions.Categorical(logits=each) for each in (logits, logits.flip(0)))
+    expected = torch.distributions.kl_divergence(dense, ours)
+    assert expected.mean() > 0.01
+    torch.testing.assert_close(found.kl_BT, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.nll_BT, -ours.log_prob(ids[:, 1:]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.right_BT, logits.argmax(-1) == ids[:, 1:])

@@ -28,6 +28,7 @@ from dms_train.data.settings import Data, Origin
 from dms_train.data.shards import Parquet, TextFiles
 from dms_train.data.source_reader import BuiltinReader, Reader
 from dms_train.data.tokenization import checking_tokens, columns_of, make_render
+from dms_train.trial_length import length_at
 
 # Limits of a state's JSON: a carried piece takes some 30 bytes, a source as many.
 STATE_BYTES = 4096
@@ -64,15 +65,23 @@ class _ProcessStep:
 
 
 def open_reader(
-    tokenizer: Any, origin: Origin, number: int, data: Data, seed: int, num_embeddings: int, say: Callable[[str], None], render: Any = None
+    tokenizer: Any,
+    origin: Origin,
+    number: int,
+    data: Data,
+    seed: int,
+    num_embeddings: int,
+    say: Callable[[str], None],
+    render: Any = None,
+    length_of: Callable[[int], int] | None = None,
 ) -> Reader | BuiltinReader:
     """One source's documents.
 
-    num_embeddings: of the model. render: instead of `make_render`'s. Raises ValueError for data that is missing or does not fit.
+    num_embeddings: of the model. render: instead of `make_render`'s. length_of: as BuiltinReader's. Raises ValueError for data that is missing or does not fit.
     """
     check_tokenizer(tokenizer, num_embeddings)
     if origin.source == "builtin":
-        return BuiltinReader(tokenizer, origin, number, data.length, seed, num_embeddings)
+        return BuiltinReader(tokenizer, origin, number, data.length, seed, num_embeddings, length_of)
     columns = columns_of(origin)
     if origin.source == "dataset":
         shards: Any = hub.load(origin, columns)
@@ -94,13 +103,19 @@ def open_mixture(
     cost: Cost,
     num_embeddings: int,
     say: Callable[[str], None] = print,
+    lengths: list[int] | None = None,
 ) -> Mixture:
     """The run's sequences, step by step, as functions of recipe and files alone. Raises ValueError as `open_reader`."""
     # A copy: a tokenizer may not be used by several threads while one changes its settings.
     tokenizer = copy.deepcopy(tokenizer)
     # Documents longer than the model's context are split later; transformers would warn of each.
     tokenizer.model_max_length = int(1e30)
-    readers = [open_reader(tokenizer, origin, number, data, seed, num_embeddings, say) for number, origin in enumerate(data.all_sources)]
+    # The built-in source alone: its documents are a step's sequences in order.
+    length_of = None if lengths is None else lambda record: length_at(lengths, record // batch_size + 1)
+    readers = [
+        open_reader(tokenizer, origin, number, data, seed, num_embeddings, say, length_of=length_of)
+        for number, origin in enumerate(data.all_sources)
+    ]
     if data.workers > 1:
         executor = ThreadPoolExecutor(data.workers, thread_name_prefix="data")
         for reader in readers:
@@ -118,6 +133,7 @@ def open_data(
     seed: int,
     cost: Cost,
     num_embeddings: int,
+    lengths: list[int] | None = None,
     group: int = 0,
     num_groups: int = 1,
     timeout: timedelta = timedelta(minutes=30),
@@ -127,6 +143,7 @@ def open_data(
 
     Args:
         num_embeddings: rows of the model's embedding.
+        lengths: as trial.lengths of a recipe; a sequence of shorter documents has them end to end, as one.
         group, num_groups: which share of each step's sequences this process trains on, of how many. Ranks of one group get the same ones.
 
     Raises:
@@ -137,7 +154,15 @@ def open_data(
     if node.reads:
         try:
             mixture = open_mixture(
-                tokenizer, data, batch_size=batch_size, steps=steps, seed=seed, cost=cost, num_embeddings=num_embeddings, say=say
+                tokenizer,
+                data,
+                batch_size=batch_size,
+                steps=steps,
+                seed=seed,
+                cost=cost,
+                num_embeddings=num_embeddings,
+                say=say,
+                lengths=lengths,
             )
         except Exception as error:
             if node.group is None:

@@ -207,14 +207,25 @@ def _shuffled(key: str, count: int) -> tuple[int, ...]:
 class BuiltinReader:
     """Standard-library text with planted tasks: document n is a function of n and the seed, and has exactly `length` tokens."""
 
-    def __init__(self, tokenizer: Any, origin: Origin, number: int, length: int, seed: int, num_embeddings: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        origin: Origin,
+        number: int,
+        length: int,
+        seed: int,
+        num_embeddings: int,
+        length_of: Callable[[int], int] | None = None,
+    ):
+        """length_of: by n, a divisor of `length`: document n is then several of so many tokens end to end, with as many tasks in all."""
+        self.length_of = length_of
         self.tokenizer, self.items, self.number, self.length, self.seed = tokenizer, origin.items, number, length, seed
         self.num_embeddings = num_embeddings
         self.text = StdlibText(held_out=False)
         self.executor: Executor | None = None
         for trial in range(4):
             try:
-                self._plant(trial, origin.items[1], strict=True)
+                self._plant(trial, length, origin.items[1], strict=True)
             except ValueError as error:
                 raise ValueError(f"data.items {origin.items} do not fit data.length {length} with this tokenizer: {error}") from None
 
@@ -231,22 +242,26 @@ class BuiltinReader:
         return SourceDocument(self.number, cursor, self.length, lambda: self._arrays(cursor.record))
 
     def _arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        document = self._plant(index)
-        check_tokens(document.input_ids, self.tokenizer, self.num_embeddings, f"builtin document {index}")
+        length = self.length if self.length_of is None else self.length_of(index)
+        parts = self.length // length
+        made = [self._plant(index * parts + part, length) for part in range(parts)]
+        for document in made:
+            check_tokens(document.input_ids, self.tokenizer, self.num_embeddings, f"builtin document {index}")
         # Names and values drawn at random: there is nothing to predict, and the embedded model was not trained to.
-        return np.asarray(document.input_ids, np.int32), np.asarray([*document.role[1:], 0]) != 1
+        counted = [np.asarray([*document.role[1:], 0]) != 1 for document in made]
+        return np.concatenate([np.asarray(document.input_ids, np.int32) for document in made]), np.concatenate(counted)
 
-    def _plant(self, index: int, num_items: int | None = None, strict: bool = False) -> Any:
-        rng = Random(f"{self.seed}:{self.length}:{index}")
+    def _plant(self, index: int, length: int, num_items: int | None = None, strict: bool = False) -> Any:
+        rng = Random(f"{self.seed}:{length}:{index}")
         styles: tuple[Literal["anywhere"], Literal["end"]] = ("anywhere", "end")
         questions = rng.choice(styles)
         drawn = rng.randint(*self.items)
         return make_document(
             self.tokenizer,
             self.text,
-            length=self.length,
+            length=length,
             rng=rng,
             questions=questions,
-            num_items=drawn if num_items is None else num_items,
+            num_items=round(drawn * length / self.length) if num_items is None else num_items,
             strict=strict,
         )
