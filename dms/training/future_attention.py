@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import attention_weights, scale_of
+from dms.gate_inputs import decide_in_attention
 from dms.gates import Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
@@ -62,9 +63,15 @@ class LabelPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        with torch.enable_grad():
-            self.logits[layer.index] = gate(hidden_BTM.detach())
-        return functools.partial(self._attend, index=layer.index, windows=state.config.windows)
+        run = functools.partial(_with_gradient, gate)
+
+        def by_logits(logits: torch.Tensor) -> AttentionFunction:
+            self.logits[layer.index] = logits
+            return functools.partial(self._attend, index=layer.index, windows=state.config.windows)
+
+        if state.config.gate_input == "hidden":
+            return by_logits(run(hidden_BTM))
+        return decide_in_attention(state.config, layer.module, run, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
 
     def _attend(
         self, query, key, value, *, index: int, windows: Sequence[int], scaling=None, softcap=None, s_aux=None, **_
@@ -82,6 +89,11 @@ class LabelPass(ForwardPass):
             score = torch.maximum(before, score) if self.score.over == "max" else before + score
         self.scores[index] = score
         return out
+
+
+def _with_gradient(gate: Gate, inputs_BTF: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        return gate(inputs_BTF.detach())
 
 
 def label_pass(model: nn.Module) -> LabelPass:
