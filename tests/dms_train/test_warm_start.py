@@ -20,7 +20,7 @@ from dms.training.soft_decisions import train_pass
 
 
 def make_recipe(values, /, **warm):
-    return RetrofitRecipe.model_validate({**values, "trial": {"warm_start": {"steps": 4, **warm}}})
+    return RetrofitRecipe.model_validate({**values, "trial": {**values.get("trial", {}), "warm_start": {"steps": 4, **warm}}})
 
 
 def make_batch(num_sequences, num_tokens=96, pad_last=0):
@@ -46,7 +46,8 @@ def make_student(folder, **options):
         ({"window": 8}, {}, "decided"),
         ({"window": 8, "alignment": "next", "sinks": 2}, {"scope": "model", "label": "sum", "values": True}, "end"),
         ({"window": 8, "granularity": "layer"}, {"heads": "mean", "label": "mean"}, "mean"),
-        ({"windows": [8, 24]}, {}, "end"),
+        ({"window": [8, 24]}, {}, "end"),
+        ({"window": 8, "gate_input": "hidden+key+key_rotated", "gate_hidden": 16}, {}, "decided"),
     ],
 )
 def test_gates_learn_to_save_about_what_is_asked(options, warm, budget, recipe_values, tiny_folder):
@@ -56,7 +57,7 @@ def test_gates_learn_to_save_about_what_is_asked(options, warm, budget, recipe_v
     optimizer = torch.optim.AdamW(gate_parameters(student).values(), lr=3e-3)
     losses = []
     for _ in range(40):
-        output = warm_up_step(student, batch, recipe, Normalizer(1, 4))
+        output = warm_up_step(student, batch, recipe, 0.6, Normalizer(1, 4))
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +77,7 @@ def test_micro_batches_add_up_to_the_same_step(recipe_values, tiny_folder):
     found = []
     for size in (4, 1):
         parts = [{name: x[first : first + size] for name, x in batch.items()} for first in range(0, 4, size)]
-        outputs = [warm_up_step(student, part, recipe, Normalizer(1, 4)) for part in parts]
+        outputs = [warm_up_step(student, part, recipe, 0.6, Normalizer(1, 4)) for part in parts]
         sum(output.loss for output in outputs).backward()
         sums = [sum(getattr(output, name) for output in outputs) for name in ("kl", "evicted", "decided")]
         found.append([*sums, *(p.grad.clone() for p in gate_parameters(student).values())])
@@ -138,6 +139,7 @@ def test_a_run_cut_off_in_its_warm_up_goes_on_as_if_it_had_not_been(make_values,
         ({}, {"start_cr": 5}, "start_cr is 5, and the ratio rises to target_cr 4"),
         ({"save": {"at_cr": [2]}}, {}, r"save.at_cr is \[2.0\], which does not go with trial.warm_start"),
         ({"sequence_parallel": 2}, {}, "sequence_parallel is 2, which does not go with trial.warm_start; set sequence_parallel=1"),
+        ({"trial": {"kl_ceiling": 0.1}}, {}, "trial.kl_ceiling is 0.1, which does not go with trial.warm_start; set trial.kl_ceiling=null"),
         ({"target_cr": 1}, {}, "target_cr is 1, so that labels would evict nothing"),
         ({"budget": "end", "dms": {"window": 100}}, {}, r"keep 25.0% of the entries .* the window alone holds 52.6% of data.length 192"),
         ({"budget": "mean"}, {"keep": 0.09}, r"keep 9.0% of the entries .* the window alone holds 9.1% of data.length 192"),

@@ -72,7 +72,7 @@ class Distillation(nn.Module):
         cached = recipe.zero.stage < 3
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=cached):
             if warms_up:
-                return tuple(vars(warm_up_step(self.student, batch, recipe, normalizer)).values())
+                return tuple(vars(warm_up_step(self.student, batch, recipe, target, normalizer)).values())
             output = distill_step(
                 self.student,
                 self.teacher,

@@ -407,10 +407,11 @@ class RetrofitRecipe(Strict):
             ("sequence_parallel", self.sequence_parallel, 1),
             ("zero.stage", self.zero.stage, 0),
             ("save.at_cr", self.save.at_cr, []),
+            ("trial.kl_ceiling", self.trial.kl_ceiling, None),
         ):
             if value != needed:
                 raise ValueError(
-                    f"{key} is {value}, which does not go with trial.warm_start; set {key}={needed}, or remove trial.warm_start"
+                    f"{key} is {value}, which does not go with trial.warm_start; set {key}={'null' if needed is None else needed}, or remove trial.warm_start"
                 )
         if warm.start_cr > self.target_cr:
             raise ValueError(

@@ -162,11 +162,7 @@ def distill_step(
         trial: losses under trial; None: none.
     """
     trial = trial or Trial()
-    # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    if "model_position_ids" in batch:
-        # Without a mask, transformers would take a jump for the beginning of another document.
-        inputs |= {"position_ids": batch["model_position_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    inputs = model_inputs(batch)
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
     # Of the whole sequences, of which this process may hold a part.
     whole = None if attention is None else Tokens(batch["row_segment_ids"].int(), batch["row_position_ids"].int())
@@ -222,6 +218,16 @@ def distill_step(
         head_rate_LH=torch.stack([forward.head_rate[index] for index in sorted(forward.head_rate)]),
         trial=torch.zeros_like(kl.detach()) if extra is None else extra.detach(),
     )
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model is given of a micro-batch."""
+    if "model_position_ids" in batch:
+        # Without a mask, transformers would take a jump for the beginning of another document.
+        mask = torch.ones_like(batch["input_ids"])
+        return {"input_ids": batch["input_ids"], "position_ids": batch["model_position_ids"], "attention_mask": mask}
+    # To the dense model padding is one more document, by its positions: beside a mask, transformers would let documents see each other.
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
 
 
 def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dms.modes import set_mode, state_of
 from dms.training.budgets import saved_by, savings
 from dms.training.future_attention import FutureScore, evict_labels, label_pass
 from dms_train.recipe import RetrofitRecipe
-from dms_train.step import Normalizer, StepOutput, learning_rate, target_at
+from dms_train.step import Normalizer, StepOutput, learning_rate, model_inputs, target_at
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,24 @@ def plan_step(recipe: RetrofitRecipe, step: int) -> StepPlan:
     return StepPlan(False, cr, target, factor)
 
 
-def warm_up_step(student: nn.Module, batch: dict[str, torch.Tensor], recipe: RetrofitRecipe, normalizer: Normalizer) -> StepOutput:
+def warm_up_step(
+    student: nn.Module, batch: dict[str, torch.Tensor], recipe: RetrofitRecipe, target: float, normalizer: Normalizer
+) -> StepOutput:
     """Cross-entropy of the gates' decisions against labels: the mean over each sequence's labels, summed over sequences.
 
     A decision evicts with probability sigmoid(logit), as the noise of Gumbel-sigmoid decisions has it whatever tau is, so that its
     cross-entropy is that of the logit. `kl` of what is returned is this loss; `evicted` and `decided` are counted as in a training pass,
-    evictions by their probability.
+    evictions by their probability. target: the share that labels save.
     """
-    warm, config, state = recipe.trial.warm_start, recipe.dms, state_of(student)
+    warm, state = recipe.trial.warm_start, state_of(student)
     assert warm is not None, "a warm-up step is one of trial.warm_start"
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    # Its windows may be those of shorter documents.
+    config = state.config
     tokens = Tokens(batch["segment_ids"].int(), batch["position_ids"].int())
     state.future_score = FutureScore(over=warm.label, heads=warm.heads, values=warm.values)
     set_mode(student, "label", tokens=tokens)
     with torch.no_grad():
-        hidden_states(student, inputs)
+        hidden_states(student, model_inputs(batch))
     forward = label_pass(student)
     set_mode(student, "dense")
 
@@ -72,7 +75,7 @@ def warm_up_step(student: nn.Module, batch: dict[str, torch.Tensor], recipe: Ret
         parts = [scores.amax(2, keepdim=True).expand_as(scores) for scores in scores_BTNK.split(heads, 2)]
         scores_BTNK = torch.cat(parts, 2)
     evict_BTNK, has_label_BTK = evict_labels(
-        scores_BTNK, tokens, config.windows, sinks=config.sinks, keep=recipe.label_keep, budget=recipe.budget, scope=warm.scope
+        scores_BTNK, tokens, config.windows, sinks=config.sinks, keep=1.0 - target, budget=recipe.budget, scope=warm.scope
     )
 
     logits_BTNK = torch.cat([forward.logits[index] for index in layers], 2).view_as(scores_BTNK)

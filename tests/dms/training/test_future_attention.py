@@ -120,7 +120,7 @@ def test_labels_leave_what_the_budget_allows_and_evict_the_least(budget, windows
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "gpt_oss"])
 def test_a_label_pass_is_dense_and_differentiates_gates_alone(family, build_model, make_batch):
-    model = dms.retrofit(build_model(family), dms.DMSConfig(windows=(4, 12)))
+    model = dms.retrofit(build_model(family), dms.DMSConfig(window=(4, 12)))
     given = make_batch(2, 40, right=[0, 6])
     tokens = masks.locate_tokens(2, 40, torch.device("cpu"), given["attention_mask"], given["position_ids"], None)
     with torch.no_grad():
