@@ -12,7 +12,7 @@ from torch import nn
 
 from dms import masks
 from dms.config import DMSConfig
-from dms.gates import Gate, over_rms
+from dms.gates import over_rms
 from dms.masks import Tokens
 from dms.modes import AttentionFunction
 
@@ -44,7 +44,7 @@ def num_inputs(name: str, module: nn.Module, hidden_size: int, num_heads: int, c
 def decide_in_attention(
     config: DMSConfig,
     module: nn.Module,
-    gate: Gate,
+    gate: Callable[[torch.Tensor], torch.Tensor],
     hidden_BTM: torch.Tensor,
     tokens: Tokens,
     normalize: bool,

@@ -102,7 +102,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight`, `layers.{i}.gate.bias`."""
+    """The gates' parameters by their names in gates.safetensors: `layers.{i}.gate.weight` and `.bias`, of a hidden layer `.hidden_weight` and `.hidden_bias`."""
     return {f"layers.{layer.index}.gate.{name}": p for layer in state_of(model).layers for name, p in layer.gate.named_parameters()}
 
 

@@ -22,13 +22,21 @@ _CHUNKED_TILE, _CHUNKED_ROWS = 2**18, (16, 128)
 @contextmanager
 def replaced_attention(model: nn.Module, attend: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Within it gated layers of a retrofitted model attend in training by a function of the same arguments as
-    `dms.training.soft_decisions.train_attention`, in recomputations too."""
+    `dms.training.soft_decisions.train_attention`, in recomputations too.
+
+    Raises:
+        ValueError: gates that decide within attention.
+    """
 
     def replace(module: Any, *_) -> None:
         if module.dms_pending is not None:
             module.dms_pending = functools.partial(attend, **module.dms_pending.keywords)
 
     state = state_of(model)
+    if state.config.gate_input != "hidden":
+        raise ValueError(
+            f"gate_input is {state.config.gate_input}, whose gates run within attention: such training is not planned yet; choose hidden"
+        )
     hooks = [layer.module.register_forward_pre_hook(replace) for layers in (state.layers, state.following) for layer in layers]
     try:
         yield

@@ -63,18 +63,15 @@ class LabelPass(ForwardPass):
     def decide(
         self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        config, hidden_BTM = state.config, hidden_BTM.detach()
+        run = functools.partial(_with_gradient, gate)
 
         def by_logits(logits: torch.Tensor) -> AttentionFunction:
             self.logits[layer.index] = logits
-            return functools.partial(self._attend, index=layer.index, windows=config.windows)
+            return functools.partial(self._attend, index=layer.index, windows=state.config.windows)
 
-        # The pass is without gradients, but for its gates.
-        if config.gate_input == "hidden":
-            with torch.enable_grad():
-                return by_logits(gate(hidden_BTM))
-        attend = decide_in_attention(config, layer.module, gate, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
-        return torch.enable_grad()(attend)
+        if state.config.gate_input == "hidden":
+            return by_logits(run(hidden_BTM))
+        return decide_in_attention(state.config, layer.module, run, hidden_BTM, self.tokens, not layer.normalized_input, by_logits)
 
     def _attend(
         self, query, key, value, *, index: int, windows: Sequence[int], scaling=None, softcap=None, s_aux=None, **_
@@ -92,6 +89,11 @@ class LabelPass(ForwardPass):
             score = torch.maximum(before, score) if self.score.over == "max" else before + score
         self.scores[index] = score
         return out
+
+
+def _with_gradient(gate: Gate, inputs_BTF: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        return gate(inputs_BTF.detach())
 
 
 def label_pass(model: nn.Module) -> LabelPass:

@@ -221,3 +221,24 @@ def test_keys_are_read_in_other_families(family, build_gated, make_batch):
     assert found[0].std() > 0.1
     # The first gated layer's keys are normed, so that their size does not tell.
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@forms
+def test_gates_learn_from_labels(form, build_gated, make_batch):
+    model, batch = build_gated(**form), make_batch(2, 24)
+    logits = {}
+    for mode in ("label", "evict"):
+        set_mode(model, mode)
+        with torch.no_grad():
+            found = model(**batch, use_cache=False).logits
+        logits[mode] = model.dms.forward.logits
+        if mode == "label":
+            labelled = found
+            sum(each.square().mean() for each in logits[mode].values()).backward()
+    assert all((parameter.grad != 0).any() for parameter in gate_parameters(model).values())
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "dms_gate" not in name)
+    set_mode(model, "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(labelled, model(**batch, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    # The first layer reads the same in both modes.
+    torch.testing.assert_close(logits["label"][0].detach(), logits["evict"][0])

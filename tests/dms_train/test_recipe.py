@@ -161,3 +161,9 @@ def test_recipes_are_packaged():
 def test_two_ratios_that_pass_in_one_step_are_refused(write):
     message = refusal(write(lambda v: v.update(save={"at_cr": [2.0, 2.2]})), "steps=4")
     assert "save.at_cr has 2 and 2.2, and the ratio passes both in step 2" in message
+
+
+@pytest.mark.parametrize("given", ["activation_checkpointing=true", "sequence_parallel=2"])
+def test_gates_of_keys_decide_within_attention(given, write):
+    with pytest.raises(ValueError, match=r"and dms.gate_input key: gates that read keys decide within attention"):
+        load_recipe(write(), ["dms.gate_input=key", given], RetrofitRecipe)
