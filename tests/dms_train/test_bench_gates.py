@@ -331,6 +331,16 @@ def test_entries_of_gates_that_keep_all_and_of_none():
     assert found["entries_mean"] == pytest.approx(1.9) and found["cr_mean"] == pytest.approx(5.5 / 1.9)
 
 
+def test_entries_of_several_windows():
+    evicted = torch.zeros(1, 8, 1, 2, dtype=torch.bool)
+    # Token 0 goes after 1 more, token 1 after 3; token 2 by both, and so after 1.
+    evicted[0, 0, 0, 0] = evicted[0, 1, 0, 1] = evicted[0, 2, 0] = True
+    entries = Entries()
+    entries.add(dms.DMSConfig(window=[1, 3]), {0: evicted}, torch.zeros(1, 8, dtype=torch.long))
+    assert (entries.alive, entries.evicted, entries.decided) == (5, 3, 8)
+    assert entries.alive_steps == 36 - (8 - 2) - (7 - 4) - (6 - 2)
+
+
 def test_torn_rows_are_left_out(tmp_path):
     rows = RowFile(tmp_path / "rows.jsonl")
     rows.add({"a": 1})

@@ -133,7 +133,9 @@ class Entries:
             self.num_tokens = T
             self.alive += int(masks.alive(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
             self.alive_steps += int(masks.alive_steps(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
-            evicted_H = (evicted_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
+            # Of several windows: sooner or later.
+            gone_BTH = evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)
+            evicted_H = (gone_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
             self.evicted += int(evicted_H.sum())
