@@ -7,8 +7,8 @@ import pytest
 import torch
 from dms_train import artifacts, loop
 from dms_train.recipe import RetrofitRecipe
-from dms_train.step import Normalizer
-from dms_train.warm_start import plan_step, warm_up_step
+from dms_train.step import Normalizer, target_at
+from dms_train.warm_start import StepPlan, plan_step, warm_up_step
 from safetensors.torch import load_file
 
 import dms
@@ -95,6 +95,13 @@ def test_each_phase_has_its_own_schedule(recipe_values):
     assert [plan.lr_factor for plan in plans] == pytest.approx([2.5, 5.0, 2.75, 0.5, 0.5, 1.0, 0.55, 0.1])
 
 
+def test_without_it_the_schedule_is_as_it_was(recipe_values):
+    recipe = RetrofitRecipe.model_validate(recipe_values)
+    for step in range(1, 9):
+        target_cr, target = target_at(step, steps=8, ramp=0.8, target_cr=4.0)
+        assert plan_step(recipe, step) == StepPlan(False, target_cr, target, 1.0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +111,7 @@ def no_pictures():
 
 def test_a_run_cut_off_in_its_warm_up_goes_on_as_if_it_had_not_been(make_values, tmp_path, monkeypatch):
     def make(name):
-        values = make_values(tmp_path / name, steps=6, save={"every": 2})
+        values = make_values(tmp_path / name, steps=6, save={"every": 2}, evaluation={"num_documents": 2, "num_items": 2})
         return make_recipe(values, start_cr=2.0)
 
     loop.run(make("whole"))
