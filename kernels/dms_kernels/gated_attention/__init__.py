@@ -130,7 +130,8 @@ def _check_tensors(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if log_keep is not None:
-        shape, letters = (B, T, H), f"[B={B}, T={T}, H={H}]"
+        shape: tuple[int, ...] = (B, T, H)
+        letters = f"[B={B}, T={T}, H={H}]"
         if not isinstance(window, int):
             shape, letters = (*shape, len(window)), f"[B={B}, T={T}, H={H}, K={len(window)}] beside the windows {list(window)}"
         if log_keep.shape != shape:

@@ -415,10 +415,10 @@ def each_block(b: int, lists: tuple[KeyList, ...], geometry: Geometry, tiles: "T
 
 def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: int, windows: tuple[int, ...], tiles: "Tiles") -> Piece:
     """What queries [begin, end) read of a list for the range [first, stop) of keys, in the columns from `column`."""
-    before = keys.num_before
+    before, log_keep = keys.num_before, keys.log_keep_KN or ()
     row, row_stop = (first, stop) if before is None else (before[first], before[stop])
     edges = []
-    for decision in range(keys.num_counting, len(windows)) if keys.log_keep_KN is not None else ():
+    for decision in range(keys.num_counting, len(log_keep)):
         # The gap of this key to the first query is the window.
         corner = begin - windows[decision]
         edge_stop = max(min(stop, corner + end - begin), first)
@@ -430,7 +430,7 @@ def _piece(keys: KeyList, first: int, stop: int, column: int, begin: int, end: i
             beyond_CE = tiles.beyond_CC[: end - begin, first - corner : first - corner + num_edge]
         else:
             beyond_CE = tiles.index_T[: end - begin, None] > keys.index_N[rows] - corner
-        edges.append(Edge(decision, rows, column, keys.log_keep_KN[decision][rows], beyond_CE))
+        edges.append(Edge(decision, rows, column, log_keep[decision][rows], beyond_CE))
     rows = slice(row, row_stop)
     bias_N = None if keys.bias_N is None else keys.bias_N[rows]
     index_N = tiles.index_T if keys.index_N is None else keys.index_N

@@ -47,7 +47,7 @@ def gated_attention_fused(
     v: Tensor,
     log_keep: Tensor | None,
     *,
-    window: int,
+    window: int | Sequence[int],
     scale: float,
     segment_ids: Tensor | None,
     sinks: int = 0,
@@ -56,6 +56,7 @@ def gated_attention_fused(
     first_pass: FirstPass | None = None,
 ) -> Tensor:
     """Same arguments and result as `dms_kernels.gated_attention`, unchecked; see `problem`."""
+    assert isinstance(window, int), "several windows are a problem"
     first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
     arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, window, scale, sinks, softcap
     made = None if first_pass is None else first_pass.take()

@@ -172,6 +172,25 @@ def step(model, teacher, batch, predictions, rows):
     )
 
 
+@pytest.mark.parametrize(("window", "shape"), [(3, ()), ([3], (1,)), ([1, 3, 6], (3,))])
+def test_decisions_for_several_windows_go_with_their_heads(window, shape):
+    import torch
+
+    from dms.masks import Tokens
+    from dms.training.packed_attention import PackedAttention
+    from dms_kernels import gated_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
+    log_keep = -5 * torch.rand(2, 12, 2, *shape, generator=generator)
+    tokens = Tokens(torch.tensor([[1] * 7 + [2] * 5, [1] * 10 + [0] * 2], dtype=torch.int32), torch.zeros(2, 12, dtype=torch.int32))
+    options = {"log_keep_BSH": log_keep, "tokens": tokens, "window": window, "sinks": 1, "alignment": "own"}
+    out = PackedAttention().train_attention(q, k, v, **options, scaling=0.5)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    want = gated_attention(q, k, v, log_keep, window=window, scale=0.5, segment_ids=tokens.segment_BT, sinks=1)
+    assert torch.equal(out, want)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "opt", "gemma4_text"])
 def test_packed_documents_are_as_those_documents_alone(family, monkeypatch):
     """The KL of each family's teacher and student, where transformers' masks would let gpt_oss's and opt's documents meet."""
