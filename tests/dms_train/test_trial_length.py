@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 import torch
-from dms_train import loop
+from dms_train import bench_gates_rows, loop
+from dms_train.bench_gates import Comparison, Run
 from dms_train.data.loader import open_data
 from dms_train.data.packing import Cost
 from dms_train.data.settings import Data
@@ -71,7 +72,7 @@ def test_short_documents_are_asked_for_as_many_decisions_to_evict(budget, share)
 
 def test_windows_in_proportion_to_the_length():
     assert windows_at(dms.DMSConfig(window=32, sinks=4), 512, 2048) == dms.DMSConfig(window=128, sinks=4)
-    assert windows_at(dms.DMSConfig(windows=(8, 32, 128)), 512, 2048).windows == (32, 128, 512)
+    assert windows_at(dms.DMSConfig(window=(8, 32, 128)), 512, 2048).windows == (32, 128, 512)
     assert windows_at(dms.DMSConfig(window=32), 512, 128).window == 8
 
 
@@ -112,6 +113,11 @@ def test_positions_jump_once_for_teacher_and_student(student):
         ({"lengths": [8, 192]}, {}, "dms.window is 8"),
         ({"lengths": LENGTHS}, {"data": {"source": "text", "path": "x", "length": 192}}, "builtin alone"),
         ({"lengths": LENGTHS}, {"teacher_cache": {"path": "x"}}, "teacher cache"),
+        (
+            {"windows_grow": True},
+            {"dms": {"window": 8, "gate_input": "hidden+attention"}},
+            "windows_grow does not work with dms.gate_input",
+        ),
         ({"position_jump": 9}, {"sequence_parallel": 2}, "sequence_parallel 2"),
     ],
 )
@@ -135,9 +141,23 @@ def test_a_run_at_several_lengths_with_jumps(make_values, tmp_path, monkeypatch,
 
     monkeypatch.setattr(soft_decisions, "train_attention", watch)
     trial = {"lengths": LENGTHS, "position_jump": 320, "windows_grow": grow}
-    loop.run(RetrofitRecipe(**make_values(tmp_path / "run", trial=trial, budget=budget, steps=3)))
+    recipe = RetrofitRecipe(**make_values(tmp_path / "run", trial=trial, budget=budget, steps=3))
+    loop.run(recipe)
     assert set(windows) == {(96, 4 if grow else 8), (192, 8)}
     assert dms.load(tmp_path / "run" / "model").dms.config.window == 8
     metrics = list(islice(read_metrics(tmp_path / "run"), 3))
     assert [line["tokens"] for line in metrics] == [768, 1536, 2304]
     assert all(line["kl"] < 1 for line in metrics)
+
+    read, original_read = [], bench_gates_rows.read_masked
+
+    def watch_reading(model, documents, *rest, **options):
+        read.append((len(documents[0].input_ids), model.dms.config.window))
+        return original_read(model, documents, *rest, **options)
+
+    monkeypatch.setattr(bench_gates_rows, "read_masked", watch_reading)
+    evaluation = {"lengths": [96, 192, 384], "num_documents": 1, "num_items": 2}
+    comparison = Comparison(recipe="", variants={"v": {}}, target_cr=[4], output_dir=str(tmp_path / "out"), evaluation=evaluation)
+    (tmp_path / "out").mkdir()
+    bench_gates_rows.Evaluator(comparison, recipe).evaluate(Run("v", recipe))
+    assert read == ([(96, 4), (192, 8), (384, 16)] if grow else [(96, 8), (192, 8), (384, 8)])

@@ -40,6 +40,7 @@ from dms.retrofitting import retrofit
 from dms_train.artifacts import saved_dtype
 from dms_train.bench_gates import GateComparison, Run
 from dms_train.models import held_dtype
+from dms_train.trial_length import windows_at
 
 ROWS_FILE = "rows.jsonl"
 # Of other training-free policies: tokens that are read between two evictions.
@@ -132,10 +133,9 @@ class Entries:
             self.num_tokens = T
             self.alive += int(masks.alive(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
             self.alive_steps += int(masks.alive_steps(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
-            # Of several windows there is a decision for each, [B, T, H, K]: evicted is what any of them evicts.
-            is_decided = decided_BT.view(B, T, *[1] * (evicted_BTH.dim() - 2))
-            evicted_H = (evicted_BTH & is_decided).sum((0, 1)).cpu()
+            # Of several windows: sooner or later.
             gone_BTH = evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)
+            evicted_H = (gone_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
             self.evicted += int((gone_BTH & decided_BT[..., None]).sum())
@@ -295,8 +295,11 @@ class Evaluator:
         if not missing:
             return
         model = dms.load(run.folder / "gates", base=run.recipe.model, dtype=self._dtype())
+        trained = state_of(model).config
         for length in missing:
             dense, start = self.dense(length), perf_counter()
+            if run.recipe.trial.windows_grow:
+                state_of(model).config = windows_at(trained, run.recipe.data.length, length)
             metrics, entries = read_masked(
                 model,
                 self.documents[length],

@@ -191,8 +191,8 @@ class Trial(Strict):
     """The built-in source's documents: the positions that the model sees, teacher and student alike, jump by 1 to this at one token of each
     document, so that it attends over distances of up to data.length + this. Windows and sinks count the document's tokens."""
     windows_grow: bool = False
-    """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and in the evaluation of
-    saved gates at other lengths, where the same gates then reach the same ratio."""
+    """Windows in proportion to a document's length: `dms` gives those at data.length. In training for `lengths`, and where `dms bench gates`
+    evaluates at other lengths, at which the same gates then reach the same ratio."""
     warm_start: WarmStart | None = None
     """None: distillation from the first step."""
 
@@ -326,6 +326,10 @@ class RetrofitRecipe(Strict):
                 "budget=end or budget=mean"
             )
         self._check_lengths()
+        if self.trial.windows_grow and "attention" in self.dms.gate_input:
+            raise ValueError(
+                f"trial.windows_grow does not work with dms.gate_input {self.dms.gate_input}, which is read over the window; remove one of them"
+            )
         if self.trial.warm_start is not None:
             self._check_warm_start(self.trial.warm_start)
         if self.dms.windows[0] >= self.data.length:

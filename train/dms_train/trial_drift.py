@@ -34,19 +34,19 @@ class Drift:
 def drift(model: Any, documents: Sequence[Sequence[int]], edges: list[int]) -> Drift:
     """Read each document's ids, and their ranges alone, dense and in masked evict mode. Documents have the last edge's number of tokens."""
     ranges = list(pairwise(edges))
-    sums = None
+    found = []
     for document in documents:
         kl_T, evicted_LHT = _read(model, document)
         alone = [_read(model, document[a:b]) for a, b in ranges]
-        found = (
-            torch.stack([evicted_LHT[..., a:b].mean(-1) for a, b in ranges], -1),
-            torch.stack([kl_T[a:b].mean() for a, b in ranges]),
-            torch.stack([evicted.mean(-1) for _, evicted in alone], -1),
-            torch.stack([kl.mean() for kl, _ in alone]),
+        found.append(
+            (
+                torch.stack([evicted_LHT[..., a:b].mean(-1) for a, b in ranges], -1),
+                torch.stack([kl_T[a:b].mean() for a, b in ranges]),
+                torch.stack([evicted.mean(-1) for _, evicted in alone], -1),
+                torch.stack([kl.mean() for kl, _ in alone]),
+            )
         )
-        sums = found if sums is None else tuple(a + b for a, b in zip(sums, found, strict=True))
-    assert sums is not None, "drift needs documents"
-    return Drift(edges, *(total / len(documents) for total in sums))
+    return Drift(edges, *(torch.stack(parts).mean(0) for parts in zip(*found, strict=True)))
 
 
 def _read(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
