@@ -22,7 +22,6 @@ from rich.console import Console
 from said import says
 
 import dms
-from dms import masks
 from dms.evaluation.engine.one_pass import read_in_one_pass
 from dms.evaluation.engine.run_end import make_documents
 from dms.io import base_models

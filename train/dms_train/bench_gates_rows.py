@@ -115,7 +115,7 @@ class Entries:
     num_tokens: int = 0
     num_documents_heads: int = 0
     evicted_LH: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Evict decisions by layer index, [H]; of several windows [H, K]."""
+    """Tokens that are evicted, by layer index, [H]."""
     decided_per_head: int = 0
 
     def add(self, config: DMSConfig, evicted: dict[int, torch.Tensor], ids_BT: torch.Tensor) -> None:
@@ -138,7 +138,7 @@ class Entries:
             evicted_H = (gone_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
-            self.evicted += int((gone_BTH & decided_BT[..., None]).sum())
+            self.evicted += int(evicted_H.sum())
 
     def figures(self) -> dict[str, Any]:
         """Fields of a row. Entries are a head's, means over documents, layers and heads."""
