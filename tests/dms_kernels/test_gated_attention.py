@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dms_kernels import dispatch, gated_attention
 from dms_kernels.gated_attention import FirstPass
-from dms_kernels.gated_attention.chunked import gated_attention_chunked
+from dms_kernels.gated_attention.chunked import exp_, gated_attention_chunked
 from dms_kernels.gated_attention.reference import gated_attention_reference
 
 _NAMES = ("q", "k", "v", "log_keep", "sink_logits")
@@ -180,6 +180,16 @@ def test_float32_error_is_near_rounding():
     want = forward_backward(gated_attention_reference, exact, **options)
     ours = forward_backward(gated_attention, tensors, **options)
     assert_close({name: None if x is None else x.double() for name, x in ours.items()}, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_below_the_smallest_normal_number_are_zero_and_nothing_else_changes(dtype):
+    lowest = math.log(torch.finfo(dtype).tiny)
+    x = torch.linspace(lowest + 0.1, 5.0, 1001, dtype=dtype)
+    assert torch.equal(exp_(x.clone()), x.exp())
+    below = torch.tensor([lowest - 0.1, lowest - 30, -1e30, -math.inf], dtype=dtype)
+    assert not exp_(below).any()
+    assert exp_(torch.tensor([math.nan], dtype=dtype)).isnan()
 
 
 def test_evicted_keys_are_skipped_only_where_it_is_safe():

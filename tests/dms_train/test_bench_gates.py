@@ -22,7 +22,6 @@ from rich.console import Console
 from said import says
 
 import dms
-from dms import masks
 from dms.evaluation.engine.one_pass import read_in_one_pass
 from dms.evaluation.engine.run_end import make_documents
 from dms.io import base_models
@@ -332,19 +331,14 @@ def test_entries_of_gates_that_keep_all_and_of_none():
     assert found["entries_mean"] == pytest.approx(1.9) and found["cr_mean"] == pytest.approx(5.5 / 1.9)
 
 
-def test_entries_of_gates_that_choose_among_lifetimes():
-    """Counted as queries see them: one token of four stays, one goes after 1 more, one after 3, one after 1 whatever decision 2 says."""
-    ids = torch.zeros(1, 8, dtype=torch.long)
+def test_entries_of_several_windows():
     evicted = torch.zeros(1, 8, 1, 2, dtype=torch.bool)
-    evicted[0, 1::4, 0, 0] = evicted[0, 2::4, 0, 1] = evicted[0, 3::4, 0] = True
+    # Token 0 goes after 1 more, token 1 after 3; token 2 by both, and so after 1.
+    evicted[0, 0, 0, 0] = evicted[0, 1, 0, 1] = evicted[0, 2, 0] = True
     entries = Entries()
-    entries.add(dms.DMSConfig(window=[1, 3], alignment="own"), {0: evicted}, ids)
-    tokens = masks.locate_tokens(1, 8, torch.device("cpu"), None, None, None)
-    see = masks.visible(tokens, tokens, evicted, window=(1, 3), sinks=0)
-    found = entries.figures()
-    assert (found["entries_end"], found["entries_mean"]) == (see[0, 0, -1].sum(), pytest.approx(see.sum() / 8))
-    # 0, 4 stay; 6 and 7 are near.
-    assert found["entries_end"] == 4 and found["cr_decided"] == 4.0 and found["evicted_share"] == {"0": [[0.5, 0.5]]}
+    entries.add(dms.DMSConfig(window=[1, 3]), {0: evicted}, torch.zeros(1, 8, dtype=torch.long))
+    assert (entries.alive, entries.evicted, entries.decided) == (5, 3, 8)
+    assert entries.alive_steps == 36 - (8 - 2) - (7 - 4) - (6 - 2)
 
 
 def test_torn_rows_are_left_out(tmp_path):

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 from dms_train import bench_gates_rows, loop
-from dms_train.bench_gates import Comparison, Run
+from dms_train.bench_gates import GateComparison, Run
 from dms_train.data.loader import open_data
 from dms_train.data.packing import Cost
 from dms_train.data.settings import Data
@@ -157,7 +157,7 @@ def test_a_run_at_several_lengths_with_jumps(make_values, tmp_path, monkeypatch,
 
     monkeypatch.setattr(bench_gates_rows, "read_masked", watch_reading)
     evaluation = {"lengths": [96, 192, 384], "num_documents": 1, "num_items": 2}
-    comparison = Comparison(recipe="", variants={"v": {}}, target_cr=[4], output_dir=str(tmp_path / "out"), evaluation=evaluation)
+    comparison = GateComparison(recipe="", variants={"v": {}}, target_cr=[4], output_dir=str(tmp_path / "out"), evaluation=evaluation)
     (tmp_path / "out").mkdir()
     bench_gates_rows.Evaluator(comparison, recipe).evaluate(Run("v", recipe))
     assert read == ([(96, 4), (192, 8), (384, 16)] if grow else [(96, 8), (192, 8), (384, 8)])

@@ -115,7 +115,7 @@ class Entries:
     num_tokens: int = 0
     num_documents_heads: int = 0
     evicted_LH: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Evict decisions by layer index, [H]; of several windows [H, K]."""
+    """Tokens that are evicted, by layer index, [H]."""
     decided_per_head: int = 0
 
     def add(self, config: DMSConfig, evicted: dict[int, torch.Tensor], ids_BT: torch.Tensor) -> None:
@@ -133,13 +133,12 @@ class Entries:
             self.num_tokens = T
             self.alive += int(masks.alive(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
             self.alive_steps += int(masks.alive_steps(tokens, evicted_BTH, window=config.window, sinks=config.sinks).sum())
-            # Of several windows there is a decision for each, [B, T, H, K]: evicted is what any of them evicts.
-            is_decided = decided_BT.view(B, T, *[1] * (evicted_BTH.dim() - 2))
-            evicted_H = (evicted_BTH & is_decided).sum((0, 1)).cpu()
+            # Of several windows: sooner or later.
             gone_BTH = evicted_BTH if evicted_BTH.dim() == 3 else evicted_BTH.any(-1)
+            evicted_H = (gone_BTH & decided_BT[..., None]).sum((0, 1)).cpu()
             self.evicted_LH[index] = self.evicted_LH.get(index, 0) + evicted_H
             self.decided += int(decided_BT.sum()) * H
-            self.evicted += int((gone_BTH & decided_BT[..., None]).sum())
+            self.evicted += int(evicted_H.sum())
 
     def figures(self) -> dict[str, Any]:
         """Fields of a row. Entries are a head's, means over documents, layers and heads."""
