@@ -327,10 +327,12 @@ class Store(HeadPages):
         slot = (self.seq_len % self.ring_size).long().clamp(max=self.ring_kv.shape[3] - 1)
         state = self.ring_state[torch.arange(len(slot)), :, slot]
         leaving = (self.seq_len >= self.ring_size)[:, None] & (state != EVICT)
-        num_kept = self.num_kept
+        begins_page = self.num_kept % self.pool.page_size == 0
         if self.lists_per_head > 1:
-            num_kept = num_kept.unflatten(1, (self.num_heads, -1)).gather(2, list_of(state)[..., None])[..., 0]
-        return int((leaving & (num_kept % self.pool.page_size == 0)).sum())
+            of_lists = begins_page.unflatten(1, (self.num_heads, -1))
+            # Where the next token's gate decides for the one that leaves, it may go to any of the lists.
+            begins_page = torch.where(state == UNDECIDED, of_lists.any(2), of_lists.gather(2, list_of(state)[..., None])[..., 0])
+        return int((leaving & begins_page).sum())
 
     def step_bytes(self) -> int:
         """Bytes by which the ring and the page table grow, at most."""

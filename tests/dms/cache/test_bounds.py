@@ -171,6 +171,15 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(
     assert bounded.now.largest[0] < 1e-4
 
 
+def test_a_step_has_room_whatever_list_its_own_gate_chooses(evicting, lockstep, page_accounts):
+    """Under `next` without a window the token that leaves goes where the new token's gate decides: each list may need a page."""
+    model = evicting(alignment="next", window=(0, 30))
+    for bound in range(8_000, 40_000, 800):
+        bounded = Bounded(lockstep(model, page_size=16, max_cache_bytes=bound), 2, bound, page_accounts)
+        for step in (("read", 1, bound), ("decode", 40, bound)):
+            bounded.take(step)
+
+
 def _least_slack(cache, attempt, most: int, step: int) -> int:
     """Attempts with more and more room until one succeeds; each of the others must change nothing, and hold no more than before."""
     before = _contents(cache)
