@@ -135,6 +135,7 @@ def test_a_model_that_needs_more_than_text_is_refused_by_what_it_needs(build_mod
         find_layers(model)
 
 
+@pytest.mark.slow
 def test_heads_are_counted_in_the_layer(open_gates, make_batch):
     """Full-attention layers with fewer KV heads than the configuration's quotient says, and of another width."""
     options = _GEMMA4 | _ALTERNATING | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 32}

@@ -136,6 +136,7 @@ def test_good_ends(start, codes, expected):
     assert "rank" not in job.said
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_and_ends_the_others(start):
     code = """
         ready()

@@ -174,7 +174,7 @@ def test_a_bound_is_kept_and_a_refusal_changes_nothing(
 def test_a_step_has_room_whatever_list_its_own_gate_chooses(evicting, lockstep, page_accounts):
     """Under `next` without a window the token that leaves goes where the new token's gate decides: each list may need a page."""
     model = evicting(alignment="next", window=(0, 30))
-    for bound in range(8_000, 40_000, 800):
+    for bound in range(8_000, 40_000, 1_600):
         bounded = Bounded(lockstep(model, page_size=16, max_cache_bytes=bound), 2, bound, page_accounts)
         for step in (("read", 1, bound), ("decode", 40, bound)):
             bounded.take(step)

@@ -67,6 +67,7 @@ def test_steps_of_a_warm_start_are_counted_whole_and_said_so(capsys):
     assert "warm_start" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_overview_is_readable_in_a_file(capsys):
     plans = {"deepseek-r1-distill-qwen-1.5b": plan_of("deepseek-r1-distill-qwen-1.5b"), "qwen3-8b": plan_of("qwen3-8b", gpu="h100-80")}
     table.overview(make_console(), plans)
@@ -285,6 +286,7 @@ def test_the_host_link_binds_where_weights_come_over_it_for_little_work():
     assert offloaded.seconds.host == pytest.approx(4 * 16.38e9 / (32e9 * 0.8), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_takes_no_pass():
     with_pass, without = plan_of("qwen3-8b"), plan_of("qwen3-8b", "teacher_cache={path: cache}")
     assert without.flops.teacher == without.flops.teacher_attention == 0.0

@@ -135,6 +135,7 @@ def test_agreement_with_dense(evaluated, gated_folder):
     assert 0 <= figure(result.rows, "random", "text", "divergence_length", evict_bias=0.0).value <= SMALL["num_greedy"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch):
     """A call that is broken off leaves what it had finished; the next reads only what is missing, and ends with the same figures."""
     _, whole = evaluated
