@@ -17,7 +17,7 @@ import torch
 
 import dms
 from dms import masks
-from dms.attention import evict_pass, scale_of
+from dms.attention import evict_pass
 from dms.config import DMSConfig
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.tasks import CHAIN_TASKS
@@ -38,7 +38,7 @@ from dms.lm_head import hidden_states
 from dms.masks import Tokens
 from dms.modes import set_mode, state_of
 from dms.retrofitting import retrofit
-from dms_kernels import gated_attention
+from dms.training.soft_decisions import train_attention
 from dms_train.artifacts import saved_dtype
 from dms_train.bench_gates import GateComparison, Run
 from dms_train.models import held_dtype
@@ -187,27 +187,11 @@ def whole_attention(
     evicted_BSH: torch.Tensor,
     query_tokens: Tokens,
     key_tokens: Tokens,
-    window: int | tuple[int, ...],
-    sinks: int,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **options: Any,
 ) -> torch.Tensor:
     """`dms.attention.evict_attention` of whole documents without padding, by the kernels of training: what is evicted is not read."""
-    log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device)
-    return gated_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        log_keep.masked_fill_(evicted_BSH, -math.inf),
-        window=window,
-        scale=scale_of(scaling, query),
-        segment_ids=key_tokens.segment_BT,
-        sinks=sinks,
-        softcap=softcap,
-        sink_logits=s_aux,
-    )
+    log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device).masked_fill_(evicted_BSH, -math.inf)
+    return train_attention(query, key, value, log_keep_BTH=log_keep, tokens=key_tokens, **options)
 
 
 def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:

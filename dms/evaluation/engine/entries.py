@@ -71,8 +71,7 @@ def count_shared(model: Any, cache: Cache) -> int:
     for layer in state_of(model).layers:
         held = cache.layers[layer.index]
         if isinstance(held, CompactedLayer):
-            # Of several windows a head has a list of pages for each lifetime, first what stays.
-            total += int(held.store.num_kept[:, :: len(held.dms.windows)].sum())
+            total += int(held.store.kept_for_good().sum())
         elif isinstance(held, MaskedLayer):
             tokens, evicted, config = _tokens(held), held.evicted(), held.dms
             gone = evicted if evicted.dim() == 3 else evicted.any(-1)
