@@ -3,8 +3,8 @@
 import difflib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
@@ -97,6 +97,21 @@ class DMSConfig:
     def format_version(self) -> int:
         """Of the files that this is saved in."""
         return FORMAT_VERSION if isinstance(self.window, int) else WINDOWS_VERSION
+
+    def with_window(self, window: int | Sequence[int]) -> "DMSConfig":
+        """The same with other windows: gates go to texts longer than they were trained on with windows in proportion.
+
+        Raises:
+            ValueError: not as many as before, since each has a decision of its own, or windows that DMSConfig refuses.
+        """
+        windows = (window,) if isinstance(window, int) else tuple(window)
+        changed = replace(self, window=windows[0] if len(windows) == 1 else windows)
+        if len(changed.windows) != len(self.windows):
+            raise ValueError(
+                f"window is {list(changed.windows)} and the gates were trained with {list(self.windows)}: each window has a decision of its own, so "
+                "give as many"
+            )
+        return changed
 
     def check_context(self, context: int) -> None:
         """Raises ValueError where a window is as long as the longest text, of `context` tokens: its decisions would never count."""

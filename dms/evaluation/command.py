@@ -72,13 +72,14 @@ def evaluate_folder(
     *,
     base: str | None = None,
     other_base: bool = False,
+    window: int | Sequence[int] | None = None,
     out: str | Path | None = None,
     card: bool = False,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    base, other_base: as of `dms.load`. out: None: `default_out`. card: also fill the folder's README.md from the rows.
+    base, other_base, window: as of `dms.load`. out: None: `default_out`. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
@@ -87,7 +88,8 @@ def evaluate_folder(
     if not settings.suites and settings.scaling is None and settings.lm_eval is None:
         raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
     # On a CPU half precision is emulated, and slower.
-    model = checkpoint.load(folder, base=base, other_base=other_base, dtype="auto" if torch.cuda.is_available() else "float32")
+    dtype = "auto" if torch.cuda.is_available() else "float32"
+    model = checkpoint.load(folder, base=base, other_base=other_base, window=window, dtype=dtype)
     about = describe(folder, model)
     settings = settings.completed(about.context)
     out = Path(out) if out is not None else default_out(folder)
@@ -103,7 +105,7 @@ def evaluate_folder(
     digest = open_folder(out, settings, about)
     lm_eval = _prepare_lm_eval(model, tokenizer, settings, about, out)
 
-    _announce(folder, out, settings, about, console)
+    _announce(folder, out, settings, about, console, window is not None)
     results = _run_units(model, units, settings, out, digest, console)
     context = about.row_context(settings.seed)
     rows = make_rows(results, settings.points(), context=context, trained_length=about.trained_length, num_greedy=settings.num_greedy)
@@ -224,7 +226,7 @@ def _write_profile(model: Any, tokenizer: Any, units: Sequence[Unit], settings: 
         )
 
 
-def _announce(folder: str, out: Path, settings: EvaluationSettings, about: EvaluatedModel, console: Console) -> None:
+def _announce(folder: str, out: Path, settings: EvaluationSettings, about: EvaluatedModel, console: Console, other_windows: bool) -> None:
     """What a reader of the figures must know beforehand."""
     said = [f"evaluating {folder} into {out}/; chat template: {'on' if settings.chat else 'off'}"]
     if settings.suites and settings.text is None and not str(about.base_name).startswith(base_models.BUILTIN):
@@ -234,6 +236,8 @@ def _announce(folder: str, out: Path, settings: EvaluationSettings, about: Evalu
         )
     if about.other_base is not None:
         said.append(about.other_base)
+    if other_windows:
+        said.append(f"window {about.window}, in place of what the gates were trained with")
     if about.trained_length is None:
         said.append("at which length the gates were trained is not recorded: lengths beyond it cannot be marked")
     for line in said:

@@ -6,6 +6,7 @@ installed, it loads as the dense model.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def load(
     device: str | None = None,
     mode: Mode = "evict",
     evict_bias: float = 0.0,
+    window: int | Sequence[int] | None = None,
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
@@ -180,9 +182,10 @@ def load(
     form of the model that the gates were trained on, of equal names and shapes (from another place, in another dtype, quantised or
     dequantised); a warning then says which is used. A base that was packed for training, such as "nf4", is packed again, and with other_base
     it is not. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
+    window: in tokens, in place of what the gates were trained with and as many, such as windows in proportion for longer texts.
 
     Raises:
-        ValueError: no such folder, no gates in it, gates of another base, an unknown format, or damaged files.
+        ValueError: no such folder, no gates in it, gates of another base, an unknown format, damaged files, or windows that do not fit.
     """
     folder = Path(path)
     if not folder.exists():
@@ -195,6 +198,8 @@ def load(
     if base is None:
         in_config = json.loads((folder / "config.json").read_text()).get("dms")
     config = read_config(metadata, in_config, folder)
+    if window is not None:
+        config = config.with_window(window)
     # From the hub, its files may be on this machine only after loading.
     is_here = local_weights(name) is not None
     form = _form(name, metadata, other_base)

@@ -72,6 +72,15 @@ def test_windows_are_below_the_context(window, message):
     DMSConfig(window=window).check_context(5001)
 
 
+def test_other_windows_are_as_many():
+    assert DMSConfig(window=[4, 16], sinks=1).with_window([16, 64]) == DMSConfig(window=[16, 64], sinks=1)
+    assert DMSConfig(window=4).with_window(16) == DMSConfig(window=4).with_window([16]) == DMSConfig(window=16)
+    with pytest.raises(ValueError, match=r"window is \[16\] and the gates were trained with \[4, 16\]: .*give as many"):
+        DMSConfig(window=[4, 16]).with_window(16)
+    with pytest.raises(ValueError, match="2 to 4 rising ones"):
+        DMSConfig(window=[4, 16]).with_window([16, 16])
+
+
 def test_one_window_is_saved_as_before():
     saved = DMSConfig(window=4).to_saved()
     assert saved["format_version"] == 1 and saved["window"] == 4

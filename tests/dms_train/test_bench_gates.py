@@ -31,6 +31,7 @@ from dms.retrofitting import gate_parameters
 
 # A run at its smallest: what the recipe says of the rest is the packaged one's.
 SHORT = {
+    "dms.window": 8,
     "data.length": 128,
     "data.items": [1, 2],
     "steps": 3,

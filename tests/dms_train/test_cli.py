@@ -110,6 +110,8 @@ def test_a_folder_without_gates_is_no_retrofit(run, tiny_folder):
         (["--prompt", "x"], "has no gates (gates.safetensors is missing)"),
         (["--prompt", "x", "--dense", "--evict-bias", 1, "--other-base"], "--evict-bias, --other-base: without effect in dense mode"),
         (["--prompt", "x", "--dense", "--kv-dtype", "int8", "--base", "y"], "--kv-dtype, --base: without effect in dense mode"),
+        (["--prompt", "x", "--dense", "--window", "8"], "--window: without effect in dense mode"),
+        (["--prompt", "x", "--window", "8,-1"], "--window is '8,-1'; give numbers above 0"),
         (["--prompt", "", "--dense"], "the prompt is empty"),
         (["--chat", "--dense"], "has no chat template"),
     ],
@@ -172,6 +174,12 @@ def test_retrofit_evaluate_generate(run, recipe, tmp_path):
     assert_refused(run("evaluate", tmp_path / "run" / "model", "--lengths", "1k"), "--lengths is '1k'", "1024,2048")
     code, out, err = run("report", tmp_path / "run")
     assert code == 0 and (tmp_path / "run" / "report.html").stat().st_size > 10_000, err
+    other = ["--window", "96", "--lengths", 192, "--tasks", "text", "num_documents=2", "policies=[dense,dms]"]
+    code, out, err = run("evaluate", tmp_path / "run" / "model", *other, "--out", tmp_path / "wide")
+    assert code == 0 and "window 96, in place of what the gates were trained with" in out, err
+    wide = json.loads((tmp_path / "wide" / "rows.json").read_text())["rows"]
+    assert min(row["cr"] for row in wide if row["policy"] == "dms") < min(row["cr"] for row in rows if row["policy"] == "dms")
+    assert_refused(run("evaluate", tmp_path / "run" / "model", "--window", "8,96"), "trained with [", "give as many")
     code, out, err = run("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
     assert code == 0 and "import os" in out and "compacted" in err
     base = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]

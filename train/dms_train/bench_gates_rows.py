@@ -196,8 +196,7 @@ def whole_attention(
 
 def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:
     """The same with windows in proportion. Raises ValueError where two of them become one."""
-    windows = tuple(round(window * factor) for window in config.windows)
-    return replace(config, window=windows[0] if len(windows) == 1 else windows)
+    return config.with_window([round(window * factor) for window in config.windows])
 
 
 def bias_at(ratio: Callable[[float], float], target: float) -> float:

@@ -46,6 +46,14 @@ OtherBase = Annotated[
         help="Accept another form of the model that the gates were trained on: from another place, in another dtype or quantisation.",
     ),
 ]
+Window = Annotated[
+    str,
+    typer.Option(
+        metavar="TOKENS",
+        help="In place of the windows that the gates were trained with, and as many: for longer texts windows in proportion, such as 128,512,2048.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -186,6 +194,7 @@ def evaluate(
         bool, typer.Option("--strict", help="Fail where nothing was evicted, a budget was missed, dense is at chance, or samples are few.")
     ] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the measured points into the model's README.md.")] = False,
+    window: Window = "",
     base: Base = None,
     other_base: OtherBase = False,
 ) -> None:
@@ -213,8 +222,9 @@ def evaluate(
     loaded = load_recipe(name, overrides, EvaluationSettings)
     if scaling and loaded.scaling is None:
         loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
+    windows = split_numbers("--window", window) or None
     with writing(out or default_out(model)):
-        result = evaluate_folder(model, loaded, base=base, other_base=other_base, out=out, card=card)
+        result = evaluate_folder(model, loaded, base=base, other_base=other_base, window=windows, out=out, card=card)
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
@@ -240,6 +250,7 @@ def generate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Nothing is evicted: a retrofitted model without its gates, or a plain model.")
     ] = False,
+    window: Window = "",
     base: Base = None,
     other_base: OtherBase = False,
 ) -> None:
@@ -254,6 +265,7 @@ def generate(
         system=system,
         base=base,
         other_base=other_base,
+        window=split_numbers("--window", window) or None,
         dense=dense,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

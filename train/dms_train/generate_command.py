@@ -1,6 +1,7 @@
 """`dms generate`: a continuation or a conversation, by a retrofitted model, by gates with a base, or dense."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def run(
     system: str | None = None,
     base: str | None = None,
     other_base: bool = False,
+    window: Sequence[int] | None = None,
     dense: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -42,13 +44,17 @@ def run(
         raise ValueError("--system is for a conversation; add --chat, or put it into --prompt")
     if prompt == "":
         raise ValueError("the prompt is empty; give at least one token of text")
-    _check_model(name, base=base, other_base=other_base, dense=dense, evict_bias=evict_bias, kv_dtype=kv_dtype)
+    _check_model(name, base=base, other_base=other_base, dense=dense, evict_bias=evict_bias, kv_dtype=kv_dtype, window=window)
     # Before the weights, which may take minutes.
     tokenizer = base_models.load_tokenizer(base or name)
     if chat:
         require_template(tokenizer)
     # A retrofitted folder without its gates is its dense model.
-    model = base_models.load_base(name) if dense else checkpoint.load(name, base=base, other_base=other_base, evict_bias=evict_bias)
+    model = (
+        base_models.load_base(name)
+        if dense
+        else checkpoint.load(name, base=base, other_base=other_base, evict_bias=evict_bias, window=window)
+    )
     if not dense:
         model.dms.kv_dtype = kv_dtype
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -60,11 +66,14 @@ def run(
     return None if turn is None or dense else cache_stats(turn.cache, warn=True).to_dict()
 
 
-def _check_model(name: str, *, base: str | None, other_base: bool, dense: bool, evict_bias: float, kv_dtype: str | None) -> None:
+def _check_model(
+    name: str, *, base: str | None, other_base: bool, dense: bool, evict_bias: float, kv_dtype: str | None, window: Sequence[int] | None
+) -> None:
     if dense:
         options = {
             "--evict-bias": evict_bias != 0.0,
             "--kv-dtype": kv_dtype is not None,
+            "--window": window is not None,
             "--base": base is not None,
             "--other-base": other_base,
         }
