@@ -335,9 +335,10 @@ def _add_pages(
         # Stale entries are finite, so that the sum hides them whatever they are. A gap's pages are hidden by nobody reading them.
         beyond, hidden_by = order.entry >= filled[:, None], -torch.inf
         if run.part_page is not None and paged.newest_only:
-            assert paged.positions is not None and run.part_owner is not None, "there are several windows"
-            until = paged.positions.index_select(0, run.part_page) + run.part_lifetime
-            beyond |= until < (paged.newest if asking_HR is None else asking_HR[:, :1].index_select(0, run.part_owner))
+            assert paged.positions is not None and run.part_owner is not None and run.part_lifetime is not None, "there are several windows"
+            newest = paged.newest if asking_HR is None else asking_HR[:, :1].index_select(0, run.part_owner)
+            assert newest is not None, "without positions all queries have one"
+            beyond |= paged.positions.index_select(0, run.part_page) + run.part_lifetime < newest
             # All entries of a page may be hidden, and a softmax over nothing is NaN.
             hidden_by = torch.finfo(torch.float32).min
         run.bias.index_copy_(0, run.part, torch.zeros(len(filled), P, device=filled.device).masked_fill_(beyond, hidden_by))
