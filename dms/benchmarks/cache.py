@@ -21,6 +21,7 @@ from dms.benchmarks.caches import MeasuredCache, NextToken, check_equal, fill, m
 from dms.benchmarks.model import DEFAULT, QUICK, RandomLlama, build_model
 from dms.benchmarks.timing import seconds_in_turns, seconds_of
 from dms.cache import held_bytes
+from dms.config import DMSConfig
 from dms.console import make_console
 from dms.errors import writing
 from dms.evaluation.stats.rows import describe_device, versions
@@ -31,6 +32,8 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 _MORE_IS_BETTER = ("decode_tokens_per_second", "prefill_tokens_per_second")
 _TITLES = ("decode tok/s", "attention ms", "prefill tok/s", "MiB")
 _DENSE = {"dynamic": "DynamicCache", "preallocated": "preallocated"}
+FIRST_WINDOW = "first_window"
+_OTHERS = {**_DENSE, FIRST_WINDOW: "the first window"}
 # Above so many tokens a prefill is measured once.
 _LONG_PREFILL = 4096
 
@@ -40,6 +43,8 @@ class CacheBenchmark:
     """What is measured. Prefill is measured at the smallest batch alone."""
 
     shape: RandomLlama = DEFAULT
+    window: tuple[int | tuple[int, ...], ...] = (256,)
+    """One, or several in a tuple, for each compacted cache; times of the later ones are compared with the first's."""
     batch: tuple[int, ...] = (1, 4)
     context: tuple[int, ...] = (4096, 8192, 16384)
     evicted: tuple[float, ...] = (0.75, 0.875)
@@ -50,10 +55,11 @@ class CacheBenchmark:
     seed: int = 7
 
     def __post_init__(self):
-        if min(self.context) <= self.shape.window + 1 or min(self.batch) < 1:
+        longest = max(DMSConfig(window=window).windows[-1] for window in self.window)
+        if min(self.context) <= longest + 1 or min(self.batch) < 1:
             raise ValueError(
                 f"context is {list(self.context)} and batch {list(self.batch)}; "
-                f"give contexts above {self.shape.window + 1} tokens, which the window keeps, and batches from 1"
+                f"give contexts above {longest + 1} tokens, which the window keeps, and batches from 1"
             )
 
     @property
@@ -62,7 +68,7 @@ class CacheBenchmark:
         return 2 * self.steps * (self.repeats + 1) + 2
 
 
-QUICK_BENCHMARK = CacheBenchmark(shape=QUICK, batch=(2,), context=(768,), evicted=(0.75,), repeats=3, steps=4)
+QUICK_BENCHMARK = CacheBenchmark(shape=QUICK, window=(32,), batch=(2,), context=(768,), evicted=(0.75,), repeats=3, steps=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,7 @@ class CacheRow:
     versions: dict[str, str]
     device: str
     policy: str
+    window: int | tuple[int, ...] | None
     evicted: float | None
     memory: str
     metric: str
@@ -106,20 +113,30 @@ def benchmark_for(
     batch: Sequence[int] | None = None,
     context: Sequence[int] | None = None,
     evicted: Sequence[float] | None = None,
+    window: Sequence[str] | None = None,
     layers: int | None = None,
     prefill: bool = True,
     quick: bool = False,
 ) -> CacheBenchmark:
-    """What the command's options ask for; None: as it is by default."""
+    """What the command's options ask for; None: as it is by default. window: such as "128" and "32,128,512"."""
     given = QUICK_BENCHMARK if quick else CacheBenchmark()
     return replace(
         given,
         shape=given.shape if layers is None else replace(given.shape, layers=layers),
         prefill=prefill,
+        window=tuple(dict.fromkeys(_window(text) for text in window or ())) or given.window,
         batch=_sorted(batch) or given.batch,
         context=_sorted(context) or given.context,
         evicted=_sorted(evicted) or given.evicted,
     )
+
+
+def _window(text: str) -> int | tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"window is {text!r}; give a number of tokens, or several rising ones such as 32,128,512") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 _N = TypeVar("_N", int, float)
@@ -139,7 +156,7 @@ def run(benchmark: CacheBenchmark, out: str | None = None) -> list[CacheRow]:
     console, rows = make_console(), []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(benchmark.shape, benchmark.seed, device)
-    found = measured_caches(model, benchmark.shape, benchmark.evicted, benchmark.seed)
+    found = measured_caches(model, benchmark.shape, benchmark.window, benchmark.evicted, benchmark.seed)
     cases = [(batch, context) for context in benchmark.context for batch in benchmark.batch]
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for batch, context in progress.track(cases, description="measuring"):
@@ -233,13 +250,19 @@ def _prefill(shape: RandomLlama, found: list[MeasuredCache], batch: int, context
 
 
 def _rows(benchmark: CacheBenchmark, batch: int, context: int, found: list[MeasuredCache], figures: list[_Figures]) -> list[CacheRow]:
-    """One row a figure, and for a compacted cache one more beside each dense cache: how many times better it is."""
+    """One row a figure, and for a compacted cache one more beside each dense cache, and beside that of the first window: how many times
+    better it is."""
     dense = {one.policy: figure for one, figure in zip(found, figures, strict=True) if one.is_dense}
+    first, *later = benchmark.window
+    of_first = {one.evicted: figure for one, figure in zip(found, figures, strict=True) if not one.is_dense and one.window == first}
     rows = []
     for one, figure in zip(found, figures, strict=True):
+        others = {} if one.is_dense else dense
+        if not one.is_dense and one.window in later:
+            others = dense | {FIRST_WINDOW: of_first[one.evicted]}
         for metric, measured in figure.items():
             values: dict[str, float] = {metric: measured.value}
-            for name, other in {} if one.is_dense else dense.items():
+            for name, other in others.items():
                 gain = measured.value / other[metric].value
                 values[f"{metric}_gain_over_{name}"] = gain if metric in _MORE_IS_BETTER else 1.0 / gain
             rows += [
@@ -253,6 +276,7 @@ def _rows(benchmark: CacheBenchmark, batch: int, context: int, found: list[Measu
                     versions=versions(),
                     device=describe_device(),
                     policy=one.policy,
+                    window=None if one.is_dense else one.window,
                     evicted=one.evicted,
                     memory="dense" if one.is_dense else "compacted",
                     metric=name,
@@ -278,23 +302,24 @@ def cache_table(rows: Iterable[CacheRow], title: str) -> Table:
     )
     for name in ("batch", "context", "cache", "cr", *_TITLES):
         table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
-    cases: dict[tuple[int, int, str, float | None], dict[str, CacheRow]] = {}
+    cases: dict[tuple[int, int, str, float | None, int | tuple[int, ...] | None], dict[str, CacheRow]] = {}
     for row in rows:
-        cases.setdefault((row.batch, row.length, row.policy, row.evicted), {})[row.metric] = row
+        cases.setdefault((row.batch, row.length, row.policy, row.evicted, row.window), {})[row.metric] = row
     before = None
-    for (batch, context, policy, evicted), found in cases.items():
+    for (batch, context, policy, evicted, window), found in cases.items():
         if before not in (None, (batch, context)):
             table.add_section()
         where = (str(batch), f"{context:,}") if before != (batch, context) else ("", "")
         before = (batch, context)
-        name = _DENSE.get(policy) or f"compacted, {evicted:.1%} evicted"
+        windows = ", ".join(map(str, window)) if isinstance(window, tuple) else window
+        name = _DENSE.get(policy) or f"compacted, {evicted:.1%} evicted, w {windows}"
         cr = f"{found['bytes'].cr:.2f}" if policy == "dms" else ""
         table.add_row(*where, name, cr, *(_figure(found, metric) for metric in METRICS))
-        for other in _DENSE if policy == "dms" else ():
+        for other, title in _OTHERS.items() if policy == "dms" else ():
+            if f"bytes_gain_over_{other}" not in found:
+                continue
             gains = (found.get(f"{metric}_gain_over_{other}") for metric in METRICS)
-            table.add_row(
-                "", "", f"  over {_DENSE[other]}", "", *("-" if gain is None else f"{gain.value:.2f}x" for gain in gains), style="dim"
-            )
+            table.add_row("", "", f"  over {title}", "", *("-" if gain is None else f"{gain.value:.2f}x" for gain in gains), style="dim")
     return table
 
 

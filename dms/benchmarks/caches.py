@@ -1,6 +1,6 @@
 """The caches that are compared: the compacted one at given shares of eviction, and two dense ones, all filled with the same tokens.
 
-Shapes: B batch, N new tokens, S all tokens, Hq query heads, H KV heads, G = Hq / H, D head dim, L layers.
+Shapes: B batch, N new tokens, S all tokens, Hq query heads, H KV heads, G = Hq / H, D head dim, L layers, K windows.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from dms import hf_compat
-from dms.benchmarks.model import RandomLlama, keep_shares, share_weights, with_gates
+from dms import hf_compat, masks
+from dms.benchmarks.model import RandomLlama, keep_by_window, keep_shares, share_weights, with_gates
 from dms.cache import CompactedLayer, DMSCache
 from dms.masks import Tokens
 from dms.modes import state_of
@@ -82,14 +82,19 @@ class MeasuredCache:
     cache: Cache
     evicted: float | None = None
     """The share that its gates evict; None: it is dense."""
-    keep_LH: torch.Tensor | None = None
-    """What each head keeps; None: it is dense."""
+    keep_LHK: torch.Tensor | None = None
+    """What each head keeps by each decision; None: it is dense."""
     decisions: list[list[torch.Tensor]] = field(default_factory=list)
-    """By layer, of the tokens that were put into the cache by hand: [B, N, H] bool each."""
+    """By layer, of the tokens that were put into the cache by hand: [B, N, H] bool each, with several windows [B, N, H, K]."""
 
     @property
     def is_dense(self) -> bool:
-        return self.keep_LH is None
+        return self.keep_LHK is None
+
+    @property
+    def window(self) -> int | tuple[int, ...]:
+        """Of one that is not dense."""
+        return state_of(self.model).config.window
 
     def empty_cache(self, capacity: int) -> Cache:
         return _empty_cache(self.policy, self.model, capacity)
@@ -121,9 +126,10 @@ class MeasuredCache:
 
     def decide(self, layer: int, shape_BNH: tuple[int, int, int], generator: torch.Generator) -> None:
         """Draw and note what becomes of the next tokens."""
-        assert self.keep_LH is not None
-        keep_H = self.keep_LH[layer].to(generator.device)
-        self.decisions[layer].append(torch.rand(shape_BNH, generator=generator, device=generator.device) >= keep_H)
+        assert self.keep_LHK is not None
+        drawn = torch.rand(shape_BNH, generator=generator, device=generator.device)
+        evicted = drawn[..., None] >= self.keep_LHK[layer].to(generator.device)
+        self.decisions[layer].append(evicted[..., 0] if isinstance(self.window, int) else evicted)
 
     def attend(self, layer: int, new: NextToken, decision: torch.Tensor | None) -> torch.Tensor:
         """One token a sequence into one layer's cache, and its attention: [B, 1, Hq, D]."""
@@ -150,16 +156,20 @@ def _empty_cache(policy: str, model: LlamaForCausalLM, capacity: int) -> Cache:
     return Cache(layers=[PreallocatedLayer(capacity) for _ in range(model.config.num_hidden_layers)])
 
 
-def measured_caches(model: LlamaForCausalLM, shape: RandomLlama, evicted: tuple[float, ...], seed: int) -> list[MeasuredCache]:
-    """Two dense ones, and one for each share; all empty, and over the same weights."""
+def measured_caches(
+    model: LlamaForCausalLM, shape: RandomLlama, windows: tuple[int | tuple[int, ...], ...], evicted: tuple[float, ...], seed: int
+) -> list[MeasuredCache]:
+    """Two dense ones, and one for each share and each of `windows`; all empty, and over the same weights."""
     packed = share_weights(model)
     hf_compat.set_attention(packed.config, _PACKED)
     found = [MeasuredCache(policy, one, _empty_cache(policy, one, 0)) for policy, one in (("dynamic", model), ("preallocated", packed))]
     for share in evicted:
         keep_LH = keep_shares(shape.layers, shape.kv_heads, share, seed)
-        gated = with_gates(model, shape, keep_LH, seed)
-        state_of(gated).page_size = shape.page_size
-        found.append(MeasuredCache("dms", gated, DMSCache(gated), share, keep_LH))
+        for window in windows:
+            gated = with_gates(model, window, keep_LH, seed)
+            state_of(gated).page_size = shape.page_size
+            keep_LHK = keep_by_window(keep_LH, len(state_of(gated).config.windows))
+            found.append(MeasuredCache("dms", gated, DMSCache(gated), share, keep_LHK))
     return found
 
 
@@ -215,7 +225,7 @@ def check_equal(found: list[MeasuredCache], shape: RandomLlama, batch: int, gene
     for layer in range(shape.layers):
         for one in (reference, *(one for one in found if one is not reference)):
             out = one.attend(layer, token, one.decisions[layer][-1] if one.decisions[layer] else None)
-            expected = _masked(token.q, *reference.entries(layer), one.decisions[layer], shape.window)
+            expected = _masked(token.q, *reference.entries(layer), one.decisions[layer], 0 if one.is_dense else one.window)
             error = (out - expected).abs().max().item()
             # Not a number is no match either.
             if not error <= tolerance:
@@ -224,11 +234,12 @@ def check_equal(found: list[MeasuredCache], shape: RandomLlama, batch: int, gene
                 )
 
 
-def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decisions: list[torch.Tensor], window: int) -> torch.Tensor:
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decisions: list[torch.Tensor], window: int | tuple[int, ...]
+) -> torch.Tensor:
     B, Hq, _, D = q.shape
     see = None
     if decisions:
-        see = ~torch.cat(decisions, 1).transpose(1, 2)[:, :, None]
-        see[..., -(window + 1) :] = True
+        see = masks.alive(_tokens(B, 0, k.shape[2], k.device), torch.cat(decisions, 1), window=window, sinks=0).transpose(1, 2)[:, :, None]
     out = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=see)
     return out.reshape(B, 1, Hq, D)

@@ -1,6 +1,6 @@
 """Random models to measure, and gates that evict a given share of tokens, unevenly over heads as trained ones do.
 
-Shapes: L layers, H KV heads.
+Shapes: L layers, H KV heads, K windows.
 """
 
 import copy
@@ -45,6 +45,14 @@ def keep_shares(num_layers: int, num_heads: int, evicted: float, seed: int) -> t
     return (raw * low).clamp(max=_MOST_KEPT).float().view(num_layers, num_heads)
 
 
+def keep_by_window(keep_LH: torch.Tensor, num_windows: int) -> torch.Tensor:
+    """What each decision keeps, [L, H, K], so that heads keep their shares for good: of the rest half as much goes by each window as by the
+    one before. With windows of which each is four times the one before, about as many entries are alive as with the middle one alone."""
+    goes = 0.5 ** torch.arange(num_windows, dtype=torch.float32)
+    stays = 1 - goes.cumsum(0) / goes.sum()
+    return keep_LH[..., None] + (1 - keep_LH[..., None]) * stays
+
+
 @torch.no_grad()
 def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
     """Set the gates of a retrofitted model so that each head keeps its share of random tokens. It is in evict mode after."""
@@ -53,19 +61,22 @@ def evict_shares(model: nn.Module, keep_LH: torch.Tensor, seed: int) -> None:
     set_mode(model, "evict")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    K = len(state.config.windows)
     gates: dict[int, Gate] = {}
     for layer in state.layers:
         gate = layer.module.dms_gate
         assert isinstance(gate, Gate)
-        gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator).div(gate.weight.shape[1] ** 0.5))
+        H, M = gate.weight.shape[0] // K, gate.weight.shape[1]
+        # The decisions of a token differ in their bias alone: what one evicts, those of later windows evict too.
+        gate.weight.copy_(torch.randn(H, M, generator=generator).div(M**0.5).repeat_interleave(K, 0))
         gate.weight.requires_grad_(False)
         gates[layer.index] = gate
     length = min(state.config.windows[0], _NUM_SAMPLES)
     ids = torch.randint(config.get_text_config().vocab_size, (_NUM_SAMPLES // length, length), generator=generator).to(device)
     state.decoder(input_ids=ids, use_cache=False)
     passed = evict_pass(model)
-    for layer, keep_H in zip(state.layers, keep_LH.to(device), strict=True):
-        logits = passed.logits[layer.index].flatten(0, 1).sort(0).values
+    for layer, keep_HK in zip(state.layers, keep_by_window(keep_LH, K).to(device), strict=True):
+        keep_H, logits = keep_HK.flatten(), passed.logits[layer.index].flatten(0, 1).flatten(1).sort(0).values
         least = logits.gather(0, (keep_H * len(logits)).long().clamp(max=len(logits) - 1)[None])[0]
         # A head that keeps nothing must not keep a token beyond the sample either.
         least = torch.where(keep_H > 0, least, logits[0] - 100 * state.config.scale)
@@ -83,19 +94,18 @@ class RandomLlama:
     kv_heads: int = 8
     head_dim: int = 64
     vocabulary: int = 32000
-    window: int = 256
     page_size: int = 64
 
     def __str__(self) -> str:
         return (
             f"random Llama: hidden {self.hidden}, MLP {self.mlp}, {self.layers} layers, {self.query_heads} query and {self.kv_heads} KV heads "
-            f"of {self.head_dim}, vocabulary {self.vocabulary}; window {self.window}, pages of {self.page_size}"
+            f"of {self.head_dim}, vocabulary {self.vocabulary}; pages of {self.page_size}"
         )
 
 
 DEFAULT = RandomLlama()
 # Small enough for a test.
-QUICK = RandomLlama(hidden=64, mlp=96, layers=2, query_heads=4, kv_heads=2, head_dim=16, vocabulary=97, window=32, page_size=16)
+QUICK = RandomLlama(hidden=64, mlp=96, layers=2, query_heads=4, kv_heads=2, head_dim=16, vocabulary=97, page_size=16)
 
 
 def build_model(shape: RandomLlama, seed: int, device: torch.device) -> LlamaForCausalLM:
@@ -124,10 +134,10 @@ def share_weights(model: _M) -> _M:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def with_gates(model: LlamaForCausalLM, shape: RandomLlama, keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
+def with_gates(model: LlamaForCausalLM, window: int | tuple[int, ...], keep_LH: torch.Tensor, seed: int) -> LlamaForCausalLM:
     """The model retrofitted, over the same weights, in evict mode: each head's gate keeps its share of random tokens."""
     gated = share_weights(model)
-    dms.retrofit(gated, dms.DMSConfig(window=shape.window))
+    dms.retrofit(gated, dms.DMSConfig(window=window))
     evict_shares(gated, keep_LH, seed)
     return gated
 

@@ -61,14 +61,15 @@ class HeadPages:
     def own_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def pages(self, newest_only: bool = False) -> PagedKV | None:
-        """What attention reads; None where no head has an entry in pages. newest_only: as of `PagedKV`."""
+    def pages(self, newest_only: bool = False, newest: int | None = None) -> PagedKV | None:
+        """What attention reads; None where no head has an entry in pages. newest_only, newest: as of `PagedKV`."""
         pool = self.pool
         if self.most_kept == 0:
             return None
         if self.read_order is None and self.reads_are_free:
             self.read_order = outside_inference_mode(make_read_order)(self.page_table, self.num_kept, pool.page_size, pool.windows)
-        return PagedKV(pool.pages, self.page_table, self.num_kept, pool.scales, self.read_order, pool.positions, pool.windows, newest_only)
+        how = (self.read_order, pool.positions, pool.windows, newest_only, newest)
+        return PagedKV(pool.pages, self.page_table, self.num_kept, pool.scales, *how)
 
     def page_numbers(self) -> torch.Tensor:
         """Of all pages that the tables list; a page that several heads list comes once for each."""
@@ -81,36 +82,40 @@ class HeadPages:
     # One entry a head, as a step of decoding appends.
 
     def append_to_some(
-        self, keep_BH: torch.Tensor, kv_BH2D: torch.Tensor, list_BH: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+        self,
+        keep_BH: torch.Tensor,
+        kv_BH2D: torch.Tensor,
+        list_BH: torch.Tensor | None = None,
+        position: torch.Tensor | int | None = None,
     ) -> None:
         """Append an entry to each head that keeps it, and look at no other head. Reads from the device.
 
-        list, position: with several windows, to which of the head's lists, and the entry's position.
+        list, position: with several windows, to which of the head's lists, and the entries' position: [B], or one for all rows.
         """
-        b, h = keep_BH.nonzero(as_tuple=True)
-        if len(b) == 0:
+        head = keep_BH.flatten().nonzero()[:, 0]
+        if len(head) == 0:
             return
-        kv_K2D = kv_BH2D[b, h]
-        if list_BH is not None:
-            h = h * self.lists_per_head + list_BH[b, h]
-        P, num_kept = self.pool.page_size, self.num_kept[b, h].long()
+        kv_K2D = kv_BH2D.flatten(0, 1).index_select(0, head)
+        number = head if list_BH is None else list_BH.flatten().index_select(0, head) + head * self.lists_per_head
+        P, counts = self.pool.page_size, self.num_kept.view(-1)
+        num_kept = counts.index_select(0, number)
         place, entry = num_kept // P, num_kept % P
-        begins_page = entry == 0
-        num_new = int(begins_page.sum())
+        num_new = entry.tolist().count(0)
         if num_new:
+            begins_page = entry == 0
             self.pool.reserve(num_new)
             self._widen(int(num_kept.max()) + 1)
             page = self.pool.take(torch.ones(num_new, dtype=torch.bool, device=self.device))
-            self.page_table[b[begins_page], h[begins_page], place[begins_page]] = page.int()
+            self.page_table.view(len(counts), -1)[number[begins_page], place[begins_page]] = page.int()
             self.read_order = None
-        page = self.page_table[b, h, place].long()
+        page = self.page_table.view(-1).index_select(0, number * self.page_table.shape[2] + place).long()
         row = self.pool.row_of(page, entry)
         self.pool.write(torch.cat([row, row + P]), kv_K2D.transpose(0, 1).flatten(0, 1))
-        if position_B is None:
-            self.num_kept += keep_BH
-        else:
-            self.pool.write_positions(page, entry, position_B[b])
-            self.num_kept[b, h] += 1
+        if isinstance(position, torch.Tensor):
+            position = position.index_select(0, head // keep_BH.shape[1])
+        if position is not None:
+            self.pool.write_positions(page, entry, position)
+        counts.index_copy_(0, number, num_kept + 1)
         self.most_kept += 1
 
     def append_without_reading(
@@ -205,45 +210,45 @@ class HeadPages:
         Returns for how many more positions no other page goes, of those that there are; on other devices than a CPU, of which nothing is
         read, 0.
         """
-        pool, P, width = self.pool, self.pool.page_size, self.page_table.shape[2]
+        pool, P, K = self.pool, self.pool.page_size, self.lists_per_head
+        # Of the lists that do not stay, which are short: [B, H, K - 1] of them.
+        table, num_kept = (x.unflatten(1, (-1, K))[:, :, 1:] for x in (self.page_table, self.num_kept))
+        if self.reads_are_free:
+            table = table[..., : -(-int(num_kept.max()) // P)]
+        width = table.shape[3]
         if width == 0 or pool.num_pages == 0:
             return FOR_GOOD
+        assert pool.positions is not None and pool.lifetimes is not None, "there are several windows"
         place = torch.arange(width, device=self.device)
-        youngest = (self.num_kept[..., None] - place * P).clamp(max=P) - 1
-        there, page = youngest >= 0, self.page_table.masked_fill(youngest < 0, 0)
-        left = self._positions_left(page, youngest.clamp(min=0), newest_B[:, None, None])
+        youngest = (num_kept[..., None] - place * P).clamp(max=P) - 1
+        there, page = youngest >= 0, table.masked_fill(youngest < 0, 0).long()
+        left = pool.positions[page, youngest.clamp(min=0)] + pool.lifetimes[1:, None] - newest_B[:, None, None, None]
         gone = there & (left < 0)
-        num_gone = gone.sum(2)
+        num_gone = gone.sum(3)
         if not self.reads_are_free:
             pool.release_without_reading(torch.where(gone, page, pool.num_pages).flatten())
         elif int(num_gone.max()) > 0:
             pool.release(page[gone])
         else:
             return int(left.masked_fill_(~there, FOR_GOOD).min())
-        self.page_table = self.page_table.gather(2, (place + num_gone[..., None]).clamp(max=width - 1))
-        self.num_kept = (self.num_kept - num_gone * P).clamp(min=0).int()
+        table.copy_(table.gather(3, (place + num_gone[..., None]).clamp(max=width - 1)))
+        num_kept.sub_(num_gone * P).clamp_(min=0)
         self.read_order = None
         if not self.reads_are_free:
             return 0
         self.most_kept = int(self.num_kept.max())
         return int(left.masked_fill_(~there | gone, FOR_GOOD).min())
 
-    def _positions_left(self, page_BLX: torch.Tensor, entry_BLX: torch.Tensor, newest_B11: torch.Tensor) -> torch.Tensor:
-        """For how many positions after the newest an entry is still visible, [B, L, X]; below 0: it is gone."""
-        positions, lifetimes = self.pool.positions, self.pool.lifetimes
-        assert positions is not None and lifetimes is not None, "there are several windows"
-        lifetime_L = lifetimes.repeat(self.num_kept.shape[1] // self.lists_per_head)
-        return positions[page_BLX.long(), entry_BLX.long()] + lifetime_L[:, None] - newest_B11
-
     def seen_by(self, newest_B: torch.Tensor) -> torch.Tensor:
         """Which entries tokens at positions newest [B] see, [B, L, W * P] bool: those in pages, without what is gone."""
-        P = self.pool.page_size
+        pool, P = self.pool, self.pool.page_size
         entry = torch.arange(self.page_table.shape[2] * P, device=self.device)
         there = entry < self.num_kept[..., None]
-        if self.lists_per_head == 1 or self.pool.num_pages == 0:
+        if pool.positions is None or pool.lifetimes is None or pool.num_pages == 0:
             return there
-        page = self.page_table.masked_fill(~self._used_places(), 0).repeat_interleave(P, 2)
-        return there & (self._positions_left(page, (entry % P).expand_as(there), newest_B[:, None, None]) >= 0)
+        page = self.page_table.masked_fill(~self._used_places(), 0).long().repeat_interleave(P, 2)
+        lifetime_L = pool.lifetimes.repeat(self.num_kept.shape[1] // self.lists_per_head)
+        return there & (pool.positions[page, entry % P] + lifetime_L[:, None] >= newest_B[:, None, None])
 
     def _add_pages(self, num_kept: torch.Tensor) -> None:
         """Give heads the pages for num_kept [B, H] entries."""

@@ -166,10 +166,10 @@ class CompactedLayer(CacheLayerMixin):
             if isinstance(store, FusedStore):
                 self._push(new)
                 return Reading(functools.partial(store.attend_newest, real_B=new.tokens.real[:, 0]), None)
-            # With several windows not all that is in pages is visible.
-            position = None if store.lists_per_head == 1 and store.writes_one_slot(new) else store.positions(new)
+            newest = store.longest if store.writes_one_slot(new) else None
+            position = store.positions(new) if newest is None else None
             self._push(new)
-            return Reading(_attend_by(position, store.pages(newest_only=True), [store.ring(newest_only=True)]), None)
+            return Reading(_attend_by(position, store.pages(newest_only=True, newest=newest), [store.ring(newest_only=True)]), None)
         whole = new if self.trial is None else self.trial.cat(new)
         decisions, positions = store.decisions(whole), store.positions(whole)
         recent = [store.keys(whole.k, whole.v, positions, decisions.state)]

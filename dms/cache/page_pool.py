@@ -245,10 +245,14 @@ class PagePool:
             values = (values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
         self.rows.index_copy_(0, row, values)
 
-    def write_positions(self, page: torch.Tensor, entry: torch.Tensor, position: torch.Tensor) -> None:
-        """Write the positions [K] of entries [K] of pages [K]; num_pages, with entry 0, is the scratch place."""
+    def write_positions(self, page: torch.Tensor, entry: torch.Tensor, position: torch.Tensor | int) -> None:
+        """Write the positions [K] of entries [K] of pages [K], or one that all have; num_pages, with entry 0, is the scratch place."""
         assert self.entry_positions is not None, "the pool has positions"
-        self.entry_positions.index_copy_(0, (page * self.page_size + entry).long(), position.int())
+        at = (page * self.page_size + entry).long()
+        if isinstance(position, int):
+            self.entry_positions.index_fill_(0, at, position)
+        else:
+            self.entry_positions.index_copy_(0, at, position.int())
 
     @outside_inference_mode
     def trim(self, all_of_it: bool = False, part: int = 4) -> None:

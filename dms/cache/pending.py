@@ -108,8 +108,8 @@ def fates(decision: torch.Tensor) -> torch.Tensor:
     if decision.dim() < 4:
         return decision
     state = torch.full(decision.shape[:-1], KEEP, dtype=torch.uint8, device=decision.device)
-    for j in range(decision.shape[-1], 0, -1):
-        state.masked_fill_(decision[..., j - 1], EVICT if j == 1 else j + 1)
+    for j, evicts in reversed(list(enumerate(decision.unbind(-1), 1))):
+        state.masked_fill_(evicts, EVICT if j == 1 else j + 1)
     return state
 
 

@@ -171,7 +171,7 @@ class Store(HeadPages):
         num_new = new.num_tokens
         if self.lists_per_head > 1 and self.pool.budget is None:
             # First, so that what comes can take the pages. Where a forward may be undone they are needed until the next one.
-            self.release_gone(num_new, new.tokens.real.sum(1, dtype=torch.int32))
+            self.release_gone(new)
         if num_new == 1 and self.dms.alignment == "own" and self.writes_one_slot(new):
             self._push_one_slot(new)
             return
@@ -192,16 +192,16 @@ class Store(HeadPages):
             self._push_many(new, decisions.state, real)
         self.longest += num_new
 
-    def release_gone(self, num_new: int = 0, count_B: torch.Tensor | None = None) -> None:
-        """With several windows: give back pages whose entries are all gone, for the newest tokens or for those after num_new more a row, of
-        which count [B] are no padding."""
+    def release_gone(self, new: PendingTokens | None = None) -> None:
+        """With several windows: give back pages whose entries are all gone for the rows' newest tokens, the new ones included."""
+        num_new = 0 if new is None else new.num_tokens
         longest = self.longest + num_new
         if self.lists_per_head == 1 or longest < self.next_release:
             return
         pool, windows = self.pool, self.dms.windows
         if (self.reads_are_free or num_new > 1) and pool.headroom > pool.num_pages // _MUCH:
             pool.trim(part=_MUCH)
-        newest = self.seq_len - 1 if count_B is None else self.seq_len + count_B - 1
+        newest = self.seq_len - 1 if new is None else self.seq_len - 1 + new.tokens.real.sum(1, dtype=torch.int32)
         left = self.release_pages(newest)
         # What leaves the ring from here on, a token a step, is visible for some more steps.
         self.next_release = longest + min(left + 1, windows[1] - windows[0])
@@ -219,7 +219,8 @@ class Store(HeadPages):
         self.evicted += evicted if self.lists_per_head == 1 else evicted > 0
         self.decided += 1
         leaving = self.ring_state[:, :, slot]
-        self.append_to_some(leaving != EVICT, self.ring_kv[:, :, :, slot], *self._place_of(leaving))
+        place = () if self.lists_per_head == 1 else (list_of(leaving), self.longest - self.ring_size)
+        self.append_to_some(leaving != EVICT, self.ring_kv[:, :, :, slot], *place)
         self.ring_kv[:, :, 0, slot] = new.k[:, :, 0]
         self.ring_kv[:, :, 1, slot] = new.v[:, :, 0]
         # EVICT is 1 and KEEP 0; of several windows these are states.

@@ -108,6 +108,8 @@ class PageRun(NamedTuple):
     may see a part"""
     part_owner: Tensor | None = None
     """[m]: b * H + h of each of them"""
+    part_lifetime: Tensor | None = None
+    """[m, 1]: `lifetime` of each of them"""
 
 
 class ReadOrder(NamedTuple):
@@ -146,6 +148,8 @@ class PagedKV:
     """where there are several: w_1 < ... < w_K, of which the first is the ring's"""
     newest_only: bool = False
     """the queries are those of the newest stored tokens: of all pages only lists' front pages are partly gone for them"""
+    newest: int | None = None
+    """beside newest_only: the position of all those tokens, where it is one and none is padding; then queries need no positions"""
 
     @property
     def num_lists(self) -> int:

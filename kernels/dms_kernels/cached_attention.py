@@ -81,75 +81,124 @@ def make_read_order(page_table: Tensor, num_kept: Tensor, page_size: int, window
     """Order the reading of the pages in page_table [B, H, max_pages], or with several windows [B, H * K, max_pages]. Good until the table
     changes. Reads from the device."""
     B, num_lists, max_pages = page_table.shape
-    device, K = page_table.device, max(1, len(windows))
-    num_heads = B * num_lists // K
+    device, num_heads = page_table.device, B * num_lists // max(1, len(windows))
     used = torch.arange(max_pages, device=device) * page_size < num_kept[..., None]
-    holder, place = used.view(B * num_lists, max_pages).nonzero(as_tuple=True)
-    ids = page_table.view(B * num_lists, max_pages)[holder, place].long()
+    listed = used.flatten().nonzero()[:, 0]
+    ids, order = page_table.flatten().index_select(0, listed).long().sort(stable=True)
+    heads = torch.arange(num_heads, device=device)
     if ids.numel() == 0:
-        return ReadOrder([], torch.arange(num_heads, device=device), ids)
-    ids, order = ids.sort(stable=True)
-    holder, place = holder[order], place[order]
-    head = holder if K == 1 else holder // K
+        return ReadOrder([], heads, ids)
+    listed = listed.index_select(0, order)
+    found = _Listed(ids, listed // max_pages, listed % max_pages, num_kept.flatten(), page_size, num_heads, windows)
+    runs = [_unshared_run(found)] if bool((ids[1:] > ids[:-1]).all()) else _shared_runs(found)
+    return ReadOrder(runs, torch.cat([heads, *(run.owner.flatten() for run in runs)]), torch.arange(page_size, device=device))
+
+
+class _Listed(NamedTuple):
+    """What page tables list, ordered by page; a page that several sequences share comes once for each."""
+
+    ids: Tensor
+    """[n] int64: numbers of pages"""
+    holder: Tensor
+    """[n]: the list that each is in, by its place in num_kept"""
+    place: Tensor
+    """[n]: which of the list's pages it is"""
+    num_kept: Tensor
+    """entries of all lists, in one dimension"""
+    page_size: int
+    num_heads: int
+    windows: Sequence[int]
+
+    @property
+    def head(self) -> Tensor:
+        return self.holder // len(self.windows) if self.windows else self.holder
+
+    @property
+    def is_part(self) -> Tensor:
+        """[n] bool: not full."""
+        return (self.place + 1) * self.page_size > self.num_kept.index_select(0, self.holder)
+
+    @property
+    def is_front(self) -> Tensor:
+        """[n] bool: the first of a list that does not stay for good."""
+        return (self.place == 0) & (self.holder % len(self.windows) > 0)
+
+    def lifetimes(self, holder: Tensor) -> Tensor:
+        """Of the entries of lists, int32."""
+        return torch.tensor([FOR_GOOD, *self.windows[1:]], dtype=torch.int32, device=holder.device)[holder % len(self.windows)]
+
+
+def _lies_together(page: Tensor) -> tuple[slice | Tensor, Tensor, int]:
+    """How pages in rising order are read: where, at which places of that, and how many places there are."""
+    lo, hi, n = int(page[0]), int(page[-1]) + 1, len(page)
+    # A gap of a few pages is read over rather than copied around.
+    return (slice(lo, hi), page - lo, hi - lo) if hi - lo <= n + n // 4 + 4 else (page, torch.arange(n, device=page.device), n)
+
+
+def _unshared_run(listed: _Listed) -> PageRun:
+    """All pages, where each is in one list. Then a mask for each page will do for what the newest tokens see of it."""
+    where, base, count = _lies_together(listed.ids)
+    head, is_part = listed.head, listed.is_part
+    part = (is_part | listed.is_front if listed.windows else is_part).nonzero()[:, 0]
+    base_p, holder_p, place_p = (x.index_select(0, part) for x in (base, listed.holder, listed.place))
+    owner = base.new_full((count, 1), listed.num_heads).index_copy_(0, base, head[:, None])
+    bias = torch.zeros(count, listed.page_size, device=base.device)
+    run = PageRun(where, owner, bias, base_p, holder_p, place_p * listed.page_size)
+    if not listed.windows:
+        return run
+    lifetime = listed.lifetimes(listed.holder)
+    return run._replace(
+        lifetime=lifetime.new_full((count,), FOR_GOOD).index_copy_(0, base, lifetime),
+        part_page=listed.ids.index_select(0, part),
+        part_owner=head.index_select(0, part),
+        part_lifetime=lifetime.index_select(0, part)[:, None],
+    )
+
+
+def _shared_runs(listed: _Listed) -> list[PageRun]:
+    """In a run, pages with about as many sequences: rows for sequences that do not hold a page are wasted."""
+    ids, device = listed.ids, listed.ids.device
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
     page, start = ids[first], first.nonzero()[:, 0]
     sharers = torch.diff(start, append=start.new_tensor([ids.numel()]))
-    nth = torch.arange(ids.numel(), device=device) - start[first.cumsum(0) - 1]
     at = first.cumsum(0) - 1
-    num_kept = num_kept.flatten()
-    lifetime = front = None
-    # A mask for each page will do where no page is shared: the newest tokens of several sequences see different parts of one.
-    unshared = K > 1 and int(sharers.max()) == 1
-    if K > 1:
-        # All lists that a page is in are of one class.
-        lifetime = torch.tensor([FOR_GOOD, *windows[1:]], dtype=torch.int32, device=device)[holder[start] % K]
-        front = torch.zeros_like(page, dtype=torch.bool)
-        front[at[(place == 0) & (holder % K > 0)]] = True
+    nth = torch.arange(ids.numel(), device=device) - start[at]
+    head, is_part = listed.head, listed.is_part
+    # All lists that a page is in are of one class.
+    lifetime = listed.lifetimes(listed.holder[start]) if listed.windows else None
 
-    def run(chosen: Tensor, is_front: bool = False) -> PageRun:
+    def run(chosen: Tensor, is_front: bool) -> PageRun:
         """chosen: indices into `page`, in order."""
-        lo, hi = int(page[chosen[0]]), int(page[chosen[-1]]) + 1
-        # A gap of a few pages is read over rather than copied around.
-        in_place = hi - lo <= len(chosen) + len(chosen) // 4 + 4
-        count, base = (hi - lo, page[chosen] - lo) if in_place else (len(chosen), torch.arange(len(chosen), device=device))
+        where, base, count = _lies_together(page[chosen])
         slot = torch.full((len(page),), -1, device=device)
         slot[chosen] = base
         mine = slot[at] >= 0
-        owner = torch.full((count, int(sharers[chosen].max())), num_heads, device=device)
+        owner = torch.full((count, int(sharers[chosen].max())), listed.num_heads, device=device)
         owner[slot[at[mine]], nth[mine]] = head[mine]
         # Full pages are shared, so that a page which is not has one holder.
-        in_part = (place + 1) * page_size > num_kept[holder]
-        if front is not None and unshared:
-            in_part |= front[at]
-        part = (mine & in_part).nonzero()[:, 0]
-        bias = torch.zeros(count, page_size, device=device)
-        where = slice(lo, hi) if in_place else page[chosen]
+        part = (mine & is_part).nonzero()[:, 0]
+        bias = torch.zeros(count, listed.page_size, device=device)
         taken = None if lifetime is None else lifetime.new_full((count,), FOR_GOOD).index_copy_(0, base, lifetime[chosen])
-        dated = (ids[part], head[part]) if unshared else (None, None)
-        return PageRun(where, owner, bias, slot[at[part]], holder[part], place[part] * page_size, taken, is_front, *dated)
+        return PageRun(where, owner, bias, slot[at[part]], listed.holder[part], listed.place[part] * listed.page_size, taken, is_front)
 
     def runs(chosen: Tensor, is_front: bool = False) -> list[PageRun]:
         if len(chosen) == 0:
             return []
         if int(sharers[chosen].max()) == 1:
             return [run(chosen, is_front)]
-        # Pages with about as many sequences go together; rows for sequences that do not hold a page are wasted.
         kinds = (sharers[chosen] - 1).to(torch.float32).add(0.5).log2().floor().long()
         cuts = ((kinds[1:] != kinds[:-1]).nonzero()[:, 0] + 1).tolist()
         if len(cuts) < _MAX_PIECES:
             return [run(chosen[lo:hi], is_front) for lo, hi in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
         return [run(chosen[kinds == value], is_front) for value in kinds.unique()]
 
-    if front is None or unshared:
-        found = runs(torch.arange(len(page), device=device))
-    else:
-        found = runs((~front).nonzero()[:, 0]) + runs(front.nonzero()[:, 0], is_front=True)
-    return ReadOrder(
-        found,
-        torch.cat([torch.arange(num_heads, device=device), *(run.owner.flatten() for run in found)]),
-        torch.arange(page_size, device=device),
-    )
+    if not listed.windows:
+        return runs(torch.arange(len(page), device=device))
+    # The newest tokens of several sequences see different parts of a front page that these share.
+    front = torch.zeros_like(page, dtype=torch.bool)
+    front[at[listed.is_front]] = True
+    return runs((~front).nonzero()[:, 0]) + runs(front.nonzero()[:, 0], is_front=True)
 
 
 class _Softmax:
@@ -235,7 +284,9 @@ def attend_few(
             hidden = ~seen_entries(paged, there, _required(q_position))[:, :, None].expand(B, H, G, T, -1).reshape(BH, G * T, -1)
         _add(softmax, rows_BHRD, k.flatten(0, 1), v.flatten(0, 1), softcap, hidden)
     if paged is not None and order is not None:
-        asking = _required(q_position)[:, None, None].expand(B, H, G, T).reshape(BH, G * T) if paged.windows else None
+        asking = None
+        if paged.windows and paged.newest is None:
+            asking = _required(q_position)[:, None, None].expand(B, H, G, T).reshape(BH, G * T)
         _add_pages(softmax, rows_BHRD, paged, order, softcap, asking)
     sink = None
     if sink_logits is not None:
@@ -273,28 +324,30 @@ def _add(softmax: _Softmax, q: Tensor, k: Tensor, v: Tensor, softcap: float | No
 def _add_pages(
     softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: ReadOrder, softcap: float | None, asking_HR: Tensor | None
 ) -> None:
-    """asking [B * H, rows]: positions of the queries; None: they see every entry."""
+    """asking [B * H, rows]: positions of the queries; None: they see every entry, or all have that of `paged.newest`."""
     P, D = paged.pages.shape[2:]
     rows = torch.cat([rows_BHRD, torch.zeros_like(rows_BHRD[:1])])
     num_kept = paged.num_kept.flatten()
-    asking_HR = None if asking_HR is None else torch.cat([asking_HR, torch.zeros_like(asking_HR[:1])])
+    if asking_HR is not None:
+        asking_HR = torch.cat([asking_HR, torch.zeros_like(asking_HR[:1])])
     for run in order.runs:
         filled = num_kept.index_select(0, run.holder) - run.start
         # Stale entries are finite, so that the sum hides them whatever they are. A gap's pages are hidden by nobody reading them.
         beyond, hidden_by = order.entry >= filled[:, None], -torch.inf
-        if run.part_page is not None and asking_HR is not None and paged.newest_only:
-            assert paged.positions is not None and run.part_owner is not None and run.lifetime is not None, "there are several windows"
-            until = paged.positions[run.part_page] + run.lifetime.index_select(0, run.part)[:, None]
-            beyond |= asking_HR[:, 0].index_select(0, run.part_owner)[:, None] > until
+        if run.part_page is not None and paged.newest_only:
+            assert paged.positions is not None and run.part_owner is not None and run.part_lifetime is not None, "there are several windows"
+            newest = paged.newest if asking_HR is None else asking_HR[:, :1].index_select(0, run.part_owner)
+            assert newest is not None, "without positions all queries have one"
+            beyond |= paged.positions.index_select(0, run.part_page) + run.part_lifetime < newest
             # All entries of a page may be hidden, and a softmax over nothing is NaN.
             hidden_by = torch.finfo(torch.float32).min
-        run.bias[run.part] = torch.zeros(len(filled), P, device=filled.device).masked_fill_(beyond, hidden_by)
+        run.bias.index_copy_(0, run.part, torch.zeros(len(filled), P, device=filled.device).masked_fill_(beyond, hidden_by))
         bias = run.bias[:, None].to(rows.dtype)
         n = run.owner.shape[0]
         q = rows.index_select(0, run.owner.flatten()).view(n, -1, rows.shape[2])
-        asking = None
-        if asking_HR is not None and (run.is_front or not paged.newest_only):
-            asking = asking_HR.index_select(0, run.owner.flatten()).view(n, -1, 1)
+        asking: Tensor | int | None = None
+        if paged.windows and (run.is_front or not paged.newest_only):
+            asking = paged.newest if asking_HR is None else asking_HR.index_select(0, run.owner.flatten()).view(n, -1, 1)
         step = max(1, _NEAR_BYTES // (2 * P * D * paged.pages.element_size()))
         for lo in range(0, n, step):
             hi = min(n, lo + step)
@@ -304,7 +357,8 @@ def _add_pages(
                 chosen.mul_(paged.page_scales[part][..., None])
             hidden = None
             if asking is not None and paged.positions is not None and run.lifetime is not None:
-                hidden = asking[lo:hi] > (paged.positions[part] + run.lifetime[lo:hi, None])[:, None]
+                until = (paged.positions[part] + run.lifetime[lo:hi, None])[:, None]
+                hidden = until < (asking if isinstance(asking, int) else asking[lo:hi])
             softmax.add(q[lo:hi], chosen[:, 0], chosen[:, 1], softcap, bias[lo:hi], hidden)
 
 

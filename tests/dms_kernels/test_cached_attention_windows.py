@@ -39,7 +39,7 @@ def _state(classes: torch.Tensor) -> torch.Tensor:
     return torch.where(classes < 2, classes, classes + 1).to(torch.uint8)
 
 
-def _read_text(seed: int, windows: tuple[int, ...], B: int, H: int, D: int, P: int, length: int, num_new: int) -> Text:
+def _read_text(seed: int, windows: tuple[int, ...], B: int, H: int, D: int, P: int, length: int, num_new: int, spread: int = 20) -> Text:
     generator = torch.Generator().manual_seed(seed)
     S, common, K = length + 20 + num_new, length // 2, len(windows)
 
@@ -49,7 +49,7 @@ def _read_text(seed: int, windows: tuple[int, ...], B: int, H: int, D: int, P: i
 
     k, v = (of_rows(torch.randn(B, H, S, D, generator=generator, dtype=torch.float64)) for _ in range(2))
     classes = of_rows(torch.randint(0, K + 1, (B, H, S), generator=generator))
-    stored = [length + int(n) for n in torch.randint(0, 20, (B,), generator=generator)]
+    stored = [length + int(n) for n in torch.randint(0, spread, (B,), generator=generator)]
     lists: dict[tuple[int, int], list[tuple]] = {}
     kept = torch.zeros(B, H * K, dtype=torch.int32)
     for b in range(B):
@@ -167,6 +167,20 @@ def test_the_newest_tokens_see_all_but_parts_of_front_pages(seed, windows, shape
     ring = text.ring._replace(all_visible=min(text.stored) > windows[0])
     found = attend_few(q, position, _ordered(text.pages, newest_only=True), [ring], window=windows, scale=1.0)
     torch.testing.assert_close(found, _by_the_rule(text, q, position, 1.0), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_newest_tokens_at_one_position_need_no_positions(B):
+    """Rows of one length, of which two share front pages that are partly gone."""
+    text = _read_text(5, (0, 100), B=B, H=2, D=4, P=16, length=120, num_new=0, spread=1)
+    pages = _ordered(text.pages, newest_only=True, newest=119)
+    assert any(run.is_front and run.owner.shape[1] == 2 for run in pages.read_order.runs) == (B == 2)
+    q = torch.randn(B, 4, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = cached_attention(q, None, pages, [text.ring._replace(all_visible=True)], window=(0, 100), scale=1.0)
+    expected = _by_the_rule(text, q, torch.full((B, 1), 119), 1.0)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    later = replace(pages, newest=140)
+    assert not torch.equal(cached_attention(q, None, later, [text.ring._replace(all_visible=True)], window=(0, 100), scale=1.0), found)
 
 
 def test_masks_are_made_for_front_pages_alone():

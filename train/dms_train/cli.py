@@ -317,6 +317,9 @@ def bench_cache(
     batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Default: 1 and 4.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; repeat it. Default: 4096, 8192 and 16384.")] = None,
     evicted: Annotated[list[float] | None, typer.Option(help="Share of tokens evicted; repeat it. Default: 0.75 and 0.875.")] = None,
+    window: Annotated[
+        list[str] | None, typer.Option(metavar="TOKENS", help="Window, or several such as 32,128,512; repeat it to compare. Default: 256.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the random model. Default: 8.")] = None,
     prefill: Annotated[bool, typer.Option(help="Measure prefill too, which takes longest.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
@@ -326,7 +329,8 @@ def bench_cache(
     prepare("auto")
     from dms.benchmarks.cache import benchmark_for, run
 
-    run(benchmark_for(batch=batch, context=context, evicted=evicted, layers=layers, prefill=prefill, quick=quick), json_file)
+    given = benchmark_for(batch=batch, context=context, evicted=evicted, window=window, layers=layers, prefill=prefill, quick=quick)
+    run(given, json_file)
 
 
 @bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

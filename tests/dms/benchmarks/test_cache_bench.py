@@ -42,7 +42,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def found():
     """Models with filled caches, once for the tests that only look."""
-    found = filled.measured_caches(build_model(QUICK, 0, torch.device("cpu")), QUICK, (0.75,), 0)
+    found = filled.measured_caches(build_model(QUICK, 0, torch.device("cpu")), QUICK, (32, (8, 32, 128)), (0.75,), 0)
     refill(found)
     return found
 
@@ -58,7 +58,7 @@ def written(tmp_path_factory):
     """The rows of the quick shape, by the command."""
     path = tmp_path_factory.mktemp("bench") / "rows.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dms", "bench", "cache", "--quick", "--json", str(path)])
+        patch.setattr(sys, "argv", ["dms", "bench", "cache", "--quick", "--window", "32", "--window", "8,32,128", "--json", str(path)])
         with pytest.raises(SystemExit) as end:
             cli.main()
     assert not end.value.code
@@ -77,6 +77,17 @@ def test_rows(written):
             better = ours / theirs if metric.endswith("per_second") else theirs / ours
             assert by_policy["dms"][f"{metric}_gain_over_{other}"] == pytest.approx(better)
     assert {row["memory"] for row in written if row["policy"] == "dms"} == {"compacted"}
+
+
+def test_several_windows_stand_beside_the_first(written):
+    rows = [row for row in written if row["policy"] == "dms"]
+    value = {(str(row["window"]), row["metric"]): row["value"] for row in rows}
+    assert {row["metric"] for row in rows if row["metric"].endswith("first_window")} == {
+        f"{metric}_gain_over_first_window" for metric in FIGURES
+    }
+    assert ("32", "bytes_gain_over_first_window") not in value
+    gain = value["32", "attention_ms"] / value["[8, 32, 128]", "attention_ms"]
+    assert value["[8, 32, 128]", "attention_ms_gain_over_first_window"] == pytest.approx(gain)
 
 
 def test_bytes_are_those_of_the_entries_alive(written):
@@ -109,7 +120,7 @@ def test_every_cache_answers_as_attention_over_its_entries(found):
 
 def test_a_cache_that_answers_otherwise_is_not_timed(found):
     generator = refill(found)
-    decisions = found[-1].decisions[1][0]
+    decisions = found[2].decisions[1][0]
     row, token, head = (~decisions).nonzero()[0]
     decisions[row, token, head] = True
     with pytest.raises(RuntimeError, match=r"dms differs .* layer 1"):
@@ -128,7 +139,14 @@ def test_the_preallocated_cache_is_the_dense_model(found):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"context": [32]}, "contexts above 33 tokens"), ({"batch": [0]}, "batches from 1"), ({"evicted": [0.2]}, "from 0.5 to 0.99")],
+    [
+        ({"context": [32]}, "contexts above 33 tokens"),
+        ({"batch": [0]}, "batches from 1"),
+        ({"evicted": [0.2]}, "from 0.5 to 0.99"),
+        ({"window": ["32,x"]}, "window is '32,x'"),
+        ({"window": ["32,8"]}, "rising"),
+        ({"window": ["8,900"]}, "contexts above 901 tokens"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
