@@ -84,7 +84,7 @@ class PolicyLayer(CompactedLayer):
         start = _now(asking.query.device)
         self._add_places(asking.query.shape[2])
         if self.rereading is not None:
-            weights = self._weights(asking.query, asking)
+            weights = self._weights(asking.query, self._entries(), asking)
             self.policy.hear(weights[..., : self.rereading])
         elif not self.waits:
             self._drop_surplus(asking)
@@ -111,20 +111,17 @@ class PolicyLayer(CompactedLayer):
         surplus = self.num_held - policy.budget * self.store.num_kept.shape[1]
         if surplus <= 0 and not policy.accumulates:
             return
-        position_BHS, alive_BHS = self._places()
+        (position_BHS, alive_BHS), k_BHSD = self._places(), self._entries()
         values = self._entries(keys=False) if policy.reads_values else None
-        weights = None if policy.num_queries == 0 or query.shape[2] == 0 else self._weights(query, asking)
-        seen = Seen(position_BHS, alive_BHS, self._entries(), num_new, asking.query, asking.scale, values, weights)
-        score_BHS = policy.score(seen)
+        weights = None if policy.num_queries == 0 or query.shape[2] == 0 else self._weights(query, k_BHSD, asking)
+        score_BHS = policy.score(Seen(position_BHS, alive_BHS, k_BHSD, num_new, asking.query, asking.scale, values, weights))
         if surplus > 0:
             # It is in the ring.
             newest = torch.arange(score_BHS.shape[2], device=score_BHS.device) == score_BHS.shape[2] - 1
             self._drop(policy.choose(score_BHS.masked_fill(newest, float("inf")), alive_BHS, surplus), surplus)
 
-    def _weights(self, query: torch.Tensor, asking: _Asking) -> torch.Tensor:
-        position_BHS, alive_BHS = self._places()
-        keys = self._entries()
-        return attention_weights(query, self.columns, keys, position_BHS, alive_BHS, asking.scale, asking.softcap, asking.sink_logits)
+    def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: _Asking) -> torch.Tensor:
+        return attention_weights(query, self.columns, k_BHSD, *self._places(), asking.scale, asking.softcap, asking.sink_logits)
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.position_BHS is not None and self.alive_BHS is not None, "tokens came"
@@ -216,11 +213,15 @@ class PolicyCache(DMSCache):
         a fork that is then gone, and what is over the budget is dropped. Returns whether it was so.
 
         Raises:
-            ValueError: the model's context does not hold the prompt twice.
+            ValueError: the model's context does not hold the prompt twice, or the prompt is not what was read.
         """
         layers = [layer for layer in self.layers if isinstance(layer, PolicyLayer) and layer.waits]
         if not layers:
             return False
+        if ids_BP.shape[1] != layers[0].columns:
+            raise ValueError(
+                f"finish_prompt was given {ids_BP.shape[1]} tokens, and {layers[0].columns} were read; give the prompt, all of it"
+            )
         check_second_reading([type(layers[0].policy)], ids_BP.shape[1], model)
         fork = self.fork()
         heard = [layer for layer in fork.layers if isinstance(layer, PolicyLayer) and layer.waits]

@@ -389,6 +389,8 @@ def test_a_prompt_that_must_be_read_twice(build_gated, make_batch):
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match=r"KVzip reads a prompt twice, .* 100 tokens does not hold twice 51; give documents of at most 50"):
         cache.finish_prompt(model, ids)
+    with pytest.raises(ValueError, match="finish_prompt was given 50 tokens, and 51 were read"):
+        cache.finish_prompt(model, ids[:, 1:])
     with pytest.raises(ValueError, match="call finish_prompt"):
         model(ids[:, :1], past_key_values=cache)
 
