@@ -3,6 +3,8 @@
 Shapes: B batch, H KV heads, S entries alive.
 """
 
+from typing import Any
+
 import torch
 
 from dms.evaluation.policies.rules import Policy
@@ -26,4 +28,5 @@ class PerHead(Policy):
 
 def per_head(policy: type[Policy]) -> type[Policy]:
     """The policy with per-head budgets."""
-    return type(f"Ada{policy.__name__}", (PerHead, policy), {"__doc__": f"{policy.__name__} with per-head budgets (AdaKV)."})
+    made: Any = type(f"Ada{policy.__name__}", (PerHead, policy), {"__doc__": f"{policy.__name__} with per-head budgets (AdaKV)."})
+    return made

@@ -10,7 +10,7 @@ import torch
 
 from dms.attention import evict_attention
 from dms.evaluation.policies import rotary_compat
-from dms.layer_discovery import AttentionLayer
+from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.modes import set_mode, state_of
 from dms.upstream import UpstreamChanged
 
@@ -102,7 +102,8 @@ def _same_queries(model: Any, positions: Sequence[int]) -> dict[AttentionLayer, 
 
     A token that stands alone attends to itself wherever it is, so that all layers give it the same hidden states.
     """
-    state, queries = state_of(model), []
+    state = state_of(model)
+    queries: list[torch.Tensor] = []
 
     def note(query, key, value, **options):
         queries.append(query)
@@ -117,5 +118,6 @@ def _same_queries(model: Any, positions: Sequence[int]) -> dict[AttentionLayer, 
     finally:
         state.masked_attention = before
         set_mode(model, mode)
-    layers = sorted([*state.layers, *state.following], key=lambda layer: layer.index)
+    both: list[AttentionLayer | FollowingLayer] = [*state.layers, *state.following]
+    layers = sorted(both, key=lambda layer: layer.index)
     return {layer: query for layer, query in zip(layers, queries, strict=True) if isinstance(layer, AttentionLayer)}
