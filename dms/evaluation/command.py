@@ -22,6 +22,7 @@ from dms.evaluation.engine.resume import read_json
 from dms.evaluation.engine.scaling import PreparedScaling, prepare_scaling
 from dms.evaluation.engine.settings import EvaluatedModel, EvaluationSettings, open_folder
 from dms.evaluation.engine.units import Progress, Unit, UnitFile, make_units, run_unit
+from dms.evaluation.policies import TRAINING_FREE, check_second_reading
 from dms.evaluation.present.findings import Finding, make_findings
 from dms.evaluation.present.tables import comparison_table, scaling_table
 from dms.evaluation.stats.collect import make_rows
@@ -129,6 +130,11 @@ def evaluate_folder(
 def _check_model(model: Any, about: EvaluatedModel, settings: EvaluationSettings) -> None:
     if too_long := [length for length in settings.lengths if length > about.context]:
         raise ValueError(f"--lengths has {too_long} and the model's context is {about.context} tokens; shorten them")
+    if settings.suites:
+        # A prompt is nearly as long as its document.
+        check_second_reading(
+            [TRAINING_FREE[policy] for policy in settings.policies if policy in TRAINING_FREE], max(settings.lengths), model
+        )
     if not state_of(model).takes_cache:
         raise ValueError(f"{type(model).__name__} works with a cache of its own kind alone, which cannot be evaluated policy by policy")
 

@@ -164,7 +164,13 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    policies: Annotated[str, typer.Option(help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random. Default: all.")] = "",
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff, random, which are the default, and random_attention, "
+            "expected_attention, kvzip, ada_snapkv, ada_expected_attention, ada_kvzip, which run only where they are named."
+        ),
+    ] = "",
     tasks: Annotated[
         str,
         typer.Option(

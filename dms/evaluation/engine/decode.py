@@ -83,14 +83,24 @@ class _Reader:
         logits_BV = self.logits(ids_Bn, self.cache)
         self.reads_B = self.reads_B + held_B
         self.peak_B = torch.maximum(self.peak_B, held_B)
-        self.entries_B = torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
+        self.entries_B = self._count()
         return logits_BV
+
+    def finish_prompt(self, cache: PolicyCache, ids_BP: torch.Tensor) -> None:
+        """Let the cache read the prompt again, where its policy asks for that."""
+        with reading(self.model, self.length):
+            if cache.finish_prompt(self.model, ids_BP):
+                self.peak_B = torch.maximum(self.peak_B, self.entries_B + ids_BP.shape[1])
+                self.entries_B = self._count()
 
     def logits(self, ids_Bn: torch.Tensor, cache: Cache) -> torch.Tensor:
         """The same over any cache, uncounted. Parts of a text are rotated as the whole is."""
         with reading(self.model, self.length):
             out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=1, **cache_argument(self.model, cache))
         return out.logits[:, -1]
+
+    def _count(self) -> torch.Tensor:
+        return torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
 
     def _alive(self, layer) -> torch.Tensor:
         if isinstance(layer, CompactedLayer | MaskedLayer):
@@ -124,6 +134,8 @@ def read(
         for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
             logits_BV = reader.forward(part)
             decided.append(dict(latest))
+    if isinstance(cache, PolicyCache):
+        reader.finish_prompt(cache, ids_BT[:, :num_given])
     # By position: a part's tokens from its decisions, and then one by one.
     sums_B = _sum_over_positions(model, cache, decided, num_given)
     greedy_Bn = _write(reader, logits_BV, num_greedy) if num_greedy else None

@@ -37,7 +37,8 @@ def read_in_one_pass(
 ) -> PolicyResult:
     """Score documents of one length under a policy.
 
-    budget: entries a head of a training-free policy (None: dense and dms). chunk: tokens that such a policy reads between two evictions.
+    budget: entries a head of a training-free policy (None: dense and dms). chunk: tokens that such a policy reads between two evictions, unless
+    it reads a prompt at once.
     seed: of its cache.
     """
     set_mode(model, "dense" if policy == "dense" else "evict")
@@ -55,8 +56,8 @@ def read_in_one_pass(
             found = predict(model, ids_BT, use_cache=True, cache=make_policy_cache(model, policy, budget, seed))
         else:
             num_given = min(document.prompt for document in batch)
-            cache = make_policy_cache(model, policy, budget, seed)
-            found = predict_in_parts(model, ids_BT, cache, num_given=num_given, chunk=chunk)
+            cache, whole = make_policy_cache(model, policy, budget, seed), TRAINING_FREE[policy].reads_whole_prompt
+            found = predict_in_parts(model, ids_BT, cache, num_given=num_given, chunk=num_given if whole else chunk)
         add_predictions(metrics, len(documents), first, batch, found.nll_BT, found.right_BT)
         counts.add(model, ids_BT, found.cache, decisions)
     num_seen = len(documents[0].input_ids)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
+from dms.evaluation.policies import PolicyCache
 from dms.hf_compat import cache_argument, output_cache
 from dms.lm_head import difference_of_head, make_logits, text_decoder
 from dms.modes import reading
@@ -48,6 +49,8 @@ def predict_in_parts(model: Any, ids_BT: torch.Tensor, cache: Cache, *, num_give
     with reading(model, T):
         for first, end in itertools.pairwise([0, *ends]):
             outputs = _forward(model, ids_BT[:, first:end], knows_head, use_cache=True, cache=cache)
+            if end == num_given and isinstance(cache, PolicyCache):
+                cache.finish_prompt(model, ids_BT[:, :end])
             # The last token of all has no next one.
             if first + 1 < T:
                 parts.append(_score_outputs(model, outputs, ids_BT[:, first + 1 : end + 1]))

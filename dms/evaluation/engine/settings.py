@@ -14,13 +14,15 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from dms.config import nearest
-from dms.evaluation.policies import TRAINING_FREE
+from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
 from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import RowContext
 from dms.evaluation.suites import DEFAULT_SUITES, SUITES
 from dms.strict_config import Strict
 
 POLICIES = ("dense", "dms", *TRAINING_FREE)
+# Where none are named: the others take longer, or are variants of these.
+DEFAULT_POLICIES = ("dense", "dms", *QUICK_ONES)
 FORMAT_VERSION = 1
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
@@ -81,9 +83,10 @@ class LmEvalSettings(Strict):
 class EvaluationSettings(Strict):
     """`dms evaluate`: which policies read which documents, and what is measured besides."""
 
-    policies: list[str] = Field(default=list(POLICIES))
-    """Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff and random. All but dense and dms get the budget that dms is measured to
-    use."""
+    policies: list[str] = Field(default=list(DEFAULT_POLICIES))
+    """Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff and random, which are the default, and random_attention, expected_attention,
+    kvzip, ada_snapkv, ada_expected_attention and ada_kvzip, which are read where they are named. All but dense and dms get the budget that
+    dms is measured to use."""
     suites: list[str] = Field(default=list(DEFAULT_SUITES))
     """Kinds of documents: needle, records, passages, classification, words, text; one_pass is the evaluation at a run's end. On the
     command line: `--tasks`."""
@@ -96,7 +99,7 @@ class EvaluationSettings(Strict):
     batch_size: int = Field(default=16, ge=1)
     """Documents that are read at once. Changes time and memory, not what is measured."""
     prefill_chunk: int = Field(default=64, ge=1)
-    """Tokens of a prompt that are read between two evictions; snapkv reads a prompt at once."""
+    """Tokens of a prompt that are read between two evictions; policies that rank after a whole prompt, such as snapkv, read it at once."""
     num_greedy: int = Field(default=64, ge=1)
     """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's."""
     text: str | None = None

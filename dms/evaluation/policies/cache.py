@@ -1,13 +1,14 @@
 """A cache that a policy evicts from: everything is stored, and after each forward what is over the budget is dropped and freed.
 
-Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries looked at, S entries alive, D head dim.
+Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries looked at, P prompt tokens, D head dim, S entries alive. Where
+heads hold different numbers of entries, S is the most of a head, and a head that holds fewer has them in its last places.
 """
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +17,11 @@ from dms.cache.page_pool import Budget
 from dms.cache.pending import PendingGate
 from dms.config import DMSConfig
 from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
+from dms.hf_compat import cache_argument
 from dms.masks import Tokens
+
+# Tokens of a prompt's second reading in one forward: their weights over all entries are in memory at once.
+_REREAD_TOKENS = 64
 
 
 class _Asking(NamedTuple):
@@ -27,16 +32,23 @@ class _Asking(NamedTuple):
 
 
 class PolicyLayer(CompactedLayer):
-    """A compacted layer whose gates have no say: `policy` chooses. Every head holds as many entries, position_BHS [B, H, S]."""
+    """A compacted layer whose gates have no say: `policy` chooses what each head holds, position_BHS [B, H, S] where alive_BHS."""
 
     def __init__(self, policy: Policy, config: DMSConfig, page_size: int):
         # Only the newest token stands in the ring: all others can be dropped.
         super().__init__(replace(config, window=0, sinks=0, alignment="own"), page_size)
         self.policy = policy
         self.position_BHS: torch.Tensor | None = None
+        self.alive_BHS: torch.Tensor | None = None
+        self.num_held = 0
+        """Entries of a row, of all heads together."""
         self.queries: torch.Tensor | None = None
         self._asking: _Asking | None = None
         """The newest tokens' queries, of the layer itself: those of layers that follow it have no say."""
+        self.waits = policy.rereads_prompt
+        """Until the prompt has been read again nothing is dropped."""
+        self.rereading: int | None = None
+        """In the second reading of a prompt: how many entries a head holds of the first one."""
         # Seconds spent on choosing and dropping, which is plain code here.
         self.choosing = 0.0
 
@@ -47,6 +59,11 @@ class PolicyLayer(CompactedLayer):
         if not tokens.unpadded or bool((tokens.segment_BT > 1).any()):
             raise ValueError(
                 f"{type(self.policy).__name__} reads one document a row, without padding; give rows of one length (dms takes any)"
+            )
+        if self.waits and self.rereading is None and self.columns > 0:
+            raise ValueError(
+                f"{type(self.policy).__name__} reads a whole prompt twice before anything else; after its first forward, which has all of it, call "
+                "finish_prompt(model, its tokens) of the cache"
             )
         assert isinstance(decision_BNH, torch.Tensor), "runs_gate says no"
         super().decide(torch.zeros_like(_of_each_head(decision_BNH)), tokens)
@@ -64,59 +81,90 @@ class PolicyLayer(CompactedLayer):
         super().end_reading()
         asking, self._asking = self._asking, None
         assert asking is not None, "queries come before the end"
-        num_new, device = asking.query.shape[2], asking.query.device
-        B, H = self.store.num_kept.shape
-        position_BHN = torch.arange(self.columns - num_new, self.columns, device=device).expand(B, H, -1)
-        position_BHS = position_BHN if self.position_BHS is None else torch.cat([self.position_BHS, position_BHN], 2)
-        start = _now(device)
-        self.position_BHS = self._drop_surplus(position_BHS, num_new, *asking)
-        self.choosing += _now(device) - start
+        start = _now(asking.query.device)
+        self._add_places(asking.query.shape[2])
+        if self.rereading is not None:
+            weights = self._weights(asking.query, self._entries(), asking)
+            self.policy.hear(weights[..., : self.rereading])
+        elif not self.waits:
+            self._drop_surplus(asking)
+        self.choosing += _now(asking.query.device) - start
 
-    def _drop_surplus(
-        self,
-        position_BHS: torch.Tensor,
-        num_new: int,
-        query: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sink_logits: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Score what is held and drop the lowest of what is over the budget. Returns the positions of what stays."""
-        policy = self.policy
+    def _add_places(self, num_new: int) -> None:
+        """Of the newest tokens."""
+        B, H = self.store.num_kept.shape
+        new_BHN = torch.arange(self.columns - num_new, self.columns, device=self.store.device).expand(B, H, -1)
+        held, alive = self.position_BHS, self.alive_BHS
+        self.position_BHS = new_BHN if held is None else torch.cat([held, new_BHN], 2)
+        alive_BHN = torch.ones_like(new_BHN, dtype=torch.bool)
+        self.alive_BHS = alive_BHN if alive is None else torch.cat([alive, alive_BHN], 2)
+        self.num_held += H * num_new
+
+    def _drop_surplus(self, asking: _Asking) -> None:
+        """Score what is held and drop what is over the budget. No new queries: after a second reading."""
+        policy, query = self.policy, asking.query
+        num_new = query.shape[2]
         if policy.num_queries:
             query = query if self.queries is None else torch.cat([self.queries, query], 2)
             query = query[:, :, -policy.num_queries :]
             self.queries = query if policy.num_queries > 1 else None
-        surplus = position_BHS.shape[2] - policy.budget
+        surplus = self.num_held - policy.budget * self.store.num_kept.shape[1]
         if surplus <= 0 and not policy.accumulates:
-            return position_BHS
-        k_BHSD = self._keys(position_BHS.shape[2])
-        weights = None
-        if policy.num_queries != 0:
-            weights = attention_weights(query, self.columns, k_BHSD, position_BHS, scale, softcap, sink_logits)
-        score_BHS = policy.score(Seen(position_BHS, k_BHSD, num_new, weights))
-        return self._drop(position_BHS, score_BHS, surplus) if surplus > 0 else position_BHS
+            return
+        (position_BHS, alive_BHS), k_BHSD = self._places(), self._entries()
+        values = self._entries(keys=False) if policy.reads_values else None
+        weights = None if policy.num_queries == 0 or query.shape[2] == 0 else self._weights(query, k_BHSD, asking)
+        score_BHS = policy.score(Seen(position_BHS, alive_BHS, k_BHSD, num_new, asking.query, asking.scale, values, weights))
+        if surplus > 0:
+            # It is in the ring.
+            newest = torch.arange(score_BHS.shape[2], device=score_BHS.device) == score_BHS.shape[2] - 1
+            self._drop(policy.choose(score_BHS.masked_fill(newest, float("inf")), alive_BHS, surplus), surplus)
 
-    def _drop(self, position_BHS: torch.Tensor, score_BHS: torch.Tensor, surplus: int) -> torch.Tensor:
-        # The newest stays: it is in the ring.
-        order_BHs = score_BHS[..., :-1].argsort(dim=2, stable=True)
-        dropped_BHs = torch.zeros_like(order_BHs, dtype=torch.bool).scatter_(2, order_BHs[..., :surplus], True)
-        self.drop(dropped_BHs)
-        kept_BHK = torch.cat([order_BHs[..., surplus:], torch.full_like(order_BHs[..., :1], order_BHs.shape[2])], 2).sort(dim=2).values
+    def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: _Asking) -> torch.Tensor:
+        return attention_weights(query, self.columns, k_BHSD, *self._places(), asking.scale, asking.softcap, asking.sink_logits)
+
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.position_BHS is not None and self.alive_BHS is not None, "tokens came"
+        return self.position_BHS, self.alive_BHS
+
+    def _drop(self, dropped_BHS: torch.Tensor, surplus: int) -> None:
+        position_BHS, alive_BHS = self._places()
+        entry_BHs = torch.arange(int(self.store.num_kept.max()), device=dropped_BHS.device) + self._first_places()
+        self.drop(dropped_BHS.gather(2, entry_BHs.clamp(max=dropped_BHS.shape[2] - 1)))
+        self.num_held -= surplus
+        kept_BHS = alive_BHS & ~dropped_BHS
+        # In order of age, at the end.
+        place_BHS = kept_BHS.int().argsort(dim=2, stable=True)[..., -int(kept_BHS.sum(2).max()) :]
+        self.position_BHS, self.alive_BHS = position_BHS.gather(2, place_BHS), kept_BHS.gather(2, place_BHS)
         if self.policy.memory_BHS is not None:
-            self.policy.memory_BHS = self.policy.memory_BHS.gather(2, kept_BHK)
-        return position_BHS.gather(2, kept_BHK)
+            self.policy.memory_BHS = self.policy.memory_BHS.gather(2, place_BHS)
 
-    def _keys(self, num_held: int) -> torch.Tensor:
-        """All that are held [B, H, S, D], in order of age; every head has as many."""
-        store, (B, H) = self.store, self.store.num_kept.shape
-        ring_BH1D = store.ring_kv[:, :, 0]
-        num_kept = num_held - 1
-        if num_kept == 0:
+    def _first_places(self) -> torch.Tensor:
+        """[B, H, 1]: of each head's oldest entry; its newest is in the ring, at the last place."""
+        _, alive_BHS = self._places()
+        return (alive_BHS.shape[2] - 1 - self.store.num_kept.long())[..., None]
+
+    def _entries(self, keys: bool = True) -> torch.Tensor:
+        """Keys, or values, of all that are held [B, H, S, D], in order of age; where nothing is alive, any."""
+        store, (_, alive_BHS) = self.store, self._places()
+        ring_BH1D = store.ring_kv[:, :, 0 if keys else 1]
+        B, H, num_places = alive_BHS.shape
+        if num_places == 1:
             return ring_BH1D
-        P, entry = store.pool.page_size, torch.arange(num_kept, device=ring_BH1D.device)
-        row_BHs = store.pool.row_of(store.page_table[:, :, entry // P].long(), entry % P)
-        return torch.cat([store.pool.read(row_BHs.flatten()).view(B, H, num_kept, -1), ring_BH1D], 2)
+        P = store.pool.page_size
+        entry_BHs = (torch.arange(num_places - 1, device=ring_BH1D.device) - self._first_places()).clamp(min=0)
+        row_BHs = store.pool.row_of(store.page_table.long().gather(2, entry_BHs // P), entry_BHs % P) + (0 if keys else P)
+        return torch.cat([store.pool.read(row_BHs.flatten()).view(B, H, num_places - 1, -1), ring_BH1D], 2)
+
+    def begin_second_reading(self) -> None:
+        """The prompt comes again: the policy hears how its entries are read."""
+        self.rereading = self.columns
+
+    def end_second_reading(self, heard: "PolicyLayer") -> None:
+        """Drop by what the policy of `heard`, a copy of this layer, was told in the second reading."""
+        self.policy, self.waits = heard.policy, False
+        nothing = heard.store.ring_kv.new_empty(*self.store.num_kept.shape, 0, self.store.pool.head_dim)
+        self._drop_surplus(_Asking(nothing, 1.0, None, None))
 
     def copy(self) -> "PolicyLayer":
         new = super().copy()
@@ -159,6 +207,32 @@ class PolicyCache(DMSCache):
         # A bound would have to undo what was dropped.
         self.budget = Budget(None)
 
+    @torch.no_grad()
+    def finish_prompt(self, model, ids_BP: torch.Tensor) -> bool:
+        """To be called when a prompt [B, P] has been read: where the policy `rereads_prompt`, the cache's model reads it once more, after itself, into
+        a fork that is then gone, and what is over the budget is dropped. Returns whether it was so.
+
+        Raises:
+            ValueError: the model's context does not hold the prompt twice, or the prompt is not what was read.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, PolicyLayer) and layer.waits]
+        if not layers:
+            return False
+        if ids_BP.shape[1] != layers[0].columns:
+            raise ValueError(
+                f"finish_prompt was given {ids_BP.shape[1]} tokens, and {layers[0].columns} were read; give the prompt, all of it"
+            )
+        check_second_reading([type(layers[0].policy)], ids_BP.shape[1], model)
+        fork = self.fork()
+        heard = [layer for layer in fork.layers if isinstance(layer, PolicyLayer) and layer.waits]
+        for layer in heard:
+            layer.begin_second_reading()
+        for part_BN in ids_BP.split(_REREAD_TOKENS, 1):
+            model(input_ids=part_BN, use_cache=True, logits_to_keep=1, **cache_argument(model, fork))
+        for layer, copy_of_it in zip(layers, heard, strict=True):
+            layer.end_second_reading(copy_of_it)
+        return True
+
     def _make_layer(self, state, page_size, kv_dtype) -> CompactedLayer:
         policy = self._make_policy(next(self._indices))
         if isinstance(policy, SlidingWindow):
@@ -172,16 +246,28 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def check_second_reading(policies: Iterable[type[Policy]], num_tokens: int, model: Any) -> None:
+    """Raises ValueError where one of these policies reads a prompt of so many tokens twice, and the model's context is shorter than that."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    twice = [policy.__name__ for policy in policies if policy.rereads_prompt]
+    if twice and context is not None and 2 * num_tokens > context:
+        raise ValueError(
+            f"{', '.join(twice)} reads a prompt twice, and the model's context of {context} tokens does not hold twice {num_tokens}; give documents of "
+            f"at most {context // 2} tokens, or leave the policy out"
+        )
+
+
 def attention_weights(
     query: torch.Tensor,
     end: int,
     k_BHSD: torch.Tensor,
     position_BHS: torch.Tensor,
+    alive_BHS: torch.Tensor,
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weights [B, H, G, Q, S] float32 of queries [B, Hq, Q, D] that stand before position `end`, over entries that are alive.
+    """Weights [B, H, G, Q, S] float32 of queries [B, Hq, Q, D] that stand before position `end`, over the entries that are alive.
 
     sink_logits [Hq]: a logit beside the entries', which takes its share.
     """
@@ -190,9 +276,11 @@ def attention_weights(
     scores = torch.einsum("bhgqd,bhsd->bhgqs", query.view(B, H, Hq // H, Q, D).float(), k_BHSD.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    hidden_BHQS = ~alive_BHS[:, :, None]
     if Q > 1:
         q_position = torch.arange(end - Q, end, device=query.device)
-        scores = scores.masked_fill(position_BHS[:, :, None, None] > q_position[:, None], float("-inf"))
+        hidden_BHQS = hidden_BHQS | (position_BHS[:, :, None] > q_position[:, None])
+    scores = scores.masked_fill(hidden_BHQS[:, :, None], float("-inf"))
     if sink_logits is None:
         return scores.softmax(-1)
     sink = sink_logits.float().view(1, H, -1, 1, 1).expand(B, -1, -1, Q, -1)

@@ -1,6 +1,8 @@
 // Charts as SVG from the data of dms/report/charts.py, drawn at the width that they get. Arrow keys and pointers go from point to point.
-const MARKERS = {dms: "circle", sliding_window: "square", h2o: "up", tova: "diamond", snapkv: "down", keydiff: "plus", random: "cross", dense: "ring", other: "bar"};
-const DASHES = {dense: "7 4", line1: "7 3", line2: "2 3", line3: "9 3 2 3", line4: "4 2", random: "2 3"};
+const MARKERS = {dms: "circle", sliding_window: "square", h2o: "up", tova: "diamond", snapkv: "down", keydiff: "plus", random: "cross", dense: "ring", other: "bar",
+  random_attention: "square", expected_attention: "up", kvzip: "diamond", ada_snapkv: "down", ada_expected_attention: "up", ada_kvzip: "diamond"};
+const DASHES = {dense: "7 4", line1: "7 3", line2: "2 3", line3: "9 3 2 3", line4: "4 2", random: "2 3", random_attention: "2 3",
+  expected_attention: "9 3 2 3", ada_snapkv: "7 3", ada_expected_attention: "7 3", ada_kvzip: "7 3"};
 const SHAPES = {
   square: r => `M${-r} ${-r}H${r}V${r}H${-r}Z`, up: r => `M0 ${-r}L${r} ${r}H${-r}Z`, down: r => `M0 ${r}L${r} ${-r}H${-r}Z`,
   diamond: r => `M0 ${-1.3 * r}L${1.2 * r} 0L0 ${1.3 * r}L${-1.2 * r} 0Z`, plus: r => `M${-r} 0H${r}M0 ${-r}V${r}`,

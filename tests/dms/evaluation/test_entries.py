@@ -13,6 +13,7 @@ from dms.evaluation.engine.entries import count_entries, count_shared, mean_of_b
 from dms.evaluation.engine.one_pass import read_in_one_pass
 from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.engine.units import Unit, run_unit
+from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
 from dms.evaluation.stats.collect import RunFigures, collect
 from dms.evaluation.stats.results import PolicyResult
 from dms.evaluation.suites import make_suite
@@ -98,6 +99,27 @@ def test_decoding_counts_what_queries_see(number):
         assert found.entries_mean == pytest.approx([sum(min(q + 1, budget) for q in range(T)) / T] * 2)
         assert found.memory == "compacted" and found.budget == budget
     assert collect([results["dense"]]).cr_mean == 1.0
+
+
+def test_policies_that_run_by_name_count_alike():
+    """The budget, in the mean over heads; what a prompt takes that is read whole, or twice; and what the first decoded token reads of it."""
+    model, _, documents = gated(0)
+    given, named = min(document.prompt for document in documents), [policy for policy in TRAINING_FREE if policy not in QUICK_ONES]
+    results = run_unit(model, Unit("records", LENGTH, 0, documents), EvaluationSettings(policies=["dense", "dms", *named], batch_size=2))
+    budget = round(sum(results["dms@0"].entries) / 2)
+    assert budget < given
+    for policy in named:
+        found = results[f"{policy}@0"]
+        assert found.entries == [budget] * 2 and found.reads == pytest.approx([budget + 1] * 2) and found.memory == "compacted"
+        assert found.peak == [given * (1 + TRAINING_FREE[policy].rereads_prompt)] * 2
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "ada_kvzip"])
+def test_one_pass_gives_some_policies_a_prompt_at_once(policy):
+    model, _, documents = gated(0)
+    results = [read_in_one_pass(model, documents, policy, budget=40, batch_size=2, chunk=chunk, seed=0) for chunk in (16, LENGTH)]
+    assert results[0].entries == [40.0, 40.0]
+    assert results[0].metrics == results[1].metrics
 
 
 @pytest.mark.parametrize("alignment", ["own", "next"])

@@ -15,8 +15,8 @@ from dms.evaluation.data.tasks import RECALL_TASKS
 from dms.evaluation.engine import units
 from dms.evaluation.engine.run_end import evaluate_run
 from dms.evaluation.engine.scoring import predict
-from dms.evaluation.engine.settings import POLICIES, EvaluationSettings
-from dms.evaluation.policies import TRAINING_FREE
+from dms.evaluation.engine.settings import DEFAULT_POLICIES, EvaluationSettings
+from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
 from dms.evaluation.policies.rules import H2O
 from dms.evaluation.present.findings import Finding, make_findings
 from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, Verdict
@@ -54,11 +54,11 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
     assert rows == result.to_dict()["rows"]
     rows = [ResultRow.from_dict(row) for row in rows]
     assert rows == result.rows
-    assert {(row.policy, row.evict_bias) for row in rows} == {("dense", None)} | {(policy, 0.0) for policy in POLICIES[1:]}
+    assert {(row.policy, row.evict_bias) for row in rows} == {("dense", None)} | {(policy, 0.0) for policy in DEFAULT_POLICIES[1:]}
     for task, metric in (("recall", "accuracy"), ("text", "bits_per_byte")):
         dms = figure(rows, "dms", task, metric)
         assert dms.cr > 1.3 and dms.memory == "compacted" and dms.budget is None
-        for policy in TRAINING_FREE:
+        for policy in QUICK_ONES:
             row = figure(rows, policy, task, metric)
             # Rounded in each batch.
             assert row.entries == pytest.approx(dms.entries, abs=0.5) and row.entries == pytest.approx(row.budget)
@@ -317,9 +317,17 @@ def test_what_a_folder_refuses(gated_folder, tmp_path):
         evaluate_folder(str(gated_folder), small(), out=tmp_path)
 
 
+def test_documents_that_a_context_does_not_hold_twice(gated_folder, tmp_path):
+    settings = small(policies=["dense", "dms", "ada_kvzip"], lengths=[1025])
+    with pytest.raises(
+        ValueError, match=r"AdaKVzip reads a prompt twice, .* 2048 tokens does not hold twice 1025; give documents of at most 1024"
+    ):
+        evaluate_folder(str(gated_folder), settings, out=tmp_path / "out")
+
+
 def test_defaults(tmp_path):
     settings = EvaluationSettings().completed(2048)
-    assert settings.lengths == [1024, 2048] and settings.policies == list(POLICIES) and settings.num_documents == 64
+    assert settings.lengths == [1024, 2048] and settings.policies == list(DEFAULT_POLICIES) and settings.num_documents == 64
     assert "one_pass" not in settings.suites and EvaluationSettings().completed(10**6).lengths == [4096, 8192]
     # In the order in which they run, and once.
     assert EvaluationSettings(policies=["tova", "dms", "dense", "dms"]).policies == ["dense", "dms", "tova"]

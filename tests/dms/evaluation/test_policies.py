@@ -1,14 +1,18 @@
 """Each training-free policy against a brute-force trace: plain loops over positions that follow its paper, on recorded queries and keys."""
 
+import functools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
+from dms.evaluation.policies import rotation as rotation_module
 from dms.evaluation.policies.cache import PolicyLayer
+from dms.evaluation.policies.rotation import NoRotation, rotations
 from dms.modes import set_mode
 
 BUDGET = 20
@@ -30,10 +34,16 @@ class Recorder:
 
         def ending(layer):
             end_reading(layer)
-            self.layers[id(layer)][-1]["alive"] = layer.position_BHS.tolist()
+            self.layers[id(layer)][-1]["alive"] = alive_positions(layer)
 
         monkeypatch.setattr(PolicyLayer, "attend", recording)
         monkeypatch.setattr(PolicyLayer, "end_reading", ending)
+
+
+def alive_positions(layer: PolicyLayer) -> list[list[list[int]]]:
+    """By row and head."""
+    rows = zip(layer.position_BHS, layer.alive_BHS, strict=True)
+    return [[p_S[alive_S].tolist() for p_S, alive_S in zip(p_HS, alive_HS, strict=True)] for p_HS, alive_HS in rows]
 
 
 def _numpy(value):
@@ -60,28 +70,24 @@ def weights_of(q_GD, position: int, trace: Trace, options, sinks_G) -> np.ndarra
     return np.array(found)
 
 
-def lowest(trace: Trace, score: dict[int, float], protected: set[int]) -> None:
-    """Drop, one at a time, the living entry of the lowest score; of equal ones the oldest."""
-    while len(trace.alive) > BUDGET:
-        candidates = [p for p in trace.alive if p not in protected and p != trace.alive[-1]]
-        trace.alive.remove(min(candidates, key=lambda p: (score[p], p)))
+# Each gives, for each head, the scores of living entries and those that stay in any case.
 
 
-def h2o(traces, weights, new):
+def h2o(traces, weights, options):
     for trace, by_query in zip(traces, weights, strict=True):
         for w_GS in by_query:
             for p, w in zip(trace.alive, w_GS.sum(0), strict=True):
                 trace.received[p] = trace.received.get(p, 0.0) + w
-        lowest(trace, trace.received, set(trace.alive[-(BUDGET // 2) :]))
+    return [(trace.received, set(trace.alive[-(BUDGET // 2) :])) for trace in traces]
 
 
-def tova(traces, weights, new):
+def tova(traces, weights, options):
     mean = {p: np.mean([by_query[-1][:, i].mean() for by_query in weights]) for i, p in enumerate(traces[0].alive)}
-    for trace in traces:
-        lowest(trace, mean, set())
+    return [(mean, set()) for _ in traces]
 
 
-def snapkv(traces, weights, new):
+def snapkv(traces, weights, options):
+    found = []
     for trace, by_query in zip(traces, weights, strict=True):
         window = min(32, BUDGET // 2)
         last = by_query[-window:]
@@ -89,27 +95,111 @@ def snapkv(traces, weights, new):
         votes = [np.mean([sum(w_GS[g][i] for w_GS in last) for g in range(len(last[0]))]) for i in range(len(before))]
         # Five neighbours, the places beyond the ends counted as 0.
         pooled = {p: sum(votes[j] for j in range(i - 2, i + 3) if 0 <= j < len(votes)) / 5 for i, p in enumerate(before)}
-        lowest(trace, pooled, set(trace.alive[-window:]))
+        found.append((pooled, set(trace.alive[-window:])))
+    return found
 
 
-def keydiff(traces, weights, new):
+def keydiff(traces, weights, options):
+    found = []
     for trace in traces:
         units = {p: trace.k[p] / np.linalg.norm(trace.k[p]) for p in trace.alive}
         anchor = sum(units.values()) / len(units)
-        lowest(trace, {p: -float(u @ anchor) / np.linalg.norm(anchor) for p, u in units.items()}, set())
+        found.append(({p: -float(u @ anchor) / np.linalg.norm(anchor) for p, u in units.items()}, set()))
+    return found
 
 
-BRUTE_FORCE = {"h2o": h2o, "tova": tova, "snapkv": snapkv, "keydiff": keydiff}
+@functools.cache
+def rotation(position: int, D: int) -> np.ndarray:
+    """[D, D], of all families here: halves are rotated against each other."""
+    angle = position * 10000.0 ** -(np.arange(0, D, 2) / D)
+    cos, sin = np.diag(np.cos(angle)), np.diag(np.sin(angle))
+    return np.block([[cos, -sin], [sin, cos]])
+
+
+@functools.cache
+def mean_rotation(first: int, D: int) -> np.ndarray:
+    """[D, D]: over 512 positions."""
+    return sum(rotation(first + j, D) for j in range(512)) / 512
+
+
+def expected_attention(traces, weights, options):
+    found, scale = [], options["scale"]
+    for trace in traces:
+        end, D = len(trace.k), len(trace.k[0])
+        ahead = mean_rotation(end, D)
+        others, share = [p for p in trace.alive if p >= 4], 0.0
+        for g in range(len(trace.queries[0])):
+            # Rotations are orthogonal.
+            q = np.array([rotation(p, D).T @ trace.queries[p][g] for p in range(4, end)])
+            mean, covariance = ahead @ q.mean(0), ahead @ np.cov(q.T, bias=True) @ ahead.T
+            z = np.array([scale * mean @ trace.k[p] + scale**2 / 2 * trace.k[p] @ covariance @ trace.k[p] for p in others])
+            share = share + np.exp(z - z.max()) / np.exp(z - z.max()).sum() / len(trace.queries[0])
+        found.append(({p: float(x) * np.linalg.norm(trace.v[p]) for p, x in zip(others, share, strict=True)}, {0, 1, 2, 3}))
+    return found
+
+
+def kvzip(traces, weights, options):
+    for trace, by_query in zip(traces, weights, strict=True):
+        for p, w in zip(trace.alive, by_query[-1].max(0), strict=True):
+            trace.received[p] = max(trace.received.get(p, 0.0), 0.0 if p == trace.alive[-1] else w)
+    return stays_of_kvzip(traces)
+
+
+def stays_of_kvzip(traces):
+    return [(trace.received, {0, 1, 2, 3, *trace.alive[-(BUDGET // 2) :]}) for trace in traces]
+
+
+def hear_again(traces, note, sinks) -> None:
+    """Put into `received` the largest attention that a query of the second reading gave each entry of the prompt, for one row of each head."""
+    G, P = note["q"].shape[0] // len(traces), len(traces[0].k)
+    for h, trace in enumerate(traces):
+        both = Trace()
+        both.k, both.alive = [*trace.k, *note["k"][h]], list(range(P + note["k"].shape[1]))
+        heads = slice(h * G, (h + 1) * G)
+        for n in range(note["k"].shape[1]):
+            w_GS = weights_of(note["q"][heads, n], P + n, both, note["options"], None if sinks is None else sinks[heads])
+            for p in range(P):
+                trace.received[p] = max(trace.received.get(p, 0.0), w_GS[:, p].max())
+
+
+def lowest(traces, scored) -> None:
+    """Drop of each head, one at a time, the living entry of the lowest score; of equal ones the oldest."""
+    for trace, (score, stays) in zip(traces, scored, strict=True):
+        while len(trace.alive) > BUDGET:
+            candidates = [p for p in trace.alive if p not in stays and p != trace.alive[-1]]
+            trace.alive.remove(min(candidates, key=lambda p: (score[p], p)))
+
+
+def lowest_of_all(traces, scored) -> None:
+    """The same over all heads of a layer, but a head's best fifth of the budget stays."""
+    droppable = []
+    for h, (trace, (score, stays)) in enumerate(zip(traces, scored, strict=True)):
+        finite = {p: math.inf if p in stays or p == trace.alive[-1] else score[p] for p in trace.alive}
+        best = sorted(finite, key=lambda p: (finite[p], p))[-(BUDGET // 5) :]
+        droppable += [(finite[p], h, p) for p in trace.alive if p not in best and finite[p] < math.inf]
+    surplus = sum(len(trace.alive) for trace in traces) - BUDGET * len(traces)
+    for _, h, p in sorted(droppable)[: max(0, surplus)]:
+        traces[h].alive.remove(p)
+
+
+SCORES = {"h2o": h2o, "tova": tova, "snapkv": snapkv, "keydiff": keydiff, "expected_attention": expected_attention, "kvzip": kvzip}
+ADA = ("ada_snapkv", "ada_expected_attention", "ada_kvzip")
+TRACED = [
+    pytest.param(name, family, marks=[pytest.mark.slow] if family != "llama" and name in ("expected_attention", *ADA) else [])
+    for name in (*SCORES, *ADA)
+    for family in ("llama", "gemma2", "gpt_oss")
+]
 LOOKS_AT = {"h2o": None, "tova": 1, "snapkv": BUDGET // 2}
 
 
-def replay(name: str, notes: list[dict], sinks) -> None:
-    """Walk through a layer's forwards and hold what it kept, and what it gave back, to the trace."""
+def replay(name: str, notes: list[dict], again: dict | None, sinks) -> None:
+    """Walk through a layer's forwards and hold what it kept, and what it gave back, to the trace. again: the second reading of the prompt."""
+    scores, drop = SCORES[name.removeprefix("ada_")], lowest_of_all if name.startswith("ada_") else lowest
     B, Hq = notes[0]["q"].shape[:2]
     H = notes[0]["k"].shape[1]
     G = Hq // H
     traces = [[Trace() for _ in range(H)] for _ in range(B)]
-    for note in notes:
+    for number, note in enumerate(notes):
         options, num_new = note["options"], note["q"].shape[2]
         for b in range(B):
             weights = []
@@ -125,34 +215,52 @@ def replay(name: str, notes: list[dict], sinks) -> None:
                     w_GS = weights_of(trace.queries[first + n], first + n, trace, options, sinks_G)
                     expected = w_GS @ np.array([trace.v[p] for p in trace.alive])
                     assert np.allclose(note["out"][b, n, h * G : (h + 1) * G], expected, atol=1e-5), "what attention read"
-                looked = LOOKS_AT.get(name, 1) or num_new
+                looked = LOOKS_AT.get(name.removeprefix("ada_"), 1) or num_new
                 places = range(max(0, len(trace.k) - looked), len(trace.k))
                 weights.append([weights_of(trace.queries[p], p, trace, options, sinks_G) for p in places])
-            BRUTE_FORCE[name](traces[b], weights, num_new)
+            if again is None or number > 0:
+                drop(traces[b], scores(traces[b], weights, options))
             assert note["alive"][b] == [trace.alive for trace in traces[b]]
+            if again is not None and number == 0:
+                hear_again(traces[b], {**again, "q": again["q"][b], "k": again["k"][b]}, sinks)
+                drop(traces[b], stays_of_kvzip(traces[b]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("name", sorted(BRUTE_FORCE))
+@pytest.mark.parametrize(("name", "family"), TRACED)
 @torch.no_grad()
 def test_traces(name, family, build_gated, make_batch, monkeypatch):
     # In float64 no two scores are the same but for rounding; gpt_oss's experts have no float64.
     model = build_gated(family) if family == "gpt_oss" else build_gated(family).double()
     recorder = Recorder(monkeypatch)
     set_mode(model, "evict")
-    cache = make_policy_cache(model, name, BUDGET)
+    cache, kind = make_policy_cache(model, name, BUDGET), TRAINING_FREE[name]
     ids, at = make_batch(2, 70)["input_ids"], 0
-    prompt = [54] if TRAINING_FREE[name].reads_whole_prompt else [30, 7, 17]
+    prompt = [54] if kind.reads_whole_prompt else [30, 7, 17]
     for size in (*prompt, *[1] * 16):
         model(ids[:, at : at + size], past_key_values=cache)
+        if at == 0:
+            assert cache.finish_prompt(model, ids[:, :size]) == kind.rereads_prompt
         at += size
     modules = [layer.module for layer in model.dms.layers]
-    assert len(recorder.layers) == len(modules)
-    for module, notes in zip(modules, recorder.layers.values(), strict=True):
+    of_layers = list(recorder.layers.values())
+    assert len(of_layers) == len(modules) * (1 + kind.rereads_prompt)
+    for number, module in enumerate(modules):
         sinks = getattr(module, "sinks", None)
-        replay(name, notes, None if sinks is None else sinks.double().numpy())
+        again = of_layers[len(modules) + number][0] if kind.rereads_prompt else None
+        replay(name, of_layers[number], again, None if sinks is None else sinks.double().numpy())
     for layer in cache.compacted_layers().values():
-        assert layer.entries_alive().unique().tolist() == [BUDGET]
+        alive_BH = layer.entries_alive()
+        assert alive_BH.sum(1).unique().tolist() == [BUDGET * alive_BH.shape[1]]
+        assert alive_BH.tolist() == [[len(head) for head in row] for row in alive_positions(layer)] and int(alive_BH.min()) >= BUDGET // 5
+    uneven = any((layer.entries_alive() != BUDGET).any() for layer in cache.compacted_layers().values())
+    assert uneven == (name in ADA)
+    if kind.rereads_prompt:
+        # What came the second time was the prompt, after itself.
+        set_mode(model, "dense")
+        keys = DynamicCache(config=model.config)
+        model(ids[:, :54].repeat(1, 2), past_key_values=keys)
+        for note, layer in zip(of_layers[len(modules) :], model.dms.layers, strict=True):
+            assert np.allclose(note[0]["k"], _numpy(keys.layers[layer.index].keys[:, :, 54:]), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
@@ -190,6 +298,42 @@ def test_random_keeps_a_uniform_sample(build_gated, make_batch):
 
 
 @torch.no_grad()
+def test_random_attention_keeps_the_prompt(build_gated, make_batch):
+    """The prompt, the newest half of the budget, and of the others a draw that is made anew at each step, in each head by itself."""
+    model, num_prompt, length, num_recent = build_gated("llama"), 6, 40, BUDGET // 2
+    ids, held = make_batch(2, length)["input_ids"], torch.zeros(length)
+    set_mode(model, "evict")
+    for seed in range(8):
+        cache = make_policy_cache(model, "random_attention", BUDGET, seed)
+        for part in ids.split([num_prompt, *[1] * (length - num_prompt)], 1):
+            model(part, past_key_values=cache)
+        for layer in cache.compacted_layers().values():
+            assert layer.entries_alive().unique().tolist() == [BUDGET]
+            assert len(set(map(tuple, layer.position_BHS.flatten(0, 1).tolist()))) > 1
+            held += torch.bincount(layer.position_BHS.flatten(), minlength=length)
+    num = 8 * 2 * 2 * 2
+    assert (held[:num_prompt] == num).all() and (held[-num_recent:] == num).all()
+    # Four places for the others: each draw keeps four of five.
+    num_left = BUDGET - num_prompt - num_recent
+    last = length - num_recent
+    p = torch.tensor([(num_left / (num_left + 1)) ** min(last - place, last - num_prompt - num_left) for place in range(num_prompt, last)])
+    assert held[num_prompt:last].sum() == num * num_left
+    assert ((held[num_prompt:last] / num - p).abs() < 5 * (p * (1 - p) / num).sqrt()).all()
+
+
+@torch.no_grad()
+def test_random_attention_keeps_the_beginning_of_a_prompt_that_does_not_fit(build_gated, make_batch):
+    model = build_gated("llama")
+    set_mode(model, "evict")
+    cache = make_policy_cache(model, "random_attention", BUDGET)
+    for part in make_batch(2, 60)["input_ids"].split([50, *[1] * 10], 1):
+        model(part, past_key_values=cache)
+    for layer in cache.compacted_layers().values():
+        for head in layer.position_BHS.flatten(0, 1).tolist():
+            assert head[:9] == list(range(9)) and head[10:] == list(range(50, 60))
+
+
+@torch.no_grad()
 def test_entries_are_freed(build_gated, make_batch):
     model = build_gated("llama")
     set_mode(model, "evict")
@@ -221,6 +365,61 @@ def test_a_fork_goes_its_own_way(build_gated, make_batch):
     other = first.fork()
     end(other, ids[:, 60:].flip(1))
     assert end(first, ids[:, 60:]) == end(alone, ids[:, 60:])
+
+
+@torch.no_grad()
+def test_a_fork_of_uneven_heads(build_gated, make_batch):
+    model, ids = build_gated("llama"), make_batch(1, 80)["input_ids"]
+    set_mode(model, "evict")
+    cache = make_policy_cache(model, "ada_expected_attention", BUDGET)
+    model(ids[:, :60], past_key_values=cache)
+    forks, ends = [cache.fork(), cache], []
+    for fork in forks:
+        for part in ids[:, 60:].split(1, 1):
+            model(part, past_key_values=fork)
+        ends.append([alive_positions(layer) for layer in fork.compacted_layers().values()])
+    assert ends[0] == ends[1]
+
+
+@torch.no_grad()
+def test_a_prompt_that_must_be_read_twice(build_gated, make_batch):
+    model, ids = build_gated("llama", max_position_embeddings=100), make_batch(1, 51)["input_ids"]
+    set_mode(model, "evict")
+    cache = make_policy_cache(model, "kvzip", BUDGET)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"KVzip reads a prompt twice, .* 100 tokens does not hold twice 51; give documents of at most 50"):
+        cache.finish_prompt(model, ids)
+    with pytest.raises(ValueError, match="finish_prompt was given 50 tokens, and 51 were read"):
+        cache.finish_prompt(model, ids[:, 1:])
+    with pytest.raises(ValueError, match="call finish_prompt"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "gemma3n_text", "gpt_oss", "cohere", "cohere2", "qwen3", "gpt2", "phi", "olmo2"]
+)
+@torch.no_grad()
+def test_rotations_are_those_of_the_model(family, build_gated):
+    """Of one query at several positions, seen in the model: undone it is the same, and the mean of its rotations is `ahead`."""
+    model = build_gated(family)
+    if family in ("gpt2", "phi"):
+        with pytest.raises(ValueError, match=r"how .* rotates its queries is not known here"):
+            rotations(model)
+        return
+    position = torch.tensor([3, 4, 5])
+    seen = rotation_module._same_queries(model, position.tolist())
+    for layer, rotation in zip(model.dms.layers, rotations(model).values(), strict=True):
+        query_PH1D = seen[layer]
+        before = torch.stack([rotation.undo(q[None], p[None])[0] for q, p in zip(query_PH1D, position, strict=True)])
+        torch.testing.assert_close(before, before[:1].expand_as(before), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rotation.ahead(before[:1], 3, 3), query_PH1D.mean(0, keepdim=True), rtol=1e-4, atol=1e-4)
+        assert isinstance(rotation, NoRotation) == (family == "cohere2")
+
+
+def test_frequencies_that_depend_on_the_length_are_refused(build_gated):
+    model = build_gated("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match="depend on a text's length"):
+        make_policy_cache(model, "expected_attention", BUDGET)
 
 
 @pytest.mark.parametrize("name", sorted(set(TRAINING_FREE) - {"sliding_window"}))
