@@ -107,7 +107,7 @@ def conversations(data: dict, rng: Random) -> list[dict]:
         if len(asked) < 10:
             continue
         turns = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in zip(asked[:-1], answered[:-1], strict=True))
-        answers = [answered[-1], *(turns_of[len(asked) - 1]["input_text"] for turns_of in others)]
+        answers = [answered[-1], *(other[-1]["input_text"] for other in others if len(other) == len(asked))]
         found.append({"prompt": f"{one['story'].strip()}\n\n{turns}Q: {asked[-1]}\nA:", "answers": list(dict.fromkeys(answers))})
     return rng.sample(found, len(found))
 

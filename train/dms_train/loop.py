@@ -401,6 +401,8 @@ def _save_if_due(setup: Setup, position: Position, *, stops: bool) -> None:
 
 
 def _has_reached(cr: float, recipe: RetrofitRecipe, step: int) -> bool:
+    if step == 0:
+        return False
     plan = plan_step(recipe, step)
     return not plan.warms_up and cr <= plan.target_cr
 
