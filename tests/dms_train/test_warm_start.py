@@ -125,7 +125,16 @@ def test_each_phase_has_its_own_schedule(recipe_values):
     # By default the same learning rate, and from half of the target on.
     plans = [plan_step(make_recipe(values), step) for step in (2, 5)]
     assert [plan.lr_factor for plan in plans] == pytest.approx([1.0, 0.5]) and plans[1].target_cr == pytest.approx(3.75)
-    assert make_recipe({**values, "target_cr": 1.5}).warm_start.begins_at(1.5) == 1.0
+    assert make_recipe({**values, "target_cr": 1.5}).start_cr == 1.0
+
+
+def test_the_first_ratio_that_is_saved_is_that_of_the_labels(recipe_values):
+    recipe = make_recipe({**recipe_values, "ramp": 1.0, "target_cr": 8, "save": {"at_cr": [4]}})
+    plans = [plan_step(recipe, step) for step in range(1, 9)]
+    assert [plan.target_cr for plan in plans] == pytest.approx([4.0] * 4 + [3.5, 5.0, 6.5, 8.0])
+    assert [plan.target for plan in plans[:4]] == [0.75] * 4
+    reached = [step for step in range(1, 9) if loop._has_reached(4.0, recipe, step)]
+    assert reached == [6, 7, 8] and loop._has_reached(8.0, recipe, 8)
 
 
 def test_without_it_the_schedule_is_that_of_the_paper(recipe_values):
@@ -220,8 +229,8 @@ def test_the_line_of_a_warm_up_step_says_what_its_loss_is_of():
         ({}, {"start_cr": 5}, "warm_start.start_cr is 5, and the ratio rises from it to target_cr 4"),
         (
             {"save": {"at_cr": [2]}},
-            {},
-            r"save.at_cr is \[2.0\], which does not go with warm_start .*set save.at_cr=\[\], or remove warm_start",
+            {"start_cr": 2},
+            r"save.at_cr has \[2.0\]; the ratio rises from 2 to target_cr 4",
         ),
         ({"sequence_parallel": 2}, {}, "sequence_parallel is 2, which does not go with warm_start .*set sequence_parallel=1"),
         ({"zero": {"stage": 2}}, {}, "zero.stage is 2, which does not go with warm_start .*set zero.stage=0"),

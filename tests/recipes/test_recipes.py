@@ -15,6 +15,7 @@ from dms_train.recipe import RetrofitRecipe
 from dms_train.recipe_file import find_recipe, load_recipe, packaged_recipes
 
 from dms.costs.plan import Plan
+from dms.evaluation.engine.settings import EvaluationSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(name for name in packaged_recipes() if "/" not in name)
@@ -127,3 +128,18 @@ def test_the_wanted_recipes_are_there():
     wanted |= {f"qwen3-{size}" for size in ("0.6b", "1.7b", "8b", "32b")} | {"gpt-oss-20b", "mistral-7b", "gemma3-4b"}
     assert set(NAMES) == wanted | {f"deepseek-r1-distill-qwen-{size}" for size in ("1.5b", "7b", "32b")}
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("folder", ["smollm2-135m", "gemma3-270m"])
+def test_recipes_of_fetched_models_train_and_evaluate_on_what_is_fetched(folder):
+    recipe, text = load(f"{folder}/retrofit"), text_of(f"{folder}/retrofit")
+    scripts = Path(__file__).parents[2] / "scripts"
+    table = [line.split("|") for line in (scripts / "fetch_model.sh").read_text().splitlines() if line.count("|") == 6]
+    assert [recipe.model] == [f"models/{row[1]}" for row in table if row[0] == folder]
+    assert f"scripts/fetch_model.sh {folder}" in text and "scripts/fetch_text.sh" in text
+    assert "Data: " in text and "Model: " in text and "Hardware: 2 CPU cores" in text and len(text.splitlines()) <= 30
+    assert [source.path for source in recipe.data.all_sources] == ["text/train.jsonl", None]
+    assert load_recipe(f"{folder}/evaluate", [], EvaluationSettings).text == "text/heldout.jsonl"
+    # Checkpoints of a run that may be stopped at any time, and windows that count at the lengths that are evaluated.
+    assert 0 < recipe.save.every <= 20 and recipe.dms.windows[-1] < recipe.data.length == 2048
+    assert recipe.labels_cr == 4 > recipe.start_cr

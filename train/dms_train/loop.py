@@ -36,7 +36,7 @@ from dms_train.models import Fingerprint, Models
 from dms_train.progress import StepLine, describe_start
 from dms_train.recipe import RetrofitRecipe
 from dms_train.run_folder import RunFolder
-from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step, target_at
+from dms_train.step import HeadLoss, Normalizer, StepOutput, check_head, check_packing, distill_step
 from dms_train.step_metrics import StepMetrics, StepSums
 from dms_train.stopping import Stopped, StopRequest, ignoring, listening
 from dms_train.teacher_cache import TeacherCache
@@ -390,7 +390,7 @@ def _count_tokens(micro_batches: list[dict[str, torch.Tensor]], device: torch.de
 def _save_if_due(setup: Setup, position: Position, *, stops: bool) -> None:
     """Raises OSError where the run is to stop and its checkpoint could not be written."""
     recipe, step = setup.recipe, position.step
-    passed = [cr for cr in recipe.save.at_cr if _target_cr(recipe, step - 1) < cr <= _target_cr(recipe, step)]
+    passed = [cr for cr in recipe.save.at_cr if _has_reached(cr, recipe, step) and not _has_reached(cr, recipe, step - 1)]
     periodic = recipe.save.every > 0 and (step % recipe.save.every == 0 or step == recipe.steps)
     if not (passed or periodic or stops):
         return
@@ -400,8 +400,11 @@ def _save_if_due(setup: Setup, position: Position, *, stops: bool) -> None:
         raise OSError(f"stopped after step {step} without a checkpoint of it; {setup.saver.describe_last()}")
 
 
-def _target_cr(recipe: RetrofitRecipe, step: int) -> float:
-    return target_at(step, steps=recipe.steps, ramp=recipe.ramp, target_cr=recipe.target_cr)[0]
+def _has_reached(cr: float, recipe: RetrofitRecipe, step: int) -> bool:
+    if step == 0:
+        return False
+    plan = plan_step(recipe, step)
+    return not plan.warms_up and cr <= plan.target_cr
 
 
 def _finish(setup: Setup, position: Position, start: float) -> dict:

@@ -42,8 +42,9 @@ def run(name: str, overrides: list[str], *, gpu: str, num_gpus: int, config: str
 
 
 def _every() -> list[str]:
-    """Packaged recipes that retrofit."""
-    return [name for name in packaged_recipes() if name.rpartition("/")[2] not in _OTHERS]
+    """Packaged recipes that retrofit, but those of GGUF files, which are to be fetched first and run on CPUs."""
+    names = [name for name in packaged_recipes() if name.rpartition("/")[2] not in _OTHERS]
+    return [name for name in names if not load_recipe(name, [], RetrofitRecipe).model.endswith(".gguf")]
 
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
@@ -97,7 +98,7 @@ def job_of(recipe: RetrofitRecipe) -> Job:
         evaluation_batch_size=recipe.evaluation.batch_size,
         has_teacher_pass=recipe.teacher_cache is None,
         warm_up_steps=0 if recipe.warm_start is None else recipe.warm_start.steps,
-        start_cr=1.0 if recipe.warm_start is None else recipe.warm_start.begins_at(recipe.target_cr),
+        start_cr=recipe.start_cr,
     )
 
 

@@ -137,7 +137,10 @@ class TeacherCacheSettings(Strict):
 
 
 class WarmStart(Strict):
-    """First train the gates on labels: the keys that the dense model reads least once the window has passed them are to be evicted."""
+    """First train the gates on labels: the keys that the dense model reads least once the window has passed them are to be evicted.
+
+    Labels keep what the first ratio of `save.at_cr` does, or `target_cr` where there is none.
+    """
 
     steps: int = Field(ge=1)
     """How many of the run's `steps` come first on labels, a fifth of them, say. `optimizer`'s schedule runs once in them and once more in the
@@ -146,11 +149,11 @@ class WarmStart(Strict):
     """The gates' largest learning rate in these steps; None: `optimizer.lr`."""
     start_cr: float | None = Field(default=None, ge=1.0)
     """The ratio from which the target then rises to `target_cr`, over the first `ramp` of the steps that are left; 1: as without a warm start.
-    None: half of `target_cr`."""
+    None: half of the labels' ratio."""
 
-    def begins_at(self, target_cr: float) -> float:
+    def begins_at(self, labels_cr: float) -> float:
         """The ratio after these steps."""
-        return max(1.0, target_cr / 2.0) if self.start_cr is None else self.start_cr
+        return max(1.0, labels_cr / 2.0) if self.start_cr is None else self.start_cr
 
 
 class RetrofitRecipe(Strict):
@@ -247,19 +250,9 @@ class RetrofitRecipe(Strict):
                 "an optimizer on nvme cannot be saved yet: set save.every=0 and no save.at_cr (the run then cannot be continued), "
                 "or zero.offload_optimizer=cpu"
             )
-        if outside := [cr for cr in self.save.at_cr if not 1.0 < cr <= self.target_cr]:
-            raise ValueError(f"save.at_cr has {outside}; the ratio rises from 1 to target_cr {self.target_cr:g}, choose values in between")
-        per_step = (self.target_cr - 1.0) / max(1.0, self.ramp * self.steps)
-        at_step: dict[int, float] = {}
-        for cr in self.save.at_cr:
-            step = math.ceil((cr - 1.0) / per_step - 1e-9)
-            if step in at_step:
-                raise ValueError(
-                    f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
-                )
-            at_step[step] = cr
         if self.warm_start is not None:
             self._check_warm_start(self.warm_start)
+        self._check_at_cr()
         if len(self.dms.windows) > 1 and self.budget == "decided":
             raise ValueError(
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
@@ -283,7 +276,6 @@ class RetrofitRecipe(Strict):
         for key, value, needed, why in (
             ("zero.stage", self.zero.stage, 0, "DeepSpeed does not run its steps yet"),
             ("sequence_parallel", self.sequence_parallel, 1, "its labels are made of whole sequences"),
-            ("save.at_cr", self.save.at_cr, [], "gates that start at target_cr are at no ratio on the way to it"),
         ):
             if value != needed:
                 raise ValueError(f"{key} is {value}, which does not go with warm_start ({why}); set {key}={needed}, or remove warm_start")
@@ -297,9 +289,36 @@ class RetrofitRecipe(Strict):
         held = {"decided": 0.0, "end": num_held / self.data.length, "mean": _mean_share(num_held, self.data.length)}[self.budget]
         if 1.0 / self.target_cr <= held:
             raise ValueError(
-                f"the labels of warm_start keep 1 / target_cr = {1.0 / self.target_cr:.1%} of what budget={self.budget} counts, and window and sinks "
+                f"the run is to keep 1 / target_cr = {1.0 / self.target_cr:.1%} of what budget={self.budget} counts, and window and sinks "
                 f"alone hold {held:.1%} in data.length {self.data.length}; narrow the window, lengthen the data, or lower target_cr"
             )
+
+    @property
+    def labels_cr(self) -> float:
+        """The ratio of `warm_start`'s labels."""
+        return min(self.save.at_cr, default=self.target_cr)
+
+    @property
+    def start_cr(self) -> float:
+        """The ratio from which distillation's target rises."""
+        return 1.0 if self.warm_start is None else self.warm_start.begins_at(self.labels_cr)
+
+    def _check_at_cr(self) -> None:
+        """Raises ValueError where the schedule does not pass the ratios of `save.at_cr` one after the other."""
+        start_cr, warm_steps = self.start_cr, self.warm_start.steps if self.warm_start else 0
+        if outside := [cr for cr in self.save.at_cr if not start_cr < cr <= self.target_cr]:
+            raise ValueError(
+                f"save.at_cr has {outside}; the ratio rises from {start_cr:g} to target_cr {self.target_cr:g}, choose values in between"
+            )
+        per_step = (self.target_cr - start_cr) / max(1.0, self.ramp * (self.steps - warm_steps))
+        at_step: dict[int, float] = {}
+        for cr in self.save.at_cr:
+            step = warm_steps + math.ceil((cr - start_cr) / per_step - 1e-9)
+            if step in at_step:
+                raise ValueError(
+                    f"save.at_cr has {at_step[step]:g} and {cr:g}, and the ratio passes both in step {step}; choose one, or more steps"
+                )
+            at_step[step] = cr
 
     def check_packed(self, why: str, cure: str) -> None:
         """Raises ValueError for what cannot be had with packed weights. why: what packs them; cure: what makes them ordinary ones."""

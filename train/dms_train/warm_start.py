@@ -39,10 +39,10 @@ def plan_step(recipe: RetrofitRecipe, step: int) -> StepPlan:
     if warm is not None and step <= warm.steps:
         warmup_steps = min(settings.warmup_steps, warm.steps)
         lr = learning_rate(step, steps=warm.steps, lr=warm.lr or settings.lr, warmup_steps=warmup_steps, final_lr=settings.final_lr)
-        return StepPlan(True, recipe.target_cr, 1.0 - 1.0 / recipe.target_cr, lr / settings.lr)
-    done, start_cr = (0, 1.0) if warm is None else (warm.steps, warm.begins_at(recipe.target_cr))
+        return StepPlan(True, recipe.labels_cr, 1.0 - 1.0 / recipe.labels_cr, lr / settings.lr)
+    done = 0 if warm is None else warm.steps
     steps = recipe.steps - done
-    cr, target = target_at(step - done, steps=steps, ramp=recipe.ramp, target_cr=recipe.target_cr, start_cr=start_cr)
+    cr, target = target_at(step - done, steps=steps, ramp=recipe.ramp, target_cr=recipe.target_cr, start_cr=recipe.start_cr)
     factor = learning_rate(step - done, steps=steps, lr=1.0, warmup_steps=settings.warmup_steps, final_lr=settings.final_lr)
     return StepPlan(False, cr, target, factor)
 
