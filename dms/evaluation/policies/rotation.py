@@ -55,7 +55,8 @@ class NoRotation(Rotation):
     def apply(self, x_BHND: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
         return x_BHND.to(torch.promote_types(x_BHND.dtype, torch.float32))
 
-    undo = apply
+    def undo(self, query_BHND: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
+        return self.apply(query_BHND, position_N)
 
     def ahead(self, x_BHND: torch.Tensor, first: int, number: int) -> torch.Tensor:
         return self.apply(x_BHND, torch.empty(0))
