@@ -43,6 +43,7 @@ def append_rows(cache: Cache, other: Cache, rows: torch.Tensor) -> None:
             raise ValueError(
                 f"a {type(joining).__name__} cannot join a {type(layer).__name__}; both caches must be of one model, in one mode"
             )
+    for layer, joining in pairs:
         if isinstance(layer, CompactedLayer):
             layer.append_rows(joining, rows)
         elif joining.keys is not None:
