@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import StopStringCriteria
 
@@ -25,7 +33,7 @@ from dms.cache.rows import append_rows, check_layers, keep_rows
 from dms.modes import DMSState, RotaryLengths
 
 # Kinds of layers whose sequences may begin at any column.
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv"}
 
 Reason = Literal["eos", "stop", "length"]
 
@@ -130,14 +138,10 @@ def _check_model(model: Any, state: DMSState | None, evict_bias: float | None) -
     if evict_bias is not None and mode == "dense":
         raise ValueError("evict_bias has no effect in mode 'dense'; call dms.set_mode(model, \"evict\")")
     problem = None
-    if not hasattr(model, "generate") or model.config.is_encoder_decoder:
-        problem = "it is no decoder that generates text"
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        problem = "it is no decoder of transformers that generates text (where it wraps one, give that)"
     elif state is None and hasattr(model, "dms"):
         problem = "it runs by the code of an exported folder; load the folder with dms.load"
-    elif "position_ids" not in inspect.signature(model.forward).parameters:
-        problem = "its forward takes no position_ids (of a wrapped model, give the model within)"
-    elif any(hasattr(module, "get_rope_index") for module in model.modules()):
-        problem = "its positions are of several kinds (M-RoPE)"
     elif not (hf_compat.makes_default_cache(model) if state is None else state.takes_cache):
         problem = "it works with a cache of its own kind alone"
     elif state is not None and state.max_cache_bytes is not None:
@@ -189,8 +193,8 @@ class _Row:
         return self.ids.shape[1] + len(self.tokens)
 
     @property
-    def so_far(self) -> torch.Tensor:
-        """[1, T] int64: prompt and new tokens."""
+    def so_far(self) -> Any:
+        """[1, T] int64: prompt and new tokens. transformers asks for a LongTensor, which no function is declared to return."""
         return torch.cat([self.ids, self.ids.new_tensor([self.tokens])], 1)
 
 
@@ -222,7 +226,10 @@ class _Batch:
         eos = settings.eos_token_id
         self.eos = set() if eos is None else {eos} if isinstance(eos, int) else set(torch.as_tensor(eos).flatten().tolist())
         self.chunk = settings.prefill_chunk_size or (None if state is None else state.prefill_chunk)
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        takes = inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.takes_positions = "position_ids" in takes
+        """Else the model finds them in its attention mask."""
         self.rotary: RotaryLengths
         self.rotary_length: int | None = None
         """Where rotary frequencies depend on a text's length: the length that all sequences are rotated for."""
@@ -360,7 +367,7 @@ class _Batch:
     def _choose(self, rows: list[_Row], logits_BV: torch.Tensor) -> dict[_Row, Reason]:
         """Append the next token to each row; those that end with it, in order, and why."""
         # Processors may write into what they are given.
-        scores_BV = logits_BV.to(torch.float32, copy=True)
+        scores_BV: Any = logits_BV.to(torch.float32, copy=True)
         if any(row.processors for row in rows):
             scores_BV = torch.cat([row.processors(row.so_far, scores_BV[b : b + 1]) for b, row in enumerate(rows)])
         if self.settings.do_sample:
@@ -393,17 +400,17 @@ class _Batch:
             raise ValueError(f"mode is {state.mode!r} and was {self.mode!r} when generate_batch began; end its iteration before set_mode")
         past_B1 = torch.tensor(num_cached, device=device)[:, None]
         new_T = torch.arange(ids_BT.shape[1], device=device)
-        mask = {}
-        if not all(isinstance(layer, CompactedLayer) for layer in cache.layers):
+        where = {"position_ids": past_B1 + new_T} if self.takes_positions else {}
+        if not self.takes_positions or not all(isinstance(layer, CompactedLayer) for layer in cache.layers):
             columns = cache.get_seq_length() + len(new_T)
-            mask["attention_mask"] = (torch.arange(columns, device=device) >= columns - len(new_T) - past_B1).long()
+            where["attention_mask"] = (torch.arange(columns, device=device) >= columns - len(new_T) - past_B1).long()
         bias, length = None if state is None else state.evict_bias, self.rotary.length
         try:
             if state is not None and self.limits.evict_bias is not None:
                 state.evict_bias = float(self.limits.evict_bias)
             self.rotary.length = self.rotary_length
-            where = {"position_ids": past_B1 + new_T, **mask, **hf_compat.cache_argument(self.model, cache)}
-            return self.model(input_ids=ids_BT, use_cache=True, **where, **self.last_only).logits[:, -1]
+            given = {"input_ids": ids_BT, **where, **self.last_only, **hf_compat.cache_argument(self.model, cache)}
+            return self.model(use_cache=True, **given).logits[:, -1]
         finally:
             self.rotary.length = length
             if state is not None and bias is not None:

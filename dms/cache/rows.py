@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from dms.cache.layer import CompactedLayer
 
@@ -18,11 +18,11 @@ def check_layers(layers: Iterable[Any]) -> None:
     """Raises ValueError for layers whose sequences cannot join others, or leave them, by what is here."""
     for index, layer in enumerate(layers):
         # A DummyLayer holds the place of a layer that reads another one's keys and values.
-        known = isinstance(layer, CompactedLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        known = isinstance(layer, CompactedLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
         if not known and type(layer).__name__ != "DummyLayer":
             raise ValueError(
-                f"layer {index} of the cache is a {type(layer).__name__}, whose sequences cannot join a batch; those of compacted, dynamic and "
-                "sliding-window layers can: call generate with batches of equal length instead"
+                f"layer {index} of the cache is a {type(layer).__name__}, whose sequences cannot join a batch; those of compacted, dynamic, "
+                "sliding-window and linear-attention layers can: call generate instead"
             )
 
 
@@ -46,6 +46,9 @@ def append_rows(cache: Cache, other: Cache, rows: torch.Tensor) -> None:
     for layer, joining in pairs:
         if isinstance(layer, CompactedLayer):
             layer.append_rows(joining, rows)
+        elif isinstance(layer, LinearAttentionLayer):
+            _append_states(layer.conv_states, joining.conv_states, rows)
+            _append_states(layer.recurrent_states, joining.recurrent_states, rows)
         elif joining.keys is not None:
             _append_dense(layer, joining, rows)
 
@@ -59,14 +62,22 @@ def _append_dense(layer: Any, joining: Any, rows: torch.Tensor) -> None:
         layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
 
 
+def _append_states(states: dict[int, Any], joining: dict[int, Any], rows: torch.Tensor) -> None:
+    for index, state in states.items():
+        if state is not None:
+            states[index] = torch.cat([state, joining[index].index_select(0, rows.to(state.device))])
+
+
 def keep_rows(cache: Cache, rows: torch.Tensor, num_columns: int) -> None:
     """Let all sequences go but rows [K] int64, of which the longest has num_columns tokens: the columns before those are given up too."""
-    cache.batch_select_indices(rows)
+    # Layers of linear attention know no other change of rows.
+    cache.reorder_cache(rows)  # type: ignore[arg-type]  # a LongTensor, which no constructor returns
     layers: list[Any] = list(cache.layers)
     for layer in layers:
         if isinstance(layer, CompactedLayer):
             layer.columns = min(layer.columns, num_columns)
-        elif layer.keys is not None:
+            layer.store.pool.trim()
+        elif getattr(layer, "keys", None) is not None:
             layer.keys, layer.values = layer.keys[:, :, -num_columns:], layer.values[:, :, -num_columns:]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = min(layer.cumulative_length, num_columns)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from wrappers import build_wrapper
 
 import dms
 from dms.batching import Continuation, Observer, Prompt, generate_batch, sample_seed
@@ -238,9 +239,10 @@ def test_a_model_without_gates(build_model):
     "family",
     [
         "gemma4_text",
+        "lfm2",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gpt_oss", "gemma3n_text", "opt", "gpt2", "qwen3_moe", "gpt_neox", "cohere2", "exaone4")
+            for name in ("qwen3_next", "gpt_oss", "gemma3n_text", "opt", "gpt2", "qwen3_moe", "gpt_neox", "cohere2", "exaone4")
         ),
     ],
 )
@@ -310,14 +312,24 @@ def test_prompts_that_are_none_are_refused_when_they_come(prompt, said, model_of
         list(generate_batch(model_of("dense"), [[3, 4], prompt], max_new_tokens=2, do_sample=do_sample))
 
 
-@pytest.mark.parametrize(
-    ("family", "said"),
-    [("lfm2", "layers of conv"), ("minimax", "cache of its own kind|linear_attention"), ("qwen3_next", "layers of linear_attention")],
-)
-def test_models_that_it_does_not_serve_are_refused_by_name(family, said, build_model):
-    model = build_model(family)
-    with pytest.raises(ValueError, match=f"cannot serve {type(model).__name__}.*({said})"):
-        generate_batch(model, make_prompts(), max_new_tokens=2)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_text_decoders_inside_other_models(model_type):
+    model, prompts = dms.retrofit(build_wrapper(model_type), dms.DMSConfig(window=4)), make_prompts((3, 30, 12))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    for mode in ("evict", "dense"):
+        set_mode(model, mode)
+        found = sorted(generate_batch(model, prompts, max_batch_size=2, **options))
+        assert [c.tokens for c in found] == [alone(model, ids, **options) for ids in prompts]
+
+
+def test_models_that_it_does_not_serve_are_refused_by_name(build_model):
+    for model, said in [
+        (build_model("minimax"), "cannot serve MiniMaxForCausalLM: it works with a cache of its own kind"),
+        (torch.nn.Linear(2, 2), "cannot serve Linear: it is no decoder of transformers"),
+        (build_model("llama").model, "cannot serve LlamaModel: it is no decoder of transformers"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            generate_batch(model, make_prompts(), max_new_tokens=2)
 
 
 def test_a_bound_in_bytes_and_modes_of_training_are_refused(build_gated):

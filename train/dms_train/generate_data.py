@@ -124,7 +124,9 @@ def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, prompts: Itera
             yield Prompt(ids, [sample_seed(recipe.seed, number, sample) for sample in samples] if recipe.temperature > 0 else None)
 
     # The most probable token each time, where the temperature is 0.
-    sampling = {"do_sample": True, "temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": 0} if recipe.temperature > 0 else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": 0} if recipe.temperature > 0 else {}
+    )
     made = generate_batch(model, take(), max_batch_size=recipe.batch_size, max_new_tokens=recipe.max_new_tokens, **sampling)
     for prompt, sample, new, reason in made:
         number = (begun + prompt) * recipe.samples + sample + (done if prompt == 0 else 0)
