@@ -33,10 +33,10 @@ class BatchingBenchmark:
     """What is measured. Lengths are drawn evenly over their logarithms."""
 
     model: str = "builtin:tiny"
-    num_prompts: int = 32
+    num_prompts: int = 24
     batch_size: int = 8
-    prompt_tokens: tuple[int, int] = (16, 512)
-    new_tokens: tuple[int, int] = (8, 256)
+    prompt_tokens: tuple[int, int] = (16, 256)
+    new_tokens: tuple[int, int] = (8, 128)
     window: int = 32
     evicted: float = 0.75
     """Share of tokens that random gates evict."""

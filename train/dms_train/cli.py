@@ -320,7 +320,7 @@ def bench_cache(
 @bench.command("batching")
 def bench_batching(
     model: Annotated[str, typer.Option(help="A folder, a hub id, a GGUF file, or builtin:tiny; its gates are random.")] = "builtin:tiny",
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 32,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 24,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, whose medians the figures are.")] = 3,
 ) -> None:
