@@ -381,7 +381,7 @@ class _Batch:
             row.tokens.append(token)
             if token in self.eos:
                 ended[row] = "eos"
-            elif row.criteria and bool(row.criteria(row.so_far, None).all()):  # type: ignore[arg-type]  # as of generate without scores
+            elif row.criteria and bool(row.criteria(row.so_far, None).all()):
                 ended[row] = "stop"
             elif len(row.tokens) == self.settings.max_new_tokens:
                 ended[row] = "length"

@@ -88,7 +88,7 @@ class _AtLength(StoppingCriteria):
     def __init__(self, length_B: Sequence[int]):
         self.length_B = torch.tensor(length_B)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return input_ids.shape[1] >= self.length_B.to(input_ids.device)
 
 

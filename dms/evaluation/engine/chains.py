@@ -141,7 +141,7 @@ class _Says(StoppingCriteria):
     def __init__(self, tokenizer: Any, what: re.Pattern[str], num_given: int):
         self.tokenizer, self.what, self.num_given = tokenizer, what, num_given
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         latest = input_ids[0, self.num_given :][-STOP_TOKENS:].tolist()
         return torch.tensor([self.what.search(self.tokenizer.decode(latest)) is not None])
 

@@ -135,8 +135,9 @@ def run_scaling(
             conditions |= {"evict_bias": point.evict_bias, **vars(sampling)}
             depend_on = [conditions | {"problem": n, "input_ids": list(p.input_ids)} for n, p in enumerate(problems.problems)]
             found = {n: Sampled.from_dict(kept) for n, one in enumerate(depend_on) if (kept := store.read(one)) is not None}
-            for _ in found if progress else ():
-                progress(1)
+            if progress:
+                for _ in found:
+                    progress(1)
             missing = [(n, problem.input_ids) for n, problem in enumerate(problems.problems) if n not in found]
             operate(model, point.policy, point.evict_bias)
             for number, sampled in sample_chains(model, tokenizer, missing, sampling):
