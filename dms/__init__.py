@@ -13,12 +13,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "DMSCache": "dms.cache",
     "DMSConfig": "dms.config",
+    "Prompt": "dms.batching",
+    "generate_batch": "dms.batching",
     "retrofit": "dms.retrofitting",
     "load": "dms.io.checkpoint",
     "save": "dms.io.checkpoint",
     "set_mode": "dms.modes",
 }
-__all__ = ["DMSCache", "DMSConfig", "load", "retrofit", "save", "set_mode"]
+__all__ = ["DMSCache", "DMSConfig", "Prompt", "generate_batch", "load", "retrofit", "save", "set_mode"]
 
 
 def __getattr__(name: str):

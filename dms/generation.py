@@ -153,16 +153,3 @@ def _repeat(value, copies: int):
     if isinstance(value, tuple | list):
         return type(value)(_repeat(item, copies) for item in value)
     return value
-
-
-def draw_tokens(logits_BV: torch.Tensor, draw_B: list[float], *, temperature: float, top_p: float) -> torch.Tensor:
-    """[B] int64: for each row the token at which the cumulative probability passes its draw in [0, 1)."""
-    # From the likeliest on: the tail, where sums are coarse, comes last.
-    share_BV, order_BV = torch.sort(torch.softmax(logits_BV.float() / temperature, dim=-1), dim=-1, descending=True)
-    below_BV = share_BV.cumsum(dim=-1)
-    # How many tokens make up top_p: those before which the sum is still less.
-    num_likely_B1 = (below_BV - share_BV < top_p).sum(dim=-1, keepdim=True)
-    reached_B1 = below_BV.gather(-1, num_likely_B1 - 1)
-    drawn_B1 = torch.tensor(draw_B, device=logits_BV.device, dtype=below_BV.dtype)[:, None]
-    place_B1 = torch.minimum(torch.searchsorted(below_BV, drawn_B1 * reached_B1, right=True), num_likely_B1 - 1)
-    return order_BV.gather(-1, place_B1)[:, 0]

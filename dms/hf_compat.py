@@ -6,7 +6,7 @@ touch's name. docs/upstream.md lists them, and tests/dms/test_hf_compat.py holds
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributions import Distribution
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from dms.upstream import changed
@@ -91,6 +91,38 @@ _GENERATION_METHODS = {
     "_prepare_cache_for_generation": ("generation_config", "model_kwargs", "generation_mode"),
     "_prefill": ("input_ids", "generation_config", "model_kwargs"),
 }
+
+
+def generation_settings(model: Any, config: GenerationConfig | None, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """What `generate(generation_config=config, **options)` would go by, and those of the options that are no settings.
+
+    Assumes: GenerationMixin._prepare_generation_config(config, **options) returns both, what is left open being filled from the model's own
+    settings and from transformers' defaults; _prepare_special_tokens(settings, device=...) adds what logits processors read.
+    """
+    prepare, add_tokens = getattr(model, "_prepare_generation_config", None), getattr(model, "_prepare_special_tokens", None)
+    if prepare is None or add_tokens is None or "device" not in inspect.signature(add_tokens).parameters:
+        raise changed(
+            "hf_compat.generation_settings", "transformers", "GenerationMixin._prepare_generation_config and _prepare_special_tokens"
+        )
+    settings, others = prepare(config, **options)
+    add_tokens(settings, device=model.device)
+    return settings, others
+
+
+def logits_processors(
+    model: Any, settings: GenerationConfig, num_prompt_tokens: int, others: Sequence[LogitsProcessor]
+) -> LogitsProcessorList:
+    """What `generate` puts a prompt's logits through by such settings, as `generation_settings` returns them, others among it.
+
+    Assumes: GenerationMixin._get_logits_processor has the parameters named here.
+    """
+    make = getattr(model, "_get_logits_processor", None)
+    given = {"input_ids_seq_length": num_prompt_tokens, "logits_processor": LogitsProcessorList(others), "device": model.device}
+    if make is None or {"generation_config", *given} - set(inspect.signature(make).parameters):
+        raise changed(
+            "hf_compat.logits_processors", "transformers", f"GenerationMixin._get_logits_processor(generation_config, {', '.join(given)})"
+        )
+    return make(generation_config=settings, **given)
 
 
 def prefix_method(model: nn.Module) -> str | None:

@@ -274,9 +274,15 @@ class RotaryLengths:
         """Tokens of the text that is being read in parts; None: not known."""
         self.changes = hf_compat.rotary_changes(decoder)
         """By module: where each of its sets of frequencies changes, "switch" once or "grow" from there on. Empty for most models."""
+        self._hooks = []
         for module in self.changes:
-            module.register_forward_pre_hook(self._add_last_position, with_kwargs=True)
-            module.register_forward_hook(self._drop_last_position)
+            self._hooks.append(module.register_forward_pre_hook(self._add_last_position, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._drop_last_position))
+
+    def remove(self) -> None:
+        """Take the hooks off, for a model that has no gates."""
+        for hook in self._hooks:
+            hook.remove()
 
     def frequencies_of(self, length: int) -> tuple[bool | int, ...]:
         """What tells apart the frequencies that texts of different lengths get."""

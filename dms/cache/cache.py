@@ -14,6 +14,7 @@ from dms import hf_compat
 from dms.cache import serialization
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
 from dms.cache.page_pool import Budget, CacheFull, PagePool, layer_bytes, outside_inference_mode
+from dms.cache.rows import append_rows
 from dms.cache.stats import CacheStats, cache_stats, compacted_layers
 from dms.cache.store import Store
 from dms.modes import DMSState, state_of
@@ -155,6 +156,27 @@ class DMSCache(Cache):
         self._select(torch.arange(max(0, self.batch_size))[torch.as_tensor(indices).cpu()])
         for store in self._stores():
             store.pool.trim()
+
+    def batch_append(self, other: "DMSCache", rows: torch.Tensor | None = None) -> None:
+        """Put sequences of another cache of the same model behind this one's, whatever their lengths, as `dms.generate_batch` does.
+
+        Full pages are then shared with the other cache, which keeps its sequences; its pages lie in this cache's pools from then on. Layers
+        without gates are padded on the left: give later forwards an attention mask and position ids that say so.
+
+        rows: [K] int64, which of the other's sequences; one may occur several times; None: all.
+
+        Raises:
+            ValueError: an empty cache, or one of another model, page size or dtype.
+            CacheFull: the bound leaves no room for them.
+        """
+        if not isinstance(other, DMSCache) or other is self:
+            raise ValueError(f"batch_append takes another DMSCache, and was given {'this one' if other is self else type(other).__name__}")
+        rows = torch.arange(max(0, other.batch_size)) if rows is None else rows
+        # What was appended cannot be taken away by undoing the forward before.
+        self._undo = other._undo = None
+        with self._all_or_nothing():
+            append_rows(self, other, rows)
+            self.budget.check()
 
     def _select(self, rows: torch.Tensor) -> None:
         batch = self.batch_size

@@ -316,6 +316,50 @@ class HeadPages:
         self._separate_last_pages()
 
     @outside_inference_mode
+    def append_rows(self, other: "HeadPages", rows: torch.Tensor) -> None:
+        """Put rows [K] int64 of another store behind this one's; a row may occur several times. Full pages are shared with the other store,
+        whose pages are in this one's pool from then on.
+
+        Raises:
+            ValueError: pages of another kind, or another number of heads.
+        """
+        if other.num_kept.shape[1] != self.num_kept.shape[1]:
+            raise ValueError(f"sequences of {other.num_kept.shape[1]} lists of entries cannot join sequences of {self.num_kept.shape[1]}")
+        other._move_to(self.pool)
+        width, num_before = max(self.page_table.shape[2], other.page_table.shape[2]), len(self.num_kept)
+        for store in (self, other):
+            store.page_table = F.pad(store.page_table, (0, width - store.page_table.shape[2]))
+        for name, tensor in self.tensors().items():
+            setattr(self, name, torch.cat([tensor, getattr(other, name).index_select(0, rows)]))
+        self.pool.share(self.page_table[num_before:][self._used_places()[num_before:]])
+        self._separate_last_pages()
+
+    def _move_to(self, pool: PagePool) -> None:
+        """Hold the entries in pages of another pool. What forks hold in the old one stays theirs."""
+        if pool is self.pool:
+            return
+        if pool.kind() != self.pool.kind():
+            raise ValueError(
+                f"pages of {self.pool.kind()} cannot be copied to pages of {pool.kind()}; make both caches with the same options"
+            )
+        before, used = self.page_numbers().long(), self._used_places()
+        numbers = before.unique()
+        table = self.page_table.clone()
+        if len(numbers):
+            pool.reserve(len(numbers))
+            fresh = pool.take(torch.ones(len(numbers), dtype=torch.bool, device=self.device))
+            pool.copy_pages(numbers, fresh, self.pool)
+            table[used] = fresh[torch.searchsorted(numbers, before)].int()
+            # As often as the table lists them, in place of once.
+            pool.share(table[used])
+            pool.release(fresh)
+        self.pool.release(before)
+        self.pool.num_holders -= 1
+        pool.num_holders += 1
+        self.pool, self.page_table = pool, table
+        self.recount()
+
+    @outside_inference_mode
     def copy(self: AnyPages) -> AnyPages:
         """A second store with the same entries: full pages are shared, own tensors and last pages copied."""
         new = object.__new__(type(self))

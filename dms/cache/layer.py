@@ -337,6 +337,16 @@ class CompactedLayer(CacheLayerMixin):
             self._select(rows[torch.as_tensor(indices, device=self.device)])
             self.store.pool.trim()
 
+    def append_rows(self, other: "CompactedLayer", rows: torch.Tensor) -> None:
+        """As `dms.cache.rows.append_rows`."""
+        if self.is_empty or other.is_empty or self.trial is not None or other.trial is not None:
+            raise ValueError(
+                "sequences join a cache that holds some, from one that does, and neither with tokens on trial: crop(0) keeps those, and a fork "
+                "takes the place of an empty cache"
+            )
+        self.store.append_rows(other.store, rows.to(self.device))
+        self.columns = max(self.columns, other.columns)
+
     def offload(self) -> None:
         raise ValueError("a compacted cache is not offloaded: it is small, and attention reads all of it; leave out cache_implementation")
 

@@ -294,11 +294,18 @@ class PagePool:
         self.rows, self.references = rows, references
         self._list_free()
 
-    def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy whole pages [K] onto others."""
-        for pages in (self.pages, self.scales, self.positions):
-            if pages is not None:
-                pages[target] = pages[source]
+    def copy_pages(self, source: torch.Tensor, target: torch.Tensor, of: "PagePool | None" = None) -> None:
+        """Copy whole pages [K], of another pool of the same kind (None: of this one), onto others of this one."""
+        of = of or self
+        for theirs, ours in ((of.pages, self.pages), (of.scales, self.scales), (of.positions, self.positions)):
+            if ours is not None and theirs is not None:
+                ours[target] = theirs[source]
+
+    def kind(self) -> dict[str, Any]:
+        """What two pools must share so that pages can be copied from one to the other."""
+        kv_dtype = "int8" if self.row_scales is not None else None
+        of_pages = {"page_size": self.page_size, "kv_dtype": kv_dtype, "windows": self.windows}
+        return of_pages | {"head_dim": self.head_dim, "dtype": self.dtype, "device": self.rows.device}
 
     @outside_inference_mode
     def _list_free(self) -> None:

@@ -207,11 +207,14 @@ class Store(HeadPages):
         self.next_release = longest + min(left + 1, windows[1] - windows[0])
 
     def _grow_ring(self, num_new: int) -> None:
-        have, size = self.ring_kv.shape[3], _ring_slots(self.longest + num_new, self.ring_size)
-        if size > have:
+        self._widen_ring(_ring_slots(self.longest + num_new, self.ring_size))
+
+    def _widen_ring(self, num_slots: int) -> None:
+        missing = num_slots - self.ring_kv.shape[3]
+        if missing > 0:
             # Until the ring is full, a token's slot is its position.
-            self.ring_kv = F.pad(self.ring_kv, (0, 0, 0, size - have))
-            self.ring_state = F.pad(self.ring_state, (0, size - have))
+            self.ring_kv = F.pad(self.ring_kv, (0, 0, 0, missing))
+            self.ring_state = F.pad(self.ring_state, (0, missing))
 
     def _push_one_slot(self, new: PendingTokens) -> None:
         """One token a row, as most steps of decoding are; what `decisions` and `_push_one` do for any."""
@@ -307,6 +310,15 @@ class Store(HeadPages):
         super().drop(dropped)
         self.next_release = 0
         self.release_gone()
+
+    @outside_inference_mode
+    def append_rows(self, other: HeadPages, rows: torch.Tensor) -> None:
+        if not isinstance(other, Store) or other.dms != self.dms:
+            raise ValueError("sequences can join a cache of the same windows, sinks and alignment alone; both caches must be of one model")
+        num_slots = max(self.ring_kv.shape[3], other.ring_kv.shape[3])
+        for store in (self, other):
+            store._widen_ring(num_slots)
+        super().append_rows(other, rows)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         self.release_gone()

@@ -78,6 +78,14 @@ BREAKS = {
         patch.setattr(GenerationMixin, "_prefill", _Outside.forward),
         hf_compat.generation_method(type(model), "_prefill"),
     ),
+    "generation_settings": lambda model, patch: (
+        patch.setattr(GenerationMixin, "_prepare_special_tokens", _Outside.forward),
+        hf_compat.generation_settings(model, None, {}),
+    ),
+    "logits_processors": lambda model, patch: (
+        patch.setattr(GenerationMixin, "_get_logits_processor", _Outside.forward),
+        hf_compat.logits_processors(model, model.generation_config, 3, []),
+    ),
     "prefix_method": lambda model, patch: _prefix_without_config(model),
     "change_class": lambda model, patch: _no_class(model),
     "attention_name": lambda model, patch: hf_compat.attention_name(SimpleNamespace()),

@@ -339,6 +339,20 @@ def bench_cache(
     run(given, json_file)
 
 
+@bench.command("batching")
+def bench_batching(
+    model: Annotated[str, typer.Option(help="A folder, a hub id, a GGUF file, or builtin:tiny; its gates are random.")] = "builtin:tiny",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 24,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns, whose medians the figures are.")] = 3,
+) -> None:
+    """Tokens/s of continuous batching beside `generate` over left-padded batches, for texts of mixed lengths."""
+    prepare("auto")
+    from dms.benchmarks.batching import BatchingBenchmark, run
+
+    run(BatchingBenchmark(model=model, num_prompts=num_prompts, batch_size=batch_size, repeats=repeats))
+
+
 @bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench_retrofit(context: typer.Context) -> None:
     """Time and memory of one retrofit step of a random Qwen3-8B, beside FlexAttention and a loss over whole logits."""

@@ -1,7 +1,7 @@
 """`dms generate-data`: the dense model's own completions of prompts, as data to retrofit it on.
 
-Record n is sample n % samples of prompt n // samples. Its random numbers are functions of n and the seed, and batches begin at
-multiples of their size: a run that was killed and repeated writes the same file as one that was not.
+Record n is sample n % samples of prompt n // samples. Its random numbers are functions of n and the seed: a run that was killed and
+repeated writes the records that one in one go would have, up to the rounding of sums, which depends on what shares a batch.
 """
 
 import hashlib
@@ -9,17 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
+from dms.batching import Prompt, generate_batch, sample_seed
 from dms.console import make_console
-from dms.generation import draw_tokens
 from dms.io import base_models
-from dms.io.vocabulary import num_embeddings, padding_id
+from dms.io.vocabulary import num_embeddings
 from dms.io.weights import base_hash
 from dms_train.data.loader import open_reader
 from dms_train.data.settings import Data, Prompts
@@ -50,11 +49,9 @@ def run(recipe: GenerateRecipe, console: Console | None = None) -> dict[str, int
         if output.num_records:
             say(f"{output.path} holds {output.num_records} records of this recipe: continuing from there")
         model = _load(recipe)
-        samples = islice(_samples(prompts, recipe), output.num_records, None)
         total = None if recipe.num_prompts is None else recipe.num_prompts * recipe.samples
         with GenerationLine(console, total, output.num_records) as line:
-            while batch := list(islice(samples, recipe.batch_size)):
-                made = _complete(model, tokenizer, recipe, batch)
+            for made in _in_order(_complete(model, tokenizer, recipe, prompts, output.num_records), output.num_records):
                 output.append(made)
                 line.update(output.num_records, sum(record.completion_tokens for record in made))
         if total is not None and output.num_records < total:
@@ -114,64 +111,52 @@ def _once(reader: Reader | BuiltinReader, recipe: GenerateRecipe, say: Callable[
         say(f"left out {count} prompts: {why.replace('_', ' ')}")
 
 
-class _Sample(NamedTuple):
-    """A completion to make."""
+def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, prompts: Iterator[list[int]], first: int) -> Iterator[GeneratedRecord]:
+    """The records from number `first` on, as they end."""
+    begun, done = divmod(first, recipe.samples)
+    given: dict[int, list[int]] = {}
+    missing = Counter[int]()
 
-    number: int
-    prompt: list[int]
+    def take() -> Iterator[Prompt]:
+        for number, ids in enumerate(islice(prompts, begun, None), begun):
+            samples = range(done if number == begun else 0, recipe.samples)
+            given[number - begun], missing[number - begun] = ids, len(samples)
+            yield Prompt(ids, [sample_seed(recipe.seed, number, sample) for sample in samples] if recipe.temperature > 0 else None)
 
-
-def _samples(prompts: Iterator[list[int]], recipe: GenerateRecipe) -> Iterator[_Sample]:
-    for prompt_number, ids in enumerate(prompts):
-        for sample in range(recipe.samples):
-            yield _Sample(prompt_number * recipe.samples + sample, ids)
-
-
-class _KeyedSampling(LogitsProcessor):
-    """Draws each sample's next token with that sample's own random numbers, and leaves no other token."""
-
-    def __init__(self, recipe: GenerateRecipe, numbers: list[int]):
-        self.temperature, self.top_p = recipe.temperature, recipe.top_p
-        self.draws = [Random(f"{recipe.seed}:{number}") for number in numbers]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        token_B = draw_tokens(scores, [draw.random() for draw in self.draws], temperature=self.temperature, top_p=self.top_p)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B[:, None], 0.0)
-
-
-@torch.no_grad()
-def _complete(model: Any, tokenizer: Any, recipe: GenerateRecipe, batch: list[_Sample]) -> list[GeneratedRecord]:
-    """The records of a batch; prompts are padded on the left."""
-    width = max(len(sample.prompt) for sample in batch)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-    pad = padding_id(tokenizer, num_embeddings(model.config))
-    padding = [width - len(sample.prompt) for sample in batch]
-    input_ids = torch.tensor([[pad] * left + sample.prompt for left, sample in zip(padding, batch, strict=True)], device=model.device)
-    mask = torch.tensor([[0] * left + [1] * (width - left) for left in padding], device=model.device)
-    sampling = [_KeyedSampling(recipe, [sample.number for sample in batch])] if recipe.temperature > 0 else []
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=recipe.max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True
+    # The most probable token each time, where the temperature is 0.
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": 0} if recipe.temperature > 0 else {}
     )
-    sequences = model.generate(
-        input_ids=input_ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(sampling)
-    )
-    return [_record(tokenizer, sample, new, ends) for sample, new in zip(batch, sequences[:, width:].tolist(), strict=True)]
+    made = generate_batch(model, take(), max_batch_size=recipe.batch_size, max_new_tokens=recipe.max_new_tokens, **sampling)
+    for prompt, sample, new, reason in made:
+        number = (begun + prompt) * recipe.samples + sample + (done if prompt == 0 else 0)
+        ids, completion = given[prompt], new[:-1] if reason == "eos" else new
+        missing[prompt] -= 1
+        if missing[prompt] == 0:
+            del given[prompt], missing[prompt]
+        texts = [tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False) for part in (ids, completion)]
+        yield GeneratedRecord(
+            number=number,
+            prompt=texts[0],
+            completion=texts[1],
+            text=texts[0] + texts[1],
+            finish_reason=reason,
+            prompt_tokens=len(ids),
+            completion_tokens=len(completion),
+        )
 
 
-def _record(tokenizer: Any, sample: _Sample, new: list[int], ends: set[int]) -> GeneratedRecord:
-    stop = next((place for place, token in enumerate(new) if token in ends), None)
-    completion = new if stop is None else new[:stop]
-    texts = [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (sample.prompt, completion)]
-    return GeneratedRecord(
-        number=sample.number,
-        prompt=texts[0],
-        completion=texts[1],
-        text=texts[0] + texts[1],
-        finish_reason="length" if stop is None else "eos",
-        prompt_tokens=len(sample.prompt),
-        completion_tokens=len(completion),
-    )
+def _in_order(records: Iterator[GeneratedRecord], number: int) -> Iterator[list[GeneratedRecord]]:
+    """Records from `number` on in the order of their numbers, as soon as all before them have ended."""
+    waiting: dict[int, GeneratedRecord] = {}
+    for record in records:
+        waiting[record.number] = record
+        ready = []
+        while number in waiting:
+            ready.append(waiting.pop(number))
+            number += 1
+        if ready:
+            yield ready
 
 
 def prompt_render(tokenizer: Any, prompts: Prompts, most: int) -> Render:

@@ -37,7 +37,7 @@ class GeneratedRecord:
 
 
 class GeneratedFile:
-    """The file, held by this process alone from entering to leaving the context. Whole lines and whole batches of it count."""
+    """The file, held by this process alone from entering to leaving the context. Whole lines of it count."""
 
     def __init__(self, recipe: GenerateRecipe, sources: str):
         """sources: a hash of the files that prompts and weights are read from."""
@@ -64,7 +64,7 @@ class GeneratedFile:
             raise ValueError(f"output '{self.path}' is being written by another process; wait for its end, or choose another") from None
         if os.fstat(self.file.fileno()).st_size:
             self._check_recipe()
-        self.file.truncate(self._whole_batches())
+        self.file.truncate(self._whole_lines())
         if self.num_records == 0:
             # Before the first record: a file without a recipe beside it is never taken for ours.
             self.recipe_path.write_text(f"{_SOURCES}{self.sources}\n{dump_recipe(self.recipe)}", encoding="utf-8")
@@ -92,8 +92,8 @@ class GeneratedFile:
                 f"output '{self.path}' holds records of another recipe ({why}); choose another file, or overwrite=true to replace them"
             )
 
-    def _whole_batches(self) -> int:
-        """The length of the file up to the end of the last whole batch; what follows is generated again."""
+    def _whole_lines(self) -> int:
+        """The length of the file up to the end of the last whole line; what follows is generated again."""
         self.file.seek(0)
         ends, reasons = [0], list[str]()
         for line in self.file:
@@ -108,13 +108,9 @@ class GeneratedFile:
             if not known:
                 raise ValueError(f"{self.path}:{len(ends)} is not the record that was written there; delete the file to start over")
             ends.append(ends[-1] + len(line))
-        self.num_records = len(reasons) // self.recipe.batch_size * self.recipe.batch_size
-        total = None if self.recipe.num_prompts is None else self.recipe.num_prompts * self.recipe.samples
-        if len(reasons) == total:
-            # The last batch of all may be a smaller one.
-            self.num_records = total
-        self.reasons.update(reasons[: self.num_records])
-        return ends[self.num_records]
+        self.num_records = len(reasons)
+        self.reasons.update(reasons)
+        return ends[-1]
 
     def append(self, records: list[GeneratedRecord]) -> None:
         self.file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records).encode())

@@ -1,28 +1,27 @@
-"""Sample chains for a prompt and count, from the cache itself, what they read and what they hold.
+"""Sample chains for prompts and count, from the cache itself, what they read and what they hold.
 
-The prompt is read once. Its cache is then copied for every chain, and a chain that has ended leaves the batch, and its entries the cache.
-What chains could share is counted at the fork, whether the cache at hand shares it or not: a DMSCache shares the prompt's full pages,
-transformers' dense cache copies the prompt. Shapes: B chains, H KV heads, L layers with gates.
+Each prompt is read once. Chains of several prompts are decoded together; one that has ended leaves the batch, its entries the cache, and
+another takes its place. What chains could share is counted when their prompt has been read, whether the cache at hand shares it or not: a
+DMSCache shares the prompt's full pages, transformers' dense cache copies the prompt.
 """
 
-import copy
-import inspect
 import re
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from random import Random
+from itertools import groupby
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.cache_utils import Cache
 
-from dms.cache import DMSCache
+from dms.batching import Continuation, Observer, Prompt, generate_batch, sample_seed
 from dms.evaluation.data.problems import STOP_TOKENS
 from dms.evaluation.engine.entries import count_entries, count_shared, memory_of_cache
-from dms.generation import draw_tokens
-from dms.hf_compat import cache_argument
-from dms.modes import reading, state_of
+from dms.modes import state_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Sampling:
     max_new_tokens: int
     seed: int
     chains_at_once: int
-    """Chains of a problem that are decoded as one batch."""
+    """Chains that are decoded as one batch, of one problem or several."""
     stop: str | None
     """A regular expression that ends a chain."""
 
@@ -68,8 +67,9 @@ class Sampled:
     """Of the entries that are alive after the prompt, those that all chains can share for as long as they go on: dense all of them, dms
     those that have left the ring, of which each chain has its own, and that no decision evicts."""
     step_ms: float | None
-    """Median of a decoding step of the whole batch."""
+    """Median of a decoding step of a batch in which these were."""
     seconds: float
+    """These chains' share of the time that their batches took."""
     masked: bool = False
     """What is evicted stayed in memory."""
 
@@ -81,114 +81,125 @@ class Sampled:
         return cls(**found | {"chains": [Chain(**chain) for chain in found["chains"]]})
 
 
-@torch.no_grad()
-def sample_chains(model: Any, tokenizer: Any, input_ids: tuple[int, ...], number: int, sampling: Sampling) -> Sampled:
-    """`sampling.max_k` chains for problem `number`, in the model's mode, "dense" or "evict"."""
-    start = time.perf_counter()
-    state = state_of(model)
-    cache = DynamicCache(config=model.config) if state.mode == "dense" else DMSCache(model)
-    # The prompt is rotated as the longest chain will be.
-    with reading(model, len(input_ids) + sampling.max_new_tokens):
-        logits_1V = _read_prompt(model, input_ids, cache, state.prefill_chunk)
-    num_heads, shared = sum(layer.num_heads for layer in state.layers), count_shared(model, cache)
-    batches: list[_Batch] = []
-    for first in range(0, sampling.max_k, sampling.chains_at_once):
-        numbers = range(first, min(sampling.max_k, first + sampling.chains_at_once))
-        # The last batch may have the cache itself.
-        own = cache if numbers.stop == sampling.max_k else copy.deepcopy(cache)
-        batch = _Batch(model, tokenizer, own, [Random(f"{sampling.seed}:{number}:{chain}") for chain in numbers], sampling)
-        with reading(model, len(input_ids) + sampling.max_new_tokens):
-            batch.run(logits_1V)
-        batches.append(batch)
-    step_ms = [ms for batch in batches for ms in batch.step_ms]
-    return Sampled(
-        [chain for batch in batches for chain in batch.chains],
-        num_heads,
-        shared,
-        statistics.median(step_ms) if step_ms else None,
-        time.perf_counter() - start,
-        masked=memory_of_cache(cache) == "masked",
-    )
+def sample_chains(
+    model: Any, tokenizer: Any, problems: Sequence[tuple[int, Sequence[int]]], sampling: Sampling
+) -> Iterator[tuple[int, Sampled]]:
+    """`sampling.max_k` chains for each problem, in the model's mode, "dense" or "evict": its number and prompt -> its number and chains, as
+    soon as all of them have ended."""
+    rotary = state_of(model).rotary
+
+    def frequencies(problem: tuple[int, Sequence[int]]) -> tuple[bool | int, ...]:
+        # A prompt is rotated as its longest chain will be, and the sequences of a batch alike. Of most models all are.
+        return rotary.frequencies_of(len(problem[1]) + sampling.max_new_tokens)
+
+    for _, group in groupby(sorted(problems, key=frequencies), key=frequencies):
+        yield from _sample(model, tokenizer, list(group), sampling)
 
 
-def _read_prompt(model: Any, input_ids: tuple[int, ...], cache: Cache, chunk: int | None) -> torch.Tensor:
-    """Fill the cache; the logits [1, V] after the prompt."""
-    ids_1T = torch.tensor([input_ids], device=model.device)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    for part in ids_1T.split(chunk or len(input_ids), dim=1):
-        logits = model(input_ids=part, use_cache=True, **cache_argument(model, cache), **last_only).logits
-    return logits[:, -1]
+def _sample(model: Any, tokenizer: Any, problems: list[tuple[int, Sequence[int]]], sampling: Sampling) -> Iterator[tuple[int, Sampled]]:
+    counts = _Counts(model)
+    prompts = [_make_prompt(tokenizer, number, ids, sampling) for number, ids in problems]
+    ended: dict[int, list[Continuation]] = defaultdict(list)
+    for one in _continuations(model, tokenizer, prompts, sampling, counts):
+        chains = ended[one.prompt]
+        chains.append(one)
+        if len(chains) == sampling.max_k:
+            yield problems[one.prompt][0], counts.take(one.prompt, sorted(ended.pop(one.prompt)))
 
 
-class _Batch:
-    """Chains that are decoded together from one prompt's cache."""
+def _make_prompt(tokenizer: Any, number: int, ids: Sequence[int], sampling: Sampling) -> Prompt:
+    seeds = [sample_seed(sampling.seed, number, chain) for chain in range(sampling.max_k)]
+    stop = () if sampling.stop is None else (_Says(tokenizer, re.compile(sampling.stop), len(ids)),)
+    return Prompt(ids, seeds, stop)
 
-    def __init__(self, model: Any, tokenizer: Any, cache: Cache, draws: list[Random], sampling: Sampling):
-        self.model, self.tokenizer, self.cache, self.draws, self.sampling = model, tokenizer, cache, draws, sampling
-        self.chains = [Chain([], "length", [], 0, 0, 0) for _ in draws]
-        # Of the batch's rows, the chain that each is.
-        self.rows = list(range(len(draws)))
-        eos = model.generation_config.eos_token_id
-        eos = [eos] if isinstance(eos, int) else eos or [tokenizer.eos_token_id]
-        self.eos = {token for token in eos if token is not None}
-        self.stop = re.compile(sampling.stop) if sampling.stop else None
-        self.step_ms: list[float] = []
 
-    def run(self, logits_1V: torch.Tensor) -> None:
-        self._choose([0] * len(self.rows))
-        self._count()
-        logits_BV = logits_1V.expand(len(self.rows), -1)
-        while True:
-            token_B = self._draw(logits_BV)
-            if not self.rows:
-                return
-            start = time.perf_counter()
-            logits_BV = self.model(input_ids=token_B[:, None], use_cache=True, **cache_argument(self.model, self.cache)).logits[:, -1]
-            if logits_BV.is_cuda:
-                torch.cuda.synchronize()
-            self.step_ms.append(1000 * (time.perf_counter() - start))
-            self._count()
+def _continuations(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: Sampling, counts: Observer) -> Iterator[Continuation]:
+    own = model.generation_config
+    eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    # transformers fills from the model's own settings what a call leaves open: what its authors recommend would be mixed in.
+    model.generation_config = GenerationConfig()
+    try:
+        return generate_batch(
+            model,
+            prompts,
+            max_batch_size=sampling.chains_at_once,
+            observer=counts,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=eos,
+        )
+    finally:
+        model.generation_config = own
 
-    def _choose(self, rows: list[int]) -> None:
-        """Make the cache hold these of its rows, in this order."""
-        # Transformers asks for a LongTensor, which no constructor is declared to return.
-        index: Any = torch.tensor(rows, device=self.model.device)
-        self.cache.reorder_cache(index)
 
-    def _draw(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """The next token of each chain; those that end with it leave the batch. Returns the tokens of the others."""
-        sampling = self.sampling
-        draws = [self.draws[row].random() for row in self.rows]
-        token_B = draw_tokens(logits_BV, draws, temperature=sampling.temperature, top_p=sampling.top_p)
-        stay = []
-        for place, (row, token) in enumerate(zip(self.rows, token_B.tolist(), strict=True)):
-            ended = self._append(self.chains[row], token)
-            if ended is None:
-                stay.append(place)
-            else:
-                self.chains[row].ended = ended
-        if len(stay) < len(self.rows):
-            self._leave(stay)
-        return token_B[stay]
+class _Says(StoppingCriteria):
+    """Ends a chain whose last tokens say something."""
 
-    def _append(self, chain: Chain, token: int) -> str | None:
-        if token in self.eos:
-            return "eos"
-        chain.tokens.append(token)
-        if self.stop is not None and self.stop.search(self.tokenizer.decode(chain.tokens[-STOP_TOKENS:])):
-            return "stop"
-        return "length" if len(chain.tokens) == self.sampling.max_new_tokens else None
+    def __init__(self, tokenizer: Any, what: re.Pattern[str], num_given: int):
+        self.tokenizer, self.what, self.num_given = tokenizer, what, num_given
 
-    def _leave(self, stay: list[int]) -> None:
-        counts = count_entries(self.model, self.cache).T.tolist()
-        for place in set(range(len(self.rows))).difference(stay):
-            chain = self.chains[self.rows[place]]
-            _, chain.seen, chain.evicted, chain.decided = counts[place]
-        self.rows = [self.rows[place] for place in stay]
-        if stay:
-            self._choose(stay)
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        latest = input_ids[0, self.num_given :][-STOP_TOKENS:].tolist()
+        return torch.tensor([self.what.search(self.tokenizer.decode(latest)) is not None])
 
-    def _count(self) -> None:
-        alive = count_entries(self.model, self.cache)[0].tolist()
-        for row, entries in zip(self.rows, alive, strict=True):
-            self.chains[row].held.append(entries)
+
+@dataclass(frozen=True)
+class _Given:
+    """A prompt, when it has been read."""
+
+    counts: list[int]
+    """Of `count_entries`."""
+    shared: int
+    masked: bool
+
+
+class _Counts(Observer):
+    """What the chains of each prompt hold and take."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.given: dict[int, _Given] = {}
+        self.held: dict[tuple[int, int], list[int]] = defaultdict(list)
+        """Entries alive after each token that a chain has read."""
+        self.latest: dict[tuple[int, int], list[int]] = {}
+        """`count_entries` of a chain."""
+        self.step_ms: dict[int, list[float]] = defaultdict(list)
+        self.seconds: dict[int, float] = defaultdict(float)
+        self.last = time.perf_counter()
+
+    def prompt_read(self, prompt: int, cache: Cache) -> None:
+        counts = count_entries(self.model, cache)[:, 0].tolist()
+        self.given[prompt] = _Given(counts, count_shared(self.model, cache), memory_of_cache(cache) == "masked")
+        self._spend([prompt])
+
+    def stepped(self, rows: list[tuple[int, int]], lengths: list[int], cache: Cache, seconds: float) -> None:
+        for row, counts in zip(rows, count_entries(self.model, cache, torch.tensor(lengths)).T.tolist(), strict=True):
+            self.held[row].append(counts[0])
+            self.latest[row] = counts
+        prompts = [prompt for prompt, _ in rows]
+        for prompt in set(prompts):
+            self.step_ms[prompt].append(1000 * seconds)
+        self._spend(prompts)
+
+    def _spend(self, prompts: list[int]) -> None:
+        """The time since the last call was spent on chains of these."""
+        now = time.perf_counter()
+        for prompt in prompts:
+            self.seconds[prompt] += (now - self.last) / len(prompts)
+        self.last = now
+
+    def take(self, prompt: int, chains: list[Continuation]) -> Sampled:
+        """All of a prompt's chains, which have ended."""
+        given, step_ms = self.given.pop(prompt), self.step_ms.pop(prompt, [])
+        made = []
+        for _, sample, tokens, ended in chains:
+            row = (prompt, sample)
+            _, seen, evicted, decided = self.latest.pop(row, given.counts)
+            held = [given.counts[0], *self.held.pop(row, [])]
+            made.append(Chain(tokens[:-1] if ended == "eos" else tokens, ended, held, seen, evicted, decided))
+        num_heads = sum(layer.num_heads for layer in state_of(self.model).layers)
+        median = statistics.median(step_ms) if step_ms else None
+        return Sampled(made, num_heads, given.shared, median, self.seconds.pop(prompt), masked=given.masked)

@@ -30,8 +30,11 @@ def memory_of_cache(cache: Cache | None) -> str | None:
     return None
 
 
-def count_entries(model: Any, cache: Cache) -> torch.Tensor:
-    """[4, B] int64: alive, seen, evicted and decided entries of each sequence over the heads of the layers with gates."""
+def count_entries(model: Any, cache: Cache, length_B: torch.Tensor | None = None) -> torch.Tensor:
+    """[4, B] int64: alive, seen, evicted and decided entries of each sequence over the heads of the layers with gates.
+
+    length: tokens of each sequence, where columns of a dense cache hold padding; None: none do.
+    """
     total_4B = torch.zeros((), dtype=torch.long)
     for layer in state_of(model).layers:
         held, H = cache.layers[layer.index], layer.num_heads
@@ -42,7 +45,7 @@ def count_entries(model: Any, cache: Cache) -> torch.Tensor:
             counts = _count_masked(held)
         else:
             B, H, S = _keys(held).shape[:3]
-            full_B = torch.full((B,), H * S)
+            full_B = H * (torch.full((B,), S) if length_B is None else length_B.cpu())
             counts = full_B, full_B, torch.zeros_like(full_B), full_B
         total_4B = total_4B + torch.stack([count.cpu() for count in counts])
     return total_4B

@@ -30,7 +30,7 @@ METRICS = ("pass", "majority")
 # What a sampled chain may write where the user says nothing: of the built-in problems, and of others.
 _CHAIN_TOKENS, _ANSWER_TOKENS = 24, 1024
 # Of a finished problem's file; files of an earlier format are not read.
-_FORMAT = 2
+_FORMAT = 3
 # Orders of a problem's chains from which the expected peak of k of them is taken.
 _NUM_ORDERS = 64
 
@@ -131,27 +131,22 @@ def run_scaling(
     with as_before(model):
         described = describe_model(model)
         for point in [OperatingPoint("dense", None), *(OperatingPoint("dms", float(bias)) for bias in dict.fromkeys(points))]:
-            sampled = []
-            for number, problem in enumerate(problems.problems):
-                depends_on = {
-                    "format": _FORMAT,
-                    "model": described,
-                    "versions": context.versions,
-                    "policy": point.policy,
-                    "evict_bias": point.evict_bias,
-                    "problem": number,
-                    "input_ids": list(problem.input_ids),
-                    **vars(sampling),
-                }
-                found = store.read(depends_on)
-                if found is None:
-                    operate(model, point.policy, point.evict_bias)
-                    found = sample_chains(model, tokenizer, problem.input_ids, number, sampling).to_dict()
-                    store.write(depends_on, found)
-                sampled.append(Sampled.from_dict(found))
+            conditions = {"format": _FORMAT, "model": described, "versions": context.versions, "policy": point.policy}
+            conditions |= {"evict_bias": point.evict_bias, **vars(sampling)}
+            depend_on = [conditions | {"problem": n, "input_ids": list(p.input_ids)} for n, p in enumerate(problems.problems)]
+            found = {n: Sampled.from_dict(kept) for n, one in enumerate(depend_on) if (kept := store.read(one)) is not None}
+            if progress:
+                for _ in found:
+                    progress(1)
+            missing = [(n, problem.input_ids) for n, problem in enumerate(problems.problems) if n not in found]
+            operate(model, point.policy, point.evict_bias)
+            for number, sampled in sample_chains(model, tokenizer, missing, sampling):
+                store.write(depend_on[number], sampled.to_dict())
+                found[number] = sampled
                 if progress:
                     progress(1)
-            measured.append(_Measured(_make_curve(tokenizer, problems, point, sampled), sampled))
+            in_order = [found[number] for number in range(len(depend_on))]
+            measured.append(_Measured(_make_curve(tokenizer, problems, point, in_order), in_order))
     return _write(measured, problems, sampling, context, trained_length, out)
 
 
@@ -166,7 +161,7 @@ def check_scaling(model: Any, problems: Problems, sampling: Sampling, points: Se
         ("temperature", sampling.temperature, 0 < sampling.temperature < math.inf, "a number above 0: at 0 all chains would be the same"),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
         ("max_new_tokens", sampling.max_new_tokens, sampling.max_new_tokens >= 1, "at least 1"),
-        ("chains_at_once", sampling.chains_at_once, 1 <= sampling.chains_at_once <= sampling.max_k, f"1 to max_k, {sampling.max_k}"),
+        ("chains_at_once", sampling.chains_at_once, sampling.chains_at_once >= 1, "at least 1"),
         ("evict_bias", points, all(map(math.isfinite, points)), "finite numbers"),
         ("problems", len(problems.problems), len(problems.problems) > 0, "at least 1"),
     ]

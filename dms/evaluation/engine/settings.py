@@ -45,7 +45,7 @@ class ScalingSettings(Strict):
     max_k: int = 16
     """Chains that are sampled for each problem."""
     chains_at_once: int | None = Field(default=None, ge=1)
-    """Chains of a problem that are decoded as one batch; None: all of them."""
+    """Chains that are decoded as one batch, of one problem or several; None: max_k."""
     temperature: float = 1.0
     """Sampling temperature of the chains."""
     top_p: float = 1.0

@@ -41,6 +41,13 @@ def problems(tiny):
     return make_chains(tiny[1], num_problems=3, length=256, num_hops=3, num_chains=2)
 
 
+def sample_one(model, tokenizer, ids, number, settings) -> Sampled:
+    """A problem's chains."""
+    ((found, sampled),) = sample_chains(model, tokenizer, [(number, ids)], settings)
+    assert found == number
+    return sampled
+
+
 def sampling(problems, **changes) -> Sampling:
     return Sampling(**{**SETTINGS, "chains_at_once": SETTINGS["max_k"], "stop": problems.stop, **changes})
 
@@ -87,9 +94,9 @@ def test_entries_are_those_that_each_query_sees(tiny, problems, policy, eos):
     try:
         if eos:
             # Something that some chains say, and some say early.
-            first = sample_chains(model, tokenizer, ids, 0, wild)
+            first = sample_one(model, tokenizer, ids, 0, wild)
             model.generation_config.eos_token_id = [chain.tokens[5 + number] for number, chain in enumerate(first.chains)]
-        found = sample_chains(model, tokenizer, ids, 0, wild)
+        found = sample_one(model, tokenizer, ids, 0, wild)
     finally:
         model.generation_config.eos_token_id = before
     assert len({len(chain.tokens) for chain in found.chains}) > 1
@@ -116,7 +123,7 @@ def test_layers_without_gates_are_not_counted(tiny, policy):
     operate(model, policy, 0.0)
     ids = tuple(torch.randint(3, 97, (50,)).tolist())
     settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "stop": None}
-    found = sample_chains(model, tiny[1], ids, 0, Sampling(max_k=3, chains_at_once=2, **settings))
+    found = sample_one(model, tiny[1], ids, 0, Sampling(max_k=3, chains_at_once=2, **settings))
     assert found.shared == shared_by_hand(model, ids, policy) <= 2 * len(ids)
     assert found.num_heads == 2 and len({tuple(chain.tokens) for chain in found.chains}) == 3
     for chain in found.chains:
@@ -129,12 +136,17 @@ def test_a_chain_is_the_same_in_any_batch(tiny, problems, policy):
     model, tokenizer = tiny
     ids = problems.problems[1].input_ids
     operate(model, policy, 0.0)
-    together = sample_chains(model, tokenizer, ids, 1, sampling(problems))
-    apart = sample_chains(model, tokenizer, ids, 1, sampling(problems, chains_at_once=3))
+    together = sample_one(model, tokenizer, ids, 1, sampling(problems))
+    apart = sample_one(model, tokenizer, ids, 1, sampling(problems, chains_at_once=3))
     assert [vars(chain) for chain in together.chains] == [vars(chain) for chain in apart.chains]
     assert apart.shared == together.shared
     assert len({tuple(chain.tokens) for chain in together.chains}) > 1
-    other = sample_chains(model, tokenizer, ids, 2, sampling(problems))
+    # Beside chains of other problems, with prompts of other lengths.
+    several = [(0, problems.problems[0].input_ids[:77]), (1, ids), (4, problems.problems[2].input_ids[:130])]
+    mixed = dict(sample_chains(model, tokenizer, several, sampling(problems, chains_at_once=6)))
+    assert list(map(vars, mixed[1].chains)) == list(map(vars, together.chains)) and mixed[1].shared == together.shared
+    assert set(mixed) == {0, 1, 4} and all(len(sampled.chains) == SETTINGS["max_k"] and sampled.seconds > 0 for sampled in mixed.values())
+    other = sample_one(model, tokenizer, ids, 2, sampling(problems))
     assert [chain.tokens for chain in other.chains] != [chain.tokens for chain in together.chains]
 
 
@@ -150,7 +162,7 @@ def test_sampling_follows_the_models_distribution(tiny):
     settings = {"temperature": 1.2, "top_p": 0.8, "max_new_tokens": 1, "seed": 0, "stop": None}
     first = []
     for number in range(10):
-        found = sample_chains(model, tokenizer, ids, number, Sampling(max_k=200, chains_at_once=200, **settings))
+        found = sample_one(model, tokenizer, ids, number, Sampling(max_k=200, chains_at_once=200, **settings))
         first += [chain.tokens[0] if chain.tokens else model.generation_config.eos_token_id for chain in found.chains]
     assert set(first) <= set(kept.tolist())
     expected = share[kept] / share[kept].sum()
@@ -173,7 +185,7 @@ def test_rows_follow_from_what_was_sampled(tiny, problems, run):
     assert {row.metric for row in rows} == {f"{metric}@{k}" for metric in ("pass", "majority") for k in (1, 2, 4)}
     for policy, bias in (("dense", None), ("dms", 0.0)):
         operate(model, policy, bias)
-        found = [sample_chains(model, tokenizer, p.input_ids, n, sampling(problems)) for n, p in enumerate(problems.problems)]
+        found = [sample_one(model, tokenizer, p.input_ids, n, sampling(problems)) for n, p in enumerate(problems.problems)]
         right = [
             [problems.rule.extract(tokenizer.decode(chain.tokens)) == problem.answer for chain in sampled.chains]
             for problem, sampled in zip(problems.problems, found, strict=True)
@@ -223,7 +235,7 @@ def test_a_file_of_problems_is_scored(tiny, problems, tmp_path):
     operate(model, "dense", None)
     right = []
     for number, problem in enumerate(ours.problems):
-        for chain in sample_chains(model, tokenizer, problem.input_ids, number, sampling(ours, **HOT)).chains:
+        for chain in sample_one(model, tokenizer, problem.input_ids, number, sampling(ours, **HOT)).chains:
             said = re.findall(r"\d+", tokenizer.decode(chain.tokens).split("\n")[0])
             right.append(said[:1] == [problems.problems[number].answer])
     assert 0 < sum(right) < len(right) and rows[0].value == pytest.approx(np.mean(right))
@@ -255,9 +267,9 @@ def test_a_run_goes_on_where_it_was(tiny, problems, run, tmp_path, monkeypatch):
         settings = sampling(problems, **changes)
         return run_scaling(*tiny, problems, settings, points, context=CONTEXT, out=out, trained_length=128)
 
-    def counting(*args):
-        sampled.append(args[3])
-        return sample_chains(*args)
+    def counting(model, tokenizer, missing, settings):
+        sampled.extend(number for number, _ in missing)
+        return sample_chains(model, tokenizer, missing, settings)
 
     monkeypatch.setattr(scaling, "sample_chains", counting)
     assert again(out) == rows and not sampled
@@ -273,7 +285,7 @@ def test_a_run_goes_on_where_it_was(tiny, problems, run, tmp_path, monkeypatch):
     assert len(sampled) == 2 + 9
     # Nor what a version that counted otherwise has kept.
     with monkeypatch.context() as patch:
-        patch.setattr(scaling, "_FORMAT", 1)
+        patch.setattr(scaling, "_FORMAT", 2)
         again(out, points=[])
     assert len(sampled) == 2 + 9 + 3
     gate = tiny[0].dms.layers[0].module.dms_gate
@@ -304,7 +316,6 @@ def test_mode_and_bias_are_left_as_they_were(tiny, problems):
         ({"max_k": 1000}, "1 to 512"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"points": [math.nan]}, "evict_bias"),
-        ({"chains_at_once": 5}, "chains_at_once is 5"),
         ({"chains_at_once": 0}, "chains_at_once is 0"),
         ({"max_new_tokens": 1800}, "more than the model's context of 2048"),
     ],
