@@ -1,8 +1,20 @@
-"""The project's own launch functions, with the emulator where Triton would have a GPU.
+"""Compiled kernels without a GPU: the project's own launch functions, with the emulator where Triton would have one.
 
 Inside `emulating` Triton finds a driver for an NVIDIA GPU of the capability that is asked for. It compiles as for one, as far as PTX; a
 launch runs that on the memory of the tensors, which are the CPU's. Nothing of a kernel or its host code changes. `TRITON_INTERPRET`
 must not be set.
+
+parse.py reads PTX; grid.py runs a kernel's programs and machine.py one of them, all threads at a time; instructions.py lists what is
+emulated, in arithmetic.py, conversion.py, access.py, warps.py, matrices.py and asynchronous.py; memory.py has the checks. An
+instruction that is not known is an error that names it.
+
+What is found, as an exception (`Finding`) at the instruction and its line in the kernel's source: accesses out of bounds, misaligned, or to
+what nobody has written; products of 32-bit numbers that overflow; two warps that meet in shared memory without a barrier between, one
+of them writing; reading what an asynchronous copy or product has not been waited for; warps that take part of themselves where all must;
+programs that never end. Programs run in random order, if asked in turns.
+
+What is not: hazards in global memory within a program, the order in which a GPU's memory shows one program's writes to another (fences
+do nothing here), proxies' fences, what ptxas makes of the PTX, time.
 """
 
 import struct

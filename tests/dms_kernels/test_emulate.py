@@ -12,7 +12,8 @@ import torch
 KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
 sys.path.insert(0, KERNELS)
 try:
-    from emulate import Finding, NotEmulatedError, floats
+    from emulate import floats
+    from emulate.findings import Finding, NotEmulatedError
     from emulate.grid import run_grid
     from emulate.machine import Machine
     from emulate.memory import GlobalMemory, poison

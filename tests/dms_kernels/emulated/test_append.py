@@ -4,10 +4,10 @@ import pytest
 import torch
 from append_steps import Run, assert_same, empty_cache
 from cache_arguments import append_to
-from emulate.launching import emulating
 
 from dms_kernels.append import append, reference
 from dms_kernels.arguments import GateInputs
+from emulate.launching import emulating
 
 
 def follow(monkeypatch, capability, dtype, steps=7, B=2, H=2, G=2, D=64, P=16, window=2, windows=None, resident=1, **more) -> Run:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from decode_cases import make_case as decode_case
-from emulate import Finding
-from emulate.launching import emulating
 from few_programs import with_few_programs
 from sparse_prompts import make_case as prefill_case
 
 from dms_kernels.paged_decode import paged_decode
 from dms_kernels.sparse_prefill import sparse_prefill
+from emulate.findings import Finding
+from emulate.launching import emulating
 
 pytestmark = pytest.mark.slow
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from cache_arguments import decode_over
 from decode_cases import Case, make_case
-from emulate.launching import emulating
 from few_programs import with_few_programs
 from parity import assert_as_precise
 from window_caches import make_windows_case
 
 from dms_kernels.paged_decode import paged_decode, reference
+from emulate.launching import emulating
 
 SHAPES = {
     "ragged heads": {"B": 2, "G": 3, "P": 64, "window": 20, "kept": [[0, 1], [64, 133]], "length": [70, 60]},

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from emulate.launching import emulating
 from parity import assert_as_precise
 from sparse_prompts import in_float64, make_case
 
 from dms_kernels.arguments import PagedKV
 from dms_kernels.sparse_prefill import fused, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
+from emulate.launching import emulating
 
 SHAPES = {
     "several tiles": {"T": 80, "S": 150, "window": 20, "kept": [40, 3]},
