@@ -49,7 +49,7 @@ def _integers(machine: Machine, instruction: Instruction, kind: str) -> Action:
 
 
 def _product(machine: Machine, instruction: Instruction, kind: str) -> Action:
-    know(instruction, "lo", "wide", kind)
+    know(instruction, "lo", "hi", "wide", kind)
     operands, adds = instruction.operands, instruction.parts[0] == "mad"
     a, b = (machine.source(operand, kind) for operand in operands[1:3])
     wide = "wide" in instruction.parts
@@ -58,6 +58,11 @@ def _product(machine: Machine, instruction: Instruction, kind: str) -> Action:
     to = _WIDE[kind] if wide else kind
     target = machine.target(operands[0], to)
     c = machine.source(operands[3], to) if adds else None
+    if "hi" in instruction.parts:
+        if kind not in ("s32", "u32") or adds:
+            raise NotEmulatedError(f"{instruction.opcode} is not emulated")
+        whole = np.int64 if kind == "s32" else np.uint64
+        return lambda mask: write(target, np.multiply(a, b, dtype=whole) >> whole(32), mask)
 
     def run(mask: Mask) -> None:
         if kind == "s32":

@@ -38,7 +38,7 @@ def f16_bits(values: Array) -> Array:
 
 def e4m3_values(bits: Array) -> Array:
     """float32, of uint8."""
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+    return torch.from_numpy(np.array(bits)).view(torch.float8_e4m3fn).float().numpy()
 
 
 def e4m3_bits(values: Array) -> Array:

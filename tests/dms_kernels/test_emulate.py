@@ -67,6 +67,7 @@ def test_integers():
     ld.global.b32 { %r4 }, [ %rd4 + 0 ]; div.s32 %r5, %r4, -7; rem.s32 %r6, %r4, -7; bfe.s32 %r7, %r4, 1, 3; shr.s32 %r8, %r4, 40;
     mad.lo.s32 %r9, %r5, -7, %r6; sub.s32 %r9, %r9, %r4; shl.b32 %r10, %r7, 4; or.b32 %r10, %r10, %r9; xor.b32 %r10, %r10, %r8;
     shf.l.wrap.b32 %r11, %r4, %r4, 8; prmt.b32 %r12, %r11, %r11, 0x0321; sub.s32 %r12, %r12, %r4; or.b32 %r10, %r10, %r12;
+    mul.hi.s32 %r13, %r4, 0x40000000; shr.s32 %r14, %r4, 2; sub.s32 %r13, %r13, %r14; or.b32 %r10, %r10, %r13;
     st.global.b32 [ %rd5 + 0 ], { %r10 };
     """
     given = ints() - 32

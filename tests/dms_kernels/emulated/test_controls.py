@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 def decode(capability: int, edit: Callable[[str], str]) -> torch.Tensor:
-    case = decode_case(3, D=64, B=1, H=1, P=64, window=9, kept=[[150]], length=[40]).cast(torch.bfloat16)
+    case = decode_case(3, D=64, B=1, P=16, window=5, kept=[[150, 3]], length=[40]).cast(torch.bfloat16)
     with emulating(capability, edit=edit):
-        return with_few_programs(lambda: case.run(paged_decode), 1)
+        return with_few_programs(lambda: case.run(paged_decode), 2)
 
 
 def prefill(capability: int, edit: Callable[[str], str]) -> torch.Tensor:
