@@ -10,7 +10,7 @@ import numpy as np
 from emulate import floats
 from emulate.findings import Finding, NotEmulatedError
 from emulate.forms import HALVES, INTEGERS, any_active, know, write
-from emulate.machine import Action, Array, Machine, Mask
+from emulate.machine import DTYPES, Action, Array, Machine, Mask
 from emulate.parse import Instruction
 
 _WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -59,10 +59,10 @@ def _product(machine: Machine, instruction: Instruction, kind: str) -> Action:
     target = machine.target(operands[0], to)
     c = machine.source(operands[3], to) if adds else None
     if "hi" in instruction.parts:
-        if kind not in ("s32", "u32") or adds:
+        if kind not in _WIDE or adds:
             raise NotEmulatedError(f"{instruction.opcode} is not emulated")
-        whole = np.int64 if kind == "s32" else np.uint64
-        return lambda mask: write(target, np.multiply(a, b, dtype=whole) >> whole(32), mask)
+        whole, width = DTYPES[_WIDE[kind]], 8 * target.itemsize
+        return lambda mask: write(target, np.multiply(a, b, dtype=whole) >> whole(width), mask)
 
     def run(mask: Mask) -> None:
         if kind == "s32":

@@ -68,6 +68,8 @@ def test_integers():
     mad.lo.s32 %r9, %r5, -7, %r6; sub.s32 %r9, %r9, %r4; shl.b32 %r10, %r7, 4; or.b32 %r10, %r10, %r9; xor.b32 %r10, %r10, %r8;
     shf.l.wrap.b32 %r11, %r4, %r4, 8; prmt.b32 %r12, %r11, %r11, 0x0321; sub.s32 %r12, %r12, %r4; or.b32 %r10, %r10, %r12;
     mul.hi.s32 %r13, %r4, 0x40000000; shr.s32 %r14, %r4, 2; sub.s32 %r13, %r13, %r14; or.b32 %r10, %r10, %r13;
+    cvt.u16.u32 %rs1, %r1; mul.hi.u16 %rs2, %rs1, 21846; cvt.u32.u16 %r15, %rs2; div.u32 %r16, %r1, 3; sub.s32 %r15, %r15, %r16;
+    or.b32 %r10, %r10, %r15;
     st.global.b32 [ %rd5 + 0 ], { %r10 };
     """
     given = ints() - 32
