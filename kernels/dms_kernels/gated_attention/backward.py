@@ -24,6 +24,7 @@ from dms_kernels.gated_attention.forward import (
     masked_tile,
     near_tiles,
     num_edge_tiles,
+    row_offsets,
     score,
     store_rows,
     window_edge,
@@ -63,7 +64,7 @@ def delta_kernel(
     r_M = tl.arange(0, BLOCK_M)
     is_row_M = (r_M < C * G) & (i0 + r_M // G < T)
     grad_out += b * grad_stride_b + i0.to(tl.int64) * grad_stride_t + h * G * grad_stride_h
-    grad_MD = load_rows(grad_out, (r_M // G) * grad_stride_t + (r_M % G) * grad_stride_h, is_row_M, D, BLOCK_D, True)
+    grad_MD = load_rows(grad_out, row_offsets(r_M, grad_stride_t, grad_stride_h, G), is_row_M, D, BLOCK_D, True)
     out += (b * T + i0) * H * G * D + h * G * D
     out_MD = load_rows(out, ((r_M // G) * H * G + r_M % G) * D, is_row_M, D, BLOCK_D, True)
     delta_M = tl.sum(grad_MD.to(tl.float32) * out_MD.to(tl.float32), 1)
@@ -149,9 +150,9 @@ def queries_kernel(
     n_N = tl.arange(0, BLOCK_N)
     is_row_M = (r_M < C * G) & (i_M < T)
     q += b * q_stride_b + i0.to(tl.int64) * q_stride_t + h * G * q_stride_h
-    q_MD = load_rows(q, (r_M // G) * q_stride_t + (r_M % G) * q_stride_h, is_row_M, D, BLOCK_D, True)
+    q_MD = load_rows(q, row_offsets(r_M, q_stride_t, q_stride_h, G), is_row_M, D, BLOCK_D, True)
     grad_out += b * grad_stride_b + i0.to(tl.int64) * grad_stride_t + h * G * grad_stride_h
-    grad_MD = load_rows(grad_out, (r_M // G) * grad_stride_t + (r_M % G) * grad_stride_h, is_row_M, D, BLOCK_D, True)
+    grad_MD = load_rows(grad_out, row_offsets(r_M, grad_stride_t, grad_stride_h, G), is_row_M, D, BLOCK_D, True)
     rows = bh * (T * G + PADDING) + i0 * G
     lse2_M = tl.load(lse2 + rows + r_M, mask=is_row_M, other=NEVER)
     delta_M = tl.load(delta + rows + r_M, mask=is_row_M, other=0.0)
@@ -427,8 +428,8 @@ def keys_kernel(
 
     r_M = tl.arange(0, BLOCK_M)
     c_M = r_M // G
-    q_offsets_M = c_M * q_stride_t + (r_M % G) * q_stride_h
-    grad_offsets_M = c_M * grad_stride_t + (r_M % G) * grad_stride_h
+    q_offsets_M = row_offsets(r_M, q_stride_t, q_stride_h, G)
+    grad_offsets_M = row_offsets(r_M, grad_stride_t, grad_stride_h, G)
     q += b * q_stride_b + h * G * q_stride_h
     grad_out += b * grad_stride_b + h * G * grad_stride_h
     lse2 += bh * (T * G + PADDING)

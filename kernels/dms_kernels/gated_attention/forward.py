@@ -49,6 +49,12 @@ def load_rows(pointers, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
+def row_offsets(r_M, stride_t, stride_h, G: tl.constexpr):
+    """Of the rows of a tile. A group's heads may lie T * D apart, which is too far for 32 bits."""
+    return (r_M // G) * stride_t + (r_M % G).to(tl.int64) * stride_h
+
+
+@triton.jit
 def store_rows(pointers, stride, is_row, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     pointers = pointers + stride[:, None] + d[None, :]
@@ -184,7 +190,7 @@ def measure_kernel(
     i_M = i0 + r_M // G
     is_row_M = (r_M < C * G) & (i_M < T)
     q += b * q_stride_b + i0.to(tl.int64) * q_stride_t + h * G * q_stride_h
-    q_MD = load_rows(q, (r_M // G) * q_stride_t + (r_M % G) * q_stride_h, is_row_M, D, BLOCK_D, True).to(tl.float32)
+    q_MD = load_rows(q, row_offsets(r_M, q_stride_t, q_stride_h, G), is_row_M, D, BLOCK_D, True).to(tl.float32)
     k += b * k_stride_b + h * k_stride_h
     own_MD = load_rows(k + i0.to(tl.int64) * k_stride_t, (r_M // G) * k_stride_t, is_row_M, D, BLOCK_D, True).to(tl.float32)
     if HAS_SEGMENTS:
@@ -432,7 +438,7 @@ def forward_kernel(
     i_M = i0 + r_M // G
     n_N = tl.arange(0, BLOCK_N)
     is_row_M = (r_M < C * G) & (i_M < T)
-    q_offsets_M = (r_M // G) * q_stride_t + (r_M % G) * q_stride_h
+    q_offsets_M = row_offsets(r_M, q_stride_t, q_stride_h, G)
     q_block = q + b * q_stride_b + i0.to(tl.int64) * q_stride_t + h * G * q_stride_h
     q_MD = load_rows(q_block, q_offsets_M, is_row_M, D, BLOCK_D, True)
     k += b * k_stride_b + h * k_stride_h
