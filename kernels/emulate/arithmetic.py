@@ -14,6 +14,7 @@ from emulate.machine import DTYPES, Action, Array, Machine, Mask
 from emulate.parse import Instruction
 
 _WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
+_PAIRS = {"s16x2": np.int16, "u16x2": np.uint16}
 _SIMPLE = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs, "div": np.divide}
 
 
@@ -25,6 +26,8 @@ def make_arithmetic(machine: Machine, instruction: Instruction) -> Action:
         return _floats(machine, instruction, kind)
     if kind in HALVES:
         return _halves(machine, instruction, kind)
+    if kind in _PAIRS:
+        return _integer_pairs(machine, instruction, kind)
     raise NotEmulatedError(f"{instruction.opcode} is not emulated")
 
 
@@ -141,6 +144,23 @@ def _halves(machine: Machine, instruction: Instruction, kind: str) -> Action:
 
     def run(mask: Mask) -> None:
         values = (floats.values_of(np.ascontiguousarray(machine.lanes(x)).view(np.uint16), one) for x in raw)
+        write(target, function(*values).view(target.dtype), mask)
+
+    return run
+
+
+def _integer_pairs(machine: Machine, instruction: Instruction, kind: str) -> Action:
+    """s16x2 and u16x2: two numbers a register."""
+    know(instruction, kind)
+    functions = {"add": np.add, "min": np.minimum, "max": np.maximum}
+    if instruction.parts[0] not in functions:
+        raise NotEmulatedError(f"{instruction.opcode} is not emulated")
+    function, operands = functions[instruction.parts[0]], instruction.operands
+    target = machine.target(operands[0], kind)
+    raw = [machine.source(operand, kind) for operand in operands[1:]]
+
+    def run(mask: Mask) -> None:
+        values = (np.ascontiguousarray(machine.lanes(x)).view(_PAIRS[kind]) for x in raw)
         write(target, function(*values).view(target.dtype), mask)
 
     return run

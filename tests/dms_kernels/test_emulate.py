@@ -77,6 +77,17 @@ def test_integers():
     assert torch.equal(run(body, given, ints()), (field << 4) ^ (given >> 31))
 
 
+def test_two_integers_a_register():
+    body = """
+    ld.global.b32 { %r4 }, [ %rd4 + 0 ]; add.s16x2 %r5, %r4, %r4; max.s16x2 %r6, %r5, %r4; min.u16x2 %r6, %r6, %r5;
+    st.global.b32 [ %rd5 + 0 ], { %r6 };
+    """
+    given = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    x = given.view(torch.int16)
+    unsigned = [y.view(torch.uint16).int() for y in (torch.maximum(x + x, x), x + x)]
+    assert torch.equal(run(body, given, ints()).view(torch.uint16).int(), torch.minimum(*unsigned))
+
+
 def test_a_reduction_over_a_warp():
     body = """
     ld.global.b32 { %r4 }, [ %rd4 + 0 ];
