@@ -69,6 +69,10 @@ def make_permutation(machine: Machine, instruction: Instruction) -> Action:
     return run
 
 
+# So that what follows is the only rounding.
+_EXACT_IN_F32 = ("f32", "bf16", "f16", "s8", "u8", "s16", "u16")
+
+
 def make_conversion(machine: Machine, instruction: Instruction) -> Action:
     to, given = instruction.parts[-2:]
     know(instruction, "rn", "ftz", "satfinite", *_ROUNDINGS, to, given)
@@ -91,8 +95,8 @@ def make_conversion(machine: Machine, instruction: Instruction) -> Action:
 
 def _converter(to: str, given: str, rounding: Callable | None, instruction: Instruction) -> Callable[[Array], Array]:
     from_float, to_float = given in ("bf16", "f16", "f32", "f64"), to in ("bf16", "f16", "f32", "f64")
-    if to in ("bf16", "f16") and given == "f32" and rounding is None:
-        return lambda x: floats.bits_of(x, to)
+    if to in ("bf16", "f16") and given in _EXACT_IN_F32 and rounding is None:
+        return lambda x: floats.bits_of(x.astype(np.float32), to)
     if to in ("f32", "f64") and given in DTYPES and given != "pred":
         return lambda x: (x if rounding is None else rounding(x)).astype(DTYPES[to])
     if not to_float and not from_float:
