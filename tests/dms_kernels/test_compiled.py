@@ -52,6 +52,7 @@ def check(rows: list[dict], cases: list) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_representative_kernels(tmp_path_factory):
     check(compile_all(tmp_path_factory), representative())
 

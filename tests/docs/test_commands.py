@@ -225,6 +225,7 @@ def run_in_process(words: tuple[str, ...]) -> None:
 RUN = sorted((block for block in BLOCKS if block.mark == "run"), key=lambda block: block.page != "docs/quickstart.md")
 
 
+@pytest.mark.slow
 def test_marked_blocks_run(sandbox):
     """In one test, because they build on each other's files."""
     for block in RUN:
