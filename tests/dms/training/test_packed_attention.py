@@ -66,7 +66,7 @@ def run(family, processes, tmp_path, **settings):
 
 CASES = [
     pytest.param("llama", 2, {}, marks=pytest.mark.slow),
-    pytest.param("llama-one-kv-head", 2, {"alignment": "next"}, marks=pytest.mark.slow),
+    ("llama-one-kv-head", 2, {"alignment": "next"}),
     pytest.param("llama", 4, {"alignment": "next", "checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("llama-one-kv-head", 4, {"granularity": "layer", "trainable": "all"}, marks=pytest.mark.slow),
     pytest.param("llama", 2, {"trainable": "all", "checkpointing": True}, marks=pytest.mark.slow),
