@@ -97,7 +97,7 @@ class Schedule:
 
     def trial(self, lengths: list[int], change: str | list[int] | None, share: float, seed: int) -> None:
         """Tokens of which some or all are taken back, after the rows have changed or a fork has gone off with them."""
-        batch = self.now.batch if self.now.mask.shape[1] else self.batch
+        batch = self._rows()
         if self.now.mask.shape[1] > MAX_COLUMNS:
             return
         for cache in (self.now.cache, self.now.oracle):
