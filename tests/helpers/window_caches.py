@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dms_kernels.append.reference import quantize
+from dms_kernels.arguments import Keys
 
 STALE = float("nan")
 
@@ -24,6 +25,15 @@ class WindowsCase:
         def to(part: dict) -> dict:
             floats = {name for name, x in part.items() if isinstance(x, torch.Tensor) and x.dtype == torch.float64}
             return part | {name: part[name].to(dtype) for name in floats}
+
+        return WindowsCase(to(self.stored), to(self.new), self.text_kv, self.text_class, self.length)
+
+    def widened(self) -> "WindowsCase":
+        """In float64, the numbers of `cast` as they are; quantised pages and their scales stay."""
+
+        def to(part: dict) -> dict:
+            floats = {n for n, x in part.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != "page_scales"}
+            return part | {name: part[name].double() for name in floats}
 
         return WindowsCase(to(self.stored), to(self.new), self.text_kv, self.text_class, self.length)
 
@@ -121,3 +131,14 @@ def make_windows_case(
 def state_of_class(number: torch.Tensor) -> torch.Tensor:
     """uint8"""
     return torch.where(number > 1, number + 1, number).to(torch.uint8)
+
+
+def recent_of(case: WindowsCase) -> list[Keys]:
+    """The ring, where there is one, and the new tokens."""
+    new = Keys(case.new["k"], case.new["v"], case.new["position"], state=case.new["state"])
+    if max(case.length) == 0:
+        return [new]
+    ring, size = case.stored["ring_kv"], case.stored["windows"][0] + 1
+    end = case.stored["seq_len"][:, None] - 1
+    position = (end - (end - torch.arange(ring.shape[3])) % size).clamp(min=-1).int()
+    return [Keys(ring[:, :, 0], ring[:, :, 1], position, state=case.stored["ring_state"]), new]

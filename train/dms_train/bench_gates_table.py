@@ -13,7 +13,8 @@ from rich.table import Table
 
 from dms.report.plots import BLUE, GREEN, GREY, INK, VERMILLION, new_figure
 from dms_train.bench_gates import GateComparison, Run
-from dms_train.bench_gates_rows import ROWS_FILE, RowFile, budgets_of, name_of_policy, name_of_run
+from dms_train.bench_gates_reading import budgets_of
+from dms_train.bench_gates_rows import ROWS_FILE, RowFile, name_of_policy, name_of_run
 
 _COLOURS = (BLUE, VERMILLION, GREEN, "#B0508A", "#A87000", "#6B3F1D", "#4B4B9A", "#00A0A0")
 _MARKERS = "osD^vPX*"

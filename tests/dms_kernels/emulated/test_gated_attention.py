@@ -28,6 +28,7 @@ SHAPES = {
     "no gate": {"T": 70, "window": 5, "gates": "none"},
     "head dim 128": {"T": 70, "window": 20, "D": 128, "G": 4},
     "two windows": {"T": 90, "window": (7, 30), "num_windows": 2},
+    "three windows": {"T": 150, "window": (7, 30, 90), "num_windows": 3},
 }
 
 

@@ -76,13 +76,9 @@ def test_several_windows(capability, shape, dtype):
 
     with emulating(capability):
         out = with_few_programs(lambda: run(paged_decode, q, narrow.stored, narrow.new))
-    expected = run(reference, q.double(), widened(narrow.stored), widened(narrow.new))
+    wide = narrow.widened()
+    expected = run(reference, q.double(), wide.stored, wide.new)
     assert_as_precise("paged_decode of several windows", out, run(reference, q, narrow.stored, narrow.new), expected)
-
-
-def widened(part: dict) -> dict:
-    halves = {name for name, x in part.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "page_scales"}
-    return part | {name: part[name].double() for name in halves}
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from cache_arguments import paged_of
 from parity import assert_as_precise
 from sparse_prompts import in_float64, make_case
+from window_caches import WindowsCase, make_windows_case, recent_of
 
 from dms_kernels.arguments import PagedKV
-from dms_kernels.sparse_prefill import fused, reference, sparse_prefill, store_survivors
+from dms_kernels.sparse_prefill import attend, fused, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
 from emulate.launching import emulating
 
@@ -58,6 +60,31 @@ def test_parts_that_are_merged(capability, monkeypatch):
     monkeypatch.setattr(fused, "num_parts", lambda *_: 2)
     kernels = ("list_kept_kernel", "prefill_kernel", "merge_kernel")
     check(capability, torch.bfloat16, kernels, T=20, S=150, H=1, window=20, kept=[90], resident=2)
+
+
+WINDOWS = {
+    "a chunk": {"num_new": 20},
+    "a chunk that outlives the lists": {"length": [60, 70], "num_new": 30, "windows": (0, 5, 20)},
+    "int8": {"num_new": 12, "quantized": True, "length": [80, 60]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", WINDOWS.values(), ids=WINDOWS)
+def test_several_windows(capability, dtype, shape):
+    case = make_windows_case(1, D=64, H=1, **shape)
+    q = torch.randn(2, 2, 5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+    def read(case: WindowsCase, q: torch.Tensor) -> torch.Tensor:
+        position = case.new["position"][:, -5:]
+        return attend(q, position, paged_of(case.stored), recent_of(case), window=case.stored["windows"], scale=0.25)
+
+    narrow = case.cast(dtype)
+    with emulating(capability) as emulation:
+        out = read(narrow, q)
+    assert [launch.kernel for launch in emulation.launches] == ["list_kept_kernel", "prefill_kernel"]
+    assert_as_precise("sparse_prefill of several windows", out, read(narrow, q), read(narrow.widened(), q.double()))
 
 
 def store(capability: int, K: int, page_dtype: torch.dtype) -> None:
