@@ -505,6 +505,47 @@ def empty_layer(layer: Any) -> None:
         raise changed("hf_compat.empty_layer", "transformers", "DynamicLayer.is_initialized that says whether it holds anything")
 
 
+def join_layer(layer: Any, joining: Any, rows: torch.Tensor) -> None:
+    """Put rows [K] int64 of a cache layer behind another's of its class, which then has as many columns as the longer, padded on the left.
+
+    Assumes: what grows has keys and values [B, H, S, D], what slides a cumulative_length beside; linear attention has conv_states and
+    recurrent_states, dictionaries of tensors [B, ...].
+    """
+    if isinstance(layer, DynamicLayer):
+        if joining.keys is None:
+            return
+        if layer.keys is None or layer.keys.dim() != 4:
+            raise changed("hf_compat.join_layer", "transformers", "DynamicLayer.keys of [B, H, S, D]")
+        width = max(layer.keys.shape[2], joining.keys.shape[2])
+        for name in ("keys", "values"):
+            parts = getattr(layer, name), getattr(joining, name).index_select(0, rows.to(joining.keys.device))
+            setattr(layer, name, torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]))
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
+        return
+    for name in ("conv_states", "recurrent_states"):
+        states, theirs = getattr(layer, name, None), getattr(joining, name, None)
+        if not isinstance(states, dict) or not isinstance(theirs, dict):
+            raise changed("hf_compat.join_layer", "transformers", f"LinearAttentionLayer.{name}, a dictionary of tensors")
+        for index, state in states.items():
+            if state is not None:
+                states[index] = torch.cat([state, theirs[index].index_select(0, rows.to(state.device))])
+
+
+def shorten_layer(layer: Any, num_columns: int) -> None:
+    """Let a cache layer that grows, or slides, have its newest num_columns columns alone.
+
+    Assumes: as `join_layer`.
+    """
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        return
+    if layer.keys.dim() != 4:
+        raise changed("hf_compat.shorten_layer", "transformers", "DynamicLayer.keys of [B, H, S, D]")
+    layer.keys, layer.values = layer.keys[:, :, -num_columns:], layer.values[:, :, -num_columns:]
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = min(layer.cumulative_length, num_columns)
+
+
 def linear_state_is_filled(layer: Any) -> bool:
     """Whether a cache layer of linear attention has made the tensors that it writes to.
 

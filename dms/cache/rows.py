@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from dms import hf_compat
 from dms.cache.layer import CompactedLayer
 
 
@@ -46,26 +46,8 @@ def append_rows(cache: Cache, other: Cache, rows: torch.Tensor) -> None:
     for layer, joining in pairs:
         if isinstance(layer, CompactedLayer):
             layer.append_rows(joining, rows)
-        elif isinstance(layer, LinearAttentionLayer):
-            _append_states(layer.conv_states, joining.conv_states, rows)
-            _append_states(layer.recurrent_states, joining.recurrent_states, rows)
-        elif joining.keys is not None:
-            _append_dense(layer, joining, rows)
-
-
-def _append_dense(layer: Any, joining: Any, rows: torch.Tensor) -> None:
-    width = max(layer.keys.shape[2], joining.keys.shape[2])
-    for name in ("keys", "values"):
-        parts = getattr(layer, name), getattr(joining, name).index_select(0, rows.to(joining.keys.device))
-        setattr(layer, name, torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]))
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
-
-
-def _append_states(states: dict[int, Any], joining: dict[int, Any], rows: torch.Tensor) -> None:
-    for index, state in states.items():
-        if state is not None:
-            states[index] = torch.cat([state, joining[index].index_select(0, rows.to(state.device))])
+        elif type(layer).__name__ != "DummyLayer":
+            hf_compat.join_layer(layer, joining, rows)
 
 
 def keep_rows(cache: Cache, rows: torch.Tensor, num_columns: int) -> None:
@@ -77,7 +59,5 @@ def keep_rows(cache: Cache, rows: torch.Tensor, num_columns: int) -> None:
         if isinstance(layer, CompactedLayer):
             layer.columns = min(layer.columns, num_columns)
             layer.store.pool.trim()
-        elif getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = layer.keys[:, :, -num_columns:], layer.values[:, :, -num_columns:]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = min(layer.cumulative_length, num_columns)
+        else:
+            hf_compat.shorten_layer(layer, num_columns)

@@ -1,5 +1,6 @@
 """What `dms.hf_compat` assumes of other packages, held against the installed versions."""
 
+import copy
 import functools
 import inspect
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from dms.modes import set_mode
 from dms.training.activation_checkpointing import enable_checkpointing
 
 IDS = torch.full((1, 6), 5)
+TEXT = torch.tensor([[5, 9, 3, 7, 2, 8]])
 LONGROPE = {
     "rope_parameters": {
         "rope_type": "longrope",
@@ -382,6 +384,50 @@ def test_empty_layer(family, build_model):
     assert cache.get_seq_length() == 0
     again = model(input_ids=IDS.repeat(1, 3), use_cache=True, **hf_compat.cache_argument(model, cache)).logits
     torch.testing.assert_close(again, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_join_layer(family, build_model):
+    """A short sequence behind a longer one: the next token's logits are those of each alone."""
+    model = build_model(family)
+    parts = [TEXT[:, :5], TEXT[:, :3]]
+    caches = [DynamicCache(config=model.config) for _ in parts]
+    alone = []
+    for ids, cache in zip(parts, caches, strict=True):
+        model(input_ids=ids, use_cache=True, **hf_compat.cache_argument(model, cache))
+        own = copy.deepcopy(cache)
+        alone.append(model(input_ids=TEXT[:, 5:6], use_cache=True, **hf_compat.cache_argument(model, own)).logits)
+    for layer, joining in zip(caches[0].layers, caches[1].layers, strict=True):
+        hf_compat.join_layer(layer, joining, torch.tensor([0]))
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    options = {"attention_mask": mask, "position_ids": torch.tensor([[5], [3]]), **hf_compat.cache_argument(model, caches[0])}
+    together = model(input_ids=TEXT[:, 5:6].repeat(2, 1), use_cache=True, **options).logits
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_shorten_layer(family, build_model):
+    """Without the columns of padding the next token's logits are those of the sequence alone."""
+    model, caches = build_model(family), []
+    for mask in ([0, 0, 1, 1, 1], [1, 1, 1]):
+        ids, cache = TEXT[:, : len(mask)].clone(), DynamicCache(config=model.config)
+        ids[:, -3:] = TEXT[:, :3]
+        position = (torch.tensor([mask]).cumsum(1) - 1).clamp(min=0)
+        model(
+            input_ids=ids,
+            attention_mask=torch.tensor([mask]),
+            position_ids=position,
+            use_cache=True,
+            **hf_compat.cache_argument(model, cache),
+        )
+        caches.append(cache)
+    for layer in caches[0].layers:
+        hf_compat.shorten_layer(layer, 3)
+    assert caches[0].get_seq_length() == 3
+    found = [model(input_ids=TEXT[:, 5:6], use_cache=True, **hf_compat.cache_argument(model, cache)).logits for cache in caches]
+    torch.testing.assert_close(*found)
 
 
 def test_linear_state_is_filled(build_model):

@@ -146,6 +146,8 @@ BREAKS = {
         patch.setattr(DynamicLayer, "get_seq_length", lambda self: 5),
         hf_compat.empty_layer(_filled()),
     ),
+    "join_layer": lambda model, patch: hf_compat.join_layer(_attributes(conv_states=[]), _attributes(conv_states=[]), None),
+    "shorten_layer": lambda model, patch: (layer := _filled(), setattr(layer, "keys", layer.keys[0]), hf_compat.shorten_layer(layer, 1)),
     "linear_state_is_filled": lambda model, patch: hf_compat.linear_state_is_filled(_attributes(is_conv_states_initialized=True)),
     "unchecked_distributions": lambda model, patch: (
         patch.setattr("torch.distributions.Distribution._validate_args", None),
