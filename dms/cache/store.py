@@ -320,6 +320,14 @@ class Store(HeadPages):
             store._widen_ring(num_slots)
         super().append_rows(other, rows)
 
+    @outside_inference_mode
+    def take_over(self, other: HeadPages) -> None:
+        assert isinstance(other, Store) and other.dms == self.dms and other.pool is self.pool, "stores of one layer of a model"
+        num_slots = max(self.ring_kv.shape[3], other.ring_kv.shape[3])
+        for store in (self, other):
+            store._widen_ring(num_slots)
+        super().take_over(other)
+
     def snapshot(self) -> dict[str, torch.Tensor]:
         self.release_gone()
         return super().snapshot()

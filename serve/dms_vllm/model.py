@@ -1,0 +1,264 @@
+"""Any decoder of vLLM's transformers backend, with gates on its attention modules and attention over pages of the one pool.
+
+Shapes: N tokens of all requests of a step; Hq query heads, H KV heads, D head dim, M model dim; K windows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+
+from dms.config import DMSConfig
+from dms.gates import Gate
+from dms_vllm.accounting import PoolSpec
+from dms_vllm.events import Began, DropFork, Ended, Event, KeepFork
+from dms_vllm.pool import FixedPool, page_bytes
+from dms_vllm.settings import KV_DTYPES, Options, Served
+from dms_vllm.vouchers import Geometry, Report
+from dms_vllm.worker import Part, Step, Worker
+
+# vLLM looks for a layer's number in its name.
+POOL = "model.layers.0.dms_pool"
+
+
+@torch.library.custom_op("dms_vllm::attend", mutates_args=())
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor, layer: int) -> torch.Tensor:
+    """q [N, Hq, D], k and v [N, H, D], evicts [N, H] or [N, H, K] bool -> [N, Hq, D]. Opaque to torch.compile, as vLLM's own attention is; it
+    stores keys and values behind the compiler's back, as that does."""
+    context = get_forward_context()
+    if context.attn_metadata is None:
+        # vLLM measures the memory that a pass takes.
+        return torch.zeros_like(q)
+    return context.no_compile_layers[POOL].attend(layer, context.attn_metadata[POOL], q, k, v, evicts)
+
+
+@attend.register_fake
+def _(q, k, v, evicts, layer):
+    return torch.empty_like(q)
+
+
+class GatedAttention(nn.Module):
+    """In place of vLLM's Attention. Its arguments are those that the transformers backend gives."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_size: int,
+        num_kv_heads: int,
+        scale: float,
+        logits_soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        **_: Any,
+    ):
+        super().__init__()
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale, self.softcap, self.sinks = scale, logits_soft_cap, sinks
+        self.has_sink = sinks is not None
+        self.layer = -1
+        """Its number among the layers with gates."""
+        self.evicts: torch.Tensor | None = None
+        """[N, H] or [N, H, K] bool, from the gate until the keys come."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """query [N, Hq * D], key and value [N, H * D] -> [N, Hq * D]."""
+        N = query.shape[0]
+        q, k, v = (x.reshape(N, -1, self.head_size) for x in (query, key, value))
+        evicts, self.evicts = self.evicts, None
+        assert evicts is not None, "the gate runs before its attention"
+        return torch.ops.dms_vllm.attend(q, k, v, evicts, self.layer).reshape(N, -1)
+
+
+class GateBefore:
+    """A forward pre-hook of an attention module: runs the gate on what attention reads."""
+
+    def __init__(self, bias: float):
+        self.bias = bias
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        module.attn.evicts = (module.dms_gate(hidden) + self.bias > 0)[0]
+
+
+class StepBuilder(AttentionMetadataBuilder[Step]):
+    """What the layers are told of a step: whose tokens it has, by the first block of each request's table."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.pool: Pool = vllm_config.compilation_config.static_forward_context[POOL]
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+        common = common_attn_metadata
+        begins, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.cpu().tolist()
+        blocks = common.block_table_tensor[: common.num_reqs, 0].tolist()
+        spans = zip(blocks, begins[:-1], begins[1:], lengths, strict=False)
+        return self.pool.begin_step([(block, begin, end, length - (end - begin)) for block, begin, end, length in spans if end > begin])
+
+
+class PoolBackend(AttentionBackend):
+    supported_dtypes = (torch.float32, torch.float16, torch.bfloat16)
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("attention over pages is GatedAttention's")
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        return StepBuilder
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Of a layer, as `Worker.attend` takes them."""
+
+    scale: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+
+class Pool(nn.Module, AttentionLayerBase):
+    """The one "layer" of whose cache vLLM knows: the pool of all layers, in the memory that vLLM gives it."""
+
+    def __init__(self, vllm_config: VllmConfig, config: DMSConfig, options: Options, layers: list[GatedAttention], max_tokens: int):
+        super().__init__()
+        self.config, self.options = config, options
+        self.attention = [AttentionOptions(layer.scale, layer.softcap, layer.sinks) for layer in layers]
+        self.head_dim, self.dtype = layers[0].head_size, vllm_config.model_config.dtype
+        self.quantized = KV_DTYPES[vllm_config.cache_config.cache_dtype] == "int8"
+        entry = page_bytes(1, self.head_dim, self.dtype, self.quantized, config.windows)
+        # A ring's entry: key and value in the model's dtype, and its state.
+        ring_entry = 2 * self.head_dim * self.dtype.itemsize + 1
+        geometry = Geometry(
+            lines=sum(layer.num_kv_heads for layer in layers),
+            windows=config.windows,
+            page_size=options.page_size,
+            pages_per_voucher=options.pages_per_voucher,
+            ring_entries=ring_entry / entry,
+        )
+        self.spec = PoolSpec.of(geometry, page_bytes=options.page_size * entry, max_tokens=max_tokens)
+        self.worker: Worker | None = None
+        self.blocks: dict[int, str] = {}
+        """The request that each first block names."""
+        self.step: Step | None = None
+        vllm_config.compilation_config.static_forward_context[POOL] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return PoolBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PoolSpec:
+        return self.spec
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        self.kv_cache = kv_cache
+        if kv_cache.numel() == 0:
+            return
+        pool = FixedPool(
+            kv_cache.reshape(-1).view(torch.int8),
+            self.options.page_size,
+            self.head_dim,
+            self.dtype,
+            quantized=self.quantized,
+            windows=self.config.windows,
+        )
+        self.worker = Worker(self.config, len(self.attention), pool, self.spec.geometry.horizons, loops=self.options.loops)
+
+    def take_events(self, events: list[Event]) -> None:
+        """What the scheduler says before a step."""
+        assert self.worker is not None, "memory comes before requests"
+        for event in events:
+            match event:
+                case Began():
+                    self.blocks[event.block] = event.request
+                    self.worker.begin(event.request, event.fork)
+                case Ended():
+                    self.worker.end([event.request])
+                case KeepFork():
+                    self.worker.keep_fork(event.request, event.num_tokens, event.fork)
+                case DropFork():
+                    self.worker.drop_fork(event.fork)
+
+    def report(self) -> dict[str, Report]:
+        """Of the requests of the last step."""
+        step, self.step = self.step, None
+        return {} if step is None or self.worker is None else self.worker.report(step)
+
+    def begin_step(self, spans: list[tuple[int, int, int, int]]) -> Step:
+        """spans: of each request its first block, its tokens' begin and end in the step, and their position."""
+        assert self.worker is not None, "memory comes before requests"
+        self.step = self.worker.plan([Part(self.blocks[block], begin, end, position) for block, begin, end, position in spans])
+        return self.step
+
+    def attend(self, layer: int, step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor) -> torch.Tensor:
+        assert self.worker is not None, "memory comes before requests"
+        how = self.attention[layer]
+        return self.worker.attend(layer, step, q, k, v, evicts, scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits)
+
+
+class DMSForCausalLM(TransformersForCausalLM):
+    def _get_attn_cls(self) -> Any:
+        return GatedAttention
+
+    def _create_attention_instances(self, prefix: str = "") -> None:
+        super()._create_attention_instances(prefix)
+        model = self.model_config
+        served, options = Served.of(model.model, model.revision), Options.of(self.vllm_config)
+        found = served.layers()
+        if found.following or found.skipped:
+            name, why = next(iter(found.skipped.items()))
+            raise ValueError(
+                f"{served.folder}: {name} has no gate ({why}), and the server takes models all of whose layers have one; use dms.load(...).generate"
+            )
+        self.gates: dict[int, tuple[str, Gate]] = {}
+        layers = []
+        for number, layer in enumerate(found.gated):
+            name, _ = self.attention_fusers[layer.index]
+            module = self.get_submodule(name)
+            module.attn.layer = number
+            layers.append(module.attn)
+            gate = Gate(self.text_config.hidden_size, module.attn.num_kv_heads, served.config, normalize=not layer.normalized_input)
+            module.add_module("dms_gate", gate.to(self.device_config.device))
+            module.register_forward_pre_hook(GateBefore(options.evict_bias), with_kwargs=True)
+            self.gates[layer.index] = (f"{name}.dms_gate", gate)
+        if len({layer.head_size for layer in layers}) > 1:
+            raise ValueError(
+                f"{served.folder}: layers have heads of different sizes, and the pages of all are of one; use dms.load(...).generate"
+            )
+        self.served, self.num_kv_heads_of_all = served, {layer.index: layer.num_heads for layer in found.gated}
+        self.dms_pool = Pool(self.vllm_config, served.config, options, layers, model.max_model_len)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """The weights, and the gates beside them, of which each rank takes those of its heads."""
+        # Other loaders than the default read every file of the folder.
+        loaded = super().load_weights((name, tensor) for name, tensor in weights if not is_gate(name))
+        for index, (path, gate) in self.gates.items():
+            for part, parameter in gate.named_parameters():
+                whole = self.served.tensors[f"layers.{index}.gate.{part}"]
+                own = own_rows(whole, len(parameter), self.num_kv_heads_of_all[index])
+                parameter.data.copy_(own)
+                loaded.add(f"{path}.{part}")
+        return loaded
+
+
+def is_gate(name: str) -> bool:
+    return name.startswith("layers.") and ".gate." in name
+
+
+def own_rows(whole: torch.Tensor, num_rows: int, num_heads: int) -> torch.Tensor:
+    """The rows of a gate's tensor that are this rank's: those of its KV heads, of which ranks may share one; all where the heads share them."""
+    rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if len(whole) == num_rows:
+        return whole
+    first = rank * num_heads // world * (len(whole) // num_heads)
+    return whole[first : first + num_rows]

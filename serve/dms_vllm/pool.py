@@ -1,0 +1,65 @@
+"""The page pool over memory that vLLM allocated: it neither grows nor shrinks, and all layers take their pages from it.
+
+Shapes: N pages, P entries of a page, D head dim.
+"""
+
+import torch
+
+from dms.cache.page_pool import CacheFull, PagePool
+
+# Parts of the memory begin at multiples of this, in bytes.
+_ALIGNMENT = 64
+
+
+def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype, quantized: bool, windows: tuple[int, ...]) -> int:
+    """Bytes of a page: keys and values, their scales where they are int8, their positions where there are several windows."""
+    row = head_dim + 4 if quantized else head_dim * dtype.itemsize
+    return page_size * (2 * row + 4 * (len(windows) > 1))
+
+
+class FixedPool(PagePool):
+    """Pages in memory that is given.
+
+    Args:
+        raw: contiguous bytes [M], int8 or uint8, aligned to 64.
+        windows: of the gates; with one, entries have no positions.
+
+    Raises:
+        ValueError: memory for less than a page.
+    """
+
+    def __init__(self, raw: torch.Tensor, page_size: int, head_dim: int, dtype: torch.dtype, *, quantized: bool, windows: tuple[int, ...]):
+        super().__init__(page_size, head_dim, dtype, raw.device, quantized=quantized, windows=windows if len(windows) > 1 else ())
+        # Room for the scratch row of each part, and for what alignment takes.
+        spare = 3 * _ALIGNMENT + head_dim * dtype.itemsize + 8
+        num_pages = (raw.numel() - spare) // page_bytes(page_size, head_dim, dtype, quantized, windows)
+        if num_pages < 1:
+            raise ValueError(
+                f"{raw.numel():,} bytes of KV cache hold no page of {page_size} entries of {head_dim}; give vLLM more memory for it"
+            )
+        begin = 0
+
+        def part(num: int, kind: torch.dtype) -> torch.Tensor:
+            nonlocal begin
+            end = begin + num * kind.itemsize
+            taken = raw[begin:end].view(kind)
+            begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+            return taken
+
+        num_rows = num_pages * 2 * page_size + 1
+        self.rows = part(num_rows * head_dim, self.rows.dtype).view(num_rows, head_dim)
+        if self.row_scales is not None:
+            self.row_scales = part(num_rows, torch.float32)
+        if self.entry_positions is not None:
+            self.entry_positions = part(num_pages * page_size + 1, torch.int32)
+        self.references = torch.zeros(num_pages + 1, dtype=torch.int32, device=raw.device)
+        self._list_free()
+
+    def resize(self, num_pages: int) -> None:
+        raise CacheFull(
+            f"the pool's {self.num_pages} pages do not suffice for {num_pages}: the scheduler gave out more than there is, which is a fault of "
+            "dms_vllm; please report it, with vLLM's version"
+        )
+
+    def trim(self, all_of_it: bool = False, part: int = 4) -> None:
+        """Nothing: the memory is vLLM's."""
