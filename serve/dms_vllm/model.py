@@ -88,19 +88,26 @@ class GateBefore:
         module.attn.evicts = (module.dms_gate(hidden) + self.bias > 0)[0]
 
 
-class StepBuilder(AttentionMetadataBuilder[Step]):
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """What vLLM says of a step."""
+
+    spans: list[tuple[int, int, int, int]]
+    """Of each request with tokens: the first block of its table, where its tokens begin and end in the step, and the first one's position."""
+
+
+class StepBuilder(AttentionMetadataBuilder[Spans]):
     """What the layers are told of a step: whose tokens it has, by the first block of each request's table."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.pool: Pool = vllm_config.compilation_config.static_forward_context[POOL]
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Spans:
         common = common_attn_metadata
         begins, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.cpu().tolist()
         blocks = common.block_table_tensor[: common.num_reqs, 0].tolist()
         spans = zip(blocks, begins[:-1], begins[1:], lengths, strict=False)
-        return self.pool.begin_step([(block, begin, end, length - (end - begin)) for block, begin, end, length in spans if end > begin])
+        return Spans([(block, begin, end, length - (end - begin)) for block, begin, end, length in spans if end > begin])
 
 
 class PoolBackend(AttentionBackend):
@@ -138,19 +145,21 @@ class Pool(nn.Module, AttentionLayerBase):
         self.head_dim, self.dtype = layers[0].head_size, vllm_config.model_config.dtype
         self.quantized = KV_DTYPES[vllm_config.cache_config.cache_dtype] == "int8"
         entry = page_bytes(1, self.head_dim, self.dtype, self.quantized, config.windows)
+        lines = sum(layer.num_kv_heads for layer in layers)
         # A ring's entry: key and value in the model's dtype, and its state.
-        ring_entry = 2 * self.head_dim * self.dtype.itemsize + 1
+        ring_bytes = lines * (config.windows[0] + 1) * (2 * self.head_dim * self.dtype.itemsize + 1)
         geometry = Geometry(
-            lines=sum(layer.num_kv_heads for layer in layers),
+            lines=lines,
             windows=config.windows,
             page_size=options.page_size,
             pages_per_voucher=options.pages_per_voucher,
-            ring_entries=ring_entry / entry,
+            ring_pages=-(-ring_bytes // (options.page_size * entry)),
         )
         self.spec = PoolSpec.of(geometry, page_bytes=options.page_size * entry, max_tokens=max_tokens)
         self.worker: Worker | None = None
         self.blocks: dict[int, str] = {}
         """The request that each first block names."""
+        self.spans: Spans | None = None
         self.step: Step | None = None
         vllm_config.compilation_config.static_forward_context[POOL] = self
 
@@ -194,16 +203,15 @@ class Pool(nn.Module, AttentionLayerBase):
         step, self.step = self.step, None
         return {} if step is None or self.worker is None else self.worker.report(step)
 
-    def begin_step(self, spans: list[tuple[int, int, int, int]]) -> Step:
-        """spans: of each request its first block, its tokens' begin and end in the step, and their position."""
+    def attend(self, layer: int, spans: Spans, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor) -> torch.Tensor:
         assert self.worker is not None, "memory comes before requests"
-        self.step = self.worker.plan([Part(self.blocks[block], begin, end, position) for block, begin, end, position in spans])
-        return self.step
-
-    def attend(self, layer: int, step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor) -> torch.Tensor:
-        assert self.worker is not None, "memory comes before requests"
+        if self.spans is not spans:
+            # The first layer of a step. What the scheduler says of requests comes after the spans, and before this.
+            self.spans = spans
+            self.step = self.worker.plan([Part(self.blocks[block], begin, end, position) for block, begin, end, position in spans.spans])
+        assert self.step is not None, "it was planned"
         how = self.attention[layer]
-        return self.worker.attend(layer, step, q, k, v, evicts, scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits)
+        return self.worker.attend(layer, self.step, q, k, v, evicts, scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits)
 
 
 class DMSForCausalLM(TransformersForCausalLM):

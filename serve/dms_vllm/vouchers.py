@@ -58,6 +58,8 @@ class Geometry:
     page_size: int
     """Entries of a page."""
     pages_per_voucher: int = 1
+    ring_pages: int = 0
+    """As many pages as a holder's rings take memory, which lie beside the pages: they count as if they were some."""
 
     def __post_init__(self) -> None:
         if min(self.lines, self.page_size, self.pages_per_voucher) < 1:
@@ -102,8 +104,8 @@ class Geometry:
         )
 
     def vouchers(self, pages: int) -> int:
-        """Vouchers for so many pages: one at least, by which a request is named."""
-        return max(1, -(-pages // self.pages_per_voucher))
+        """Vouchers for so many pages and the rings: one at least, by which a request is named."""
+        return max(1, -(-(pages + self.ring_pages) // self.pages_per_voucher))
 
     def of_longest(self, max_model_len: int) -> int:
         """Vouchers that one request of max_model_len tokens needs, where nothing is evicted."""
