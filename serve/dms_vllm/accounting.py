@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from dms_vllm.events import Began, Ended, Event
+from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFork
+from dms_vllm.prefixes import Prefixes
 from dms_vllm.vouchers import Geometry, Ledger, Report
 
 
@@ -23,13 +25,16 @@ class PoolSpec(AttentionSpec):
 
     dcp_sharded: bool = False
     geometry: Geometry
+    prefix_every: int
+    """As in `settings.Options`."""
 
     @classmethod
-    def of(cls, geometry: Geometry, page_bytes: int, max_tokens: int) -> "PoolSpec":
+    def of(cls, geometry: Geometry, page_bytes: int, max_tokens: int, prefix_every: int) -> "PoolSpec":
         """page_bytes: of a page. max_tokens: of the longest request."""
         # Anything but an AttentionSpec is refused where blocks are divided for kernels; one byte of one head makes its sizes ours.
         return cls(
             geometry=geometry,
+            prefix_every=prefix_every,
             block_size=max_tokens,
             num_kv_heads=1,
             head_size=1,
@@ -68,6 +73,13 @@ class PoolManager(SingleTypeKVCacheManager):
         """Of each request its blocks beyond the first."""
         self.prompts: dict[str, int] = {}
         """Tokens of the prompts of requests that vLLM is about to let begin."""
+        self.prefix_every = kv_cache_spec.prefix_every
+        self.prefixes = Prefixes()
+        self.blocks_of_prefixes: dict[str, list[KVCacheBlock]] = {}
+        self.requests: dict[str, Any] = {}
+        """vLLM's, of those that wait or run."""
+        self.began_from: dict[str, str] = {}
+        """The prefix of requests that begin from one, until they have begun."""
         self.names: dict[str, str] = {}
         """What the workers call each request: another name for each of its lives, since a report on one may come after its end."""
         self.lives = itertools.count()
@@ -86,47 +98,130 @@ class PoolManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        if not apply_admission_cap:
-            return self.ledger.needed(request_id, num_tokens)
-        # Asked for where vLLM wants to know whether a whole prompt fits.
-        self.prompts[request_id] = num_tokens
-        return self.ledger.admission(request_id, num_tokens)
+        if apply_admission_cap:
+            # Asked for where vLLM wants to know whether a whole prompt fits.
+            self.prompts[request_id] = num_tokens
+            needed = self.ledger.admission(request_id, num_tokens)
+        else:
+            needed = self.ledger.needed(request_id, num_tokens)
+        self._make_room(needed)
+        return needed
+
+    def _make_room(self, num_blocks: int) -> None:
+        """Let prefixes go that nobody uses, the oldest first, until so many blocks are free or none is left."""
+        while self.block_pool.get_num_free_blocks() < num_blocks:
+            unused = next((name for name in self.prefixes.oldest_first() if self.ledger.holders[name].users == 0), None)
+            if unused is None:
+                return
+            self._drop_prefix(unused)
+
+    def _drop_prefix(self, name: str) -> None:
+        self.prefixes.drop(name)
+        self.ledger.free(name)
+        self.block_pool.free_blocks(self.blocks_of_prefixes.pop(name))
+        self.events.append(DroppedFork(name))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        missing = self.ledger.schedule(request_id, num_tokens, self.prompts.pop(request_id, 0))
-        if missing == 0:
-            return []
-        blocks = self.block_pool.get_new_blocks(missing)
-        first = []
-        if not self.req_to_blocks[request_id]:
-            first, blocks = blocks[:1], blocks[1:]
-            self.req_to_blocks[request_id].extend(first)
+        begins = not self.req_to_blocks[request_id]
+        prompt = self.prompts.pop(request_id, 0)
+        if begins:
+            # Its name is the first block's, which it keeps.
+            before = self.ledger.holders[request_id].scheduled if request_id in self.ledger.holders else 0
+            self._take(request_id, self.ledger.schedule(request_id, before + 1, prompt))
+            first = self.further[request_id].pop(0)
+            self.req_to_blocks[request_id].append(first)
             self.names[request_id] = f"{request_id}#{next(self.lives)}"
-            self.events.append(Began(self.names[request_id], first[0].block_id))
-        self.further[request_id].extend(blocks)
+            self.events.append(Began(self.names[request_id], first.block_id, self.began_from.pop(request_id, None)))
+        self._keep_forks(request_id, num_tokens)
+        self._take(request_id, self.ledger.schedule(request_id, num_tokens, prompt))
         self.peak = max(self.peak, self.ledger.num_held)
-        return first
+        return self.req_to_blocks[request_id][:1] if begins else []
+
+    def _take(self, holder: str, num_blocks: int) -> None:
+        if num_blocks:
+            self.further[holder].extend(self.block_pool.get_new_blocks(num_blocks))
+
+    def _keep_forks(self, request_id: str, num_tokens: int) -> None:
+        """Keep prefixes of the request's prompt that the tokens up to num_tokens complete, where there are blocks for them."""
+        request, every = self.requests.get(request_id), self.prefix_every
+        if request is None or not every:
+            return
+        geometry, scheduled = self.ledger.geometry, self.ledger.holders[request_id].scheduled
+        for at in range(scheduled // every * every + every, min(num_tokens, request.num_prompt_tokens) + 1, every):
+            after = max(self.ledger.fork_vouchers, geometry.vouchers(geometry.open_pages + geometry.growth(at, num_tokens)))
+            blocks = self.ledger.needed(request_id, at) + after
+            self._make_room(blocks)
+            if self.block_pool.get_num_free_blocks() < blocks:
+                continue
+            prefix = self.prefixes.add(request.all_token_ids[:at], request.cache_salt)
+            if prefix is None:
+                continue
+            self._take(request_id, self.ledger.schedule(request_id, at))
+            taken = self.block_pool.get_new_blocks(self.ledger.fork(request_id, prefix.name))
+            # The request's first block stays its own.
+            self.blocks_of_prefixes[prefix.name] = [*self.further[request_id], taken[0]]
+            self.further[request_id] = taken[1:]
+            self.events.append(KeepFork(self.names[request_id], at, prefix.name))
 
     def report(self, reports: dict[str, Report]) -> None:
-        """What requests hold after a step; blocks that they need no longer go back."""
+        """What requests and new prefixes hold after a step; blocks that they need no longer go back."""
         for name, report in reports.items():
-            request_id = name.rpartition("#")[0]
-            if self.names.get(request_id) != name:
-                continue
-            surplus = self.ledger.report(request_id, report)
+            if name in self.blocks_of_prefixes:
+                holder, blocks = name, self.blocks_of_prefixes[name]
+            else:
+                holder = name.rpartition("#")[0]
+                if self.names.get(holder) != name:
+                    # It ended while the step ran.
+                    continue
+                blocks = self.further[holder]
+            surplus = self.ledger.report(holder, report)
             if surplus:
-                further = self.further[request_id]
-                self.block_pool.free_blocks(further[len(further) - surplus :])
-                del further[len(further) - surplus :]
+                self.block_pool.free_blocks(blocks[len(blocks) - surplus :])
+                del blocks[len(blocks) - surplus :]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id) + self.further.pop(request_id, [])
         self.prompts.pop(request_id, None)
+        self.began_from.pop(request_id, None)
         freed = self.ledger.free(request_id)
         assert freed == len(blocks), "the ledger and the blocks agree"
         if blocks:
             self.events.append(Ended(self.names.pop(request_id)))
         return blocks
+
+    # Prefixes, as the connector hears of requests.
+
+    def find_prefix(self, request: Any) -> int:
+        """How many tokens a request that waits can begin with; it then holds on to them, until it begins or is asked about again."""
+        self.requests[request.request_id] = request
+        request_id = request.request_id
+        if not self.prefix_every or request.skip_reading_prefix_cache or self.req_to_blocks.get(request_id):
+            return 0
+        if self.began_from.pop(request_id, None) is not None:
+            self.ledger.free(request_id)
+        # The last token's logits are wanted.
+        prefix = self.prefixes.find(request.all_token_ids, request.cache_salt, request.num_tokens - 1)
+        if prefix is None:
+            return 0
+        self.began_from[request_id] = prefix.name
+        return self.ledger.begin(request_id, prefix.name)
+
+    def finished(self, request: Any) -> None:
+        """A request is about to be freed: what it has is kept for one that goes on from it."""
+        request_id = request.request_id
+        self.requests.pop(request_id, None)
+        one = self.ledger.holders.get(request_id)
+        blocks = self.req_to_blocks.get(request_id)
+        if not self.prefix_every or not blocks or one is None or request.num_computed_tokens != one.scheduled:
+            return
+        if request.is_finished() and request.get_finished_reason() == FinishReason.ABORT:
+            return
+        prefix = self.prefixes.add(request.all_token_ids[: one.scheduled], request.cache_salt)
+        if prefix is None:
+            return
+        self.ledger.keep(request_id, prefix.name)
+        self.blocks_of_prefixes[prefix.name] = [*self.req_to_blocks.pop(request_id), *self.further.pop(request_id, [])]
+        self.events.append(BecameFork(self.names.pop(request_id), prefix.name))
 
     def take_events(self) -> list[Event]:
         """What happened since the step before, in order."""
@@ -154,6 +249,9 @@ class PoolManager(SingleTypeKVCacheManager):
     ) -> None:
         return
 
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        return
+
     def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         return
 
@@ -161,7 +259,7 @@ class PoolManager(SingleTypeKVCacheManager):
         return
 
 
-def register() -> None:
-    # Registering first would keep vLLM from registering its own: it looks whether there is any.
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(PoolSpec, PoolManager, PoolSpec)
+# In every process that meets the spec, which imports this. Registering first would keep vLLM from registering its own: it looks whether there
+# is any.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(PoolSpec, PoolManager, PoolSpec)

@@ -4,10 +4,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from dms.requirements import fits, installed, missing, tested
-from dms_vllm import ARCHITECTURE
 from dms_vllm.settings import Served
 
 # What was run; the range in setup.cfg has releases beside it that were only read.
@@ -28,10 +26,9 @@ def command(model: str, evict_bias: float, arguments: list[str]) -> list[str]:
         )
     revision = _value(arguments, "--revision")
     Served.of(model, revision).check_weights()
-    overrides = {"architectures": [ARCHITECTURE]}
-    additional = {"dms": {"evict_bias": evict_bias}} if evict_bias else {}
-    rest = _merged(_merged(arguments, "--hf-overrides", overrides), "--additional-config", additional)
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *rest]
+    if evict_bias:
+        arguments = _with_option(arguments, "evict_bias", evict_bias)
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments]
 
 
 def run(model: str, evict_bias: float, arguments: list[str]) -> None:
@@ -61,27 +58,18 @@ def _value(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _merged(arguments: list[str], name: str, ours: dict[str, Any]) -> list[str]:
-    """vLLM's arguments with ours in the JSON of one of them. Raises ValueError where it says something else already."""
-    if not ours:
-        return arguments
+def _with_option(arguments: list[str], option: str, value: float) -> list[str]:
+    """vLLM's arguments with an option of ours in the JSON of --additional-config. Raises ValueError where it says something else already."""
+    name = "--additional-config"
     given = _value(arguments, name)
     try:
-        value = {} if given is None else json.loads(given)
+        config = {} if given is None else json.loads(given)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is {given!r}, which is no JSON: {error}") from None
-    for key, of_ours in ours.items():
-        theirs = value.get(key, {} if isinstance(of_ours, dict) else of_ours)
-        if isinstance(of_ours, dict):
-            if clash := [name for name in of_ours if name in theirs and theirs[name] != of_ours[name]]:
-                raise ValueError(
-                    f"{name} sets dms.{clash[0]} to {theirs[clash[0]]!r}, and its own option to {of_ours[clash[0]]!r}; leave one out"
-                )
-            value[key] = {**theirs, **of_ours}
-        elif theirs != of_ours:
-            raise ValueError(f"{name} sets {key} to {theirs!r}; gates are served as {of_ours!r}, leave it out")
-        else:
-            value[key] = of_ours
-    place = arguments.index(name) if name in arguments else None
-    rest = [a for i, a in enumerate(arguments) if not (place is not None and i in (place, place + 1)) and not a.startswith(f"{name}=")]
-    return [*rest, name, json.dumps(value)]
+    ours = config.setdefault("dms", {})
+    if ours.get(option, value) != value:
+        raise ValueError(f"{name} sets dms.{option} to {ours[option]!r}, and its own option to {value!r}; leave one out")
+    ours[option] = value
+    place = arguments.index(name) if name in arguments else len(arguments)
+    rest = [a for i, a in enumerate(arguments) if i not in (place, place + 1) and not a.startswith(f"{name}=")]
+    return [*rest, name, json.dumps(config)]

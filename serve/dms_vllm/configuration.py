@@ -1,31 +1,66 @@
 """What vLLM is told while it completes its configuration, so that `vllm serve FOLDER` needs no option of ours, and what is refused by name."""
 
-from typing import Any
+import logging
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.config import get_config_parser, register_config_parser
 
-from dms_vllm.settings import KV_DTYPES, Options, Served
+from dms_vllm import ARCHITECTURE
+
+if TYPE_CHECKING:
+    from dms_vllm.settings import Options, Served
 
 logger = init_logger(__name__)
+
+
+def recognise_folders() -> None:
+    """Let vLLM take our model class for a configuration that has gates. What it names is the dense model's, for all others that read it."""
+    own: Any = type(get_config_parser("hf"))
+
+    class GatedFolders(own):
+        def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
+            read, config = super().parse(*args, **kwargs)
+            if getattr(config, "dms", None) is not None:
+                config.architectures = [ARCHITECTURE]
+            return read, config
+
+    # It warns that there is one already.
+    log = logging.getLogger(register_config_parser.__module__)
+    log.disabled, before = True, log.disabled
+    try:
+        register_config_parser("hf")(GatedFolders)
+    finally:
+        log.disabled = before
 
 
 class DMSConfiguration(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Raises ValueError for what does not work with gates, before anything is loaded."""
+        # In processes that serve other models nothing of ours is imported.
+        from vllm.config import KVTransferConfig
+
+        from dms_vllm.settings import Options, Served
+
         model = vllm_config.model_config
         options, served = Options.of(vllm_config), Served.of(model.model, model.revision)
         served.check_weights()
         refuse(vllm_config, options, served)
-        # Blocks are vouchers for pages, and hold no tokens that another request could have. What requests share is `dms.prefix_every`'s.
+        if not vllm_config.cache_config.enable_prefix_caching:
+            options = replace(options, prefix_every=0)
+        vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dms": asdict(options)}
+        # Its own would look for tokens in blocks, which are vouchers and hold none.
         vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector="DMSConnector", kv_role="kv_both")
 
 
-def refuse(vllm_config: Any, options: Options, served: Served) -> None:
+def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:
     """Raises ValueError for what does not work with gates."""
+    from dms_vllm.settings import KV_DTYPES
+
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if served.config.alignment == "next":
         raise ValueError(

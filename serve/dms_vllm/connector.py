@@ -45,7 +45,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         (self.manager,) = [manager for manager in managers if isinstance(manager, PoolManager)]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        return self.manager.find_prefix(request), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         return
@@ -59,10 +59,11 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             self.manager.report(meta.reports)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self.manager.finished(request)
         return False, None
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        return False, None
+        return self.request_finished(request, [])
 
     # A worker's side.
 

@@ -22,7 +22,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class KeepFork:
-    """The prefix of a request that is kept for others, once it has so many tokens."""
+    """A prefix of a request is kept for others, once it has so many tokens."""
 
     request: str
     num_tokens: int
@@ -30,8 +30,18 @@ class KeepFork:
 
 
 @dataclass(frozen=True)
-class DropFork:
+class BecameFork:
+    """A request has ended, and all that it has is kept for others."""
+
+    request: str
     fork: str
 
 
-Event = Began | Ended | KeepFork | DropFork
+@dataclass(frozen=True)
+class DroppedFork:
+    """A prefix is kept no longer."""
+
+    fork: str
+
+
+Event = Began | Ended | KeepFork | BecameFork | DroppedFork

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms_vllm.accounting import PoolSpec
-from dms_vllm.events import Began, DropFork, Ended, Event, KeepFork
+from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFork
 from dms_vllm.pool import FixedPool, page_bytes
 from dms_vllm.settings import KV_DTYPES, Options, Served
 from dms_vllm.vouchers import Geometry, Report
@@ -155,7 +155,7 @@ class Pool(nn.Module, AttentionLayerBase):
             pages_per_voucher=options.pages_per_voucher,
             ring_pages=-(-ring_bytes // (options.page_size * entry)),
         )
-        self.spec = PoolSpec.of(geometry, page_bytes=options.page_size * entry, max_tokens=max_tokens)
+        self.spec = PoolSpec.of(geometry, page_bytes=options.page_size * entry, max_tokens=max_tokens, prefix_every=options.prefix_every)
         self.worker: Worker | None = None
         self.blocks: dict[int, str] = {}
         """The request that each first block names."""
@@ -195,7 +195,9 @@ class Pool(nn.Module, AttentionLayerBase):
                     self.worker.end([event.request])
                 case KeepFork():
                     self.worker.keep_fork(event.request, event.num_tokens, event.fork)
-                case DropFork():
+                case BecameFork():
+                    self.worker.become_fork(event.request, event.fork)
+                case DroppedFork():
                     self.worker.drop_fork(event.fork)
 
     def report(self) -> dict[str, Report]:

@@ -30,8 +30,9 @@ class Options:
     """Entries of a page: 16, 32 or 64."""
     pages_per_voucher: int = 4
     """Pages that one of vLLM's blocks stands for."""
-    prefix_every: int = 0
-    """Keep a fork of every prompt's prefix at multiples of so many tokens, for prompts that begin alike; 0: none."""
+    prefix_every: int = 256
+    """Keep prompts' prefixes at multiples of so many tokens for others that begin alike, and what finished requests hold; 0: nothing, as under
+    --no-enable-prefix-caching."""
     loops: bool = False
     """Keep every request by itself while it decodes: slow, the reference."""
 

@@ -246,6 +246,16 @@ class Ledger:
         self.holders[name] = replace(one, start=start, latest=start, held=self.fork_vouchers, prefix=prefix)
         return self.fork_vouchers
 
+    def keep(self, name: Hashable, prefix: Hashable) -> None:
+        """A request has ended, and is a prefix from here on, with the vouchers that it holds.
+
+        Raises:
+            ValueError: there is such a prefix, or no such request.
+        """
+        if prefix in self.holders or name not in self.holders:
+            raise ValueError(f"{name!r} cannot become the prefix {prefix!r}; a request that has tokens becomes a new one")
+        self.holders[prefix] = replace(self.holders.pop(name), prompt=0)
+
     def begin(self, name: Hashable, prefix: Hashable) -> int:
         """A request begins with a prefix's tokens, of which it says the number; `free` undoes it where it is not scheduled after all.
 

@@ -13,6 +13,7 @@ import torch
 
 from dms.cache.fused_store import make_store
 from dms.cache.layer import CompactedLayer
+from dms.cache.page_pool import used_places
 from dms.cache.pending import EVICT, list_of
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -109,6 +110,10 @@ class Worker:
         """The layers whose rows they are."""
         self.forks: dict[str, list[PoolLayer]] = {}
         """Prefixes that are kept for requests to come, by key."""
+        self.parents: dict[str, str] = {}
+        """The fork that a request or a fork began from, or that was last made of it, which the shared pages count as."""
+        self.new_forks: list[str] = []
+        """Of which no report was made."""
         self.forks_to_keep: dict[str, dict[int, str]] = {}
         """Of each request, the keys of the forks to keep once it has so many tokens."""
         self.peak_pages = 0
@@ -124,6 +129,7 @@ class Worker:
             self.alone[request] = [PoolLayer(self.config, self.pool) for _ in range(self.num_layers)]
         else:
             self.alone[request] = [layer.copy() for layer in self.forks[fork]]
+            self.parents[request] = fork
 
     def end(self, requests: Iterable[str]) -> None:
         """Requests have ended, or were preempted and will begin anew: their pages are free from here on."""
@@ -131,6 +137,7 @@ class Worker:
         for request in ended:
             self.alone.pop(request, None)
             self.forks_to_keep.pop(request, None)
+            self.parents.pop(request, None)
         rows = [row for row, request in enumerate(self.decoding) if request in ended]
         if rows:
             self._part_with(rows)
@@ -140,8 +147,19 @@ class Worker:
         """Keep the prefix of so many tokens of a request, as soon as it has them."""
         self.forks_to_keep.setdefault(request, {})[num_tokens] = key
 
+    def become_fork(self, request: str, key: str) -> None:
+        """A request has ended, and all that it has is a prefix from here on."""
+        if request in self.decoding:
+            self.alone[request] = self._part_with([self.decoding.index(request)])
+        self.forks[key] = self.alone.pop(request)
+        self.forks_to_keep.pop(request, None)
+        if request in self.parents:
+            self.parents[key] = self.parents.pop(request)
+        self.new_forks.append(key)
+
     def drop_fork(self, key: str) -> None:
         self.forks.pop(key, None)
+        self.parents.pop(key, None)
         self.pool.collect()
 
     # A step.
@@ -251,7 +269,7 @@ class Worker:
             held.update(k[part].transpose(0, 1)[None], v[part].transpose(0, 1)[None])
             out[part] = held.attend(q[part].transpose(0, 1)[None], **options)[0]
             if piece.fork is not None:
-                self.forks.setdefault(piece.fork, []).append(held.copy())
+                self._keep(piece.request, piece.fork, held.copy())
         if step.rows is not None:
             held, rows = self.row_layers[layer], step.rows
             held.decide(evicts[rows.at][:, None], rows.tokens)
@@ -260,24 +278,45 @@ class Worker:
             out[rows.at[rows.present]] = answer[rows.present]
         return out
 
+    def _keep(self, request: str, key: str, copy: PoolLayer) -> None:
+        layers = self.forks.setdefault(key, [])
+        layers.append(copy)
+        if len(layers) == self.num_layers:
+            if request in self.parents:
+                self.parents[key] = self.parents[request]
+            self.parents[request] = key
+            self.new_forks.append(key)
+
     # What the scheduler is told, after a step.
 
     def report(self, step: Step) -> dict[str, Report]:
-        """Of each request of a step what it holds."""
-        reports = {piece.request: self._reports(self.alone[piece.request])[0] for piece in step.pieces}
+        """Of each request of a step, and each fork made in it, what it holds."""
+        reports = {piece.request: self._reports([piece.request], self.alone[piece.request])[0] for piece in step.pieces}
         if step.rows is not None:
-            by_row = self._reports(self.row_layers)
+            by_row = self._reports(self.decoding, self.row_layers)
             reports |= {self.decoding[row]: by_row[row] for row in step.rows.present.nonzero()[:, 0].tolist()}
+        new, self.new_forks = self.new_forks, []
+        reports |= {key: self._reports([key], self.forks[key])[0] for key in new if key in self.forks}
         self.peak_pages = max(self.peak_pages, self.pool.num_pages - int(self.pool.num_free))
         self.peak_requests = max(self.peak_requests, len(self.alone) + len(self.decoding))
         return reports
 
-    def _reports(self, layers: list[PoolLayer]) -> list[Report]:
-        horizons = self.horizons
-        pages = sum(torch.stack([pages_in(layer.store, tokens) for tokens in horizons], 1) for layer in layers)
+    def _reports(self, names: list[str], layers: list[PoolLayer]) -> list[Report]:
+        """Of the rows of layers, whose names these are."""
+        pages = sum(torch.stack([pages_in(layer.store, tokens) for tokens in self.horizons], 1) for layer in layers)
         assert isinstance(pages, torch.Tensor), "there are layers"
+        for row, name in enumerate(names):
+            if name in self.parents:
+                parents = self.forks[self.parents[name]]
+                pages[row] -= sum(shared_pages(layer.store, row, parent.store) for layer, parent in zip(layers, parents, strict=True))
         tokens = layers[0].store.seq_len.tolist()
         return [Report(number, tuple(row)) for number, row in zip(tokens, pages.tolist(), strict=True)]
+
+
+def shared_pages(store: Store, row: int, parent: Store) -> int:
+    """Pages of a row that another store has too."""
+    used = used_places(store.page_table[row : row + 1], store.num_kept[row : row + 1], store.pool.page_size)
+    return int(torch.isin(store.page_table[row : row + 1][used], parent.page_numbers()).sum())
 
 
 def pages_in(store: Store, num_tokens: int) -> torch.Tensor:

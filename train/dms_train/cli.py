@@ -135,6 +135,20 @@ def pretrain(
         run(loaded)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder that dms wrote, such as RUN/model, or a repository on the hub.")],
+    evict_bias: Annotated[
+        float, typer.Option(help="Added to every gate's logit: above 0 evicts more than was trained, below 0 less.")
+    ] = 0.0,
+) -> None:
+    """Serve a retrofitted model with vLLM; further options are those of `vllm serve`."""
+    from dms_vllm.command import run
+
+    run(model, evict_bias, context.args)
+
+
 @app.command("generate-data")
 def generate_data(
     recipe: Annotated[str, typer.Argument(help="A path, or a packaged name such as tiny/generate.")], overrides: Overrides = None
