@@ -137,6 +137,10 @@ class PoolManager(SingleTypeKVCacheManager):
         self.peak = max(self.peak, self.ledger.num_held)
         return self.req_to_blocks[request_id][:1] if begins else []
 
+    def _finishes(self, prefix_vouchers: int, start: int) -> bool:
+        """As `Ledger.finishes`, in this pool."""
+        return self.ledger.finishes(prefix_vouchers, start, self.kv_cache_spec.block_size, self.block_pool.num_gpu_blocks - 1)
+
     def _take(self, holder: str, num_blocks: int) -> None:
         if num_blocks:
             self.further[holder].extend(self.block_pool.get_new_blocks(num_blocks))
@@ -148,6 +152,10 @@ class PoolManager(SingleTypeKVCacheManager):
             return
         geometry, scheduled = self.ledger.geometry, self.ledger.holders[request_id].scheduled
         for at in range(scheduled // every * every + every, min(num_tokens, request.num_prompt_tokens) + 1, every):
+            one = self.ledger.holders[request_id]
+            of_prefix = self.ledger.of_prefixes(one.prefix) + one.held + self.ledger.needed(request_id, at)
+            if not self._finishes(of_prefix, at):
+                continue
             after = max(self.ledger.fork_vouchers, geometry.vouchers(geometry.open_pages + geometry.growth(at, num_tokens)))
             blocks = self.ledger.needed(request_id, at) + after
             self._make_room(blocks)
@@ -201,7 +209,7 @@ class PoolManager(SingleTypeKVCacheManager):
             self.ledger.free(request_id)
         # The last token's logits are wanted.
         prefix = self.prefixes.find(request.all_token_ids, request.cache_salt, request.num_tokens - 1)
-        if prefix is None:
+        if prefix is None or not self._finishes(self.ledger.of_prefixes(prefix.name), len(prefix.tokens)):
             return 0
         self.began_from[request_id] = prefix.name
         return self.ledger.begin(request_id, prefix.name)

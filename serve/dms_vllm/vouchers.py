@@ -229,6 +229,17 @@ class Ledger:
         """What `fork` takes."""
         return self.geometry.vouchers(self.geometry.open_pages)
 
+    def finishes(self, prefix_vouchers: int, start: int, max_model_len: int, num_vouchers: int) -> bool:
+        """Whether a request that shares start tokens, whose prefix and that one's own hold so many vouchers, can have all tokens that it may
+        grow to when nobody else holds any. Else it would wait for ever for vouchers that its own prefix has."""
+        rest = self.geometry.open_pages + self.geometry.growth(start, max_model_len)
+        return prefix_vouchers + self.geometry.vouchers(rest) <= num_vouchers
+
+    def of_prefixes(self, name: Hashable | None) -> int:
+        """Vouchers of a prefix and of those that it began from; None: of none."""
+        one = None if name is None else self.holders[name]
+        return 0 if one is None else one.held + self.of_prefixes(one.prefix)
+
     def fork(self, name: Hashable, prefix: Hashable) -> int:
         """Cache what a request has of all tokens scheduled until now as a prefix: vouchers to take, `fork_vouchers`, which must be free.
 
