@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from dms_vllm.pool import FixedPool, page_bytes
-from dms_vllm.vouchers import Geometry, Ledger
-from dms_vllm.worker import Part, Worker
 
 from dms.cache.layer import CompactedLayer
 from dms.config import DMSConfig
 from dms.masks import Tokens
+from dms_vllm.pool import FixedPool, page_bytes
+from dms_vllm.vouchers import Geometry, Ledger
+from dms_vllm.worker import Part, Worker
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 8
 OPTIONS = {"scale": 0.3, "softcap": None, "sink_logits": None}
