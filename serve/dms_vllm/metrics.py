@@ -1,6 +1,6 @@
 """What vLLM's log and its Prometheus endpoint say of the pool: entries alive, what they are of, and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Gauge
@@ -9,7 +9,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 @dataclass
 class PoolStats(KVConnectorStats):
-    """data: by rank, as a string, what `Worker.held` says. Of one rank the latest counts, of several their sum."""
+    """Of one rank the latest counts, of several their sum."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    """By rank what `Worker.held` says."""
 
     def aggregate(self, other: "KVConnectorStats") -> "PoolStats":
         return PoolStats({**self.data, **other.data})

@@ -338,7 +338,7 @@ def shared_pages(store: Store, row: int, parent: Store) -> int:
 def sliding(num_visible: int, num_windows: int) -> DMSConfig:
     """Of a layer in which a token sees itself and those before it, num_visible in all: one whose gate evicts everything. It needs as many
     windows as the others have, since all have pages of one kind."""
-    windows = [num_visible - 1 + more for more in range(num_windows)]
+    windows = tuple(num_visible - 1 + more for more in range(num_windows))
     return DMSConfig(window=windows[0] if num_windows == 1 else windows)
 
 
