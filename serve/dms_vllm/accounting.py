@@ -230,7 +230,9 @@ class PoolManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks.get(request_id)
         if not self.prefix_every or not blocks or one is None or request.num_computed_tokens != one.scheduled:
             return
-        if request.is_finished() and request.get_finished_reason() == FinishReason.ABORT:
+        aborted = request.is_finished() and request.get_finished_reason() == FinishReason.ABORT
+        # Scheduled ahead of what is known, the cache has a token that is not.
+        if aborted or len(request.all_token_ids) < one.scheduled:
             return
         prefix = self.prefixes.add(request.all_token_ids[: one.scheduled], request.cache_salt)
         if prefix is None:
@@ -238,6 +240,13 @@ class PoolManager(SingleTypeKVCacheManager):
         self.ledger.keep(request_id, prefix.name)
         self.blocks_of_prefixes[prefix.name] = [*self.req_to_blocks.pop(request_id), *self.further.pop(request_id, [])]
         self.events.append(BecameFork(self.names.pop(request_id), prefix.name))
+
+    def forget_prefixes(self) -> bool:
+        """Let all prefixes go that nobody uses; whether none is left."""
+        while unused := [name for name in self.prefixes.oldest_first() if self.ledger.holders[name].users == 0]:
+            for name in unused:
+                self._drop_prefix(name)
+        return not self.prefixes.by_name
 
     def take_events(self) -> list[Event]:
         """What happened since the step before, in order."""

@@ -73,6 +73,9 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
+    def reset_cache(self) -> bool:
+        return self.manager.forget_prefixes()
+
     # A worker's side.
 
     def _pool(self) -> Any:
