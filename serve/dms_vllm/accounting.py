@@ -265,6 +265,7 @@ class PoolManager(SingleTypeKVCacheManager):
         alignment_tokens: int,
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
+        **further: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """None: blocks hold no tokens."""
         return tuple([] for _ in kv_cache_group_ids), 0

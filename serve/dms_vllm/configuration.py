@@ -88,6 +88,10 @@ def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:
             f"--kv-transfer-config names {vllm_config.kv_transfer_config.kv_connector!r}: its connector moves blocks of tokens, and ours hold "
             "pages; leave it out"
         )
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ValueError(
+            "--enable-sleep-mode gives the KV cache's memory up, and the workers' page tables would point at nothing; leave it out"
+        )
     if cache.cache_dtype not in KV_DTYPES:
         raise ValueError(
             f"--kv-cache-dtype is {cache.cache_dtype!r}; pages hold the model's own dtype (auto) or int8 with a scale an entry (int8_per_token_head)"
