@@ -9,12 +9,14 @@ import dms_train
 
 import dms
 import dms_kernels
+import dms_vllm
 
 # Module -> the packages that it may lack. What is not named here is inference, and the command line.
 MAY_LACK = {
     "dms_train": {"accelerate"},
     "dms.report": {"matplotlib"},
     "dms.evaluation.engine.lm_eval_model": {"lm_eval"},
+    "dms_vllm": {"vllm", "prometheus_client"},
     "dms_kernels": {"triton"},
 }
 
@@ -31,7 +33,7 @@ def lacking(name: str) -> str | None:
     return None
 
 
-packages = (dms, dms_train, dms_kernels)
+packages = (dms, dms_train, dms_vllm, dms_kernels)
 names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")})
 lack = {name: package for name in names if (package := lacking(name))}
 wrong = {

@@ -27,14 +27,17 @@ class PoolSpec(AttentionSpec):
     geometry: Geometry
     prefix_every: int
     """As in `settings.Options`."""
+    kept: float
+    """The share of its entries that a prompt is expected to keep, until requests have shown theirs."""
 
     @classmethod
-    def of(cls, geometry: Geometry, page_bytes: int, max_tokens: int, prefix_every: int) -> "PoolSpec":
+    def of(cls, geometry: Geometry, page_bytes: int, max_tokens: int, prefix_every: int, kept: float) -> "PoolSpec":
         """page_bytes: of a page. max_tokens: of the longest request."""
         # Anything but an AttentionSpec is refused where blocks are divided for kernels; one byte of one head makes its sizes ours.
         return cls(
             geometry=geometry,
             prefix_every=prefix_every,
+            kept=kept,
             block_size=max_tokens,
             num_kv_heads=1,
             head_size=1,
@@ -76,7 +79,7 @@ class PoolManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: PoolSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
-        self.ledger = Ledger(kv_cache_spec.geometry)
+        self.ledger = Ledger(kv_cache_spec.geometry, kept=kv_cache_spec.kept)
         self.further: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
         """Of each request its blocks beyond the first."""
         self.prompts: dict[str, int] = {}

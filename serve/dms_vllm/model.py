@@ -27,6 +27,8 @@ from dms_vllm.worker import Part, Step, Worker, sliding
 
 # vLLM looks for a layer's number in its name.
 POOL = "model.layers.0.dms_pool"
+# Prompts hold more than their ratio says, which is that of their end: at first they are expected to hold so many times as much.
+_FIRST_SHARE = 2.0
 
 
 @torch.library.custom_op("dms_vllm::attend", mutates_args=())
@@ -145,8 +147,16 @@ class AttentionOptions:
 class Pool(nn.Module, AttentionLayerBase):
     """The one "layer" of whose cache vLLM knows: the pool of all layers, in the memory that vLLM gives it."""
 
-    def __init__(self, vllm_config: VllmConfig, config: DMSConfig, options: Options, layers: list[GatedAttention], max_tokens: int):
-        """layers: those with gates, then those with a sliding window. max_tokens: of the longest request."""
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        config: DMSConfig,
+        options: Options,
+        layers: list[GatedAttention],
+        max_tokens: int,
+        target_cr: float | None,
+    ):
+        """target_cr: that the gates were trained for. layers: those with gates, then those with a sliding window. max_tokens: of the longest request."""
         super().__init__()
         self.config, self.options = config, options
         self.attention = [AttentionOptions(layer.scale, layer.softcap, layer.sinks) for layer in layers]
@@ -166,7 +176,13 @@ class Pool(nn.Module, AttentionLayerBase):
             pages_per_voucher=options.pages_per_voucher,
             ring_pages=-(-ring_bytes // (options.page_size * entry)),
         )
-        self.spec = PoolSpec.of(geometry, page_bytes=options.page_size * entry, max_tokens=max_tokens, prefix_every=options.prefix_every)
+        self.spec = PoolSpec.of(
+            geometry,
+            page_bytes=options.page_size * entry,
+            max_tokens=max_tokens,
+            prefix_every=options.prefix_every,
+            kept=min(1.0, _FIRST_SHARE / target_cr) if target_cr else 1.0,
+        )
         self.worker: Worker | None = None
         self.blocks: dict[int, str] = {}
         """The request that each first block names."""
@@ -272,7 +288,9 @@ class DMSForCausalLM(TransformersForCausalLM):
                 f"{served.folder}: layers have heads of different sizes, and the pages of all are of one; use dms.load(...).generate"
             )
         self.served, self.num_kv_heads_of_all = served, {layer.index: layer.num_heads for layer in found.gated}
-        self.dms_pool = Pool(self.vllm_config, served.config, options, layers, model.max_model_len)
+        self.dms_pool = Pool(
+            self.vllm_config, served.config, options, layers, model.max_model_len, float(served.metadata.get("target_cr") or 0) or None
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The weights, and the gates beside them, of which each rank takes those of its heads."""
