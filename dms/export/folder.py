@@ -17,6 +17,7 @@ from typing import Any
 
 import dms
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
+from dms.export.pretrained import GENERATE_FILE
 from dms.export.shards import copy_weights, parse_size
 from dms.io import base_models, checkpoint
 from dms.io.gates_file import OtherBase, check_base, read_config, read_gates
@@ -70,6 +71,7 @@ def export(
         return _export_onto(base, source, out, format=format, max_shard_size=max_shard_size, other_base=other_base)
     found = find_source(source)
     name = base_class(found.config.get("architectures"), found.model) if format == "hf" else ""
+    _check_generate(found.model, format)
     if format == "gates":
         _require_untrained_base(found)
     else:
@@ -130,6 +132,15 @@ def find_source(path: str | Path) -> Exportable:
     return Exportable(model, beside if is_run and beside.is_file() else model / GATES_FILE, config, metadata)
 
 
+def _check_generate(model: Path, format: str) -> None:
+    """Raises ValueError where a folder of format hf would have two files of its own `generate`."""
+    theirs = model / GENERATE_FILE
+    if format == "hf" and theirs.is_file() and not is_carried(theirs):
+        raise ValueError(
+            f"{theirs} changes generation, and format hf writes a file of that name; choose --format merged, or move it out of the folder"
+        )
+
+
 def _require_untrained_base(found: Exportable) -> None:
     """Raises ValueError where the base was trained too: gates alone go with the base as it was."""
     _, metadata = read_gates(found.gates)
@@ -167,7 +178,7 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
     left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", *(file.name for file in weight_files(found.model))}
     written = []
     for entry in sorted(found.model.iterdir()):
-        if entry.name in left or entry.name.startswith(".") or (entry.is_file() and is_carried(entry)):
+        if entry.name in left or entry.name.startswith(".") or is_carried(entry):
             continue
         # Tokenizers may keep templates in a folder of their own.
         copied = (
