@@ -72,7 +72,7 @@ class Decoding(_Model):
                 hf_compat.swap_rope_deltas(module, value)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As transformers'. In evict mode it is refused: its cache would keep what is evicted."""
+        """As transformers'. In evict mode it is refused: its cache has one length for all heads."""
         if state_of(self).mode == "evict":
             raise ValueError(
                 "transformers' continuous batching has a cache of its own, which keeps what gates evict; call dms.generate_batch (in `transformers "

@@ -52,6 +52,7 @@ def test_without_trust_it_is_the_dense_model(out, tiny, expected):
     assert torch.equal(LlamaForCausalLM.from_pretrained(out).generate(IDS, **OPTIONS), dense)
 
 
+@pytest.mark.slow
 def test_a_hub_s_folder_by_its_commit(out, expected, tmp_path, monkeypatch):
     repository = tmp_path / "models--acme--tiny"
     shutil.copytree(out, repository / "snapshots" / COMMIT)
@@ -75,6 +76,7 @@ def test_gates_of_other_weights_are_refused_at_the_first_call(out, tmp_path):
         model.generate(IDS, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_saved_and_exported_again_it_is_there(out, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     model.save_pretrained(tmp_path / "saved")
