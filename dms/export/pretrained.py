@@ -28,6 +28,9 @@ else:
 class GatedPretrained(_Base):
     """A base class before a transformers model class. Loaded models evict; `model.dms` is their state, with `evict_bias`."""
 
+    own_generate: str | None = None
+    """The folder's GENERATE_FILE, to be saved again; None: it has none."""
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # The layers are transformers' own, and so are the rules by which it renames their weights (GPT-NeoX's head).
@@ -55,10 +58,10 @@ class GatedPretrained(_Base):
         model.own_generate = own_generate.read_text(encoding="utf-8") if own_generate.is_file() else None
         return loaded
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As transformers' own, which writes this folder's code beside the weights, but for its `generate`."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
-        if is_main_process and getattr(self, "own_generate", None) is not None:
+        super().save_pretrained(save_directory, *args, **options)
+        if self.own_generate is not None and options.get("is_main_process", args[0] if args else True):
             path = Path(save_directory, GENERATE_FILE)
             path.parent.mkdir(exist_ok=True)
             path.write_text(self.own_generate, encoding="utf-8")

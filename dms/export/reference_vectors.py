@@ -233,13 +233,13 @@ def compute(model: Any, prompts: Mapping[str, torch.Tensor]) -> tuple[dict[str, 
         tensors |= {f"{name}.tokens": ids.int(), f"{name}.logits": case.logits_TV[len(prompt) - 1].clone()}
         for index in case.gate_logits:
             tensors |= {f"{name}.layers.{index}.{kind}": tensor for kind, tensor in _decided(case, index, state.config).items()}
-            # Either way of deciding what is there must count the same.
+            # The compacted cache holds what the mask shows.
             assert index not in entries or torch.equal(entries[index], tensors[f"{name}.layers.{index}.entries"][-1])
         cases.append({"name": name, "prompt_length": len(prompt), "length": len(ids)})
     decisions = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.endswith(".decisions")])
     if decisions.min() == decisions.max():
         raise ValueError(
-            f"the gates {'evict' if decisions.any() else 'keep'} every one of {decisions.numel():,} tokens of these texts, and reference vectors "
+            f"all {decisions.numel():,} decisions of the gates in these texts are to {'evict' if decisions.any() else 'keep'}, and reference vectors "
             "of them would test nothing; train the gates first"
         )
     tensors |= _gate_inputs(longest, case) | _attention(case, len(prompts[longest]))
@@ -249,22 +249,27 @@ def compute(model: Any, prompts: Mapping[str, torch.Tensor]) -> tuple[dict[str, 
             f"reference vectors of {type(model).__name__} take {size / 2**20:,.0f} MiB, and at most {MAX_BYTES // 2**20} are written: "
             f"{cases[-1]['length']} tokens in {len(state.layers)} layers; save the model with shorter windows (dms.load(..., window=...)) and export that"
         )
+    attention = {"case": longest, "layer": layer.index} | {name: case.attention[name] for name in ("scale", "softcap")}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors, _describe(model, tensors, {"cases": cases, "attention": attention})
+
+
+def _describe(model: Any, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in vectors.json. texts: the cases, and which attention was recorded."""
+    state = state_of(model)
     logits = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.endswith(".gate_logits")])
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {
+    return {
         "model": type(model).__name__,
         "dms": state.config.to_saved(),
         "windows": list(state.config.windows),
-        "cases": cases,
+        **texts,
         "layers": [
             {"index": layer.index, "kv_heads": layer.num_heads, "query_heads": layer.num_query_heads, "normalize": layer.gate.normalize}
             for layer in state.layers
         ],
-        "attention": {"case": longest, "layer": layer.index} | {name: case.attention[name] for name in ("scale", "softcap")},
         "smallest_gate_logit": float(logits.abs().min()),
         "tolerance": TOLERANCE,
-        "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for name, tensor in tensors.items()
-        },
+        "tensors": {name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in tensors.items()},
     }
 
 

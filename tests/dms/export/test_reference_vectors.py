@@ -252,6 +252,6 @@ def test_models_that_can_have_none_are_refused(tiny, tmp_path):
 def test_gates_that_were_not_trained_are_refused_and_leave_nothing(tmp_path):
     model = dms.retrofit(base_models.load_base("builtin:tiny", "float32", "cpu"), dms.DMSConfig(window=8))
     source = checkpoint.save(model, tmp_path / "untrained", base_name="builtin:tiny")
-    with pytest.raises(ValueError, match=r"the gates keep every one of [\d,]+ tokens of these texts, .* train the gates first"):
+    with pytest.raises(ValueError, match=r"all [\d,]+ decisions of the gates in these texts are to keep, .* train the gates first"):
         export(source, tmp_path / "out", reference_vectors=True)
     assert not (tmp_path / "out").exists()
