@@ -71,6 +71,15 @@ class Decoding(_Model):
             for module, value in deltas.items():
                 hf_compat.swap_rope_deltas(module, value)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers'. In evict mode it is refused: its cache has one length for all heads."""
+        if state_of(self).mode == "evict":
+            raise ValueError(
+                "transformers' continuous batching has a cache of its own, which keeps what gates evict; call dms.generate_batch (in `transformers "
+                'serve` leave out --continuous-batching), or call dms.set_mode(model, "dense")'
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options):
         """As transformers'. The gates go into gates.safetensors beside the weights, so that `dms.load` and transformers read the folder."""
         # What it needs imports this module.

@@ -16,7 +16,7 @@ grep -Eq '^torch *[=<>~!]' "$work/wanted.txt" || grep '^torch==' "$lock" >>"$wor
 printf 'lock: resolving\n' >&2
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet uv
-"$work/venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --no-python-downloads --extra all --extra quantized --extra docs --extra dev --no-annotate --no-header \
+"$work/venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --no-python-downloads --extra all --extra quantized --extra openai --extra docs --extra dev --no-annotate --no-header \
     --constraint "$work/wanted.txt" "$root/setup.cfg" >"$work/found.txt"
 {
     printf '# Versions that passed the tests together, for Python 3.10 to 3.13; made by scripts/lock.sh. setup.cfg has the ranges.\n'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the checkout's .venv and installs the project into it, editable. Quick when there is nothing to do.
-#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: train, evaluate, report, track, deepspeed, lora, gguf, quantized, all, docs, dev
+#   scripts/setup_env.sh [EXTRA ...]     extras of setup.cfg: train, evaluate, report, track, deepspeed, lora, gguf, quantized, openai, all, docs, dev
 # Versions are those of constraints.txt, which passed the tests; DMS_VERSIONS=newest takes the newest within setup.cfg's bounds.
 # PYTHON=/path/to/python chooses the interpreter (3.10 to 3.13); otherwise the first fitting one on PATH. DMS_VENV=/path/to/venv takes the
 # place of .venv.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import dms
 from dms.export.closure import flat_name, flatten
+from dms.export.pretrained import GENERATE_FILE
 
 MODEL_FILE = "modeling_dms.py"
 _ENTRY = "dms.export.pretrained"
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from transformers import {name} as Base
 
-from .{entry} import GatedPretrained
+from .{entry} import GatedPretrained, attach_gates
 
 if TYPE_CHECKING:
     # Never run: transformers copies the files that a line of this form names.
@@ -27,6 +28,25 @@ class {name}(GatedPretrained, Base):
 
     # Tells transformers to save this code beside weights, and as which class's.
     _auto_class = "{auto}"
+    # For `custom_generate`, whose models are of transformers' own class.
+    attach_gates = staticmethod(attach_gates)
+'''
+
+_GENERATE = '''"""What `generate` is where transformers' own {name} loads this folder with trust_remote_code, as `transformers serve` does."""
+
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+def generate(*args, model, **kwargs):
+    """Attach the gates at the first call, and generate with eviction."""
+    if getattr(model, "dms", None) is None:
+        source = model.name_or_path
+        # transformers copies a hub's code into a folder named after its commit.
+        options = {{}} if Path(source).is_dir() else {{"revision": Path(__file__).parent.parent.name}}
+        get_class_from_dynamic_module("{module}.{name}", source, **options).attach_gates(model, source, options)
+    return type(model).generate(model, *args, **kwargs)
 '''
 
 
@@ -48,7 +68,8 @@ def base_class(architectures: list[str] | None, where: str | Path) -> str:
 
 
 def write_code(folder: Path, name: str, auto: str) -> list[Path]:
-    """Write the class `name`, a subclass of transformers' class of that name, and what it needs. Returns the files.
+    """Write the class `name`, a subclass of transformers' class of that name, what it needs, and `generate` for models of transformers'
+    class. Returns the files.
 
     auto: the Auto class that loads it.
     """
@@ -56,6 +77,8 @@ def write_code(folder: Path, name: str, auto: str) -> list[Path]:
     lines = "\n".join(f"    from .{flat} import __name__ as _" for flat in sorted(modules))
     texts = {MODEL_FILE: _header("The model class") + _MODEL.format(name=name, auto=auto, entry=flat_name(_ENTRY), files=lines)}
     texts |= {f"{flat}.py": _header(f"Module {module.name}") + module.text for flat, module in modules.items()}
+    texts[GENERATE_FILE] = _header("Generation") + _GENERATE.format(name=name, module=Path(MODEL_FILE).stem)
+    (folder / GENERATE_FILE).parent.mkdir()
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
     return [folder / file for file in texts]
@@ -65,9 +88,12 @@ def _header(what: str) -> str:
     return f"# {what} of dms-retrofit {dms.__version__}, {_MARK}: generated, do not edit.\n# SPDX-License-Identifier: Apache-2.0\n"
 
 
-def is_carried(file: Path) -> bool:
-    """Whether a file is one that `write_code` wrote."""
-    if file.suffix != ".py":
+def is_carried(path: Path) -> bool:
+    """Whether a file, or the folder of `generate`, is one that `write_code` wrote."""
+    if path.is_dir():
+        generate = path.parent / GENERATE_FILE
+        return generate.parent == path and generate.is_file() and is_carried(generate)
+    if path.suffix != ".py":
         return False
-    with open(file, encoding="utf-8") as f:
+    with open(path, encoding="utf-8") as f:
         return _MARK in f.readline()

@@ -17,6 +17,9 @@ from typing import Any
 
 import dms
 from dms.export.code import MODEL_FILE, base_class, is_carried, write_code
+from dms.export.pretrained import GENERATE_FILE
+from dms.export.reference_vectors import FOLDER as VECTORS_FOLDER
+from dms.export.reference_vectors import check_exportable, write_reference_vectors
 from dms.export.shards import copy_weights, parse_size
 from dms.io import base_models, checkpoint
 from dms.io.gates_file import OtherBase, check_base, read_config, read_gates
@@ -51,25 +54,34 @@ def export(
     max_shard_size: str = "5GB",
     base: str | None = None,
     other_base: bool = False,
+    reference_vectors: bool = False,
 ) -> list[Path]:
     """Write `source`, a run or a model folder that dms wrote, to `out` in one of FORMATS. Returns the files.
 
     max_shard_size: weights in larger files are divided; those in smaller ones are copied as they are. base: where `source` holds gates
-    alone, the model that they go with. other_base: as of `dms.load`.
+    alone, the model that they go with. other_base: as of `dms.load`. reference_vectors: also write what tests an implementation
+    elsewhere (`dms.export.reference_vectors`), for which the model is run in float32 on the CPU.
 
     Raises:
         ValueError: a source without gates or with other weights than they belong to, an `out` that holds something, an unknown
-            format or size, a base whose class transformers lacks (hf), or one whose weights were trained too (gates).
+            format or size, a base whose class transformers lacks (hf), one whose weights were trained too (gates), or a model that can
+            have no reference vectors.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; the formats are {', '.join(FORMATS)}")
     max_bytes = parse_size(max_shard_size)
     if format == "gates" and (base is not None or other_base):
         raise ValueError("format gates writes the gates alone, for the base that they were trained on; leave out --base and --other-base")
+    if format == "gates" and reference_vectors:
+        raise ValueError(
+            "reference vectors are computed with the model, and format gates writes the gates alone; choose --format hf or merged"
+        )
     if base is not None:
-        return _export_onto(base, source, out, format=format, max_shard_size=max_shard_size, other_base=other_base)
+        options: dict[str, Any] = {"format": format, "max_shard_size": max_shard_size, "reference_vectors": reference_vectors}
+        return _export_onto(base, source, out, other_base=other_base, **options)
     found = find_source(source)
     name = base_class(found.config.get("architectures"), found.model) if format == "hf" else ""
+    _check_generate(found.model, format)
     if format == "gates":
         _require_untrained_base(found)
     else:
@@ -78,9 +90,12 @@ def export(
         if other is not None:
             warnings.warn(str(other), stacklevel=2)
         found = replace(found, other=other)
+    if reference_vectors:
+        check_exportable(found.model, _metadata(found))
     out, existed = _prepare(Path(out), found.model)
     try:
-        return _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
+        written = _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
+        return [*written, *(write_reference_vectors(out) if reference_vectors else [])]
     except BaseException:
         # A half-written folder could be taken for a whole one.
         shutil.rmtree(out)
@@ -130,6 +145,15 @@ def find_source(path: str | Path) -> Exportable:
     return Exportable(model, beside if is_run and beside.is_file() else model / GATES_FILE, config, metadata)
 
 
+def _check_generate(model: Path, format: str) -> None:
+    """Raises ValueError where a folder of format hf would have two files of its own `generate`."""
+    theirs = model / GENERATE_FILE
+    if format == "hf" and theirs.is_file() and not is_carried(theirs):
+        raise ValueError(
+            f"{theirs} changes generation, and format hf writes a file of that name; choose --format merged, or move it out of the folder"
+        )
+
+
 def _require_untrained_base(found: Exportable) -> None:
     """Raises ValueError where the base was trained too: gates alone go with the base as it was."""
     _, metadata = read_gates(found.gates)
@@ -164,10 +188,10 @@ def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
 def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> list[Path]:
     """Write weights, gates, configuration, card, and the code. name: the class that the code builds on; "": no code."""
     autos = _auto_classes(found.model) if name else []
-    left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", *(file.name for file in weight_files(found.model))}
+    left = {GATES_FILE, INDEX_FILE, "config.json", "README.md", VECTORS_FOLDER, *(file.name for file in weight_files(found.model))}
     written = []
     for entry in sorted(found.model.iterdir()):
-        if entry.name in left or entry.name.startswith(".") or (entry.is_file() and is_carried(entry)):
+        if entry.name in left or entry.name.startswith(".") or is_carried(entry):
             continue
         # Tokenizers may keep templates in a folder of their own.
         copied = (
@@ -177,15 +201,13 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
         )
         written.append(Path(copied))
     written += copy_weights(found.model, out, max_bytes)
-    metadata = found.metadata
+    metadata = _metadata(found)
     if found.other is None:
         written.append(Path(shutil.copyfile(found.model / GATES_FILE, out / GATES_FILE)))
     else:
         # What is written fits its own weights from here on, and says where its gates are from.
         structure = checkpoint.structure_of_base(str(found.model)).to_saved()
         metadata = {**metadata, "base_hash": base_hash(out), "base_structure": structure, "trained_on": found.other.trained_on}
-        # These are as their files are, whatever those were packed as that the gates were trained on.
-        metadata.pop("base_form", None)
         written.append(save_tensors(read_gates(found.model)[0], out / GATES_FILE, metadata))
     (out / "config.json").write_text(json.dumps(_config(found, name, autos), indent=2) + "\n", encoding="utf-8")
     written.append(out / "config.json")
@@ -193,6 +215,11 @@ def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> lis
         written += write_code(out, name, autos[0])
     written.append(write_export_card(found.model / "README.md", out, metadata, auto_class=autos[0] if autos else None))
     return written
+
+
+def _metadata(found: Exportable) -> dict[str, str]:
+    """Of the gates that are written. Another base's weights are as their files are, whatever those were packed as that the gates were trained on."""
+    return found.metadata if found.other is None else {name: value for name, value in found.metadata.items() if name != "base_form"}
 
 
 def _auto_classes(model: Path) -> list[str]:

@@ -56,6 +56,7 @@ The code lies in this folder and `trust_remote_code=True` runs it; without that,
 
 - `from_pretrained(..., evict_bias=1.0)`, `generate(..., evict_bias=1.0)` or `model.dms.evict_bias`: added to every gate's logit; above 0 evicts more than was trained, below 0 less.
 - `model.dms.activate("dense")`: the model without eviction again; `model.dms.activate("evict")`: back.
+- `transformers serve FOLDER --trust-remote-code` serves it (`pip install 'transformers[serving]'`); with `--continuous-batching` nothing would be evicted.
 {more}
 """
 # What follows the list, by whether the model is of text alone.

@@ -6,6 +6,7 @@ Each fence of commands has a mark on the line above it: `<!-- run -->` (it runs 
 """
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -167,6 +168,11 @@ def check(words: tuple[str, ...]) -> None:
         assert arguments[1] in ("pytest", "mypy", "mkdocs", "ruff", "build", "twine"), words
     elif program in ("python", "python3"):
         assert (ROOT / arguments[0]).is_file(), words
+    elif program == "transformers":
+        from transformers.cli.serve import Serve
+
+        known = {"--" + name.replace("_", "-") for name in inspect.signature(Serve.__init__).parameters}
+        assert arguments[0] == "serve" and {word for word in arguments if word.startswith("--")} <= known, words
     else:
         assert program in ("git", "export"), f"{program}: teach tests/docs/test_commands.py this program, or leave it out"
 
@@ -189,7 +195,9 @@ def test_every_command_parses(command, workplace, monkeypatch):
 def test_what_is_said_to_run_elsewhere_is_named_there(command):
     program, *rest = command.words
     named = (
-        rest[0] if program == "dms" else {"make": "make", "pip": "pip install"}.get(program, (rest[0] if program == "python" else program))
+        rest[0]
+        if program in ("dms", "transformers")
+        else {"make": "make", "pip": "pip install"}.get(program, (rest[0] if program == "python" else program))
     )
     texts = []
     for path in command.mark.removeprefix("runs in: ").split():

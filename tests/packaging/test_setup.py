@@ -125,7 +125,11 @@ def test_setup_refuses_a_python_that_does_not_fit(checkout, version, complaint):
     [
         ((), {"DMS_VERSIONS": "new"}, "DMS_VERSIONS is 'new'; it may be locked or newest"),
         ((), {"DMS_VENV": "venv"}, "DMS_VENV is 'venv'; give an absolute path"),
-        (("lmeval",), {}, "no extra 'lmeval'; there are: train evaluate report track deepspeed lora gguf quantized serve all docs dev"),
+        (
+            ("lmeval",),
+            {},
+            "no extra 'lmeval'; there are: train evaluate report track deepspeed lora gguf quantized openai serve all docs dev",
+        ),
     ],
 )
 def test_setup_refuses_what_it_does_not_know(checkout, args, env, complaint):

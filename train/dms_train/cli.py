@@ -315,6 +315,14 @@ def export(
     ] = None,
     base: Base = None,
     other_base: OtherBase = False,
+    reference_vectors: Annotated[
+        bool,
+        typer.Option(
+            "--reference-vectors",
+            help="Also write inputs of gates and cache with the decisions, visibility and outputs that must follow, for tests of an implementation "
+            "in another engine. Runs the model in float32 on the CPU.",
+        ),
+    ] = False,
 ) -> None:
     """Write a retrofitted model as a folder to share: with code, without code, or the gates alone."""
     prepare("auto")
@@ -327,7 +335,15 @@ def export(
             with writing(snapshot):
                 source = str(write_snapshot(source, at_cr, Path(snapshot) / "run"))
         with writing(out):
-            files = write(source, out, format=format.value, max_shard_size=max_shard_size, base=base, other_base=other_base)
+            files = write(
+                source,
+                out,
+                format=format.value,
+                max_shard_size=max_shard_size,
+                base=base,
+                other_base=other_base,
+                reference_vectors=reference_vectors,
+            )
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
 

@@ -45,21 +45,28 @@ def open_gates(model, std: float):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The embedded model with random gates."""
-    model = base_models.load_base("builtin:tiny", "float32", "cpu")
-    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 0.3)
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+def tiny_folder(tmp_path_factory):
+    """`tiny_folder(**config)`: a folder of the embedded model with random gates."""
+
+    def make(**config) -> Path:
+        model = base_models.load_base("builtin:tiny", "float32", "cpu")
+        open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD | config)), 0.3)
+        folder = tmp_path_factory.mktemp("tiny") / "model"
+        return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def lifetimes(tmp_path_factory):
+def tiny(tiny_folder):
+    """The embedded model with random gates."""
+    return tiny_folder()
+
+
+@pytest.fixture(scope="session")
+def lifetimes(tiny_folder):
     """The embedded model with random gates of several windows."""
-    model = base_models.load_base("builtin:tiny", "float32", "cpu")
-    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD | {"window": (4, 12, 40)})), 0.3)
-    folder = tmp_path_factory.mktemp("lifetimes") / "model"
-    return checkpoint.save(model, folder, tokenizer=base_models.load_tokenizer("builtin:tiny"), base_name="builtin:tiny", target_cr=2.0)
+    return tiny_folder(window=(4, 12, 40))
 
 
 _SMALL = {
@@ -76,38 +83,43 @@ _SMALL = {
 }
 
 
-def _random_folder(folder: Path, family: str, **config) -> Path:
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """`random_folder(family, **config)`: a folder of a small random model with random gates."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SMALL | config))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
-    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 1.0)
-    return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
+    def make(family: str, **config) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SMALL | config))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.12)
+        open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 1.0)
+        return checkpoint.save(model, tmp_path_factory.mktemp(family) / "model", base_name="acme/random-1b", target_cr=None)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def mixed(tmp_path_factory):
+def mixed(random_folder):
     """A model with a layer that slides and one that is gated."""
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    return _random_folder(tmp_path_factory.mktemp("mixed"), "gemma3_text", num_key_value_heads=2, head_dim=16, **layers)
+    return random_folder("gemma3_text", num_key_value_heads=2, head_dim=16, **layers)
 
 
 @pytest.fixture(scope="session")
-def following(tmp_path_factory):
+def following(random_folder):
     """A model whose last layer attends to the keys and values of the second."""
     layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "num_kv_shared_layers": 2}
     sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
-    return _random_folder(tmp_path_factory.mktemp("following"), "gemma4_text", vocab_size_per_layer_input=97, **layers, **sizes)
+    return random_folder("gemma4_text", vocab_size_per_layer_input=97, **layers, **sizes)
 
 
 @pytest.fixture(scope="session")
-def renamed(tmp_path_factory):
+def renamed(random_folder):
     """A model whose weights have other names on disk than in transformers."""
-    return _random_folder(tmp_path_factory.mktemp("renamed"), "gpt_neox")
+    return random_folder("gpt_neox")
 
 
 @pytest.fixture(scope="session")
