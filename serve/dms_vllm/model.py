@@ -156,7 +156,8 @@ class Pool(nn.Module, AttentionLayerBase):
         max_tokens: int,
         target_cr: float | None,
     ):
-        """target_cr: that the gates were trained for. layers: those with gates, then those with a sliding window. max_tokens: of the longest request."""
+        """layers: those with gates, then those with a sliding window. max_tokens: of the longest request. target_cr: that the gates were
+        trained for."""
         super().__init__()
         self.config, self.options = config, options
         self.attention = [AttentionOptions(layer.scale, layer.softcap, layer.sinks) for layer in layers]
