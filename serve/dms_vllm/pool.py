@@ -55,11 +55,22 @@ class FixedPool(PagePool):
         self.references = torch.zeros(num_pages + 1, dtype=torch.int32, device=raw.device)
         self._list_free()
 
-    def resize(self, num_pages: int) -> None:
-        raise CacheFull(
-            f"the pool's {self.num_pages} pages do not suffice for {num_pages}: the scheduler gave out more than there is, which is a fault of "
-            "dms_vllm; please report it, with vLLM's version"
-        )
+    def reserve(self, num_pages: int) -> None:
+        """Nothing: requests hold vouchers for what they take, and stores on other devices than a CPU reserve more than that."""
+        self.collect()
+
+    def take(self, wanted: torch.Tensor) -> torch.Tensor:
+        """As of `PagePool`.
+
+        Raises:
+            CacheFull: fewer are free, where that can be known without waiting.
+        """
+        if self.reads_are_free and int(self.num_free) < int(wanted.sum()):
+            raise CacheFull(
+                f"of the pool's {self.num_pages} pages {int(self.num_free)} are free, and {int(wanted.sum())} are needed: the scheduler gave out "
+                "more than there is, which is a fault of dms_vllm; please report it, with vLLM's version"
+            )
+        return super().take(wanted)
 
     def trim(self, all_of_it: bool = False, part: int = 4) -> None:
         """Nothing: the memory is vLLM's."""

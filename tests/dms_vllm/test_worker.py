@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.layer import CompactedLayer
+from dms.cache.page_pool import CacheFull
 from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_vllm.pool import FixedPool, page_bytes
 from dms_vllm.vouchers import Geometry, Ledger
 from dms_vllm.worker import Part, Worker
 
-LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 8
+LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 16
 OPTIONS = {"scale": 0.3, "softcap": None, "sink_logits": None}
 
 
@@ -262,6 +264,23 @@ def test_requests_come_out_as_read_alone(loops):
     assert sum(s.num_preempted for s in servers) > 0 and sum(s.num_forked for s in servers) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here, for a GPU")
+def test_requests_come_out_as_read_alone_on_kernels(monkeypatch):
+    monkeypatch.setenv("DMS_KERNELS", "triton")
+    for seed in range(int(os.environ.get("DMS_CASES", 2))):
+        server = run(seed, loops=False)
+        assert isinstance(make_store(server.config, server.worker.pool, 1, 1), FusedStore) and server.worst > 0
+
+
+def test_a_pool_that_is_empty_says_so():
+    pool = FixedPool(torch.zeros(9000, dtype=torch.int8), 16, 16, torch.float32, quantized=False, windows=(4,))
+    with pytest.raises(
+        CacheFull, match=f"of the pool's {pool.num_pages} pages {pool.num_pages} are free, and {pool.num_pages + 1} are needed"
+    ):
+        pool.take(torch.ones(pool.num_pages + 1, dtype=torch.bool))
+
+
 def test_a_request_that_goes_on_elsewhere_is_an_error():
     rng = random.Random(0)
     server = Server(rng, loops=False)
@@ -277,5 +296,5 @@ def test_a_request_that_goes_on_elsewhere_is_an_error():
 
 
 def test_memory_for_no_page_is_refused():
-    with pytest.raises(ValueError, match="hold no page of 16 entries of 8"):
-        FixedPool(torch.zeros(100, dtype=torch.int8), 16, 8, torch.float32, quantized=False, windows=(4,))
+    with pytest.raises(ValueError, match="hold no page of 16 entries of 16"):
+        FixedPool(torch.zeros(100, dtype=torch.int8), 16, 16, torch.float32, quantized=False, windows=(4,))
