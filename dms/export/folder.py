@@ -1,16 +1,18 @@
-"""`dms export`: turn a retrofitted folder into one for others, in one of three formats.
+"""`dms export`: turn a retrofitted folder into one for others, in one of these formats.
 
 hf      weights, gates and code: transformers loads it with trust_remote_code=True, evicting, without dms; without
         trust_remote_code it is the dense model.
 merged  weights (with all that was trained in them) and gates, without code: `dms.load` evicts, transformers loads it dense.
 gates   the gates alone, a few hundred KB, for whoever has the base: `dms.load(OUT, base=...)`.
+nvidia, fastdms, hipengine  for the code of other projects: `dms.formats`.
 """
 
 import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from dms.io.quantization import is_packed
 from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors, weight_files
 from dms.report.cards import write_export_card, write_gates_card
 
-FORMATS = ("hf", "gates", "merged")
+FORMATS = ("hf", "gates", "merged", "nvidia", "fastdms", "hipengine")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,17 @@ def export(
 
     Raises:
         ValueError: a source without gates or with other weights than they belong to, an `out` that holds something, an unknown
-            format or size, a base whose class transformers lacks (hf), or one whose weights were trained too (gates).
+            format or size, a base whose class transformers lacks (hf), one whose weights were trained too (gates), or what another project's
+            format cannot represent.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; the formats are {', '.join(FORMATS)}")
+    # Its modules import this one.
+    from dms.formats import exporting
+
+    foreign = exporting.FORMATS
+    if format == "hipengine":
+        return exporting.export_sidecar(source, out, base)
     max_bytes = parse_size(max_shard_size)
     if format == "gates" and (base is not None or other_base):
         raise ValueError("format gates writes the gates alone, for the base that they were trained on; leave out --base and --other-base")
@@ -78,15 +87,10 @@ def export(
         if other is not None:
             warnings.warn(str(other), stacklevel=2)
         found = replace(found, other=other)
-    out, existed = _prepare(Path(out), found.model)
-    try:
-        return _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
-    except BaseException:
-        # A half-written folder could be taken for a whole one.
-        shutil.rmtree(out)
-        if existed:
-            out.mkdir()
-        raise
+    with new_folder(out, found.model) as new:
+        if format in foreign:
+            return exporting.export_model(found, new, format)
+        return _write_gates(found, new) if format == "gates" else _write_model(found, new, name, max_bytes)
 
 
 def _export_onto(base: str, source: str | Path, out: str | Path, *, other_base: bool, **options: Any) -> list[Path]:
@@ -150,15 +154,27 @@ def _require_untrained_base(found: Exportable) -> None:
             ) from None
 
 
-def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
-    out = out.expanduser()
+@contextmanager
+def new_folder(out: str | Path, model: Path) -> Iterator[Path]:
+    """Make the folder that is written; what fails within leaves nothing in it, since half a folder could be taken for a whole one.
+
+    Raises:
+        ValueError: it holds something, or lies in `model`, the folder that is read.
+    """
+    out = Path(out).expanduser()
     existed = out.exists()
     if existed and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; name a new one, or empty it")
     if out.resolve().is_relative_to(model.resolve()):
-        raise ValueError(f"{out} lies in the folder that is exported, {model}; name one outside")
+        raise ValueError(f"{out} lies in the folder that is read, {model}; name one outside")
     out.mkdir(parents=True, exist_ok=True)
-    return out, existed
+    try:
+        yield out
+    except BaseException:
+        shutil.rmtree(out)
+        if existed:
+            out.mkdir()
+        raise
 
 
 def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> list[Path]:

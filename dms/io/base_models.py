@@ -1,5 +1,6 @@
 """Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,21 @@ def load_config(name: str) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    refuse_unimported(name, config.to_dict())
     # For a model that brings its own code, transformers has a message of its own.
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and (why := _why_not(config)):
         raise ValueError(f"model {name!r} is not supported: {why} (transformers {__version__})")
     return config
+
+
+def refuse_unimported(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration is that of another project's DMS checkpoint, which was not imported."""
+    theirs = sorted(key for key in config if key.startswith("dms_") and key != "dms_version")
+    if theirs and "dms" not in config:
+        raise ValueError(
+            f"{name} is a DMS checkpoint of another project (its config.json has {', '.join(theirs[:3])}): its code needs another package named dms "
+            f"and does not run here, and without its gates it is another model; `dms import {name} OUT` makes a folder of it that every command takes"
+        )
 
 
 def _why_not(config: Any) -> str | None:

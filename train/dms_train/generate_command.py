@@ -84,7 +84,7 @@ def _check_model(
     elif not (Path(name) / GATES_FILE).is_file():
         raise ValueError(
             f"{name} has no gates ({GATES_FILE} is missing); retrofit it (`dms retrofit RECIPE model={name}`) and name the folder that this "
-            "wrote, such as RUN/model, or add --dense to generate from a model as it is"
+            "wrote, such as RUN/model; import it where it is a DMS checkpoint of another project (`dms import`); or add --dense to generate from a model as it is"
         )
     elif base is None and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds gates alone; name the model that they go with: --base MODEL")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dms.borrowed import channels, query_projection
 from dms.io import base_models
 from dms.io.quantization import check_gradients, is_packed, packed_modules, packed_tensors, quant_method
 from dms.layer_discovery import NOT_CALLED
@@ -87,6 +88,8 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
     """Attach gates and adapters, freeze the rest, and prepare for training -> (the gates, what else trains), as in `Models`."""
     student.config.use_cache = False
     retrofit(student, recipe.dms)
+    if recipe.dms.is_borrowed:
+        start_borrowed(student)
     state = state_of(student)
     state.trained_length, state.budget = recipe.data.length, recipe.budget
     apart = not_called(student)
@@ -112,6 +115,20 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
         if trains and id(parameter) not in gate_ids:
             base[name] = parameter
     return gates, base
+
+
+@torch.no_grad()
+def start_borrowed(student: nn.Module) -> None:
+    """Let borrowed gates start where linear ones do: with rows and biases of 0, and so with the logit `-offset`.
+
+    What the rows computed is lost to attention whatever they hold; as they are, they would evict at random.
+    """
+    for layer in state_of(student).layers:
+        projection = query_projection(layer)
+        with gathered(projection.parameters(), modify=True):
+            for parameter in projection.parameters():
+                if parameter.numel():
+                    parameter[channels(layer)] = 0
 
 
 def not_called(student: nn.Module) -> list[nn.Module]:

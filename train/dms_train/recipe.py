@@ -253,6 +253,8 @@ class RetrofitRecipe(Strict):
         if self.warm_start is not None:
             self._check_warm_start(self.warm_start)
         self._check_at_cr()
+        if self.dms.is_borrowed:
+            self._check_borrowed()
         if len(self.dms.windows) > 1 and self.budget == "decided":
             raise ValueError(
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
@@ -269,6 +271,21 @@ class RetrofitRecipe(Strict):
                 "learned; lengthen the data, narrow these windows or leave them out"
             )
         return self
+
+    def _check_borrowed(self) -> None:
+        """Raises ValueError where rows of the base are gates, and could not train, or not as the recipe says."""
+        given = f"dms.gate is {self.dms.gate}"
+        if self.trainable != "all":
+            raise ValueError(
+                f"{given}: its weights are the base's, and its teacher the model as it was; with trainable: {self.trainable} choose all"
+            )
+        if self.optimizer.lr != self.optimizer.base_lr:
+            raise ValueError(
+                f"{given}: its weights train with base_lr, {self.optimizer.base_lr:g}, and lr, {self.optimizer.lr:g}, would have no effect; write the same in both"
+            )
+        if self.warm_start is not None or self.teacher_cache is not None:
+            name = "warm_start" if self.warm_start is not None else "teacher_cache"
+            raise ValueError(f"{given}: {name} is for gates with weights of their own; remove it, or choose dms.gate: linear")
 
     def _check_warm_start(self, warm: WarmStart) -> None:
         if warm.steps >= self.steps:

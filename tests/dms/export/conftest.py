@@ -76,7 +76,7 @@ _SMALL = {
 }
 
 
-def _random_folder(folder: Path, family: str, **config) -> Path:
+def _random_folder(folder: Path, family: str, method: dict | None = None, **config) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def _random_folder(folder: Path, family: str, **config) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.12)
-    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 1.0)
+    open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD | (method or {}))), 1.0)
     return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
 
 
@@ -102,6 +102,13 @@ def following(tmp_path_factory):
     layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "num_kv_shared_layers": 2}
     sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
     return _random_folder(tmp_path_factory.mktemp("following"), "gemma4_text", vocab_size_per_layer_input=97, **layers, **sizes)
+
+
+@pytest.fixture(scope="session")
+def borrowed(tmp_path_factory):
+    """A model whose gates are query channels, after a query norm."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 16}
+    return _random_folder(tmp_path_factory.mktemp("borrowed"), "qwen3", {"gate": "borrowed", "alignment": "next"}, **sizes)
 
 
 @pytest.fixture(scope="session")
