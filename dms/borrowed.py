@@ -26,36 +26,29 @@ FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def borrow(state: DMSState, layer: AttentionLayer) -> None:
-    """Attach the hook that reads and zeroes a layer's channels. The layer has a BorrowedGate.
+    """Attach the hook that reads and zeroes a layer's channels. The layer has a BorrowedGate and is of a known family."""
+    projection, norm, _ = hf_compat.query_modules(layer.module)
+    (projection if norm is None else norm).register_forward_hook(functools.partial(_read, state, layer))
 
-    Raises:
-        ValueError: a model of another family.
-    """
-    source = query_projection(layer)
-    norm = getattr(layer.module, "q_norm", None)
-    (source if norm is None else norm).register_forward_hook(functools.partial(_read, state, layer))
+
+def check_family(layer: AttentionLayer) -> None:
+    """Raises ValueError for a model of another family."""
+    family = getattr(getattr(layer.module, "config", None), "model_type", None)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{layer.name} ({type(layer.module).__name__}) cannot have a borrowed gate: how it makes its queries is known for {', '.join(FAMILIES)}, and "
+            f"this is of type {family!r}; choose dms.gate: linear"
+        )
 
 
 def query_projection(layer: AttentionLayer) -> Any:
-    """The linear layer whose first Hq * D outputs are the queries.
-
-    Raises:
-        ValueError: a model of another family.
-    """
-    module: Any = layer.module
-    family = getattr(getattr(module, "config", None), "model_type", None)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{layer.name} ({type(module).__name__}) cannot have a borrowed gate: how it makes its queries is known for {', '.join(FAMILIES)}, and this "
-            f"is of type {family!r}; choose dms.gate: linear"
-        )
-    return module.qkv_proj if family == "phi3" else module.q_proj
+    """The linear layer whose outputs `channels` are borrowed."""
+    return hf_compat.query_modules(layer.module)[0]
 
 
 def channels(layer: AttentionLayer) -> slice:
     """Which outputs of the query projection are borrowed, one for each KV head."""
-    module: Any = layer.module
-    D = int(module.head_dim)
+    D = hf_compat.query_modules(layer.module)[2]
     return slice(D - 1, layer.num_query_heads * D, layer.num_query_heads // layer.num_heads * D)
 
 

@@ -1,6 +1,6 @@
 """The modes of a retrofitted model, and its state: what is fixed between passes, and what one pass collects.
 
-"dense" is the untouched model, bit for bit. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
+"dense" is the untouched model, bit for bit; with borrowed gates it is the model without their channels. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
 prefill as in decode. "label" is dense, and collects the gates' logits and what keys are read for later.
 """
 

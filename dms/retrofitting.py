@@ -46,7 +46,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         config.check_context(context)
     if config.is_borrowed:
         for layer in found.gated:
-            borrowed.query_projection(layer)
+            borrowed.check_family(layer)
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]

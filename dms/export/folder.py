@@ -70,6 +70,10 @@ def export(
     from dms.formats import exporting
 
     foreign = exporting.FORMATS
+    if format in foreign and (max_shard_size != "5GB" or (format == "hipengine" and other_base)):
+        raise ValueError(
+            f"--format {format} copies files of weights as they are, and hipEngine's gates go with one file: leave out --max-shard-size and --other-base"
+        )
     if format == "hipengine":
         return exporting.export_sidecar(source, out, base)
     max_bytes = parse_size(max_shard_size)
@@ -137,6 +141,10 @@ def find_source(path: str | Path) -> Exportable:
 def _require_untrained_base(found: Exportable) -> None:
     """Raises ValueError where the base was trained too: gates alone go with the base as it was."""
     _, metadata = read_gates(found.gates)
+    if read_config(metadata, None, found.gates.parent).is_borrowed:
+        raise ValueError(
+            f"the gates of {found.model} are channels of its weights, and there are none to write alone; choose --format hf or merged"
+        )
     name = metadata.get("base_name") or ""
     try:
         base = base_models.local_weights(name)

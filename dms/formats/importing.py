@@ -6,7 +6,7 @@ No code of the checkpoint runs, and none is copied: its classes' files import a 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ def read_foreign(folder: Path, given: Mapping[str, Any]) -> Foreign | None:
         found = fastdms.read(folder, config, *settings, given)
     else:
         return None
+    if not list(folder.glob("tokenizer*")):
+        found = replace(found, notes=(*found.notes, "it has no tokenizer; copy the files of its base's into the folder that is written"))
     if not tensors.names - found.not_base:
         raise ValueError(
             f"{folder} holds no weights of its base in safetensors files; put them into the folder, as its project's code would load them"
@@ -162,7 +164,7 @@ def _check_fits(folder: str, found: Foreign) -> None:
     config = base_models.load_config(folder)
     with torch.device("meta"):
         model = base_models.auto_class(config).from_config(config)
-        check_shapes(model, gate_parameters(retrofit(model, found.config)), found.gates, folder)
+        check_shapes(type(model).__name__, gate_parameters(retrofit(model, found.config)), found.gates, folder)
 
 
 def _write_gates_alone(found: Foreign, out: Path, base: str | None) -> list[Path]:

@@ -191,7 +191,7 @@ def load(
     if not folder.exists():
         raise ValueError(f"{folder} is no folder on this machine; name one that `dms retrofit` wrote, such as RUN/model")
     if not (folder / GATES_FILE).is_file() and (folder / "config.json").is_file():
-        refuse_unimported(str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        refuse_unimported(str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     tensors, metadata = read_gates(folder)
     name = base if base is not None else str(folder)
     in_config = None

@@ -224,16 +224,16 @@ def structure_of(model: Any) -> str:
 def set_gates(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
     """Give a retrofitted model's gates their values. Raises ValueError for others than it has."""
     parameters = gate_parameters(model)
-    check_shapes(model, parameters, tensors, folder)
+    check_shapes(type(model).__name__, parameters, tensors, folder)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
 
-def check_shapes(model: Any, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Raises ValueError where gates are of other names or shapes than the model's `parameters`."""
+def check_shapes(model: str, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Raises ValueError where gates are of other names or shapes than the `parameters` of the model's. model: its name."""
     if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
-        raise ValueError(f"{folder}: the gates do not fit {type(model).__name__}: {_misfit(parameters, tensors)}")
+        raise ValueError(f"{folder}: the gates do not fit {model}: {_misfit(parameters, tensors)}")
 
 
 def _misfit(needed: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:

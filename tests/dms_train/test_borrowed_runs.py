@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dms_train import artifacts, loop
+from dms_train import artifacts, loop, plan_command
 from dms_train.recipe import RetrofitRecipe
 
 import dms
@@ -65,3 +65,9 @@ def test_a_run_trains_rows_of_the_base(make_values, tiny_folder, tmp_path, monke
 def test_recipes_that_are_refused(changes, message, make_values, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(make_values(tmp_path, **BORROWED | changes))
+
+
+@pytest.mark.slow
+def test_a_plan_counts_their_layers(make_values, tmp_path):
+    made = plan_command.plan(load(make_values(tmp_path, **BORROWED)), gpu="h100-80", num_gpus=1).as_dict()
+    assert "'gated_layers': 2" in str(made)

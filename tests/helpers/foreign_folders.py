@@ -53,7 +53,7 @@ def write(folder: Path, model, *, tensors=None, config=None, files=None, card=""
     if "auto_map" in saved:
         del saved["architectures"]
     (folder / "config.json").write_text(json.dumps(saved))
-    for name, text in (files or {}).items():
+    for name, text in ({"tokenizer_config.json": "{}"} | (files or {})).items():
         (folder / name).write_text(text)
     if card:
         (folder / "README.md").write_text(card)

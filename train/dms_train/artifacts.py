@@ -194,7 +194,7 @@ def dense_result(recipe: RetrofitRecipe, parts: Models, documents: list[Evaluati
     """What the model reads as it was, before adapters are merged; None where the student's weights are still those."""
     if recipe.trainable == "gates":
         return None
-    model = parts.student if parts.teacher is None else parts.teacher
+    model = parts.student if parts.teacher is None or recipe.teacher is not None else parts.teacher
     if getattr(model, "dms", None) is None:
         # A borrowed gate would take its channel from the teacher too.
         retrofit(model, replace(recipe.dms, gate="linear"))

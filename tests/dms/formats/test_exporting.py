@@ -177,4 +177,12 @@ def test_what_is_refused(format, family, config, messages, tmp_path):
         export(folder, tmp_path / "theirs", format=format)
     assert str(error.value).startswith(f"--format {format} cannot hold this model: ")
     assert not [message for message in messages if message not in str(error.value)]
+    with pytest.raises(ValueError, match="leave out --max-shard-size"):
+        export(folder, tmp_path / "theirs", format=format, max_shard_size="1GB")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_borrowed_gates_are_not_written_alone(tmp_path):
+    folder, _ = saved(tmp_path / "ours", "llama", gate="borrowed", model_config={"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="are channels of its weights"):
+        export(folder, tmp_path / "gates", format="gates")

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import dms
 from dms.attention import evict_pass
-from dms.formats.importing import import_checkpoint
+from dms.formats.importing import import_checkpoint, read_foreign
+from dms.io import base_models
 from dms.io.gates_file import read_gates
 from dms.io.weights import sha256
 from dms.report.card_text import Card
@@ -186,6 +187,8 @@ def test_what_is_refused(tmp_path):
     assert "the licence was given as 'mit'" in refusal(theirs, out, licence="mit")
     assert "is no folder" in refusal(tmp_path / "nowhere", out)
     assert "is no DMS checkpoint" in refusal(write(tmp_path / "plain", plain), out)
+    (theirs / "tokenizer_config.json").unlink()
+    assert [note for note in read_foreign(theirs, {}).notes if "it has no tokenizer" in note]
     config = nvidia_config(dms_separate_alpha=False)
     assert "dms_separate_alpha is False and the folder has 2 tensors" in refusal(
         write(tmp_path / "half", plain, tensors=tensors, config=config), out
@@ -221,7 +224,9 @@ def test_what_is_refused(tmp_path):
 def test_a_checkpoint_that_was_not_imported_is_refused_with_what_to_do(tmp_path):
     plain = random_model("qwen3", num_hidden_layers=1)
     theirs = write(tmp_path / "theirs", plain, config=nvidia_config(dms_separate_alpha=False), files=NVIDIA_CODE)
-    for load in (lambda: dms.load(theirs), lambda: dms.io.base_models.load_base(str(theirs))):
+    other = write(tmp_path / "other", random_model("llama", num_hidden_layers=1), files=fastdms_files())
+    loads = [load for folder in (theirs, other) for load in (lambda f=folder: dms.load(f), lambda f=folder: base_models.load_base(str(f)))]
+    for load in loads:
         with pytest.raises(ValueError, match=r"is a DMS checkpoint of another project .* `dms import .* OUT`"):
             load()
     # Whoever lets transformers run its code hears whose package it asks for.
