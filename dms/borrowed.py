@@ -27,8 +27,13 @@ FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 def borrow(state: DMSState, layer: AttentionLayer) -> None:
     """Attach the hook that reads and zeroes a layer's channels. The layer has a BorrowedGate and is of a known family."""
+    query_source(layer).register_forward_hook(functools.partial(_read, state, layer))
+
+
+def query_source(layer: AttentionLayer) -> nn.Module:
+    """What the gate reads the output of: the query norm, else the query projection."""
     projection, norm, _ = hf_compat.query_modules(layer.module)
-    (projection if norm is None else norm).register_forward_hook(functools.partial(_read, state, layer))
+    return projection if norm is None else norm
 
 
 def check_family(layer: AttentionLayer) -> None:
@@ -63,20 +68,22 @@ def _read(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple
     if waiting is not None:
         forward, cache = waiting
         pending = forward.decide(state, layer, layer.gate, output[borrowed], cache)
-        attention.dms_pending = functools.partial(_attend_without, pending) if state.config.gate == "borrowed" else pending
+        attention.dms_pending = functools.partial(attend_without, pending) if state.config.gate == "borrowed" else pending
     output = output.clone()
-    output[borrowed] = 0
+    # On fake tensors, with which plans are made, a number cannot be assigned.
+    output[borrowed].zero_()
     return output
 
 
 def _without(query_BqTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Queries after rotation, with the borrowed channels 0."""
     query_BqTD = query_BqTD.clone()
-    query_BqTD[:, :: query_BqTD.shape[1] // num_heads, :, -1] = 0
+    query_BqTD[:, :: query_BqTD.shape[1] // num_heads, :, -1].zero_()
     return query_BqTD
 
 
-def _attend_without(pending: AttentionFunction, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def attend_without(pending: AttentionFunction, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The attention function of a layer with gate `borrowed`: `pending`, of queries without the channels."""
     return pending(_without(query, key.shape[1]), key, value, **kwargs)
 
 

@@ -215,6 +215,12 @@ def load(
     return model
 
 
+def is_borrowed(name: str) -> bool:
+    """Whether a model is a retrofitted folder whose gates are channels of its weights: without its gates it is another model."""
+    saved = getattr(load_config(name), "dms", None)
+    return isinstance(saved, dict) and saved.get("gate", "linear") != "linear"
+
+
 def _form(name: str, metadata: dict[str, Any], other_base: bool) -> str | None:
     """How the base is to be packed: as when the gates were trained, unless it cannot be (it is quantised already, or a GGUF file), or is meant
     to be another form."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dms_train import artifacts, loop, plan_command
+from dms_train import artifacts, loop, models, plan_command
 from dms_train.recipe import RetrofitRecipe
 
 import dms
@@ -50,6 +50,8 @@ def test_a_run_trains_rows_of_the_base(make_values, tiny_folder, tmp_path, monke
     assert rows.shape == (2, 64) and bool((rows != 0).all())
     assert not torch.allclose(rows, base.model.layers[0].self_attn.q_proj.weight[channels(layer)], atol=0.05)
     assert not (tmp_path / "run/gates").exists(), "no gates go without these weights"
+    with pytest.raises(ValueError, match="are channels of its weights, without which it is another model"):
+        models.build(load(make_values(tmp_path / "again", model=str(tmp_path / "run/model"))), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import sys
 import pytest
 from dms_train import cli
 
+from dms.io import base_models, checkpoint
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -42,6 +44,13 @@ def test_import_then_generate(run, theirs, tmp_path):
     code, out, err = run("generate", tmp_path / "ours", "--prompt", "import os", "--max-new-tokens", 24)
     assert code == 0, err
     assert "KV entries" in out + err
+    # Dense, its channels stay out of attention as well.
+    code, dense, err = run("generate", tmp_path / "ours", "--prompt", "import os", "--max-new-tokens", 4, "--dense")
+    model = checkpoint.load(tmp_path / "ours", mode="dense", device="cpu")
+    tokenizer = base_models.load_tokenizer(str(tmp_path / "ours"))
+    inputs = tokenizer("import os", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert code == 0 and tokenizer.decode(tokens, skip_special_tokens=True).strip() in dense, err
     code, out, _ = run("import", theirs, tmp_path / "given", "--offset", "-20", "--license", "mit")
     assert code == 0 and "offset -20.0" in out and "licence: mit" in out
     code, _, err = run("import", theirs, tmp_path / "no", "--window", "16")

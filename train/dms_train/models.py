@@ -11,7 +11,7 @@ from torch import nn
 
 from dms.borrowed import channels, query_projection
 from dms.io import base_models
-from dms.io.checkpoint import structure_of_base
+from dms.io.checkpoint import is_borrowed, structure_of_base
 from dms.io.gates_file import check_base, check_shapes, read_config, read_gates
 from dms.io.quantization import check_gradients, is_packed, packed_modules, packed_tensors, quant_method
 from dms.io.vocabulary import num_embeddings
@@ -65,9 +65,15 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     """Load, attach gates and adapters, and freeze the rest.
 
     Raises:
-        ValueError: a model that cannot be loaded or retrofitted, packed weights through which no gradient passes, LoRA without peft, or
+        ValueError: a model that cannot be loaded or retrofitted, one whose gates are borrowed, packed weights through which no gradient passes, LoRA without peft, or
             target modules that it does not have, or a teacher of another vocabulary.
     """
+    for name in filter(None, (recipe.model, recipe.teacher)):
+        if is_borrowed(name):
+            raise ValueError(
+                f"the gates of {name} are channels of its weights, without which it is another model: it cannot be a run's base or teacher; name the "
+                "model that it was made from"
+            )
     student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device, quantize=recipe.quantize)
     check_packed(recipe, student)
     teacher = None
