@@ -26,7 +26,8 @@ def wider(folder, tiny_folder, **changes):
     return str(folder)
 
 
-@pytest.mark.parametrize("trainable", ["gates", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["gates", "all"])
 def test_a_run_is_distilled_from_it(trainable, make_values, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts.report, "write_report", lambda *_, **__: [])
     teacher = wider(tmp_path / "teacher", tiny_folder)

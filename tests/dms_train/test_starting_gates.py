@@ -30,6 +30,7 @@ def gates(tiny_folder, tmp_path_factory):
     return folder, gate_tensors(model)
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_the_gates_are(make_values, gates, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts.report, "write_report", lambda *_, **__: [])
     folder, values = gates
