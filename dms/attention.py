@@ -24,7 +24,7 @@ from dms import hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache, compact_layers
 from dms.cache.layer import MaskedLayer
 from dms.cache.pending import PendingGate
-from dms.gates import Gate
+from dms.gates import AnyGate, Gate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
@@ -34,7 +34,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 # Exported folders bring their own code of this into the same process.
-_OF_THIS_CODE = "" if __package__ == "dms" else f"_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+OF_THIS_CODE = "" if __package__ == "dms" else f"_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
 def register(original: str, all_gated: bool) -> str:
@@ -42,7 +42,7 @@ def register(original: str, all_gated: bool) -> str:
 
     Layers without a gate call `original` with its own mask. Where every layer is gated no mask is built at all.
     """
-    name = f"dms_over_{original}" + ("" if all_gated else "_mixed") + _OF_THIS_CODE
+    name = f"dms_over_{original}" + ("" if all_gated else "_mixed") + OF_THIS_CODE
 
     def attention(module: Any, query, key, value, attention_mask, **kwargs):
         pending = take_decision(module)
@@ -100,7 +100,7 @@ class EvictPass(ForwardPass):
         return cls("evict", tokens, has_cache=has_cache)
 
     def decide(
-        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+        self, state: DMSState, layer: AttentionLayer, gate: AnyGate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
         """Raises RuntimeError where the model keeps the cache that it was given from its attention layers."""
         if cache is None and self.has_cache:
@@ -120,8 +120,9 @@ class EvictPass(ForwardPass):
         if not isinstance(held, MaskedLayer | CompactedLayer):
             compact_layers(cache, state)
             held = cache.layers[layer.index]
-        # The append kernel can run the gate by itself. Not where hooks must see the gate's call, and ZeRO-3's bring its weights.
-        if isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden_BTM.shape[1]):
+        # The append kernel can run a linear gate by itself. Not where hooks must see its call, and ZeRO-3's bring its weights.
+        runs = isinstance(held, CompactedLayer) and not hf_compat.has_forward_hooks(gate) and held.runs_gate(hidden_BTM.shape[1])
+        if runs and isinstance(gate, Gate):
             held.decide(PendingGate(gate, hidden_BTM, state.evict_bias), tokens)
         else:
             held.decide(_evict_logits(gate, hidden_BTM, state.evict_bias) > 0, tokens)
@@ -158,7 +159,7 @@ def evict_pass(model: nn.Module) -> EvictPass:
     return forward
 
 
-def _evict_logits(gate: Gate, hidden_BTM: torch.Tensor, bias: float) -> torch.Tensor:
+def _evict_logits(gate: AnyGate, hidden_BTM: torch.Tensor, bias: float) -> torch.Tensor:
     logits = gate(hidden_BTM)
     return logits + bias if bias else logits
 

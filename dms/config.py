@@ -8,9 +8,9 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
-# Of files whose gates choose among several windows; others stay what older versions read.
-WINDOWS_VERSION = 2
-FORMAT_VERSIONS = (FORMAT_VERSION, WINDOWS_VERSION)
+# Of files whose gates choose among several windows, or are of another kind than linear; others stay what older versions read.
+EXTENDED_VERSION = 2
+FORMAT_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION)
 MAX_WINDOWS = 4
 
 
@@ -32,6 +32,10 @@ class DMSConfig:
     """w in tokens: an evicted token stays visible for the w queries after its own ([P] section 3.1, delayed eviction). A list of 2 to 4 rising
     numbers lets gates choose among lifetimes: there is a decision for each window w_j, and a token is gone for the queries more than w_j after
     it where decision j evicts it."""
+    gate: Literal["linear", "borrowed", "borrowed_once"] = "linear"
+    """What decides: `linear`, a small layer of its own that reads what attention reads; `borrowed`, the last channel of the first query head of
+    each KV group, which is then no query any more: it is 0 before rotation and after it, in every mode (NVIDIA's published checkpoints; [P]
+    section 3.1); `borrowed_once`, the same, 0 before rotation alone (FastDMS)."""
     granularity: Literal["head", "layer"] = "head"
     """One decision per token and KV head, or one per token for all heads of a layer."""
     alignment: Literal["own", "next"] = "own"
@@ -62,6 +66,11 @@ class DMSConfig:
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
+        if self.is_borrowed and (self.granularity != "head" or len(self.windows) > 1):
+            raise ValueError(
+                f"gate is {self.gate!r} with granularity {self.granularity!r} and window {self.to_dict()['window']}: a borrowed channel gives one "
+                "decision for each KV head and one window; choose granularity 'head' and one window, or gate 'linear'"
+            )
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], source: str) -> "DMSConfig":
@@ -72,11 +81,12 @@ class DMSConfig:
         """
         given = dict(saved)
         version = given.pop("format_version", None)
-        several = isinstance(given.get("window"), list | tuple)
-        if version == (FORMAT_VERSION if several else WINDOWS_VERSION):
+        extended = isinstance(given.get("window"), list | tuple) or given.get("gate", "linear") != "linear"
+        if version == (FORMAT_VERSION if extended else EXTENDED_VERSION):
             raise ValueError(
-                f"{source}: format_version is {version} and window {given.get('window')!r}: one window is format {FORMAT_VERSION}, several are "
-                f"{WINDOWS_VERSION}; the file was changed, or half of it is another's"
+                f"{source}: format_version is {version}, window {given.get('window')!r} and gate {given.get('gate', 'linear')!r}: one window of linear "
+                f"gates is format {FORMAT_VERSION}, several windows and other gates are {EXTENDED_VERSION}; the file was changed, or half of it is "
+                "another's"
             )
         if version not in FORMAT_VERSIONS:
             raise ValueError(
@@ -96,7 +106,12 @@ class DMSConfig:
     @property
     def format_version(self) -> int:
         """Of the files that this is saved in."""
-        return FORMAT_VERSION if isinstance(self.window, int) else WINDOWS_VERSION
+        return FORMAT_VERSION if isinstance(self.window, int) and not self.is_borrowed else EXTENDED_VERSION
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether gates are channels of the queries, without weights of their own."""
+        return self.gate != "linear"
 
     def with_window(self, window: int | Sequence[int]) -> "DMSConfig":
         """The same with other windows: gates go to texts longer than they were trained on with windows in proportion.
@@ -129,8 +144,9 @@ class DMSConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as YAML and JSON have them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """The fields, as YAML and JSON have them. `gate` only where it is not linear: older versions do not know it."""
+        told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return told if self.is_borrowed else {name: value for name, value in told.items() if name != "gate"}
 
     def to_saved(self) -> dict[str, Any]:
         return {**self.to_dict(), "format_version": self.format_version}

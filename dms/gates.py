@@ -1,4 +1,4 @@
-"""The gate: one evict logit per token and KV head. What becomes of it: `dms.attention` (evict mode), `dms.training.soft_decisions`.
+"""Gates: one evict logit per token and KV head. What becomes of it: `dms.attention` (evict mode), `dms.training.soft_decisions`.
 
 Shapes: B batch, T tokens, H KV heads, M model dim.
 """
@@ -58,3 +58,24 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"outputs={self.weight.shape[0]}, hidden={self.weight.shape[1]}, scale={self.scale}, offset={self.offset}"
+
+
+class BorrowedGate(nn.Module):
+    """`logit = scale * q - offset` of a query channel q, in float32; it has no weights, since the query projection has them.
+
+    Maths: arXiv 2506.05345 section 3.1. Which channel, and where it is read: `dms.borrowed`.
+    """
+
+    def __init__(self, config: DMSConfig):
+        super().__init__()
+        self.scale, self.offset = config.scale, config.offset
+
+    def forward(self, channel_BTH: torch.Tensor) -> torch.Tensor:
+        """The borrowed channel of each KV head [B, T, H] of any dtype -> evict logits [B, T, H] float32."""
+        return self.scale * channel_BTH.float() - self.offset
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, offset={self.offset}"
+
+
+AnyGate = Gate | BorrowedGate

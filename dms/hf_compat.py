@@ -616,6 +616,19 @@ def execution_device(module: nn.Module) -> torch.device | int | str | None:
     return next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
 
 
+def query_modules(module: Any) -> tuple[nn.Module, nn.Module | None, int]:
+    """Of an attention layer of a family in `dms.borrowed.FAMILIES`: the linear layer whose first outputs are the queries, the norm that each
+    query head then passes ([B, T, Hq, D]) or None, and D.
+
+    Assumes: its attributes q_proj or qkv_proj (all of q, then k, then v), q_norm before heads and tokens change places, and head_dim.
+    """
+    try:
+        projection = module.qkv_proj if hasattr(module, "qkv_proj") else module.q_proj
+        return projection, getattr(module, "q_norm", None), int(module.head_dim)
+    except AttributeError as error:
+        raise changed("hf_compat.query_modules", "transformers", f"q_proj or qkv_proj, and head_dim, of {type(module).__name__}") from error
+
+
 def _named(touch: str, function: Callable | None) -> str:
     if function is not None:
         found = _parameters(function)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dms import hf_compat
-from dms.gates import Gate
+from dms.gates import AnyGate, BorrowedGate, Gate
 from dms.layer_probe import ATTENTION, LayerCalls, NoDecoder, is_decoder_attention, own_attention, probe
 
 # Norms that stand before attention are named input_layernorm, ln_1, self_attn_layer_norm, operator_norm ...; these are not.
@@ -32,10 +32,10 @@ class AttentionLayer:
     """Its decoder layer normalises what attention reads."""
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> AnyGate:
         """Its gate, in a model that was retrofitted."""
         gate = self.module.get_submodule("dms_gate")
-        assert isinstance(gate, Gate)
+        assert isinstance(gate, (Gate, BorrowedGate))
         return gate
 
 

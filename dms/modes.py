@@ -1,6 +1,6 @@
 """The modes of a retrofitted model, and its state: what is fixed between passes, and what one pass collects.
 
-"dense" is the untouched model, bit for bit. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
+"dense" is the untouched model, bit for bit; with borrowed gates it is the model without their channels. "train" makes noisy soft decisions over whole documents. "evict" makes hard ones, in
 prefill as in decode. "label" is dense, and collects the gates' logits and what keys are read for later.
 """
 
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from dms import hf_compat
 from dms.config import DMSConfig
-from dms.gates import Gate
+from dms.gates import AnyGate
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 
@@ -72,9 +72,9 @@ class ForwardPass:
         raise NotImplementedError
 
     def decide(
-        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+        self, state: DMSState, layer: AttentionLayer, gate: AnyGate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
-        """Run a layer's gate on what its attention reads, and return the attention function that follows from its decision."""
+        """Run a layer's gate on what it reads (of a linear one what attention reads, of a borrowed one its channel [B, T, H]), and return the attention function that follows from its decision."""
         raise NotImplementedError
 
     def follow(self, layer: FollowingLayer) -> AttentionFunction:
@@ -135,6 +135,8 @@ class DMSState:
     original_attention: str
     attention_name: str
     """Ours, which transformers calls while gates are on."""
+    dense_attention: str
+    """What layers with gates call in dense mode: the original, or, under gate `borrowed`, ours before it."""
     rotary: RotaryLengths
     takes_cache: bool = True
     """The model works with a cache that it did not make (minimax does not)."""
@@ -195,7 +197,14 @@ class DMSState:
         if self.rows is not None:
             ours = others = self.rows.attention_name
         else:
-            ours, others = self.original_attention if mode == "dense" else self.attention_name, self.original_attention
+            ours, others = self.dense_attention if mode == "dense" else self.attention_name, self.original_attention
+        self._use(ours, others)
+
+    def name_original(self) -> None:
+        """Let the configurations name the model's own attention function, as its files do, until a mode is chosen."""
+        self._use(self.original_attention, self.original_attention)
+
+    def _use(self, ours: str, others: str) -> None:
         for config in self.layer_configs:
             hf_compat.set_attention(config, ours)
         for config in self.other_configs:

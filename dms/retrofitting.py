@@ -16,18 +16,20 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from dms import attention, hf_compat, masks
+from dms import attention, borrowed, hf_compat, masks
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.layer import MaskedLayer
 from dms.config import DMSConfig
-from dms.gates import Gate
+from dms.gates import BorrowedGate, Gate
 from dms.generation import with_decoding
 from dms.layer_discovery import AttentionLayer, FollowingLayer, find_layers
 from dms.modes import DMSState, ForwardPass, RotaryLengths, state_of
 
 
 def retrofit(model: Any, config: DMSConfig) -> Any:
-    """Attach zero-initialised gates to every full-attention layer of a Hugging Face decoder, in place; dense mode.
+    """Attach gates to every full-attention layer of a Hugging Face decoder, in place; dense mode.
+
+    Linear gates are zero-initialised. Borrowed ones take a channel of the queries as it is, and out of attention, in dense mode too.
 
     `model.dms` tells what was gated and what was left alone, and why (`.layers`, `.skipped`).
 
@@ -42,6 +44,9 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     context = getattr(text, "max_position_embeddings", None)
     if context is not None:
         config.check_context(context)
+    if config.is_borrowed:
+        for layer in found.gated:
+            borrowed.check_family(layer)
     hf_compat.keep_packed_layout(model)
     original = hf_compat.attention_name(text)
     layers: list[AttentionLayer | FollowingLayer] = [*found.gated, *found.following]
@@ -66,15 +71,22 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         other_configs=[c for c in others.values() if id(c) not in configs],
         original_attention=original,
         attention_name=attention.register(original, all_gated),
+        dense_attention=borrowed.register_dense(original) if config.gate == "borrowed" else original,
         rotary=RotaryLengths(found.decoder),
         takes_cache=hf_compat.makes_default_cache(model),
     )
     for layer in found.gated:
-        gate = Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
+        gate: nn.Module = (
+            BorrowedGate(config)
+            if config.is_borrowed
+            else Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
+        )
         weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
         layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
         layer.module.register_forward_hook(functools.partial(_after_attention, layer))
+        if config.is_borrowed:
+            borrowed.borrow(state, layer)
     for following in found.following:
         following.module.register_forward_pre_hook(functools.partial(_before_following, state, following))
         following.module.register_forward_hook(functools.partial(_after_attention, following))
@@ -85,6 +97,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     if found.following:
         found.decoder.register_forward_hook(functools.partial(_after_decoder, state))
     model.dms = state
+    state.activate("dense")
     if hasattr(model, "generate"):
         own: type = type(model)
         hf_compat.change_class(model, with_decoding(own))
@@ -311,10 +324,16 @@ def _enter(state: DMSState, layer: AttentionLayer | FollowingLayer, module: Any)
 def _before_attention(state: DMSState, layer: AttentionLayer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the gate on what attention reads, and leave what follows from its decision for the attention function."""
     forward = _enter(state, layer, module)
+    if state.config.is_borrowed:
+        # What a failed pass has left goes too.
+        module.dms_waiting = None
     if forward is None:
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = hf_compat.own_cache(next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None))
+    if state.config.is_borrowed:
+        module.dms_waiting = forward, cache
+        return
     pending = module.dms_pending = forward.decide(state, layer, module.dms_gate, hidden, cache)
     if layer.index in state.followed:
         # A layer that activation checkpointing runs again finds its first decision here, whose gradient is the one that counts.
@@ -329,6 +348,8 @@ def _before_following(state: DMSState, layer: FollowingLayer, module: Any, args:
 
 
 def _after_attention(layer: AttentionLayer | FollowingLayer, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    if getattr(module, "dms_waiting", None) is not None:
+        raise RuntimeError(f"{layer.name} ({type(module).__name__}) did not call what makes its queries: its borrowed gate did not decide")
     if not attention.release_decision(module):
         raise RuntimeError(
             f"{layer.name} ({type(module).__name__}) did not call transformers' attention interface: decisions had no effect on it"

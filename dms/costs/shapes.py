@@ -173,8 +173,8 @@ class ModelShape:
 
     @property
     def num_gated(self) -> int:
-        """Layers that have gates."""
-        return sum(layer.gate > 0 for layer in self.layers)
+        """Layers that have gates. Borrowed ones have no weights, and no layer follows another there."""
+        return sum(layer.gate > 0 for layer in self.layers) or sum(layer.gated for layer in self.layers)
 
 
 def context_of(config: PreTrainedConfig) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dms import hf_compat
+from dms.borrowed import attend_without, query_source
 from dms.modes import state_of
 from dms.training.packed_attention import PackedAttention
 
@@ -25,11 +26,20 @@ def replaced_attention(model: nn.Module, attend: Callable[..., torch.Tensor]) ->
     `dms.training.soft_decisions.train_attention`, in recomputations too."""
 
     def replace(module: Any, *_) -> None:
-        if module.dms_pending is not None:
-            module.dms_pending = functools.partial(attend, **module.dms_pending.keywords)
+        pending = module.dms_pending
+        if pending is None:
+            return
+        if pending.func is attend_without:
+            module.dms_pending = functools.partial(attend_without, functools.partial(attend, **pending.args[0].keywords))
+        else:
+            module.dms_pending = functools.partial(attend, **pending.keywords)
 
     state = state_of(model)
-    hooks = [layer.module.register_forward_pre_hook(replace) for layers in (state.layers, state.following) for layer in layers]
+    if state.config.is_borrowed:
+        # Decided where the queries are made.
+        hooks = [query_source(layer).register_forward_hook(lambda *_, module=layer.module: replace(module)) for layer in state.layers]
+    else:
+        hooks = [layer.module.register_forward_pre_hook(replace) for layers in (state.layers, state.following) for layer in layers]
     try:
         yield
     finally:

@@ -1,16 +1,18 @@
-"""`dms export`: turn a retrofitted folder into one for others, in one of three formats.
+"""`dms export`: turn a retrofitted folder into one for others, in one of these formats.
 
 hf      weights, gates and code: transformers loads it with trust_remote_code=True, evicting, without dms; without
         trust_remote_code it is the dense model.
 merged  weights (with all that was trained in them) and gates, without code: `dms.load` evicts, transformers loads it dense.
 gates   the gates alone, a few hundred KB, for whoever has the base: `dms.load(OUT, base=...)`.
+nvidia, fastdms, hipengine  for the code of other projects: `dms.formats`.
 """
 
 import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from dms.io.quantization import is_packed
 from dms.io.weights import GATES_FILE, INDEX_FILE, base_hash, save_tensors, weight_files
 from dms.report.cards import write_export_card, write_gates_card
 
-FORMATS = ("hf", "gates", "merged")
+FORMATS = ("hf", "gates", "merged", "nvidia", "fastdms", "hipengine")
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,29 @@ def export(
 
     Raises:
         ValueError: a source without gates or with other weights than they belong to, an `out` that holds something, an unknown
-            format or size, a base whose class transformers lacks (hf), one whose weights were trained too (gates), or a model that can
-            have no reference vectors.
+            format or size, a base whose class transformers lacks (hf), one whose weights were trained too (gates), a model that can have no
+            reference vectors, or what another project's format cannot represent.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; the formats are {', '.join(FORMATS)}")
+    # Its modules import this one.
+    from dms.formats import exporting
+
+    foreign = exporting.FORMATS
+    if format in foreign and (max_shard_size != "5GB" or (format == "hipengine" and other_base)):
+        raise ValueError(
+            f"--format {format} copies files of weights as they are, and hipEngine's gates go with one file: leave out --max-shard-size and --other-base"
+        )
+    if reference_vectors and format not in ("hf", "merged"):
+        raise ValueError(
+            f"reference vectors are computed with the model, which a folder of --format {format} does not hold as dms loads it; choose --format hf or "
+            "merged"
+        )
+    if format == "hipengine":
+        return exporting.export_sidecar(source, out, base)
     max_bytes = parse_size(max_shard_size)
     if format == "gates" and (base is not None or other_base):
         raise ValueError("format gates writes the gates alone, for the base that they were trained on; leave out --base and --other-base")
-    if format == "gates" and reference_vectors:
-        raise ValueError(
-            "reference vectors are computed with the model, and format gates writes the gates alone; choose --format hf or merged"
-        )
     if base is not None:
         options: dict[str, Any] = {"format": format, "max_shard_size": max_shard_size, "reference_vectors": reference_vectors}
         return _export_onto(base, source, out, other_base=other_base, **options)
@@ -92,16 +105,11 @@ def export(
         found = replace(found, other=other)
     if reference_vectors:
         check_exportable(found.model, _metadata(found))
-    out, existed = _prepare(Path(out), found.model)
-    try:
-        written = _write_gates(found, out) if format == "gates" else _write_model(found, out, name, max_bytes)
-        return [*written, *(write_reference_vectors(out) if reference_vectors else [])]
-    except BaseException:
-        # A half-written folder could be taken for a whole one.
-        shutil.rmtree(out)
-        if existed:
-            out.mkdir()
-        raise
+    with new_folder(out, found.model) as new:
+        if format in foreign:
+            return exporting.export_model(found, new, format)
+        written = _write_gates(found, new) if format == "gates" else _write_model(found, new, name, max_bytes)
+        return [*written, *(write_reference_vectors(new) if reference_vectors else [])]
 
 
 def _export_onto(base: str, source: str | Path, out: str | Path, *, other_base: bool, **options: Any) -> list[Path]:
@@ -157,6 +165,10 @@ def _check_generate(model: Path, format: str) -> None:
 def _require_untrained_base(found: Exportable) -> None:
     """Raises ValueError where the base was trained too: gates alone go with the base as it was."""
     _, metadata = read_gates(found.gates)
+    if read_config(metadata, None, found.gates.parent).is_borrowed:
+        raise ValueError(
+            f"the gates of {found.model} are channels of its weights, and there are none to write alone; choose --format hf or merged"
+        )
     name = metadata.get("base_name") or ""
     try:
         base = base_models.local_weights(name)
@@ -174,15 +186,27 @@ def _require_untrained_base(found: Exportable) -> None:
             ) from None
 
 
-def _prepare(out: Path, model: Path) -> tuple[Path, bool]:
-    out = out.expanduser()
+@contextmanager
+def new_folder(out: str | Path, model: Path) -> Iterator[Path]:
+    """Make the folder that is written; what fails within leaves nothing in it, since half a folder could be taken for a whole one.
+
+    Raises:
+        ValueError: it holds something, or lies in `model`, the folder that is read.
+    """
+    out = Path(out).expanduser()
     existed = out.exists()
     if existed and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; name a new one, or empty it")
     if out.resolve().is_relative_to(model.resolve()):
-        raise ValueError(f"{out} lies in the folder that is exported, {model}; name one outside")
+        raise ValueError(f"{out} lies in the folder that is read, {model}; name one outside")
     out.mkdir(parents=True, exist_ok=True)
-    return out, existed
+    try:
+        yield out
+    except BaseException:
+        shutil.rmtree(out)
+        if existed:
+            out.mkdir()
+        raise
 
 
 def _write_model(found: Exportable, out: Path, name: str, max_bytes: int) -> list[Path]:

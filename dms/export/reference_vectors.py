@@ -89,6 +89,11 @@ def check_exportable(model: str | Path, metadata: Mapping[str, str]) -> None:
             "on the base that was not packed (--base), or leave out --reference-vectors"
         )
     dms_config = read_config(metadata, getattr(config, "dms", None), Path(model))
+    if dms_config.is_borrowed:
+        raise ValueError(
+            f"{model} has gates that are channels of the queries ({dms_config.gate}), and reference vectors describe linear ones; leave out "
+            "--reference-vectors"
+        )
     prompt_lengths(dms_config, getattr(config.get_text_config(), "max_position_embeddings", None))
 
 
@@ -264,7 +269,7 @@ def _describe(model: Any, tensors: Mapping[str, torch.Tensor], texts: Mapping[st
         "windows": list(state.config.windows),
         **texts,
         "layers": [
-            {"index": layer.index, "kv_heads": layer.num_heads, "query_heads": layer.num_query_heads, "normalize": layer.gate.normalize}
+            {"index": layer.index, "kv_heads": layer.num_heads, "query_heads": layer.num_query_heads, "normalize": layer.gate.normalize}  # type: ignore[union-attr]  # borrowed ones were refused
             for layer in state.layers
         ],
         "smallest_gate_logit": float(logits.abs().min()),

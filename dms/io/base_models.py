@@ -1,5 +1,6 @@
 """Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options
 from dms.requirements import require
 
 BUILTIN = "builtin:"
+# What marks a folder of FastDMS or hipEngine.
+_METADATA = "dms_metadata.json"
 # What prepares images, video and sound, and conversations with them, beside a tokenizer's own files.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -165,10 +168,24 @@ def load_config(name: str) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    refuse_unimported(name, config.to_dict(), source.path)
     # For a model that brings its own code, transformers has a message of its own.
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and (why := _why_not(config)):
         raise ValueError(f"model {name!r} is not supported: {why} (transformers {__version__})")
     return config
+
+
+def refuse_unimported(name: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError where a model is another project's DMS checkpoint, which was not imported. folder: where its files may be."""
+    if "dms" in config:
+        return
+    theirs = sorted(key for key in config if key.startswith("dms_") and key != "dms_version")
+    beside = [_METADATA] if (folder / _METADATA).is_file() else []
+    if theirs or beside:
+        raise ValueError(
+            f"{name} is a DMS checkpoint of another project (it has {', '.join(beside + theirs[:3])}): its code needs another package named dms "
+            f"and does not run here, and without its gates it is another model; `dms import {name} OUT` makes a folder of it that every command takes"
+        )
 
 
 def _why_not(config: Any) -> str | None:

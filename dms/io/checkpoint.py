@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dms import hf_compat
-from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files, resolve_model
+from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files, refuse_unimported, resolve_model
 from dms.io.gates_file import (
     OtherBase,
     attach,
@@ -32,7 +32,7 @@ from dms.io.gates_file import (
     write_gates,
 )
 from dms.io.quantization import packed_modules, quant_method
-from dms.io.weights import Structure
+from dms.io.weights import GATES_FILE, Structure
 from dms.modes import Mode, set_mode, state_of
 from dms.training.sharding import gathered, is_sharded
 
@@ -190,6 +190,8 @@ def load(
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{folder} is no folder on this machine; name one that `dms retrofit` wrote, such as RUN/model")
+    if not (folder / GATES_FILE).is_file() and (folder / "config.json").is_file():
+        refuse_unimported(str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     tensors, metadata = read_gates(folder)
     name = base if base is not None else str(folder)
     in_config = None
@@ -211,6 +213,12 @@ def load(
     set_mode(model, mode)
     model.dms.evict_bias = evict_bias
     return model
+
+
+def is_borrowed(name: str) -> bool:
+    """Whether a model is a retrofitted folder whose gates are channels of its weights: without its gates it is another model."""
+    saved = getattr(load_config(name), "dms", None)
+    return isinstance(saved, dict) and saved.get("gate", "linear") != "linear"
 
 
 def _form(name: str, metadata: dict[str, Any], other_base: bool) -> str | None:

@@ -48,7 +48,7 @@ def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no gates ({GATES_FILE} is missing); name a folder that `dms retrofit` wrote, such as RUN/model; a model without "
-            "gates is retrofitted first"
+            "gates is retrofitted first, and a DMS checkpoint of another project imported (`dms import`)"
         )
     try:
         with safe_open(str(path), framework="pt") as f:
@@ -224,11 +224,16 @@ def structure_of(model: Any) -> str:
 def set_gates(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
     """Give a retrofitted model's gates their values. Raises ValueError for others than it has."""
     parameters = gate_parameters(model)
-    if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
-        raise ValueError(f"{folder}: the gates do not fit {type(model).__name__}: {_misfit(parameters, tensors)}")
+    check_shapes(type(model).__name__, parameters, tensors, folder)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def check_shapes(model: str, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Raises ValueError where gates are of other names or shapes than the `parameters` of the model's. model: its name."""
+    if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
+        raise ValueError(f"{folder}: the gates do not fit {model}: {_misfit(parameters, tensors)}")
 
 
 def _misfit(needed: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
@@ -270,6 +275,7 @@ def save_pretrained(
     mode = state.mode, state.noise, state.tokens, state.rows
     # The configuration names the attention function, and in the folder it must be the base's own.
     set_mode(model, "dense")
+    state.name_original()
     model.config.dms = state.config.to_saved()
     try:
         base_class = getattr(type(model), "_own_class", type(model))

@@ -12,7 +12,8 @@ from dms.report.evidence import TrainingFacts
 PAPER = "[arXiv 2506.05345](https://arxiv.org/abs/2506.05345)"
 CARD_FILE = "README.md"
 
-RESULTS, EVALUATION, LOSSES, TRAINING, LOADING, LIMITS, CHECKS = (
+ORIGIN, RESULTS, EVALUATION, LOSSES, TRAINING, LOADING, LIMITS, CHECKS = (
+    "Where it is from",
     "What was measured",
     "Evaluation",
     "Where it loses",

@@ -4,6 +4,7 @@ An evaluation later fills its figures into these cards (`evaluation_card`).
 """
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ _Variant = tuple[str, float | None, int | None]
 # (variant, length) -> name of the figure -> its row.
 _Figures = dict[tuple[_Variant, int | None], dict[str, ResultRow]]
 
-_WITH_DMS = """```python
+WITH_DMS = """```python
 import dms
 from transformers import AutoTokenizer
 
@@ -37,7 +38,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 """
 
-_LOAD_RUN = f"""{_WITH_DMS}
+_LOAD_RUN = f"""{WITH_DMS}
 It evicts from the start and works with `model.generate`. From a shell: `dms generate FOLDER --prompt ...`; `dms evaluate FOLDER` repeats the measurement.
 """
 
@@ -63,16 +64,21 @@ The code lies in this folder and `trust_remote_code=True` runs it; without that,
 _HARNESS = "- lm-evaluation-harness: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...`"
 _IMAGES = "- The gates are for text: images, video and sound are read in mode `dense` alone."
 
-_LOAD_WITHOUT_CODE = f"""{_WITH_DMS}
+LOAD_WITHOUT_CODE = f"""{WITH_DMS}
 It evicts from the start and works with `model.generate`; transformers alone loads the dense model.
 """
+
+BORROWED = (
+    "Its gates are query channels, which are kept out of attention in every mode: what is called the dense model here is the model without them. What "
+    "loads the weights alone leaves them in, and is another model."
+)
 
 _DEQUANTIZED = (
     "The base's weights were dequantised from the GGUF file `{file}` (SHA-256 `{sha256}`). They stand here as plain numbers, and what was lost "
     "when that file was made is lost here too."
 )
 
-_LOAD_GATES = """```python
+LOAD_GATES = """```python
 import dms
 
 model = dms.load("FOLDER", base="{base}")  # this folder, and the base that the gates were trained on
@@ -200,10 +206,12 @@ def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *
     }
     if not card.body.strip():
         card.body = card_text.introduction(base)
-    loading = _LOAD_WITHOUT_CODE
+    loading = LOAD_WITHOUT_CODE
     if auto_class is not None:
         more = _HARNESS if auto_class == "AutoModelForCausalLM" else _IMAGES
         loading = _LOAD_WITH_CODE.format(auto=auto_class, needs=_requirements(), more=more)
+    if json.loads(metadata.get("dms", "{}")).get("gate", "linear") != "linear":
+        loading = f"{loading.rstrip()}\n\n{BORROWED}\n"
     if trained_on := metadata.get("trained_on"):
         loading = f"{loading.rstrip()}\n\nThe gates were trained on {public_base(trained_on)}, another form of the weights here (hash {metadata['base_hash']}).\n"
     card.set_section(card_text.LOADING, loading, before=(card_text.LIMITS,))
@@ -214,7 +222,7 @@ def write_gates_card(folder: Path, metadata: Mapping[str, str]) -> Path:
     """Write the card of a folder that holds gates without a base. metadata: of the gates file."""
     base = metadata.get("base_name") or ""
     card = Card({"base_model": hub_id(base), "tags": ["kv-cache", "dms"]}, card_text.introduction(base))
-    card.set_section(card_text.LOADING, _LOAD_GATES.format(base=public_name(base), hash=metadata.get("base_hash")))
+    card.set_section(card_text.LOADING, LOAD_GATES.format(base=public_name(base), hash=metadata.get("base_hash")))
     return card.write(folder)
 
 

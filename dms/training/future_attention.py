@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import attention_weights, scale_of
-from dms.gates import Gate
+from dms.gates import AnyGate
 from dms.layer_discovery import AttentionLayer
 from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, state_of
@@ -53,7 +53,7 @@ class LabelPass(ForwardPass):
         return cls("label", tokens, has_cache=has_cache, rows=state.rows)
 
     def decide(
-        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+        self, state: DMSState, layer: AttentionLayer, gate: AnyGate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
         with torch.enable_grad():
             self.logits[layer.index] = gate(hidden_BTM.detach())

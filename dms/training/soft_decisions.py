@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from dms import masks
 from dms.attention import scale_of
-from dms.gates import Gate
+from dms.gates import AnyGate
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.masks import Tokens
 from dms.modes import AttentionFunction, DMSState, ForwardPass, Noise, state_of
@@ -72,7 +72,7 @@ class TrainPass(ForwardPass):
         return replace(self, **fresh, has_cache=False, store=None, entered=set(), keeps=False)
 
     def decide(
-        self, state: DMSState, layer: AttentionLayer, gate: Gate, hidden_BTM: torch.Tensor, cache: Cache | None
+        self, state: DMSState, layer: AttentionLayer, gate: AnyGate, hidden_BTM: torch.Tensor, cache: Cache | None
     ) -> AttentionFunction:
         """Count a layer's decisions, and return attention that weighs each key by its probability of being kept."""
         config, tokens, rows = state.config, self.tokens, self.rows

@@ -16,7 +16,7 @@ def test_all_problems_are_told_at_once():
         DMSConfig(windw=4, granularity="token", tau=0, sinks=True, scale="100", offset=float("inf"))
     assert str(caught.value).split("; ") == [
         "unknown key 'windw' (did you mean 'window'?)",
-        "allowed: window, granularity, alignment, tau, scale, offset, sinks",
+        "allowed: window, gate, granularity, alignment, tau, scale, offset, sinks",
         "granularity: Input should be 'head' or 'layer'",
         "given: 'token'",
         "tau: Input should be greater than 0",
@@ -107,7 +107,7 @@ def test_it_is_a_frozen_value():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"windw": 8}, r"unknown key 'windw' \(did you mean 'window'\?\); allowed: window, granularity"),
+        ({"windw": 8}, r"unknown key 'windw' \(did you mean 'window'\?\); allowed: window, gate, granularity"),
         ({"allignment": "own"}, "did you mean 'alignment'"),
         ({"zzzz": 1}, "unknown key 'zzzz'; allowed"),
         ({"window": -1}, "window.*given: -1"),

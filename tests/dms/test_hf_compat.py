@@ -17,6 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache, LinearAttentionLayer
 
 import dms
 from dms import hf_compat
+from dms.borrowed import FAMILIES
 from dms.modes import set_mode
 from dms.training.activation_checkpointing import enable_checkpointing
 
@@ -472,3 +473,15 @@ def test_execution_device(build_model, tmp_path):
     assert hf_compat.execution_device(model.model.layers[0]) is None
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert hf_compat.execution_device(model.model.layers[0]) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_modules(family, build_model):
+    model = build_model(family)
+    projection, norm, head_dim = hf_compat.query_modules(model.model.layers[0].self_attn)
+    seen = []
+    (projection if norm is None else norm).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long))
+    expected = {"qwen3": (1, 3, 4, 16), "phi3": (1, 3, 64 + 32 + 32)}.get(family, (1, 3, 64))
+    assert (seen, head_dim, norm is not None) == ([expected], 16, family == "qwen3")

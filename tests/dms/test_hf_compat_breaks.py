@@ -158,6 +158,7 @@ BREAKS = {
         hf_compat.all_nonzero().__enter__(),
     ),
     "has_forward_hooks": lambda model, patch: hf_compat.has_forward_hooks(SimpleNamespace()),
+    "query_modules": lambda model, patch: hf_compat.query_modules(nn.Linear(2, 2)),
     "execution_device": lambda model, patch: hf_compat.execution_device(
         patch.setattr(model.model, "_hf_hook", SimpleNamespace(device="cpu"), raising=False) or model.model
     ),

@@ -261,3 +261,23 @@ def test_bad_arguments_are_named(change, message):
     distill_loss(**arguments)
     with pytest.raises(ValueError, match=message):
         distill_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_teacher_of_another_width(beta, bias):
+    """Against whole logits: loss and gradients."""
+    inputs = _inputs(teacher_head=True, bias=bias)
+    generator = torch.Generator().manual_seed(1)
+    inputs["hidden_t"], inputs["teacher_head_weight"] = (torch.randn(n, 11, generator=generator, dtype=torch.float64) for n in (13, 17))
+    options = {"beta": beta, "logit_scale": 0.7, "softcap": 5.0}
+    found = _forward_backward(distill_loss, inputs, chunk=3, **options)
+    expected = _forward_backward(distill_loss_reference, inputs, **options)
+    assert expected["hidden_s"].abs().max() > 1e-3
+    for name, value in expected.items():
+        assert (value is None and found[name] is None) or torch.allclose(found[name], value, atol=1e-12), name
+    with pytest.raises(ValueError, match=r"teacher_head_weight must be \[17, 11\], got \[17, 10\]"):
+        distill_loss(**inputs | {"teacher_head_weight": inputs["teacher_head_weight"][:, 1:]}, **options)
+    without = {name: x for name, x in inputs.items() if "teacher" not in name}
+    with pytest.raises(ValueError, match=r"hidden_t must be \[13, 6\], got \[13, 11\]"):
+        distill_loss(**without, **options)

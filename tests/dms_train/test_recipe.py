@@ -66,7 +66,7 @@ def test_unknown_nested_key_names_the_nearest(write):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"windw": 4}, "dms: unknown key 'windw' (did you mean 'window'?); allowed: window, granularity,"),
+        ({"windw": 4}, "dms: unknown key 'windw' (did you mean 'window'?); allowed: window, gate, granularity,"),
         ({"alignment": "previous"}, "dms: alignment: Input should be 'own' or 'next'; given: 'previous'"),
         (
             {"window": True, "tau": 0.0},

@@ -119,8 +119,8 @@ def test_what_is_imported_is_declared(setup_cfg, packages):
     known = {Requirement(line).name for line in declared}
     for one, by in BROUGHT.items():
         assert by in known and canonicalize_name(one) in {canonicalize_name(Requirement(line).name) for line in metadata.requires(by)}
-    # Triton is installed with PyTorch's builds for CUDA.
-    # vLLM's extra is declared apart, and brings prometheus_client.
+        # Triton is installed with PyTorch's builds for CUDA.
+        # vLLM's extra is declared apart, and brings prometheus_client.
         known |= {*sys.stdlib_module_names, *BROUGHT, *OURS, "yaml", "triton", "vllm", "prometheus_client"}
     for path, found in [pair for name in OURS for pair in modules(packages, name)]:
         strangers = {name.split(".")[0] for name in found if name} - known

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +194,10 @@ def dense_result(recipe: RetrofitRecipe, parts: Models, documents: list[Evaluati
     """What the model reads as it was, before adapters are merged; None where the student's weights are still those."""
     if recipe.trainable == "gates":
         return None
-    model = parts.student if parts.teacher is None else parts.teacher
+    model = parts.student if parts.teacher is None or recipe.teacher is not None else parts.teacher
     if getattr(model, "dms", None) is None:
-        retrofit(model, recipe.dms)
+        # A borrowed gate would take its channel from the teacher too.
+        retrofit(model, replace(recipe.dms, gate="linear"))
     with without_adapters(model):
         return read_dense(model, documents, batch_size=recipe.evaluation.batch_size)
 

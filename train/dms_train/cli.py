@@ -29,6 +29,9 @@ class ExportFormat(str, Enum):
     hf = "hf"
     merged = "merged"
     gates = "gates"
+    nvidia = "nvidia"
+    fastdms = "fastdms"
+    hipengine = "hipengine"
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as target_cr=8 dms.window=64.", show_default=False)]
@@ -305,7 +308,8 @@ def export(
         typer.Option(
             help="hf: for everyone; transformers loads it with trust_remote_code=True, evicting, without dms. "
             "merged: the weights, with all that was trained in them, and the gates, without code, for those who have dms. "
-            "gates: the gates alone, for those who have dms and the base."
+            "gates: the gates alone, for those who have dms and the base. "
+            "nvidia, fastdms, hipengine: for the DMS code of other projects; what they cannot represent is refused."
         ),
     ] = ExportFormat.hf,
     max_shard_size: Annotated[str, typer.Option(help="Weights in larger files are divided.")] = "5GB",
@@ -346,6 +350,39 @@ def export(
             )
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(f"wrote {out}: {len(files)} files, {total / 1e6:,.1f} MB, format {format.value}")
+
+
+@app.command("import")
+def import_checkpoint(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|HUB-ID", help="A DMS checkpoint of NVIDIA's, FastDMS' or hipEngine's, such as nvidia/Qwen3-8B-DMS-8x."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
+    window: Annotated[int | None, typer.Option(metavar="TOKENS", help="As the others: for what the checkpoint's files leave out.")] = None,
+    alignment: Annotated[str | None, typer.Option(help="own or next.")] = None,
+    scale: Annotated[float | None, typer.Option()] = None,
+    offset: Annotated[float | None, typer.Option()] = None,
+    tau: Annotated[float | None, typer.Option()] = None,
+    target_cr: Annotated[float | None, typer.Option(help="The ratio that it was trained to.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="What its gates were trained on, where its card does not say.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", metavar="ID", help="Its licence, where its card names none.")] = None,
+) -> None:
+    """Write a DMS checkpoint of another project as a folder that every command takes; its code does not run."""
+    prepare("auto")
+    from dms.formats.importing import import_checkpoint as write
+
+    settings = {"window": window, "alignment": alignment, "scale": scale, "offset": offset, "tau": tau, "target_cr": target_cr}
+    given = {name: value for name, value in settings.items() if value is not None}
+    with writing(out):
+        done = write(source, out, given=given, base=base, licence=licence)
+    for note in done.foreign.notes:
+        print(f"note: {note}")
+    print(f"licence: {', '.join(done.licence.values()) or 'none is named; give it with --license where you know it'}")
+    told = ", ".join(f"{name} {value}" for name, value in done.foreign.config.to_dict().items())
+    print(f"wrote {out}: {done.foreign.format} ({told})")
 
 
 @bench.command("cache")

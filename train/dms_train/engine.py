@@ -20,7 +20,7 @@ from torch import nn
 
 from dms.modes import state_of
 from dms.requirements import missing
-from dms.training.packed_attention import PackedAttention, check_sharing, local_rows
+from dms.training.packed_attention import PackedAttention, check_sharing, local_rows, other_attention
 from dms_train import compat
 from dms_train.recipe import RetrofitRecipe
 from dms_train.stopping import is_launched
@@ -117,6 +117,19 @@ def check_batch(recipe: RetrofitRecipe, num_processes: int) -> None:
             else f" = {recipe.micro_batch_size} x {num_processes}"
         )
         raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of micro_batch_size x processes{sharing}")
+
+
+def check_teacher(recipe: RetrofitRecipe, teacher: nn.Module | None, attention: PackedAttention | None) -> None:
+    """Raises ValueError where a teacher that is another model could not read the run's sequences."""
+    if attention is None:
+        problem = "the student's own masks keep packed documents apart, and its may not" if recipe.data.packs else None
+    elif attention.size > 1:
+        problem = f"sequence_parallel is {attention.size}, and whether its heads can be shared is not known"
+    else:
+        other = other_attention(teacher, {})
+        problem = f"it has layers whose attention is not computed here ({', '.join(other)})" if other else None
+    if problem is not None:
+        raise ValueError(f"teacher {recipe.teacher} cannot read this run's sequences: {problem}; choose another teacher, or leave it out")
 
 
 def make_attention(recipe: RetrofitRecipe, accelerator: Accelerator, student: nn.Module) -> PackedAttention | None:

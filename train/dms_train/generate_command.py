@@ -14,6 +14,7 @@ from dms.hf_compat import output_cache
 from dms.io import base_models, checkpoint
 from dms.io.vocabulary import check_tokens, num_embeddings
 from dms.io.weights import GATES_FILE
+from dms.modes import Mode
 from dms_train.chat import Conversation, answer, converse, describe_cache, require_template
 
 
@@ -49,12 +50,12 @@ def run(
     tokenizer = base_models.load_tokenizer(base or name)
     if chat:
         require_template(tokenizer)
-    # A retrofitted folder without its gates is its dense model.
-    model = (
-        base_models.load_base(name)
-        if dense
-        else checkpoint.load(name, base=base, other_base=other_base, evict_bias=evict_bias, window=window)
-    )
+    # A retrofitted folder without its gates is its dense model, unless they are channels of its weights.
+    if dense and not checkpoint.is_borrowed(name):
+        model = base_models.load_base(name)
+    else:
+        mode: Mode = "dense" if dense else "evict"
+        model = checkpoint.load(name, base=base, other_base=other_base, mode=mode, evict_bias=evict_bias, window=window)
     if not dense:
         model.dms.kv_dtype = kv_dtype
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -84,7 +85,7 @@ def _check_model(
     elif not (Path(name) / GATES_FILE).is_file():
         raise ValueError(
             f"{name} has no gates ({GATES_FILE} is missing); retrofit it (`dms retrofit RECIPE model={name}`) and name the folder that this "
-            "wrote, such as RUN/model, or add --dense to generate from a model as it is"
+            "wrote, such as RUN/model; import it where it is a DMS checkpoint of another project (`dms import`); or add --dense to generate from a model as it is"
         )
     elif base is None and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds gates alone; name the model that they go with: --base MODEL")
@@ -105,7 +106,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, *
     cache = output_cache(output)
     assert cache is not None, "generate was asked for a cache"
     new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    evicts = getattr(model, "dms", None) is not None
+    evicts = getattr(model, "dms", None) is not None and model.dms.mode == "evict"
     report = cache_stats(cache, warn=True) if evicts else describe_cache(cache)
     Console(stderr=True).print(f"{new} tokens in {seconds:.1f} s; {report}", highlight=False)
     return cache_stats(cache, warn=False).to_dict() if evicts else None

@@ -30,7 +30,7 @@ from dms_train import artifacts, cache_teacher, checkpoints, compat, models, pre
 from dms_train.checkpoints import BaseIdentity, Position, RunIdentity, Saver
 from dms_train.data.loader import Stream, open_data
 from dms_train.data.packing import cost_of
-from dms_train.engine import Engine, make_accelerator, make_attention, num_micro_steps, sharded_loading, write_config
+from dms_train.engine import Engine, check_teacher, make_accelerator, make_attention, num_micro_steps, sharded_loading, write_config
 from dms_train.lora import check_lora, merge_adapters
 from dms_train.models import Fingerprint, Models
 from dms_train.progress import StepLine, describe_start
@@ -177,7 +177,9 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
     frozen = parts.frozen_fingerprint()
     teacher_cache = _open_teacher_cache(recipe, accelerator, tokenizer, parts)
     dense = None
-    if recipe.trainable == "all" and parts.teacher is None and (is_main or recipe.zero.stage == 3):
+    # Of a teacher that is another model it cannot be taken at the end.
+    has_copy = parts.teacher is not None and recipe.teacher is None
+    if recipe.trainable == "all" and not has_copy and (is_main or recipe.zero.stage == 3):
         dense = artifacts.result_of_base(recipe, parts, documents)
 
     # Only now: the base's hash is known once its files are here, and a model from the hub was fetched meanwhile.
@@ -264,6 +266,8 @@ def _build_engine(
     check_head(parts.student, sample[None])
     if recipe.data.packs and attention is None:
         check_packing(parts.student, sample)
+    if recipe.teacher is not None:
+        check_teacher(recipe, parts.teacher, attention)
     return attention, engine
 
 

@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from dms.borrowed import channels, query_projection
 from dms.io import base_models
+from dms.io.checkpoint import is_borrowed, structure_of_base
+from dms.io.gates_file import check_base, check_shapes, read_config, read_gates
 from dms.io.quantization import check_gradients, is_packed, packed_modules, packed_tensors, quant_method
+from dms.io.vocabulary import num_embeddings
 from dms.layer_discovery import NOT_CALLED
+from dms.lm_head import find_head
 from dms.modes import state_of
 from dms.retrofitting import gate_parameters, retrofit
 from dms.training.activation_checkpointing import enable_checkpointing
@@ -29,7 +35,7 @@ class Models:
 
     student: "PreTrainedModel"
     teacher: "PreTrainedModel | None"
-    """None where the teacher is the student's own frozen base, or is read from a cache."""
+    """None where the teacher is the student's own frozen base, or is read from a cache. A copy of the base, or what the recipe names."""
     gates: dict[str, nn.Parameter]
     """By their names in gates.safetensors."""
     base: dict[str, nn.Parameter]
@@ -59,15 +65,25 @@ def build(recipe: RetrofitRecipe, saved: torch.dtype, device: str) -> Models:
     """Load, attach gates and adapters, and freeze the rest.
 
     Raises:
-        ValueError: a model that cannot be loaded or retrofitted, packed weights through which no gradient passes, LoRA without peft, or
-            target modules that it does not have.
+        ValueError: a model that cannot be loaded or retrofitted, one whose gates are borrowed, packed weights through which no gradient passes, LoRA without peft, or
+            target modules that it does not have, or a teacher of another vocabulary.
     """
+    for name in filter(None, (recipe.model, recipe.teacher)):
+        if is_borrowed(name):
+            raise ValueError(
+                f"the gates of {name} are channels of its weights, without which it is another model: it cannot be a run's base or teacher; name the "
+                "model that it was made from"
+            )
     student = base_models.load_base(recipe.model, held_dtype(recipe, saved), device=device, quantize=recipe.quantize)
     check_packed(recipe, student)
     teacher = None
-    if recipe.trainable == "all" and recipe.teacher_cache is None:
+    if recipe.teacher is not None:
+        teacher = load_teacher(recipe, student, device)
+    elif recipe.trainable == "all" and recipe.teacher_cache is None:
         teacher = base_models.load_base(recipe.model, "float32", device=device).requires_grad_(False)
     gates, base = equip(student, recipe)
+    if recipe.gates is not None:
+        start_from(gates, recipe.gates.path, recipe)
     return Models(student, teacher, gates, base)
 
 
@@ -87,6 +103,8 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
     """Attach gates and adapters, freeze the rest, and prepare for training -> (the gates, what else trains), as in `Models`."""
     student.config.use_cache = False
     retrofit(student, recipe.dms)
+    if recipe.dms.is_borrowed:
+        start_borrowed(student)
     state = state_of(student)
     state.trained_length, state.budget = recipe.data.length, recipe.budget
     apart = not_called(student)
@@ -112,6 +130,80 @@ def equip(student: "PreTrainedModel", recipe: RetrofitRecipe) -> tuple[dict[str,
         if trains and id(parameter) not in gate_ids:
             base[name] = parameter
     return gates, base
+
+
+def load_teacher(recipe: RetrofitRecipe, student: "PreTrainedModel", device: str) -> "PreTrainedModel":
+    """The model that `teacher` names, frozen.
+
+    Raises:
+        ValueError: another vocabulary, or a head that scales or caps its logits in another way.
+    """
+    assert recipe.teacher is not None, "a recipe that names no teacher has none to load"
+    tokens, theirs = (base_models.load_tokenizer(name).get_vocab() for name in (recipe.model, recipe.teacher))
+    config = base_models.load_config(recipe.teacher)
+    num_rows = (num_embeddings(student.config), num_embeddings(config))
+    if tokens != theirs or num_rows[0] != num_rows[1]:
+        raise ValueError(
+            f"teacher {recipe.teacher} has another vocabulary than {recipe.model} ({len(theirs):,} tokens and {num_rows[1]:,} logits against "
+            f"{len(tokens):,} and {num_rows[0]:,}); choose a teacher of the same, such as a larger model of the family"
+        )
+    half = recipe.precision == "bf16" and base_models.is_saved_bfloat16(config)
+    teacher = base_models.load_base(recipe.teacher, "bfloat16" if half else "float32", device=device).requires_grad_(False)
+    if find_head(teacher) != find_head(student):
+        raise ValueError(
+            f"teacher {recipe.teacher} computes its logits as {find_head(teacher)}, and {recipe.model} as {find_head(student)}"
+        )
+    return teacher
+
+
+# What gates' logits and decisions mean; the window may be another, as many, and so may tau and sinks.
+_KEPT = ("gate", "granularity", "alignment", "scale", "offset")
+
+
+@torch.no_grad()
+def start_from(gates: dict[str, nn.Parameter], path: str, recipe: RetrofitRecipe) -> None:
+    """Give gates the values of a folder's. Under ZeRO-3 every process calls it.
+
+    Raises:
+        ValueError: no gates there, of another model, or such as decide in another way than the recipe's.
+    """
+    tensors, metadata = read_gates(path)
+    found = read_config(metadata, None, path)
+    different = [name for name in _KEPT if getattr(found, name) != getattr(recipe.dms, name)]
+    if different or len(found.windows) != len(recipe.dms.windows):
+        name = different[0] if different else "window"
+        raise ValueError(
+            f"gates.path {path}: its gates have {name} {getattr(found, name)!r}, and dms.{name} is {getattr(recipe.dms, name)!r}; of these settings the "
+            f"recipe keeps what they were trained with ({', '.join(_KEPT)}, and the number of windows)"
+        )
+    other = check_base(
+        base_models.local_weights(recipe.model),
+        metadata,
+        recipe.model,
+        form=recipe.quantize,
+        other_base=True,
+        structure=lambda: structure_of_base(recipe.model),
+    )
+    if other is not None:
+        warnings.warn(str(other), stacklevel=2)
+    with gathered(gates.values(), modify=True):
+        check_shapes("the model", gates, tensors, path)
+        for name, parameter in gates.items():
+            parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def start_borrowed(student: nn.Module) -> None:
+    """Let borrowed gates start where linear ones do: with rows and biases of 0, and so with the logit `-offset`.
+
+    What the rows computed is lost to attention whatever they hold; as they are, they would evict at random.
+    """
+    for layer in state_of(student).layers:
+        projection = query_projection(layer)
+        with gathered(projection.parameters(), modify=True):
+            for parameter in projection.parameters():
+                if parameter.numel():
+                    parameter[channels(layer)].zero_()
 
 
 def not_called(student: nn.Module) -> list[nn.Module]:

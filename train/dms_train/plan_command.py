@@ -49,6 +49,11 @@ def _every() -> list[str]:
 
 def plan(recipe: RetrofitRecipe, *, gpu: str, num_gpus: int, config: str | None = None) -> Plan:
     """Plan a recipe. config: a config.json, a folder that holds one, or one with a NAME.json for each model; None: the model's own."""
+    if recipe.teacher is not None:
+        raise ValueError(
+            f"teacher is {recipe.teacher}, another model, whose weights and passes dms plan does not count; plan without it (teacher=null) and add its "
+            "weights, and a forward pass of it for each sequence"
+        )
     values = read_config(recipe.model, config)
     saved_bfloat16, packing = base_models.is_saved_bfloat16(values), packing_for(recipe, values)
     return make_plan(

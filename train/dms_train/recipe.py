@@ -156,6 +156,15 @@ class WarmStart(Strict):
         return max(1.0, labels_cr / 2.0) if self.start_cr is None else self.start_cr
 
 
+class StartingGates(Strict):
+    """Linear gates that are trained further, at another ratio, window or on other data, instead of gates that start at 0."""
+
+    path: str
+    """A folder that holds them: RUN/gates, RUN/model, or what `dms import` wrote. They were trained on `model`, or on another form of it."""
+    start_cr: float = Field(default=1.0, ge=1.0)
+    """The ratio that they were trained to, from which the target rises to `target_cr`; 1: the target starts anew."""
+
+
 class RetrofitRecipe(Strict):
     """`dms retrofit`: teach a pretrained model's gates which KV entries to evict."""
 
@@ -168,11 +177,14 @@ class RetrofitRecipe(Strict):
     output_dir: str
     """The run folder; it must be new, empty, or hold an unfinished run of this recipe."""
     target_cr: float = Field(ge=1.0)
-    """The compression ratio at the end, of what `budget` says; it rises linearly from 1 ([P] section 3.2), or from `warm_start.start_cr`."""
+    """The compression ratio at the end, of what `budget` says; it rises linearly from 1 ([P] section 3.2), or from the start_cr of
+    `warm_start` or `gates`."""
     budget: Literal["decided", "end", "mean"] = "decided"
     """What `target_cr` counts: decided, decisions, windows left aside; end, entries alive at a document's end, windows included; mean, their
     mean over positions. Several windows need end or mean."""
     dms: Annotated[DMSConfig, PlainValidator(_method), PlainSerializer(DMSConfig.to_dict)]
+    gates: StartingGates | None = None
+    """Gates to start from; None: gates of 0, which evict nothing."""
     data: Data
     optimizer: Optimizer
     steps: int = Field(ge=1)
@@ -190,6 +202,9 @@ class RetrofitRecipe(Strict):
     weight, with a frozen copy as teacher."""
     lora: Lora | None = None
     """`trainable: gates+lora` only; None: the defaults."""
+    teacher: str | None = None
+    """Another model as teacher, a folder, hub id or GGUF file of the same vocabulary and any width, such as a larger one of the family. None:
+    the model as it was."""
     beta: float = Field(default=0.0, ge=0.0, le=1.0)
     """The distillation divergence: 0 KL(teacher || student), 1 KL(student || teacher), between: generalised JSD."""
     compression_weight: float = Field(default=1.0, gt=0.0)
@@ -253,6 +268,12 @@ class RetrofitRecipe(Strict):
         if self.warm_start is not None:
             self._check_warm_start(self.warm_start)
         self._check_at_cr()
+        if self.teacher is not None and (name := next((n for n in ("teacher_cache", "warm_start") if getattr(self, n) is not None), None)):
+            raise ValueError(f"{name} is made of the model itself, and teacher is {self.teacher}; remove one of them")
+        if self.gates is not None:
+            self._check_gates(self.gates)
+        if self.dms.is_borrowed:
+            self._check_borrowed()
         if len(self.dms.windows) > 1 and self.budget == "decided":
             raise ValueError(
                 f"budget is decided and dms.window {list(self.dms.windows)}: lifetimes differ in what they save, which decisions do not tell; choose "
@@ -269,6 +290,29 @@ class RetrofitRecipe(Strict):
                 "learned; lengthen the data, narrow these windows or leave them out"
             )
         return self
+
+    def _check_gates(self, gates: StartingGates) -> None:
+        if self.dms.is_borrowed:
+            raise ValueError(f"gates.path is {gates.path}, and dms.gate {self.dms.gate}, which has no weights of its own; remove gates")
+        if self.warm_start is not None:
+            raise ValueError("warm_start trains gates from 0, and gates brings trained ones; remove one of them")
+        if gates.start_cr > self.target_cr:
+            raise ValueError(f"gates.start_cr is {gates.start_cr:g}, and the ratio rises from it to target_cr {self.target_cr:g}; lower it")
+
+    def _check_borrowed(self) -> None:
+        """Raises ValueError where rows of the base are gates, and could not train, or not as the recipe says."""
+        given = f"dms.gate is {self.dms.gate}"
+        if self.trainable != "all":
+            raise ValueError(
+                f"{given}: its weights are the base's, and its teacher the model as it was; with trainable: {self.trainable} choose all"
+            )
+        if self.optimizer.lr != self.optimizer.base_lr:
+            raise ValueError(
+                f"{given}: its weights train with base_lr, {self.optimizer.base_lr:g}, and lr, {self.optimizer.lr:g}, would have no effect; write the same in both"
+            )
+        for name in ("warm_start", "teacher_cache", "teacher"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{given}: {name} is for gates with weights of their own; remove it, or choose dms.gate: linear")
 
     def _check_warm_start(self, warm: WarmStart) -> None:
         if warm.steps >= self.steps:
@@ -301,6 +345,8 @@ class RetrofitRecipe(Strict):
     @property
     def start_cr(self) -> float:
         """The ratio from which distillation's target rises."""
+        if self.gates is not None:
+            return self.gates.start_cr
         return 1.0 if self.warm_start is None else self.warm_start.begins_at(self.labels_cr)
 
     def _check_at_cr(self) -> None:

@@ -51,7 +51,8 @@ def distill_loss(
 
     Args:
         hidden_s: [N, M] the student's input to its head; the only gradients are for it and for the student's head.
-        hidden_t: [N, M] the teacher's, dtype of hidden_s; takes no gradient.
+        hidden_t: [N, M] the teacher's, dtype of hidden_s; takes no gradient. With a head of its own it may have another width, [N, Mt];
+            plain PyTorch then computes it, on any device.
         head_weight: [V, M], dtype of hidden_s.
         head_bias: [V], dtype of hidden_s. None: the head has no bias.
         logit_scale: factor on the logits, not 0.
@@ -60,7 +61,7 @@ def distill_loss(
         valid: [N] bool, the tokens that count; logits of others are not computed.
         chunk: rows of logits alive at a time, 1 or more. None: as many as keep what is held beyond the inputs and their
             gradients within 1.5 GB; see `chunk_rows`.
-        teacher_head_weight: [V, M]. None: the student's head, bias included, serves both.
+        teacher_head_weight: [V, M], or [V, Mt]. None: the student's head, bias included, serves both.
         teacher_head_bias: [V], only beside teacher_head_weight. None: the teacher's own head has no bias.
 
     Returns:
@@ -78,18 +79,30 @@ def distill_loss(
             None if x is None else x.to(half) for x in (head_bias, teacher_head_weight, teacher_head_bias)
         )
     check_hidden("hidden_s", hidden_s)
-    if hidden_t.shape != hidden_s.shape:
+    other_width = teacher_head_weight is not None and hidden_t.ndim == 2 and hidden_t.shape[1] != hidden_s.shape[1]
+    if hidden_t.shape != hidden_s.shape and not (other_width and hidden_t.shape[0] == hidden_s.shape[0]):
         raise ValueError(f"hidden_t must be {list(hidden_s.shape)}, got {list(hidden_t.shape)}")
     check_like(hidden_s, "hidden_t", hidden_t)
-    others = {"head_bias": head_bias, "teacher_head_weight": teacher_head_weight, "teacher_head_bias": teacher_head_bias}
+    others = {
+        "head_bias": head_bias,
+        "teacher_head_weight": None if other_width else teacher_head_weight,
+        "teacher_head_bias": teacher_head_bias,
+    }
     check_head(hidden_s, head_weight, others, logit_scale, softcap)
+    if other_width:
+        assert teacher_head_weight is not None, "without a head of its own its width is the student's"
+        if teacher_head_weight.shape != (head_weight.shape[0], hidden_t.shape[1]):
+            wanted = [head_weight.shape[0], hidden_t.shape[1]]
+            raise ValueError(f"teacher_head_weight must be {wanted}, got {list(teacher_head_weight.shape)}")
+        check_like(hidden_s, "teacher_head_weight", teacher_head_weight)
     check_valid(hidden_s, valid)
     if teacher_head_bias is not None and teacher_head_weight is None:
         raise ValueError("teacher_head_bias was given without teacher_head_weight; give both or neither")
     if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
         raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), got {beta!r}")
     check_chunk(chunk)
-    is_fused = dispatch.use_triton("distill_loss", hidden_s, fused.problem_of(hidden_s))
+    problem = "a teacher of another width" if other_width else fused.problem_of(hidden_s)
+    is_fused = dispatch.use_triton("distill_loss", hidden_s, problem)
     if chunk is None:
         V, M = head_weight.shape
         chunk = chunk_rows(V, M, head_weight.dtype, beta=beta, softcap=softcap, is_fused=is_fused)

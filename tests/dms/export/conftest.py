@@ -85,17 +85,17 @@ _SMALL = {
 
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory):
-    """`random_folder(family, **config)`: a folder of a small random model with random gates."""
+    """`random_folder(family, method, **config)`: a folder of a small random model with random gates. method: settings beside METHOD."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(family: str, **config) -> Path:
+    def make(family: str, method: dict | None = None, **config) -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SMALL | config))).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.12)
-        open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD)), 1.0)
+        open_gates(dms.retrofit(model, dms.DMSConfig(**METHOD | (method or {}))), 1.0)
         return checkpoint.save(model, tmp_path_factory.mktemp(family) / "model", base_name="acme/random-1b", target_cr=None)
 
     return make
@@ -114,6 +114,12 @@ def following(random_folder):
     layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "num_kv_shared_layers": 2}
     sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
     return random_folder("gemma4_text", vocab_size_per_layer_input=97, **layers, **sizes)
+
+
+@pytest.fixture(scope="session")
+def borrowed(random_folder):
+    """A model whose gates are query channels, after a query norm."""
+    return random_folder("qwen3", {"gate": "borrowed", "alignment": "next"}, num_key_value_heads=2, head_dim=16)
 
 
 @pytest.fixture(scope="session")

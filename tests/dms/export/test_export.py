@@ -150,7 +150,8 @@ def test_gates_of_another_number_of_windows_are_refused(lifetimes, tmp_path):
         config = {**config, "format_version": version, "window": window}
         (out / "config.json").write_text(json.dumps({**written, "dms": config}))
         with pytest.raises(
-            ValueError, match=rf"config.json: format_version is {version} and window .*: one window is format 1, several are 2"
+            ValueError,
+            match=rf"config.json: format_version is {version}, window .*: one window of linear gates is format 1, several windows and other gates are 2",
         ):
             save_tensors(gates, out / GATES_FILE, metadata)
             dms.load(out, device="cpu")
@@ -279,7 +280,7 @@ def test_what_is_refused(tiny, run, tmp_path):
     (full / "note.txt").write_text("mine")
     assert "is not an empty folder" in refusal(tiny, full) and (full / "note.txt").read_text() == "mine"
     assert "is not an empty folder" in refusal(tiny, full / "note.txt")
-    assert "lies in the folder that is exported" in refusal(tiny, tiny / "inside")
+    assert "lies in the folder that is read" in refusal(tiny, tiny / "inside")
     (tmp_path / "empty").mkdir()
     export(tiny, tmp_path / "empty", format="merged")
 

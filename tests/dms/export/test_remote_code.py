@@ -60,13 +60,14 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, mixed, renamed, lifetimes, tmp_path_factory):
+def folders(tiny, mixed, renamed, lifetimes, borrowed, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     export(tiny, root / "out")
     export(tiny, root / "v1.0 of a-model" / "1 out.v2", max_shard_size="1MB")
     export(mixed, root / "mixed")
     export(renamed, root / "renamed")
     export(lifetimes, root / "lifetimes")
+    export(borrowed, root / "borrowed")
     shutil.copytree(root / "out", root / "copied" / "there")
     # Another version of the code under the same name.
     changed = shutil.copytree(root / "out", root / "other" / "out")
@@ -94,6 +95,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
         "mixed": (folders / "mixed", {}),
         "renamed": (folders / "renamed", {}),
         "lifetimes": (folders / "lifetimes", {}),
+        "borrowed": (folders / "borrowed", {}),
         "copied": (folders / "copied" / "there", {}),
         "hub": ("acme/tiny", {}),
         "biased": (folders / "out", {"evict_bias": 1.0}),
@@ -116,7 +118,7 @@ def theirs(folders, tmp_path_factory, run_without_us):
 
 
 @pytest.fixture(scope="module")
-def ours(tiny, mixed, renamed, lifetimes):
+def ours(tiny, mixed, renamed, lifetimes, borrowed):
     """What `dms.load` gives, by case."""
     model = dms.load(tiny, device="cpu")
     found = {"tiny": measure(model)}
@@ -124,7 +126,7 @@ def ours(tiny, mixed, renamed, lifetimes):
     found["biased"] = measure(model)
     dms.set_mode(model, "dense")
     found["dense"] = measure(model)
-    others = {"mixed": mixed, "renamed": renamed, "lifetimes": lifetimes}
+    others = {"mixed": mixed, "renamed": renamed, "lifetimes": lifetimes, "borrowed": borrowed}
     found |= {name: measure(dms.load(folder, device="cpu")) for name, folder in others.items()}
     return found
 
@@ -143,6 +145,7 @@ def ours(tiny, mixed, renamed, lifetimes):
         ("mixed", "mixed"),
         ("renamed", "renamed"),
         ("lifetimes", "lifetimes"),
+        ("borrowed", "borrowed"),
         ("dense", "dense"),
         ("plain", "dense"),
     ],
@@ -162,12 +165,13 @@ def test_evicts(ours):
 
 def test_the_class_is_the_base_s_and_gates_stay_float32(theirs):
     facts = {name: fact for name, fact in theirs[1].items() if "refused" not in fact}
-    assert {fact["class"] for name, fact in facts.items() if name not in ("mixed", "renamed")} == {"LlamaForCausalLM"}
+    assert {fact["class"] for name, fact in facts.items() if name not in ("mixed", "renamed", "borrowed")} == {"LlamaForCausalLM"}
+    assert facts["borrowed"]["class"] == "Qwen3ForCausalLM"
     assert (facts["mixed"]["class"], facts["renamed"]["class"]) == ("Gemma3ForCausalLM", "GPTNeoXForCausalLM")
     assert {fact["mode"] for fact in facts.values()} == {"evict"}
     assert {fact["evicting"] for name, fact in facts.items() if name != "lifetimes"} == {"DMSCache"}
     assert facts["bfloat16"]["dtype"] == "torch.bfloat16"
-    assert all(fact["gates"] == ["torch.float32"] for fact in facts.values())
+    assert all(fact["gates"] == ([] if name == "borrowed" else ["torch.float32"]) for name, fact in facts.items())
 
 
 def test_folders_with_other_code_do_not_share_it(theirs, ours):
