@@ -269,7 +269,7 @@ def _describe(model: Any, tensors: Mapping[str, torch.Tensor], texts: Mapping[st
         "windows": list(state.config.windows),
         **texts,
         "layers": [
-            {"index": layer.index, "kv_heads": layer.num_heads, "query_heads": layer.num_query_heads, "normalize": layer.gate.normalize}  # type: ignore[union-attr]  # borrowed ones were refused
+            {"index": layer.index, "kv_heads": layer.num_heads, "query_heads": layer.num_query_heads, "normalize": layer.gate.normalize}
             for layer in state.layers
         ],
         "smallest_gate_logit": float(logits.abs().min()),

@@ -237,8 +237,9 @@ def test_vectors_of_others_are_refused(exported, tiny, tmp_path):
 
 
 def test_models_that_can_have_none_are_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="format gates writes the gates alone; choose --format hf or merged"):
-        export(tiny, tmp_path / "out", format="gates", reference_vectors=True)
+    for format in ("gates", "nvidia", "hipengine"):
+        with pytest.raises(ValueError, match=f"a folder of --format {format} does not hold as dms loads it; choose --format hf or merged"):
+            export(tiny, tmp_path / "out", format=format, reference_vectors=True)
     with pytest.raises(ValueError, match=r"computes with packed weights, .* export the gates on the base that was not packed \(--base\)"):
         check_exportable(tiny, read_gates(tiny)[1] | {"base_form": "nf4"})
     for window, context in ((2048, None), (400, 410)):
