@@ -1,0 +1,133 @@
+"""What the tests of serving share: folders with random gates, prompts, the engine in a process of its own, and what `generate` says."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import dms
+from dms.io import base_models, checkpoint
+from dms.retrofitting import gate_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = ROOT / "tests" / "serving" / "engine.py"
+# Importing vLLM is most of it.
+SECONDS = 600
+# Folders with trained gates, for those who have some.
+GIVEN = [name for name in os.environ.get("DMS_SERVE_FOLDERS", "").split(os.pathsep) if name]
+
+
+def make_folder(folder: Path, window: int | tuple[int, ...], *, kept: float = 1 / 3.5, seed: int = 1, **options) -> Path:
+    """The embedded model with random gates that keep this share of a text's decisions for good, unequal among heads."""
+    model, tokenizer = base_models.load_base("builtin:tiny", "float32", "cpu"), base_models.load_tokenizer("builtin:tiny")
+    dms.retrofit(model, dms.DMSConfig(window=window, scale=1.0, offset=0.0, **options))
+    generator, gates = torch.Generator().manual_seed(seed), gate_parameters(model)
+    with torch.no_grad():
+        for name, parameter in gates.items():
+            parameter.normal_(0, 0.3 if name.endswith("weight") else 0.1, generator=generator)
+        logits = logits_of(model, torch.tensor([text(tokenizer, 600, seed=7)]))
+        shift = -logits.quantile(kept)
+        for name, parameter in gates.items():
+            if name.endswith("bias"):
+                parameter.add_(shift)
+    return checkpoint.save(model, folder / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=None)
+
+
+@torch.no_grad()
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of each token, layer and head the logit by which it is evicted at all (the largest of several windows'), [B, T, L, H]."""
+    found = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: found.append(out))
+        for module in model.modules()
+        if type(module) is dms.gates.Gate
+    ]
+    dms.set_mode(model, "evict")
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    logits = torch.stack(found, 2)
+    return logits.amax(-1) if logits.dim() == 5 else logits
+
+
+def text(tokenizer, num_tokens: int, seed: int) -> list[int]:
+    """Tokens of something like Python, which the embedded model has learned on."""
+    rng = random.Random(seed)
+    words = ["value", "index", "name", "result", "items", "key", "count", "left", "right", "node", "path", "line"]
+    written = ""
+    while len(ids := tokenizer(written)["input_ids"]) < num_tokens:
+        a, b, c = rng.sample(words, 3)
+        written += f"def {a}_{b}({b}, {c}={rng.randrange(100)}):\n    if {b} > {c}:\n        return {c} + {rng.randrange(10)}\n"
+        written += f"    for {a} in {b}.{c}():\n        {c} = {a}_{c}({a}, {b}[{rng.randrange(10)}])\n    return {c}\n\n\n"
+    return ids[:num_tokens]
+
+
+@cache
+def prompts(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
+    tokenizer = base_models.load_tokenizer("builtin:tiny")
+    return [text(tokenizer, length, seed=100 * seed + number) for number, length in enumerate(lengths)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that runs vLLM: this checkout's code, offline, one thread, and nothing sent to anybody."""
+    places = [str(ROOT / name) for name in ("serve", "", "train", "kernels")]
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own = {
+        "PYTHONPATH": os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    return kept | own | more
+
+
+def run_engine(folder: Path, given: dict, **env: str) -> dict:
+    """What tests/serving/engine.py answers, in a process of its own: engines do not share one well. folder: for its files."""
+    asks, answers, said = (folder / name for name in ("asks.json", "answers.json", "said.txt"))
+    asks.write_text(json.dumps(given))
+    answers.unlink(missing_ok=True)
+    with said.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, str(ENGINE), str(asks), str(answers)],
+            env=environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | env),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
+        )
+    assert done.returncode == 0 and answers.is_file(), said.read_text()[-6000:]
+    return json.loads(answers.read_text())
+
+
+class Reference:
+    """What `dms.load(folder).generate` adds to prompts, greedily and each by itself; remembers it."""
+
+    def __init__(self, folder: Path, *, evict_bias: float = 0.0, kv_dtype: str | None = None, prefill_chunk: int | None = None):
+        self.model = dms.load(folder, dtype="float32", device="cpu", evict_bias=evict_bias)
+        self.model.dms.kv_dtype, self.model.dms.prefill_chunk = kv_dtype, prefill_chunk
+        self.known: dict[tuple[tuple[int, ...], int], list[int]] = {}
+
+    def __call__(self, prompt: list[int], num_tokens: int) -> list[int]:
+        key = (tuple(prompt), num_tokens)
+        if key not in self.known:
+            ids = self.model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1)
+            self.known[key] = ids[0, len(prompt) :].tolist()
+        return self.known[key]
+
+
+@cache
+def reference(folder: Path, evict_bias: float = 0.0, kv_dtype: str | None = None, prefill_chunk: int | None = None) -> Reference:
+    return Reference(folder, evict_bias=evict_bias, kv_dtype=kv_dtype, prefill_chunk=prefill_chunk)
+
+
+def dense_bytes(folder: Path, num_tokens: int) -> int:
+    """Of keys and values in float32 of so many tokens, where nothing is evicted."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["num_hidden_layers"] * config["num_key_value_heads"] * num_tokens * 2 * config["head_dim"] * 4
