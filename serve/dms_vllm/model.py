@@ -23,7 +23,7 @@ from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFo
 from dms_vllm.pool import FixedPool, page_bytes
 from dms_vllm.settings import KV_DTYPES, Options, Served
 from dms_vllm.vouchers import Geometry, Report
-from dms_vllm.worker import Part, Step, Worker
+from dms_vllm.worker import Part, Step, Worker, sliding
 
 # vLLM looks for a layer's number in its name.
 POOL = "model.layers.0.dms_pool"
@@ -64,7 +64,11 @@ class GatedAttention(nn.Module):
         self.scale, self.softcap, self.sinks = scale, logits_soft_cap, sinks
         self.has_sink = sinks is not None
         self.layer = -1
-        """Its number among the layers with gates."""
+        """Its number in the pool."""
+        self.sliding_window: int | None = None
+        """Tokens that a query sees, its own among them, in a layer without a gate."""
+        self.num_windows = 1
+        """Of the gates."""
         self.evicts: torch.Tensor | None = None
         """[N, H] or [N, H, K] bool, from the gate until the keys come."""
 
@@ -73,6 +77,9 @@ class GatedAttention(nn.Module):
         N = query.shape[0]
         q, k, v = (x.reshape(N, -1, self.head_size) for x in (query, key, value))
         evicts, self.evicts = self.evicts, None
+        if self.sliding_window is not None:
+            shape = (N, self.num_kv_heads, *((self.num_windows,) if self.num_windows > 1 else ()))
+            evicts = torch.ones(shape, dtype=torch.bool, device=q.device)
         assert evicts is not None, "the gate runs before its attention"
         return torch.ops.dms_vllm.attend(q, k, v, evicts, self.layer).reshape(N, -1)
 
@@ -139,17 +146,21 @@ class Pool(nn.Module, AttentionLayerBase):
     """The one "layer" of whose cache vLLM knows: the pool of all layers, in the memory that vLLM gives it."""
 
     def __init__(self, vllm_config: VllmConfig, config: DMSConfig, options: Options, layers: list[GatedAttention], max_tokens: int):
+        """layers: those with gates, then those with a sliding window. max_tokens: of the longest request."""
         super().__init__()
         self.config, self.options = config, options
         self.attention = [AttentionOptions(layer.scale, layer.softcap, layer.sinks) for layer in layers]
         self.head_dim, self.dtype = layers[0].head_size, vllm_config.model_config.dtype
         self.quantized = KV_DTYPES[vllm_config.cache_config.cache_dtype] == "int8"
         entry = page_bytes(1, self.head_dim, self.dtype, self.quantized, config.windows)
-        lines = sum(layer.num_kv_heads for layer in layers)
+        K = len(config.windows)
+        self.configs = [config if layer.sliding_window is None else sliding(layer.sliding_window, K) for layer in layers]
+        self.num_gated = sum(layer.sliding_window is None for layer in layers)
         # A ring's entry: key and value in the model's dtype, and its state.
-        ring_bytes = lines * (config.windows[0] + 1) * (2 * self.head_dim * self.dtype.itemsize + 1)
+        ring_entries = sum(layer.num_kv_heads * (c.windows[0] + 1) for layer, c in zip(layers, self.configs, strict=True))
+        ring_bytes = ring_entries * (2 * self.head_dim * self.dtype.itemsize + 1)
         geometry = Geometry(
-            lines=lines,
+            lines=sum(layer.num_kv_heads for layer in layers[: self.num_gated]),
             windows=config.windows,
             page_size=options.page_size,
             pages_per_voucher=options.pages_per_voucher,
@@ -181,7 +192,7 @@ class Pool(nn.Module, AttentionLayerBase):
             quantized=self.quantized,
             windows=self.config.windows,
         )
-        self.worker = Worker(self.config, len(self.attention), pool, self.spec.geometry.horizons, loops=self.options.loops)
+        self.worker = Worker(self.configs, self.num_gated, pool, self.spec.geometry.horizons, loops=self.options.loops)
 
     def take_events(self, events: list[Event]) -> None:
         """What the scheduler says before a step."""
@@ -199,6 +210,11 @@ class Pool(nn.Module, AttentionLayerBase):
                     self.worker.become_fork(event.request, event.fork)
                 case DroppedFork():
                     self.worker.drop_fork(event.fork)
+
+    def held(self) -> dict[str, int]:
+        """As of `Worker.held`."""
+        assert self.worker is not None, "memory comes before requests"
+        return self.worker.held()
 
     def report(self) -> dict[str, Report]:
         """Of the requests of the last step."""
@@ -225,22 +241,32 @@ class DMSForCausalLM(TransformersForCausalLM):
         model = self.model_config
         served, options = Served.of(model.model, model.revision), Options.of(self.vllm_config)
         found = served.layers()
-        if found.following or found.skipped:
-            name, why = next(iter(found.skipped.items()))
-            raise ValueError(
-                f"{served.folder}: {name} has no gate ({why}), and the server takes models all of whose layers have one; use dms.load(...).generate"
-            )
+        gated = {layer.index: layer for layer in found.gated}
+        sliding_window = getattr(self.text_config, "sliding_window", None)
+        of_type = dict(enumerate(getattr(self.text_config, "layer_types", None) or []))
         self.gates: dict[int, tuple[str, Gate]] = {}
-        layers = []
-        for number, layer in enumerate(found.gated):
-            name, _ = self.attention_fusers[layer.index]
+        layers: list[GatedAttention] = []
+        # Those with gates first: of these alone are the reports.
+        for index, (name, _) in sorted(self.attention_fusers.items(), key=lambda item: (item[0] not in gated, item[0])):
             module = self.get_submodule(name)
-            module.attn.layer = number
+            module.attn.layer, module.attn.num_windows = len(layers), len(served.config.windows)
             layers.append(module.attn)
-            gate = Gate(self.text_config.hidden_size, module.attn.num_kv_heads, served.config, normalize=not layer.normalized_input)
-            module.add_module("dms_gate", gate.to(self.device_config.device))
-            module.register_forward_pre_hook(GateBefore(options.evict_bias), with_kwargs=True)
-            self.gates[layer.index] = (f"{name}.dms_gate", gate)
+            if index in gated:
+                normalize = not gated[index].normalized_input
+                gate = Gate(self.text_config.hidden_size, module.attn.num_kv_heads, served.config, normalize=normalize)
+                module.add_module("dms_gate", gate.to(self.device_config.device))
+                module.register_forward_pre_hook(GateBefore(options.evict_bias), with_kwargs=True)
+                self.gates[index] = (f"{name}.dms_gate", gate)
+            elif of_type.get(index) == "sliding_attention" and sliding_window and index not in {layer.index for layer in found.following}:
+                module.attn.sliding_window = sliding_window
+            else:
+                why = next(
+                    (why for skipped, why in found.skipped.items() if name.endswith(skipped.removeprefix("model."))), "it has no gate"
+                )
+                raise ValueError(
+                    f"{served.folder}: {name} is neither a layer with a gate nor one with a sliding window ({why}), and the server takes no others; "
+                    "use dms.load(...).generate"
+                )
         if len({layer.head_size for layer in layers}) > 1:
             raise ValueError(
                 f"{served.folder}: layers have heads of different sizes, and the pages of all are of one; use dms.load(...).generate"

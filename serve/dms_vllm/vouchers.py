@@ -13,9 +13,10 @@ Why the bound holds at every moment, not between steps alone:
 
 - It counts nothing that a window takes away after the report. n then never falls in the sum, the bound of each line grows with its
   tokens, and it covers any mixture of layers that have stored a step's tokens and layers that have not, and any division of a chunk.
-- `Store.push` gives back pages before it takes any, and takes a page for the entry that begins it: within a push a list never has more
-  pages than before or after. A tail of pages is given back whole and its entries begin a new page, which is no more than ceil(n / P) either.
-- Copies of open pages are made when a cache is forked, not when one of the two writes next, and forks have vouchers for them.
+- `Store.push` gives back pages before it takes any, and takes none ahead of the entry that begins it: within a push a list never has more
+  pages than before or after. A last page that is not full is given back when all of it is gone, and the next entry begins a page again;
+  ceil(n / P), with what is gone in n, is no less.
+- Open pages are copied when a cache is forked, not when one of the two writes next, and forks have vouchers for the copies.
 
 Reservations without pages (`PagePool.reserve`, a page a list ahead, on other devices than a CPU) are not counted: a pool of fixed size must
 not refuse them.
@@ -198,7 +199,7 @@ class Ledger:
     def report(self, name: Hashable, report: Report) -> int:
         """What the ranks have told, merged: vouchers to give back. Reports on holders that have ended, or on what was before a fork, say nothing."""
         one = self.holders.get(name)
-        if one is None or report.tokens < one.latest.tokens or (one.latest is one.start and report.tokens <= one.start.tokens > 0):
+        if one is None or report.tokens <= one.start.tokens or report.tokens < one.latest.tokens:
             return 0
         one.latest = report
         self._learn(one)

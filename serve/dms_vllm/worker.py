@@ -95,13 +95,14 @@ class Worker:
     """The requests of a worker process, and what its layers hold of them.
 
     Args:
+        configs: of each layer, how its decisions are meant; `sliding` makes that of one without a gate.
+        num_gated: how many of the layers, the first, have gates; the others have a sliding window, and nothing in pages.
         horizons: of which numbers of tokens to come the reports are.
         loops: keep every request by itself while it decodes, too.
     """
 
-    def __init__(self, config: DMSConfig, num_layers: int, pool: FixedPool, horizons: tuple[int, ...], *, loops: bool = False):
-        self.horizons = horizons
-        self.config, self.num_layers, self.pool, self.loops = config, num_layers, pool, loops
+    def __init__(self, configs: list[DMSConfig], num_gated: int, pool: FixedPool, horizons: tuple[int, ...], *, loops: bool = False):
+        self.configs, self.num_gated, self.pool, self.horizons, self.loops = configs, num_gated, pool, horizons, loops
         self.alone: dict[str, list[PoolLayer]] = {}
         """The layers of requests that are read by themselves."""
         self.decoding: list[str] = []
@@ -126,7 +127,7 @@ class Worker:
         if request in self.alone or request in self.decoding:
             raise RuntimeError(f"request {request} begins, and has begun already; please report this, with vLLM's version")
         if fork is None:
-            self.alone[request] = [PoolLayer(self.config, self.pool) for _ in range(self.num_layers)]
+            self.alone[request] = [PoolLayer(config, self.pool) for config in self.configs]
         else:
             self.alone[request] = [layer.copy() for layer in self.forks[fork]]
             self.parents[request] = fork
@@ -256,7 +257,7 @@ class Worker:
         softcap: float | None,
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of a layer (its number among those with gates), after which it holds the step's tokens.
+        """Attention of a layer, by its number among `configs`, after which it holds the step's tokens.
 
         q [N, Hq, D], k and v [N, H, D], evicts [N, H] bool, with K > 1 windows [N, H, K]; N may be larger than the step's number of tokens,
         whose outputs are 0 then -> [N, Hq, D].
@@ -281,7 +282,7 @@ class Worker:
     def _keep(self, request: str, key: str, copy: PoolLayer) -> None:
         layers = self.forks.setdefault(key, [])
         layers.append(copy)
-        if len(layers) == self.num_layers:
+        if len(layers) == len(self.configs):
             if request in self.parents:
                 self.parents[key] = self.parents[request]
             self.parents[request] = key
@@ -301,13 +302,28 @@ class Worker:
         self.peak_requests = max(self.peak_requests, len(self.alone) + len(self.decoding))
         return reports
 
+    def held(self) -> dict[str, int]:
+        """entries: those alive of the requests that run, over the KV heads of layers with gates; seen: what these would be had nothing been
+        evicted; bytes: of pages in use, those of prefixes too, and of the requests' rings, sliding windows among them."""
+        entries = seen = rings = 0
+        requests = [*self.alone.values(), *([self.row_layers] if self.row_layers else [])]
+        for number, layer in ((n, layer) for layers in requests for n, layer in enumerate(layers) if not layer.is_empty):
+            store = layer.store
+            if number < self.num_gated:
+                entries += int(store.entries_alive().sum())
+                seen += int(store.seq_len.sum()) * store.num_heads
+            rings += store.ring_kv.nbytes + store.ring_state.nbytes
+        pages = self.pool.num_used * self.pool.page_size * self.pool.entry_bytes
+        return {"entries": entries, "seen": seen, "bytes": pages + rings}
+
     def _reports(self, names: list[str], layers: list[PoolLayer]) -> list[Report]:
         """Of the rows of layers, whose names these are."""
+        layers = layers[: self.num_gated]
         pages = sum(torch.stack([pages_in(layer.store, tokens) for tokens in self.horizons], 1) for layer in layers)
         assert isinstance(pages, torch.Tensor), "there are layers"
         for row, name in enumerate(names):
             if name in self.parents:
-                parents = self.forks[self.parents[name]]
+                parents = self.forks[self.parents[name]][: self.num_gated]
                 pages[row] -= sum(shared_pages(layer.store, row, parent.store) for layer, parent in zip(layers, parents, strict=True))
         tokens = layers[0].store.seq_len.tolist()
         return [Report(number, tuple(row)) for number, row in zip(tokens, pages.tolist(), strict=True)]
@@ -317,6 +333,13 @@ def shared_pages(store: Store, row: int, parent: Store) -> int:
     """Pages of a row that another store has too."""
     used = used_places(store.page_table[row : row + 1], store.num_kept[row : row + 1], store.pool.page_size)
     return int(torch.isin(store.page_table[row : row + 1][used], parent.page_numbers()).sum())
+
+
+def sliding(num_visible: int, num_windows: int) -> DMSConfig:
+    """Of a layer in which a token sees itself and those before it, num_visible in all: one whose gate evicts everything. It needs as many
+    windows as the others have, since all have pages of one kind."""
+    windows = [num_visible - 1 + more for more in range(num_windows)]
+    return DMSConfig(window=windows[0] if num_windows == 1 else windows)
 
 
 def pages_in(store: Store, num_tokens: int) -> torch.Tensor:

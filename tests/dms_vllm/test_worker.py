@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from dms_vllm.pool import FixedPool, page_bytes
+from dms_vllm.vouchers import Geometry, Ledger
+from dms_vllm.worker import Part, Worker
 
 from dms.cache.layer import CompactedLayer
 from dms.config import DMSConfig
 from dms.masks import Tokens
-from dms_vllm.pool import FixedPool, page_bytes
-from dms_vllm.vouchers import Geometry, Ledger
-from dms_vllm.worker import Part, Worker
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 8
 OPTIONS = {"scale": 0.3, "softcap": None, "sink_logits": None}
@@ -76,9 +76,7 @@ class Server:
         windows = sorted(rng.sample(range(1, 40), rng.randint(1, 3)))
         self.config = DMSConfig(window=windows[0] if len(windows) == 1 else windows, sinks=rng.choice([0, 0, 3]))
         self.longest = rng.choice([40, 90, 140])
-        self.geometry = Geometry(
-            lines=LAYERS * HEADS, windows=self.config.windows, page_size=16, pages_per_voucher=rng.choice([1, 2, 4])
-        )
+        self.geometry = Geometry(lines=LAYERS * HEADS, windows=self.config.windows, page_size=16, pages_per_voucher=rng.choice([1, 2, 4]))
         self.num_vouchers = int(self.geometry.of_longest(self.longest) * rng.choice([1.0, 1.0, 1.15, 1.5, 2.5])) + 1
         num_pages = self.num_vouchers * self.geometry.pages_per_voucher
         raw = torch.zeros(num_pages * page_bytes(16, DIM, torch.float32, quantized, self.config.windows) + 1024, dtype=torch.int8)
@@ -88,7 +86,7 @@ class Server:
         pool = FixedPool(raw, 16, DIM, torch.float32, quantized=quantized, windows=self.config.windows)
         assert pool.num_pages == num_pages
         self.ledger = Ledger(self.geometry)
-        self.worker = Worker(self.config, LAYERS, pool, self.geometry.horizons, loops=loops)
+        self.worker = Worker([self.config] * LAYERS, LAYERS, pool, self.geometry.horizons, loops=loops)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.prefixes: dict[str, tuple[Request, int]] = {}
@@ -139,7 +137,9 @@ class Server:
             request = self.waiting[0]
             begun_from = self.begin_from_prefix(request)
             n = min(budget, self.left(request))
-            if not self.make_room(max(self.ledger.admission(request.name, request.prompt), self.ledger.needed(request.name, request.done + n))):
+            if not self.make_room(
+                max(self.ledger.admission(request.name, request.prompt), self.ledger.needed(request.name, request.done + n))
+            ):
                 self.ledger.free(request.name)
                 request.done = 0
                 break

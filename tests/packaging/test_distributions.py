@@ -58,7 +58,7 @@ def test_wheel_holds_every_package_recipe_and_licence(names, packages):
             assert f"dms/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"dms", "dms_train", "dms_kernels"}
+    assert tops == {"dms", "dms_train", "dms_vllm", "dms_kernels"}
 
 
 def test_wheel_holds_data_and_type_information(names):

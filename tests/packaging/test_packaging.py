@@ -21,9 +21,10 @@ def test_transformers_imports_with_the_root_first_on_the_path():
     assert out.endswith("Trainer")
 
 
-def test_kernels_is_no_package():
-    assert (ROOT / "kernels").is_dir()
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+@pytest.mark.parametrize("folder", ["kernels", "serve", "train"])
+def test_folders_of_packages_are_none(folder):
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
 
 
 def test_no_conftest_or_package_at_the_root_of_the_tests():
@@ -36,7 +37,7 @@ def test_every_package_folder_is_listed(packages):
     for folder in listed - {ROOT / "recipes"}:
         assert (folder / "__init__.py").is_file(), f"setup.cfg lists {folder}, which has no __init__.py"
     sources = [path for path in tree_files() if path.suffix == ".py"]
-    roots = [folder for name, folder in packages.items() if name in ("dms", "dms_train", "dms_kernels")]
+    roots = [folder for name, folder in packages.items() if name in ("dms", "dms_train", "dms_vllm", "dms_kernels")]
     packaged = {path.parent for path in sources if any(path.is_relative_to(root) for root in roots)}
     assert packaged <= listed, f"not in setup.cfg's packages: {sorted(map(str, packaged - listed))}"
     elsewhere = {path.parent for path in sources if path.name == "__init__.py" and "tests" not in path.relative_to(ROOT).parts}
@@ -59,9 +60,9 @@ def test_one_version(setup_cfg):
     assert len(set(out.split())) == 1, f"{out}: install the project again"
 
 
-def test_dms_never_imports_the_training(packages):
+def test_dms_never_imports_the_training_or_the_serving(packages):
     for path, found in modules(packages, "dms"):
-        assert not [name for name in found if name == "dms_train" or name.startswith("dms_train.")], path
+        assert not [name for name in found if name.split(".")[0] in ("dms_train", "dms_vllm")], path
 
 
 def test_kernels_import_torch_and_triton_alone(packages):
