@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from small_models import small_model
 
 import dms
 from dms.io import base_models, checkpoint
@@ -22,20 +23,45 @@ SECONDS = 600
 GIVEN = [name for name in os.environ.get("DMS_SERVE_FOLDERS", "").split(os.pathsep) if name]
 
 
-def make_folder(folder: Path, window: int | tuple[int, ...], *, kept: float = 1 / 3.5, seed: int = 1, **options) -> Path:
+def make_folder(folder: Path, window: int | tuple[int, ...], *, kept: float = 1 / 3.5, **options) -> Path:
     """The embedded model with random gates that keep this share of a text's decisions for good, unequal among heads."""
     model, tokenizer = base_models.load_base("builtin:tiny", "float32", "cpu"), base_models.load_tokenizer("builtin:tiny")
     dms.retrofit(model, dms.DMSConfig(window=window, scale=1.0, offset=0.0, **options))
-    generator, gates = torch.Generator().manual_seed(seed), gate_parameters(model)
+    open_gates(model, torch.tensor([text(tokenizer, 600, seed=7)]), 0.3, kept)
+    return checkpoint.save(model, folder / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=None)
+
+
+def make_sliding_folder(folder: Path) -> Path:
+    """A random model, without a tokenizer, of which every other layer slides and has no gate."""
+    torch.manual_seed(0)
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
+    model = small_model("gemma3_text", num_key_value_heads=2, head_dim=16, **layers, **ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    dms.retrofit(model, dms.DMSConfig(window=(6, 20), scale=1.0, offset=0.0))
+    open_gates(model, torch.tensor([random_ids(400, seed=7)]), 0.5, 1 / 3)
+    return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
+
+
+def open_gates(model, ids: torch.Tensor, std: float, kept: float) -> None:
+    """Random gates that keep this share of all decisions on these tokens."""
+    generator, gates = torch.Generator().manual_seed(1), gate_parameters(model)
     with torch.no_grad():
         for name, parameter in gates.items():
-            parameter.normal_(0, 0.3 if name.endswith("weight") else 0.1, generator=generator)
-        logits = logits_of(model, torch.tensor([text(tokenizer, 600, seed=7)]))
-        shift = -logits.quantile(kept)
+            parameter.normal_(0, std if name.endswith("weight") else 0.1, generator=generator)
+        shift = -logits_of(model, ids).quantile(kept)
         for name, parameter in gates.items():
             if name.endswith("bias"):
                 parameter.add_(shift)
-    return checkpoint.save(model, folder / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=None)
+
+
+def random_ids(num_tokens: int, seed: int) -> list[int]:
+    """For `make_sliding_folder`."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 97) for _ in range(num_tokens)]
 
 
 @torch.no_grad()
@@ -88,22 +114,33 @@ def environment(**more: str) -> dict[str, str]:
     return kept | own | more
 
 
-def run_engine(folder: Path, given: dict, **env: str) -> dict:
-    """What tests/serving/engine.py answers, in a process of its own: engines do not share one well. folder: for its files."""
+def run_engine(folder: Path, given: dict, *, script: Path = ENGINE, **env: str) -> dict:
+    """What tests/serving/engine.py, or another script, answers in a process of its own: engines do not share one well. folder: for its files."""
+    code, said = _run(folder, given, script, env)
+    assert code == 0, said[-6000:]
+    return json.loads((folder / "answers.json").read_text())
+
+
+def fail_to_start(folder: Path, given: dict) -> str:
+    """What an engine says that must not start."""
+    code, said = _run(folder, given, ENGINE, {})
+    assert code != 0 and not (folder / "answers.json").exists(), "it started"
+    return said
+
+
+def _run(folder: Path, given: dict, script: Path, env: dict[str, str]) -> tuple[int, str]:
     asks, answers, said = (folder / name for name in ("asks.json", "answers.json", "said.txt"))
     asks.write_text(json.dumps(given))
-    answers.unlink(missing_ok=True)
     with said.open("w") as out:
         done = subprocess.run(
-            [sys.executable, str(ENGINE), str(asks), str(answers)],
+            [sys.executable, str(script), str(asks), str(answers)],
             env=environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | env),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             timeout=SECONDS,
         )
-    assert done.returncode == 0 and answers.is_file(), said.read_text()[-6000:]
-    return json.loads(answers.read_text())
+    return done.returncode, said.read_text()
 
 
 class Reference:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from served import GIVEN, dense_bytes, logits_of, prompts, reference, run_engine
+from served import GIVEN, dense_bytes, logits_of, make_sliding_folder, prompts, random_ids, reference, run_engine
 
 import dms
 
@@ -34,6 +34,7 @@ class Case:
     kv_cache_dtype: str = "auto"
     prefill_chunk: int | None = None
     """Of the reference."""
+    ranks: int = 1
 
     def ask(self, folder) -> dict:
         engine = {
@@ -45,6 +46,7 @@ class Case:
             "max_num_seqs": 24,
             "kv_cache_dtype": self.kv_cache_dtype,
             "additional_config": {"dms": self.options},
+            "tensor_parallel_size": self.ranks,
         }
         return {"engine": engine, "acts": [dict(act) for act in self.acts]}
 
@@ -59,6 +61,8 @@ CASES = {
     "loops, tight": Case(chunk=128, acts=(CROWD,), memory=TIGHT, options={"loops": True}),
     "whole prompts": Case(chunk=8192, acts=(MIXED,), options={"page_size": 64, "prefix_every": 0}),
     "evict_bias": Case(chunk=96, acts=(MIXED,), options={"evict_bias": 0.4}),
+    # One KV head each, so that they fill unequally.
+    "two ranks": Case(chunk=256, acts=(SHARED, NEXT_TURN, MIXED, ABORTED), ranks=2),
     # A later piece of a prompt reads what int8 made of an earlier one, so that pieces must be the same: the engine's end where prefixes are
     # kept, and requests that are preempted and read again would be others.
     "int8": Case(chunk=8192, acts=(SHARED, MIXED), kv_cache_dtype="int8_per_token_head", prefill_chunk=256),
@@ -74,7 +78,7 @@ PARAMETERS = [
 @pytest.mark.parametrize(("name", "case"), PARAMETERS)
 def test_tokens_are_those_of_generate(name, case, folders, tmp_path):
     folder, chosen = folders(name), CASES[case]
-    answers = run_engine(tmp_path, chosen.ask(folder))
+    answers = run_engine(tmp_path, chosen.ask(folder), **{"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if chosen.ranks > 1 else {})
     expected = reference(
         folder, chosen.options.get("evict_bias", 0.0), "int8" if chosen.kv_cache_dtype != "auto" else None, chosen.prefill_chunk
     )
@@ -96,9 +100,24 @@ def test_tokens_are_those_of_generate(name, case, folders, tmp_path):
         assert sum(answer["preempted"] for answer in answers["acts"]) > 0
     end = answers["end"]
     print(f"{name}, {case}: {end}, preempted {[answer['preempted'] for answer in answers['acts']]}")
-    assert end["free"] == end["vouchers"] and end["held"] == end["left"] == end["used"] == 0
-    assert end["peak"] <= end["vouchers"] and end["peak_pages"] <= end["pages"]
+    assert end["free"] == end["vouchers"] and end["held"] == end["left"] == 0 and end["peak"] <= end["vouchers"]
+    if chosen.ranks == 1:
+        assert end["used"] == 0 and end["peak_pages"] <= end["pages"]
     assert (end["prefixes"] > 0) == (chosen.options.get("prefix_every") != 0)
+
+
+@pytest.mark.slow
+def test_layers_that_slide_lie_beside_those_with_gates(tmp_path):
+    folder = make_sliding_folder(tmp_path)
+    act = {"prompts": [random_ids(length, seed=length) for length in (3, 8, 9, 40, 100, 200, 300)], "max_tokens": 32}
+    case = Case(chunk=64, acts=(act, act), memory={"tokens": 4000, "max_model_len": 400}, options={"prefix_every": 64})
+    ask = case.ask(folder)
+    answers = run_engine(tmp_path, {**ask, "engine": ask["engine"] | {"skip_tokenizer_init": True}})
+    expected = reference(folder)
+    for answer in answers["acts"]:
+        assert answer["tokens"] == [expected(prompt, 32) for prompt in act["prompts"]]
+    assert answers["acts"][1]["cached"][-1] >= 256
+    assert answers["end"]["free"] == answers["end"]["vouchers"] and answers["end"]["used"] == 0
 
 
 @pytest.mark.parametrize("name", ["one", "three"])
