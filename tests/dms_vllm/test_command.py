@@ -1,11 +1,10 @@
 """`dms serve`: the command line of vLLM that it becomes, and what it says instead. vLLM itself is not needed."""
 
 import json
-import shutil
 import sys
 
 import pytest
-from served import ROOT, make_folder
+from served import ROOT, make_folder, with_other_weights
 from typer.testing import CliRunner
 
 from dms_vllm import command as serve
@@ -106,12 +105,8 @@ def test_folders_that_cannot_be_served(folder, has, tmp_path):
         serve.command("/nowhere", 0.0, [])
     with pytest.raises(ValueError, match=r"has no gates \(gates.safetensors is missing\)"):
         serve.command(str(ROOT / "recipes/tiny/model"), 0.0, [])
-    other = shutil.copytree(folder, tmp_path / "other")
-    weights = bytearray((other / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (other / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match="trained on"):
-        serve.command(str(other), 0.0, [])
+        serve.command(str(with_other_weights(folder, tmp_path / "other")), 0.0, [])
 
 
 def test_dms_serve_hands_on_what_it_does_not_know(monkeypatch):

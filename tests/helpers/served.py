@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import small_model
 
 import dms
@@ -29,6 +31,14 @@ def make_folder(folder: Path, window: int | tuple[int, ...], *, kept: float = 1 
     dms.retrofit(model, dms.DMSConfig(window=window, scale=1.0, offset=0.0, **options))
     open_gates(model, torch.tensor([text(tokenizer, 600, seed=7)]), 0.3, kept)
     return checkpoint.save(model, folder / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=None)
+
+
+def with_other_weights(folder: Path, to: Path) -> Path:
+    """A copy of a folder, of whose weights the gates know nothing."""
+    to = shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, to / "model.safetensors", {"format": "pt"})
+    return to
 
 
 def make_sliding_folder(folder: Path) -> Path:
@@ -149,12 +159,14 @@ class Reference:
     def __init__(self, folder: Path, *, evict_bias: float = 0.0, kv_dtype: str | None = None, prefill_chunk: int | None = None):
         self.model = dms.load(folder, dtype="float32", device="cpu", evict_bias=evict_bias)
         self.model.dms.kv_dtype, self.model.dms.prefill_chunk = kv_dtype, prefill_chunk
+        # It goes on, whatever it says.
+        self.model.generation_config.eos_token_id = None
         self.known: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
     def __call__(self, prompt: list[int], num_tokens: int) -> list[int]:
         key = (tuple(prompt), num_tokens)
         if key not in self.known:
-            ids = self.model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1)
+            ids = self.model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False)
             self.known[key] = ids[0, len(prompt) :].tolist()
         return self.known[key]
 

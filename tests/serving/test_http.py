@@ -161,7 +161,7 @@ def test_the_pool_is_among_vllms_metrics(client, server):
 
 def test_a_prompt_too_long_is_the_askers_fault(client):
     with pytest.raises(openai.BadRequestError, match="1200"):
-        complete(client, MIXED[9] * 2, 8)
+        complete(client, MIXED[9] * 3, 8)
 
 
 def test_what_does_not_work_is_said_before_a_server_starts(folders):

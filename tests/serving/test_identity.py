@@ -16,6 +16,8 @@ MIXED = {"prompts": prompts((3, 15, 40, 100, 150, 255, 256, 257, 400, 700, 900, 
 # One each step; of the three that are aborted one reads its prompt then, and one decodes.
 ABORTED = MIXED | {"arrive": list(range(12)), "abort": {4: 9, 8: 30, 11: 14}}
 CROWD = {"prompts": prompts(tuple(150 + 23 * number for number in range(20)), seed=1), "max_tokens": 64}
+# The same, which begin from what was kept of them; some are aborted while they wait, read and decode.
+CROWD_AGAIN = CROWD | {"abort": {2: 30, 5: 3, 17: 2, 19: 25}}
 _SYSTEM = prompts((700,), seed=2)[0]
 # One after another: only what has ended, or is being read, is there to begin from.
 SHARED = {"prompts": [_SYSTEM + question for question in prompts((5, 20, 90, 150), seed=3)], "max_tokens": 24, "alone": True}
@@ -53,7 +55,7 @@ class Case:
 
 CASES = {
     "ample": Case(chunk=256, acts=(SHARED, NEXT_TURN, MIXED, ABORTED)),
-    "tight": Case(chunk=128, acts=(CROWD,), memory=TIGHT),
+    "tight": Case(chunk=128, acts=(CROWD, CROWD_AGAIN), memory=TIGHT),
     "tight, no prefixes, small vouchers": Case(
         chunk=64, acts=(CROWD,), memory=TIGHT, options={"prefix_every": 0, "pages_per_voucher": 1, "page_size": 32}
     ),

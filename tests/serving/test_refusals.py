@@ -1,11 +1,10 @@
 """What does not go with evicting gates is refused by name, before anything is loaded."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from served import ROOT, dense_bytes, fail_to_start, make_folder, run_engine
+from served import ROOT, dense_bytes, fail_to_start, make_folder, run_engine, with_other_weights
 
 CONFIGS = Path(__file__).with_name("configs.py")
 REFUSED = {
@@ -39,10 +38,7 @@ OTHER_FOLDERS = {
 @pytest.fixture(scope="module")
 def answers(folders, tmp_path_factory):
     own = {"model": str(folders("one")), "dtype": "float32", "max_model_len": 512}
-    weights = shutil.copytree(folders("one"), tmp_path_factory.mktemp("weights") / "model")
-    changed = bytearray((weights / "model.safetensors").read_bytes())
-    changed[-1] ^= 1
-    (weights / "model.safetensors").write_bytes(changed)
+    weights = with_other_weights(folders("one"), tmp_path_factory.mktemp("weights") / "model")
     asks = {name: own | arguments for name, (arguments, _) in REFUSED.items()} | {
         "plain": own | {"dtype": "auto", "additional_config": {"dms": {"evict_bias": 0.5}, "other": 1}},
         "no prefixes": own | {"enable_prefix_caching": False, "kv_cache_dtype": "int8_per_token_head"},
