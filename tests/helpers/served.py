@@ -57,12 +57,15 @@ def make_sliding_folder(folder: Path) -> Path:
 
 
 def open_gates(model, ids: torch.Tensor, std: float, kept: float) -> None:
-    """Random gates that keep this share of all decisions on these tokens."""
+    """Random gates that keep about this share of all decisions on these tokens, of which none is so close that rounding takes it."""
     generator, gates = torch.Generator().manual_seed(1), gate_parameters(model)
     with torch.no_grad():
         for name, parameter in gates.items():
             parameter.normal_(0, std if name.endswith("weight") else 0.1, generator=generator)
-        shift = -logits_of(model, ids).quantile(kept)
+        logits = logits_of(model, ids).flatten().sort().values
+        near = logits[int((kept - 0.02) * len(logits)) : int((kept + 0.02) * len(logits))]
+        widest = near.diff().argmax()
+        shift = -(near[widest] + near[widest + 1]) / 2
         for name, parameter in gates.items():
             if name.endswith("bias"):
                 parameter.add_(shift)
