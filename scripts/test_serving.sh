@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that need vLLM (tests/serving), in the environment of scripts/setup_serving.sh, which this makes; on the CPU and offline.
-#   scripts/test_serving.sh [pytest arguments]     such as -m "not slow" (4 minutes of 12), or -k int8
+#   scripts/test_serving.sh [pytest arguments]     such as -m "not slow", the short form, or -k int8
 # DMS_SERVE_FOLDERS=FOLDER:FOLDER names folders with trained gates, which are then served as well. A test that is skipped is a failure here.
 set -euo pipefail
 
