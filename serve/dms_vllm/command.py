@@ -66,6 +66,8 @@ def _with_option(arguments: list[str], option: str, value: float) -> list[str]:
         config = {} if given is None else json.loads(given)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is {given!r}, which is no JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("dms", {}), dict):
+        raise ValueError(f"{name} is {given!r}; it is an object, in which dms is another one")
     ours = config.setdefault("dms", {})
     if ours.get(option, value) != value:
         raise ValueError(f"{name} sets dms.{option} to {ours[option]!r}, and its own option to {value!r}; leave one out")
