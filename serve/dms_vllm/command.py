@@ -50,12 +50,14 @@ def check_version() -> None:
 
 
 def _value(arguments: list[str], name: str) -> str | None:
+    """Of an option; where it is given several times the last counts, as with vLLM."""
+    found = None
     for place, argument in enumerate(arguments):
         if argument == name and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+            found = arguments[place + 1]
+        elif argument.startswith(f"{name}="):
+            found = argument.partition("=")[2]
+    return found
 
 
 def _with_option(arguments: list[str], option: str, value: float) -> list[str]:
@@ -72,6 +74,11 @@ def _with_option(arguments: list[str], option: str, value: float) -> list[str]:
     if ours.get(option, value) != value:
         raise ValueError(f"{name} sets dms.{option} to {ours[option]!r}, and its own option to {value!r}; leave one out")
     ours[option] = value
-    place = arguments.index(name) if name in arguments else len(arguments)
-    rest = [a for i, a in enumerate(arguments) if i not in (place, place + 1) and not a.startswith(f"{name}=")]
+    rest: list[str] = []
+    for argument in arguments:
+        if rest and rest[-1] == name:
+            # Its value.
+            rest.pop()
+        elif not argument.startswith(f"{name}="):
+            rest.append(argument)
     return [*rest, name, json.dumps(config)]

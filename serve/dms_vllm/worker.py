@@ -111,6 +111,8 @@ class Worker:
         """The layers whose rows they are."""
         self.forks: dict[str, list[PoolLayer]] = {}
         """Prefixes that are kept for requests to come, by key."""
+        self.partial_forks: dict[str, dict[int, PoolLayer]] = {}
+        """Forks of which not all layers have run yet, by number of the layer."""
         self.parents: dict[str, str] = {}
         """The fork that a request or a fork began from, or that was last made of it, which the shared pages count as."""
         self.new_forks: list[str] = []
@@ -270,7 +272,7 @@ class Worker:
             held.update(k[part].transpose(0, 1)[None], v[part].transpose(0, 1)[None])
             out[part] = held.attend(q[part].transpose(0, 1)[None], **options)[0]
             if piece.fork is not None:
-                self._keep(piece.request, piece.fork, held.copy())
+                self._keep(piece.request, piece.fork, layer, held.copy())
         if step.rows is not None:
             held, rows = self.row_layers[layer], step.rows
             held.decide(evicts[rows.at][:, None], rows.tokens)
@@ -279,10 +281,13 @@ class Worker:
             out[rows.at[rows.present]] = answer[rows.present]
         return out
 
-    def _keep(self, request: str, key: str, copy: PoolLayer) -> None:
-        layers = self.forks.setdefault(key, [])
-        layers.append(copy)
+    def _keep(self, request: str, key: str, layer: int, copy: PoolLayer) -> None:
+        # Layers run in the model's order, and here those with gates come first.
+        layers = self.partial_forks.setdefault(key, {})
+        layers[layer] = copy
         if len(layers) == len(self.configs):
+            del self.partial_forks[key]
+            self.forks[key] = [layers[number] for number in range(len(layers))]
             if request in self.parents:
                 self.parents[key] = self.parents[request]
             self.parents[request] = key

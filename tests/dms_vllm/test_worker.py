@@ -198,7 +198,8 @@ class Server:
             parts.append(Part(request.in_worker, begin, begin + n, request.done))
             begin += n
         step = self.worker.plan(parts)
-        for layer in range(LAYERS):
+        # Layers with a sliding window run among those with gates, and come after them elsewhere.
+        for layer in self.rng.sample(range(LAYERS), LAYERS):
 
             def of_step(name: str, layer: int = layer) -> torch.Tensor:
                 return torch.cat([getattr(one, name)[layer, one.done : one.done + n] for one, n in chosen])

@@ -109,7 +109,6 @@ def test_tokens_are_those_of_generate(name, case, folders, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="Worker._keep lists a fork's layers as they run, not as Worker.configs has them: gated ones first")
 def test_layers_that_slide_lie_beside_those_with_gates(tmp_path):
     folder = make_sliding_folder(tmp_path)
     act = {"prompts": [random_ids(length, seed=length) for length in (3, 8, 9, 40, 100, 200, 300)], "max_tokens": 32}
