@@ -34,8 +34,7 @@ def folders(tmp_path_factory):
     def folder(name: str) -> Path:
         if name not in made:
             options: dict[str, dict] = {"one": {"window": 16, "sinks": 4}, "three": {"window": (8, 24, 64)}}
-            path = tmp_path_factory.mktemp(name)
-            made[name] = make_folder(path, **options[name]) if name in options else Path(name)
+            made[name] = make_folder(tmp_path_factory.mktemp(name), **options[name]) if name in options else Path(name)
         return made[name]
 
     return folder
