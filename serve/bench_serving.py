@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--max-model-len", type=int, default=0, help="0: what a prompt and its answer need")
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--modes", default="dense,gates")
     parser.add_argument("--out", help="a JSON line for each mode is appended to this file")
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, mode: str, prompts: Path, scratch: Path) ->
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     serve = [*vllm, "serve", options.folder, "--port", str(port), "--dtype", options.dtype, "--max-model-len", str(longest)]
     serve += ["--kv-cache-memory-bytes", str(options.kv_bytes), "--max-num-seqs", str(options.max_num_seqs), "--no-enable-prefix-caching"]
+    serve += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
     # Without plugins the folder's gates are not seen.
     env = {**os.environ, "VLLM_PLUGINS": ""} if mode == "dense" else dict(os.environ)
     log = scratch / f"{mode}.log"
