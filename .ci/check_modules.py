@@ -33,8 +33,11 @@ def lacking(name: str) -> str | None:
     return None
 
 
+# What says that it is not what was looked for.
+REFUSES = {"dms.core"}
+
 packages = (dms, dms_train, dms_vllm, dms_kernels)
-names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")})
+names = sorted({found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")} - REFUSES)
 lack = {name: package for name in names if (package := lacking(name))}
 wrong = {
     name: package
