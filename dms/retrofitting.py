@@ -97,7 +97,9 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
     if found.following:
         found.decoder.register_forward_hook(functools.partial(_after_decoder, state))
     model.dms = state
-    state.activate("dense")
+    if config.is_borrowed:
+        # Dense is no longer as the model came.
+        state.activate("dense")
     if hasattr(model, "generate"):
         own: type = type(model)
         hf_compat.change_class(model, with_decoding(own))
