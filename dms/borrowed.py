@@ -63,19 +63,33 @@ def _read(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple
     output: of a projection [B, T, Hq * D or more], of a norm [B, T, Hq, D].
     """
     attention: Any = layer.module
-    borrowed = (..., channels(layer)) if output.dim() == 3 else (..., slice(None, None, layer.num_query_heads // layer.num_heads), -1)
+    channel, output = take_channel(output, layer.num_query_heads, layer.num_heads, hf_compat.query_modules(attention)[2])
     waiting, attention.dms_waiting = getattr(attention, "dms_waiting", None), None
     if waiting is not None:
         forward, cache = waiting
-        pending = forward.decide(state, layer, layer.gate, output[borrowed], cache)
+        pending = forward.decide(state, layer, layer.gate, channel, cache)
         attention.dms_pending = functools.partial(attend_without, pending) if state.config.gate == "borrowed" else pending
-    output = output.clone()
-    # On fake tensors, with which plans are made, a number cannot be assigned.
-    output[borrowed].zero_()
     return output
 
 
-def _without(query_BqTD: torch.Tensor, num_heads: int) -> torch.Tensor:
+def take_channel(output: torch.Tensor, num_query_heads: int, num_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the borrowed channel out of what makes the queries.
+
+    output: of a projection [B, T, Hq * D or more], queries first, or of a norm [B, T, Hq, D].
+
+    Returns:
+        The channel [B, T, H], and a copy of `output` where it is 0.
+    """
+    G = num_query_heads // num_heads
+    of_projection = (..., slice(head_dim - 1, num_query_heads * head_dim, G * head_dim))
+    borrowed = of_projection if output.dim() == 3 else (..., slice(None, None, G), -1)
+    without = output.clone()
+    # On fake tensors, with which plans are made, a number cannot be assigned.
+    without[borrowed].zero_()
+    return output[borrowed], without
+
+
+def without_channel(query_BqTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Queries after rotation, with the borrowed channels 0."""
     query_BqTD = query_BqTD.clone()
     query_BqTD[:, :: query_BqTD.shape[1] // num_heads, :, -1].zero_()
@@ -84,7 +98,7 @@ def _without(query_BqTD: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def attend_without(pending: AttentionFunction, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """The attention function of a layer with gate `borrowed`: `pending`, of queries without the channels."""
-    return pending(_without(query, key.shape[1]), key, value, **kwargs)
+    return pending(without_channel(query, key.shape[1]), key, value, **kwargs)
 
 
 def register_dense(original: str) -> str:
@@ -94,7 +108,7 @@ def register_dense(original: str) -> str:
     def attention(module: Any, query, key, value, attention_mask, **kwargs):
         assert take_decision(module) is None, "in dense mode no gate decides"
         function = hf_compat.eager_attention(module) if original == "eager" else hf_compat.attention_function(original)
-        return function(module, _without(query, key.shape[1]), key, value, attention_mask, **kwargs)
+        return function(module, without_channel(query, key.shape[1]), key, value, attention_mask, **kwargs)
 
     hf_compat.register_attention(name, attention, mask=original)
     return name

@@ -190,22 +190,28 @@ def write_pretrain_card(folder: str | Path, known: Mapping[str, Any]) -> Path:
     return new_card(fields, paragraphs).write(folder)
 
 
+def card_of_exported(source: Path, metadata: Mapping[str, str], tags: list[str]) -> Card:
+    """The card of the folder that is exported (which may be missing), with the fields that any exported model has. tags: before its own."""
+    card = Card.read(source)
+    own = [tag for tag in card.fields.get("tags") or ["kv-cache", "dms"] if tag != "custom_code"]
+    card.fields = {
+        "base_model": hub_id(metadata.get("base_name") or ""),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **card.fields,
+        "tags": tags + own,
+    }
+    return card
+
+
 def write_export_card(source: Path, folder: Path, metadata: Mapping[str, str], *, auto_class: str | None) -> Path:
     """Write the card of an exported model: `source`, the card of the exported folder (which may be missing), with a new section on loading.
 
     metadata: of the gates file. auto_class: what loads the code that the folder holds, with trust_remote_code; None: it holds none.
     """
-    base, card = metadata.get("base_name") or "", Card.read(source)
-    tags = [tag for tag in card.fields.get("tags") or ["kv-cache", "dms"] if tag != "custom_code"]
-    card.fields = {
-        "base_model": hub_id(base),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **card.fields,
-        "tags": (["custom_code"] if auto_class else []) + tags,
-    }
+    card = card_of_exported(source, metadata, tags=["custom_code"] if auto_class else [])
     if not card.body.strip():
-        card.body = card_text.introduction(base)
+        card.body = card_text.introduction(metadata.get("base_name") or "")
     loading = LOAD_WITHOUT_CODE
     if auto_class is not None:
         more = _HARNESS if auto_class == "AutoModelForCausalLM" else _IMAGES

@@ -5,21 +5,13 @@ from pathlib import Path
 
 from dms.formats.foreign import Foreign
 from dms.report import card_text
-from dms.report.card_text import Card, hub_id, new_card, public_name
-from dms.report.cards import BORROWED, LOAD_GATES, LOAD_WITHOUT_CODE, WITH_DMS
+from dms.report.card_text import hub_id, new_card, public_name
+from dms.report.cards import BORROWED, LOAD_GATES, LOAD_WITHOUT_CODE, WITH_DMS, card_of_exported
 
 
 def write_foreign_card(source: Path, folder: Path, metadata: Mapping[str, str], *, whose: str, loading: str) -> Path:
     """Write the card of a model that was exported for other code. source: the exported folder's, which may be missing. whose: the code's."""
-    base, card = metadata.get("base_name") or "", Card.read(source)
-    tags = [tag for tag in card.fields.get("tags") or ["kv-cache", "dms"] if tag != "custom_code"]
-    card.fields = {
-        "base_model": hub_id(base),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **card.fields,
-        "tags": tags,
-    }
+    base, card = metadata.get("base_name") or "", card_of_exported(source, metadata, tags=[])
     if not card.body.strip():
         card.body = card_text.introduction(base)
     back = f"This folder was written for {whose}. With dms-retrofit: `dms import FOLDER OUT`, then `dms.load(OUT)`."

@@ -67,11 +67,6 @@ def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:
             f"{served.folder}: gates with alignment 'next' decide for a token when the one after it comes, which the server does not do; "
             "retrofit with dms.alignment: own"
         )
-    if served.config.gate != "linear":
-        raise ValueError(
-            f"{served.folder}: its gates are channels of the queries ({served.config.gate}), which the server does not read; use "
-            "dms.load(...).generate, or retrofit with dms.gate: linear"
-        )
     if vllm_config.speculative_config is not None:
         raise ValueError(
             "speculative decoding does not go with evicting gates: rejected tokens' evictions can't be taken back; leave it out"

@@ -16,8 +16,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
+from dms import borrowed
 from dms.config import DMSConfig
-from dms.gates import Gate
+from dms.gates import BorrowedGate, Gate
+from dms.hf_compat import query_modules
+from dms.layer_discovery import AttentionLayer
 from dms_vllm.accounting import PoolSpec
 from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFork
 from dms_vllm.pool import FixedPool, page_bytes
@@ -73,6 +76,8 @@ class GatedAttention(nn.Module):
         """Of the gates."""
         self.evicts: torch.Tensor | None = None
         """[N, H] or [N, H, K] bool, from the gate until the keys come."""
+        self.without_channel = False
+        """The channel that its gate borrows is 0 after rotation too (gate `borrowed`)."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """query [N, Hq * D], key and value [N, H * D] -> [N, Hq * D]."""
@@ -83,6 +88,8 @@ class GatedAttention(nn.Module):
             shape = (N, self.num_kv_heads, *((self.num_windows,) if self.num_windows > 1 else ()))
             evicts = torch.ones(shape, dtype=torch.bool, device=q.device)
         assert evicts is not None, "the gate runs before its attention"
+        if self.without_channel:
+            q = borrowed.without_channel(q[None].transpose(1, 2), self.num_kv_heads).transpose(1, 2)[0]
         return torch.ops.dms_vllm.attend(q, k, v, evicts, self.layer).reshape(N, -1)
 
 
@@ -95,6 +102,19 @@ class GateBefore:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         module.attn.evicts = (module.dms_gate(hidden) + self.bias > 0)[0]
+
+
+class GateWithin:
+    """A forward hook of what makes an attention module's queries: lets a borrowed gate decide by its channel, and hands them on without it."""
+
+    def __init__(self, attention: GatedAttention, gate: BorrowedGate, bias: float):
+        self.attention, self.gate, self.bias = attention, gate, bias
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        attn = self.attention
+        channel, output = borrowed.take_channel(output, attn.num_heads, attn.num_kv_heads, attn.head_size)
+        attn.evicts = (self.gate(channel) + self.bias > 0)[0]
+        return output
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,11 +289,7 @@ class DMSForCausalLM(TransformersForCausalLM):
             module.attn.layer, module.attn.num_windows = len(layers), len(served.config.windows)
             layers.append(module.attn)
             if index in gated:
-                normalize = not gated[index].normalized_input
-                gate = Gate(self.text_config.hidden_size, module.attn.num_kv_heads, served.config, normalize=normalize)
-                module.add_module("dms_gate", gate.to(self.device_config.device))
-                module.register_forward_pre_hook(GateBefore(options.evict_bias), with_kwargs=True)
-                self.gates[index] = (f"{name}.dms_gate", gate)
+                self._add_gate(name, module, gated[index], served, options)
             elif of_type.get(index) == "sliding_attention" and sliding_window and index not in {layer.index for layer in found.following}:
                 module.attn.sliding_window = sliding_window
             else:
@@ -292,6 +308,20 @@ class DMSForCausalLM(TransformersForCausalLM):
         self.dms_pool = Pool(
             self.vllm_config, served.config, options, layers, model.max_model_len, float(served.metadata.get("target_cr") or 0) or None
         )
+
+    def _add_gate(self, name: str, module: Any, layer: AttentionLayer, served: Served, options: Options) -> None:
+        if served.config.gate == "linear":
+            normalize = not layer.normalized_input
+            gate = Gate(self.text_config.hidden_size, module.attn.num_kv_heads, served.config, normalize=normalize)
+            module.add_module("dms_gate", gate.to(self.device_config.device))
+            module.register_forward_pre_hook(GateBefore(options.evict_bias), with_kwargs=True)
+            self.gates[layer.index] = (f"{name}.dms_gate", gate)
+        else:
+            # Its weights are the query projection's own rows.
+            module.attn.without_channel = served.config.gate == "borrowed"
+            projection, norm, _ = query_modules(module)
+            queries = projection if norm is None else norm
+            queries.register_forward_hook(GateWithin(module.attn, BorrowedGate(served.config), options.evict_bias))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The weights, and the gates beside them, of which each rank takes those of its heads."""

@@ -52,7 +52,9 @@ class Rows:
     at: torch.Tensor
     """[B] int64: of each row's token its place among the step's; 0 where it has none."""
     present: torch.Tensor
-    """[B] bool: which rows have a token."""
+    """[R] int64: which rows have a token."""
+    to: torch.Tensor
+    """[R] int64: its place among the step's."""
     tokens: Tokens
     """Of the rows, [B, 1]."""
 
@@ -81,13 +83,9 @@ class PoolLayer(CompactedLayer):
 
     def with_store(self, store: Store) -> "PoolLayer":
         """A layer of the same kind around a store."""
-        layer = self.copy_without_store()
-        layer._store, layer.columns = store, store.longest
-        return layer
-
-    def copy_without_store(self) -> "PoolLayer":
         layer = PoolLayer(self.dms, self.pool)
         layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, self.is_initialized
+        layer._store, layer.columns = store, store.longest
         return layer
 
 
@@ -185,10 +183,11 @@ class Worker:
         pieces = [piece for part in parts if part.request in self.alone for piece in self._pieces(part)]
         rows = None
         if any(request in decodes for request in self.decoding):
-            present = torch.tensor([request in decodes for request in self.decoding], device=device)
+            real = torch.tensor([request in decodes for request in self.decoding], device=device)
+            present = real.nonzero()[:, 0]
             at = torch.tensor([decodes[request].begin if request in decodes else 0 for request in self.decoding], device=device)
             position = torch.tensor([decodes[request].position if request in decodes else 0 for request in self.decoding], device=device)
-            rows = Rows(at, present, Tokens(present.int()[:, None], position.int()[:, None]))
+            rows = Rows(at, present, at[present], Tokens(real.int()[:, None], position.int()[:, None]))
         return Step(sum(part.end - part.begin for part in parts), pieces, rows)
 
     def _check(self, part: Part) -> None:
@@ -278,7 +277,7 @@ class Worker:
             held.decide(evicts[rows.at][:, None], rows.tokens)
             held.update(k[rows.at][:, :, None], v[rows.at][:, :, None])
             answer = held.attend(q[rows.at][:, :, None], **options)[:, 0]
-            out[rows.at[rows.present]] = answer[rows.present]
+            out[rows.to] = answer[rows.present]
         return out
 
     def _keep(self, request: str, key: str, layer: int, copy: PoolLayer) -> None:
@@ -300,7 +299,7 @@ class Worker:
         reports = {piece.request: self._reports([piece.request], self.alone[piece.request])[0] for piece in step.pieces}
         if step.rows is not None:
             by_row = self._reports(self.decoding, self.row_layers)
-            reports |= {self.decoding[row]: by_row[row] for row in step.rows.present.nonzero()[:, 0].tolist()}
+            reports |= {self.decoding[row]: by_row[row] for row in step.rows.present.tolist()}
         new, self.new_forks = self.new_forks, []
         reports |= {key: self._reports([key], self.forks[key])[0] for key in new if key in self.forks}
         self.peak_pages = max(self.peak_pages, self.pool.num_pages - int(self.pool.num_free))

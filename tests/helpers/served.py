@@ -1,5 +1,6 @@
 """What the tests of serving share: folders with random gates, prompts, the engine in a process of its own, and what `generate` says."""
 
+import copy
 import json
 import os
 import random
@@ -56,6 +57,27 @@ def make_sliding_folder(folder: Path) -> Path:
     return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
 
 
+def make_borrowed_folder(folder: Path, gate: str, family: str) -> Path:
+    """A random model, without a tokenizer, whose gates borrow channels of the queries and keep about two fifths of all decisions."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
+    base = small_model(family, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **ids)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    text = torch.tensor([random_ids(400, seed=7)])
+    found = logits_of(dms.retrofit(copy.deepcopy(base), borrowing(gate, 0.0)), text).flatten().sort().values
+    near = found[int(0.38 * len(found)) : int(0.42 * len(found))]
+    widest = near.diff().argmax()
+    model = dms.retrofit(base, borrowing(gate, ((near[widest] + near[widest + 1]) / 2).item()))
+    return checkpoint.save(model, folder / "model", base_name="acme/random-1b", target_cr=None)
+
+
+def borrowing(gate: str, offset: float) -> dms.DMSConfig:
+    return dms.DMSConfig(window=8, gate=gate, scale=1.0, offset=offset)
+
+
 def open_gates(model, ids: torch.Tensor, std: float, kept: float) -> None:
     """Random gates that keep about this share of all decisions on these tokens, of which none is so close that rounding takes it."""
     generator, gates = torch.Generator().manual_seed(1), gate_parameters(model)
@@ -84,7 +106,7 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     hooks = [
         module.register_forward_hook(lambda module, args, out: found.append(out))
         for module in model.modules()
-        if type(module) is dms.gates.Gate
+        if isinstance(module, dms.gates.AnyGate)
     ]
     dms.set_mode(model, "evict")
     model(ids)

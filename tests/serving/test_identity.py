@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from served import GIVEN, dense_bytes, logits_of, make_sliding_folder, prompts, random_ids, reference, run_engine
+from served import GIVEN, dense_bytes, logits_of, make_borrowed_folder, make_sliding_folder, prompts, random_ids, reference, run_engine
 
 import dms
 
@@ -120,6 +120,27 @@ def test_layers_that_slide_lie_beside_those_with_gates(tmp_path):
         assert answer["tokens"] == [expected(prompt, 32) for prompt in act["prompts"]]
     assert answers["acts"][1]["cached"][-1] >= 256
     assert answers["end"]["free"] == answers["end"]["vouchers"] and answers["end"]["used"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gate", "family", "ranks"),
+    [("borrowed_once", "llama", 1), ("borrowed", "qwen3", 2), ("borrowed", "phi3", 1), ("borrowed", "qwen2", 1)],
+)
+def test_borrowed_gates(gate, family, ranks, tmp_path):
+    """The queries' projection is fused with the others' where it was not, and phi3's is so by itself; qwen3's channel is read after a norm."""
+    folder = make_borrowed_folder(tmp_path, gate, family)
+    act = {"prompts": [random_ids(length, seed=length) for length in (3, 9, 40, 100, 200, 300)], "max_tokens": 32}
+    case = Case(chunk=64, acts=(act, act), memory={"tokens": 4000, "max_model_len": 400}, options={"prefix_every": 64}, ranks=ranks)
+    ask = case.ask(folder)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
+    answers = run_engine(tmp_path, {**ask, "engine": ask["engine"] | {"skip_tokenizer_init": True}}, **env)
+    expected = reference(folder)
+    for answer in answers["acts"]:
+        assert answer["tokens"] == [expected(prompt, 32) for prompt in act["prompts"]]
+    assert answers["end"]["free"] == answers["end"]["vouchers"] and 2 < answers["end"]["peak"] < answers["end"]["vouchers"]
+    kept = (logits_of(expected.model, torch.tensor([act["prompts"][-1]])) <= 0).float().mean()
+    assert 0.2 < kept < 0.7, "they evict, and not everything"
 
 
 @pytest.mark.parametrize("name", ["one", "three"])

@@ -16,6 +16,10 @@ REFUSED = {
         {"pipeline_parallel_size": 2},
         "pipeline_parallel_size is 2, and the pages of all layers are in one pool; use tensor_parallel_size",
     ),
+    "context parallel": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "decode_context_parallel_size divides each request's entries, and gates evict them by head; use tensor_parallel_size",
+    ),
     "lora": ({"enable_lora": True}, "LoRA adapters change what gates read; merge the adapter into the weights before the retrofit"),
     "connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
