@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 HERE = find_spec("vllm") is not None
+OPTIONS: dict[str, dict] = {
+    "one": {"window": 16, "sinks": 4},
+    "three": {"window": (8, 24, 64)},
+    "next": {"window": 16, "alignment": "next"},
+}
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -26,15 +31,15 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """`folders(name)`: the embedded model with random gates of "one" window or of "three"; or one that is there, by its path."""
+    """`folders(name)`: the embedded model with random gates, as OPTIONS has them by name; or a folder that is there, by its path."""
     from served import make_folder
 
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
-            options: dict[str, dict] = {"one": {"window": 16, "sinks": 4}, "three": {"window": (8, 24, 64)}}
-            made[name] = make_folder(tmp_path_factory.mktemp(name), **options[name]) if name in options else Path(name)
+            there = name not in OPTIONS
+            made[name] = Path(name) if there else make_folder(tmp_path_factory.mktemp(name), **OPTIONS[name])
         return made[name]
 
     return folder

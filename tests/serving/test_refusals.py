@@ -33,7 +33,7 @@ REFUSED = {
     "page size": ({"additional_config": {"dms": {"page_size": 8}}}, "dms.page_size is 8; a page holds 16, 32 or 64 entries"),
 }
 OTHER_FOLDERS = {
-    "alignment": "gates with alignment 'next' decide for a token when the one after it comes, which the server does not do; retrofit with",
+    "alignment": "gates of several windows with alignment 'next' are not served; retrofit with dms.alignment: own or one window",
     "weights": "trained on",
     "dense": "has no gates (gates.safetensors is missing); name a folder that `dms retrofit` wrote",
 }
@@ -46,7 +46,7 @@ def answers(folders, tmp_path_factory):
     asks = {name: own | arguments for name, (arguments, _) in REFUSED.items()} | {
         "plain": own | {"dtype": "auto", "additional_config": {"dms": {"evict_bias": 0.5}, "other": 1}},
         "no prefixes": own | {"enable_prefix_caching": False, "kv_cache_dtype": "int8_per_token_head"},
-        "alignment": own | {"model": str(make_folder(tmp_path_factory.mktemp("next"), 8, alignment="next"))},
+        "alignment": own | {"model": str(make_folder(tmp_path_factory.mktemp("next"), (8, 24), alignment="next"))},
         "weights": own | {"model": str(weights)},
         "dense": own | {"model": str(ROOT / "recipes/tiny/model"), "hf_overrides": {"architectures": ["DMSForCausalLM"]}},
     }
