@@ -7,30 +7,18 @@ import pytest
 import torch
 from dms_train import artifacts, loop, models
 from dms_train.recipe import RetrofitRecipe
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from dms.io import base_models
+from small_models import wider_model
 
 
 def load(values):
     return RetrofitRecipe.model_validate(values)
 
 
-def wider(folder, tiny_folder, **changes):
-    """A model of the tiny one's tokenizer, half as wide again."""
-    saved = json.loads((tiny_folder / "config.json").read_text())
-    torch.manual_seed(7)
-    config = LlamaConfig(**{**saved, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "dtype": None, **changes})
-    LlamaForCausalLM(config).save_pretrained(folder)
-    base_models.load_tokenizer(str(tiny_folder)).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["gates", "all"])
 def test_a_run_is_distilled_from_it(trainable, make_values, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts.report, "write_report", lambda *_, **__: [])
-    teacher = wider(tmp_path / "teacher", tiny_folder)
+    teacher = wider_model(tmp_path / "teacher", tiny_folder)
     optimizer = {"lr": 2e-3, "warmup_steps": 1} | ({} if trainable == "gates" else {"base_lr": 1e-3})
     values = {"steps": 3, "trainable": trainable, "optimizer": optimizer}
     from_it = loop.run(load(make_values(tmp_path / "from-it", teacher=teacher, **values)))
@@ -49,7 +37,7 @@ def test_what_is_refused(make_values, tiny_folder, tmp_path):
 
     tokens = json.loads((tiny_folder / "config.json").read_text())["vocab_size"]
     with pytest.raises(ValueError, match=rf"has another vocabulary .* and {tokens + 8:,} logits against"):
-        build(teacher=wider(tmp_path / "rows", tiny_folder, vocab_size=tokens + 8))
+        build(teacher=wider_model(tmp_path / "rows", tiny_folder, vocab_size=tokens + 8))
     with pytest.raises(ValueError, match="has another vocabulary"):
         build(teacher="builtin:tiny")
     for changes, message in (

@@ -16,6 +16,7 @@ from jobs import Job, read_metrics, trajectory
 from rich.console import Console
 from safetensors.torch import load_file
 from said import says
+from small_models import wider_model
 
 pytest.importorskip("deepspeed")
 
@@ -169,6 +170,22 @@ def test_packed_rows_that_processes_share_take_the_same_course(make_values, tmp_
     assert job.wait() == 0, job.output
     assert_same_course(job.folder, whole, 8)
     assert max(m["kl"] for m in read_metrics(job.folder)) > 1e-4
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_width_is_divided(make_values, tiny_folder, tmp_path):
+    teacher = wider_model(tmp_path / "teacher", tiny_folder)
+    values = {"steps": STEPS, "teacher": teacher}
+    whole = tmp_path / "whole"
+    loop.run(RetrofitRecipe.model_validate(make_values(whole, **values)))
+    job = Job(make_values(tmp_path / "run", **values, **DIVIDED["zero3"]), 2)
+    assert job.wait() == 0, job.output
+    assert_same_course(job.folder, whole, STEPS)
+    assert min(m["kl"] for m in read_metrics(job.folder)) > 0.01
+    found = re.search(r"of the teacher's ([\d,]+) bytes of weights the first process holds ([\d,]+)", " ".join(job.output.split()))
+    num_bytes, held = (int(number.replace(",", "")) for number in found.groups())
+    # Small tensors stay whole.
+    assert num_bytes == sum(t.nbytes for t in load_file(f"{teacher}/model.safetensors").values()) and held <= 0.6 * num_bytes
 
 
 def test_the_configuration_names_only_what_deepspeed_knows(make_values, tmp_path):

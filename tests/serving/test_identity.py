@@ -73,7 +73,9 @@ FAST = {("one", "ample"), ("three", "tight")}
 
 
 PARAMETERS = [
-    pytest.param(name, case, marks=[] if (name, case) in FAST else pytest.mark.slow) for name in ("one", "three", "next", *GIVEN) for case in CASES
+    pytest.param(name, case, marks=[] if (name, case) in FAST else pytest.mark.slow)
+    for name in ("one", "three", "next", *GIVEN)
+    for case in CASES
 ]
 
 

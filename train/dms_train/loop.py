@@ -199,7 +199,7 @@ def _set_up(recipe: RetrofitRecipe, console: Console, run_folder: RunFolder) -> 
         write_config(run_folder.path, recipe, accelerator.num_processes)
         run_id = saved.manifest.run_id if saved else None
         tracker = open_tracker(recipe, run_folder.path, console, run_id=run_id, step=position.step)
-        describe_start(console, recipe, parts.student, sum(num_elements(p) for p in parts.trained.values()))
+        describe_start(console, recipe, parts, sum(num_elements(p) for p in parts.trained.values()))
     if recipe.offload_activations and accelerator.device.type == "cpu":
         console.print("offload_activations saves nothing here: without a GPU activations are in host memory already", highlight=False)
     if saved is not None:

@@ -9,6 +9,7 @@ from dms.io.quantization import packed_tensors, quant_method
 from dms.modes import state_of
 from dms.report.charts import window_name
 from dms.training.sharding import num_elements, resident_bytes
+from dms_train.models import Models
 from dms_train.recipe import RetrofitRecipe
 from dms_train.step_metrics import StepMetrics
 
@@ -16,7 +17,8 @@ from dms_train.step_metrics import StepMetrics
 _OF_BUDGET = {"decided": "of decisions", "end": "of entries at a document's end", "mean": "of entries in the mean"}
 
 
-def describe_start(console: Console, recipe: RetrofitRecipe, student: Any, num_trained: int) -> None:
+def describe_start(console: Console, recipe: RetrofitRecipe, parts: Models, num_trained: int) -> None:
+    student: Any = parts.student
     state = state_of(student)
     packed = packed_tensors(student)
     # A byte may hold the codes of two parameters, which transformers knows.
@@ -31,8 +33,10 @@ def describe_start(console: Console, recipe: RetrofitRecipe, student: Any, num_t
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
         console.print(f"  packed weights ({recipe.quantize or quant_method(student.config)}): {num_bytes:,} bytes, frozen", highlight=False)
     if recipe.zero.stage == 3:
-        whole = sum(num_elements(p) * p.element_size() for p in student.parameters())
-        console.print(f"  of {whole:,} bytes of weights the first process holds {resident_bytes(student):,}", highlight=False)
+        for whose, model in (("", student), ("the teacher's ", parts.teacher)):
+            if model is not None:
+                whole = sum(num_elements(p) * p.element_size() for p in model.parameters())
+                console.print(f"  of {whose}{whole:,} bytes of weights the first process holds {resident_bytes(model):,}", highlight=False)
     for name, reason in state.skipped.items():
         console.print(f"  without gates: {name}: {reason}", highlight=False)
 
