@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Runs the real code of other projects on what `dms export` writes, and `dms import` on what their code writes, on the CPU.
+"""Runs the real code of other projects on what `dms export` writes for them, on the CPU.
 
     .venv/bin/python scripts/check_formats.py nvidia  CHECKOUT [--python PYTHON]    CHECKOUT: NVIDIA/Model-Optimizer
     .venv/bin/python scripts/check_formats.py fastdms CHECKOUT [--python PYTHON]    CHECKOUT: shisa-ai/FastDMS
 
 PYTHON has what their code needs besides itself: for NVIDIA's transformers 4.57.3, for FastDMS torch, triton and transformers. It is not ours where
-their package is named as ours is. flash-attn is not needed: FastDMS gets an attention and a norm of a few lines in place of those for 16 bits, and NVIDIA's reads prompts without.
+their package is named as ours is. flash-attn is not needed: FastDMS gets an attention and a norm of a few lines in place of those for 16 bits, and
+NVIDIA's reads prompts without.
 Random tiny models, or with `--model FOLDER` one that dms wrote. Prints of each the largest difference of logits over a whole prompt, and how many gate
 decisions differ, and fails above 1e-4 or one decision.
 """
