@@ -1,6 +1,7 @@
 """A tiny random model folder with a real tokenizer, and a recipe for it."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -67,3 +68,22 @@ def make_values(tiny_folder):
 @pytest.fixture
 def recipe_values(make_values, tmp_path):
     return make_values(tmp_path / "run")
+
+
+@pytest.fixture
+def run_dms(monkeypatch, capsys):
+    """run_dms(*arguments): `dms ARGUMENTS` in this process -> (exit code, stdout, stderr)."""
+    from dms_train import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dms", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

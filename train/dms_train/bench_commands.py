@@ -1,0 +1,77 @@
+"""`dms bench ...`. Heavy imports are inside the commands, as in `cli`."""
+
+from typing import Annotated
+
+import typer
+
+from dms.errors import writing
+from dms.requirements import require
+from dms_train.environment import RETROFIT_NEEDS, prepare
+
+bench = typer.Typer(help="Measure on this machine the time and memory that evict mode saves.", no_args_is_help=True)
+
+
+@bench.command("cache")
+def bench_cache(
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Default: 1 and 4.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; repeat it. Default: 4096, 8192 and 16384.")] = None,
+    evicted: Annotated[list[float] | None, typer.Option(help="Share of tokens evicted; repeat it. Default: 0.75 and 0.875.")] = None,
+    window: Annotated[
+        list[str] | None, typer.Option(metavar="TOKENS", help="Window, or several such as 32,128,512; repeat it to compare. Default: 256.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the random model. Default: 8.")] = None,
+    prefill: Annotated[bool, typer.Option(help="Measure prefill too, which takes longest.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result rows to this file.")] = None,
+) -> None:
+    """Time and memory of the compacted cache beside two dense ones: decoding, attention alone, prefill."""
+    prepare("auto")
+    from dms.benchmarks.cache import benchmark_for, run
+
+    given = benchmark_for(batch=batch, context=context, evicted=evicted, window=window, layers=layers, prefill=prefill, quick=quick)
+    run(given, json_file)
+
+
+@bench.command("batching")
+def bench_batching(
+    model: Annotated[str, typer.Option(help="A folder, a hub id, a GGUF file, or builtin:tiny; its gates are random.")] = "builtin:tiny",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 24,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns, whose medians the figures are.")] = 3,
+) -> None:
+    """Tokens/s of continuous batching beside `generate` over left-padded batches, for texts of mixed lengths."""
+    prepare("auto")
+    from dms.benchmarks.batching import BatchingBenchmark, run
+
+    run(BatchingBenchmark(model=model, num_prompts=num_prompts, batch_size=batch_size, repeats=repeats))
+
+
+@bench.command("retrofit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench_retrofit(context: typer.Context) -> None:
+    """Time and memory of one retrofit step of a random Qwen3-8B, beside FlexAttention and a loss over whole logits."""
+    prepare("auto")
+    from dms_train.bench_retrofit import main as measure
+
+    measure(context.args)
+
+
+@bench.command("gates")
+def bench_gates(
+    comparison: Annotated[
+        str, typer.Argument(metavar="COMPARISON.yaml", help="What is compared: a path, or a packaged file such as tiny/compare-gates.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as processes=2 seeds=[0].", show_default=False)] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Show and draw what is measured; start and evaluate nothing.")] = False,
+) -> None:
+    """Train variants of a recipe over ratios and seeds, and compare their gates at equal memory; repeated, it continues."""
+    require("dms bench gates", *RETROFIT_NEEDS)
+    prepare("auto")
+    from dms_train.bench_gates import GateComparison, run
+    from dms_train.recipe_file import load_recipe
+
+    loaded = load_recipe(comparison, overrides or [], GateComparison)
+
+    with writing(loaded.output_dir):
+        complete = run(loaded, table_only=table_only)
+    if not complete and not table_only:
+        raise typer.Exit(1)
