@@ -95,6 +95,8 @@ class PoolManager(SingleTypeKVCacheManager):
         """What the workers call each request: another name for each of its lives, since a report on one may come after its end."""
         self.lives = itertools.count()
         self.events: list[Event] = []
+        self.to_come: dict[str, str] = {}
+        """Prefixes that the step being scheduled will make, and of which request: nobody begins from them in this step."""
         self.peak = 0
         """The most blocks that requests held."""
 
@@ -128,6 +130,7 @@ class PoolManager(SingleTypeKVCacheManager):
 
     def _drop_prefix(self, name: str) -> None:
         self.prefixes.drop(name)
+        self.to_come.pop(name, None)
         self.ledger.free(name)
         self.block_pool.free_blocks(self.blocks_of_prefixes.pop(name))
         self.events.append(DroppedFork(name))
@@ -180,6 +183,7 @@ class PoolManager(SingleTypeKVCacheManager):
             # The request's first block stays its own.
             self.blocks_of_prefixes[prefix.name] = [*self.further[request_id], taken[0]]
             self.further[request_id] = taken[1:]
+            self.to_come[prefix.name] = request_id
             self.events.append(KeepFork(self.names[request_id], at, prefix.name))
 
     def report(self, reports: dict[str, Report]) -> None:
@@ -206,6 +210,9 @@ class PoolManager(SingleTypeKVCacheManager):
         assert freed == len(blocks), "the ledger and the blocks agree"
         if blocks:
             self.events.append(Ended(self.names.pop(request_id)))
+        # Preempted by another in the step that would have made them.
+        for name in [name for name, of in reversed(self.to_come.items()) if of == request_id]:
+            self._drop_prefix(name)
         return blocks
 
     # Prefixes, as the connector hears of requests.
@@ -219,7 +226,7 @@ class PoolManager(SingleTypeKVCacheManager):
         if self.began_from.pop(request_id, None) is not None:
             self.ledger.free(request_id)
         # The last token's logits are wanted.
-        prefix = self.prefixes.find(request.all_token_ids, request.cache_salt, request.num_tokens - 1)
+        prefix = self.prefixes.find(request.all_token_ids, request.cache_salt, request.num_tokens - 1, besides=self.to_come)
         if prefix is None or not self._finishes(self.ledger.of_prefixes(prefix.name), len(prefix.tokens)):
             return 0
         self.began_from[request_id] = prefix.name
@@ -254,6 +261,7 @@ class PoolManager(SingleTypeKVCacheManager):
     def take_events(self) -> list[Event]:
         """What happened since the step before, in order."""
         events, self.events = self.events, []
+        self.to_come.clear()
         return events
 
     @classmethod

@@ -1,7 +1,7 @@
 """Which prefixes of requests are kept for others that begin alike, and which of them goes first. Plain Python."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -23,12 +23,12 @@ class Prefixes:
         self._by_digest: dict[int, Prefix] = {}
         self._names = count()
 
-    def find(self, tokens: Sequence[int], salt: str | None, most: int) -> Prefix | None:
-        """The longest that the tokens begin with, of at most so many; it is then the last used."""
+    def find(self, tokens: Sequence[int], salt: str | None, most: int, besides: Container[str] = ()) -> Prefix | None:
+        """The longest that the tokens begin with, of at most so many, and not of the names `besides`; it is then the last used."""
         found = None
         for digest in digests(tokens[:most], salt):
             prefix = self._by_digest.get(digest)
-            if prefix is not None and prefix.salt == salt and prefix.tokens == tuple(tokens[: len(prefix.tokens)]):
+            if prefix is not None and prefix.name not in besides and prefix.salt == salt and prefix.tokens == tuple(tokens[: len(prefix.tokens)]):
                 found = prefix
         if found is not None:
             self.by_name.move_to_end(found.name)

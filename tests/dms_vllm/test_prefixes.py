@@ -24,6 +24,12 @@ def test_the_longest_is_found(kept):
     assert found(list(range(20)), 3) is None and found([1, 2, 3, 4, 5], 4) is None and found([], 0) is None
 
 
+def test_those_that_a_step_makes_are_not_found_in_it(kept):
+    longest = kept.find(list(range(20)), None, 19)
+    assert len(kept.find(list(range(20)), None, 19, besides={longest.name}).tokens) == 6
+    assert kept.find(list(range(20)), None, 19, besides=dict.fromkeys(kept.by_name)) is None
+
+
 def test_other_salts_have_their_own(kept):
     assert kept.find(list(range(9)), "team a", 8) is None
     own = kept.add(range(5), "team a")

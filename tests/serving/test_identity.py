@@ -21,6 +21,8 @@ CROWD_AGAIN = CROWD | {"abort": {2: 30, 5: 3, 17: 2, 19: 25}}
 _SYSTEM = prompts((700,), seed=2)[0]
 # One after another: only what has ended, or is being read, is there to begin from.
 SHARED = {"prompts": [_SYSTEM + question for question in prompts((5, 20, 90, 150), seed=3)], "max_tokens": 24, "alone": True}
+# All that come while the first one is read wait for no prefix that the same step makes.
+TOGETHER = SHARED | {"alone": False, "arrive": [0, 1, 2, 3]}
 NEXT_TURN = {"goes_on": 0, "more": prompts((30, 31, 32, 33), seed=4), "max_tokens": 24}
 AMPLE = {"tokens": 20_000, "max_model_len": 1400}
 # A little more than one request, and they are twenty.
@@ -59,6 +61,8 @@ CASES = {
     "tight, no prefixes, small vouchers": Case(
         chunk=64, acts=(CROWD,), memory=TIGHT, options={"prefix_every": 0, "pages_per_voucher": 1, "page_size": 32}
     ),
+    # Steps end between the places where prefixes are kept, so that one may be made, and a request begin, in the same step.
+    "together": Case(chunk=200, acts=(TOGETHER, CROWD), options={"prefix_every": 100}),
     "loops": Case(chunk=200, acts=(SHARED, NEXT_TURN, MIXED, ABORTED), options={"loops": True, "page_size": 32, "prefix_every": 100}),
     "loops, tight": Case(chunk=128, acts=(CROWD,), memory=TIGHT, options={"loops": True}),
     "whole prompts": Case(chunk=8192, acts=(MIXED,), options={"page_size": 64, "prefix_every": 0}),
