@@ -2,7 +2,7 @@
 
 ASKS: `engine`, the arguments of vllm.LLM; `acts`, a list of what to do with it, one after another. An act has `max_tokens` and
 - `prompts`: lists of tokens, or `goes_on`: the number of an act whose prompts and answers, and `more`, are this one's prompts;
-- `arrive`: at which step each comes (all at the first), `abort`: {number of a prompt: step} (none), `alone`: one after another (together).
+- `arrive`: at which step each comes (all at the first), `priority`: of each (0), `abort`: {number of a prompt: step} (none), `alone`: one after another (together).
 ANSWERS: of each act `prompts`, `tokens`, `cached` and `preempted`, and `end`: what the engine held after all.
 """
 
@@ -55,7 +55,8 @@ def act_out(engine, name: str, act: dict) -> dict:
         for number in [n for n in waiting if arrive[n] <= step and free][: 1 if act.get("alone") else None]:
             waiting.remove(number)
             sampling = SamplingParams(temperature=0, max_tokens=act["max_tokens"], ignore_eos=True)
-            engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, sampling)
+            priority = act.get("priority", {}).get(str(number), 0)
+            engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, sampling, priority=priority)
         for number in [n for n, at in abort.items() if at == step]:
             engine.abort_request([f"{name}-{number}"])
         for output in engine.step():

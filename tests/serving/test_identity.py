@@ -16,6 +16,8 @@ MIXED = {"prompts": prompts((3, 15, 40, 100, 150, 255, 256, 257, 400, 700, 900, 
 # One each step; of the three that are aborted one reads its prompt then, and one decodes.
 ABORTED = MIXED | {"arrive": list(range(12)), "abort": {4: 9, 8: 30, 11: 14}}
 CROWD = {"prompts": prompts(tuple(150 + 23 * number for number in range(20)), seed=1), "max_tokens": 64}
+# Those that come later go first, and may preempt one that the same step was to read.
+URGENT = CROWD | {"arrive": [2 * number for number in range(20)], "priority": {str(number): -number for number in range(20)}}
 # The same, which begin from what was kept of them; some are aborted while they wait, read and decode.
 CROWD_AGAIN = CROWD | {"abort": {2: 30, 5: 3, 17: 2, 19: 25}}
 _SYSTEM = prompts((700,), seed=2)[0]
@@ -39,6 +41,7 @@ class Case:
     prefill_chunk: int | None = None
     """Of the reference."""
     ranks: int = 1
+    policy: str = "fcfs"
 
     def ask(self, folder) -> dict:
         engine = {
@@ -51,6 +54,7 @@ class Case:
             "kv_cache_dtype": self.kv_cache_dtype,
             "additional_config": {"dms": self.options},
             "tensor_parallel_size": self.ranks,
+            "scheduling_policy": self.policy,
         }
         return {"engine": engine, "acts": [dict(act) for act in self.acts]}
 
@@ -63,6 +67,7 @@ CASES = {
     ),
     # Steps end between the places where prefixes are kept, so that one may be made, and a request begin, in the same step.
     "together": Case(chunk=200, acts=(TOGETHER, CROWD), options={"prefix_every": 100}),
+    "priority": Case(chunk=300, acts=(URGENT, URGENT), memory=TIGHT, options={"prefix_every": 50}, policy="priority"),
     "loops": Case(chunk=200, acts=(SHARED, NEXT_TURN, MIXED, ABORTED), options={"loops": True, "page_size": 32, "prefix_every": 100}),
     "loops, tight": Case(chunk=128, acts=(CROWD,), memory=TIGHT, options={"loops": True}),
     "whole prompts": Case(chunk=8192, acts=(MIXED,), options={"page_size": 64, "prefix_every": 0}),
