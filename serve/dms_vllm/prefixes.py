@@ -28,7 +28,12 @@ class Prefixes:
         found = None
         for digest in digests(tokens[:most], salt):
             prefix = self._by_digest.get(digest)
-            if prefix is not None and prefix.name not in besides and prefix.salt == salt and prefix.tokens == tuple(tokens[: len(prefix.tokens)]):
+            if (
+                prefix is not None
+                and prefix.name not in besides
+                and prefix.salt == salt
+                and prefix.tokens == tuple(tokens[: len(prefix.tokens)])
+            ):
                 found = prefix
         if found is not None:
             self.by_name.move_to_end(found.name)
