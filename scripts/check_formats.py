@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folders = WRITERS[given.whose](Path(work)) if given.model is None else [write(Path(work), given.model, given.whose)]
         for name, folder, ours in folders:
-            theirs = read_with(given.whose, package.parent, given.python, folder)
+            theirs = read_with(given.whose, package.parent.resolve(), given.python, folder)
             difference = (theirs["logits"] - ours["logits"]).abs().max().item()
             differ = int((theirs["evicts"] != ours["evicts"]).sum())
             failed |= difference > TOLERANCE or differ > 0
@@ -132,7 +132,8 @@ def write(work: Path, folder: Path, whose: str) -> tuple[str, Path, dict]:
     model, to = dms.load(folder, dtype="float32", device="cpu"), work / folder.name
     export(folder, to, format=whose)
     # FastDMS reads prompts dense, and within a window so does everybody.
-    length = model.dms.config.window if whose == "fastdms" else 700
+    window = model.dms.config.window
+    length = window if whose == "fastdms" else max(700, 2 * window)
     ids = torch.randint(2, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(3))
     torch.save(ids, to / "prompt.pt")
     return folder.name, to, ours(model, ids)
