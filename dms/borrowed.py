@@ -53,8 +53,11 @@ def query_projection(layer: AttentionLayer) -> Any:
 
 def channels(layer: AttentionLayer) -> slice:
     """Which outputs of the query projection are borrowed, one for each KV head."""
-    D = hf_compat.query_modules(layer.module)[2]
-    return slice(D - 1, layer.num_query_heads * D, layer.num_query_heads // layer.num_heads * D)
+    return _channels(layer.num_query_heads, layer.num_heads, hf_compat.query_modules(layer.module)[2])
+
+
+def _channels(num_query_heads: int, num_heads: int, head_dim: int) -> slice:
+    return slice(head_dim - 1, num_query_heads * head_dim, num_query_heads // num_heads * head_dim)
 
 
 def _read(state: DMSState, layer: AttentionLayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -80,9 +83,10 @@ def take_channel(output: torch.Tensor, num_query_heads: int, num_heads: int, hea
     Returns:
         The channel [B, T, H], and a copy of `output` where it is 0.
     """
-    G = num_query_heads // num_heads
-    of_projection = (..., slice(head_dim - 1, num_query_heads * head_dim, G * head_dim))
-    borrowed = of_projection if output.dim() == 3 else (..., slice(None, None, G), -1)
+    if output.dim() == 3:
+        borrowed: tuple = (..., _channels(num_query_heads, num_heads, head_dim))
+    else:
+        borrowed = (..., slice(None, None, num_query_heads // num_heads), -1)
     without = output.clone()
     # On fake tensors, with which plans are made, a number cannot be assigned.
     without[borrowed].zero_()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-VOCABULARY = 97
+HELPERS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
 WINDOW = 264
 """NVIDIA's must be above its block size, 256."""
 TOLERANCE = 1e-4
@@ -71,37 +71,24 @@ def read_with(whose: str, path: Path, python: str, folder: Path) -> dict[str, to
 # Ours.
 
 
-def random_model(family: str, config: Any, spread: float) -> Any:
+def random_gates(family: str, config: Any) -> Any:
     """A random retrofitted model, of whose decisions about half evict."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     import dms
     from dms.borrowed import channels, query_projection
     from dms.modes import state_of
     from dms.retrofitting import gate_parameters
 
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
-    shape = {"vocab_size": VOCABULARY, "max_position_embeddings": 1024}
-    generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids, **shape)).eval()
+    sys.path.insert(0, str(HELPERS))
+    from foreign_folders import random_model
+
+    model = dms.retrofit(random_model(family, max_position_embeddings=1024), config)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12, generator=generator)
-        dms.retrofit(model, config)
         for parameter in gate_parameters(model).values():
-            parameter.normal_(0, spread, generator=generator)
+            parameter.normal_(0, 0.5, generator=generator)
         if config.gate != "linear":
             for layer in state_of(model).layers:
-                query_projection(layer).weight[channels(layer)].normal_(0, spread, generator=generator)
+                query_projection(layer).weight[channels(layer)].normal_(0, 0.5, generator=generator)
     return model
 
 
@@ -139,19 +126,18 @@ def write(work: Path, folder: Path, whose: str) -> tuple[str, Path, dict]:
     return folder.name, to, ours(model, ids)
 
 
-def written(work: Path, name: str, family: str, config: Any, whose: str) -> tuple[str, Path, dict]:
+def write_random(work: Path, name: str, family: str, config: Any, whose: str) -> tuple[str, Path, dict]:
     from dms.io import checkpoint
 
-    model = random_model(family, config, spread=0.5)
-    return write(work, checkpoint.save(model, work / "saved" / name, base_name="acme/random", target_cr=None), whose)
+    return write(work, checkpoint.save(random_gates(family, config), work / "saved" / name, base_name="acme/random", target_cr=None), whose)
 
 
 def write_for_nvidia(work: Path) -> Iterator[tuple[str, Path, dict]]:
     import dms
 
     same = {"window": WINDOW, "alignment": "next", "scale": 2.0, "offset": 0.5}
-    yield written(work, "adapter", "qwen3", dms.DMSConfig(**same), "nvidia")
-    yield written(work, "borrowed", "qwen3", dms.DMSConfig(gate="borrowed", **same), "nvidia")
+    yield write_random(work, "adapter", "qwen3", dms.DMSConfig(**same), "nvidia")
+    yield write_random(work, "borrowed", "qwen3", dms.DMSConfig(gate="borrowed", **same), "nvidia")
 
 
 def write_for_fastdms(work: Path) -> Iterator[tuple[str, Path, dict]]:
@@ -159,7 +145,7 @@ def write_for_fastdms(work: Path) -> Iterator[tuple[str, Path, dict]]:
 
     for family in ("llama", "qwen3"):
         config = dms.DMSConfig(gate="borrowed_once", window=WINDOW, scale=2.0, offset=0.5)
-        yield written(work, family, family, config, "fastdms")
+        yield write_random(work, family, family, config, "fastdms")
 
 
 WRITERS = {"nvidia": write_for_nvidia, "fastdms": write_for_fastdms}
