@@ -88,8 +88,8 @@ def evaluate_folder(
     console = console or make_console()
     if not settings.suites and settings.scaling is None and settings.lm_eval is None:
         raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
-    # On a CPU half precision is emulated, and slower.
-    dtype = "auto" if torch.cuda.is_available() else "float32"
+    # Many CPUs emulate half precision, and are slower with it.
+    dtype = settings.dtype or ("auto" if torch.cuda.is_available() else "float32")
     model = checkpoint.load(folder, base=base, other_base=other_base, window=window, dtype=dtype)
     about = describe(folder, model)
     settings = settings.completed(about.context)

@@ -8,6 +8,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -24,9 +25,12 @@ from dms.evaluation.engine.entries import (
     mean_of_budget,
     memory_of_cache,
 )
-from dms.evaluation.policies import PolicyCache
+from dms.evaluation.policies import PolicyCache, WholePrompt
 from dms.hf_compat import cache_argument
 from dms.modes import reading, set_mode, state_of
+
+# Tokens after a prompt that the dense model reads at once, and those at the end that it reads one by one.
+_DENSE_PART, _TIMED_STEPS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,16 @@ class _Reader:
         self.entries_B = self._count()
         return logits_BV
 
+    def forward_dense(self, ids_Bn: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n, V] after each of the new tokens, counted as if they came one by one; a dense cache makes no difference of it."""
+        num_new = ids_Bn.shape[1]
+        held_B = num_new * self.entries_B + num_new * (num_new + 1) / 2
+        logits_BnV = self._run(ids_Bn, self.cache, num_new)
+        self.reads_B = self.reads_B + held_B
+        self.entries_B = self._count()
+        self.peak_B = torch.maximum(self.peak_B, self.entries_B)
+        return logits_BnV
+
     def finish_prompt(self, cache: PolicyCache, ids_BP: torch.Tensor) -> None:
         """Let the cache read the prompt again, where its policy asks for that."""
         with reading(self.model, self.length):
@@ -93,11 +107,19 @@ class _Reader:
                 self.peak_B = torch.maximum(self.peak_B, self.entries_B + ids_BP.shape[1])
                 self.entries_B = self._count()
 
+    def take_prompt(self, num_given: int, rereads: bool) -> None:
+        """Count a prompt that the cache has read before."""
+        self.peak_B = torch.full_like(self.peak_B, num_given * (2 if rereads else 1))
+        self.entries_B = self._count()
+
     def logits(self, ids_Bn: torch.Tensor, cache: Cache) -> torch.Tensor:
         """The same over any cache, uncounted. Parts of a text are rotated as the whole is."""
+        return self._run(ids_Bn, cache, 1)[:, -1]
+
+    def _run(self, ids_Bn: torch.Tensor, cache: Cache, num_logits: int) -> torch.Tensor:
         with reading(self.model, self.length):
-            out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=1, **cache_argument(self.model, cache))
-        return out.logits[:, -1]
+            out = self.model(input_ids=ids_Bn, use_cache=True, logits_to_keep=num_logits, **cache_argument(self.model, cache))
+        return out.logits
 
     def _count(self) -> torch.Tensor:
         return torch.stack([self._alive(self.cache.layers[index]) for index in self.layers]).mean(0)
@@ -109,6 +131,15 @@ class _Reader:
 
 
 @torch.no_grad()
+def read_whole_prompt(model: Any, ids_BT: torch.Tensor, num_given: int) -> WholePrompt:
+    """Read the first `num_given` tokens of each document once for all policies that rank after a whole prompt."""
+    set_mode(model, "evict")
+    length = ids_BT.shape[1]
+    ids_BP = ids_BT[:, :num_given]
+    return WholePrompt(model, ids_BP, lambda cache: _Reader(model, cache, len(ids_BP), length).logits(ids_BP, cache))
+
+
+@torch.no_grad()
 def read(
     model,
     ids_BT: torch.Tensor,
@@ -116,26 +147,35 @@ def read(
     cache: Cache,
     *,
     chunk: int | None,
+    prompt: WholePrompt | None = None,
     dense: Reading | None = None,
     num_greedy: int = 0,
     keep_logits: bool = False,
 ) -> Reading:
     """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others.
 
-    cache: an empty one, which says what is evicted: one of `DMSCache`, a PolicyCache, or a DynamicCache for the dense model. dense: what the
-    dense model made of the same documents, its logits included, to compare with. num_greedy: also write so many tokens after the prompt.
+    cache: an empty one, which says what is evicted: one of `DMSCache`, a PolicyCache, or a DynamicCache for the dense model. prompt: what the cache
+    has begun with (`WholePrompt.begin`), instead of being empty. dense: what the dense model made of the same documents, its logits included, to
+    compare with. num_greedy: also write so many tokens after the prompt.
+
+    The dense model reads most of the others in parts, which makes no difference for it, and the last ones one by one, to be timed.
     """
     set_mode(model, "evict" if memory_of_cache(cache) else "dense")
     start = time.perf_counter()
     batch, length = ids_BT.shape
     reader = _Reader(model, cache, batch, length)
     decided: list[Decisions] = []
-    with collect_decisions(model) as latest:
-        for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
-            logits_BV = reader.forward(part)
-            decided.append(dict(latest))
-    if isinstance(cache, PolicyCache):
-        reader.finish_prompt(cache, ids_BT[:, :num_given])
+    if prompt is not None:
+        assert isinstance(cache, PolicyCache), "it began with this prompt"
+        logits_BV = prompt.logits_BV
+        reader.take_prompt(num_given, cache.has_reread)
+    else:
+        with collect_decisions(model) as latest:
+            for part in ids_BT[:, :num_given].split(chunk or num_given, 1):
+                logits_BV = reader.forward(part)
+                decided.append(dict(latest))
+        if isinstance(cache, PolicyCache):
+            reader.finish_prompt(cache, ids_BT[:, :num_given])
     # By position: a part's tokens from its decisions, and then one by one.
     sums_B = _sum_over_positions(model, cache, decided, num_given)
     greedy_Bn = _write(reader, logits_BV, num_greedy) if num_greedy else None
@@ -143,6 +183,7 @@ def read(
 
     nll, right, kl, agrees, milliseconds = [], [], [], [], []
     kept_BNV = logits_BV.new_empty(batch, length - num_given, logits_BV.shape[1]) if keep_logits else None
+    ahead: list[torch.Tensor] = []
     for place in range(num_given, length):
         target_B = ids_BT[:, place]
         log_prob_BV = logits_BV.float().log_softmax(-1)
@@ -156,13 +197,23 @@ def read(
             dense_BV = dense.logits_BNV[:, place - num_given].float()
             kl.append(torch.nn.functional.kl_div(log_prob_BV, dense_BV.log_softmax(-1), reduction="none", log_target=True).sum(-1))
             agrees.append(choice_B == dense_BV.argmax(-1))
-        if place + 1 < length:
-            _wait(ids_BT.device)
-            before, choosing = time.perf_counter(), _choosing(cache)
-            logits_BV = reader.forward(ids_BT[:, place : place + 1])
-            _wait(ids_BT.device)
-            milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
-            sums_B = None if sums_B is None else sums_B + reader.entries_B.double().cpu()
+        if place + 1 == length:
+            break
+        if not ahead and memory_of_cache(cache) is None and length - 1 - place > _TIMED_STEPS:
+            part_Bn = ids_BT[:, place : min(place + _DENSE_PART, length - 1 - _TIMED_STEPS)]
+            if sums_B is not None:
+                n = part_Bn.shape[1]
+                sums_B = sums_B + (n * reader.entries_B + n * (n + 1) / 2).double().cpu()
+            ahead = list(reader.forward_dense(part_Bn).unbind(1))
+        if ahead:
+            logits_BV = ahead.pop(0)
+            continue
+        _wait(ids_BT.device)
+        before, choosing = time.perf_counter(), _choosing(cache)
+        logits_BV = reader.forward(ids_BT[:, place : place + 1])
+        _wait(ids_BT.device)
+        milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
+        sums_B = None if sums_B is None else sums_B + reader.entries_B.double().cpu()
     for layer in cache.layers:
         if isinstance(layer, CompactedLayer):
             layer.store.pool.trim(all_of_it=True)
@@ -176,7 +227,7 @@ def read(
         greedy_Bn=greedy_Bn,
         entries_B=reader.entries_B,
         entries_mean_B=None if sums_B is None else sums_B / (length - 1),
-        reads_B=reader.reads_B / max(1, len(milliseconds)),
+        reads_B=reader.reads_B / max(1, length - 1 - num_given),
         peak_B=reader.peak_B,
         num_seen=length - 1,
         bytes=None if memory_of_cache(cache) == "masked" else round(held_bytes(cache) / batch),
@@ -184,7 +235,7 @@ def read(
         decided=int(decided_B.sum()),
         memory=memory_of_cache(cache),
         step_ms=statistics.median(milliseconds) if milliseconds else 0.0,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start + (cache.seconds_before if isinstance(cache, PolicyCache) else 0.0),
     )
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -96,10 +96,14 @@ class EvaluationSettings(Strict):
     """Operating points of dms: added to every gate's logit, so that above 0 more is evicted."""
     num_documents: int = Field(default=64, ge=1)
     """Of each suite at each length."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the model, all policies alike; None: float32 on a CPU, as saved elsewhere. CPUs that multiply bfloat16 (AVX-512 BF16, AMX) take a third
+    of the time with it, and its rounding is in every figure."""
     batch_size: int = Field(default=16, ge=1)
     """Documents that are read at once. Changes time and memory, not what is measured."""
     prefill_chunk: int = Field(default=64, ge=1)
-    """Tokens of a prompt that are read between two evictions; policies that rank after a whole prompt, such as snapkv, read it at once."""
+    """Tokens of a prompt that are read between two evictions; the dense model, and policies that rank after a whole prompt, such as snapkv, read it
+    at once."""
     num_greedy: int = Field(default=64, ge=1)
     """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's."""
     text: str | None = None
@@ -240,7 +244,7 @@ def open_folder(out: Path, settings: EvaluationSettings, model: EvaluatedModel) 
     merged = {name: _union(before.get(name, []), getattr(settings, name)) for name in _EXTENSIBLE}
     written = {
         **asdict(model),
-        **settings.model_dump(exclude={"quick", "scaling", "lm_eval"}),
+        **settings.model_dump(exclude={"quick", "scaling", "lm_eval", "dtype"}),
         **own,
         **merged,
         "num_samples": settings.num_documents,

@@ -14,15 +14,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from dms.cache import DMSCache
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.data.text_sources import GivenText
-from dms.evaluation.engine.decode import Reading, read
+from dms.evaluation.engine.decode import Reading, read, read_whole_prompt
 from dms.evaluation.engine.entries import mean_of_budget
 from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings
-from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
+from dms.evaluation.policies import TRAINING_FREE, WholePrompt, make_policy, make_policy_cache
 from dms.evaluation.stats.results import OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
-from dms.modes import state_of
+from dms.modes import reading, set_mode, state_of
 
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
 
@@ -118,6 +118,8 @@ def run_unit(
     for _ in range(len(points) - len(missing)):
         progress.done()
     dense: Reading | None = None
+    ids_BT = torch.tensor([document.input_ids for document in unit.documents], device=next(model.parameters()).device)
+    prompt: WholePrompt | None = None
     if missing and unit.suite == "text":
         # The others are compared with its logits, which are in no file.
         missing = [OperatingPoint("dense", None), *(point for point in missing if point.policy != "dense")]
@@ -139,10 +141,12 @@ def run_unit(
                 seed=seed,
             )
         else:
-            reading = _decode(model, unit, point.policy, budget, seed, settings, dense)
-            result = _result(unit, reading, dense, budget)
+            if prompt is None and _ranks_whole_prompt(point.policy):
+                prompt = read_whole_prompt(model, ids_BT, _num_given(unit))
+            found = _decode(model, unit, ids_BT, point.policy, budget, seed, settings, dense, prompt)
+            result = _result(unit, found, dense, budget)
             if point.policy == "dense" and unit.suite == "text":
-                dense = reading
+                dense = found
         if point.name not in results:
             results[point.name] = result
             save(results)
@@ -159,27 +163,43 @@ def _num_given(unit: Unit) -> int:
     return min(document.prompt for document in unit.documents)
 
 
+def _ranks_whole_prompt(policy: str) -> bool:
+    return policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
+
+
 def _decode(
-    model: Any, unit: Unit, policy: str, budget: int | None, seed: int, settings: EvaluationSettings, dense: Reading | None
+    model: Any,
+    unit: Unit,
+    ids_BT: torch.Tensor,
+    policy: str,
+    budget: int | None,
+    seed: int,
+    settings: EvaluationSettings,
+    dense: Reading | None,
+    prompt: WholePrompt | None,
 ) -> Reading:
     compares = unit.suite == "text"
-    whole = policy in TRAINING_FREE and TRAINING_FREE[policy].reads_whole_prompt
+    begins_with = prompt if _ranks_whole_prompt(policy) else None
+    cache: Cache
+    if budget is None:
+        cache = DynamicCache(config=model.config) if policy == "dense" else DMSCache(model)
+    elif begins_with is None:
+        cache = make_policy_cache(model, policy, budget, seed)
+    else:
+        set_mode(model, "evict")
+        cache = begins_with.begin(make_policy(model, policy, budget, seed), lambda: reading(model, ids_BT.shape[1]))
     return read(
         model,
-        torch.tensor([document.input_ids for document in unit.documents], device=next(model.parameters()).device),
+        ids_BT,
         _num_given(unit),
-        _make_cache(model, policy, budget, seed),
-        chunk=None if whole else settings.prefill_chunk,
+        cache,
+        # Nothing is evicted from it.
+        chunk=None if policy == "dense" else settings.prefill_chunk,
+        prompt=begins_with,
         dense=dense,
         num_greedy=settings.num_greedy if compares else 0,
         keep_logits=compares and policy == "dense",
     )
-
-
-def _make_cache(model: Any, policy: str, budget: int | None, seed: int) -> Cache:
-    if budget is not None:
-        return make_policy_cache(model, policy, budget, seed)
-    return DynamicCache(config=model.config) if policy == "dense" else DMSCache(model)
 
 
 def _result(unit: Unit, reading: Reading, dense: Reading | None, budget: int | None) -> PolicyResult:

@@ -24,7 +24,9 @@ from dms.masks import Tokens
 _REREAD_TOKENS = 64
 
 
-class _Asking(NamedTuple):
+class Asking(NamedTuple):
+    """The queries [B, Hq, N, D] of a forward, and how they are scored."""
+
     query: torch.Tensor
     scale: float
     softcap: float | None
@@ -43,12 +45,14 @@ class PolicyLayer(CompactedLayer):
         self.num_held = 0
         """Entries of a row, of all heads together."""
         self.queries: torch.Tensor | None = None
-        self._asking: _Asking | None = None
+        self._asking: Asking | None = None
         """The newest tokens' queries, of the layer itself: those of layers that follow it have no say."""
         self.waits = policy.rereads_prompt
         """Until the prompt has been read again nothing is dropped."""
         self.rereading: int | None = None
         """In the second reading of a prompt: how many entries a head holds of the first one."""
+        self.asked: list[Asking] | None = None
+        """Where it is a list, the queries of every forward are noted there."""
         # Seconds spent on choosing and dropping, which is plain code here.
         self.choosing = 0.0
 
@@ -74,21 +78,23 @@ class PolicyLayer(CompactedLayer):
     def attend(
         self, query: torch.Tensor, *, scale: float, softcap: float | None, sink_logits: torch.Tensor | None, ends: bool = True
     ) -> torch.Tensor:
-        self._asking = self._asking or _Asking(query, scale, softcap, sink_logits)
+        self._asking = self._asking or Asking(query, scale, softcap, sink_logits)
         return super().attend(query, scale=scale, softcap=softcap, sink_logits=sink_logits, ends=ends)
 
     def end_reading(self) -> None:
         super().end_reading()
         asking, self._asking = self._asking, None
         assert asking is not None, "queries come before the end"
-        start = _now(asking.query.device)
+        if self.asked is not None:
+            self.asked.append(asking)
+        start = seconds_now(asking.query.device)
         self._add_places(asking.query.shape[2])
         if self.rereading is not None:
             weights = self._weights(asking.query, self._entries(), asking)
             self.policy.hear(weights[..., : self.rereading])
         elif not self.waits:
             self._drop_surplus(asking)
-        self.choosing += _now(asking.query.device) - start
+        self.choosing += seconds_now(asking.query.device) - start
 
     def _add_places(self, num_new: int) -> None:
         """Of the newest tokens."""
@@ -100,7 +106,7 @@ class PolicyLayer(CompactedLayer):
         self.alive_BHS = alive_BHN if alive is None else torch.cat([alive, alive_BHN], 2)
         self.num_held += H * num_new
 
-    def _drop_surplus(self, asking: _Asking) -> None:
+    def _drop_surplus(self, asking: Asking) -> None:
         """Score what is held and drop what is over the budget. No new queries: after a second reading."""
         policy, query = self.policy, asking.query
         num_new = query.shape[2]
@@ -120,7 +126,7 @@ class PolicyLayer(CompactedLayer):
             newest = torch.arange(score_BHS.shape[2], device=score_BHS.device) == score_BHS.shape[2] - 1
             self._drop(policy.choose(score_BHS.masked_fill(newest, float("inf")), alive_BHS, surplus), surplus)
 
-    def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: _Asking) -> torch.Tensor:
+    def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: Asking) -> torch.Tensor:
         return attention_weights(query, self.columns, k_BHSD, *self._places(), asking.scale, asking.softcap, asking.sink_logits)
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,11 +166,22 @@ class PolicyLayer(CompactedLayer):
         """The prompt comes again: the policy hears how its entries are read."""
         self.rereading = self.columns
 
-    def end_second_reading(self, heard: "PolicyLayer") -> None:
-        """Drop by what the policy of `heard`, a copy of this layer, was told in the second reading."""
-        self.policy, self.waits = heard.policy, False
-        nothing = heard.store.ring_kv.new_empty(*self.store.num_kept.shape, 0, self.store.pool.head_dim)
-        self._drop_surplus(_Asking(nothing, 1.0, None, None))
+    def end_second_reading(self, memory_BHS: torch.Tensor | None) -> None:
+        """Drop by what a copy of this layer's policy remembers of the second reading."""
+        self.policy.memory_BHS, self.waits = memory_BHS, False
+        nothing = self.store.ring_kv.new_empty(*self.store.num_kept.shape, 0, self.store.pool.head_dim)
+        self._drop_surplus(Asking(nothing, 1.0, None, None))
+
+    def begin(self, policy: Policy, asking: Asking) -> "PolicyLayer":
+        """Of a layer that has read a prompt for any policy: one of this policy, as if it had read it. asking: the prompt's queries."""
+        new = object.__new__(type(self))
+        # In a pool of its own, so that what it holds can be told.
+        vars(new).update(vars(self), policy=policy, waits=policy.rereads_prompt, _store=copy.deepcopy(self.store))
+        if not new.waits:
+            start = seconds_now(asking.query.device)
+            new._drop_surplus(asking)
+            new.choosing += seconds_now(asking.query.device) - start
+        return new
 
     def copy(self) -> "PolicyLayer":
         new = super().copy()
@@ -204,8 +221,21 @@ class PolicyCache(DMSCache):
     def __init__(self, model, make_policy: Callable[[int], Policy]):
         self._make_policy, self._indices = make_policy, iter([layer.index for layer in model.dms.layers])
         super().__init__(model)
+        self.seconds_before = 0.0
+        """That its prompt took, where `WholePrompt` gave it."""
+        self.has_reread = False
+        """Whether the prompt was read twice."""
         # A bound would have to undo what was dropped.
         self.budget = Budget(None)
+
+    def begin(self, policies: Iterable[Policy], asked: Iterable[Asking]) -> "PolicyCache":
+        """Of a cache that has read a prompt for any policy: one of these policies, as if it had read it. asked: each layer's queries."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), layers=[], _undo=None)
+        given = zip(policies, asked, strict=True)
+        for layer in self.layers:
+            new.layers.append(layer.begin(*next(given)) if isinstance(layer, PolicyLayer) else copy.deepcopy(layer))
+        return new
 
     @torch.no_grad()
     def finish_prompt(self, model, ids_BP: torch.Tensor) -> bool:
@@ -215,9 +245,16 @@ class PolicyCache(DMSCache):
         Raises:
             ValueError: the model's context does not hold the prompt twice, or the prompt is not what was read.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, PolicyLayer) and layer.waits]
-        if not layers:
-            return False
+        if self._waiting():
+            self.drop_by(self.hear_prompt(model, ids_BP))
+            return True
+        return False
+
+    @torch.no_grad()
+    def hear_prompt(self, model, ids_BP: torch.Tensor) -> list[torch.Tensor | None]:
+        """The second reading of a prompt [B, P], of a policy that `rereads_prompt`: what the policy of each layer remembers of it. It depends on
+        neither the budget nor on how it is divided. Raises as `finish_prompt`."""
+        layers = self._waiting()
         if ids_BP.shape[1] != layers[0].columns:
             raise ValueError(
                 f"finish_prompt was given {ids_BP.shape[1]} tokens, and {layers[0].columns} were read; give the prompt, all of it"
@@ -229,9 +266,16 @@ class PolicyCache(DMSCache):
             layer.begin_second_reading()
         for part_BN in ids_BP.split(_REREAD_TOKENS, 1):
             model(input_ids=part_BN, use_cache=True, logits_to_keep=1, **cache_argument(model, fork))
-        for layer, copy_of_it in zip(layers, heard, strict=True):
-            layer.end_second_reading(copy_of_it)
-        return True
+        return [layer.policy.memory_BHS for layer in heard]
+
+    def drop_by(self, heard: list[torch.Tensor | None]) -> None:
+        """Drop what is over the budget, by what `hear_prompt` gave."""
+        for layer, memory_BHS in zip(self._waiting(), heard, strict=True):
+            layer.end_second_reading(memory_BHS)
+        self.has_reread = True
+
+    def _waiting(self) -> list[PolicyLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PolicyLayer) and layer.waits]
 
     def _make_layer(self, state, page_size, kv_dtype) -> CompactedLayer:
         policy = self._make_policy(next(self._indices))
@@ -240,7 +284,7 @@ class PolicyCache(DMSCache):
         return PolicyLayer(policy, state.config, state.page_size)
 
 
-def _now(device: torch.device) -> float:
+def seconds_now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

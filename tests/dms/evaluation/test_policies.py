@@ -2,6 +2,7 @@
 
 import functools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
+from dms.evaluation.engine import decode
+from dms.evaluation.engine.decode import read, read_whole_prompt
+from dms.evaluation.policies import TRAINING_FREE, make_policy, make_policy_cache
 from dms.evaluation.policies import rotation as rotation_module
 from dms.evaluation.policies.cache import PolicyLayer
 from dms.evaluation.policies.rotation import NoRotation, rotations
@@ -434,3 +437,40 @@ def test_what_policies_refuse(name, build_gated, make_batch):
 def test_a_budget_of_nothing_is_refused(name, build_gated):
     with pytest.raises(ValueError, match="the budget is 0 entries"):
         make_policy_cache(build_gated("llama"), name, 0)
+
+
+WHOLE = [name for name, kind in TRAINING_FREE.items() if kind.reads_whole_prompt]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_a_prompt_read_once_for_all_policies_is_as_each_would_read_it(family, build_gated, make_batch):
+    """Whole readings, and second ones, are shared: what is held after the prompt, and all that follows, is the same to the bit."""
+    model, ids = build_gated(family), make_batch(2, 70)["input_ids"]
+    budgets = (12, BUDGET)
+    prompt = read_whole_prompt(model, ids, 54)
+    for budget in budgets:
+        for name in WHOLE:
+            shared = prompt.begin(make_policy(model, name, budget, 3), nullcontext)
+            assert shared.has_reread == TRAINING_FREE[name].rereads_prompt
+            alone = read(model, ids, 54, make_policy_cache(model, name, budget, 3), chunk=None)
+            beside = read(model, ids, 54, shared, chunk=None, prompt=prompt)
+            for field in ("nll_BN", "entries_B", "reads_B", "peak_B"):
+                assert torch.equal(getattr(alone, field), getattr(beside, field)), (name, field)
+            assert (alone.bytes, alone.num_seen, alone.evicted) == (beside.bytes, beside.num_seen, beside.evicted)
+            assert beside.seconds > prompt.seconds > 0
+
+
+@torch.no_grad()
+def test_the_dense_model_reads_in_parts_what_it_would_read_token_by_token(build_gated, make_batch, monkeypatch):
+    model, ids = build_gated("llama"), make_batch(2, 70)["input_ids"]
+
+    def found(chunk):
+        return read(model, ids, 20, DynamicCache(config=model.config), chunk=chunk, keep_logits=True)
+
+    in_parts = found(None)
+    monkeypatch.setattr(decode, "_TIMED_STEPS", 10**6)
+    one_by_one = found(7)
+    assert torch.allclose(in_parts.logits_BNV, one_by_one.logits_BNV, atol=1e-5)
+    for field in ("entries_B", "reads_B", "peak_B", "entries_mean_B"):
+        assert torch.equal(getattr(in_parts, field), getattr(one_by_one, field)), field
