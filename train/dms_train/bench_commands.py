@@ -1,6 +1,6 @@
 """`dms bench ...`. Heavy imports are inside the commands, as in `cli`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,34 @@ def bench_cache(
 
     given = benchmark_for(batch=batch, context=context, evicted=evicted, window=window, layers=layers, prefill=prefill, quick=quick)
     run(given, json_file)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Argument(help="A retrofitted model folder, such as RUN/model, or gates alone (with --base).")],
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; repeat it. Default: 4096.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Default: 1 and 4.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; repeat it. Default: float32.")] = None,
+    evict_bias: Annotated[
+        list[float] | None, typer.Option(help="Added to every gate's logit, so that above 0 more is evicted; repeat it. Default: 0.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A file or folder of text to read. Default: held-out standard-library sources.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens that are decoded and timed.")] = 32,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Where MODEL is gates alone: the model that they go with.")] = None,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Accept another form of the model that the gates were trained on.")
+    ] = False,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result rows to this file.")] = None,
+) -> None:
+    """Memory and tokens/s of a retrofitted model that decodes after long contexts, beside the same model dense."""
+    prepare("auto")
+    from dms.benchmarks.decoding import DecodeBenchmark, run
+
+    given = {"context": context, "batch": batch, "dtype": dtype, "evict_bias": evict_bias}
+    lists: dict[str, Any] = {name: tuple(dict.fromkeys(values)) for name, values in given.items() if values}
+    run(DecodeBenchmark(model=model, base=base, other_base=other_base, text=text, steps=steps, **lists), json_file)
 
 
 @bench.command("batching")

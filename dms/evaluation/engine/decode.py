@@ -29,8 +29,8 @@ from dms.evaluation.policies import PolicyCache, WholePrompt
 from dms.hf_compat import cache_argument
 from dms.modes import reading, set_mode, state_of
 
-# Tokens after a prompt that the dense model reads at once, and those at the end that it reads one by one.
-_DENSE_PART, _TIMED_STEPS = 32, 8
+# Tokens at a document's end that are read one by one in any case.
+_TIMED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,15 @@ class _Reader:
 
     def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after the last of the new tokens."""
-        held_B = self.entries_B + ids_Bn.shape[1]
-        logits_BV = self.logits(ids_Bn, self.cache)
-        self.reads_B = self.reads_B + held_B
-        self.peak_B = torch.maximum(self.peak_B, held_B)
-        self.entries_B = self._count()
-        return logits_BV
+        return self.forward_all(ids_Bn, 1)[:, -1]
 
-    def forward_dense(self, ids_Bn: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n, V] after each of the new tokens, counted as if they came one by one; a dense cache makes no difference of it."""
-        num_new = ids_Bn.shape[1]
-        held_B = num_new * self.entries_B + num_new * (num_new + 1) / 2
-        logits_BnV = self._run(ids_Bn, self.cache, num_new)
-        self.reads_B = self.reads_B + held_B
+    def forward_all(self, ids_Bn: torch.Tensor, num_logits: int) -> torch.Tensor:
+        """Logits [B, num_logits, V] after the last of the new tokens, each of which reads what was there before and those before it."""
+        n = ids_Bn.shape[1]
+        logits_BnV = self._run(ids_Bn, self.cache, num_logits)
+        self.reads_B = self.reads_B + n * self.entries_B + n * (n + 1) / 2
+        self.peak_B = torch.maximum(self.peak_B, self.entries_B + n)
         self.entries_B = self._count()
-        self.peak_B = torch.maximum(self.peak_B, self.entries_B)
         return logits_BnV
 
     def finish_prompt(self, cache: PolicyCache, ids_BP: torch.Tensor) -> None:
@@ -113,7 +107,7 @@ class _Reader:
         self.entries_B = self._count()
 
     def logits(self, ids_Bn: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """The same over any cache, uncounted. Parts of a text are rotated as the whole is."""
+        """As `forward` over any cache, uncounted. Parts of a text are rotated as the whole is."""
         return self._run(ids_Bn, cache, 1)[:, -1]
 
     def _run(self, ids_Bn: torch.Tensor, cache: Cache, num_logits: int) -> torch.Tensor:
@@ -147,18 +141,19 @@ def read(
     cache: Cache,
     *,
     chunk: int | None,
+    decode_chunk: int = 1,
     prompt: WholePrompt | None = None,
     dense: Reading | None = None,
     num_greedy: int = 0,
     keep_logits: bool = False,
 ) -> Reading:
-    """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others.
+    """Read the first `num_given` tokens of each document in parts of `chunk` (None: at once), and decode the others, `decode_chunk` at a time.
 
     cache: an empty one, which says what is evicted: one of `DMSCache`, a PolicyCache, or a DynamicCache for the dense model. prompt: what the cache
     has begun with (`WholePrompt.begin`), instead of being empty. dense: what the dense model made of the same documents, its logits included, to
     compare with. num_greedy: also write so many tokens after the prompt.
 
-    The dense model reads most of the others in parts, which makes no difference for it, and the last ones one by one, to be timed.
+    With a `decode_chunk` above 1 the last tokens are read one by one, to be timed.
     """
     set_mode(model, "evict" if memory_of_cache(cache) else "dense")
     start = time.perf_counter()
@@ -176,14 +171,13 @@ def read(
                 decided.append(dict(latest))
         if isinstance(cache, PolicyCache):
             reader.finish_prompt(cache, ids_BT[:, :num_given])
-    # By position: a part's tokens from its decisions, and then one by one.
-    sums_B = _sum_over_positions(model, cache, decided, num_given)
     greedy_Bn = _write(reader, logits_BV, num_greedy) if num_greedy else None
     reader.reads_B = torch.zeros_like(reader.reads_B)
 
     nll, right, kl, agrees, milliseconds = [], [], [], [], []
     kept_BNV = logits_BV.new_empty(batch, length - num_given, logits_BV.shape[1]) if keep_logits else None
-    ahead: list[torch.Tensor] = []
+    num_single = length - 1 - num_given if decode_chunk == 1 else min(length - 1 - num_given, _TIMED_STEPS)
+    first_single, steps_B, ahead = length - 1 - num_single, torch.zeros(batch, dtype=torch.float64), list[torch.Tensor]()
     for place in range(num_given, length):
         target_B = ids_BT[:, place]
         log_prob_BV = logits_BV.float().log_softmax(-1)
@@ -199,13 +193,12 @@ def read(
             agrees.append(choice_B == dense_BV.argmax(-1))
         if place + 1 == length:
             break
-        if not ahead and memory_of_cache(cache) is None and length - 1 - place > _TIMED_STEPS:
-            part_Bn = ids_BT[:, place : min(place + _DENSE_PART, length - 1 - _TIMED_STEPS)]
-            if sums_B is not None:
-                n = part_Bn.shape[1]
-                sums_B = sums_B + (n * reader.entries_B + n * (n + 1) / 2).double().cpu()
-            ahead = list(reader.forward_dense(part_Bn).unbind(1))
-        if ahead:
+        if place < first_single:
+            if not ahead:
+                part = ids_BT[:, place : min(place + decode_chunk, first_single)]
+                with collect_decisions(model) as latest:
+                    ahead = list(reader.forward_all(part, part.shape[1]).unbind(1))
+                    decided.append(dict(latest))
             logits_BV = ahead.pop(0)
             continue
         _wait(ids_BT.device)
@@ -213,7 +206,10 @@ def read(
         logits_BV = reader.forward(ids_BT[:, place : place + 1])
         _wait(ids_BT.device)
         milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
-        sums_B = None if sums_B is None else sums_B + reader.entries_B.double().cpu()
+        steps_B += reader.entries_B.double().cpu()
+    # By position: tokens that were read in parts from their decisions, the others one by one.
+    parts_B = _sum_over_positions(model, cache, decided, first_single)
+    sums_B = None if parts_B is None else parts_B + steps_B
     for layer in cache.layers:
         if isinstance(layer, CompactedLayer):
             layer.store.pool.trim(all_of_it=True)
@@ -239,13 +235,13 @@ def read(
     )
 
 
-def _sum_over_positions(model, cache: Cache, decided: list[Decisions], num_given: int) -> torch.Tensor | None:
-    """[B] entries alive after each token of a prompt that was read in parts, summed over its positions; None: of a training-free policy."""
+def _sum_over_positions(model, cache: Cache, decided: list[Decisions], num_tokens: int) -> torch.Tensor | None:
+    """[B] entries alive after each of the first tokens, which were read in parts, summed over their positions; None: of a training-free policy."""
     if isinstance(cache, PolicyCache):
         return None
     if memory_of_cache(cache) is not None:
         return entries_by_position(model, join_decisions(decided))
-    return torch.tensor(num_given * mean_of_budget(num_given, num_given), dtype=torch.float64)
+    return torch.tensor(num_tokens * mean_of_budget(num_tokens, num_tokens), dtype=torch.float64)
 
 
 def _write(reader: _Reader, logits_BV: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"num_documents": 50, "batch_size": 25, "suites": ["need
 # What may differ between two calls on one folder: how much is measured.
 _EXTENSIBLE = ("policies", "suites", "lengths", "evict_bias")
 # What two calls on one folder must share, beside the model: what is measured.
-_IDENTITY = ("num_documents", "prefill_chunk", "num_greedy", "text", "chat", "seed")
+_IDENTITY = ("num_documents", "prefill_chunk", "decode_chunk", "num_greedy", "text", "chat", "seed")
 
 
 class ScalingSettings(Strict):
@@ -104,6 +104,9 @@ class EvaluationSettings(Strict):
     prefill_chunk: int = Field(default=64, ge=1)
     """Tokens of a prompt that are read between two evictions; the dense model, and policies that rank after a whole prompt, such as snapkv, read it
     at once."""
+    decode_chunk: int = Field(default=1, ge=1)
+    """Tokens after a prompt that are read between two evictions. 1: as generation would. More take less time, and let the other policies hold so
+    many entries beyond their budget; dms, whose gates decide token by token, sees the same."""
     num_greedy: int = Field(default=64, ge=1)
     """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's."""
     text: str | None = None

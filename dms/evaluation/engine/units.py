@@ -25,6 +25,7 @@ from dms.evaluation.suites import make_suite
 from dms.modes import reading, set_mode, state_of
 
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
+_DENSE_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,9 @@ def _decode(
         ids_BT,
         _num_given(unit),
         cache,
-        # Nothing is evicted from it.
+        # Nothing is evicted from dense, so that parts make no difference.
         chunk=None if policy == "dense" else settings.prefill_chunk,
+        decode_chunk=_DENSE_CHUNK if policy == "dense" else settings.decode_chunk,
         prompt=begins_with,
         dense=dense,
         num_greedy=settings.num_greedy if compares else 0,

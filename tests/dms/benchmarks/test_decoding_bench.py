@@ -1,0 +1,51 @@
+"""`dms bench decode`, small: every case in a process of its own, and one that fails costs no other."""
+
+import json
+
+import pytest
+
+import dms
+from dms.benchmarks import decoding
+from dms.benchmarks.decoding import Case, DecodeBenchmark
+from dms.io import base_models, checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = dms.retrofit(base_models.load_base("builtin:tiny", "float32", "cpu"), dms.DMSConfig(window=8))
+    tokenizer = base_models.load_tokenizer("builtin:tiny")
+    return str(
+        checkpoint.save(model, tmp_path_factory.mktemp("gated") / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=2.0)
+    )
+
+
+def test_evicting_holds_less_of_the_same_text(folder, tmp_path, capsys):
+    benchmark = DecodeBenchmark(model=folder, context=(600,), batch=(2,), evict_bias=(50.0,), steps=3)
+    found = dict(decoding.run(benchmark, str(tmp_path / "rows.json")))
+    dense, evicting = (found[Case("float32", 600, 2, bias)] for bias in (None, 50.0))
+    assert (dense.cr, evicting.cr > 4) == (1.0, True)
+    assert dense.cache_bytes > 3 * evicting.cache_bytes
+    for one in (dense, evicting):
+        assert 0 < one.loaded_bytes < one.bytes <= one.peak_bytes and one.tokens_per_second > 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["metric"] for row in rows} >= {"bytes", "cache_bytes", "tokens_per_second", "prefill_seconds"}
+    assert {(row["policy"], row["memory"]) for row in rows} == {("dense", "dense"), ("dms", "compacted")}
+    assert "bias +50" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_leaves_the_others(folder, monkeypatch, capsys):
+    benchmark = DecodeBenchmark(model=folder, context=(40,), batch=(1,), steps=1)
+    cases = decoding._cases(benchmark)
+    monkeypatch.setattr(decoding, "_cases", lambda given: [Case("float7", 40, 1, None), *cases])
+    first, *others = [measured for _, measured in decoding.run(benchmark)]
+    assert isinstance(first, str) and not any(isinstance(other, str) for other in others)
+    assert first in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_is_refused(folder):
+    with pytest.raises(ValueError, match="above the model's context of 2048 tokens"):
+        decoding.run(DecodeBenchmark(model=folder, context=(2040,), steps=32))
+    with pytest.raises(ValueError, match="--dtype is 'fp16'; give one of float32, bfloat16, float16"):
+        DecodeBenchmark(model=folder, dtype=("fp16",))
+    with pytest.raises(ValueError, match="give contexts from 2"):
+        DecodeBenchmark(model=folder, context=(1,))
