@@ -176,6 +176,21 @@ def test_it_goes_on_where_it_was(evaluated, gated_folder, tmp_path, monkeypatch)
     assert not (tmp_path / "other").exists()
 
 
+def test_less_time_for_more_rounding(evaluated, gated_folder, tmp_path):
+    """In another dtype, and with parts of what is decoded read at once: near the same figures, said in the folder, and not to be mixed with others."""
+    _, whole = evaluated
+    quicker = small(policies=["dense", "dms"], dtype="bfloat16", decode_chunk=16)
+    found = evaluate_folder(str(gated_folder), quicker, out=tmp_path)
+    written = json.loads((tmp_path / "settings.json").read_text())
+    assert (written["dtype"], written["decode_chunk"]) == ("bfloat16", 16)
+    for policy in ("dense", "dms"):
+        before, now = (figure(result.rows, policy, "text", "bits_per_byte") for result in (whole, found))
+        assert now.value != before.value and now.value == pytest.approx(before.value, rel=0.02)
+        assert now.entries_mean == pytest.approx(before.entries_mean, rel=0.02)
+    with pytest.raises(ValueError, match="dtype was 'bfloat16' and is 'float32'"):
+        evaluate_folder(str(gated_folder), quicker.model_copy(update={"dtype": None}), out=tmp_path)
+
+
 def test_a_planted_no_op(save_gated, tmp_path):
     """Gates that never evict: the figures are dense's, and it is said."""
     folder = save_gated(std=0.0, offset=50.0)
