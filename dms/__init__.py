@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "DMSCache": "dms.cache",
     "DMSConfig": "dms.config",
+    "PrefixStore": "dms.cache.prefix_store",
     "Prompt": "dms.batching",
     "generate_batch": "dms.batching",
     "retrofit": "dms.retrofitting",
@@ -20,7 +21,7 @@ _LAZY = {
     "save": "dms.io.checkpoint",
     "set_mode": "dms.modes",
 }
-__all__ = ["DMSCache", "DMSConfig", "Prompt", "generate_batch", "load", "retrofit", "save", "set_mode"]
+__all__ = ["DMSCache", "DMSConfig", "PrefixStore", "Prompt", "generate_batch", "load", "retrofit", "save", "set_mode"]
 
 
 def __getattr__(name: str):
