@@ -124,14 +124,14 @@ def benchmark_for(
         given,
         shape=given.shape if layers is None else replace(given.shape, layers=layers),
         prefill=prefill,
-        window=tuple(dict.fromkeys(_window(text) for text in window or ())) or given.window,
+        window=tuple(dict.fromkeys(parse_window(text) for text in window or ())) or given.window,
         batch=_sorted(batch) or given.batch,
         context=_sorted(context) or given.context,
         evicted=_sorted(evicted) or given.evicted,
     )
 
 
-def _window(text: str) -> int | tuple[int, ...]:
+def parse_window(text: str) -> int | tuple[int, ...]:
     try:
         numbers = tuple(int(number) for number in text.split(","))
     except ValueError:

@@ -60,6 +60,20 @@ def bench_decode(
     run(DecodeBenchmark(model=model, base=base, other_base=other_base, text=text, steps=steps, **lists), json_file)
 
 
+@bench.command("prefixes")
+def bench_prefixes(
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of a document; repeat it. Default: 2048, 8192 and 32768.")] = None,
+    evicted: Annotated[float, typer.Option(help="Share of tokens evicted.")] = 0.875,
+    window: Annotated[str, typer.Option(metavar="TOKENS", help="Window, or several such as 32,128,512.")] = "256",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
+) -> None:
+    """Seconds and bytes of reading a document again from a `PrefixStore`, beside reading it by a random model."""
+    prepare("auto")
+    from dms.benchmarks.prefixes import run
+
+    run(context or (), evicted, window, quick)
+
+
 @bench.command("batching")
 def bench_batching(
     model: Annotated[str, typer.Option(help="A folder, a hub id, a GGUF file, or builtin:tiny; its gates are random.")] = "builtin:tiny",
