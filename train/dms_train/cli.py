@@ -12,6 +12,7 @@ import typer
 from dms.errors import writing
 from dms.requirements import require
 from dms_train.bench_commands import bench
+from dms_train.compare_command import compare
 from dms_train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
 from dms_train.evaluate_options import split_list, split_numbers, split_settings
 from dms_train.exit_codes import run_command
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(compare)
 
 
 class ExportFormat(str, Enum):
