@@ -11,6 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CacheBudget": "dms.cache",
     "DMSCache": "dms.cache",
     "DMSConfig": "dms.config",
     "PrefixStore": "dms.cache.prefix_store",
@@ -21,7 +22,7 @@ _LAZY = {
     "save": "dms.io.checkpoint",
     "set_mode": "dms.modes",
 }
-__all__ = ["DMSCache", "DMSConfig", "PrefixStore", "Prompt", "generate_batch", "load", "retrofit", "save", "set_mode"]
+__all__ = ["CacheBudget", "DMSCache", "DMSConfig", "PrefixStore", "Prompt", "generate_batch", "load", "retrofit", "save", "set_mode"]
 
 
 def __getattr__(name: str):

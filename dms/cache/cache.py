@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from dms import hf_compat
 from dms.cache import serialization
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
-from dms.cache.page_pool import Budget, CacheFull, PagePool, layer_bytes, outside_inference_mode
+from dms.cache.page_pool import CacheBudget, CacheFull, PagePool, held_bytes, layer_bytes, outside_inference_mode
+from dms.cache.places import Elsewhere, stand_in
 from dms.cache.rows import append_rows
-from dms.cache.stats import CacheStats, cache_stats, compacted_layers
+from dms.cache.stats import CacheStats, bytes_away, cache_stats, compacted_layers
 from dms.cache.store import Store
 from dms.modes import DMSState, state_of
 
@@ -32,6 +33,7 @@ class DMSCache(Cache):
         page_size: entries of a page, 16, 32 or 64; None: `model.dms.page_size`. Half a page is wasted per head.
         max_cache_bytes: bound for this cache and its forks together (None: `model.dms.max_cache_bytes`); a forward that
             would exceed it raises CacheFull and leaves the cache as it was.
+        budget: one bound for several caches, in place of max_cache_bytes.
         kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
             `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
         state: the retrofitted model's, where `model` is only its decoder; None: `model.dms`.
@@ -44,14 +46,21 @@ class DMSCache(Cache):
         page_size: int | None = None,
         max_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        budget: CacheBudget | None = None,
         state: DMSState | None = None,
     ):
+        if budget is not None and max_cache_bytes is not None:
+            raise ValueError(f"max_cache_bytes is {max_cache_bytes} and a budget was given, which has a bound of its own; give one of them")
         state = state or state_of(model)
         if not state.takes_cache:
             raise ValueError(
                 f"{type(model).__name__} works with a cache of its own kind alone; give it no cache, and the one that it makes evicts"
             )
-        self.budget = Budget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
+        self.budget = budget or CacheBudget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
+        self.last_use = 0
+        """By the budget's count."""
+        self._dense_away: dict[int, Elsewhere] = {}
+        """Of layers without gates, by index, while the cache is elsewhere."""
         self.budget.caches.add(self)
         layers = DynamicCache(config=model.config).layers
         for index in (layer.index for layer in state.layers):
@@ -82,12 +91,13 @@ class DMSCache(Cache):
 
     def fork(self) -> "DMSCache":
         """A second conversation from here on: full pages are shared, ring and last pages copied. `copy.deepcopy` does the same."""
+        self._present()
         if self._is_bounded:
             stores = self._stores()
             own = layer_bytes(self._layers_without_gates()) + sum(store.own_bytes() for store in stores)
             self._make_room(own, [(store.pool, store.num_last_pages()) for store in stores])
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[], _undo=None)
+        vars(new).update(vars(self), layers=[], _undo=None, _dense_away={})
         for layer in self.layers:
             new.layers.append(layer.copy() if isinstance(layer, CompactedLayer) else copy.deepcopy(layer))
         self.budget.caches.add(new)
@@ -111,6 +121,7 @@ class DMSCache(Cache):
             raise ValueError("the model that made this cache is gone; save a cache while its model lives")
         if not self.compacted_layers():
             raise ValueError("the cache is empty; there is nothing to save")
+        self._present()
         serialization.write(serialization.describe(self.layers, state, self.rotary_length), Path(path))
 
     @classmethod
@@ -139,6 +150,7 @@ class DMSCache(Cache):
         return next((store.num_kept.shape[0] for store in self._stores()), -1)
 
     def reset(self) -> None:
+        self._present()
         self._undo = None
         super().reset()
         for layer in self.layers:
@@ -172,6 +184,7 @@ class DMSCache(Cache):
         if not isinstance(other, DMSCache) or other is self:
             raise ValueError(f"batch_append takes another DMSCache, and was given {'this one' if other is self else type(other).__name__}")
         rows = torch.arange(max(0, other.batch_size)) if rows is None else rows
+        self._present(other)
         # What was appended cannot be taken away by undoing the forward before.
         self._undo = other._undo = None
         with self._all_or_nothing():
@@ -182,6 +195,7 @@ class DMSCache(Cache):
         batch = self.batch_size
         if batch < 0:
             return
+        self._present()
         if self._is_bounded:
             own = layer_bytes(self._layers_without_gates()) + sum(layer.own_bytes() for layer in self.compacted_layers().values())
             num_more = len(rows) - batch
@@ -206,6 +220,7 @@ class DMSCache(Cache):
         layers = self.compacted_layers()
         if layer not in layers:
             raise ValueError(f"layer {layer} of this cache holds nothing that can be dropped; those that do are {sorted(layers)}")
+        self._present()
         with self._all_or_nothing():
             layers[layer].drop(dropped_BHS)
         # What was dropped cannot be brought back by undoing the forward before.
@@ -218,11 +233,13 @@ class DMSCache(Cache):
         for layer in self.layers:
             if isinstance(layer, CompactedLayer):
                 layer.check_crop(tokens_to_remove)
+        self._present()
         with self._all_or_nothing():
             super().crop(tokens_to_remove)
 
     def stop_past_recording(self) -> None:
         """Keep the trial tokens; from now on nothing can be taken back."""
+        self._present()
         with self._all_or_nothing():
             layers: list[Any] = list(self.layers)
             for layer in layers:
@@ -260,6 +277,7 @@ class DMSCache(Cache):
 
     def before_forward(self, num_new: int) -> None:
         """Where the cache is bounded: make room for a step or refuse it, or remember how to undo a longer forward."""
+        self._present()
         self._undo = None
         if not self._is_bounded:
             return
@@ -277,6 +295,66 @@ class DMSCache(Cache):
         """After a forward that failed half-way: as it was before."""
         self._restore(self._undo)
         self._undo = None
+
+    # Elsewhere.
+
+    @property
+    def is_away(self) -> bool:
+        """Whether `offload_to` has moved it, and nothing has brought it back."""
+        return bool(self._dense_away) or any(store.is_away for store in self._stores())
+
+    def offload_to(self, place: str | Path) -> int:
+        """Move an idle cache off its device, to host memory ("cpu") or into a file in a folder; the next use brings it back bit by bit, and so does
+        `bring_back`. Pages that forks share go once, when all of them are away. Tables, counts and tokens on trial stay, so that `report`
+        works. Returns the bytes that left the device.
+
+        A file goes when the cache comes back or is dropped; where a process is killed it stays behind.
+
+        Raises:
+            ValueError: a place that is neither.
+            OSError: a folder that cannot be written.
+        """
+        if not isinstance(place, str | Path):
+            raise ValueError(f"place is {place!r}; give 'cpu', which is host memory, or a folder")
+        if self.is_away or not self._stores():
+            return 0
+        folder = None if place == "cpu" else Path(place)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        before = held_bytes(self)
+        self._undo = None
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompactedLayer):
+                if not layer.is_empty:
+                    layer.store.leave(folder)
+                continue
+            moved = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor) and value.numel() > 1}
+            if moved:
+                self._dense_away[index] = Elsewhere(moved, folder)
+                vars(layer).update({name: stand_in(value) for name, value in moved.items()})
+        return before - held_bytes(self)
+
+    @outside_inference_mode
+    def bring_back(self) -> None:
+        """Back to the device, where `offload_to` moved it away.
+
+        Raises:
+            CacheFull: the bound leaves no room for it; it stays where it is.
+        """
+        if not self.is_away:
+            return
+        self.budget.check(sum(bytes_away(self)))
+        for store in self._stores():
+            store.come_back()
+        for index, away in self._dense_away.items():
+            vars(self.layers[index]).update(away.take())
+        self._dense_away = {}
+
+    def _present(self, *others: "DMSCache") -> None:
+        """What is to be used is on its device, and stays there meanwhile."""
+        self.budget.use(self, *others)
+        for cache in (self, *others):
+            cache.bring_back()
 
     # Bounds.
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
-from dms.cache.page_pool import Budget, PagePool
+from dms.cache.page_pool import CacheBudget, PagePool
 from dms.cache.pending import PendingGate, PendingTokens
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -63,7 +63,7 @@ class CompactedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: DMSConfig, page_size: int = 64, budget: Budget | None = None, kv_dtype: str | None = None):
+    def __init__(self, config: DMSConfig, page_size: int = 64, budget: CacheBudget | None = None, kv_dtype: str | None = None):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
@@ -348,7 +348,10 @@ class CompactedLayer(CacheLayerMixin):
         self.columns = max(self.columns, other.columns)
 
     def offload(self) -> None:
-        raise ValueError("a compacted cache is not offloaded: it is small, and attention reads all of it; leave out cache_implementation")
+        raise ValueError(
+            "a compacted cache is not offloaded layer by layer: it is small, and attention reads all of it; leave out cache_implementation, and "
+            "move idle caches with cache.offload_to"
+        )
 
     prefetch = offload
 

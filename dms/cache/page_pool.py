@@ -1,14 +1,17 @@
 """The pages of one layer: a pool with reference counts, shared by every cache that was forked from the first; and the bound in
 bytes for all of those caches together."""
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from dms.cache.places import Elsewhere, stand_in
 from dms_kernels.arguments import FOR_GOOD
 
 # Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
@@ -35,16 +38,46 @@ class CacheFull(RuntimeError):
     """`max_cache_bytes` does not allow what was asked for; the cache is as it was before."""
 
 
-class Budget:
-    """A bound for the bytes of a cache and all its forks together; max_bytes None: no bound."""
+class CacheBudget:
+    """A bound for the bytes that caches hold on their device: for those that are made with it, `DMSCache(model, budget=...)`, and all their forks.
 
-    def __init__(self, max_bytes: int | None):
-        self.max_bytes = max_bytes
-        self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+    Args:
+        max_bytes: None: no bound.
+        spill: where the caches go that were used longest ago, in place of a refusal: "cpu", or a folder. They come back when they are used.
+            None: what would exceed the bound is refused.
+
+    Raises:
+        ValueError: a spill without a bound.
+    """
+
+    def __init__(self, max_bytes: int | None, spill: str | Path | None = None):
+        if spill is not None and max_bytes is None:
+            raise ValueError(
+                f"spill is {str(spill)!r} without max_bytes, and nothing would ever go there; give the bytes that caches may hold"
+            )
+        self.max_bytes, self.spill = max_bytes, spill
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._uses = itertools.count()
+
+    def use(self, *caches: Any) -> None:
+        """These are used now, and stay where they are."""
+        self._in_use = weakref.WeakSet(caches)
+        for cache in caches:
+            cache.last_use = next(self._uses)
 
     def allows(self, num_bytes: int, with_spare: bool = False) -> bool:
-        """Whether num_bytes more may be held; with_spare: and some room would be left."""
-        return self.max_bytes is None or held_bytes(*self.caches) + num_bytes <= self.max_bytes * (1 - _SPARE * with_spare)
+        """Whether num_bytes more may be held; with_spare: and some room would be left, for which nothing has to go elsewhere."""
+        if self.max_bytes is None or held_bytes(*self.caches) + num_bytes <= self.max_bytes * (1 - _SPARE * with_spare):
+            return True
+        if self.spill is None or with_spare:
+            return False
+        idle = [cache for cache in self.caches if cache not in self._in_use and not cache.is_away]
+        for cache in sorted(idle, key=lambda cache: cache.last_use):
+            cache.offload_to(self.spill)
+            if held_bytes(*self.caches) + num_bytes <= self.max_bytes:
+                return True
+        return False
 
     def check(self, num_bytes: int = 0) -> None:
         """Raises CacheFull where num_bytes more would be too many."""
@@ -98,7 +131,7 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        budget: Budget | None = None,
+        budget: CacheBudget | None = None,
         quantized: bool = False,
         windows: tuple[int, ...] = (),
     ):
@@ -126,8 +159,12 @@ class PagePool:
         """How often free pages were counted, which voids what stores had reserved before."""
         self.num_holders = 0
         """Stores that use the pool."""
-        self.orphans: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-        """Page tables and entry counts of stores that are gone, whose pages are collected at the next safe moment."""
+        self.orphans: deque[tuple[torch.Tensor, torch.Tensor, bool]] = deque()
+        """Page tables and entry counts of stores that are gone, and whether they were away, whose pages are collected at the next safe moment."""
+        self.num_away = 0
+        """Stores that use the pool and whose caches are elsewhere."""
+        self.away: Elsewhere | None = None
+        """The entries, where all its stores are away."""
 
     @property
     def num_pages(self) -> int:
@@ -222,8 +259,9 @@ class PagePool:
     def collect(self) -> None:
         """Take back the pages of stores that are gone."""
         while self.orphans:
-            page_table, num_kept = self.orphans.popleft()
+            page_table, num_kept, was_away = self.orphans.popleft()
             self.num_holders -= 1
+            self.num_away -= was_away
             self.release(page_table[used_places(page_table, num_kept, self.page_size)])
             if not self.orphans:
                 self.trim()
@@ -257,10 +295,30 @@ class PagePool:
     @outside_inference_mode
     def trim(self, all_of_it: bool = False, part: int = 4) -> None:
         """Give back the free pages at the pool's end, where they are more than a part-th of it."""
+        if self.away is not None:
+            return
         used = (self.references[:-1] > 0).nonzero()[:, 0]
         size = int(used[-1]) + 1 if len(used) else 0
         if self.num_pages - size > (0 if all_of_it else max(self.num_pages // part, self.growth())) or size == 0:
             self.resize(size)
+
+    def leave(self, folder: Path | None) -> None:
+        """One more store that uses the pool is away: where all are, the entries go as well, shared ones once."""
+        self.collect()
+        self.num_away += 1
+        if self.num_away == self.num_holders and self.num_pages:
+            moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
+            self.away = Elsewhere(moved, folder)
+            for name, tensor in moved.items():
+                setattr(self, name, stand_in(tensor))
+
+    @outside_inference_mode
+    def come_back(self) -> None:
+        """One of the stores that were away is there again."""
+        self.num_away -= 1
+        away, self.away = self.away, None
+        for name, tensor in ({} if away is None else away.take()).items():
+            setattr(self, name, tensor)
 
     def _allowed_growth(self, missing: int) -> int:
         """Some more than is missing, where the budget allows it."""

@@ -50,6 +50,10 @@ class CacheStats:
     """cr of each layer with gates and each head."""
     warnings: list[str] = field(default_factory=list)
     memory: str = "compacted"
+    bytes_host: int = 0
+    """Of those that `offload_to` moved to host memory; `bytes` are those on the device."""
+    bytes_disk: int = 0
+    """And into files."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,12 +63,25 @@ class CacheStats:
             f"{self.alive:,} of {self.seen:,} KV entries in {self.bytes / 2**20:.1f} MiB (dense: {self.bytes_dense / 2**20:.1f} MiB); "
             f"cr {self.cr:.2f}, cr decided {self.cr_decided:.2f}, cr of the model {self.cr_model:.2f}; "
             f"{self.pages_used:,} of {self.pages_held:,} pages of {self.page_size} in use; compacted"
+            + "".join(
+                f"; {count / 2**20:.1f} MiB {where}"
+                for count, where in ((self.bytes_host, "in host memory"), (self.bytes_disk, "on disk"))
+                if count
+            )
         )
 
 
 def compacted_layers(cache: Cache) -> dict[int, CompactedLayer]:
     """The layers that evict and hold something, by index."""
     return {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompactedLayer) and not layer.is_empty}
+
+
+def bytes_away(cache: Cache) -> tuple[int, int]:
+    """Bytes that a cache and its forks hold in host memory, and on disk, while they are off their device."""
+    stores = [layer.store for layer in compacted_layers(cache).values()]
+    away = [*(store.ring_away for store in stores), *(store.pool.away for store in stores), *getattr(cache, "_dense_away", {}).values()]
+    host, disk = (sum(one.num_bytes for one in away if one is not None and one.on_disk == on_disk) for on_disk in (False, True))
+    return host, disk
 
 
 def cache_stats(cache: Cache, warn: bool) -> CacheStats:
@@ -96,6 +113,7 @@ def cache_stats(cache: Cache, warn: bool) -> CacheStats:
         evicted, decided = evicted + int(store.evicted.sum()), decided + int(store.decided.sum()) * H
         # Forks share pages, and their tables are not looked at here.
         expected_pages += len(torch.unique(store.page_numbers())) if pool.num_holders == 1 else pool.num_used
+    stats.bytes_host, stats.bytes_disk = bytes_away(cache)
     stats.cr = stats.seen / max(1, stats.alive)
     stats.cr_model = (stats.seen + seen_without_gates) / max(1, stats.alive + alive_without_gates)
     stats.cr_decided = _decided_ratio(evicted, decided)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dms.cache import CompactedLayer, DMSCache
-from dms.cache.page_pool import Budget
+from dms.cache.page_pool import CacheBudget
 from dms.cache.pending import PendingGate
 from dms.config import DMSConfig
 from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
@@ -226,12 +226,12 @@ class PolicyCache(DMSCache):
         self.has_reread = False
         """Whether the prompt was read twice."""
         # A bound would have to undo what was dropped.
-        self.budget = Budget(None)
+        self.budget = CacheBudget(None)
 
     def begin(self, policies: Iterable[Policy], asked: Iterable[Asking]) -> "PolicyCache":
         """Of a cache that has read a prompt for any policy: one of these policies, as if it had read it. asked: each layer's queries."""
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[], _undo=None)
+        vars(new).update(vars(self), layers=[], _undo=None, _dense_away={})
         given = zip(policies, asked, strict=True)
         for layer in self.layers:
             new.layers.append(layer.begin(*next(given)) if isinstance(layer, PolicyLayer) else copy.deepcopy(layer))

@@ -36,6 +36,7 @@ _steps = st.one_of(
     st.tuples(st.just("switch"), st.integers(0, 9)),
     st.tuples(st.just("drop"), st.integers(0, 9)),
     st.tuples(st.just("save"), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("away"), st.booleans(), st.booleans()),
     st.tuples(st.just("reset"), st.integers(1, 4)),
 )
 _window = st.sampled_from([0, 1, 2, 5, 16, 33, 64])
@@ -154,6 +155,11 @@ class Schedule:
         if self.now.mask.shape[1]:
             self.now.cache.save(self.path)
             self.now.cache = DMSCache.load(self.path, self.now.model, page_size=page_size)
+
+    def away(self, everything: bool, on_disk: bool) -> None:
+        """Idle caches leave the device; what comes next brings them back."""
+        for one in self.all if everything else [self.now]:
+            one.cache.offload_to(self.path.parent / "idle" if on_disk else "cpu")
 
     def reset(self, batch: int) -> None:
         self.now.cache.reset()
