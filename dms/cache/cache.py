@@ -59,6 +59,8 @@ class DMSCache(Cache):
         self.budget = budget or CacheBudget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
         self.last_use = 0
         """By the budget's count."""
+        self.is_away = False
+        """Whether `offload_to` has moved it, and nothing has brought it back."""
         self._dense_away: dict[int, Elsewhere] = {}
         """Of layers without gates, by index, while the cache is elsewhere."""
         self.budget.caches.add(self)
@@ -298,11 +300,6 @@ class DMSCache(Cache):
 
     # Elsewhere.
 
-    @property
-    def is_away(self) -> bool:
-        """Whether `offload_to` has moved it, and nothing has brought it back."""
-        return bool(self._dense_away) or any(store.is_away for store in self._stores())
-
     def offload_to(self, place: str | Path) -> int:
         """Move an idle cache off its device, to host memory ("cpu") or into a file in a folder; the next use brings it back bit by bit, and so does
         `bring_back`. Pages that forks share go once, when all of them are away. Tables, counts and tokens on trial stay, so that `report`
@@ -322,7 +319,7 @@ class DMSCache(Cache):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         before = held_bytes(self)
-        self._undo = None
+        self._undo, self.is_away = None, True
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompactedLayer):
                 if not layer.is_empty:
@@ -348,7 +345,7 @@ class DMSCache(Cache):
             store.come_back()
         for index, away in self._dense_away.items():
             vars(self.layers[index]).update(away.take())
-        self._dense_away = {}
+        self._dense_away, self.is_away = {}, False
 
     def _present(self, *others: "DMSCache") -> None:
         """What is to be used is on its device, and stays there meanwhile."""

@@ -50,6 +50,20 @@ def test_as_the_masked_reference(model, dtype, tolerance, kv_dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_idle_cache_leaves_the_device_and_comes_back(model, place, tmp_path):
+    ids = torch.randint(2, 90, (2, 900), device="cuda")
+    stays, goes = DMSCache(model), DMSCache(model)
+    for cache in (stays, goes):
+        model(input_ids=ids, past_key_values=cache)
+    before = torch.cuda.memory_allocated()
+    left = goes.offload_to("cpu" if place == "cpu" else tmp_path)
+    assert left > 0 and before - torch.cuda.memory_allocated() >= 0.9 * left
+    for _ in range(3):
+        assert torch.equal(*(model(input_ids=ids[:, :1], past_key_values=cache).logits for cache in (stays, goes)))
+
+
+@torch.no_grad()
 def test_a_step_waits_for_nothing(model):
     ids = torch.randint(2, 90, (2, 300), device="cuda")
     cache = DMSCache(model)
