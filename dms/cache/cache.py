@@ -320,18 +320,25 @@ class DMSCache(Cache):
             folder.mkdir(parents=True, exist_ok=True)
         before = held_bytes(self)
         self._undo, self.is_away = None, True
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, CompactedLayer):
-                if not layer.is_empty:
+        try:
+            for index, layer in enumerate(self.layers):
+                if not isinstance(layer, CompactedLayer):
+                    self._move_dense(index, folder)
+                elif not layer.is_empty:
                     layer.store.leave(folder)
-                continue
-            moved = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor) and value.numel() > 1}
-            if moved:
-                self._dense_away[index] = Elsewhere(moved, folder)
-                vars(layer).update({name: stand_in(value) for name, value in moved.items()})
+        except BaseException:
+            # As a disk that is full: all or nothing.
+            self._return()
+            raise
         return before - held_bytes(self)
 
-    @outside_inference_mode
+    def _move_dense(self, index: int, folder: Path | None) -> None:
+        fields = vars(self.layers[index])
+        moved = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) and value.numel() > 1}
+        if moved:
+            self._dense_away[index] = Elsewhere(moved, folder)
+            fields.update({name: stand_in(value) for name, value in moved.items()})
+
     def bring_back(self) -> None:
         """Back to the device, where `offload_to` moved it away.
 
@@ -341,8 +348,13 @@ class DMSCache(Cache):
         if not self.is_away:
             return
         self.budget.check(sum(bytes_away(self)))
+        self._return()
+
+    @outside_inference_mode
+    def _return(self) -> None:
         for store in self._stores():
-            store.come_back()
+            if store.is_away:
+                store.come_back()
         for index, away in self._dense_away.items():
             vars(self.layers[index]).update(away.take())
         self._dense_away, self.is_away = {}, False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dms
-from dms.cache import CacheFull, held_bytes
+from dms.cache import CacheFull, held_bytes, places
 from dms.modes import state_of
 
 PLACES = ["cpu", "disk"]
@@ -149,6 +149,28 @@ def test_what_does_not_fit_alone_is_refused_and_stays_away(model):
     assert cache.is_away
     budget.max_bytes = 10**9
     assert torch.equal(forward(model, cache, ids_of(2, 1)), expected)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_disk_that_is_full_leaves_it_where_it_was(model, tmp_path, monkeypatch, fails_at):
+    cache, other = dms.DMSCache(model), dms.DMSCache(model)
+    for one in (cache, other):
+        forward(model, one, ids_of(1, 90))
+    before, calls, save = held_bytes(cache), [], places.save_tensors
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise OSError("No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(places, "save_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache.offload_to(tmp_path)
+    # Less where a sliding layer showed the end of a whole prompt.
+    assert not cache.is_away and before / 3 < held_bytes(cache) <= before and not list(tmp_path.glob("*"))
+    assert cache.offload_to(tmp_path) > 0
+    assert torch.equal(forward(model, cache, ids_of(2, 3)), forward(model, other, ids_of(2, 3)))
 
 
 def test_refusals(model, tmp_path):
