@@ -1,13 +1,17 @@
 """Dry runs, for tests of what a crash or a hang costs: the same processes and the same order without a GPU.
 
+`python -m bench.dry NAME` stands for the process that takes retrofit steps.
+
 DMS_BENCH_DRY_RUN is "cpu" (tiny shapes, plain PyTorch) or "fake" (no PyTorch and no arithmetic), then faults, each after a comma:
 KIND@OPERATION:PLACE:NUMBER, such as "fake,crash@decode:ours:2". KIND is crash, segfault, hang or wrong (parity that fails);
 PLACE is check, ours, others or ceilings; NUMBER counts what a process does there, from 1.
 """
 
+import json
 import os
 import resource
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -34,7 +38,7 @@ def mode() -> str | None:
     for fault in faults:
         kind, _, where = fault.partition("@")
         operation, place, number, *more = [*where.split(":"), "", "", ""]
-        known = kind in _KINDS and operation in (*OPERATIONS, "ceilings") and place in _PLACES and number.isdigit()
+        known = kind in _KINDS and operation in (*OPERATIONS, "ceilings", "retrofit") and place in _PLACES and number.isdigit()
         if not known or any(more[:-3]):
             raise ValueError(f"{VARIABLE} has {fault!r}; a fault is KIND@OPERATION:PLACE:NUMBER, such as crash@decode:ours:2")
     return name
@@ -92,3 +96,19 @@ class Fake:
             if name not in skip:
                 before(name)
                 yield {"competitor": name, "bytes": 1e6, "flops": 1e9, "ms": ms, "parity_error": None, "problem": None}
+
+
+def _retrofit() -> None:
+    faults, name = Faults("retrofit"), sys.argv[1]
+    names = ["ours", "one", "another"]
+    events = [{"about": {"settings": {"length": 1000}, "device": "none", "contenders": names}}]
+    events += [{"row": {"name": name, "seconds": 2.0, "peak_bytes": None, "kl": 0.5, "steps": steps}} for steps in (1, 2)]
+    if name == "ours":
+        events.append({"expected": {"peak_bytes": 2**30, "flops": 1e12, "dense_flops": 2e12, "peak_flops": None}})
+    for event in [*events, {"done": True}]:
+        faults.reach("ours" if name == "ours" else "others")
+        print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    _retrofit()
