@@ -15,6 +15,7 @@ from typing import IO
 _KERNELS = Path(__file__).parents[1]
 # How long a hanging process has to say where it is.
 _LAST_WORDS = 0.3
+_LOOK_AGAIN = 0.5
 
 
 class Crashed(Exception):
@@ -30,7 +31,6 @@ class Child:
 
     def __init__(self, command: list[str], log: Path | None = None):
         """log: gets its standard error; None: ours."""
-        path = os.pathsep.join(filter(None, [str(_KERNELS), os.environ.get("PYTHONPATH")]))
         errors: IO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "PYTHONPATH": path},
+            env=_environment(),
             start_new_session=True,
         )
         if errors is not None:
@@ -65,14 +65,19 @@ class Child:
         """
         assert self.process.stdout is not None
         while b"\n" not in self._unread:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+            has_ended = self.process.poll() is not None
+            left = 0.0 if has_ended else min(end - time.monotonic(), _LOOK_AGAIN)
+            if left < 0:
                 self.kill(say_where=True)
                 raise Hung("it did not end in time")
-            found = os.read(self.process.stdout.fileno(), 65536)
-            if not found:
+            if select.select([self.process.stdout], [], [], left)[0]:
+                found = os.read(self.process.stdout.fileno(), 65536)
+                if not found:
+                    raise Crashed(self._ended())
+                self._unread += found
+            elif has_ended:
+                # What it has started may hold the pipe open.
                 raise Crashed(self._ended())
-            self._unread += found
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
 
@@ -110,6 +115,10 @@ class Child:
         return f"it ended with status {code}"
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_KERNELS), os.environ.get("PYTHONPATH")]))}
+
+
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
@@ -123,7 +132,9 @@ def run_together(commands: dict[str, list[str]], folder: Path, *, at_once: int, 
             while waiting and len(running) < at_once:
                 name, command = waiting.pop(0)
                 with (folder / f"{name}.txt").open("wb") as output:
-                    running[name] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                    running[name] = subprocess.Popen(
+                        command, stdout=output, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+                    )
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 yield name, running.pop(name).returncode
             if time.monotonic() > end:

@@ -1,5 +1,6 @@
 """One run of the benchmarks: a process for each operation, ours before any competitor, each row out the moment it is known."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -194,13 +195,18 @@ class Session:
                 except OutOfTime:
                     self.dropped.append(f"{name} {shape.name}: parity")
 
-        with ThreadPoolExecutor(len(by_operation) or 1) as pool:
+        with ThreadPoolExecutor(len(by_operation) + 1) as pool:
             try:
-                for future in [pool.submit(check_all, name) for name in by_operation]:
+                for future in [pool.submit(self._start_ceilings), *(pool.submit(check_all, name) for name in by_operation)]:
                     future.result()
             except BaseException:
                 self._stop()
                 raise
+
+    def _start_ceilings(self) -> None:
+        """While others compile, so that its process does not have to be waited for. What goes wrong will do so again when it measures."""
+        with contextlib.suppress(Crashed, Hung, OutOfTime):
+            self._ask(self._operation("ceilings"), {"do": "nothing"}, self.limits.check, lambda answer: None)
 
     def measure_ceilings(self) -> None:
         operation = self._operation("ceilings")

@@ -89,6 +89,30 @@ def test_the_report_on_an_h200(bench, capsys):
     assert " slower" in table and "583" not in table and "FA3, dense" in table and "FlashMLA's share" in table and "Liger" in table
 
 
+def test_what_the_page_says_is_the_report(bench):
+    """Its table of predicted and measured times, figure by figure."""
+    page = (ROOT / "docs/kernels.md").read_text()
+    lines = page[page.index("| row | predicted, ms |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
+    by_name = {", ".join((row["operation"], row["shape"], row["competitor"])): row for row in rows}
+    assert len(lines) > 8
+    for line in lines:
+        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        row = by_name[name]
+        found = bench("predictions").predict(row)
+        best = f"{found.best_name}, {found.best_ms:.3g}" if found.best_name else ""
+        assert figures == [f"{found.ms:.3g}", f"{row['ms']:.3g}", f"{row['ms'] / found.ms:.2f}", best], name
+
+
+def test_what_all_rows_should_be(bench):
+    shapes = [shape for shape in bench("shapes").all_shapes() if shape.quick and shape.operation != "loss"]
+    lines = bench("report").expected("H100", shapes).splitlines()
+    assert "decode, 8B batch 64 32K CR 8, ours: 0.47 ms; FlashMLA's share 0.395 ms" in lines
+    for name in ("decode, 8B batch 64 32K CR 8 windows 32,128,512, ours", "attention, 8B batch 1 32K CR 8 windows 32,128,512, ours",
+                 "attention, 8B batch 1 32K CR 8 8 documents, ours"):  # fmt: skip
+        assert any(line.startswith(f"{name}: ") for line in lines), name
+
+
 def test_rows_of_other_machines_are_shown_without(bench, tmp_path, capsys):
     row = {**json.loads(MEASURED.read_text().splitlines()[0]), "gpu": "NVIDIA A100"}
     file = tmp_path / "rows.jsonl"
