@@ -3,8 +3,8 @@
 `python -m bench.dry NAME` stands for the process that takes retrofit steps.
 
 DMS_BENCH_DRY_RUN is "cpu" (tiny shapes, plain PyTorch) or "fake" (no PyTorch and no arithmetic), then faults, each after a comma:
-KIND@OPERATION:PLACE:NUMBER, such as "fake,crash@decode:ours:2". KIND is crash, segfault, hang or wrong (parity that fails);
-PLACE is check, ours, others or ceilings; NUMBER counts what a process does there, from 1.
+KIND@OPERATION:PLACE:NUMBER, such as "fake,crash@decode:ours:2". KIND is crash, segfault, hang, wrong (parity that fails) or poison (an
+error after which all others fail, such as an illegal access on a GPU); PLACE is check, ours, others or ceilings; NUMBER counts what a process does there, from 1.
 """
 
 import json
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from bench.shapes import OPERATIONS, Shape
 
 VARIABLE = "DMS_BENCH_DRY_RUN"
-_KINDS = ("crash", "segfault", "hang", "wrong")
+_KINDS = ("crash", "segfault", "hang", "wrong", "poison")
 _PLACES = ("check", "ours", "others", "ceilings")
 
 
@@ -76,6 +76,9 @@ class Fake:
 
     def no_device(self) -> str | None:
         return None
+
+    def is_alive(self) -> bool:
+        return True
 
     def ceilings(self) -> dict:
         return {"copy_gbps": 1000.0, "gemm_tflops": 100.0}

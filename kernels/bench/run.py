@@ -42,6 +42,15 @@ class Measurement:
     def no_device(self) -> str | None:
         return None if self.device == "cpu" or torch.cuda.is_available() else "no GPU here, and there is nothing to measure without one"
 
+    def is_alive(self) -> bool:
+        """False after an illegal access: whatever this process asks of the GPU from then on fails."""
+        if self.device != "cpu":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                return False
+        return True
+
     def ceilings(self) -> dict:
         return {} if self.device == "cpu" else asdict(measure_ceilings())
 

@@ -126,7 +126,7 @@ class Session:
         try:
             self._ask(operation, {"do": "check", "shape": asdict(small)}, self.limits.check, lambda answer: found.update(answer["check"]))
         except (Crashed, Hung) as failure:
-            found = {"error": None, "problem": f"parity: {failure}, at {small.name}"}
+            found = found or {"error": None, "problem": f"parity: {failure}, at {small.name}"}
         operation.parities[small] = found
         if found["problem"]:
             self._fail(operation.name, found["problem"])
@@ -166,10 +166,12 @@ class Session:
                 self._ask(operation, job, limit, take)
                 return
             except (Crashed, Hung) as failure:
-                name = begun[-1] if begun and begun[-1] not in done else side
-                done.append(name)
-                self._add(operation, shape, _without_time(name, str(failure)))
+                name = begun[-1] if begun else side
                 self._fail(operation.name, f"{failure} in {name} at {shape.name}")
+                # After an error that nothing can follow its row is there already.
+                if name not in done:
+                    done.append(name)
+                    self._add(operation, shape, _without_time(name, str(failure)))
                 if not begun:
                     return
 

@@ -12,6 +12,8 @@ import sys
 from bench import dry
 from bench.shapes import Shape
 
+_POISONED = 3
+
 
 def main() -> int:
     # What libraries print on standard output must not come between the answers.
@@ -26,6 +28,13 @@ def main() -> int:
     def answer(**values) -> None:
         answers.write(json.dumps(values) + "\n")
 
+    def answer_and_go_on(problem: str | None, poisoned: bool, **values) -> None:
+        """Ends this process, for another to go on, where nothing after this failure could be right."""
+        answer(**values)
+        if problem and (poisoned or not work.is_alive()):
+            # Without what libraries would still ask of the GPU.
+            os._exit(_POISONED)
+
     problem = work.no_device()
     answer(machine=None if problem else work.machine(), problem=problem)
     for line in sys.stdin:
@@ -37,19 +46,21 @@ def main() -> int:
             answer(ceilings=work.ceilings())
         elif job["do"] == "check":
             shape = Shape(**job["shape"])
-            found = work.check(shape)
-            if faults.reach("check") == "wrong":
+            found, fault = work.check(shape), faults.reach("check")
+            if fault:
                 found = {"error": 1.0, "problem": f"parity: planted, at {shape.name}"}
-            answer(check=found)
+            answer_and_go_on(found["problem"], fault == "poison", check=found)
         else:
-            shape = Shape(**job["shape"])
+            shape, planted = Shape(**job["shape"]), []
 
-            def before(name: str, side: str = job["side"]) -> None:
+            def before(name: str, side: str = job["side"], planted: list = planted) -> None:
                 answer(begins=name)
-                faults.reach(side)
+                planted.append(faults.reach(side))
 
             for result in work.time(shape, job["side"], compare=job["compare"], skip=job["skip"], before=before):
-                answer(result=result)
+                if poisoned := planted[-1] == "poison":
+                    result |= {"ms": None, "problem": "RuntimeError: planted"}
+                answer_and_go_on(result["problem"], poisoned, result=result)
         answer(done=True)
     return 0
 

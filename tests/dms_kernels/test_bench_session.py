@@ -73,6 +73,16 @@ def test_a_crash_costs_what_was_measured_there(tmp_path, kind, name):
     assert "Fatal Python error" in (tmp_path / "logs" / "decode.txt").read_text()
 
 
+def test_after_an_error_that_spoils_the_process_another_goes_on(tmp_path):
+    """As an illegal access on a GPU: the error is the row's, and what comes after it is not an error of its own."""
+    status, printed, errors, rows = _run(tmp_path, "fake,poison@append:ours:2,poison@loss:check:1", "60", "--quick")
+    assert status == 1 and set(errors.removeprefix("bench: failed: ").strip().split(", ")) == {"append", "loss"}
+    _complete(rows, OPERATIONS - {"append", "loss"})
+    ours = [(row["competitor"], row["ms"], row["problem"]) for row in rows if row["operation"] == "append"][:4]
+    assert ours == [("ours", 2.0, None), ("ours, again", None, "RuntimeError: planted")] * 2
+    assert "FAILED: append: it ended with status 3 in ours, again at" in printed and "FAILED: loss: parity: planted" in printed
+
+
 def test_a_hang_costs_its_limit_and_its_operation(tmp_path):
     start = time.monotonic()
     status, printed, errors, rows = _run(tmp_path, "fake,hang@loss:ours:2", "16", "--quick")
