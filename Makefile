@@ -30,7 +30,7 @@ test-slow:  ## the tests marked slow
 test-gpu:  ## the tests marked gpu, one process
 	scripts/test.sh -m gpu -n 0
 
-bench-gpu:  ## kernels on this GPU: parity, then the benchmarks, under 8 minutes
+bench-gpu:  ## kernels on this GPU: parity, then the benchmarks, in 8 minutes
 	scripts/bench_gpu.sh
 
 kernels:  ## what the kernels take of a GPU, compiled without one

@@ -40,9 +40,12 @@ def parity(shape: Shape, device: str, dtype: torch.dtype) -> Parity:
 
 
 def live_bytes(shape: Shape, itemsize: int) -> int:
-    """Of keys and values, the ring's included."""
+    """Of keys and values, the ring's included. With several windows: of what is seen, as the mean of what `filled_cache` draws."""
     R = min(shape.window + 1, shape.tokens)
-    kept = int((kept_shares(shape) * (shape.tokens - R)).round().sum())
+    share_BH = kept_shares(shape)
+    kept = int((share_BH * (shape.tokens - R)).round().sum())
+    leaving = sum(min(window + 1, shape.tokens) - R for window in shape.longer) / len(shape.windows)
+    kept += round(float((1 - share_BH).sum()) * leaving)
     return (kept + shape.batch * shape.H * R) * 2 * shape.D * itemsize
 
 
@@ -74,10 +77,16 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competito
 
         return [call() for _ in range(num_sets(dense_bytes))]
 
-    return [
+    found = [
         Competitor("ours", ours, bytes=ours_bytes, graph=True),
         Competitor("ours, int8 pages", ours_int8, bytes=int8_bytes, graph=True),
         Competitor("SDPA, dense", dense, bytes=dense_bytes, graph=True),
+    ]
+    if shape.longer:
+        # Others have no lists of which a part is masked.
+        return found
+    return [
+        *found,
         Competitor("FlashInfer, ragged heads", lambda: _flashinfer(shape, device, dtype), bytes=ours_bytes, graph=True, same=True),
         Competitor("xformers split-k, ragged heads", lambda: _xformers(shape, device, dtype), bytes=ours_bytes, graph=True, same=True),
     ]

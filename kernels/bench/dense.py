@@ -32,22 +32,36 @@ def sdpa(backend: SDPBackend, scale: float) -> Callable[[Tensor, Tensor, Tensor]
 
 
 def flex(
-    log_keep_BHT: Tensor, window: int, scale: float, group: int, *, blocks: bool, compiled: bool = True
+    log_keep_BHT: Tensor,
+    windows: tuple[int, ...],
+    scale: float,
+    group: int,
+    *,
+    blocks: bool,
+    segment_ids_BT: Tensor | None = None,
+    compiled: bool = True,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Causal attention of q [B, Hq, T, D] over k, v [B, H, T, D], log_keep added to keys past the window.
+    """Causal attention of q [B, Hq, T, D] over k, v [B, H, T, D], log_keep added to keys past the window; of several windows
+    log_keep is [B, H, T, K].
 
-    blocks: tiles above the diagonal are skipped; without, all T x T are computed and masked by score.
+    blocks: tiles above the diagonal, and between documents, are skipped; without, all T x T are computed and masked by score.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = log_keep_BHT.shape[2]
 
-    def gated(score, b, h, i, j):
-        faded = score + log_keep_BHT[b, h // group, j].to(score.dtype)
-        score = torch.where(i - j > window, faded, score)
-        return score if blocks else torch.where(j <= i, score, float("-inf"))
+    gates = [log_keep_BHT] if log_keep_BHT.ndim == 3 else [gate.contiguous() for gate in log_keep_BHT.unbind(-1)]
 
-    mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=log_keep_BHT.device) if blocks else None
+    def seen(b, h, i, j):
+        return j <= i if segment_ids_BT is None else (j <= i) & (segment_ids_BT[b, i] == segment_ids_BT[b, j])
+
+    def gated(score, b, h, i, j):
+        for window, gate_BHT in zip(windows, gates, strict=True):
+            score = torch.where(i - j > window, score + gate_BHT[b, h // group, j].to(score.dtype), score)
+        return score if blocks else torch.where(seen(b, h, i, j), score, float("-inf"))
+
+    rows = None if segment_ids_BT is None else segment_ids_BT.shape[0]
+    mask = create_block_mask(seen, rows, None, T, T, device=log_keep_BHT.device) if blocks else None
     run = flex_attention
     if compiled:
         # Each shape compiles for itself; what earlier ones left would count towards a limit.

@@ -31,7 +31,7 @@ def parity(shape: Shape, device: str, dtype: torch.dtype) -> Parity:
 def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competitor]:
     B, T, Hq, H, D = shape.batch, shape.tokens, shape.Hq, shape.H, shape.D
     evicted = evicted_tokens(shape, torch.Generator(device).manual_seed(0))
-    needed, causal = num_pairs(evicted, shape.window) * (Hq // H), B * Hq * T * (T + 1) // 2
+    needed, causal = num_pairs(evicted, shape.windows) * (Hq // H), B * Hq * T * (T + 1) // 2
     num_bytes = dtype.itemsize * B * T * D * (2 * Hq + 2 * H)
 
     def ours():
@@ -51,6 +51,6 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competito
         prepare = other(lambda log_keep, backend=backend: dense.sdpa(backend, shape.scale))
         found.append(Competitor(name, prepare, flops=4 * D * causal, bytes=num_bytes, needs_gpu=True))
     for name, blocks in dense.FLEX.items():
-        prepare = other(lambda log_keep, blocks=blocks: dense.flex(log_keep, shape.window, shape.scale, Hq // H, blocks=blocks))
+        prepare = other(lambda log_keep, blocks=blocks: dense.flex(log_keep, shape.windows, shape.scale, Hq // H, blocks=blocks))
         found.append(Competitor(name, prepare, flops=4 * D * causal, bytes=num_bytes, needs_gpu=True, same=True))
     return found

@@ -1,19 +1,16 @@
-"""Runs shapes one after another: parity first, then every competitor, each failure a row of its own."""
+"""What is done with one shape: parity, then the times of its competitors, each failure a result of its own."""
 
 import contextlib
 import gc
 import importlib
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 
 from bench.inputs import relative_error
-from bench.measuring import Ceilings, Competitor, Parity, machine, measure_ceilings, milliseconds
-from bench.rows import make_row, table, write_row
-from bench.shapes import Shape
+from bench.measuring import Competitor, machine, measure_ceilings, milliseconds
+from bench.shapes import Shape, is_ours
 
 try:
     from triton.errors import TritonError
@@ -26,110 +23,98 @@ FAILURES = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, As
 _SAME = 3e-2
 
 
-def run_on_gpu(shapes: list[Shape], *, out: Path | None, budget: float) -> int:
-    """0 if every parity was good, else 1. Prints the table."""
-    end = time.monotonic() + budget
-    ceilings = measure_ceilings()
-    rows, dropped = run(
-        shapes,
-        device="cuda",
-        dtype=torch.bfloat16,
-        ceilings=ceilings,
-        measure=lambda competitor, calls: milliseconds(calls, graph=competitor.graph),
-        out=out,
-        time_is_over=lambda: time.monotonic() > end,
-    )
-    print(f"copy {ceilings.copy_gbps:,.0f} GB/s, bf16 matrix product {ceilings.gemm_tflops:,.0f} TFLOP/s\n{table(rows)}")
-    if dropped:
-        print(f"dropped for lack of time: {'; '.join(dropped)}")
-    return 1 if any((row["problem"] or "").startswith("parity") for row in rows) else 0
+def _on_events(competitor: Competitor, calls: list[Callable]) -> float:
+    return milliseconds(calls, graph=competitor.graph)
 
 
-def run(
-    shapes: list[Shape],
-    *,
-    device: str,
-    dtype: torch.dtype,
-    ceilings: Ceilings,
-    measure: Callable[[Competitor, list[Callable]], float],
-    out: Path | None = None,
-    time_is_over: Callable[[], bool] = lambda: False,
-) -> tuple[list[dict], list[str]]:
-    """Rows, and names of what time was too short for."""
-    where = machine()
-    rows: list[dict] = []
-    dropped: list[str] = []
-    parities: dict[Shape, Parity | str] = {}
+@dataclass(frozen=True)
+class Measurement:
+    """On one device."""
 
-    def add(shape: Shape, competitor: Competitor, **results) -> None:
-        row = make_row(shape, competitor, where, ceilings, **results)
-        rows.append(row)
-        write_row(out, row)
-        said = f"{row['ms']:.4g} ms" if row["ms"] is not None else row["problem"]
-        print(f"{shape.operation}, {shape.name}, {competitor.name}: {said}", file=sys.stderr, flush=True)
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    measure: Callable[[Competitor, list[Callable]], float] = _on_events
+    """Milliseconds of one call."""
 
-    for shape in shapes:
-        if time_is_over():
-            dropped.append(f"{shape.operation} {shape.name}")
-            continue
-        operation = importlib.import_module(f"bench.{shape.operation}")
-        small = shape.small() if device != "cpu" else shape
-        if small not in parities:
-            parities[small] = _parity(operation, small, device, dtype)
-            _free()
-        found = parities[small]
-        if isinstance(found, str) or not found.good:
-            error = None if isinstance(found, str) else found.error
-            problem = (
-                found if isinstance(found, str) else f"parity: error {found.error:.2g} above {found.bound:.2g} at {small.name}, not timed"
-            )
-            add(shape, Competitor("ours", list), parity_error=error, problem=problem)
-            continue
-        ours_ms = ours_out = None
-        for number, competitor in enumerate(operation.competitors(shape, device, dtype)):
-            if time_is_over():
-                dropped.append(f"{shape.operation} {shape.name}: {competitor.name}")
-                continue
-            if competitor.needs_gpu and device == "cpu":
-                add(shape, competitor, problem="needs a GPU")
-                continue
-            calls: list[Callable] = []
+    def machine(self) -> dict:
+        return machine()
+
+    def no_device(self) -> str | None:
+        return None if self.device == "cpu" or torch.cuda.is_available() else "no GPU here, and there is nothing to measure without one"
+
+    def is_alive(self) -> bool:
+        """False after an illegal access: whatever this process asks of the GPU from then on fails."""
+        if self.device != "cpu":
             try:
-                calls = competitor.prepare()
-                result = calls[0]()
-                error = found.error if number == 0 else None
-                if number == 0:
-                    ours_out = result
-                elif competitor.same and ours_out is not None:
-                    error = relative_error(result, ours_out)
-                if competitor.same and error is not None and not error <= _SAME:
-                    add(shape, competitor, parity_error=error, problem=f"parity: {error:.2g} from ours, not timed")
-                    continue
-                result = None
-                ms = measure(competitor, calls)
-            except FAILURES as failure:
-                add(shape, competitor, problem=f"{type(failure).__name__}: {failure}")
-            else:
-                ours_ms = ms if number == 0 else ours_ms
-                add(shape, competitor, ms=ms, ours_ms=ours_ms, parity_error=error)
-            finally:
-                calls = result = None
-                _free()
+                torch.cuda.synchronize()
+            except RuntimeError:
+                return False
+        return True
+
+    def ceilings(self) -> dict:
+        return {} if self.device == "cpu" else asdict(measure_ceilings())
+
+    def check(self, shape: Shape) -> dict:
+        """{"error", "problem"} of ours against float64; problem None: it is as near as it should be."""
+        operation = importlib.import_module(f"bench.{shape.operation}")
+        try:
+            found = operation.parity(shape, self.device, self.dtype)
+        except FAILURES as failure:
+            return {"error": None, "problem": f"parity: {type(failure).__name__}: {failure}"}
+        finally:
+            _free()
+        problem = None if found.good else f"parity: error {found.error:.2g} above {found.bound:.2g} at {shape.name}"
+        return {"error": found.error, "problem": problem}
+
+    def time(
+        self,
+        shape: Shape,
+        side: str,
+        *,
+        compare: bool = True,
+        skip: Collection[str] = (),
+        before: Callable[[str], None] = lambda name: None,
+    ) -> Iterator[dict]:
+        """Results of one side's competitors, "ours" or "others", each when it is known: competitor, bytes, flops, ms, parity_error, problem.
+
+        compare: hold those of the others that compute the same to ours. skip: names to leave out. before: is told each name in time.
+        """
+        competitors = importlib.import_module(f"bench.{shape.operation}").competitors(shape, self.device, self.dtype)
+        chosen = [one for one in competitors if is_ours(one.name) == (side == "ours") and one.name not in skip]
         ours_out = None
-        _free()
-    return rows, dropped
+        if compare and any(one.same for one in chosen):
+            # Without ours to compare with, others are still timed.
+            with contextlib.suppress(*FAILURES):
+                ours_out = competitors[0].prepare()[0]()
+            _free()
+        for one in chosen:
+            before(one.name)
+            yield {"competitor": one.name, "bytes": one.bytes, "flops": one.flops, "ms": None, "parity_error": None, "problem": None} | (
+                {"problem": "needs a GPU"} if one.needs_gpu and self.device == "cpu" else self._time_one(one, ours_out)
+            )
 
-
-def _parity(operation, shape: Shape, device: str, dtype: torch.dtype) -> Parity | str:
-    try:
-        return operation.parity(shape, device, dtype)
-    except FAILURES as failure:
-        return f"parity: {type(failure).__name__}: {failure}"
+    def _time_one(self, one: Competitor, ours_out: torch.Tensor | None) -> dict:
+        calls: list[Callable] = []
+        result = error = None
+        try:
+            calls = one.prepare()
+            result = calls[0]()
+            if one.same and ours_out is not None:
+                error = relative_error(result, ours_out)
+                if not error <= _SAME:
+                    return {"parity_error": error, "problem": f"parity: {error:.2g} from ours, not timed"}
+            result = None
+            return {"parity_error": error, "ms": self.measure(one, calls)}
+        except FAILURES as failure:
+            return {"problem": f"{type(failure).__name__}: {failure}"}
+        finally:
+            calls = result = None
+            _free()
 
 
 def _free() -> None:
     if torch.cuda.is_available():
         gc.collect()
-        # After an illegal access everything raises; the table of what was measured is still to be printed.
+        # After an illegal access everything raises.
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()

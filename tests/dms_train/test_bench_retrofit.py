@@ -112,8 +112,63 @@ def test_the_script_runs_where_little_is_installed(tmp_path):
     assert written["expected"]["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_the_script_says_so():
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run([ROOT / "scripts/bench_retrofit.sh"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "no GPU here" in done.stderr
+def test_without_a_gpu_the_script_says_so(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    done = subprocess.run([ROOT / "scripts/bench_retrofit.sh"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("bench_retrofit: no GPU here") and done.stdout == ""
+
+
+def _dry_run(tmp_path, faults: str, *arguments: str) -> subprocess.Popen:
+    """With steps that do nothing, in processes that crash or hang where `kernels/bench/dry.py` plants it."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "DMS_BENCH_DRY_RUN": faults}
+    command = [ROOT / "scripts/bench_retrofit.sh", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _steps(tmp_path) -> list[tuple[str, int]]:
+    return [(row["name"], row["steps"]) for row in map(json.loads, (tmp_path / "retrofit.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize(
+    "faults, status, failed, steps",
+    [
+        ("", 0, "", [("ours", 1), ("ours", 2), ("one", 1), ("one", 2), ("another", 1), ("another", 2)]),
+        # After the first timed step of ours: that step is kept, and so are the others.
+        (",crash@retrofit:ours:3", 1, "ours", [("ours", 1), ("one", 1), ("one", 2), ("another", 1), ("another", 2)]),
+        # Before any step is done.
+        (",segfault@retrofit:others:2", 1, "one, another", [("ours", 1), ("ours", 2), ("one", 0), ("another", 0)]),
+        (",hang@retrofit:ours:3", 1, "ours", [("ours", 1), ("one", 1), ("one", 2), ("another", 1), ("another", 2)]),
+    ],
+    ids=["well", "a crash of ours", "crashes of others", "a hang"],
+)
+def test_a_failure_costs_one_way_to_take_the_step(tmp_path, faults, status, failed, steps):
+    process = _dry_run(tmp_path, f"fake{faults}", "10")
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == status and errors == (f"bench_retrofit: failed: {failed}\n" if failed else "")
+    assert _steps(tmp_path) == steps
+    written = json.loads((tmp_path / "retrofit.json").read_text())
+    assert {row["name"]: row["steps"] for row in written["rows"]} == dict(steps)
+    assert written["settings"]["length"] == 1000 and ("flops" in written["expected"]) == (failed != "ours")
+    table = (tmp_path / "retrofit.txt").read_text()
+    assert table in printed and "3 rows in " in table and " of 10 s" in table and ("FAILED" in table) == bool(failed)
+
+
+def test_an_interrupt_leaves_what_was_known(tmp_path):
+    process = _dry_run(tmp_path, "fake,hang@retrofit:others:3", "600")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("one: "):
+            break
+    process.terminate()
+    rest, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "bench_retrofit: interrupted\n"
+    assert _steps(tmp_path) == [("ours", 1), ("ours", 2), ("one", 1)] and "2 rows in " in rest
+
+
+@pytest.mark.parametrize("budget", ["soon", "0", "1.2.3"])
+def test_a_budget_that_is_none_is_refused(tmp_path, budget):
+    process = _dry_run(tmp_path, "fake", budget)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 2 and errors == f"bench_retrofit: {budget!r} is no number of seconds from 1 on\n"

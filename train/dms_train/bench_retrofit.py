@@ -6,6 +6,8 @@ row, teacher pass to backward, and the gates' optimizer step.
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -74,6 +76,8 @@ class StepFigures:
     """None: it ran out of memory, or on a CPU."""
     kl: float | None
     """Of its first step, to compare."""
+    steps: int = 0
+    """Whose median the seconds are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +208,28 @@ class Contender(NamedTuple):
     """Within which it attends."""
 
 
-def measure(one: Contender, model: nn.Module, batch: dict[str, torch.Tensor], settings: StepBenchmark) -> StepFigures:
+def contenders(model: nn.Module, device: torch.device) -> dict[str, Contender]:
+    """By name, ours first."""
+    ours, whole = HeadLoss(model, None, beta=0.0, chunk=None), WholeLogitsLoss(model)
+    found = [Contender("ours", ours, nullcontext())]
+    if device.type == "cuda":
+        flex = partial(flex_train_attention, flex_attention(compiled=True))
+        found.append(Contender("FlexAttention, chunked loss", ours, replaced_attention(model, flex)))
+        found.append(Contender("FlexAttention, whole logits", whole, replaced_attention(model, flex)))
+    else:
+        # FlexAttention has no backward on a CPU.
+        found.append(Contender("whole logits", whole, nullcontext()))
+    return {one.name: one for one in found}
+
+
+def measure(
+    one: Contender,
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    settings: StepBenchmark,
+    report: Callable[[StepFigures], None] = lambda figures: None,
+) -> StepFigures:
+    """report: is told after each step what is known by then."""
     device = batch["input_ids"].device
     is_cuda = device.type == "cuda"
     gates = list(gate_parameters(model).values())
@@ -215,10 +240,18 @@ def measure(one: Contender, model: nn.Module, batch: dict[str, torch.Tensor], se
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+    def known() -> StepFigures:
+        # The first compiles.
+        peak = torch.cuda.max_memory_allocated() if is_cuda else None
+        return StepFigures(name=one.name, seconds=median(seconds[1:]), peak_bytes=peak, kl=kls[0], steps=len(seconds) - 1)
+
     try:
         with one.attention:
-            for _ in range(1 + settings.repeats):
+            for number in range(1 + settings.repeats):
                 seconds.append(seconds_of(lambda: kls.append(take_step(model, batch, one.loss, optimizer)), device))
+                if number:
+                    report(known())
     except torch.cuda.OutOfMemoryError:
         return StepFigures(name=one.name, seconds=None, peak_bytes=None, kl=None)
     finally:
@@ -226,9 +259,7 @@ def measure(one: Contender, model: nn.Module, batch: dict[str, torch.Tensor], se
         with torch.no_grad():
             for gate, value in zip(gates, before, strict=True):
                 gate.copy_(value)
-    # The first compiles.
-    peak = torch.cuda.max_memory_allocated() if is_cuda else None
-    return StepFigures(name=one.name, seconds=median(seconds[1:]), peak_bytes=peak, kl=kls[0])
+    return known()
 
 
 def expect(settings: StepBenchmark, device: torch.device) -> Expected:
@@ -295,16 +326,7 @@ def run(settings: StepBenchmark, out: str | None = None, console: Console | None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(settings, device)
     batch = make_batch(model, settings.length, device)
-    ours, whole = HeadLoss(model, None, beta=0.0, chunk=None), WholeLogitsLoss(model)
-    contenders = [Contender("ours", ours, nullcontext())]
-    if device.type == "cuda":
-        flex = partial(flex_train_attention, flex_attention(compiled=True))
-        contenders.append(Contender("FlexAttention, chunked loss", ours, replaced_attention(model, flex)))
-        contenders.append(Contender("FlexAttention, whole logits", whole, replaced_attention(model, flex)))
-    else:
-        # FlexAttention has no backward on a CPU.
-        contenders.append(Contender("whole logits", whole, nullcontext()))
-    rows = [measure(one, model, batch, settings) for one in contenders]
+    rows = [measure(one, model, batch, settings) for one in contenders(model, device).values()]
     expected = expect(settings, device)
     _show(console, settings, rows, expected)
     if out is not None:
@@ -320,6 +342,34 @@ def run(settings: StepBenchmark, out: str | None = None, console: Console | None
     return rows
 
 
+def answer_one(settings: StepBenchmark, name: str) -> None:
+    """Measure one of `contenders` and say on standard output what is known, as lines of JSON, for `bench.retrofit` in kernels/.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(settings, device)
+    found = contenders(model, device)
+    if name not in found:
+        raise ValueError(f"nothing is named {name!r}; there are {', '.join(found)}")
+    answer(about={"settings": asdict(settings), "device": describe_device(), "versions": versions(), "contenders": list(found)})
+    batch = make_batch(model, settings.length, device)
+    figures = measure(found[name], model, batch, settings, report=lambda known: answer(row=asdict(known)))
+    if figures.seconds is None:
+        answer(row=asdict(figures) | {"problem": "out of memory"})
+    if name == "ours":
+        answer(expected=asdict(expect(settings, device)))
+    answer(done=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """`dms bench retrofit`; by itself too, where typer is not installed."""
     parser = argparse.ArgumentParser(prog="dms bench retrofit", description=__doc__.splitlines()[0])
@@ -330,6 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="steps that are timed, after a first (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it works; its figures say nothing")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--answer", metavar="NAME", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     settings = StepBenchmark(
         config=qwen3_8b() | (TINY if given.quick else {}),
@@ -339,7 +390,13 @@ def main(arguments: list[str] | None = None) -> None:
         layers=given.layers,
         repeats=given.repeats,
     )
-    run(settings, given.json)
+    if given.answer is None:
+        run(settings, given.json)
+    elif given.quick or torch.cuda.is_available():
+        answer_one(settings, given.answer)
+    else:
+        print("no GPU here, and there is nothing to measure without one (--quick shows that it works)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":
