@@ -20,6 +20,7 @@ from dms_kernels.arguments import LOG2_E, kernel_problem, strides, with_dense_ro
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
 from dms_kernels.gated_attention import launch
 from dms_kernels.gated_attention.chunked import FirstPass
+from dms_kernels.gated_attention.documents import Documents, document_bounds
 from dms_kernels.gated_attention.launch import Call
 
 # Tokens that a program takes at once in making the list.
@@ -47,7 +48,7 @@ def gated_attention_fused(
     *,
     window: int | Sequence[int],
     scale: float,
-    segment_ids: Tensor | None,
+    segment_ids: Tensor | Documents | None,
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -61,7 +62,9 @@ def gated_attention_fused(
         # Decisions whose window no key leaves never count; there is always one.
         windows = [w for w in windows if w < q.shape[1] - 1] or windows[:1]
         log_keep = log_keep[..., None] if isinstance(window, int) else log_keep[..., : len(windows)]
-    first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
+    first_BT, last_BT = None, None
+    if segment_ids is not None:
+        first_BT, last_BT = segment_ids.bounds if isinstance(segment_ids, Documents) else document_bounds(segment_ids)
     arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, windows, scale, sinks, softcap
     made = None if first_pass is None else first_pass.take()
     if made is not None:
@@ -70,19 +73,6 @@ def gated_attention_fused(
     if first_pass is not None and out_BTHqD.requires_grad:
         first_pass.keep(gated_attention_fused, out_BTHqD, *others)
     return out_BTHqD
-
-
-def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Two [B, T] int32: where each token's document begins (padding: the token itself), and its last token (padding: -1)."""
-    T = segment_ids_BT.shape[1]
-    index_T = torch.arange(T, device=segment_ids_BT.device, dtype=torch.int32)
-    is_padding_BT = segment_ids_BT == 0
-    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    begins_BT = torch.nn.functional.pad(changes_BT, (1, 0), value=True) | is_padding_BT
-    ends_BT = torch.nn.functional.pad(changes_BT, (0, 1), value=True)
-    first_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
-    last_BT = torch.where(ends_BT, index_T, T).flip(1).cummin(1).values.flip(1)
-    return first_BT, last_BT.masked_fill(is_padding_BT, -1)
 
 
 @dataclass(frozen=True)
