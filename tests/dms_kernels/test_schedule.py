@@ -78,9 +78,9 @@ def test_tiles_are_those_of_the_kernels(monkeypatch, windows, split):
 
 # Time over ideal; the key-side backward of keys kept whole, in the order of the kernels, and with its long tiles cut.
 _BOUNDS = {
-    # Programs of pieces that turn out not to be needed, and a merge of nothing.
-    ("keys", 8192, 1): (1.01, 1.04),
-    ("keys", 8192, 8): (1.9, 1.15),
+    # A kernel that could cut and does not: more instructions, programs of pieces that are not needed, and a merge of nothing.
+    ("keys", 8192, 1): (1.01, 1.13),
+    ("keys", 8192, 8): (1.9, 1.25),
     ("keys", 32768, 1): (1.01, 1.01),
     ("keys", 32768, 8): (1.03, 1.03),
     ("queries", 8192, 1): (1.03, 1.03),
@@ -96,7 +96,7 @@ def test_little_of_the_gpu_is_idle(kernel, T, ratio):
         row = schedule.simulate(kernel, schedule.Setting(T, ratio, is_skewed, windows))
         whole, now = _BOUNDS[kernel, T, ratio]
         assert row.whole <= whole and row.over_ideal <= now, row
-        assert (row.over_ideal < 0.75 * row.whole) == (row.partial_bytes > 0), row
+        assert (row.over_ideal < 0.8 * row.whole) == (row.partial_bytes > 0), row
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,11 @@ def keys_kernel(
         piece_end = tl.minimum(piece_begin + piece_steps, num_steps)
         masked_begin, masked_end = tl.minimum(piece_begin, num_masked), tl.minimum(piece_end, num_masked)
         plain_begin, plain_end = piece_begin - masked_begin, piece_end - masked_end
+        if pid < split_tiles * num_heads:
+            tl.store(partial_rows + pid.to(tl.int64) * BLOCK_N + n_N, tl.where(is_key_N, index_N, -1))
+            tl.store(num_partial + pid, tl.where(is_split, tl.cdiv(num_steps, piece_steps), 0))
+        # One number, for the loops have no registers to spare. What is not cut belongs to its first piece alone.
+        to_partial = tl.where(is_split, tl.where(piece_begin < piece_end, 1, 0), tl.where(piece == 0, -1, 0))
 
     r_M = tl.arange(0, BLOCK_M)
     c_M = r_M // G
@@ -564,34 +569,31 @@ def keys_kernel(
             K,
         )
 
+    if NEEDS_GATE:
+        if HAS_SEGMENTS:
+            position_N = index_N - tl.load(first + index_N, mask=is_key_N, other=0)
+        else:
+            position_N = index_N
+        # A sink's gate rules nothing, and a key left out passes nothing on.
+        ruled_gates = ()
+        for r in tl.static_range(K):
+            ruled_gates += (tl.where((reach > r) & (position_N >= sinks), grad_gates[r], 0.0),)
     if PIECES > 1:
-        is_listed_N = is_key_N
-        is_partial_N = is_key_N & is_split & (piece_begin < piece_end)
-        # What is not cut belongs to its first piece alone.
-        is_key_N &= (piece == 0) & (num_steps <= piece_steps)
-        partial = pid.to(tl.int64) * BLOCK_N
-        if pid < split_tiles * num_heads:
-            tl.store(partial_rows + partial + n_N, tl.where(is_listed_N, index_N, -1))
-            tl.store(num_partial + pid, tl.where(is_split, tl.cdiv(num_steps, piece_steps), 0))
-        if NEEDS_K:
-            store_rows(partial_k + partial * D, n_N * D, is_partial_N, grad_k_ND, D, BLOCK_D)
-        if NEEDS_V:
-            store_rows(partial_v + partial * D, n_N * D, is_partial_N, grad_v_ND, D, BLOCK_D)
-    else:
-        is_listed_N = is_key_N
+        if to_partial > 0:
+            partial = tl.program_id(0).to(tl.int64) * BLOCK_N
+            if NEEDS_K:
+                store_rows(partial_k + partial * D, n_N * D, is_key_N, grad_k_ND, D, BLOCK_D)
+            if NEEDS_V:
+                store_rows(partial_v + partial * D, n_N * D, is_key_N, grad_v_ND, D, BLOCK_D)
+            if NEEDS_GATE:
+                for r in tl.static_range(K):
+                    tl.store(partial_gate + partial * K + r * BLOCK_N + n_N, ruled_gates[r], mask=is_key_N)
+        is_key_N &= to_partial < 0
     index_N = index_N.to(tl.int64)
     if NEEDS_K:
         store_rows(grad_k + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_k_ND * scale, D, BLOCK_D)
     if NEEDS_V:
         store_rows(grad_v + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_v_ND, D, BLOCK_D)
     if NEEDS_GATE:
-        if HAS_SEGMENTS:
-            position_N = index_N - tl.load(first + index_N, mask=is_listed_N, other=0)
-        else:
-            position_N = index_N
-        # A sink's gate rules nothing, and a key left out passes nothing on.
         for r in tl.static_range(K):
-            grad_gate_N = tl.where((reach > r) & (position_N >= sinks), grad_gates[r], 0.0)
-            tl.store(grad_gate + ((b * T + index_N) * H + h) * K + r, grad_gate_N, mask=is_key_N)
-            if PIECES > 1:
-                tl.store(partial_gate + partial * K + r * BLOCK_N + n_N, grad_gate_N, mask=is_partial_N)
+            tl.store(grad_gate + ((b * T + index_N) * H + h) * K + r, ruled_gates[r], mask=is_key_N)

@@ -103,11 +103,12 @@ def rows_to_read(G: int) -> int:
 
 
 # By kernel and padded head dim. Chosen from what the compiler reports: the most keys and prefetched stages whose loops keep
-# their sums in registers and whose shared memory fits. The forward at 128 is also what PyTorch's FlexAttention takes.
+# their sums in registers and whose shared memory fits. The forward at 128 is also what PyTorch's FlexAttention takes. Of keys a warp
+# group's instruction takes 64: at 256 their sums spill, the less the fewer rows there are.
 _HOPPER = {
     "forward": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "queries": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
 }
 _AMPERE = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
@@ -178,7 +179,8 @@ class Call(AttentionCall):
 
     def split_keys(self, tile: Tile, q: Tensor) -> KeySplit | None:
         """See the function of this name. Without a gate all keys are kept."""
-        if not self.has_gate:
+        # At 256 the loops of a kernel that can cut have half as many instructions again: more than is gained.
+        if not self.has_gate or self.block_d > 128:
             return None
         return split_keys(self.T, self.B * self.H, tile.rows // self.G, tile.keys, self.windows[-1], target(q.device).num_processors)
 
