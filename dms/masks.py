@@ -8,8 +8,12 @@ q - k > w_j evicts it. Shapes: B batch, T new tokens, S all tokens, H KV heads, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from dms.training.soft_decisions import Documents
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,14 @@ class Tokens:
     def real(self) -> torch.Tensor:
         """[B, T] bool: no padding."""
         return self.segment_BT > 0
+
+    @cached_property
+    def documents(self) -> "Documents":
+        """Where documents begin and end, which the attention of all layers in training reads: found once, by whichever is first."""
+        # Exported folders come without `dms.training`.
+        from dms.training.soft_decisions import Documents
+
+        return Documents(self.segment_BT)
 
     def to(self, device: torch.device) -> "Tokens":
         return self if self.segment_BT.device == device else self.map(lambda x: x.to(device))

@@ -148,7 +148,7 @@ class PackedAttention:
             log_keep_BTH,
             window=window,
             scale=scale_of(scaling, query),
-            segment_ids=tokens.segment_BT,
+            segment_ids=tokens.documents,
             sinks=sinks,
             softcap=softcap,
             sink_logits=sinks_of_heads,

@@ -25,6 +25,9 @@ from dms.training.activation_checkpointing import follow_passes
 from dms.training.budgets import saved_by, savings
 from dms.training.offload import HostStore
 from dms_kernels import gated_attention
+
+# Documents: `masks` takes it from here, for exported folders come without this package.
+from dms_kernels.gated_attention import Documents as Documents
 from dms_kernels.gated_attention import FirstPass
 
 
@@ -173,7 +176,7 @@ def train_attention(
         log_keep_BTH,
         window=window,
         scale=scale_of(scaling, query),
-        segment_ids=tokens.segment_BT,
+        segment_ids=tokens.documents,
         sinks=sinks,
         softcap=softcap,
         sink_logits=s_aux,

@@ -11,6 +11,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp
 CAPABILITIES = (80, 90)
 # A page, a window and lengths as users have them; tiles do not depend on lengths, and little is computed.
 _T, _H, _P, _WINDOW = 320, 2, 64, 256
+# So many that the key-side backward of training attention cuts tiles of keys into pieces.
+_SPLIT_T = 1024
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Case:
     group: int
     kv: str
     num_windows: int = 1
+    tokens: int = _T
 
     @property
     def name(self) -> str:
         windows = f" K{self.num_windows}" if self.num_windows > 1 else ""
-        return f"{self.operation} sm_{self.capability} D{self.head_dim} G{self.group} {self.kv}{windows}"
+        tokens = f" T{self.tokens}" if self.tokens != _T else ""
+        return f"{self.operation} sm_{self.capability} D{self.head_dim} G{self.group} {self.kv}{windows}{tokens}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,8 +66,15 @@ _BUDGETS = {
 }
 
 
-def budget_of(kernel: str) -> Budget:
-    return _BUDGETS.get(kernel.lstrip("_"), Budget())
+# The same where tiles of keys may be cut into pieces.
+_CUT = {"keys_kernel": Budget(stack_bytes=448, matrix=True, wgmma=True)}
+
+
+def budget_of(kernel: str, tokens: int = _T) -> Budget:
+    kernel = kernel.lstrip("_")
+    if kernel in _CUT and tokens > _T:
+        return _CUT[kernel]
+    return _BUDGETS.get(kernel, Budget())
 
 
 def _randn(*shape: int, case: Case) -> torch.Tensor:
@@ -73,11 +84,12 @@ def _randn(*shape: int, case: Case) -> torch.Tensor:
 def _gated_attention(case: Case) -> None:
     from dms_kernels.gated_attention import gated_attention
 
-    q = _randn(1, _T, _H * case.group, case.head_dim, case=case).requires_grad_()
-    k, v = (_randn(1, _T, _H, case.head_dim, case=case).requires_grad_() for _ in range(2))
+    T = case.tokens
+    q = _randn(1, T, _H * case.group, case.head_dim, case=case).requires_grad_()
+    k, v = (_randn(1, T, _H, case.head_dim, case=case).requires_grad_() for _ in range(2))
     window = (64, 96, 128, 256)[: case.num_windows]
-    log_keep = torch.nn.functional.logsigmoid(torch.randn(1, _T, _H, case.num_windows) * 20).requires_grad_()
-    segments = torch.ones(1, _T, dtype=torch.int32)
+    log_keep = torch.nn.functional.logsigmoid(torch.randn(1, T, _H, case.num_windows) * 20).requires_grad_()
+    segments = torch.ones(1, T, dtype=torch.int32)
     out = gated_attention(q, k, v, log_keep, window=window, scale=0.1, segment_ids=segments)
     out.backward(torch.ones_like(out))
 
@@ -171,7 +183,7 @@ _LAUNCHES: dict[str, Callable[[Case], None]] = {
 
 def full_matrix() -> list[Case]:
     """{sm_80, sm_90} x {D 64, 128} x {G 1, 4, 8} x dtypes; quantised pages where there are pages, the loss once a dtype; a few of
-    several windows."""
+    several windows. Training attention also at D 256, and with tiles of keys cut into pieces."""
     cases = []
     for capability in CAPABILITIES:
         for kv in DTYPES:
@@ -184,7 +196,14 @@ def full_matrix() -> list[Case]:
                 cases += [Case("gated_attention", capability, D, G, kv, num_windows=3) for D in (64, 128) for G in (1, 4, 8)]
             if kv in ("bf16", "fp16"):
                 cases.append(Case("distill_loss", capability, 128, 1, kv))
-    return cases + [case for case in several_windows() if case not in cases]
+    cases += [case for case in (*several_windows(), *cut_or_wide()) if case not in cases]
+    return cases
+
+
+def cut_or_wide() -> list[Case]:
+    """Training attention with tiles of keys cut into pieces, and at head dim 256."""
+    cut = [Case("gated_attention", 90, 128, 4, "bf16", num_windows, _SPLIT_T) for num_windows in (1, 3)]
+    return [*cut, Case("gated_attention", 90, 256, 4, "bf16")]
 
 
 def several_windows(num_windows: int = 3) -> list[Case]:
@@ -202,6 +221,8 @@ def representative() -> list[Case]:
     """About a dozen kernels, for every run of the tests."""
     return [
         Case("gated_attention", 90, 128, 4, "bf16"),
+        Case("gated_attention", 90, 128, 4, "bf16", tokens=_SPLIT_T),
+        Case("gated_attention", 90, 256, 4, "bf16"),
         Case("sparse_prefill", 90, 128, 4, "bf16"),
         Case("paged_decode", 90, 128, 4, "bf16"),
         Case("paged_decode", 80, 64, 8, "int8"),

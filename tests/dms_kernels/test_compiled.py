@@ -32,12 +32,12 @@ def compile_all(tmp_path_factory, *arguments: str) -> list[dict]:
 
 
 def check(rows: list[dict], cases: list) -> None:
-    chosen = ("operation", "capability", "head_dim", "group", "kv", "num_windows")
+    chosen = ("operation", "capability", "head_dim", "group", "kv", "num_windows", "tokens")
     assert {tuple(row[name] for name in chosen) for row in rows} == {tuple(getattr(case, name) for name in chosen) for case in cases}
     wrong = []
     for row in rows:
-        budget = budget_of(row["kernel"])
-        takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']} K{row['num_windows']}: {row['kernel']} takes"
+        budget = budget_of(row["kernel"], row["tokens"])
+        takes = f"{row['operation']} sm_{row['capability']} D{row['head_dim']} G{row['group']} {row['kv']} K{row['num_windows']} T{row['tokens']}: {row['kernel']} takes"
         for name, limit in (
             ("registers", budget.registers),
             ("stack_bytes", budget.stack_bytes),

@@ -12,10 +12,11 @@ from torch import Tensor
 from dms_kernels import dispatch
 from dms_kernels.arguments import check_count, check_devices, check_heads, check_scores
 from dms_kernels.gated_attention.chunked import FirstPass, gated_attention_chunked
+from dms_kernels.gated_attention.documents import Documents
 from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 from dms_kernels.gated_attention.launch import MAX_WINDOWS
 
-__all__ = ["FirstPass", "gated_attention"]
+__all__ = ["Documents", "FirstPass", "gated_attention"]
 
 
 def gated_attention(
@@ -26,7 +27,7 @@ def gated_attention(
     *,
     window: int | Sequence[int],
     scale: float,
-    segment_ids: Tensor | None,
+    segment_ids: Tensor | Documents | None,
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -53,7 +54,8 @@ def gated_attention(
             of these, strictly increasing; those of T and more never count.
         scale: factor on q.k, usually D ** -0.5.
         segment_ids: [B, T] int32, equal numbers for the tokens of one document, 0 for padding, whose output and
-            gradients are 0. A document is one run of equal numbers. None: one document a row, no padding.
+            gradients are 0. A document is one run of equal numbers. `Documents` of these, made once for a batch: where they begin
+            and end is then found once for all layers. None: one document a row, no padding.
         sinks: first tokens of each document that are never evicted.
         softcap: scores become softcap * tanh(scale * q.k / softcap) before the bias is added (gemma2). None: off.
         sink_logits: [Hq], a logit per query head that joins the softmax's denominator with no value (gpt_oss).
@@ -72,7 +74,8 @@ def gated_attention(
         half = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(half), k.to(half), v.to(half)
     _check_window(window)
-    _check_tensors(q, k, v, log_keep, window, segment_ids, sink_logits)
+    ids = segment_ids.segment_ids if isinstance(segment_ids, Documents) else segment_ids
+    _check_tensors(q, k, v, log_keep, window, ids, sink_logits)
     check_count("sinks", sinks)
     check_scores(scale, softcap, sink_logits, q.shape[2])
     if not isinstance(window, int) and len(window) == 1:
@@ -88,7 +91,7 @@ def gated_attention(
         log_keep,
         window=window,
         scale=scale,
-        segment_ids=segment_ids,
+        segment_ids=segment_ids if function is gated_attention_fused else ids,
         sinks=sinks,
         softcap=softcap,
         sink_logits=sink_logits,

@@ -2,7 +2,8 @@
 
 A tile's keys have one reach, the last range in which they weigh anything: of reach K are those that all later queries see, of
 reach r < K those that only queries within w_(r+1) do (the front of the last list and the backs of all; see `forward`). So each key
-belongs to one program, which sums over all its queries and over the G query heads, and writes it once.
+belongs to one program, which sums over all its queries and over the G query heads, and writes it once. Where few keys are kept their
+tiles are cut into pieces, each of a range of queries and with a program of its own (`merge` adds them up).
 
 Letters: B batch, T tokens, Hq query heads, H KV heads, G = Hq/H, D head dim, K windows, C positions of a block; M, N see `forward`.
 """
@@ -276,7 +277,7 @@ def _fold_queries(
     return grad_k_ND, grad_v_ND, grad_gates
 
 
-@triton.jit(do_not_specialize=["window", "window_2", "window_3", "window_4", "sinks"])
+@triton.jit(do_not_specialize=["window", "window_2", "window_3", "window_4", "sinks", "split_tiles", "piece_blocks", "most_kept"])
 def keys_kernel(
     q,
     k,
@@ -292,6 +293,11 @@ def keys_kernel(
     grad_k,
     grad_v,
     grad_gate,
+    partial_k,
+    partial_v,
+    partial_gate,
+    partial_rows,
+    num_partial,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -315,6 +321,9 @@ def keys_kernel(
     scale2,
     cap_in,
     cap_out,
+    split_tiles,
+    piece_blocks,
+    most_kept,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -328,8 +337,15 @@ def keys_kernel(
     NEEDS_V: tl.constexpr,
     NEEDS_GATE: tl.constexpr,
     PADDING: tl.constexpr,
+    PIECES: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """grad_k and grad_v [B,T,H,D] and grad_gate [B,T,H,K] float32, contiguous.
+
+    PIECES above 1 (see `launch.KeySplit`): the first programs are piece 0 of the first `split_tiles` tiles of all heads, then piece 1 of
+    these, and so on. A tile that is cut leaves each piece's sums under the id of its program: partial_k and partial_v [.,N,D] and
+    partial_gate [.,K,N], float32, the rows of keys in [T] as partial_rows [.,N] (-1: none) and the number of its pieces as num_partial
+    under that of piece 0; 0 pieces say that it was not cut. HEADS: a power of two, at least as many as there are.
 
     Queries come in blocks of C from the tile's first key on. Those at the diagonal and those at which a window leaves the
     tile are masked element by element; between them and after them a bias per key says all.
@@ -338,9 +354,19 @@ def keys_kernel(
     NEAR: tl.constexpr = NEEDS_K or NEEDS_V
     pid = tl.program_id(0)
     # Tile after tile of all heads, those with the most queries first: a head after the other would leave its long tiles for the end.
-    num_heads = tl.num_programs(0) // (tl.cdiv(T, BLOCK_N) + (K if HAS_GATE else 0))
+    programs_of_head = tl.cdiv(T, BLOCK_N) + (K if HAS_GATE else 0)
+    if PIECES > 1:
+        programs_of_head += (PIECES - 1) * split_tiles
+    num_heads = tl.num_programs(0) // programs_of_head
     tile = pid // num_heads
     bh = pid % num_heads
+    if PIECES > 1:
+        may_split = tile < PIECES * split_tiles
+        piece = tl.where(may_split, tile // split_tiles, 0)
+        tile -= tl.where(may_split, piece, PIECES - 1) * split_tiles
+        heads = tl.arange(0, HEADS)
+        kept_of_heads = tl.load(num_before + heads.to(tl.int64) * K * (T + 1) + (K - 1) * (T + 1) + T, mask=heads < num_heads, other=0)
+        may_split &= tl.sum(kept_of_heads, 0) < most_kept
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     bh = bh.to(tl.int64)
@@ -425,6 +451,20 @@ def keys_kernel(
         plain_before += (num_plain,)
         num_masked += fars[r] - edges[r]
         num_plain += (edges[r + 1] if r + 1 < K else num_blocks) - fars[r]
+    masked_begin, masked_end, plain_begin, plain_end = 0, num_masked, 0, num_plain
+    if PIECES > 1:
+        num_steps = num_masked + num_plain
+        piece_steps = tl.where(may_split, piece_blocks, num_steps)
+        is_split = num_steps > piece_steps
+        piece_begin = tl.minimum(piece * piece_steps, num_steps)
+        piece_end = tl.minimum(piece_begin + piece_steps, num_steps)
+        masked_begin, masked_end = tl.minimum(piece_begin, num_masked), tl.minimum(piece_end, num_masked)
+        plain_begin, plain_end = piece_begin - masked_begin, piece_end - masked_end
+        if pid < split_tiles * num_heads:
+            tl.store(partial_rows + pid.to(tl.int64) * BLOCK_N + n_N, tl.where(is_key_N, index_N, -1))
+            tl.store(num_partial + pid, tl.where(is_split, tl.cdiv(num_steps, piece_steps), 0))
+        # One number, for the loops have no registers to spare. What is not cut belongs to its first piece alone.
+        to_partial = tl.where(is_split, tl.where(piece_begin < piece_end, 1, 0), tl.where(piece == 0, -1, 0))
 
     r_M = tl.arange(0, BLOCK_M)
     c_M = r_M // G
@@ -438,7 +478,7 @@ def keys_kernel(
     grad_v_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_gates = (tl.zeros([BLOCK_N], tl.float32),) * K
 
-    for step in range(num_masked):
+    for step in range(masked_begin, masked_end):
         shift = 0
         for r in tl.static_range(K):
             shift = tl.where(step < masked_before[r], shift, edges[r] - masked_before[r])
@@ -486,7 +526,7 @@ def keys_kernel(
             K,
         )
 
-    for step in range(num_plain):
+    for step in range(plain_begin, plain_end):
         shift = num_diagonal
         for r in tl.static_range(K):
             shift = tl.where(step < plain_before[r], shift, fars[r] - plain_before[r])
@@ -529,17 +569,31 @@ def keys_kernel(
             K,
         )
 
-    index_N = index_N.to(tl.int64)
-    if NEEDS_K:
-        store_rows(grad_k + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_k_ND * scale, D, BLOCK_D)
-    if NEEDS_V:
-        store_rows(grad_v + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_v_ND, D, BLOCK_D)
     if NEEDS_GATE:
         if HAS_SEGMENTS:
             position_N = index_N - tl.load(first + index_N, mask=is_key_N, other=0)
         else:
             position_N = index_N
         # A sink's gate rules nothing, and a key left out passes nothing on.
+        ruled_gates = ()
         for r in tl.static_range(K):
-            grad_gate_N = tl.where((reach > r) & (position_N >= sinks), grad_gates[r], 0.0)
-            tl.store(grad_gate + ((b * T + index_N) * H + h) * K + r, grad_gate_N, mask=is_key_N)
+            ruled_gates += (tl.where((reach > r) & (position_N >= sinks), grad_gates[r], 0.0),)
+    if PIECES > 1:
+        if to_partial > 0:
+            partial = tl.program_id(0).to(tl.int64) * BLOCK_N
+            if NEEDS_K:
+                store_rows(partial_k + partial * D, n_N * D, is_key_N, grad_k_ND, D, BLOCK_D)
+            if NEEDS_V:
+                store_rows(partial_v + partial * D, n_N * D, is_key_N, grad_v_ND, D, BLOCK_D)
+            if NEEDS_GATE:
+                for r in tl.static_range(K):
+                    tl.store(partial_gate + partial * K + r * BLOCK_N + n_N, ruled_gates[r], mask=is_key_N)
+        is_key_N &= to_partial < 0
+    index_N = index_N.to(tl.int64)
+    if NEEDS_K:
+        store_rows(grad_k + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_k_ND * scale, D, BLOCK_D)
+    if NEEDS_V:
+        store_rows(grad_v + b * T * H * D + h * D, index_N * H * D, is_key_N, grad_v_ND, D, BLOCK_D)
+    if NEEDS_GATE:
+        for r in tl.static_range(K):
+            tl.store(grad_gate + ((b * T + index_N) * H + h) * K + r, ruled_gates[r], mask=is_key_N)

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from dms_kernels import dispatch
 from dms_kernels.arguments import LOG2_E, kernel_problem, strides, with_dense_rows
-from dms_kernels.dispatch import ceil_div, padded
+from dms_kernels.dispatch import ceil_div, padded, power_of_two
 from dms_kernels.gated_attention import launch
 from dms_kernels.gated_attention.chunked import FirstPass
+from dms_kernels.gated_attention.documents import Documents, document_bounds
 from dms_kernels.gated_attention.launch import Call
 
 # Tokens that a program takes at once in making the list.
@@ -47,7 +48,7 @@ def gated_attention_fused(
     *,
     window: int | Sequence[int],
     scale: float,
-    segment_ids: Tensor | None,
+    segment_ids: Tensor | Documents | None,
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -61,7 +62,9 @@ def gated_attention_fused(
         # Decisions whose window no key leaves never count; there is always one.
         windows = [w for w in windows if w < q.shape[1] - 1] or windows[:1]
         log_keep = log_keep[..., None] if isinstance(window, int) else log_keep[..., : len(windows)]
-    first_BT, last_BT = (None, None) if segment_ids is None else document_bounds(segment_ids)
+    first_BT, last_BT = None, None
+    if segment_ids is not None:
+        first_BT, last_BT = segment_ids.bounds if isinstance(segment_ids, Documents) else document_bounds(segment_ids)
     arguments = q, k, v, log_keep, sink_logits, first_BT, last_BT, windows, scale, sinks, softcap
     made = None if first_pass is None else first_pass.take()
     if made is not None:
@@ -70,19 +73,6 @@ def gated_attention_fused(
     if first_pass is not None and out_BTHqD.requires_grad:
         first_pass.keep(gated_attention_fused, out_BTHqD, *others)
     return out_BTHqD
-
-
-def document_bounds(segment_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Two [B, T] int32: where each token's document begins (padding: the token itself), and its last token (padding: -1)."""
-    T = segment_ids_BT.shape[1]
-    index_T = torch.arange(T, device=segment_ids_BT.device, dtype=torch.int32)
-    is_padding_BT = segment_ids_BT == 0
-    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    begins_BT = torch.nn.functional.pad(changes_BT, (1, 0), value=True) | is_padding_BT
-    ends_BT = torch.nn.functional.pad(changes_BT, (0, 1), value=True)
-    first_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
-    last_BT = torch.where(ends_BT, index_T, T).flip(1).cummin(1).values.flip(1)
-    return first_BT, last_BT.masked_fill(is_padding_BT, -1)
 
 
 @dataclass(frozen=True)
@@ -405,12 +395,18 @@ def _launch_keys(
     call: Call, grad_out: Tensor, saved: _Saved, rows: _Rows, far: _FarKeys, grads: tuple[Tensor, ...], needs: list[bool]
 ) -> None:
     from dms_kernels.gated_attention.backward import keys_kernel
+    from dms_kernels.gated_attention.merge import merge_kernel
 
     tile = call.pick_tile("keys", saved.q)
+    of_needs = {"NEEDS_K": needs[1], "NEEDS_V": needs[2], "NEEDS_GATE": needs[3]}
     # Keys of different reach do not share a tile: for each window one more may be begun.
-    num_tiles = ceil_div(call.T, tile.keys) + (call.K if call.has_gate else 0)
+    num_programs = ceil_div(call.T, tile.keys) + (call.K if call.has_gate else 0)
+    split = call.split_keys(tile, saved.q)
+    if split is not None:
+        num_programs += (split.pieces - 1) * split.tiles
+    partial = _empty_partials(call, tile, split, grads, needs)
     _, grad_k, grad_v, grad_gate, _ = grads
-    keys_kernel[(call.B * call.H * num_tiles,)](
+    keys_kernel[(call.B * call.H * num_programs,)](
         saved.q,
         saved.k,
         saved.v,
@@ -425,6 +421,7 @@ def _launch_keys(
         grad_k,
         grad_v,
         grad_gate,
+        *partial,
         *strides(saved.q, 3),
         *strides(saved.k, 3),
         *strides(saved.v, 3),
@@ -437,11 +434,49 @@ def _launch_keys(
         call.scale2,
         call.cap_in,
         call.cap_out,
-        NEEDS_K=needs[1],
-        NEEDS_V=needs[2],
-        NEEDS_GATE=needs[3],
+        *(None, None, None) if split is None else (split.tiles, split.blocks, split.most_kept),
+        PIECES=1 if split is None else split.pieces,
+        HEADS=1 if split is None else power_of_two(call.B * call.H),
+        **of_needs,
         **call.of_products(tile),
     )
+    if split is not None:
+        rows = min(_COPY_ROWS // 2, tile.keys)
+        num_split = split.tiles * call.B * call.H
+        merge_kernel[(num_split * (tile.keys // rows),)](
+            *partial,
+            grad_k,
+            grad_v,
+            grad_gate,
+            call.T,
+            call.H,
+            call.B * call.H,
+            num_split,
+            call.scale,
+            D=call.D,
+            BLOCK_D=call.block_d,
+            BLOCK_N=tile.keys,
+            ROWS=rows,
+            K=call.K,
+            **of_needs,
+        )
+
+
+def _empty_partials(
+    call: Call, tile: launch.Tile, split: launch.KeySplit | None, grads: tuple[Tensor, ...], needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """What the pieces of tiles leave for `merge_kernel`: sums for k, v and gates, which keys they are of, and how many pieces."""
+    if split is None:
+        return None, None, None, None, None
+    num_split = split.tiles * call.B * call.H
+    shapes = (tile.keys, call.D), (tile.keys, call.D), (call.K, tile.keys)
+    like = grads[0]
+    sums = [
+        like.new_empty((split.pieces * num_split, *shape) if needed else 0, dtype=torch.float32)
+        for shape, needed in zip(shapes, needs[1:4], strict=True)
+    ]
+    rows, num_pieces = (like.new_empty(shape, dtype=torch.int32) for shape in ((num_split, tile.keys), num_split))
+    return *sums, rows, num_pieces
 
 
 @_backward.register_fake

@@ -51,6 +51,47 @@ def pick_tile(kernel: str, target: Target, D: int, G: int, dtype: torch.dtype, n
     return tile
 
 
+@dataclass(frozen=True)
+class KeySplit:
+    """How the key-side backward cuts long tiles of keys into pieces, each of so many blocks of queries.
+
+    A key that is kept has all later queries. Where few are kept, their few tiles would outlast everything else.
+    """
+
+    pieces: int
+    """of a tile, at most; partial sums are held for so many"""
+    tiles: int
+    """of each head, from its first, that may be cut: about one a processor, for more share themselves out"""
+    blocks: int
+    """of queries in a piece; tiles of no more stay whole"""
+    most_kept: int
+    """keys of all heads, from which on none is cut: only the device knows how many are kept"""
+
+
+# Where an eighth is kept, as the method is meant for, cutting must be worth its partial sums and a launch more.
+_MEANT_RATIO = 8
+_MOST_PIECES = 3
+
+
+def split_keys(T: int, num_heads: int, C: int, keys: int, window: int, num_processors: int) -> KeySplit | None:
+    """None: no tile is worth cutting. num_heads: of all sequences; C: positions of a block; window: the longest.
+
+    Known before the device is asked for anything. Chosen with `bench.schedule`: the longest tile's time, in blocks of queries, is
+    set against that of all tiles shared out among the processors.
+    """
+    # Of a key that is gone once it has left the window, in queries, and of one that stays.
+    near, far = window + keys, T / 2
+    blocks = max(ceil_div(ceil_div(T, C), _MOST_PIECES), ceil_div(near + keys, C))
+    pieces = ceil_div(ceil_div(T, C), blocks)
+    if pieces == 1 or near >= far:
+        return None
+    # So many that the tiles' time is nine tenths of the longest's: kept * far + others * near = 0.9 T * keys * processors.
+    most_kept = int((0.9 * T * keys * num_processors - num_heads * T * near) / (far - near))
+    if most_kept * _MEANT_RATIO <= num_heads * T:
+        return None
+    return KeySplit(pieces, min(ceil_div(num_processors, num_heads), ceil_div(T, keys)), blocks, most_kept)
+
+
 def smallest_rows(G: int) -> int:
     """Rows of a tile that holds one position: all heads of a group share a tile, however many they are."""
     return power_of_two(G)
@@ -62,11 +103,12 @@ def rows_to_read(G: int) -> int:
 
 
 # By kernel and padded head dim. Chosen from what the compiler reports: the most keys and prefetched stages whose loops keep
-# their sums in registers and whose shared memory fits. The forward at 128 is also what PyTorch's FlexAttention takes.
+# their sums in registers and whose shared memory fits. The forward at 128 is also what PyTorch's FlexAttention takes. Of keys a warp
+# group's instruction takes 64: at 256 their sums spill, the less the fewer rows there are.
 _HOPPER = {
     "forward": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "queries": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
 }
 _AMPERE = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
@@ -134,6 +176,13 @@ class Call(AttentionCall):
     def pick_tile(self, kernel: str, q: Tensor) -> Tile:
         """See the function of this name."""
         return pick_tile(kernel, target(q.device), self.D, self.G, q.dtype, self.K)
+
+    def split_keys(self, tile: Tile, q: Tensor) -> KeySplit | None:
+        """See the function of this name. Without a gate all keys are kept."""
+        # At 256 the loops of a kernel that can cut have half as many instructions again: more than is gained.
+        if not self.has_gate or self.block_d > 128:
+            return None
+        return split_keys(self.T, self.B * self.H, tile.rows // self.G, tile.keys, self.windows[-1], target(q.device).num_processors)
 
     def num_blocks(self, rows: int) -> int:
         """Programs for all rows of queries, `rows` of them each (fewer where G does not divide them)."""
