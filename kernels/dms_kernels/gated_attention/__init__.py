@@ -91,7 +91,7 @@ def gated_attention(
         log_keep,
         window=window,
         scale=scale,
-        segment_ids=segment_ids if function is gated_attention_fused else ids,
+        segment_ids=segment_ids,
         sinks=sinks,
         softcap=softcap,
         sink_logits=sink_logits,

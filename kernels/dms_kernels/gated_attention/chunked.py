@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dms_kernels.gated_attention.documents import Documents
+
 # Scores of one block, and bounds on its queries. On a CPU 1 MB of float32 stays in a core's cache; a GPU wants few
 # launches instead. Long blocks waste work on the diagonal, half of which is the future.
 _CPU_TILE_ELEMENTS, _CPU_CHUNK = 2**18, (16, 128)
@@ -68,7 +70,7 @@ def gated_attention_chunked(
     *,
     window: int | Sequence[int],
     scale: float,
-    segment_ids: Tensor | None,
+    segment_ids: Tensor | Documents | None,
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -88,6 +90,8 @@ def gated_attention_chunked(
         shortest, longest = _CPU_CHUNK if is_cpu else _GPU_CHUNK
         chunk = min(max(budget // (Hq // k.shape[2] * T), shortest), longest)
     chunk = min(chunk, T)
+    if isinstance(segment_ids, Documents):
+        segment_ids = segment_ids.segment_ids
     if segment_ids is not None:
         is_pad_BT = segment_ids == 0
         first_BT = first_visible(segment_ids)

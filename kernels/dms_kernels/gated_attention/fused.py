@@ -441,9 +441,9 @@ def _launch_keys(
         **call.of_products(tile),
     )
     if split is not None:
-        rows = min(_COPY_ROWS // 2, tile.keys)
+        merged_rows = min(_COPY_ROWS // 2, tile.keys)
         num_split = split.tiles * call.B * call.H
-        merge_kernel[(num_split * (tile.keys // rows),)](
+        merge_kernel[(num_split * (tile.keys // merged_rows),)](
             *partial,
             grad_k,
             grad_v,
@@ -456,7 +456,7 @@ def _launch_keys(
             D=call.D,
             BLOCK_D=call.block_d,
             BLOCK_N=tile.keys,
-            ROWS=rows,
+            ROWS=merged_rows,
             K=call.K,
             **of_needs,
         )
