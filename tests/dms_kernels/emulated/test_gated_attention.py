@@ -5,7 +5,7 @@ import torch
 from gated_inputs import forward_backward, inputs
 from parity import assert_as_precise, distance
 
-from dms_kernels.gated_attention import gated_attention
+from dms_kernels.gated_attention import gated_attention, launch
 from dms_kernels.gated_attention.reference import gated_attention_reference
 from emulate.findings import Finding
 from emulate.launching import emulating
@@ -27,13 +27,25 @@ SHAPES = {
     },
     "no gate": {"T": 70, "window": 5, "gates": "none"},
     "head dim 128": {"T": 70, "window": 20, "D": 128, "G": 4},
+    "head dim 256": {"T": 70, "window": 20, "D": 256, "G": 2},
     "two windows": {"T": 90, "window": (7, 30), "num_windows": 2},
     "three windows": {"T": 150, "window": (7, 30, 90), "num_windows": 3},
 }
 
 
 def check(
-    capability: int, dtype: torch.dtype, B=1, H=1, T=80, G=2, D=64, gates="mixed", sink_logits=False, num_windows=None, **options
+    capability: int,
+    dtype: torch.dtype,
+    B=1,
+    H=1,
+    T=80,
+    G=2,
+    D=64,
+    gates="mixed",
+    sink_logits=False,
+    num_windows=None,
+    is_split=False,
+    **options,
 ) -> None:
     tensors = inputs(B, T, H, G, D, torch.float64, gates, 0, sink_logits, num_windows)
     options = {"scale": D**-0.5, "segment_ids": None} | options
@@ -48,7 +60,9 @@ def check(
 
     with emulating(capability) as emulation:
         found = run(gated_attention, dtype)
-    assert {"forward_kernel", "queries_kernel", "keys_kernel"} <= {launch.kernel for launch in emulation.launches}
+    kernels = {launched.kernel for launched in emulation.launches}
+    assert {"forward_kernel", "queries_kernel", "keys_kernel"} <= kernels
+    assert ("merge_kernel" in kernels) == is_split
     plain, expected = run(gated_attention_reference, dtype), run(gated_attention_reference, torch.float64)
     for name, want in expected.items():
         if name == "sink_logits" and want is not None:
@@ -61,6 +75,11 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(capability, shape):
     check(capability, torch.bfloat16, **shape)
+
+
+def test_tiles_of_keys_in_pieces(capability, monkeypatch):
+    monkeypatch.setattr(launch, "split_keys", lambda *_: launch.KeySplit(pieces=2, tiles=1, blocks=2, most_kept=1000))
+    check(capability, torch.bfloat16, T=100, window=10, is_split=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
