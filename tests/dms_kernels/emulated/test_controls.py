@@ -69,7 +69,7 @@ def without_barrier(number: int) -> Callable[[str], str]:
 def test_a_dropped_barrier(capability, kernel):
     """Not every one is met in this case: loops have others before and behind them."""
     found = []
-    for number in range(4):
+    for number in range(6):
         try:
             RUNS[kernel](capability, without_barrier(number))
         except Finding as error:
