@@ -166,7 +166,9 @@ def _interrupt(number, frame) -> None:
 def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     # What `timeout` and job queues send is as Ctrl-C: what is known is still printed.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A shell that starts this in the background has SIGINT ignored.
+        signal.signal(number, _interrupt)
     run = Run(_options(arguments), start)
     interrupted = False
     try:

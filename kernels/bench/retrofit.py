@@ -153,7 +153,9 @@ def _interrupt(number, frame) -> None:
 
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A shell that starts this in the background has SIGINT ignored.
+        signal.signal(number, _interrupt)
     out, *rest = arguments
     budget = _BUDGET
     if rest and not rest[0].startswith("-"):
