@@ -19,27 +19,23 @@ def folder(tmp_path_factory):
     )
 
 
-def test_evicting_holds_less_of_the_same_text(folder, tmp_path, capsys):
+def test_evicting_holds_less_of_the_same_text(folder, tmp_path, monkeypatch, capsys):
+    """And a case that fails leaves the others."""
     benchmark = DecodeBenchmark(model=folder, context=(600,), batch=(2,), evict_bias=(50.0,), steps=3)
+    broken = Case("float7", 600, 2, None)
+    cases = [broken, *decoding._cases(benchmark)]
+    monkeypatch.setattr(decoding, "_cases", lambda given: cases)
     found = dict(decoding.run(benchmark, str(tmp_path / "rows.json")))
-    dense, evicting = (found[Case("float32", 600, 2, bias)] for bias in (None, 50.0))
+    failed, dense, evicting = (found[case] for case in cases)
     assert (dense.cr, evicting.cr > 4) == (1.0, True)
     assert dense.cache_bytes > 3 * evicting.cache_bytes
     for one in (dense, evicting):
         assert 0 < one.loaded_bytes < one.bytes <= one.peak_bytes and one.tokens_per_second > 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["metric"] for row in rows} >= {"bytes", "cache_bytes", "tokens_per_second", "prefill_seconds"}
+    assert {row["metric"] for row in rows} >= {"bytes", "cache_bytes", "tokens_per_second", "prefill_seconds", "error"}
     assert {(row["policy"], row["memory"]) for row in rows} == {("dense", "dense"), ("dms", "compacted")}
-    assert "bias +50" in capsys.readouterr().out
-
-
-def test_a_case_that_fails_leaves_the_others(folder, monkeypatch, capsys):
-    benchmark = DecodeBenchmark(model=folder, context=(40,), batch=(1,), steps=1)
-    cases = decoding._cases(benchmark)
-    monkeypatch.setattr(decoding, "_cases", lambda given: [Case("float7", 40, 1, None), *cases])
-    first, *others = [measured for _, measured in decoding.run(benchmark)]
-    assert isinstance(first, str) and not any(isinstance(other, str) for other in others)
-    assert first in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bias +50" in out and isinstance(failed, str) and failed.split(":")[0] in out
 
 
 def test_what_cannot_be_measured_is_refused(folder):
