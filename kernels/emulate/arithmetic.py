@@ -194,7 +194,7 @@ def make_bits(machine: Machine, instruction: Instruction) -> Action:
         return lambda mask: np.invert(first, out=target, where=mask)
     if operation in ("shl", "shr"):
         return _shift(operation, target, first, machine.source(instruction.operands[2], "u32"))
-    if operation == "bfe" and kind in ("u32", "s32"):
+    if operation == "bfe" and kind in ("u32", "s32", "u64"):
         position, length = (machine.source(operand, "u32") for operand in instruction.operands[2:])
         return lambda mask: write(target, _field(machine.lanes(first), position, length), mask)
     if operation == "popc" and kind == "b32":
@@ -217,7 +217,12 @@ def _shift(operation: str, target: Array, value: Array, by: Array) -> Action:
 
 def _field(value: Array, position: Array, length: Array) -> Array:
     """bfe: bits [position, position + length), with the sign of the highest, or of the number's where it ends before."""
-    wide, start, count = value.astype(np.int64), (position & 255).astype(np.int64), (length & 255).astype(np.int64)
+    start, count = (position & 255).astype(np.int64), (length & 255).astype(np.int64)
+    if value.dtype == np.uint64:
+        one, places = np.uint64(1), np.minimum(count, 63).astype(np.uint64)
+        mask = np.where(count < 64, (one << places) - one, ~np.uint64(0))
+        return np.where(start < 64, value >> np.minimum(start, 63).astype(np.uint64), np.uint64(0)) & mask
+    wide = value.astype(np.int64)
     wide = wide >> np.minimum(start, 63)
     count = np.minimum(count, 32)
     field = wide & ((np.int64(1) << count) - 1)

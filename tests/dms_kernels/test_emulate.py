@@ -77,6 +77,17 @@ def test_integers():
     assert torch.equal(run(body, given, ints()), (field << 4) ^ (given >> 31))
 
 
+def test_fields_of_64_bits():
+    """A byte across the middle, with the highest bit set beside it; the last bits, and what begins behind them."""
+    body = """
+    ld.global.b32 { %r4 }, [ %rd4 + 0 ]; mov.b32 %r5, 0x80000000; or.b32 %r5, %r5, %r1; mov.b64 %rd6, { %r4, %r5 };
+    bfe.u64 %rd7, %rd6, 28, 8; cvt.u32.u64 %r6, %rd7; bfe.u64 %rd8, %rd6, 63, 8; cvt.u32.u64 %r7, %rd8; shl.b32 %r7, %r7, 8; or.b32 %r6, %r6, %r7;
+    bfe.u64 %rd9, %rd6, 64, 8; cvt.u32.u64 %r8, %rd9; or.b32 %r6, %r6, %r8; st.global.b32 [ %rd5 + 0 ], { %r6 };
+    """
+    given = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(body, given, ints()), (given >> 28 & 15) | (ints() & 15) << 4 | 1 << 8)
+
+
 def test_two_integers_a_register():
     body = """
     ld.global.b32 { %r4 }, [ %rd4 + 0 ]; add.s16x2 %r5, %r4, %r4; max.s16x2 %r6, %r5, %r4; min.u16x2 %r6, %r6, %r5;
