@@ -13,10 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from dms import hf_compat
 from dms.cache import serialization
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
+from dms.cache.offloading import Offloaded, placeholder
 from dms.cache.page_pool import CacheBudget, CacheFull, PagePool, held_bytes, layer_bytes, outside_inference_mode
-from dms.cache.places import Elsewhere, stand_in
 from dms.cache.rows import append_rows
-from dms.cache.stats import CacheStats, bytes_away, cache_stats, compacted_layers
+from dms.cache.stats import CacheStats, cache_stats, compacted_layers, offloaded_bytes
 from dms.cache.store import Store
 from dms.modes import DMSState, state_of
 
@@ -59,9 +59,9 @@ class DMSCache(Cache):
         self.budget = budget or CacheBudget(max_cache_bytes if max_cache_bytes is not None else state.max_cache_bytes)
         self.last_use = 0
         """By the budget's count."""
-        self.is_away = False
+        self.is_offloaded = False
         """Whether `offload_to` has moved it, and nothing has brought it back."""
-        self._dense_away: dict[int, Elsewhere] = {}
+        self._offloaded_dense: dict[int, Offloaded] = {}
         """Of layers without gates, by index, while the cache is elsewhere."""
         self.budget.caches.add(self)
         layers = DynamicCache(config=model.config).layers
@@ -93,13 +93,13 @@ class DMSCache(Cache):
 
     def fork(self) -> "DMSCache":
         """A second conversation from here on: full pages are shared, ring and last pages copied. `copy.deepcopy` does the same."""
-        self._present()
+        self._begin_use()
         if self._is_bounded:
             stores = self._stores()
             own = layer_bytes(self._layers_without_gates()) + sum(store.own_bytes() for store in stores)
             self._make_room(own, [(store.pool, store.num_last_pages()) for store in stores])
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[], _undo=None, _dense_away={})
+        vars(new).update(vars(self), layers=[], _undo=None, _offloaded_dense={})
         for layer in self.layers:
             new.layers.append(layer.copy() if isinstance(layer, CompactedLayer) else copy.deepcopy(layer))
         self.budget.caches.add(new)
@@ -123,7 +123,7 @@ class DMSCache(Cache):
             raise ValueError("the model that made this cache is gone; save a cache while its model lives")
         if not self.compacted_layers():
             raise ValueError("the cache is empty; there is nothing to save")
-        self._present()
+        self._begin_use()
         serialization.write(serialization.describe(self.layers, state, self.rotary_length), Path(path))
 
     @classmethod
@@ -152,7 +152,7 @@ class DMSCache(Cache):
         return next((store.num_kept.shape[0] for store in self._stores()), -1)
 
     def reset(self) -> None:
-        self._present()
+        self._begin_use()
         self._undo = None
         super().reset()
         for layer in self.layers:
@@ -186,7 +186,7 @@ class DMSCache(Cache):
         if not isinstance(other, DMSCache) or other is self:
             raise ValueError(f"batch_append takes another DMSCache, and was given {'this one' if other is self else type(other).__name__}")
         rows = torch.arange(max(0, other.batch_size)) if rows is None else rows
-        self._present(other)
+        self._begin_use(other)
         # What was appended cannot be taken away by undoing the forward before.
         self._undo = other._undo = None
         with self._all_or_nothing():
@@ -197,7 +197,7 @@ class DMSCache(Cache):
         batch = self.batch_size
         if batch < 0:
             return
-        self._present()
+        self._begin_use()
         if self._is_bounded:
             own = layer_bytes(self._layers_without_gates()) + sum(layer.own_bytes() for layer in self.compacted_layers().values())
             num_more = len(rows) - batch
@@ -222,7 +222,7 @@ class DMSCache(Cache):
         layers = self.compacted_layers()
         if layer not in layers:
             raise ValueError(f"layer {layer} of this cache holds nothing that can be dropped; those that do are {sorted(layers)}")
-        self._present()
+        self._begin_use()
         with self._all_or_nothing():
             layers[layer].drop(dropped_BHS)
         # What was dropped cannot be brought back by undoing the forward before.
@@ -235,13 +235,13 @@ class DMSCache(Cache):
         for layer in self.layers:
             if isinstance(layer, CompactedLayer):
                 layer.check_crop(tokens_to_remove)
-        self._present()
+        self._begin_use()
         with self._all_or_nothing():
             super().crop(tokens_to_remove)
 
     def stop_past_recording(self) -> None:
         """Keep the trial tokens; from now on nothing can be taken back."""
-        self._present()
+        self._begin_use()
         with self._all_or_nothing():
             layers: list[Any] = list(self.layers)
             for layer in layers:
@@ -279,7 +279,7 @@ class DMSCache(Cache):
 
     def before_forward(self, num_new: int) -> None:
         """Where the cache is bounded: make room for a step or refuse it, or remember how to undo a longer forward."""
-        self._present()
+        self._begin_use()
         self._undo = None
         if not self._is_bounded:
             return
@@ -298,11 +298,11 @@ class DMSCache(Cache):
         self._restore(self._undo)
         self._undo = None
 
-    # Elsewhere.
+    # Offloaded.
 
     def offload_to(self, place: str | Path) -> int:
         """Move an idle cache off its device, to host memory ("cpu") or into a file in a folder; the next use brings it back bit by bit, and so does
-        `bring_back`. Pages that forks share go once, when all of them are away. Tables, counts and tokens on trial stay, so that `report`
+        `reload`. Pages that forks share go once, when all of them are offloaded. Tables, counts and tokens on trial stay, so that `report`
         works. Returns the bytes that left the device.
 
         A file goes when the cache comes back or is dropped; where a process is killed it stays behind.
@@ -313,57 +313,57 @@ class DMSCache(Cache):
         """
         if not isinstance(place, str | Path):
             raise ValueError(f"place is {place!r}; give 'cpu', which is host memory, or a folder")
-        if self.is_away or not self._stores():
+        if self.is_offloaded or not self._stores():
             return 0
         folder = None if place == "cpu" else Path(place)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         before = held_bytes(self)
-        self._undo, self.is_away = None, True
+        self._undo, self.is_offloaded = None, True
         try:
             for index, layer in enumerate(self.layers):
                 if not isinstance(layer, CompactedLayer):
-                    self._move_dense(index, folder)
+                    self._offload_dense(index, folder)
                 elif not layer.is_empty:
-                    layer.store.leave(folder)
+                    layer.store.offload(folder)
         except BaseException:
             # As a disk that is full: all or nothing.
             self._return()
             raise
         return before - held_bytes(self)
 
-    def _move_dense(self, index: int, folder: Path | None) -> None:
+    def _offload_dense(self, index: int, folder: Path | None) -> None:
         fields = vars(self.layers[index])
         moved = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) and value.numel() > 1}
         if moved:
-            self._dense_away[index] = Elsewhere(moved, folder)
-            fields.update({name: stand_in(value) for name, value in moved.items()})
+            self._offloaded_dense[index] = Offloaded(moved, folder)
+            fields.update({name: placeholder(value) for name, value in moved.items()})
 
-    def bring_back(self) -> None:
-        """Back to the device, where `offload_to` moved it away.
+    def reload(self) -> None:
+        """Back to the device, where `offload_to` moved it from.
 
         Raises:
             CacheFull: the bound leaves no room for it; it stays where it is.
         """
-        if not self.is_away:
+        if not self.is_offloaded:
             return
-        self.budget.check(sum(bytes_away(self)))
+        self.budget.check(sum(offloaded_bytes(self)))
         self._return()
 
     @outside_inference_mode
     def _return(self) -> None:
         for store in self._stores():
-            if store.is_away:
-                store.come_back()
-        for index, away in self._dense_away.items():
+            if store.is_offloaded:
+                store.reload()
+        for index, away in self._offloaded_dense.items():
             vars(self.layers[index]).update(away.take())
-        self._dense_away, self.is_away = {}, False
+        self._offloaded_dense, self.is_offloaded = {}, False
 
-    def _present(self, *others: "DMSCache") -> None:
+    def _begin_use(self, *others: "DMSCache") -> None:
         """What is to be used is on its device, and stays there meanwhile."""
         self.budget.use(self, *others)
         for cache in (self, *others):
-            cache.bring_back()
+            cache.reload()
 
     # Bounds.
 

@@ -44,7 +44,7 @@ class HeadPages:
         """A bound known without asking the device: no head has more entries in pages."""
         self.reserved = (0, pool.epoch)
         """On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then."""
-        self.is_away = False
+        self.is_offloaded = False
         """Its entries are elsewhere, those that no other store shares."""
         pool.num_holders += 1
         # Last: `__del__` takes it for a sign that the pool counts this store.
@@ -54,7 +54,7 @@ class HeadPages:
     def __del__(self):
         # This may run in the middle of anything, in any thread: the pool takes the pages back when it is asked next.
         if not sys.is_finalizing() and getattr(self, "read_order", self) is not self:
-            self.pool.orphans.append((self.page_table, self.num_kept, self.is_away))
+            self.pool.orphans.append((self.page_table, self.num_kept, self.is_offloaded))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What this store holds alone; pages belong to the pool."""
@@ -385,7 +385,7 @@ class HeadPages:
             pool.release(fresh)
         self.pool.release(before)
         self.pool.num_holders -= 1
-        self.is_away = False
+        self.is_offloaded = False
         """Its entries are elsewhere, those that no other store shares."""
         pool.num_holders += 1
         self.pool, self.page_table = pool, table

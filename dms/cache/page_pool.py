@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from dms.cache.places import Elsewhere, stand_in
+from dms.cache.offloading import Offloaded, placeholder
 from dms_kernels.arguments import FOR_GOOD
 
 # Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
@@ -61,7 +61,9 @@ class CacheBudget:
         self._uses = itertools.count()
 
     def use(self, *caches: Any) -> None:
-        """These are used now, and stay where they are."""
+        """These are used now, and stay on their device. Without a spill nothing ever leaves, and a step takes no time for it."""
+        if self.spill is None:
+            return
         self._in_use = weakref.WeakSet(caches)
         for cache in caches:
             cache.last_use = next(self._uses)
@@ -72,7 +74,7 @@ class CacheBudget:
             return True
         if self.spill is None or with_spare:
             return False
-        idle = [cache for cache in self.caches if cache not in self._in_use and not cache.is_away]
+        idle = [cache for cache in self.caches if cache not in self._in_use and not cache.is_offloaded]
         for cache in sorted(idle, key=lambda cache: cache.last_use):
             cache.offload_to(self.spill)
             if held_bytes(*self.caches) + num_bytes <= self.max_bytes:
@@ -160,11 +162,11 @@ class PagePool:
         self.num_holders = 0
         """Stores that use the pool."""
         self.orphans: deque[tuple[torch.Tensor, torch.Tensor, bool]] = deque()
-        """Page tables and entry counts of stores that are gone, and whether they were away, whose pages are collected at the next safe moment."""
-        self.num_away = 0
+        """Page tables and entry counts of stores that are gone, and whether they were offloaded, whose pages are collected at the next safe moment."""
+        self.num_offloaded = 0
         """Stores that use the pool and whose caches are elsewhere."""
-        self.away: Elsewhere | None = None
-        """The entries, where all its stores are away."""
+        self.offloaded: Offloaded | None = None
+        """The entries, where all its stores are offloaded."""
 
     @property
     def num_pages(self) -> int:
@@ -259,9 +261,9 @@ class PagePool:
     def collect(self) -> None:
         """Take back the pages of stores that are gone."""
         while self.orphans:
-            page_table, num_kept, was_away = self.orphans.popleft()
+            page_table, num_kept, was_offloaded = self.orphans.popleft()
             self.num_holders -= 1
-            self.num_away -= was_away
+            self.num_offloaded -= was_offloaded
             self.release(page_table[used_places(page_table, num_kept, self.page_size)])
             if not self.orphans:
                 self.trim()
@@ -295,28 +297,28 @@ class PagePool:
     @outside_inference_mode
     def trim(self, all_of_it: bool = False, part: int = 4) -> None:
         """Give back the free pages at the pool's end, where they are more than a part-th of it."""
-        if self.away is not None:
+        if self.offloaded is not None:
             return
         used = (self.references[:-1] > 0).nonzero()[:, 0]
         size = int(used[-1]) + 1 if len(used) else 0
         if self.num_pages - size > (0 if all_of_it else max(self.num_pages // part, self.growth())) or size == 0:
             self.resize(size)
 
-    def leave(self, folder: Path | None) -> None:
-        """One more store that uses the pool is away: where all are, the entries go as well, shared ones once."""
+    def offload(self, folder: Path | None) -> None:
+        """One more store that uses the pool is offloaded: where all are, the entries are too, shared ones once."""
         self.collect()
-        self.num_away += 1
-        if self.num_away == self.num_holders and self.num_pages:
+        self.num_offloaded += 1
+        if self.num_offloaded == self.num_holders and self.num_pages:
             moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
-            self.away = Elsewhere(moved, folder)
+            self.offloaded = Offloaded(moved, folder)
             for name, tensor in moved.items():
-                setattr(self, name, stand_in(tensor))
+                setattr(self, name, placeholder(tensor))
 
     @outside_inference_mode
-    def come_back(self) -> None:
-        """One of the stores that were away is there again."""
-        self.num_away -= 1
-        away, self.away = self.away, None
+    def reload(self) -> None:
+        """One of the offloaded stores is on the device again."""
+        self.num_offloaded -= 1
+        away, self.offloaded = self.offloaded, None
         for name, tensor in ({} if away is None else away.take()).items():
             setattr(self, name, tensor)
 

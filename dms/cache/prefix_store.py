@@ -52,15 +52,15 @@ class PrefixStore:
         Raises:
             ValueError: no tokens, or those of several sequences.
         """
-        tokens = _tokens(ids)
-        found = self.get(model, tokens)
+        tokens, folder = _tokens(ids), self._folder_of(model)
+        found = self._get(folder, model, tokens, {})
         cache, known = (DMSCache(model), 0) if found is None else found
         if known == len(tokens):
             return cache
         rest_1T = torch.tensor([tokens[known:]], device=next(model.parameters()).device)
         for part in rest_1T.split(state_of(model).prefill_chunk or rest_1T.shape[1], 1):
             model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-        self.put(model, tokens, cache)
+        self._put(folder, tokens, cache)
         return cache
 
     def get(self, model: Any, ids: Sequence[int] | torch.Tensor, **options: Any) -> tuple[DMSCache, int] | None:
@@ -68,7 +68,9 @@ class PrefixStore:
 
         options: as of `DMSCache`.
         """
-        tokens, folder = _tokens(ids), self._folder_of(model)
+        return self._get(self._folder_of(model), model, _tokens(ids), options)
+
+    def _get(self, folder: Path, model: Any, tokens: list[int], options: dict[str, Any]) -> tuple[DMSCache, int] | None:
         stored = {path.name for path in folder.glob(f"*{_SUFFIX}")} if folder.is_dir() else set()
         lengths = {int(name.partition("-")[0]) for name in stored}
         names = _names(tokens, sorted(length for length in lengths if length <= len(tokens)))
@@ -81,7 +83,7 @@ class PrefixStore:
             except ValueError as error:
                 # Where it is gone, another process made room meanwhile.
                 if path.exists():
-                    warnings.warn(f"dropped from the prefix store: {error}", stacklevel=2)
+                    warnings.warn(f"dropped from the prefix store: {error}", stacklevel=3)
                     path.unlink(missing_ok=True)
                 continue
             _touch(path)
@@ -101,7 +103,9 @@ class PrefixStore:
                 f"the cache has {cache.batch_size} sequences of {held} tokens, and {len(tokens)} tokens were given; store a cache of one sequence "
                 "when it has read just these"
             )
-        folder = self._folder_of(model)
+        return self._put(self._folder_of(model), tokens, cache)
+
+    def _put(self, folder: Path, tokens: list[int], cache: DMSCache) -> bool:
         ((_, name),) = _names(tokens, [len(tokens)])
         path = folder / name
         with self._locked():
@@ -115,7 +119,7 @@ class PrefixStore:
                 size = path.stat().st_size
                 path.unlink()
                 warnings.warn(
-                    f"not stored: the cache of {len(tokens)} tokens takes {size} bytes, and max_bytes is {self.max_bytes}", stacklevel=2
+                    f"not stored: the cache of {len(tokens)} tokens takes {size} bytes, and max_bytes is {self.max_bytes}", stacklevel=3
                 )
                 return False
             self._make_room(path)

@@ -76,10 +76,14 @@ def compacted_layers(cache: Cache) -> dict[int, CompactedLayer]:
     return {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompactedLayer) and not layer.is_empty}
 
 
-def bytes_away(cache: Cache) -> tuple[int, int]:
+def offloaded_bytes(cache: Cache) -> tuple[int, int]:
     """Bytes that a cache and its forks hold in host memory, and on disk, while they are off their device."""
     stores = [layer.store for layer in compacted_layers(cache).values()]
-    away = [*(store.ring_away for store in stores), *(store.pool.away for store in stores), *getattr(cache, "_dense_away", {}).values()]
+    away = [
+        *(store.offloaded_ring for store in stores),
+        *(store.pool.offloaded for store in stores),
+        *getattr(cache, "_offloaded_dense", {}).values(),
+    ]
     host, disk = (sum(one.num_bytes for one in away if one is not None and one.on_disk == on_disk) for on_disk in (False, True))
     return host, disk
 
@@ -113,7 +117,7 @@ def cache_stats(cache: Cache, warn: bool) -> CacheStats:
         evicted, decided = evicted + int(store.evicted.sum()), decided + int(store.decided.sum()) * H
         # Forks share pages, and their tables are not looked at here.
         expected_pages += len(torch.unique(store.page_numbers())) if pool.num_holders == 1 else pool.num_used
-    stats.bytes_host, stats.bytes_disk = bytes_away(cache)
+    stats.bytes_host, stats.bytes_disk = offloaded_bytes(cache)
     stats.cr = stats.seen / max(1, stats.alive)
     stats.cr_model = (stats.seen + seen_without_gates) / max(1, stats.alive + alive_without_gates)
     stats.cr_decided = _decided_ratio(evicted, decided)

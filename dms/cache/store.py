@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from dms import masks
 from dms.cache.head_pages import HeadPages
+from dms.cache.offloading import Offloaded, placeholder
 from dms.cache.page_pool import PagePool, outside_inference_mode
 from dms.cache.pending import EVICT, KEEP, UNDECIDED, Decisions, PendingTokens, fates, list_of
-from dms.cache.places import Elsewhere, stand_in
 from dms.config import DMSConfig
 from dms_kernels.arguments import Keys, state_lifetimes
 
@@ -47,7 +47,7 @@ class Store(HeadPages):
         device = self.device
         self.dms = config
         self.ring_size = config.windows[0] + 1
-        self.ring_away: Elsewhere | None = None
+        self.offloaded_ring: Offloaded | None = None
         """The ring's keys and values while the store is away."""
         self.ring_kv = torch.zeros(batch, num_heads, 2, min(self.ring_size, _RING_STEP), pool.head_dim, dtype=pool.dtype, device=device)
         """[B, H, 2, R, D]: keys and values, a token at slot position % ring_size."""
@@ -73,20 +73,20 @@ class Store(HeadPages):
     def check(self) -> None:
         """Raises RuntimeError where the contents are known to be wrong."""
 
-    # Elsewhere. Tables and counts stay, so that an idle cache can be counted, copied in size, and end.
+    # Offloaded. Tables and counts stay, so that an idle cache can be counted, copied in size, and end.
 
-    def leave(self, folder: Path | None) -> None:
+    def offload(self, folder: Path | None) -> None:
         """The ring, and the pages that no other store needs on the device, go to host memory (None) or into a file."""
-        self.ring_away = Elsewhere({"ring_kv": self.ring_kv}, folder)
-        self.ring_kv, self.read_order = stand_in(self.ring_kv), None
-        self.is_away = True
-        self.pool.leave(folder)
+        self.offloaded_ring = Offloaded({"ring_kv": self.ring_kv}, folder)
+        self.ring_kv, self.read_order = placeholder(self.ring_kv), None
+        self.is_offloaded = True
+        self.pool.offload(folder)
 
     @outside_inference_mode
-    def come_back(self) -> None:
-        assert self.ring_away is not None, "it left"
-        self.pool.come_back()
-        self.ring_kv, self.ring_away, self.is_away = self.ring_away.take()["ring_kv"], None, False
+    def reload(self) -> None:
+        assert self.offloaded_ring is not None, "it left"
+        self.pool.reload()
+        self.ring_kv, self.offloaded_ring, self.is_offloaded = self.offloaded_ring.take()["ring_kv"], None, False
 
     # Reading.
 

@@ -4,18 +4,12 @@ import json
 
 import pytest
 from dms_train.compare_command import _quoted, run
-
-import dms
-from dms.io import base_models, checkpoint
+from evicting import save_gated_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = dms.retrofit(base_models.load_base("builtin:tiny", "float32", "cpu"), dms.DMSConfig(window=8))
-    tokenizer = base_models.load_tokenizer("builtin:tiny")
-    return str(
-        checkpoint.save(model, tmp_path_factory.mktemp("gated") / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=2.0)
-    )
+    return save_gated_tiny(tmp_path_factory.mktemp("gated"))
 
 
 def prompts(tmp_path, *rows):

@@ -231,7 +231,7 @@ class PolicyCache(DMSCache):
     def begin(self, policies: Iterable[Policy], asked: Iterable[Asking]) -> "PolicyCache":
         """Of a cache that has read a prompt for any policy: one of these policies, as if it had read it. asked: each layer's queries."""
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[], _undo=None, _dense_away={})
+        vars(new).update(vars(self), layers=[], _undo=None, _offloaded_dense={})
         given = zip(policies, asked, strict=True)
         for layer in self.layers:
             new.layers.append(layer.begin(*next(given)) if isinstance(layer, PolicyLayer) else copy.deepcopy(layer))

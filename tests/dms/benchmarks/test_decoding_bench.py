@@ -3,20 +3,15 @@
 import json
 
 import pytest
+from evicting import save_gated_tiny
 
-import dms
 from dms.benchmarks import decoding
 from dms.benchmarks.decoding import Case, DecodeBenchmark
-from dms.io import base_models, checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = dms.retrofit(base_models.load_base("builtin:tiny", "float32", "cpu"), dms.DMSConfig(window=8))
-    tokenizer = base_models.load_tokenizer("builtin:tiny")
-    return str(
-        checkpoint.save(model, tmp_path_factory.mktemp("gated") / "model", tokenizer=tokenizer, base_name="builtin:tiny", target_cr=2.0)
-    )
+    return save_gated_tiny(tmp_path_factory.mktemp("gated"))
 
 
 def test_evicting_holds_less_of_the_same_text(folder, tmp_path, monkeypatch, capsys):

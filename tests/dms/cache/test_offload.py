@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dms
-from dms.cache import CacheFull, held_bytes, places
+from dms.cache import CacheFull, held_bytes, offloading
 from dms.modes import state_of
 
 PLACES = ["cpu", "disk"]
@@ -41,7 +41,7 @@ def test_what_comes_back_is_what_left(model, tmp_path, place, kv_dtype):
     stays, goes = caches
     before, report = held_bytes(goes), goes.report(warn=False)
     left = goes.offload_to(place_of(place, tmp_path))
-    assert goes.is_away and left == before - held_bytes(goes) > before / 2
+    assert goes.is_offloaded and left == before - held_bytes(goes) > before / 2
     away = goes.report(warn=False)
     assert (away.alive, away.seen, away.pages_used) == (report.alive, report.seen, report.pages_used)
     assert (away.bytes_host > 0, away.bytes_disk > 0) == (place == "cpu", place == "disk")
@@ -52,7 +52,7 @@ def test_what_comes_back_is_what_left(model, tmp_path, place, kv_dtype):
     # The next use brings it back: forwards of one token and of several, other rows.
     for new in (ids_of(2, 1, rows=2), ids_of(3, 9, rows=2), ids_of(4, 1, rows=2)):
         assert torch.equal(forward(model, goes, new), forward(model, stays, new))
-        assert not goes.is_away and held_bytes(goes) == held_bytes(stays)
+        assert not goes.is_offloaded and held_bytes(goes) == held_bytes(stays)
         goes.offload_to(place_of(place, tmp_path))
     for cache in caches:
         cache.reorder_cache(torch.tensor([1, 1]))
@@ -70,16 +70,16 @@ def test_pages_that_forks_share_leave_once(model, tmp_path, place):
     pages = pool.rows.nbytes
     gc.collect()
     for cache in (whole, *forks):
-        assert pool.away is None
+        assert pool.offloaded is None
         cache.offload_to(place_of(place, tmp_path))
-    assert pool.away is not None and pool.away.num_bytes == pages and held_bytes(whole, *forks) < pages
+    assert pool.offloaded is not None and pool.offloaded.num_bytes == pages and held_bytes(whole, *forks) < pages
     # One that is dropped meanwhile lets its pages go; the others come back, and leave again.
     del cache, forks[1]
     gc.collect()
     assert torch.equal(forward(model, forks[0], ids_of(2, 3)), expected)
-    assert pool.away is None and whole.is_away
+    assert pool.offloaded is None and whole.is_offloaded
     forks[0].offload_to(place_of(place, tmp_path))
-    assert pool.away is not None
+    assert pool.offloaded is not None
     assert torch.equal(forward(model, whole, ids_of(2, 3)), expected)
     assert not whole.report(warn=False).warnings
 
@@ -101,14 +101,14 @@ def test_every_way_to_use_it_brings_it_back(model, tmp_path):
         "drop": drop_nothing,
         "stop recording": lambda cache: cache.stop_past_recording(),
         "reset": lambda cache: cache.reset(),
-        "bring_back": lambda cache: cache.bring_back(),
+        "reload": lambda cache: cache.reload(),
         "joins": lambda cache: there().batch_append(cache),
     }
     for name, use in uses.items():
         cache = there()
         assert cache.offload_to("cpu") > 0, name
         use(cache)
-        assert not cache.is_away, name
+        assert not cache.is_offloaded, name
     copy = dms.DMSCache.load(tmp_path / "cache", model)
     assert torch.equal(forward(model, copy, ids_of(2, 3)), forward(model, there(), ids_of(2, 3)))
 
@@ -129,7 +129,7 @@ def test_ten_conversations_in_turn_under_a_bound_for_three(model, tmp_path, spil
             assert torch.equal(forward(model, bounded, new), forward(model, other, new))
             assert held_bytes(*held) <= budget.max_bytes
     # The longest idle go first.
-    assert [cache.is_away for cache in held] == sorted((cache.is_away for cache in held), reverse=True) and held[0].is_away
+    assert [cache.is_offloaded for cache in held] == sorted((cache.is_offloaded for cache in held), reverse=True) and held[0].is_offloaded
     refusing = dms.CacheBudget(int(3.5 * size))
     with pytest.raises(CacheFull):
         kept = [dms.DMSCache(model, budget=refusing) for _ in range(10)]
@@ -146,7 +146,7 @@ def test_what_does_not_fit_alone_is_refused_and_stays_away(model):
     budget.max_bytes = held_bytes(cache) + 100
     with pytest.raises(CacheFull):
         forward(model, cache, ids_of(2, 1))
-    assert cache.is_away
+    assert cache.is_offloaded
     budget.max_bytes = 10**9
     assert torch.equal(forward(model, cache, ids_of(2, 1)), expected)
 
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_leaves_it_where_it_was(model, tmp_path, monkeypatch
     cache, other = dms.DMSCache(model), dms.DMSCache(model)
     for one in (cache, other):
         forward(model, one, ids_of(1, 90))
-    before, calls, save = held_bytes(cache), [], places.save_tensors
+    before, calls, save = held_bytes(cache), [], offloading.save_tensors
 
     def full(tensors, path, metadata):
         calls.append(path)
@@ -164,11 +164,11 @@ def test_a_disk_that_is_full_leaves_it_where_it_was(model, tmp_path, monkeypatch
             raise OSError("No space left on device")
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(places, "save_tensors", full)
+    monkeypatch.setattr(offloading, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         cache.offload_to(tmp_path)
     # Less where a sliding layer showed the end of a whole prompt.
-    assert not cache.is_away and before / 3 < held_bytes(cache) <= before and not list(tmp_path.glob("*"))
+    assert not cache.is_offloaded and before / 3 < held_bytes(cache) <= before and not list(tmp_path.glob("*"))
     assert cache.offload_to(tmp_path) > 0
     assert torch.equal(forward(model, cache, ids_of(2, 3)), forward(model, other, ids_of(2, 3)))
 
@@ -182,7 +182,7 @@ def test_refusals(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         cache.offload_to(tmp_path / "file")
-    assert not cache.is_away
+    assert not cache.is_offloaded
     with pytest.raises(ValueError, match="spill is 'cpu' without max_bytes"):
         dms.CacheBudget(None, spill="cpu")
     with pytest.raises(ValueError, match="max_cache_bytes is 5 and a budget was given"):

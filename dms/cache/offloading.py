@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from dms.io.weights import save_tensors
 
 
-def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+def placeholder(tensor: torch.Tensor) -> torch.Tensor:
     """Of the same shape, dtype and device, and of one element: for whoever asks these of a tensor that is elsewhere."""
     return tensor.new_empty(1).expand(tensor.shape)
 
 
-class Elsewhere:
+class Offloaded:
     """Tensors by name, until `take` brings them back to their devices, bit by bit. folder: None: they wait in host memory, pinned where they
     come from a GPU; else in a file there, which goes with this object."""
 
