@@ -6,7 +6,7 @@ heads hold different numbers of entries, S is the most of a head, and a head tha
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from dms.evaluation.policies.rules import Policy, Seen, SlidingWindow
 from dms.hf_compat import cache_argument
 from dms.masks import Tokens
 
-# Tokens of a prompt's second reading in one forward: their weights over all entries are in memory at once.
+# Tokens of a prompt's second reading in one forward.
 _REREAD_TOKENS = 64
+# Weights of as many pairs of query and entry are found at once, that a CPU's caches hold them.
+_NEAR_WEIGHTS = 2**21
 
 
 class Asking(NamedTuple):
@@ -90,8 +92,7 @@ class PolicyLayer(CompactedLayer):
         start = seconds_now(asking.query.device)
         self._add_places(asking.query.shape[2])
         if self.rereading is not None:
-            weights = self._weights(asking.query, self._entries(), asking)
-            self.policy.hear(weights[..., : self.rereading])
+            self.policy.hear(self._weights_by_row(asking, self.rereading))
         elif not self.waits:
             self._drop_surplus(asking)
         self.choosing += seconds_now(asking.query.device) - start
@@ -128,6 +129,16 @@ class PolicyLayer(CompactedLayer):
 
     def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: Asking) -> torch.Tensor:
         return attention_weights(query, self.columns, k_BHSD, *self._places(), asking.scale, asking.softcap, asking.sink_logits)
+
+    def _weights_by_row(self, asking: Asking, num_entries: int) -> Iterator[torch.Tensor]:
+        """Of all new queries over the first entries, [1, H, G, Q, num_entries] for each row: all rows' would be much memory."""
+        k_BHSD, (position_BHS, alive_BHS) = self._entries(), self._places()
+        for b in range(len(k_BHSD)):
+            row = slice(b, b + 1)
+            weights = attention_weights(
+                asking.query[row], self.columns, k_BHSD[row], position_BHS[row], alive_BHS[row], asking.scale, asking.softcap, asking.sink_logits
+            )
+            yield weights[..., :num_entries]
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.position_BHS is not None and self.alive_BHS is not None, "tokens came"
@@ -316,16 +327,22 @@ def attention_weights(
     sink_logits [Hq]: a logit beside the entries', which takes its share.
     """
     B, Hq, Q, D = query.shape
-    H = k_BHSD.shape[1]
-    scores = torch.einsum("bhgqd,bhsd->bhgqs", query.view(B, H, Hq // H, Q, D).float(), k_BHSD.float()) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    hidden_BHQS = ~alive_BHS[:, :, None]
-    if Q > 1:
-        q_position = torch.arange(end - Q, end, device=query.device)
-        hidden_BHQS = hidden_BHQS | (position_BHS[:, :, None] > q_position[:, None])
-    scores = scores.masked_fill(hidden_BHQS[:, :, None], float("-inf"))
-    if sink_logits is None:
-        return scores.softmax(-1)
-    sink = sink_logits.float().view(1, H, -1, 1, 1).expand(B, -1, -1, Q, -1)
-    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    H, S = k_BHSD.shape[1:3]
+    weights = torch.empty(B, H, Hq // H, Q, S, device=query.device)
+    q_position = torch.arange(end - Q, end, device=query.device)
+    step = max(1, _NEAR_WEIGHTS // max(1, Hq * Q * S))
+    for rows in (slice(lo, lo + step) for lo in range(0, B, step)):
+        q_BHMD = (query[rows].float() * scale).reshape(-1, H, Hq // H * Q, D)
+        scores = (q_BHMD @ k_BHSD[rows].float().transpose(2, 3)).view(-1, H, Hq // H, Q, S)
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        hidden_BHQS = ~alive_BHS[rows, :, None]
+        if Q > 1:
+            hidden_BHQS = hidden_BHQS | (position_BHS[rows, :, None] > q_position[:, None])
+        scores.masked_fill_(hidden_BHQS[:, :, None], float("-inf"))
+        if sink_logits is None:
+            torch.softmax(scores, -1, out=weights[rows])
+        else:
+            sink = sink_logits.float().view(1, H, -1, 1, 1).expand(scores.shape[0], -1, -1, Q, -1)
+            weights[rows] = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return weights

@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries
 different numbers of entries, S is the most of a head, and a head that holds fewer has them in its last places.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,9 @@ class Policy:
         self.memory_BHS: torch.Tensor | None = None
         """What it remembers of each entry, kept in step with the entries that stay."""
 
-    def hear(self, weights_BHGQP: torch.Tensor) -> None:
-        """Of a policy that `rereads_prompt`: weights [B, H, G, Q, P] that queries of the second reading give to the first one's entries."""
+    def hear(self, by_row: Iterable[torch.Tensor]) -> None:
+        """Of a policy that `rereads_prompt`: for each row of the batch the weights [1, H, G, Q, P] that queries of the second reading give to the
+        first one's entries."""
         raise NotImplementedError
 
     def score(self, seen: Seen) -> torch.Tensor:
