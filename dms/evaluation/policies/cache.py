@@ -132,11 +132,10 @@ class PolicyLayer(CompactedLayer):
 
     def _weights_by_row(self, asking: Asking, num_entries: int) -> Iterator[torch.Tensor]:
         """Of all new queries over the first entries, [1, H, G, Q, num_entries] for each row: all rows' would be much memory."""
-        k_BHSD, (position_BHS, alive_BHS) = self._entries(), self._places()
-        for b in range(len(k_BHSD)):
-            row = slice(b, b + 1)
+        of_all = asking.query, self._entries(), *self._places()
+        for query, k_BHSD, position_BHS, alive_BHS in zip(*(x.split(1) for x in of_all), strict=True):
             weights = attention_weights(
-                asking.query[row], self.columns, k_BHSD[row], position_BHS[row], alive_BHS[row], asking.scale, asking.softcap, asking.sink_logits
+                query, self.columns, k_BHSD, position_BHS, alive_BHS, asking.scale, asking.softcap, asking.sink_logits
             )
             yield weights[..., :num_entries]
 
