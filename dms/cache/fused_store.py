@@ -3,6 +3,9 @@
 Shapes: B batch, H KV heads, N new tokens, R ring slots, D head dim, P page size.
 """
 
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from dms.cache.page_pool import PagePool, outside_inference_mode
@@ -12,8 +15,14 @@ from dms.config import DMSConfig
 from dms_kernels.append import append
 from dms_kernels.arguments import Counters, FreePages, Keys, NewToken, PagedKV, PendingKV, Ring
 from dms_kernels.dispatch import explain
+from dms_kernels.launching import is_traced
 from dms_kernels.paged_decode import paged_decode
 from dms_kernels.sparse_prefill import attend, store_survivors
+
+if TYPE_CHECKING:
+    # They need Triton, which machines without a GPU may lack.
+    from dms_kernels.append.fused import StepAppends
+    from dms_kernels.paged_decode.fused import NewestQueries
 
 # More queries are read as a prompt is.
 _MAX_QUERIES = 8
@@ -24,6 +33,17 @@ def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) ->
     problem = f"the kernels take no {pool.dtype} entries of {pool.head_dim}" if pool.dtype == torch.float64 or pool.head_dim > 256 else None
     kind = FusedStore if explain(pool.rows.device, problem)[0] == "triton" else Store
     return kind(config, pool, batch, num_heads)
+
+
+@dataclass
+class _KeptLaunches:
+    """How a store's kernels were launched at the step before."""
+
+    state: tuple[torch.Tensor, ...]
+    """The tensors that they are launched with."""
+    append: "StepAppends | None" = None
+    decode: "dict[bool, NewestQueries]" = field(default_factory=dict)
+    """Without pages and with them."""
 
 
 class FusedStore(Store):
@@ -59,17 +79,35 @@ class FusedStore(Store):
 
     def _append(self, new: PendingTokens) -> None:
         evict = new.decided.kernel_gate() if isinstance(new.decided, PendingGate) else new.decided[:, 0]
-        append(
-            NewToken(new.k[:, :, 0], new.v[:, :, 0], evict, real=new.tokens.real[:, 0]),
-            self._ring(),
-            self._paged(self.num_kept),
-            FreePages(self.pool.free, self.pool.num_free, self.pool.references),
-            Counters(self.evicted, self.decided, self.overflow, self.append_tickets),
-            sinks=self.dms.sinks,
-            alignment=self.dms.alignment,
-            # As in `push` of many tokens.
-            release_gone=self.pool.budget is None,
+        k, v, real = new.k[:, :, 0], new.v[:, :, 0], new.tokens.real[:, 0]
+        # As in `push` of many tokens.
+        how: dict[str, Any] = {"sinks": self.dms.sinks, "alignment": self.dms.alignment, "release_gone": self.pool.budget is None}
+        if is_traced():
+            append(NewToken(k, v, evict, real=real), *self._appended_to(), **how)
+            return
+        kept = self._kept_launches()
+        if kept.append is None:
+            from dms_kernels.append.fused import StepAppends
+
+            kept.append = StepAppends(*self._appended_to(), **how)
+        kept.append(k, v, evict, real)
+
+    def _appended_to(self) -> tuple[Ring, PagedKV, FreePages, Counters]:
+        pool = self.pool
+        free = FreePages(pool.free, pool.num_free, pool.references)
+        return self._ring(), self._paged(self.num_kept), free, Counters(self.evicted, self.decided, self.overflow, self.append_tickets)
+
+    def _kept_launches(self) -> "_KeptLaunches":
+        """Of this store as it is; new ones where a tensor has been replaced since."""
+        pool = self.pool
+        state = (
+            *(self.ring_kv, self.ring_state, self.seq_len, self.page_table, self.num_kept, self.evicted, self.decided),
+            *(self.append_tickets, self.decode_tickets, pool.rows, pool.references, pool.free, pool.num_free),
         )
+        kept = pool.kept_launches.get(self)
+        if kept is None or any(a is not b for a, b in zip(kept.state, state, strict=True)):
+            kept = pool.kept_launches[self] = _KeptLaunches(state)
+        return kept
 
     def _ring(self) -> Ring:
         return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.windows[0], self.dms.windows[1:])
@@ -84,7 +122,16 @@ class FusedStore(Store):
     def attend_newest(self, query: torch.Tensor, real_B: torch.Tensor, *, window: int, **options) -> torch.Tensor:
         """Queries [B, Hq, 1, D] of the rows' newest tokens, which are stored; 0 where a row has no new one. window: the ring's."""
         query = query.to(self.ring_kv.dtype)
-        return paged_decode(query, self._ring(), self.pages(), real=real_B, tickets=self._tickets(query), **options)
+        tickets = self._tickets(query)
+        if is_traced():
+            return paged_decode(query, self._ring(), self.pages(), real=real_B, tickets=tickets, **options)
+        kept, has_pages = self._kept_launches(), self.most_kept > 0
+        decode = kept.decode.get(has_pages)
+        if decode is None:
+            from dms_kernels.paged_decode.fused import NewestQueries
+
+            decode = kept.decode[has_pages] = NewestQueries(self._ring(), self.pages(), tickets)
+        return decode(query, real_B, **options)
 
     def attend(
         self,

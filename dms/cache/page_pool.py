@@ -113,6 +113,13 @@ def layer_bytes(layers: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
+class KeptLaunches(weakref.WeakKeyDictionary):
+    """By store; of no use to a copy, which has other tensors."""
+
+    def __deepcopy__(self, memo: Any) -> "KeptLaunches":
+        return KeptLaunches()
+
+
 class PagePool:
     """Pages [N, 2, P, D] of keys and values of P entries each, with a reference count for each page.
 
@@ -167,6 +174,8 @@ class PagePool:
         """Stores that use the pool and whose caches are elsewhere."""
         self.offloaded: Offloaded | None = None
         """The entries, where all its stores are offloaded."""
+        self.kept_launches: KeptLaunches = KeptLaunches()
+        """Of each store: how it launches its kernels, with the pool's tensors. Here, so that nothing keeps those when they are replaced."""
 
     @property
     def num_pages(self) -> int:
@@ -309,6 +318,7 @@ class PagePool:
         self.collect()
         self.num_offloaded += 1
         if self.num_offloaded == self.num_holders and self.num_pages:
+            self.kept_launches.clear()
             moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
             self.offloaded = Offloaded(moved, folder)
             for name, tensor in moved.items():
@@ -338,6 +348,7 @@ class PagePool:
     @outside_inference_mode
     def resize(self, num_pages: int) -> None:
         """Give the pool num_pages pages; those beyond must be free."""
+        self.kept_launches.clear()
         num_copied = min(num_pages, self.num_pages)
         rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
         rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]

@@ -10,7 +10,7 @@ move to a page list of their KV head and class, list h * K for class 0 and h * K
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -314,8 +314,8 @@ class PendingKV:
     state: Tensor
     """[B, H, S] uint8, as in the ring"""
 
-    def check(self, ring: Ring) -> None:
-        B, H, _, _, D = ring.kv.shape
+    def check(self, B: int, ring: Ring) -> None:
+        _, H, _, _, D = ring.kv.shape
         expect("pending.k", self.k, (B, H, None, D), ring.kv.dtype)
         S = self.k.shape[2]
         expect("pending.v", self.v, (B, H, S, D), ring.kv.dtype)
@@ -394,6 +394,31 @@ def check_same_windows(ring: Ring, paged: PagedKV | None) -> None:
     """Raises ValueError where ring and pages are of different windows; one window is the ring's alone."""
     if paged is not None and (paged.windows or len(ring.windows) > 1) and paged.windows != ring.windows:
         raise ValueError(f"the pages are of windows {paged.windows} and the ring of {ring.windows}; give both the same")
+
+
+def check_slot(slot: Tensor | None, B: int, num_rows: int) -> int:
+    """How many rows a cache must have that B sequences use. Raises ValueError unless slot is None or [B] int32."""
+    if slot is None:
+        return B
+    expect("slot", slot, (B,), torch.int32)
+    if num_rows < B:
+        raise ValueError(f"slot is of {B} sequences and the cache has {num_rows} rows; give one with a row for each, those in slot -1 too")
+    return num_rows
+
+
+def in_slots(slot: Tensor | None, ring: Ring, paged: PagedKV | None) -> tuple[Ring, PagedKV | None]:
+    """What each sequence sees of a cache, its own row of it; in slot -1 nothing."""
+    if slot is None:
+        return ring, paged
+    row, there = slot.clamp(min=0), (slot >= 0).int()
+
+    def of(x: Tensor) -> Tensor:
+        return x.index_select(0, row)
+
+    chosen = replace(ring, kv=of(ring.kv), state=of(ring.state), seq_len=of(ring.seq_len) * there)
+    if paged is None:
+        return chosen, None
+    return chosen, replace(paged, page_table=of(paged.page_table), num_kept=of(paged.num_kept) * there[:, None], read_order=None)
 
 
 def check_heads(num_query_heads: int, num_kv_heads: int) -> None:

@@ -243,7 +243,7 @@ def test_the_operator_is_sound(quantised):
     names = "ring_kv ring_state seq_len num_kept page_table pages page_scales positions references free num_free evicted decided overflow ticket"
     k, v, q = normals(2, 2, 16), normals(2, 2, 16), normals(2, 4, 16)
     args = [
-        k, v, torch.zeros(2, 2, dtype=torch.bool), *(cache.get(name) for name in names.split()), [3], 0, True, None, q, None, None, None, None, 1e-6,
+        k, v, torch.zeros(2, 2, dtype=torch.bool), *(cache.get(name) for name in names.split()), [3], 0, True, None, None, q, None, None, None, None, 1e-6,
         None, None, None, 1.0, 0.0, False, 0.0, True,
     ]  # fmt: skip
     torch.library.opcheck(fused.append_step, args, test_utils=("test_schema", "test_faketensor"))

@@ -122,9 +122,9 @@ def test_lifetimes_by_state():
 def test_pending_tokens_that_are_none():
     k = torch.zeros(2, 2, 3, 16)
     pending = PendingKV(k, k, torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 2, 3, dtype=torch.uint8))
-    pending.check(ring())
+    pending.check(2, ring())
     with pytest.raises(ValueError, match=r"pending.v is \(2, 2, 2, 16\) and should be \(2, 2, 3, 16\)"):
-        replace(pending, v=k[:, :, :2]).check(ring())
+        replace(pending, v=k[:, :, :2]).check(2, ring())
 
 
 def test_positions_are_asked_for_where_they_are_needed():

@@ -246,7 +246,7 @@ def test_the_operator_is_sound(kernel):
     given_ = {**{name: case.stored[name] for name in names}, "page_scales": None, **case.options}
     given_ |= {"windows": [given_["window"]]}
     order = (
-        "pages page_table num_kept page_scales page_positions q_position real new_k new_v new_position new_state last_state sink_logits windows scale "
+        "pages page_table num_kept page_scales page_positions q_position real slot new_k new_v new_position new_state last_state sink_logits windows scale "
         "softcap"
     )
     args = [

@@ -20,10 +20,18 @@ def paged_of(cache: dict) -> PagedKV | None:
 
 
 def append_to(
-    function: Callable, cache: dict, *, window: int, sinks: int = 0, alignment: str = "own", release_gone: bool = True, **token
+    function: Callable,
+    cache: dict,
+    *,
+    window: int,
+    sinks: int = 0,
+    alignment: str = "own",
+    release_gone: bool = True,
+    slot: torch.Tensor | None = None,
+    **token,
 ) -> torch.Tensor | None:
     """A step of `append` or its reference: cache by the names of fields, the rest of `NewToken`."""
-    options = {"sinks": sinks, "alignment": alignment, "release_gone": release_gone}
+    options = {"sinks": sinks, "alignment": alignment, "release_gone": release_gone, "slot": slot}
     free_pages = FreePages(cache["free"], cache["num_free"], cache["references"])
     counters = Counters(*(cache[name] for name in ("evicted", "decided", "overflow", "ticket")))
     return function(NewToken(**token), ring_of(cache, window), paged_of(cache), free_pages, counters, **options)

@@ -16,6 +16,7 @@ from dms_kernels.arguments import (
     Ring,
     check_count,
     check_same_windows,
+    check_slot,
     expect,
     kernel_problem,
 )
@@ -35,6 +36,7 @@ def append(
     sinks: int = 0,
     alignment: str = "own",
     release_gone: bool = True,
+    slot: Tensor | None = None,
 ) -> Tensor | None:
     """Store one new token a sequence, in place; gives q normed and rotated [B, Hq, D], or None without q.
 
@@ -43,6 +45,9 @@ def append(
     one, and the new token is undecided until its successor comes. The first `sinks` tokens of a sequence stay. With several windows what
     leaves the ring goes to the list of its class, and each list whose front page nobody sees any more gives it back before (unless release_gone is False, as for a caller that may
     undo the step).
+
+    slot [B] int32: which row of ring, paged and counters each sequence uses, no row twice, -1 for none: such a sequence stores nothing. These then
+    have any number of rows. None: row b.
 
     Changed in place: ring, paged, free_pages and counters; a page that is taken gets one reference. Quantised pages store each entry
     as its numbers over its largest.
@@ -54,20 +59,21 @@ def append(
     K = len(ring.windows)
     token.check(K)
     B, H, D = token.k.shape
-    ring.check(B, D)
-    expect("ring.kv", ring.kv, (B, H, 2, None, D))
+    rows = check_slot(slot, B, ring.kv.shape[0])
+    ring.check(rows, D)
+    expect("ring.kv", ring.kv, (rows, H, 2, None, D))
     check_same_windows(ring, paged)
-    paged.check(B, H, D, ring.kv.dtype)
+    paged.check(rows, H, D, ring.kv.dtype)
     free_pages.check(paged.pages.shape[0])
-    counters.check(B, H, K)
+    counters.check(rows, H, K)
     check_count("sinks", sinks)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment is {alignment!r}; it should be one of {ALIGNMENTS}")
     if not dispatch.use_triton("append", token.k, _problem(token, ring, paged)):
-        return reference(token, ring, paged, free_pages, counters, sinks=sinks, alignment=alignment, release_gone=release_gone)
+        return reference(token, ring, paged, free_pages, counters, sinks=sinks, alignment=alignment, release_gone=release_gone, slot=slot)
     from dms_kernels.append.fused import launch_append
 
-    return launch_append(token, ring, paged, free_pages, counters, sinks, alignment, release_gone)
+    return launch_append(token, ring, paged, free_pages, counters, slot, sinks, alignment, release_gone)
 
 
 def _problem(token: NewToken, ring: Ring, paged: PagedKV) -> str | None:

@@ -6,11 +6,13 @@ windows (KP: padded to a power of 2).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dms_kernels import dispatch
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
+from dms_kernels.launching import Launch, Relaunch, on_device_of, traits
 
 try:
     import triton
@@ -246,19 +248,25 @@ def _expire(
 # These change while a cache grows, and what is compiled should not.
 @triton.jit(do_not_specialize=["num_slots", "max_pages"])
 def append_kernel(
-    k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
+    k, v, evict, real, slots, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
     ring, ring_state, seq_len, num_kept, table, pages, scales, positions, references, free, num_free, evicted, decided, overflow, ticket, lock,
     k_stride_b, k_stride_h, v_stride_b, v_stride_h, evict_stride_b, evict_stride_h, q_stride_b, q_stride_h,
     cos_stride_b, sin_stride_b, hidden_stride_b, weight_stride_h, bias_stride_h,
     num_slots, window, sinks, max_pages, M, eps, gate_scale, gate_offset, evict_bias,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
     QUANTIZED: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several."""
+    """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several. Row `row` of the
+    state is that of sequence b."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    head = b * H + h
+    row = b
+    if SLOTS:
+        row = tl.load(slots + b).to(tl.int64)
+    in_slot = row >= 0
+    row = tl.maximum(row, 0)
+    head = row * H + h
     dim = tl.arange(0, DP)
     within = (dim < D)[None, :]
     one = tl.arange(0, 1)
@@ -267,12 +275,12 @@ def append_kernel(
     table_row = table + head * (K * max_pages)
 
     # What was there before, all of it before anything is changed.
-    length = tl.load(seq_len + b)
+    length = tl.load(seq_len + row)
     if K == 1:
         kept = tl.load(num_kept + head)
     evicted_before = tl.load(evicted + head)
-    decided_before = tl.load(decided + b)
-    present = length >= 0
+    decided_before = tl.load(decided + row)
+    present = in_slot & (length >= 0)
     if REAL:
         present = present & (tl.load(real + b) != 0)
     slot, last = length % (window + 1), tl.maximum(length - 1, 0) % (window + 1)
@@ -328,7 +336,7 @@ def append_kernel(
         turned = _rotate(
             q + b * q_stride_b + (h * G + g).to(tl.int64) * q_stride_h, g < G, q_norm, cos_row, sin_row, eps, D, DP, ROT, Q_NORM, Q_ROUNDS, ROPE_ROUNDS,
         )  # fmt: skip
-        at = rotated + (head * G + g)[:, None] * D + dim[None, :]
+        at = rotated + ((b * H + h) * G + g)[:, None] * D + dim[None, :]
         tl.store(at, turned.to(rotated.dtype.element_ty), mask=(g < G)[:, None] & within)
     new_k = _rotate(
         k + b * k_stride_b + h * k_stride_h + one, one == 0, k_norm, cos_row, sin_row, eps, D, DP, ROT, K_NORM, K_ROUNDS, ROPE_ROUNDS,
@@ -380,8 +388,72 @@ def append_kernel(
     tl.debug_barrier()
     if tl.atomic_add(ticket + b, 1, sem="acq_rel", scope="gpu") == H - 1:
         tl.store(ticket + b, 0)
-        tl.store(seq_len + b, length + 1, mask=present)
-        tl.store(decided + b, decided_before + 1, mask=rules)
+        tl.store(seq_len + row, length + 1, mask=present)
+        tl.store(decided + row, decided_before + 1, mask=rules)
+
+
+def prepare(
+    token: NewToken,
+    ring: Ring,
+    paged: PagedKV,
+    free_pages: FreePages,
+    counters: Counters,
+    slot: torch.Tensor | None,
+    sinks: int,
+    alignment: str,
+    release_gone: bool,
+) -> tuple[torch.Tensor, Launch]:
+    """The rotated queries, or no elements where there are none, and the launch, of arguments that were checked."""
+    expect_contiguous(
+        ring_kv=ring.kv, ring_state=ring.state, seq_len=ring.seq_len, num_kept=paged.num_kept, page_table=paged.page_table, pages=paged.pages,
+        page_scales=paged.page_scales, positions=paged.positions, references=free_pages.references, free=free_pages.free, evicted=counters.evicted,
+        decided=counters.decided, ticket=counters.ticket, slot=slot,
+    )  # fmt: skip
+    (B, H, D), K = token.k.shape, len(ring.windows)
+    k, v = with_dense_rows(token.k), with_dense_rows(token.v)
+    evict = hidden = weight = bias = None
+    numbers, normalize = (1.0, 0.0, 0.0), False
+    if isinstance(token.evict, GateInputs):
+        gate = token.evict
+        hidden, weight, bias = with_dense_rows(gate.hidden), with_dense_rows(gate.weight), gate.bias
+        numbers, normalize = (gate.scale, gate.offset, gate.evict_bias), gate.normalize
+    else:
+        evict = token.evict
+    q, cos, sin = (None if x is None else with_dense_rows(x) for x in (token.q, token.cos, token.sin))
+    if K > 1:
+        # Rows of a head's logits follow one another.
+        evict, weight, bias = (None if x is None else x.contiguous() for x in (evict, weight, bias))
+    rotated = k.new_empty(0) if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    G = 1 if q is None else q.shape[1] // H
+    M = 0 if hidden is None else hidden.shape[1]
+    dim, group = dispatch.padded(D), dispatch.power_of_two(G)
+    chosen = launch(M=M, group=group, dim=dim, num_logits=dispatch.power_of_two(K))
+    gate_strides = (*strides(weight, 1), *strides(bias, 1))
+    if K > 1 and weight is not None:
+        # One gate for all heads, or one each.
+        gate_strides = (0, 0) if weight.shape[0] == K else (K * M, K)
+    args = (
+        k, v, None if evict is None else evict.view(torch.uint8), None if token.real is None else token.real.contiguous().view(torch.uint8), slot,
+        q, rotated, cos, sin, token.q_norm, token.k_norm, hidden, weight, bias,
+        ring.kv, ring.state, ring.seq_len, paged.num_kept, paged.page_table, paged.pages, paged.page_scales, paged.positions,
+        free_pages.references, free_pages.free, free_pages.num_free, counters.evicted, counters.decided, counters.overflow,
+        counters.ticket, counters.ticket[-1:] if K > 1 else None,
+        *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),
+        *gate_strides,
+        ring.kv.shape[3], ring.window, sinks, paged.page_table.shape[2], M, token.norm_eps, *numbers,
+    )  # fmt: skip
+    constants = dict(
+        H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=paged.pages.shape[2],
+        GATE=hidden is not None, NORMALIZE=normalize, BLOCK=chosen.block,
+        REAL=token.real is not None, SLOTS=slot is not None, QUERY=q is not None, NEXT=alignment == "next",
+        Q_NORM=token.q_norm is not None, K_NORM=token.k_norm is not None,
+        Q_ROUNDS=token.q_norm is None or token.q_norm.dtype == k.dtype, K_ROUNDS=token.k_norm is None or token.k_norm.dtype == k.dtype,
+        ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
+        QUANTIZED=paged.page_scales is not None, WINDOWS=ring.windows if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone,
+    )  # fmt: skip
+    # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
+    options = {"num_warps": chosen.num_warps, "enable_fp_fusion": False}
+    return rotated, Launch(append_kernel, (H, B), args, constants, options)
 
 
 @torch.library.custom_op(
@@ -414,6 +486,7 @@ def append_step(
     sinks: int,
     next_alignment: bool,
     real: torch.Tensor | None,
+    slot: torch.Tensor | None,
     q: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -431,60 +504,41 @@ def append_step(
 ) -> torch.Tensor:
     """The rotated queries, or no elements where there are none. ticket: with several windows one more, a lock."""
     dispatch.count("append", "triton")
-    B, H, D = k.shape
-    rotated = k.new_empty(0) if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if k.numel() == 0:
-        return rotated
-    expect_contiguous(
-        ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, num_kept=num_kept, page_table=page_table, pages=pages,
-        page_scales=page_scales, positions=positions, references=references, free=free, evicted=evicted, decided=decided, ticket=ticket,
-    )  # fmt: skip
-    k, v = with_dense_rows(k), with_dense_rows(v)
-    q, cos, sin, hidden, gate_weight = (None if x is None else with_dense_rows(x) for x in (q, cos, sin, hidden, gate_weight))
-    K = len(windows)
-    if K > 1:
-        # Rows of a head's logits follow one another.
-        evict, gate_weight, gate_bias = (None if x is None else x.contiguous() for x in (evict, gate_weight, gate_bias))
-    evict = evict if evict is None else evict.view(torch.uint8)
-    real = real if real is None else real.contiguous().view(torch.uint8)
-    G = 1 if q is None else q.shape[1] // H
-    M = 0 if hidden is None else hidden.shape[1]
-    dim, group = dispatch.padded(D), dispatch.power_of_two(G)
-    chosen = launch(M=M, group=group, dim=dim, num_logits=dispatch.power_of_two(K))
-    gate_strides = (*strides(gate_weight, 1), *strides(gate_bias, 1))
-    if K > 1 and gate_weight is not None:
-        # One gate for all heads, or one each.
-        gate_strides = (0, 0) if gate_weight.shape[0] == K else (K * M, K)
+        return k.new_empty(0) if q is None else q.new_empty(q.shape)
+    gate: torch.Tensor | GateInputs | None = evict
+    if hidden is not None and gate_weight is not None and gate_bias is not None:
+        gate = GateInputs(hidden, gate_weight, gate_bias, gate_scale, gate_offset, gate_normalize, evict_bias)
+    assert gate is not None, "there are decisions, or a gate that makes them"
+    token = NewToken(k, v, gate, q, q_norm, k_norm, norm_eps, cos, sin, real)
+    ring = Ring(ring_kv, ring_state, seq_len, windows[0], tuple(windows[1:]))
+    paged = PagedKV(pages, page_table, num_kept, page_scales, positions=positions, windows=tuple(windows) if len(windows) > 1 else ())
+    free_pages, counters = FreePages(free, num_free, references), Counters(evicted, decided, overflow, ticket)
+    alignment = "next" if next_alignment else "own"
+    rotated, launched = prepare(token, ring, paged, free_pages, counters, slot, sinks, alignment, release_gone)
     with torch.cuda.device_of(k):
-        append_kernel[(H, B)](
-            k, v, evict, real, q, rotated, cos, sin, q_norm, k_norm, hidden, gate_weight, gate_bias,
-            ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, positions, references, free, num_free, evicted, decided, overflow,
-            ticket, ticket[B:] if K > 1 else None,
-            *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),
-            *gate_strides,
-            ring_kv.shape[3], windows[0], sinks, page_table.shape[2], M, norm_eps, gate_scale, gate_offset, evict_bias,
-            H=H, G=G, GP=group, D=D, DP=dim, ROT=0 if cos is None else cos.shape[1], P=pages.shape[2],
-            GATE=hidden is not None, NORMALIZE=gate_normalize, BLOCK=chosen.block,
-            REAL=real is not None, QUERY=q is not None, NEXT=next_alignment, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
-            Q_ROUNDS=q_norm is None or q_norm.dtype == k.dtype, K_ROUNDS=k_norm is None or k_norm.dtype == k.dtype,
-            ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-            QUANTIZED=page_scales is not None, WINDOWS=tuple(windows) if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone, num_warps=chosen.num_warps,
-            # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        launched.run()
     return rotated
 
 
 @append_step.register_fake
 def _(
     k, v, evict, ring_kv, ring_state, seq_len, num_kept, page_table, pages, page_scales, positions, references, free, num_free, evicted, decided,
-    overflow, ticket, windows, sinks, next_alignment, real, q, *rest,
+    overflow, ticket, windows, sinks, next_alignment, real, slot, q, *rest,
 ):  # fmt: skip
     return k.new_empty(0) if q is None else q.new_empty(q.shape)
 
 
 def launch_append(
-    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, sinks: int, alignment: str, release_gone: bool
+    token: NewToken,
+    ring: Ring,
+    paged: PagedKV,
+    free_pages: FreePages,
+    counters: Counters,
+    slot: torch.Tensor | None,
+    sinks: int,
+    alignment: str,
+    release_gone: bool,
 ) -> torch.Tensor | None:
     """`append` of arguments that were checked. An operator takes tensors and numbers alone."""
     gate = token.evict if isinstance(token.evict, GateInputs) else None
@@ -511,6 +565,7 @@ def launch_append(
         sinks=sinks,
         next_alignment=alignment == "next",
         real=token.real,
+        slot=slot,
         q=token.q,
         cos=token.cos,
         sin=token.sin,
@@ -527,3 +582,47 @@ def launch_append(
         release_gone=release_gone,
     )
     return None if token.q is None else rotated
+
+
+class StepAppends:
+    """`append` of one cache, for its owner, who calls at every step: what the cache is made of is checked once, and the kernel launched as it was
+    before."""
+
+    def __init__(
+        self, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, *, sinks: int, alignment: str, release_gone: bool
+    ):
+        """All of it as `append` takes it, and valid; another one is needed as soon as a tensor of it is replaced."""
+        self._state = ring, paged, free_pages, counters
+        self._how = sinks, alignment, release_gone
+        self._made: dict[Any, Relaunch] = {}
+
+    def __call__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        evict: torch.Tensor | GateInputs,
+        real: torch.Tensor | None,
+        slot: torch.Tensor | None = None,
+    ) -> None:
+        """Store tokens that are rotated already; k, v [B, H, D] and what goes with them as in `NewToken`, valid too."""
+        decision = hidden = weight = bias = None
+        numbers: tuple[Any, ...] = ()
+        if isinstance(evict, GateInputs):
+            hidden, weight, bias = evict.hidden, evict.weight, evict.bias
+            numbers = (evict.scale, evict.offset, evict.normalize, evict.evict_bias)
+        else:
+            decision = evict
+        key = traits(k), traits(v), traits(decision), traits(hidden), traits(weight), traits(bias), traits(real), traits(slot), numbers
+        relaunch = self._made.get(key)
+        dispatch.count("append", "triton")
+        with on_device_of(k):
+            if relaunch is not None:
+                relaunch(k, v, decision, real, slot, hidden, weight, bias)
+                return
+            _, launched = prepare(NewToken(k, v, evict, real=real), *self._state, slot, *self._how)
+            relaunch = Relaunch(launched, ("k", "v", "evict", "real", "slots", "hidden", "gate_weight", "gate_bias"))
+        if all(x is None or x.stride(-1) == 1 for x in (k, v, hidden)) and all(
+            x is None or x.is_contiguous() for x in (decision, weight, bias, real)
+        ):
+            # Else the launch was with copies.
+            self._made[key] = relaunch

@@ -1,11 +1,13 @@
 """One decoding step of one layer's cache in plain PyTorch, on any device."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring
+from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, in_slots
 
 _RMS_EPS = 1e-6
 KEEP, EVICT, UNDECIDED = 0, 1, 2
@@ -21,8 +23,11 @@ def reference(
     sinks: int = 0,
     alignment: str = "own",
     release_gone: bool = True,
+    slot: Tensor | None = None,
 ) -> Tensor | None:
     """As `append`. Pages are given back before others are taken, in the order of sequences, then heads and their lists."""
+    if slot is not None:
+        return _in_slots(token, ring, paged, free_pages, counters, slot, sinks=sinks, alignment=alignment, release_gone=release_gone)
     B, H, D = token.k.shape
     windows = ring.windows
     row = torch.arange(B, device=token.k.device)
@@ -67,6 +72,30 @@ def reference(
     ring.state[row, :, slot] = torch.where(present[:, None], state, ring.state[row, :, slot])
     ring.seq_len.add_(present)
     return None if token.q is None else rotate(norm(token.q, token.q_norm, token.norm_eps), token.cos, token.sin).to(token.q.dtype)
+
+
+def _in_slots(
+    token: NewToken, ring: Ring, paged: PagedKV, free_pages: FreePages, counters: Counters, slot: Tensor, **how: Any
+) -> Tensor | None:
+    """On copies of the rows that are used, which are written back."""
+    here_ring, here_paged = in_slots(slot, ring, paged)
+    assert here_paged is not None, "there are pages"
+    row, there = slot.clamp(min=0), slot >= 0
+    here = replace(counters, evicted=counters.evicted.index_select(0, row), decided=counters.decided.index_select(0, row))
+    real = there if token.real is None else there & token.real
+    rotated = reference(replace(token, real=real), here_ring, here_paged, free_pages, here, **how)
+    used = row[there].long()
+    for changed, kept in (
+        (here_ring.kv, ring.kv),
+        (here_ring.state, ring.state),
+        (here_ring.seq_len, ring.seq_len),
+        (here_paged.page_table, paged.page_table),
+        (here_paged.num_kept, paged.num_kept),
+        (here.evicted, counters.evicted),
+        (here.decided, counters.decided),
+    ):
+        kept[used] = changed[there]
+    return rotated
 
 
 def first_to_evict(evict: Tensor) -> Tensor:

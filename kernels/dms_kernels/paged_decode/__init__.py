@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from dms_kernels import dispatch
-from dms_kernels.arguments import PagedKV, PendingKV, Ring, check_heads, check_same_windows, check_scores, expect, kernel_problem
+from dms_kernels.arguments import (
+    PagedKV,
+    PendingKV,
+    Ring,
+    check_heads,
+    check_same_windows,
+    check_scores,
+    check_slot,
+    expect,
+    kernel_problem,
+)
 from dms_kernels.paged_decode.reference import reference
 
 __all__ = ["paged_decode", "reference"]
@@ -25,6 +35,7 @@ def paged_decode(
     real: Tensor | None = None,
     pending: PendingKV | None = None,
     last_state: Tensor | None = None,
+    slot: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """Attend to what a cache holds of each sequence.
@@ -43,6 +54,8 @@ def paged_decode(
         real: [B] bool, beside q_position None: sequences that are False have no such query and give 0. None: all have one.
         pending: tokens that are not in the ring yet, beside q_position.
         last_state: [B, H] uint8, beside q_position: the state of the ring's last token from now on; 2: as it is stored.
+        slot: [B] int32: which row of ring and paged each sequence uses, -1: none, which is as if nothing were stored. ring and paged then have any
+            number of rows. None: row b.
         tickets: int32 [at least B * Hq], zeros, and zeros again afterwards: for a caller that keeps one and calls on one stream at a
             time, which saves a launch. None: a new one.
 
@@ -55,13 +68,14 @@ def paged_decode(
     """
     expect("q", q, (None, None, None, None))
     B, Hq, T, D = q.shape
-    ring.check(B, D)
+    rows = check_slot(slot, B, ring.kv.shape[0])
+    ring.check(rows, D)
     H = ring.kv.shape[1]
     check_heads(Hq, H)
     check_scores(scale, softcap, sink_logits, Hq)
     if paged is not None:
         check_same_windows(ring, paged)
-        paged.check(B, H, D, ring.kv.dtype)
+        paged.check(rows, H, D, ring.kv.dtype)
     _check_queries(q, ring, q_position, real, pending, last_state)
     if not dispatch.use_triton("paged_decode", q, _problem(q, ring, paged)):
         return reference(
@@ -75,10 +89,11 @@ def paged_decode(
             real=real,
             pending=pending,
             last_state=last_state,
+            slot=slot,
         )
     from dms_kernels.paged_decode.fused import launch_decode
 
-    return launch_decode(q, ring, paged, float(scale), softcap, sink_logits, q_position, real, pending, last_state, tickets)
+    return launch_decode(q, ring, paged, float(scale), softcap, sink_logits, q_position, real, pending, last_state, slot, tickets)
 
 
 def _problem(q: Tensor, ring: Ring, paged: PagedKV | None) -> str | None:
@@ -106,4 +121,4 @@ def _check_queries(
     if last_state is not None:
         expect("last_state", last_state, (B, ring.kv.shape[1]), torch.uint8)
     if pending is not None:
-        pending.check(ring)
+        pending.check(B, ring)

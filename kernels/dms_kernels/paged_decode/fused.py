@@ -15,7 +15,7 @@ windows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from dms_kernels import dispatch
 from dms_kernels.arguments import FOR_GOOD as _FOR_GOOD
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
+from dms_kernels.launching import Launch, Relaunch, on_device_of, traits
 from dms_kernels.paged_decode.merging import merge, write
 
 try:
@@ -112,30 +113,40 @@ def _tiles_of(seq_len, num_kept, window, num_new, TILE: tl.constexpr):
 
 
 @triton.jit
-def _lengths(head, b, there, seq_len, num_kept, real, TILE: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, K: tl.constexpr):
-    """seq_len and num_kept of heads; a row that is not real has nothing. Of several lists num_kept is the sum, each in whole tiles."""
+def _lengths(
+    head, b, there, seq_len, num_kept, real, slot, H,
+    TILE: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """seq_len and num_kept of heads, and which head of the state each is; a row that is not real, or in no slot, has nothing. Of several lists num_kept
+    is the sum, each in whole tiles."""
     if REAL:
         there = there & (tl.load(real + b, mask=there, other=0) != 0)
-    length = tl.load(seq_len + b, mask=there, other=0)
+    row, held = b, head
+    if SLOTS:
+        row = tl.load(slot + b, mask=there, other=-1)
+        there = there & (row >= 0)
+        row = tl.maximum(row, 0)
+        held = row * H + head % H
+    length = tl.load(seq_len + row, mask=there, other=0)
     kept = length * 0
     if PAGES:
         if K == 1:
-            kept = tl.load(num_kept + head, mask=there, other=0)
+            kept = tl.load(num_kept + held, mask=there, other=0)
         else:
             for c in tl.static_range(K):
-                kept += _tiles(tl.load(num_kept + head * K + c, mask=there, other=0), TILE) * TILE
-    return length, kept
+                kept += _tiles(tl.load(num_kept + held * K + c, mask=there, other=0), TILE) * TILE
+    return length, kept, held
 
 
 @triton.jit
 def _tiles_of_heads(
-    first, seq_len, num_kept, real, num_heads, H, window, num_new,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, K: tl.constexpr,
+    first, seq_len, num_kept, real, slot, num_heads, H, window, num_new,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PAGES: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """[CHUNK]: the tiles of the heads from `first` on, 0 behind the last."""
     head = first + tl.arange(0, CHUNK)
     there = head < num_heads
-    length, kept = _lengths(head, head // H, there, seq_len, num_kept, real, TILE, PAGES, REAL, K)
+    length, kept, _ = _lengths(head, head // H, there, seq_len, num_kept, real, slot, H, TILE, PAGES, REAL, SLOTS, K)
     return tl.where(there, _tiles_of(length, kept, window, num_new, TILE), 0)
 
 
@@ -302,7 +313,7 @@ def _read_stored(
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "num_new", "max_pages"])
 @no_type_check
 def decode_kernel(
-    q, ring, ring_state, seq_len, pages, table, num_kept, scales, page_positions, q_position, real,
+    q, ring, ring_state, seq_len, pages, table, num_kept, scales, page_positions, q_position, real, slot,
     new_k, new_v, new_position, new_state, last_state, sink,
     out, part_acc, part_top, part_total, tickets,
     num_heads, H, num_slots, window, num_new, max_pages, num_processors,
@@ -310,7 +321,7 @@ def decode_kernel(
     inner, outer,
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
-    PAGES: tl.constexpr, REAL: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
+    PAGES: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
     QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
@@ -329,7 +340,9 @@ def decode_kernel(
 
     all_tiles = 0
     for start in range(0, num_heads, CHUNK):
-        all_tiles += tl.sum(_tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, K))
+        all_tiles += tl.sum(
+            _tiles_of_heads(start, seq_len, num_kept, real, slot, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, SLOTS, K)
+        )
     # As many programs as processors unless each then has several shares: every cut costs a part, and parts cost a merge.
     programs = num_processors * tl.maximum(1, tl.minimum(WAVES, all_tiles // (SHARE * num_processors)))
     programs = tl.minimum(programs, _tiles(all_tiles, 2)).to(tl.int64)
@@ -339,7 +352,7 @@ def decode_kernel(
     # The head of the first tile, and where its tiles begin.
     head, begin, before = 0, 0, 0
     for start in range(0, num_heads, CHUNK):
-        tiles = _tiles_of_heads(start, seq_len, num_kept, real, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, K)
+        tiles = _tiles_of_heads(start, seq_len, num_kept, real, slot, num_heads, H, window, num_new, TILE, CHUNK, PAGES, REAL, SLOTS, K)
         passed = (before + tl.cumsum(tiles, 0) <= tile) & (start + tl.arange(0, CHUNK) < num_heads)
         head += tl.sum(passed.to(tl.int32))
         begin += tl.sum(tl.where(passed, tiles, 0))
@@ -351,7 +364,7 @@ def decode_kernel(
     t, g = (row0 + row) // G, (row0 + row) % G
     while tile < end:
         b, h = head // H, head % H
-        length, kept = _lengths(head, b, head >= 0, seq_len, num_kept, real, TILE, PAGES, REAL, K)
+        length, kept, held = _lengths(head, b, head >= 0, seq_len, num_kept, real, slot, H, TILE, PAGES, REAL, SLOTS, K)
         finish = begin + _tiles_of(length, kept, window, num_new, TILE)
         upto = tl.minimum(finish, end)
         q_at = q + b.to(tl.int64) * q_stride_b + (h * G + g)[:, None].to(tl.int64) * q_stride_h + t[:, None] * q_stride_t + dim[None, :]
@@ -376,11 +389,11 @@ def decode_kernel(
                 num_new, k_stride_s, v_stride_s, window, inner, outer, D, DP, TILE, CAPPED, WINDOWS,
             )  # fmt: skip
             first, last = tl.maximum(first - new_tiles, 0), last - new_tiles
-        ring_head = ring + head.to(tl.int64) * 2 * num_slots * D
-        state_row = ring_state + head.to(tl.int64) * num_slots
+        ring_head = ring + held.to(tl.int64) * 2 * num_slots * D
+        state_row = ring_state + held.to(tl.int64) * num_slots
         table_row = table
         if PAGES:
-            table_row = table + head.to(tl.int64) * (K * max_pages)
+            table_row = table + held.to(tl.int64) * (K * max_pages)
         ring_last = last
         if K > 1:
             # Where the first list ends, and the second begins.
@@ -388,7 +401,7 @@ def decode_kernel(
             upto_kept = kept
             kept = kept * 0
             if PAGES:
-                kept = tl.load(num_kept + head * K, mask=upto_kept > 0, other=0)
+                kept = tl.load(num_kept + held * K, mask=upto_kept > 0, other=0)
             list_begin = ring_tiles + _tiles(kept, TILE)
             ring_last = tl.minimum(last, list_begin)
         if QUANTIZED:
@@ -411,7 +424,7 @@ def decode_kernel(
         if PAGES:
             for c in tl.static_range(1, K):
                 # Each list by itself: its tiles as if they followed the ring's.
-                kept = tl.load(num_kept + head * K + c, mask=upto_kept > 0, other=0)
+                kept = tl.load(num_kept + held * K + c, mask=upto_kept > 0, other=0)
                 ahead = list_begin - ring_tiles
                 list_end = list_begin + _tiles(kept, TILE)
                 acc, top, total = _read_stored(
@@ -474,6 +487,76 @@ def decode_kernel(
         head += 1
 
 
+class Workspace(NamedTuple):
+    """Where parts of cut heads are left: a sum of values [dim], a maximum and a sum of weights of each of num_parts rows, float32."""
+
+    num_parts: int
+    dim: int
+
+    def make(self, device: torch.device) -> Sequence[Tensor]:
+        """part_acc, part_top and part_total: of one allocation, whose parts begin at multiples of 16 bytes as the allocation does."""
+        n = self.num_parts
+        return torch.empty(n * self.dim + 2 * n, dtype=torch.float32, device=device).split((n * self.dim, n, n))
+
+
+def prepare(
+    q: Tensor,
+    ring: Ring,
+    paged: PagedKV | None,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    q_position: Tensor | None,
+    real: Tensor | None,
+    pending: PendingKV | None,
+    last_state: Tensor | None,
+    slot: Tensor | None,
+    tickets: Tensor,
+) -> tuple[Tensor, Workspace, Launch]:
+    """The output, what the launch needs beside it, and the launch, of arguments that were checked."""
+    B, Hq, T, D = q.shape
+    H, num_slots = ring.kv.shape[1], ring.kv.shape[3]
+    call = AttentionCall(B, T, H, Hq // H, D, scale, softcap)
+    G, K, num_heads = call.G, len(ring.windows), B * H
+    if paged is not None and paged.page_table.shape[2] == 0:
+        paged = None
+    new = (None,) * 4 if pending is None else (with_dense_rows(pending.k), with_dense_rows(pending.v), pending.position, pending.state)
+    stored = (None,) * 5 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales, paged.positions)
+    named = dict(zip(("pages", "page_table", "num_kept", "page_scales", "page_positions"), stored, strict=True))
+    expect_contiguous(
+        ring_kv=ring.kv, ring_state=ring.state, seq_len=ring.seq_len, q_position=q_position, real=real, slot=slot, new_position=new[2],
+        new_state=new[3], last_state=last_state, sink_logits=sink_logits, tickets=tickets, **named,
+    )  # fmt: skip
+    q = with_dense_rows(q)
+    chosen = launch(dispatch.target(q.device), head_dim=D, rows=G * T, element_size=q.element_size())
+    blocks = ceil_div(G * T, chosen.rows)
+    if tickets.numel() < blocks * num_heads:
+        raise ValueError(
+            f"tickets has {tickets.numel()} elements; {B} rows of {H} heads with {blocks} blocks of queries each need {blocks * num_heads}"
+        )
+    workspace = Workspace(blocks * 2 * chosen.num_programs * chosen.part_rows, call.block_d)
+    # A caller's tickets may be too few for two steps, which then are one.
+    tree = chosen.tree and tickets.numel() >= blocks * (num_heads + 2 * chosen.num_programs)
+    out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
+    args = (
+        q, ring.kv, ring.state, ring.seq_len, *stored, q_position, None if real is None else real.view(torch.uint8), slot, *new, last_state, sink_logits,
+        out, *workspace.make(q.device), tickets,
+        num_heads, H, num_slots, ring.window, 0 if pending is None else pending.k.shape[2], 0 if paged is None else paged.page_table.shape[2],
+        chosen.num_programs // chosen.waves,
+        *strides(q, 3), *strides(new[0], 3), *strides(new[1], 3),
+        call.factor, call.cap_out,
+    )  # fmt: skip
+    constants = dict(
+        G=G, T=T, D=D, DP=call.block_d, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
+        P=chosen.tile if paged is None else paged.pages.shape[2], CHUNK=min(1024, padded(num_heads)),
+        WAVES=chosen.waves, SHARE=chosen.share, PAGES=paged is not None, REAL=real is not None, SLOTS=slot is not None, NEW=pending is not None,
+        POSITIONS=q_position is not None, LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None,
+        QUANTIZED=paged is not None and paged.page_scales is not None, STAGES=chosen.num_stages, TREE=tree, WINDOWS=ring.windows if K > 1 else (), K=K,
+    )  # fmt: skip
+    launched = Launch(decode_kernel, (chosen.num_programs, blocks), args, constants, {"num_warps": chosen.num_warps})
+    return out, workspace, launched
+
+
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::paged_decode", mutates_args=("tickets",))
 def decode(
     q: Tensor,
@@ -488,6 +571,7 @@ def decode(
     page_positions: Tensor | None,
     q_position: Tensor | None,
     real: Tensor | None,
+    slot: Tensor | None,
     new_k: Tensor | None,
     new_v: Tensor | None,
     new_position: Tensor | None,
@@ -499,51 +583,19 @@ def decode(
     softcap: float | None,
 ) -> Tensor:
     dispatch.count("paged_decode", "triton")
-    B, Hq, T, D = q.shape
-    H, num_slots = ring_kv.shape[1], ring_kv.shape[3]
-    call = AttentionCall(B, T, H, Hq // H, D, scale, softcap)
-    G = call.G
-    num_heads = B * H
-    out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    expect_contiguous(
-        ring_kv=ring_kv, ring_state=ring_state, seq_len=seq_len, pages=pages, page_table=page_table, num_kept=num_kept,
-        page_scales=page_scales, page_positions=page_positions, q_position=q_position, real=real, new_position=new_position, new_state=new_state, last_state=last_state,
-        sink_logits=sink_logits, tickets=tickets,
-    )  # fmt: skip
-    max_pages = 0 if page_table is None else page_table.shape[2]
-    if max_pages == 0:
-        pages = page_table = num_kept = page_scales = page_positions = None
-    real = real if real is None else real.view(torch.uint8)
-    q = with_dense_rows(q)
-    new_k, new_v = (None if x is None else with_dense_rows(x) for x in (new_k, new_v))
-    chosen = launch(dispatch.target(q.device), head_dim=D, rows=G * T, element_size=q.element_size())
-    blocks = ceil_div(G * T, chosen.rows)
-    if tickets.numel() < blocks * num_heads:
-        raise ValueError(
-            f"tickets has {tickets.numel()} elements; {B} rows of {H} heads with {blocks} blocks of queries each need {blocks * num_heads}"
+    if q.numel() == 0:
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    paged = pending = None
+    if pages is not None and page_table is not None and num_kept is not None:
+        paged = PagedKV(
+            pages, page_table, num_kept, page_scales, positions=page_positions, windows=tuple(windows) if len(windows) > 1 else ()
         )
-    part = (blocks, 2 * chosen.num_programs, chosen.part_rows)
-    part_acc = torch.empty(*part, call.block_d, dtype=torch.float32, device=q.device)
-    part_top, part_total = torch.empty(2, *part, dtype=torch.float32, device=q.device)
-    # A caller's tickets may be too few for two steps, which then are one.
-    tree = chosen.tree and tickets.numel() >= blocks * (num_heads + 2 * chosen.num_programs)
+    if new_k is not None and new_v is not None and new_position is not None and new_state is not None:
+        pending = PendingKV(new_k, new_v, new_position, new_state)
+    ring = Ring(ring_kv, ring_state, seq_len, windows[0], tuple(windows[1:]))
+    out, _, launched = prepare(q, ring, paged, scale, softcap, sink_logits, q_position, real, pending, last_state, slot, tickets)
     with torch.cuda.device_of(q):
-        decode_kernel[(chosen.num_programs, blocks)](
-            q, ring_kv, ring_state, seq_len, pages, page_table, num_kept, page_scales, page_positions, q_position, real,
-            new_k, new_v, new_position, new_state, last_state, sink_logits,
-            out, part_acc, part_top, part_total, tickets,
-            num_heads, H, num_slots, windows[0], 0 if new_k is None else new_k.shape[2], max_pages,
-            chosen.num_programs // chosen.waves,
-            *strides(q, 3), *strides(new_k, 3), *strides(new_v, 3),
-            call.factor, call.cap_out,
-            G=G, T=T, D=D, DP=call.block_d, ROWS=chosen.rows, PART_ROWS=chosen.part_rows, PARTS=chosen.parts, TILE=chosen.tile,
-            P=chosen.tile if pages is None else pages.shape[2], CHUNK=min(1024, padded(num_heads)),
-            WAVES=chosen.waves, SHARE=chosen.share, PAGES=pages is not None, REAL=real is not None, NEW=new_k is not None, POSITIONS=q_position is not None,
-            LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None, QUANTIZED=page_scales is not None,
-            STAGES=chosen.num_stages, TREE=tree, WINDOWS=tuple(windows) if len(windows) > 1 else (), K=len(windows), num_warps=chosen.num_warps,
-        )  # fmt: skip
+        launched.run()
     return out
 
 
@@ -564,6 +616,7 @@ def launch_decode(
     real: Tensor | None,
     pending: PendingKV | None,
     last_state: Tensor | None,
+    slot: Tensor | None,
     tickets: Tensor | None,
 ) -> Tensor:
     """`paged_decode` of arguments that were checked. An operator takes tensors and numbers alone."""
@@ -571,7 +624,49 @@ def launch_decode(
         tickets = torch.zeros(num_tickets(q, ring.kv.shape[1]), dtype=torch.int32, device=q.device)
     pages = (None,) * 5 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales, paged.positions)
     new = (None,) * 4 if pending is None else (pending.k, pending.v, pending.position, pending.state)
-    queries = (q_position, real)
+    queries = (q_position, real, slot)
     return decode(
         q, ring.kv, ring.state, ring.seq_len, tickets, *pages, *queries, *new, last_state, sink_logits, ring.windows, scale, softcap
     )
+
+
+class NewestQueries:
+    """`paged_decode` of the newest stored tokens' queries, for whoever owns a cache and calls at every step: what it reads is checked once, and the
+    kernel launched as it was before."""
+
+    def __init__(self, ring: Ring, paged: PagedKV | None, tickets: Tensor):
+        """All of it as `paged_decode` takes it, and valid; another one is needed as soon as a tensor of it is replaced."""
+        self._ring, self._paged, self._tickets = ring, paged, tickets
+        self._made: dict[Any, tuple[Relaunch, Workspace]] = {}
+
+    def __call__(
+        self,
+        q: Tensor,
+        real: Tensor | None,
+        slot: Tensor | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """As `paged_decode`: q [B, Hq, 1, D] and what goes with it, valid too."""
+        B, Hq, T, D = q.shape
+        if q.numel() == 0:
+            return q.new_empty(B, T, Hq, D)
+        key = traits(q), traits(real), traits(slot), traits(sink_logits), scale, softcap
+        made = self._made.get(key)
+        dispatch.count("paged_decode", "triton")
+        with on_device_of(q):
+            if made is not None:
+                relaunch, workspace = made
+                out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
+                relaunch(q, real, slot, sink_logits, out, *workspace.make(q.device))
+                return out
+            out, workspace, launched = prepare(
+                q, self._ring, self._paged, scale, softcap, sink_logits, None, real, None, None, slot, self._tickets
+            )
+            relaunch = Relaunch(launched, ("q", "real", "slot", "sink", "out", "part_acc", "part_top", "part_total"))
+        if q.stride(-1) == 1:
+            # Else the launch was with a copy.
+            self._made[key] = relaunch, workspace
+        return out

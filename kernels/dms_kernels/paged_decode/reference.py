@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dms_kernels.arguments import PagedKV, PendingKV, Ring, read_pages, seen_entries, state_lifetimes
+from dms_kernels.arguments import PagedKV, PendingKV, Ring, in_slots, read_pages, seen_entries, state_lifetimes
 
 
 def reference(
@@ -18,8 +18,10 @@ def reference(
     real: Tensor | None = None,
     pending: PendingKV | None = None,
     last_state: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """As `paged_decode`, and reads nothing back from the device."""
+    ring, paged = in_slots(slot, ring, paged)
     B, Hq, T, D = q.shape
     H, num_slots, window = ring.kv.shape[1], ring.kv.shape[3], ring.window
     compute = torch.promote_types(q.dtype, torch.float32)
