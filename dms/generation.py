@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from dms import hf_compat
 from dms.cache import DMSCache, compact_layers
+from dms.cache.capture import captured_forward
 from dms.modes import reading, state_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def _make(own: type) -> Any:
 
 class Decoding(_Model):
     """Comes before the model's own class in a retrofitted model's bases. Outside evict mode it changes nothing."""
+
+    def __call__(self, *args, **kwargs):
+        """As the model's own; a decode step over a cache with `reserve_tokens` may be a captured one, which runs no hooks."""
+        state = getattr(self, "dms", None)
+        if args or state is None or state.mode != "evict":
+            return super().__call__(*args, **kwargs)
+        return captured_forward(self, state, super().__call__, kwargs)
 
     def __reduce_ex__(self, protocol):
         # No module has the class under its name, where pickle would look for it.

@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 
 from dms import hf_compat
 from dms.cache import serialization
+from dms.cache.capture import CapturedStep, check_capture, expected_share
+from dms.cache.fused_store import FusedStore
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
 from dms.cache.offloading import Offloaded, placeholder
 from dms.cache.page_pool import CacheBudget, CacheFull, PagePool, held_bytes, layer_bytes, outside_inference_mode
@@ -36,6 +38,10 @@ class DMSCache(Cache):
         budget: one bound for several caches, in place of max_cache_bytes.
         kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
             `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
+        reserve_tokens: tokens that each sequence will have at most, prompt included: ring, page tables and pages for them are there from the
+            first token on, pages for as many as the gates were trained to keep and a quarter more. On a GPU decode steps are then captured as a CUDA graph
+            and replayed. Longer sequences, and heads that keep more, are not refused: the cache grows as any other, and the next step is
+            captured anew. None: nothing is reserved or captured.
         state: the retrofitted model's, where `model` is only its decoder; None: `model.dms`.
     """
 
@@ -47,6 +53,7 @@ class DMSCache(Cache):
         max_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
         budget: CacheBudget | None = None,
+        reserve_tokens: int | None = None,
         state: DMSState | None = None,
     ):
         if budget is not None and max_cache_bytes is not None:
@@ -64,6 +71,10 @@ class DMSCache(Cache):
         self._offloaded_dense: dict[int, Offloaded] = {}
         """Of layers without gates, by index, while the cache is elsewhere."""
         self.budget.caches.add(self)
+        self.reserve_tokens = reserve_tokens
+        self.captured: CapturedStep | None = None
+        """The latest decode step that was captured, where tokens are reserved."""
+        self._reserved = None if reserve_tokens is None else (reserve_tokens, expected_share(model, reserve_tokens))
         layers = DynamicCache(config=model.config).layers
         for index in (layer.index for layer in state.layers):
             # Assisted by its own first layers (assistant_early_exit), a model says that it has no others.
@@ -71,14 +82,18 @@ class DMSCache(Cache):
                 layers[index] = self._make_layer(state, page_size, kv_dtype)
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
+        if reserve_tokens is not None:
+            check_capture(self, state, type(model).__name__)
         self._undo: list[dict[str, Any]] | None = None
+        self._is_prepared = False
+        """`prepare_step` was called, and the step has not come yet."""
         self.rotary_length: int | None = None
         """The length that keys were rotated for, where a model's rotary frequencies depend on it."""
 
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
-        return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype)
+        return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype, self._reserved)
 
     def compacted_layers(self) -> dict[int, CompactedLayer]:
         """The layers that evict and hold something, by index."""
@@ -99,7 +114,7 @@ class DMSCache(Cache):
             own = layer_bytes(self._layers_without_gates()) + sum(store.own_bytes() for store in stores)
             self._make_room(own, [(store.pool, store.num_last_pages()) for store in stores])
         new = object.__new__(type(self))
-        vars(new).update(vars(self), layers=[], _undo=None, _offloaded_dense={})
+        vars(new).update(vars(self), layers=[], _undo=None, _offloaded_dense={}, captured=None)
         for layer in self.layers:
             new.layers.append(layer.copy() if isinstance(layer, CompactedLayer) else copy.deepcopy(layer))
         self.budget.caches.add(new)
@@ -145,6 +160,11 @@ class DMSCache(Cache):
         cache.rotary_length = saved.settings.get("rotary_length")
         cache.budget.check()
         return cache
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether new tokens wait until `crop` has said how many of them stay."""
+        return any(layer.record_past or layer.trial is not None for layer in self.layers if isinstance(layer, CompactedLayer))
 
     @property
     def batch_size(self) -> int:
@@ -279,6 +299,8 @@ class DMSCache(Cache):
 
     def before_forward(self, num_new: int) -> None:
         """Where the cache is bounded: make room for a step or refuse it, or remember how to undo a longer forward."""
+        if self._is_prepared:
+            return
         self._begin_use()
         self._undo = None
         if not self._is_bounded:
@@ -292,6 +314,23 @@ class DMSCache(Cache):
         stores = self._stores()
         growth = sum(store.step_bytes() for store in stores) + sum(_step_bytes(layer) for layer in self._layers_without_gates())
         self._make_room(growth, [(store.pool, store.next_pages()) for store in stores])
+
+    def prepare_step(self) -> None:
+        """All that the host does before a decode step of one token a row, where kernels append."""
+        self.before_forward(1)
+        self._is_prepared = True
+        for store in self._stores():
+            assert isinstance(store, FusedStore), "kernels append"
+            if not store.is_prepared:
+                store.prepare_step()
+
+    def end_step(self, replayed: bool) -> None:
+        """After `prepare_step` and a step. replayed: it was a graph, and its host code did not run."""
+        self._is_prepared = False
+        for layer in self.compacted_layers().values() if replayed else ():
+            assert isinstance(layer.store, FusedStore), "kernels append"
+            layer.store.count_step()
+            layer.columns += 1
 
     def undo_forward(self) -> None:
         """After a forward that failed half-way: as it was before."""

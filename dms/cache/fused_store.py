@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dms_kernels.append.fused import StepAppends
     from dms_kernels.paged_decode.fused import NewestQueries
 
+_NO_PAGE = "a decode step found no free page and dropped an entry; please report this"
 # More queries are read as a prompt is.
 _MAX_QUERIES = 8
 
@@ -45,6 +46,9 @@ class _KeptLaunches:
     decode: "dict[bool, NewestQueries]" = field(default_factory=dict)
     """Without pages and with them."""
 
+    def fits(self, state: tuple[torch.Tensor, ...]) -> bool:
+        return all(a is b for a, b in zip(self.state, state, strict=True))
+
 
 class FusedStore(Store):
     """A store whose appends and decode steps are kernels. Tickets are workspace: kernels find them 0 and leave them 0."""
@@ -60,22 +64,43 @@ class FusedStore(Store):
         """[B] int32, of several windows [B + 1]."""
         self.decode_tickets = self.overflow[:0]
         """[B * Hq] int32."""
+        self.is_prepared = False
+        """`prepare_step` was called, and the step has not come yet."""
 
     @outside_inference_mode
     def push(self, new: PendingTokens) -> None:
         if new.num_tokens > 1:
             super().push(new)
             return
+        if not self.is_prepared:
+            self.prepare_step()
+        # `outside_inference_mode` would let gradients be recorded again.
+        with torch.no_grad():
+            self._append(new)
+        self.count_step()
+
+    @outside_inference_mode
+    def prepare_step(self) -> None:
+        """Make room for one token a row: all that the host does before a step, so that the step itself is the same launches as the one before."""
         self._grow_ring(1)
         if self.longest >= self.ring_size:
             self._make_room_for_one()
         num_tickets = len(self.seq_len) + (self.lists_per_head > 1)
         if len(self.append_tickets) != num_tickets:
             self.append_tickets = self.seq_len.new_zeros(num_tickets)
-        # `outside_inference_mode` would let gradients be recorded again.
-        with torch.no_grad():
-            self._append(new)
+        self.is_prepared = True
+
+    def count_step(self) -> None:
+        """What the host counts after a step."""
         self.longest += 1
+        self.is_prepared = False
+
+    def step_launches(self) -> object | None:
+        """What the step's launches depend on, the same object from step to step as long as they are the same; None: the last step launched others."""
+        kept = self.pool.kept_launches.get(self)
+        if kept is None or kept.append is None or (self.most_kept > 0) not in kept.decode or not kept.fits(self._launched_with()):
+            return None
+        return kept
 
     def _append(self, new: PendingTokens) -> None:
         evict = new.decided.kernel_gate() if isinstance(new.decided, PendingGate) else new.decided[:, 0]
@@ -99,15 +124,18 @@ class FusedStore(Store):
 
     def _kept_launches(self) -> "_KeptLaunches":
         """Of this store as it is; new ones where a tensor has been replaced since."""
+        state = self._launched_with()
+        kept = self.pool.kept_launches.get(self)
+        if kept is None or not kept.fits(state):
+            kept = self.pool.kept_launches[self] = _KeptLaunches(state)
+        return kept
+
+    def _launched_with(self) -> tuple[torch.Tensor, ...]:
         pool = self.pool
-        state = (
+        return (
             *(self.ring_kv, self.ring_state, self.seq_len, self.page_table, self.num_kept, self.evicted, self.decided),
             *(self.append_tickets, self.decode_tickets, pool.rows, pool.references, pool.free, pool.num_free),
         )
-        kept = pool.kept_launches.get(self)
-        if kept is None or any(a is not b for a, b in zip(kept.state, state, strict=True)):
-            kept = pool.kept_launches[self] = _KeptLaunches(state)
-        return kept
 
     def _ring(self) -> Ring:
         return Ring(self.ring_kv, self.ring_state, self.seq_len, self.dms.windows[0], self.dms.windows[1:])
@@ -177,6 +205,19 @@ class FusedStore(Store):
             # The device was asked anyway.
             self.check()
 
+    def _asked_numbers(self) -> torch.Tensor:
+        return torch.cat([self.pool.num_free[None], self.overflow.long()])
+
+    def _free_of(self, numbers: list[int]) -> int:
+        num_free, overflow = numbers
+        if overflow:
+            raise RuntimeError(_NO_PAGE)
+        return num_free
+
+    def recount(self) -> None:
+        super().recount()
+        self.is_prepared = False
+
     def _append_leaving(self, new: PendingTokens, slot_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor) -> None:
         before, leaving = self.num_kept, leaves_BHR.sum(2, dtype=torch.int32)
         self._add_pages(before + leaving + passes_BHN.sum(2, dtype=torch.int32))
@@ -206,4 +247,4 @@ class FusedStore(Store):
     def check(self) -> None:
         """Raises RuntimeError where a step found no page. Enough were reserved, so that this would be an error of ours."""
         if int(self.overflow):
-            raise RuntimeError("a decode step found no free page and dropped an entry; please report this")
+            raise RuntimeError(_NO_PAGE)

@@ -57,19 +57,28 @@ class CompactedLayer(CacheLayerMixin):
         page_size: entries of a page, 16, 32 or 64.
         budget: None: no bound.
         kv_dtype: "int8" or None, the model's own dtype, for what is in pages.
+        reserved: tokens that rows will have, and the share of them that is kept, for which there is room from the first token on; None: the cache
+            grows as they come.
     """
 
     is_croppable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: DMSConfig, page_size: int = 64, budget: CacheBudget | None = None, kv_dtype: str | None = None):
+    def __init__(
+        self,
+        config: DMSConfig,
+        page_size: int = 64,
+        budget: CacheBudget | None = None,
+        kv_dtype: str | None = None,
+        reserved: tuple[int, float] | None = None,
+    ):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
         if kv_dtype not in (None, "int8"):
             raise ValueError(f"kv_dtype is {kv_dtype!r}; pages hold the model's own dtype (None) or 'int8'")
-        self.dms, self.page_size, self.budget, self.kv_dtype = config, page_size, budget, kv_dtype
+        self.dms, self.page_size, self.budget, self.kv_dtype, self.reserved = config, page_size, budget, kv_dtype, reserved
         self._store: Store | None = None
         self._decided: tuple[torch.Tensor | PendingGate, Tokens] | None = None
         """The newest tokens and their decisions, from `decide` until the tokens are stored."""
@@ -119,6 +128,8 @@ class CompactedLayer(CacheLayerMixin):
         windows = self.dms.windows if len(self.dms.windows) > 1 else ()
         pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8", windows=windows)
         self._store = make_store(self.dms, pool, batch, num_heads)
+        if self.reserved is not None:
+            self._store.reserve_tokens(*self.reserved)
         self.dtype, self.device, self.is_initialized = dtype, device, True
         # Some models look for keys in every layer of a cache that is in use.
         self.keys = self.values = torch.empty(0, dtype=dtype, device=device)

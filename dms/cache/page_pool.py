@@ -29,6 +29,26 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+class Arriving:
+    """Numbers of a tensor [n] on their way to the host, which goes on meanwhile."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self._event: torch.cuda.Event | None = None
+        if numbers.device.type != "cuda":
+            self._host = numbers.clone()
+            return
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def numbers(self) -> list[int]:
+        """Waits for them if it must."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
 def used_places(page_table: torch.Tensor, num_kept: torch.Tensor, page_size: int) -> torch.Tensor:
     """Which places of a page table [B, H, max_pages] hold a page, bool."""
     return torch.arange(page_table.shape[2], device=page_table.device) * page_size < num_kept[..., None]
@@ -164,6 +184,8 @@ class PagePool:
         self.headroom = 0
         """Pages known to be free without asking the device: where it is no CPU, taking pages reads nothing back as long as this
         lasts."""
+        self.floor = 0
+        """Pages that are reserved: free ones are not given back below these."""
         self.epoch = 0
         """How often free pages were counted, which voids what stores had reserved before."""
         self.num_holders = 0
@@ -228,8 +250,9 @@ class PagePool:
             self.headroom, self.epoch = int(self.num_free), self.epoch + 1
         return max(0, num_pages - self.headroom)
 
-    def reserve(self, num_pages: int) -> None:
-        """Make sure that `take` can give num_pages; grows the pool where it must."""
+    def reserve(self, num_pages: int, num_free: int = 0) -> None:
+        """Make sure that `take` can give num_pages; grows the pool where it must. num_free: so many pages are known to be free."""
+        self.headroom = max(self.headroom, num_free)
         missing = self.missing(num_pages)
         if missing:
             self.resize(self.num_pages + self._allowed_growth(missing))
@@ -263,7 +286,8 @@ class PagePool:
         is_free = self.references[:-1] == 0
         number = torch.arange(self.num_pages, dtype=torch.int32, device=self.rows.device)
         # The lowest last, as `_list_free` has them.
-        self.free = torch.where(is_free, number, -1).sort(descending=True).values.clamp(min=0)
+        # In place: a captured step takes its pages from there.
+        self.free.copy_(torch.where(is_free, number, -1).sort(descending=True).values.clamp_(min=0))
         self.num_free.copy_(is_free.sum())
 
     @outside_inference_mode
@@ -309,7 +333,7 @@ class PagePool:
         if self.offloaded is not None:
             return
         used = (self.references[:-1] > 0).nonzero()[:, 0]
-        size = int(used[-1]) + 1 if len(used) else 0
+        size = max(self.floor, int(used[-1]) + 1 if len(used) else 0)
         if self.num_pages - size > (0 if all_of_it else max(self.num_pages // part, self.growth())) or size == 0:
             self.resize(size)
 
@@ -331,6 +355,19 @@ class PagePool:
         away, self.offloaded = self.offloaded, None
         for name, tensor in ({} if away is None else away.take()).items():
             setattr(self, name, tensor)
+
+    def keep_at_least(self, num_pages: int) -> None:
+        """Have num_pages pages from now on, used ones included.
+
+        Raises:
+            CacheFull: the budget does not allow them.
+        """
+        self.floor = max(self.floor, num_pages)
+        missing = self.floor - self.num_pages
+        if missing > 0:
+            if self.budget is not None:
+                self.budget.check(missing * self.page_bytes)
+            self.resize(self.floor)
 
     def _allowed_growth(self, missing: int) -> int:
         """Some more than is missing, where the budget allows it."""

@@ -12,6 +12,7 @@ Shapes: B batch, H KV heads, L = H * (number of windows) lists, N new tokens, R 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -87,6 +88,20 @@ class Store(HeadPages):
         assert self.offloaded_ring is not None, "it left"
         self.pool.reload()
         self.ring_kv, self.offloaded_ring, self.is_offloaded = self.offloaded_ring.take()["ring_kv"], None, False
+
+    # Reserved.
+
+    @outside_inference_mode
+    def reserve_tokens(self, num_tokens: int, share: float) -> None:
+        """Get the ring, page tables and pages that rows of num_tokens tokens need of which a share is kept, before they come."""
+        batch, num_lists = self.num_kept.shape
+        in_pages, P = max(0, num_tokens - self.ring_size), self.pool.page_size
+        self._widen_ring(_ring_slots(num_tokens, self.ring_size))
+        self._widen(in_pages)
+        # Each list's last page is half empty, and with several windows its first one too.
+        for_good = -(-round(in_pages * share) // P) + 1
+        passing = sum(-(-min(in_pages, b - a) // P) + 1 for a, b in pairwise(self.dms.windows))
+        self.pool.keep_at_least(self.pool.num_used + batch * self.num_heads * (for_good + passing))
 
     # Reading.
 

@@ -5,6 +5,7 @@ Python, PyTorch and Triton prepare launches, in two ways: through `append` and `
 Not in it: the launch itself, some 3 us each, and the model's own layers. Medians of calls that take turns.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from dms.cache.fused_store import FusedStore
-from dms.cache.page_pool import PagePool
+from dms.cache import CompactedLayer
 from dms.cache.pending import PendingGate, PendingTokens
 from dms.config import DMSConfig
 from dms.gates import Gate
 from dms.masks import Tokens
 from dms_kernels import dispatch
+from dms_kernels.launching import through_operators
+
+NUM_LAYERS = 36
 
 _CAPABILITY = 90
 _TARGET = dispatch.Target(_CAPABILITY, 132, 232_448)
@@ -66,7 +69,8 @@ def stubbed() -> Iterator[None]:
     before = driver._active
     with (
         patch.object(dispatch, "PRETENDED", _TARGET),
-        patch.object(dispatch, "explain", lambda device, problem=None: ("triton", "stubbed")),
+        patch.dict(os.environ, DMS_KERNELS="triton"),
+        patch.object(dispatch, "_device_problem", lambda device: None),
         patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
         triton.knobs.cache.scope(),
     ):
@@ -79,27 +83,36 @@ def stubbed() -> Iterator[None]:
 
 
 class Layer:
-    """A layer's store, some tokens beyond its window, and what the next token brings."""
+    """A layer of a cache some tokens beyond its window, and what the next token brings."""
 
     def __init__(self, windows: tuple[int, ...], *, batch: int = 1, heads: int = 8, group: int = 4, dim: int = 128, hidden: int = 4096):
         config = DMSConfig(window=windows[0] if len(windows) == 1 else windows)
-        pool = PagePool(64, dim, torch.bfloat16, torch.device("cpu"), windows=windows if len(windows) > 1 else ())
-        self.store = FusedStore(config, pool, batch, heads)
-        gate = PendingGate(Gate(hidden, heads, config, normalize=False), torch.randn(batch, 1, hidden, dtype=torch.bfloat16), 0.0)
-        tokens = Tokens(torch.ones(batch, 1, dtype=torch.int32), torch.zeros(batch, 1, dtype=torch.int32))
-        # As transformers makes them: views of what the projections gave.
-        k, v = (torch.randn(batch, 1, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-        self.new = PendingTokens(gate, tokens, k, v)
+        self.layer = CompactedLayer(config)
+        self.store = self.layer.make_store(batch, heads, dim, torch.bfloat16, torch.device("cpu"))
+        gate = Gate(hidden, heads, config, normalize=False)
+        self.gate = PendingGate(gate, torch.randn(batch, 1, hidden, dtype=torch.bfloat16), 0.0)
+        # Views of what projections gave, as transformers makes them.
+        self.k, self.v = (torch.randn(batch, 1, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
         self.query = torch.randn(batch, 1, heads * group, dim, dtype=torch.bfloat16).transpose(1, 2)
         for _ in range(windows[0] + 2):
-            self.append()
-        self.attend()
+            self.step(self.new_tokens())
+
+    def new_tokens(self) -> Tokens:
+        """Of one forward pass."""
+        batch = self.k.shape[0]
+        return Tokens(torch.ones(batch, 1, dtype=torch.int32), torch.zeros(batch, 1, dtype=torch.int32))
+
+    def step(self, tokens: Tokens) -> None:
+        """All that the cache does for the layer in a decode step."""
+        self.layer.decide(self.gate, tokens)
+        self.layer.update(self.k, self.v)
+        self.layer.attend(self.query, scale=0.1, softcap=None, sink_logits=None)
 
     def append(self) -> None:
-        self.store.push(self.new)
+        self.store.push(PendingTokens(self.gate, self.new_tokens(), self.k, self.v))
 
     def attend(self) -> None:
-        self.store.attend_newest(self.query, self.new.tokens.real[:, 0], window=self.store.dms.windows[0], scale=0.1)
+        self.store.attend_newest(self.query, None, window=self.store.dms.windows[0], scale=0.1)
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -111,3 +124,42 @@ def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
             call()
             seconds[name].append(time.perf_counter() - start)
     return {name: 1e6 * statistics.median(found) for name, found in seconds.items()}
+
+
+def _through_operators(call: Callable[[], None]) -> Callable[[], None]:
+    def through() -> None:
+        with through_operators():
+            call()
+
+    return through
+
+
+def main(repeats: int = 200) -> None:
+    with stubbed(), torch.no_grad():
+        print(
+            f"host microseconds, driver stubbed, medians of {repeats}; {torch.get_num_threads()} thread(s), torch {torch.__version__}, Triton {triton.__version__}"
+        )
+        print(f"{'batch':>5} {'windows':<16} {'what':<26} {'by operators':>12} {'kept':>8} {'ratio':>6}")
+        for batch in (1, 16):
+            for windows in ((256,), (32, 128, 512)):
+                layers = [Layer(windows, batch=batch) for _ in range(NUM_LAYERS)]
+
+                def all_layers(layers: list[Layer] = layers) -> None:
+                    tokens = layers[0].new_tokens()
+                    for layer in layers:
+                        layer.step(tokens)
+
+                one = layers[0]
+                calls = {"append": one.append, "paged_decode": one.attend, f"decode step, {NUM_LAYERS} layers": all_layers}
+                found = medians(
+                    {f"{name}/kept": call for name, call in calls.items()}
+                    | {name: _through_operators(call) for name, call in calls.items()},
+                    repeats,
+                )
+                for name in calls:
+                    operators, kept = found[name], found[f"{name}/kept"]
+                    print(f"{batch:>5} {windows!s:<16} {name:<26} {operators:>12.1f} {kept:>8.1f} {kept / operators:>6.2f}")
+
+
+if __name__ == "__main__":
+    main()

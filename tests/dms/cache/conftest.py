@@ -136,7 +136,13 @@ class Lockstep:
         ids = torch.randint(2, VOCABULARY, mask_BN.shape, generator=torch.Generator().manual_seed(seed)) * mask_BN
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -mask_BN.shape[1] :]
         with torch.inference_mode() if inference else torch.no_grad(), self.model.tape.recording(mask_BN) as tape:
+            before = self.cache.captured
             logits = [self._forward(ids, mask, position, self.cache)]
+            if self.cache.captured is not None:
+                # Hooks run when a step is captured; the tensors that they saw are written again by each replay.
+                if self.cache.captured is not before:
+                    self.cache.captured.gate_logits = list(tape.recorded)
+                tape.recorded = self.cache.captured.gate_logits
             tape.play()
             logits.append(self._forward(ids, mask, position, self.oracle))
         self.mask = mask

@@ -7,8 +7,9 @@ import torch
 from contents import reads_from_device
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from replays import Recorders
 
-from dms.cache import DMSCache
+from dms.cache import DMSCache, capture
 from dms.cache.page_pool import PagePool
 
 TOLERANCE = 1e-4
@@ -173,15 +174,19 @@ class Runner:
     def __init__(self, evicting, lockstep, page_accounts, path):
         self.evicting, self.lockstep, self.page_accounts, self.path = evicting, lockstep, page_accounts, path
         self.largest: list[float] = []
+        self.recorders = Recorders()
 
-    def __call__(self, config, route, page_size, batch, first_length, steps) -> None:
-        """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter."""
+    def __call__(self, config, route, page_size, batch, first_length, steps, reserve=None) -> None:
+        """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter, where steps of a cache with reserved
+        tokens are captured. reserve: for so many tokens, which may be fewer than come."""
         slow_device = route != "cpu"
         model = self.evicting(**({"family": "llama"} | config))
-        schedule = Schedule(self.lockstep(model, page_size=page_size), batch, self.path, self.page_accounts)
+        schedule = Schedule(self.lockstep(model, page_size=page_size, reserve_tokens=reserve), batch, self.path, self.page_accounts)
         with reads_from_device(free=not slow_device), pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
                 patch.setenv("DMS_KERNELS", "triton")
+                patch.setitem(capture.recorders, "cpu", self.recorders)
+                self.recorders.watched = lambda: model.tape.recorded or []
             if slow_device:
                 # Their pools grow by so much that in these texts none would ever run out of pages.
                 patch.setattr(PagePool, "growth", lambda pool: 3)
@@ -194,7 +199,9 @@ class Runner:
 def run_schedule(evicting, lockstep, page_accounts, tmp_path_factory):
     run = Runner(evicting, lockstep, page_accounts, tmp_path_factory.mktemp("saved") / "cache.safetensors")
     yield run
-    print(f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}")
+    print(
+        f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}; {run.recorders.num_recorded} captures, {run.recorders.num_replayed} replays"
+    )
 
 
 _arguments = dict(
@@ -203,6 +210,7 @@ _arguments = dict(
     batch=st.integers(1, 4),
     first_length=_lengths,
     steps=st.lists(_steps, min_size=6, max_size=20),
+    reserve=st.sampled_from([None, 1, 40, 200]),
 )
 _settings = dict(
     deadline=None,
@@ -280,7 +288,8 @@ def test_schedules_of_several_windows_on_kernels(run_schedule, alignment, config
 @settings(max_examples=3, derandomize=True, **_settings)
 @given(**_few_arguments, alignment=st.sampled_from(["own", "next"]))
 def test_schedules_where_layers_follow_others(run_schedule, alignment, route, config, **arguments):
-    run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **arguments)
+    # Its other layers are transformers' own.
+    run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **(arguments | {"reserve": None}))
 
 
 @pytest.mark.slow
