@@ -4,6 +4,8 @@ vLLM calls `register` in each of its processes, by the entry point group `vllm.g
 """
 
 ARCHITECTURE = "DMSForCausalLM"
+# The operator that attention over pages is (`dms_vllm.model`).
+ATTEND = "dms_vllm::attend"
 
 
 def register() -> None:

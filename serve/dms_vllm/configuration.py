@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_config_parser, register_config_parser
 
-from dms_vllm import ARCHITECTURE
+from dms_vllm import ARCHITECTURE, ATTEND
 
 if TYPE_CHECKING:
     from dms_vllm.settings import Options, Served
@@ -54,7 +54,14 @@ class DMSConfiguration(VerifyAndUpdateConfig):
         vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dms": asdict(options)}
         # Its own would look for tokens in blocks, which are vouchers and hold none.
         vllm_config.cache_config.enable_prefix_caching = False
+        divide_graphs(vllm_config.compilation_config)
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector="DMSConnector", kv_role="kv_both")
+
+
+def divide_graphs(compilation: Any) -> None:
+    """Have vLLM divide what it compiles at our attention, as at its own: a CUDA graph that held it would replay one step's page tables."""
+    ops = compilation._attention_ops if compilation.splitting_ops is None else compilation.splitting_ops
+    compilation.splitting_ops = [*ops, *(op for op in [ATTEND] if op not in ops)]
 
 
 def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:

@@ -21,6 +21,7 @@ from dms.config import DMSConfig
 from dms.gates import BorrowedGate, Gate
 from dms.hf_compat import query_modules
 from dms.layer_discovery import AttentionLayer
+from dms_vllm import ATTEND
 from dms_vllm.accounting import PoolSpec
 from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFork
 from dms_vllm.pool import FixedPool, page_bytes
@@ -34,7 +35,7 @@ POOL = "model.layers.0.dms_pool"
 _FIRST_SHARE = 2.0
 
 
-@torch.library.custom_op("dms_vllm::attend", mutates_args=())
+@torch.library.custom_op(ATTEND, mutates_args=())
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor, layer: int) -> torch.Tensor:
     """q [N, Hq, D], k and v [N, H, D], evicts [N, H] or [N, H, K] bool -> [N, Hq, D]. Opaque to torch.compile, as vLLM's own attention is; it
     stores keys and values behind the compiler's back, as that does."""

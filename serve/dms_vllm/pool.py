@@ -55,7 +55,7 @@ class FixedPool(PagePool):
         self.references = torch.zeros(num_pages + 1, dtype=torch.int32, device=raw.device)
         self._list_free()
 
-    def reserve(self, num_pages: int) -> None:
+    def reserve(self, num_pages: int, num_free: int = 0) -> None:
         """Nothing: requests hold vouchers for what they take, and stores on other devices than a CPU reserve more than that."""
         self.collect()
 

@@ -44,7 +44,7 @@ FIELDS = {
     "vllm.config.ModelConfig": "model revision max_model_len dtype",
     "vllm.config.CacheConfig": "cache_dtype enable_prefix_caching user_specified_block_size kv_cache_memory_bytes",
     "vllm.config.ParallelConfig": "pipeline_parallel_size decode_context_parallel_size",
-    "vllm.config.CompilationConfig": "static_forward_context",
+    "vllm.config.CompilationConfig": "static_forward_context splitting_ops",
     "vllm.config.KVTransferConfig": "kv_connector kv_role",
     "vllm.forward_context.ForwardContext": "attn_metadata no_compile_layers",
     "vllm.v1.attention.backend.CommonAttentionMetadata": "query_start_loc_cpu seq_lens block_table_tensor num_reqs",
@@ -111,6 +111,26 @@ def test_attributes_that_are_read(name, attributes):
     text = "".join(inspect.getsource(one) for one in cls.__mro__ if one.__module__.startswith("vllm."))
     absent = [word for word in attributes.split() if not hasattr(cls, word) and not re.search(rf"self\.{word}\b.*=", text)]
     assert not absent
+
+
+@pytest.mark.parametrize("given", [None, ["mine::op"]])
+def test_graphs_are_divided_at_our_attention(given):
+    """As at vLLM's own, which makes a captured whole of a step impossible and captured parts right."""
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from dms_vllm import ATTEND
+    from dms_vllm.configuration import divide_graphs
+    from dms_vllm.model import StepBuilder
+
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, splitting_ops=given)
+    divide_graphs(config)
+    divide_graphs(config)
+    config.set_splitting_ops_for_v1("naive")
+    assert config.splitting_ops.count(ATTEND) == 1 and ("mine::op" in config.splitting_ops) == (given is not None)
+    assert StepBuilder._cudagraph_support == AttentionCGSupport.NEVER
+    if given is None:
+        assert config.splitting_ops_contain_attention(), "else vLLM would capture nothing, or the whole"
 
 
 def test_connectors_come_last_before_a_forward():
