@@ -90,6 +90,24 @@ class FusedStore(Store):
             self.append_tickets = self.seq_len.new_zeros(num_tickets)
         self.is_prepared = True
 
+    def step_in_rows(
+        self, row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor, q: torch.Tensor, **options
+    ) -> torch.Tensor:
+        """Store a token of each of the sequences in rows [B] int32, k and v [B, H, D] and evicts [B, H] or [B, H, K], and attend with its queries q
+        [B, Hq, D] -> [B, Hq, D]. Rings are full in size, as `take_rows` leaves them. Asks the device once in a while."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_room_for_one()
+            num_tickets = len(self.seq_len) + (self.lists_per_head > 1)
+            if len(self.append_tickets) != num_tickets:
+                self.append_tickets = self.seq_len.new_zeros(num_tickets)
+            if self.decode_tickets.numel() < len(self.seq_len) * q.shape[1]:
+                self.decode_tickets = self.seq_len.new_zeros(len(self.seq_len) * q.shape[1])
+            kept = self._kept_launches()
+            if kept.append is None:
+                kept.append = self._make_appends()
+            kept.append(k, v, evicts, None, row)
+            return self._decode_of(kept, True)(q[:, :, None].to(self.ring_kv.dtype), None, row, **options)[:, 0]
+
     def count_step(self) -> None:
         """What the host counts after a step."""
         self.longest += 1
@@ -105,17 +123,22 @@ class FusedStore(Store):
     def _append(self, new: PendingTokens) -> None:
         evict = new.decided.kernel_gate() if isinstance(new.decided, PendingGate) else new.decided[:, 0]
         k, v, real = new.k[:, :, 0], new.v[:, :, 0], new.tokens.real[:, 0]
-        # As in `push` of many tokens.
-        how: dict[str, Any] = {"sinks": self.dms.sinks, "alignment": self.dms.alignment, "release_gone": self.pool.budget is None}
         if is_traced():
-            append(NewToken(k, v, evict, real=real), *self._appended_to(), **how)
+            append(NewToken(k, v, evict, real=real), *self._appended_to(), **self._how())
             return
         kept = self._kept_launches()
         if kept.append is None:
-            from dms_kernels.append.fused import StepAppends
-
-            kept.append = StepAppends(*self._appended_to(), **how)
+            kept.append = self._make_appends()
         kept.append(k, v, evict, real)
+
+    def _how(self) -> dict[str, Any]:
+        # Pages are given back as in `push` of many tokens.
+        return {"sinks": self.dms.sinks, "alignment": self.dms.alignment, "release_gone": self.pool.budget is None}
+
+    def _make_appends(self) -> "StepAppends":
+        from dms_kernels.append.fused import StepAppends
+
+        return StepAppends(*self._appended_to(), **self._how())
 
     def _appended_to(self) -> tuple[Ring, PagedKV, FreePages, Counters]:
         pool = self.pool
@@ -153,13 +176,15 @@ class FusedStore(Store):
         tickets = self._tickets(query)
         if is_traced():
             return paged_decode(query, self._ring(), self.pages(), real=real_B, tickets=tickets, **options)
-        kept, has_pages = self._kept_launches(), self.most_kept > 0
-        decode = kept.decode.get(has_pages)
-        if decode is None:
+        return self._decode_of(self._kept_launches(), self.most_kept > 0)(query, real_B, **options)
+
+    def _decode_of(self, kept: "_KeptLaunches", has_pages: bool) -> "NewestQueries":
+        if has_pages not in kept.decode:
             from dms_kernels.paged_decode.fused import NewestQueries
 
-            decode = kept.decode[has_pages] = NewestQueries(self._ring(), self.pages(), tickets)
-        return decode(query, real_B, **options)
+            paged = self._paged(self.num_kept) if has_pages else None
+            kept.decode[has_pages] = NewestQueries(self._ring(), paged, self.decode_tickets)
+        return kept.decode[has_pages]
 
     def attend(
         self,

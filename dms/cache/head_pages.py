@@ -28,6 +28,8 @@ class HeadPages:
 
     # Tensors that are copied, selected and restored together; subclasses name theirs as well.
     _own: tuple[str, ...] = ("page_table", "num_kept")
+    # Those that are 0 of a row without tokens.
+    _counts: tuple[str, ...] = ("num_kept",)
 
     @outside_inference_mode
     def __init__(self, pool: PagePool, batch: int, num_heads: int):
@@ -379,6 +381,42 @@ class HeadPages:
         self.recount()
         new.recount()
         return new
+
+    # Rows as slots: they stay where they are, and what is in them comes and goes.
+
+    @outside_inference_mode
+    def add_rows(self, num_rows: int) -> None:
+        """That many empty rows more, behind the others."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, torch.cat([tensor, tensor.new_zeros(num_rows, *tensor.shape[1:])]))
+
+    @outside_inference_mode
+    def take_rows(self: AnyPages, rows: torch.Tensor) -> AnyPages:
+        """Move what is in the rows [K] int64, each named once, to a store of its own; they are empty then. No page is copied."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        self.pool.num_holders += 1
+        for name, tensor in self.tensors().items():
+            setattr(new, name, tensor.index_select(0, rows))
+        for name in self._counts:
+            getattr(self, name).index_fill_(0, rows, 0)
+        self.read_order = None
+        new.recount()
+        return new
+
+    @outside_inference_mode
+    def put_rows(self: AnyPages, rows: torch.Tensor, other: AnyPages) -> None:
+        """Move all rows of another store over the same pool to the empty rows [K] int64. The other has none left."""
+        width = max(self.page_table.shape[2], other.page_table.shape[2])
+        for store in (self, other):
+            store.page_table = F.pad(store.page_table, (0, width - store.page_table.shape[2]))
+        self.most_kept = max(self.most_kept, other.most_kept)
+        for name, tensor in self.tensors().items():
+            theirs = getattr(other, name)
+            tensor.index_copy_(0, rows, theirs)
+            setattr(other, name, theirs[:0])
+        self.read_order = None
+        other.recount()
 
     def _move_to(self, pool: PagePool) -> None:
         """Hold the entries in pages of another pool. What forks hold in the old one stays theirs."""

@@ -420,7 +420,9 @@ class PagePool:
         # The lowest are taken first: pages stay together, and the end of the pool can be given back.
         self.references[-1] = 0
         free = (self.references[:-1] == 0).nonzero()[:, 0].flip(0)
-        self.free = torch.zeros(self.references.shape[0] - 1, dtype=torch.int32, device=self.rows.device)
+        if self.num_pages != self.references.shape[0] - 1:
+            # Otherwise in place: kernels are launched with it.
+            self.free = torch.zeros(self.references.shape[0] - 1, dtype=torch.int32, device=self.rows.device)
         self.free[: len(free)] = free.int()
         self.num_free.fill_(len(free))
         self.headroom, self.epoch = len(free), self.epoch + 1

@@ -41,6 +41,7 @@ class Store(HeadPages):
     """The entries of one layer: the ring of each sequence before the pages of each head."""
 
     _own = ("ring_kv", "ring_state", "page_table", "num_kept", "seq_len", "evicted", "decided")
+    _counts = ("num_kept", "seq_len", "evicted", "decided")
 
     @outside_inference_mode
     def __init__(self, config: DMSConfig, pool: PagePool, batch: int, num_heads: int):
@@ -361,6 +362,12 @@ class Store(HeadPages):
         for store in (self, other):
             store._widen_ring(num_slots)
         super().take_over(other)
+
+    @outside_inference_mode
+    def take_rows(self, rows: torch.Tensor) -> "Store":
+        # A ring that is not full yet has a slot for each token.
+        self._widen_ring(self.ring_size)
+        return super().take_rows(rows)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         self.release_gone()

@@ -1,17 +1,19 @@
 """A worker's side: the layers' entries of all requests, in pages of the one pool, and attention over them.
 
-Requests that decode are rows of one cache layer; one that reads its prompt has a cache layer of its own, and joins them with its first
-token. `loops` keeps every request by itself, which is the reference that the rows are held to.
+Each request has a slot, a row of every layer's state, from its beginning to its end. All that decode do so in one launch, in their slots. One
+that reads its prompt is taken out of its slot meanwhile, a request at a time. `loops` takes every request by itself, which is the reference that
+the others are held to.
 
 Shapes: N tokens of all requests of a step, one request after another; Hq query heads, H KV heads, D head dim; K windows.
 """
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from dms.cache.fused_store import make_store
+from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.layer import CompactedLayer
 from dms.cache.page_pool import used_places
 from dms.cache.pending import EVICT, list_of
@@ -20,6 +22,9 @@ from dms.config import DMSConfig
 from dms.masks import Tokens
 from dms_vllm.pool import FixedPool
 from dms_vllm.vouchers import Report
+
+# Slots that there are room for at first.
+_FIRST_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,13 @@ class Piece:
 class Rows:
     """The step of the requests that decode."""
 
+    requests: list[str]
+    slot: torch.Tensor
+    """[R] int32"""
     at: torch.Tensor
-    """[B] int64: of each row's token its place among the step's; 0 where it has none."""
-    present: torch.Tensor
-    """[R] int64: which rows have a token."""
-    to: torch.Tensor
-    """[R] int64: its place among the step's."""
+    """[R] int64: of each one's token its place among the step's."""
     tokens: Tokens
-    """Of the rows, [B, 1]."""
+    """[R, 1]"""
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,14 @@ class Worker:
 
     def __init__(self, configs: list[DMSConfig], num_gated: int, pool: FixedPool, horizons: tuple[int, ...], *, loops: bool = False):
         self.configs, self.num_gated, self.pool, self.horizons, self.loops = configs, num_gated, pool, horizons, loops
-        self.alone: dict[str, list[PoolLayer]] = {}
-        """The layers of requests that are read by themselves."""
-        self.decoding: list[str] = []
-        """The requests that are rows, in order."""
-        self.row_layers: list[PoolLayer] = []
-        """The layers whose rows they are."""
+        self.layers = [PoolLayer(config, pool) for config in configs]
+        """Of which each row is a slot."""
+        self.num_slots = 0
+        self.free_slots: list[int] = []
+        self.slots: dict[str, int] = {}
+        """Of the requests that run."""
+        self.num_tokens: dict[str, int] = {}
+        """Of requests, and of forks."""
         self.forks: dict[str, list[PoolLayer]] = {}
         """Prefixes that are kept for requests to come, by key."""
         self.partial_forks: dict[str, dict[int, PoolLayer]] = {}
@@ -124,25 +130,50 @@ class Worker:
 
     def begin(self, request: str, fork: str | None = None) -> None:
         """A request begins, from a prefix that is kept or from nothing."""
-        if request in self.alone or request in self.decoding:
+        if request in self.slots:
             raise RuntimeError(f"request {request} begins, and has begun already; please report this, with vLLM's version")
-        if fork is None:
-            self.alone[request] = [PoolLayer(config, self.pool) for config in self.configs]
-        else:
-            self.alone[request] = [layer.copy() for layer in self.forks[fork]]
-            self.parents[request] = fork
+        if not self.free_slots:
+            self._add_slots()
+        slot = self.slots[request] = heapq.heappop(self.free_slots)
+        self.num_tokens[request] = 0
+        if fork is not None:
+            for layer, kept in zip(self.layers, self.forks[fork], strict=True):
+                layer.store.put_rows(self._rows([slot]), kept.store.copy())
+            self.parents[request], self.num_tokens[request] = fork, self.num_tokens[fork]
+
+    def _add_slots(self) -> None:
+        """An eighth more: what is there is copied."""
+        more = max(_FIRST_SLOTS, self.num_slots // 8)
+        for layer in self.layers:
+            if not layer.is_empty:
+                layer.store.add_rows(more)
+        for slot in range(self.num_slots, self.num_slots + more):
+            heapq.heappush(self.free_slots, slot)
+        self.num_slots += more
+
+    def _rows(self, slots: list[int]) -> torch.Tensor:
+        return torch.tensor(slots, device=self.pool.rows.device)
 
     def end(self, requests: Iterable[str]) -> None:
         """Requests have ended, or were preempted and will begin anew: their pages are free from here on."""
-        ended = set(requests)
+        ended = [request for request in requests if request in self.slots]
+        if ended:
+            self._take([self._leave(request) for request in ended])
         for request in ended:
-            self.alone.pop(request, None)
-            self.forks_to_keep.pop(request, None)
             self.parents.pop(request, None)
-        rows = [row for row, request in enumerate(self.decoding) if request in ended]
-        if rows:
-            self._part_with(rows)
+            del self.num_tokens[request]
         self.pool.collect()
+
+    def _leave(self, request: str) -> int:
+        """Free a request's slot, which is yet to be emptied."""
+        slot = self.slots.pop(request)
+        heapq.heappush(self.free_slots, slot)
+        self.forks_to_keep.pop(request, None)
+        return slot
+
+    def _take(self, slots: list[int]) -> list[PoolLayer]:
+        """What is in slots, which are empty then."""
+        return [layer if layer.is_empty else layer.with_store(layer.store.take_rows(self._rows(slots))) for layer in self.layers]
 
     def keep_fork(self, request: str, num_tokens: int, key: str) -> None:
         """Keep the prefix of so many tokens of a request, as soon as it has them."""
@@ -150,10 +181,8 @@ class Worker:
 
     def become_fork(self, request: str, key: str) -> None:
         """A request has ended, and all that it has is a prefix from here on."""
-        if request in self.decoding:
-            self.alone[request] = self._part_with([self.decoding.index(request)])
-        self.forks[key] = self.alone.pop(request)
-        self.forks_to_keep.pop(request, None)
+        self.forks[key] = self._take([self._leave(request)])
+        self.num_tokens[key] = self.num_tokens.pop(request)
         if request in self.parents:
             self.parents[key] = self.parents.pop(request)
         self.new_forks.append(key)
@@ -161,44 +190,37 @@ class Worker:
     def drop_fork(self, key: str) -> None:
         self.forks.pop(key, None)
         self.parents.pop(key, None)
+        self.num_tokens.pop(key, None)
         self.pool.collect()
 
     # A step.
 
     def plan(self, parts: list[Part]) -> Step:
-        """Put the requests of a step where its tokens are read."""
+        """Who reads a step's tokens in what way."""
         for part in parts:
             self._check(part)
-        device = self.pool.rows.device
-        decodes = {part.request: part for part in parts if not self.loops and part.end - part.begin == 1 and part.position > 0}
-        if leaving := [
-            row for row, request in enumerate(self.decoding) if any(p.request == request for p in parts) and request not in decodes
-        ]:
-            names = [self.decoding[row] for row in leaving]
-            for name, layers in zip(names, self._split(self._part_with(leaving)), strict=True):
-                self.alone[name] = layers
-        for request in decodes:
-            if request in self.alone and request not in self.forks_to_keep:
-                self._join(request)
-        pieces = [piece for part in parts if part.request in self.alone for piece in self._pieces(part)]
+        decodes: list[Part] = []
+        pieces: list[Piece] = []
+        for part in parts:
+            is_step = part.end - part.begin == 1 and part.position > 0 and part.request not in self.forks_to_keep and not self.loops
+            if is_step:
+                decodes.append(part)
+            else:
+                pieces += self._pieces(part)
+            self.num_tokens[part.request] += part.end - part.begin
         rows = None
-        if any(request in decodes for request in self.decoding):
-            real = torch.tensor([request in decodes for request in self.decoding], device=device)
-            present = real.nonzero()[:, 0]
-            at = torch.tensor([decodes[request].begin if request in decodes else 0 for request in self.decoding], device=device)
-            position = torch.tensor([decodes[request].position if request in decodes else 0 for request in self.decoding], device=device)
-            rows = Rows(at, present, at[present], Tokens(real.int()[:, None], position.int()[:, None]))
+        if decodes:
+            device, names = self.pool.rows.device, [part.request for part in decodes]
+            numbers = torch.tensor([[self.slots[part.request], part.begin, part.position] for part in decodes]).to(device)
+            slot, at, position = numbers.int()[:, 0].contiguous(), numbers[:, 1], numbers.int()[:, 2:]
+            rows = Rows(names, slot, at, Tokens(torch.ones_like(position), position))
         return Step(sum(part.end - part.begin for part in parts), pieces, rows)
 
     def _check(self, part: Part) -> None:
-        """Raises RuntimeError where a request goes on at another token than the cache does."""
-        if part.request in self.alone:
-            layer = self.alone[part.request][0]
-            held = 0 if layer.is_empty else int(layer.store.seq_len[0])
-        elif part.request in self.decoding:
-            held = int(self.row_layers[0].store.seq_len[self.decoding.index(part.request)])
-        else:
+        """Raises RuntimeError where a request goes on at another token than it was left at."""
+        if part.request not in self.slots:
             raise RuntimeError(f"request {part.request} has not begun; please report this, with vLLM's version")
+        held = self.num_tokens[part.request]
         if held != part.position:
             raise RuntimeError(
                 f"request {part.request} goes on at token {part.position}, and its cache holds {held}; please report this, with vLLM's version"
@@ -212,37 +234,13 @@ class Worker:
         for end in sorted({*(n for n in keep if begin < n < last), last}):
             position = torch.arange(begin, end, dtype=torch.int32, device=device)[None]
             first = part.begin + begin - part.position
-            yield Piece(part.request, first, first + end - begin, Tokens(torch.ones_like(position), position), keep.pop(end, None))
+            fork = keep.pop(end, None)
+            if fork is not None:
+                self.num_tokens[fork] = end
+            yield Piece(part.request, first, first + end - begin, Tokens(torch.ones_like(position), position), fork)
             begin = end
         if not keep:
             self.forks_to_keep.pop(part.request, None)
-
-    def _join(self, request: str) -> None:
-        """Make a request a row of those that decode."""
-        layers = self.alone.pop(request)
-        if not self.decoding:
-            self.row_layers = layers
-        else:
-            for layer, joining in zip(self.row_layers, layers, strict=True):
-                layer.store.take_over(joining.store)
-        self.decoding.append(request)
-
-    def _part_with(self, rows: list[int]) -> list[PoolLayer]:
-        """Take rows out; the layers of those."""
-        index = torch.tensor(rows, device=self.pool.rows.device)
-        parted = [layer.with_store(layer.store.part_with(index)) for layer in self.row_layers]
-        self.decoding = [request for row, request in enumerate(self.decoding) if row not in rows]
-        if not self.decoding:
-            self.row_layers = []
-        return parted
-
-    def _split(self, layers: list[PoolLayer]) -> list[list[PoolLayer]]:
-        """One row each of layers with several."""
-        first = torch.zeros(1, dtype=torch.long, device=self.pool.rows.device)
-        split = []
-        while len(layers[0].store.seq_len):
-            split.append([layer.with_store(layer.store.part_with(first)) for layer in layers])
-        return split
 
     @torch.no_grad()
     def attend(
@@ -265,19 +263,25 @@ class Worker:
         """
         out = torch.zeros_like(q)
         options: dict = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        layer_of_slots = self.layers[layer]
+        if layer_of_slots.is_empty:
+            layer_of_slots.make_store(self.num_slots, k.shape[1], k.shape[2], v.dtype, v.device)
+        slots = layer_of_slots.store
         for piece in step.pieces:
-            held, part = self.alone[piece.request][layer], slice(piece.begin, piece.end)
-            held.decide(evicts[part][None], piece.tokens)
-            held.update(k[part].transpose(0, 1)[None], v[part].transpose(0, 1)[None])
-            out[part] = held.attend(q[part].transpose(0, 1)[None], **options)[0]
+            row, part = self._rows([self.slots[piece.request]]), slice(piece.begin, piece.end)
+            held = layer_of_slots.with_store(slots.take_rows(row))
+            out[part] = _read(held, piece.tokens, *(x[part].transpose(0, 1)[None] for x in (q, k, v)), evicts[part][None], options)[0]
             if piece.fork is not None:
                 self._keep(piece.request, piece.fork, layer, held.copy())
-        if step.rows is not None:
-            held, rows = self.row_layers[layer], step.rows
-            held.decide(evicts[rows.at][:, None], rows.tokens)
-            held.update(k[rows.at][:, :, None], v[rows.at][:, :, None])
-            answer = held.attend(q[rows.at][:, :, None], **options)[:, 0]
-            out[rows.to] = answer[rows.present]
+            slots.put_rows(row, held.store)
+        if (rows := step.rows) is not None:
+            q_R, k_R, v_R, evicts_R = (x[rows.at] for x in (q, k, v, evicts))
+            if isinstance(slots, FusedStore):
+                out[rows.at] = slots.step_in_rows(rows.slot, k_R, v_R, evicts_R, q_R, **options)
+            else:
+                held = layer_of_slots.with_store(slots.take_rows(rows.slot.long()))
+                out[rows.at] = _read(held, rows.tokens, *(x[:, :, None] for x in (q_R, k_R, v_R)), evicts_R[:, None], options)[:, 0]
+                slots.put_rows(rows.slot.long(), held.store)
         return out
 
     def _keep(self, request: str, key: str, layer: int, copy: PoolLayer) -> None:
@@ -296,41 +300,45 @@ class Worker:
 
     def report(self, step: Step) -> dict[str, Report]:
         """Of each request of a step, and each fork made in it, what it holds."""
-        reports = {piece.request: self._reports([piece.request], self.alone[piece.request])[0] for piece in step.pieces}
-        if step.rows is not None:
-            by_row = self._reports(self.decoding, self.row_layers)
-            reports |= {self.decoding[row]: by_row[row] for row in step.rows.present.tolist()}
+        names = list(dict.fromkeys([*(piece.request for piece in step.pieces), *([] if step.rows is None else step.rows.requests)]))
+        reports = dict(zip(names, self._reports(names, self.layers, [self.slots[name] for name in names]), strict=True)) if names else {}
         new, self.new_forks = self.new_forks, []
-        reports |= {key: self._reports([key], self.forks[key])[0] for key in new if key in self.forks}
+        reports |= {key: self._reports([key], self.forks[key], [0])[0] for key in new if key in self.forks}
         self.peak_pages = max(self.peak_pages, self.pool.num_pages - int(self.pool.num_free))
-        self.peak_requests = max(self.peak_requests, len(self.alone) + len(self.decoding))
+        self.peak_requests = max(self.peak_requests, len(self.slots))
         return reports
 
     def held(self) -> dict[str, int]:
         """entries: those alive of the requests that run, over the KV heads of layers with gates; seen: what these would be had nothing been
         evicted; bytes: of pages in use, those of prefixes too, and of the requests' rings, sliding windows among them."""
         entries = seen = rings = 0
-        requests = [*self.alone.values(), *([self.row_layers] if self.row_layers else [])]
-        for number, layer in ((n, layer) for layers in requests for n, layer in enumerate(layers) if not layer.is_empty):
-            store = layer.store
+        for number, store in ((n, layer.store) for n, layer in enumerate(self.layers) if not layer.is_empty):
             if number < self.num_gated:
                 entries += int(store.entries_alive().sum())
                 seen += int(store.seq_len.sum()) * store.num_heads
-            rings += store.ring_kv.nbytes + store.ring_state.nbytes
+            rings += (store.ring_kv.nbytes + store.ring_state.nbytes) // self.num_slots * len(self.slots)
         pages = self.pool.num_used * self.pool.page_size * self.pool.entry_bytes
         return {"entries": entries, "seen": seen, "bytes": pages + rings}
 
-    def _reports(self, names: list[str], layers: list[PoolLayer]) -> list[Report]:
-        """Of the rows of layers, whose names these are."""
-        layers = layers[: self.num_gated]
-        pages = sum(torch.stack([pages_in(layer.store, tokens) for tokens in self.horizons], 1) for layer in layers)
+    def _reports(self, names: list[str], layers: list[PoolLayer], slots: list[int]) -> list[Report]:
+        """Of what is in the slots of layers, whose names these are."""
+        layers, rows = layers[: self.num_gated], self._rows(slots)
+        pages = sum(torch.stack([pages_in(layer.store, rows, tokens) for tokens in self.horizons], 1) for layer in layers)
         assert isinstance(pages, torch.Tensor), "there are layers"
-        for row, name in enumerate(names):
+        for place, (name, slot) in enumerate(zip(names, slots, strict=True)):
             if name in self.parents:
                 parents = self.forks[self.parents[name]][: self.num_gated]
-                pages[row] -= sum(shared_pages(layer.store, row, parent.store) for layer, parent in zip(layers, parents, strict=True))
-        tokens = layers[0].store.seq_len.tolist()
-        return [Report(number, tuple(row)) for number, row in zip(tokens, pages.tolist(), strict=True)]
+                pages[place] -= sum(shared_pages(layer.store, slot, parent.store) for layer, parent in zip(layers, parents, strict=True))
+        return [Report(self.num_tokens[name], tuple(row)) for name, row in zip(names, pages.tolist(), strict=True)]
+
+
+def _read(
+    held: PoolLayer, tokens: Tokens, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor, options: dict
+) -> torch.Tensor:
+    """Tokens [B, T] of rows, which are stored: q [B, Hq, T, D], k and v [B, H, T, D], evicts [B, T, H] or [B, T, H, K] -> [B, T, Hq, D]."""
+    held.decide(evicts, tokens)
+    held.update(k, v)
+    return held.attend(q, **options)
 
 
 def shared_pages(store: Store, row: int, parent: Store) -> int:
@@ -346,19 +354,19 @@ def sliding(num_visible: int, num_windows: int) -> DMSConfig:
     return DMSConfig(window=windows[0] if num_windows == 1 else windows)
 
 
-def pages_in(store: Store, num_tokens: int) -> torch.Tensor:
-    """Pages of each row [B] once so many more tokens have come, as far as the ring decides, and if no page was given back."""
-    P, counts = store.pool.page_size, store.num_kept
+def pages_in(store: Store, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Pages of the rows [R] once so many more tokens have come, as far as the ring decides, and if no page was given back."""
+    P, counts, state = store.pool.page_size, store.num_kept[rows], store.ring_state[rows]
     if num_tokens:
-        slot = torch.arange(store.ring_state.shape[2], dtype=torch.int32, device=store.device)
-        end = store.seq_len[:, None] - 1
+        slot = torch.arange(state.shape[2], dtype=torch.int32, device=store.device)
+        end = store.seq_len[rows, None] - 1
         # Negative where there is nothing yet.
         position = end - (end - slot) % store.ring_size
         leaves = (position >= 0) & (position <= end + num_tokens - store.ring_size)
-        goes_on = leaves[:, None] & (store.ring_state != EVICT)
+        goes_on = leaves[:, None] & (state != EVICT)
         if store.lists_per_head == 1:
             counts = counts + goes_on.sum(2)
         else:
             each = torch.arange(store.lists_per_head, device=store.device)[:, None]
-            counts = counts + ((list_of(store.ring_state)[:, :, None] == each) & goes_on[:, :, None]).sum(3).flatten(1)
+            counts = counts + ((list_of(state)[:, :, None] == each) & goes_on[:, :, None]).sum(3).flatten(1)
     return (-(-counts // P)).sum(1)
