@@ -17,6 +17,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from dms import borrowed
+from dms.cache.page_pool import Arriving
 from dms.config import DMSConfig
 from dms.gates import BorrowedGate, Gate
 from dms.hf_compat import query_modules
@@ -122,8 +123,16 @@ class GateWithin:
 class Spans:
     """What vLLM says of a step."""
 
-    spans: list[tuple[int, int, int, int]]
-    """Of each request with tokens: the first block of its table, where its tokens begin and end in the step, and the first one's position."""
+    begins: list[int]
+    """Where each request's tokens begin in the step, and where the last one's end."""
+    numbers: Arriving
+    """The first block of each request's table, then each one's length with the step's tokens."""
+
+    def parts(self) -> list[tuple[int, int, int, int]]:
+        """Of each request with tokens: the first block of its table, where its tokens begin and end in the step, and the first one's position."""
+        numbers, count = self.numbers.numbers(), len(self.begins) - 1
+        spans = zip(numbers[:count], self.begins, self.begins[1:], numbers[count:], strict=False)
+        return [(block, begin, end, length - (end - begin)) for block, begin, end, length in spans if end > begin]
 
 
 class StepBuilder(AttentionMetadataBuilder[Spans]):
@@ -133,11 +142,10 @@ class StepBuilder(AttentionMetadataBuilder[Spans]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Spans:
-        common = common_attn_metadata
-        begins, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.cpu().tolist()
-        blocks = common.block_table_tensor[: common.num_reqs, 0].tolist()
-        spans = zip(blocks, begins[:-1], begins[1:], lengths, strict=False)
-        return Spans([(block, begin, end, length - (end - begin)) for block, begin, end, length in spans if end > begin])
+        common, count = common_attn_metadata, common_attn_metadata.num_reqs
+        # They are on their way while the pass begins; the first layer with pages waits for them.
+        numbers = torch.cat([common.block_table_tensor[:count, 0].int(), common.seq_lens[:count].int()])
+        return Spans(common.query_start_loc_cpu[: count + 1].tolist(), Arriving(numbers))
 
 
 class PoolBackend(AttentionBackend):
@@ -264,7 +272,7 @@ class Pool(nn.Module, AttentionLayerBase):
         if self.spans is not spans:
             # The first layer of a step. What the scheduler says of requests comes after the spans, and before this.
             self.spans = spans
-            self.step = self.worker.plan([Part(self.blocks[block], begin, end, position) for block, begin, end, position in spans.spans])
+            self.step = self.worker.plan([Part(self.blocks[block], begin, end, position) for block, begin, end, position in spans.parts()])
         assert self.step is not None, "it was planned"
         how = self.attention[layer]
         return self.worker.attend(layer, self.step, q, k, v, evicts, scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits)

@@ -15,7 +15,7 @@ import torch
 
 from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.layer import CompactedLayer
-from dms.cache.page_pool import used_places
+from dms.cache.page_pool import Arriving, used_places
 from dms.cache.pending import EVICT, list_of
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -101,9 +101,19 @@ class Worker:
         num_gated: how many of the layers, the first, have gates; the others have a sliding window, and nothing in pages.
         horizons: of which numbers of tokens to come the reports are.
         loops: keep every request by itself while it decodes, too.
+        late: a step's report is what the step before left, whose numbers have come to the host meanwhile; None: where the device is no CPU.
     """
 
-    def __init__(self, configs: list[DMSConfig], num_gated: int, pool: FixedPool, horizons: tuple[int, ...], *, loops: bool = False):
+    def __init__(
+        self,
+        configs: list[DMSConfig],
+        num_gated: int,
+        pool: FixedPool,
+        horizons: tuple[int, ...],
+        *,
+        loops: bool = False,
+        late: bool | None = None,
+    ):
         self.configs, self.num_gated, self.pool, self.horizons, self.loops = configs, num_gated, pool, horizons, loops
         self.layers = [PoolLayer(config, pool) for config in configs]
         """Of which each row is a slot."""
@@ -123,6 +133,11 @@ class Worker:
         """Of which no report was made."""
         self.forks_to_keep: dict[str, dict[int, str]] = {}
         """Of each request, the keys of the forks to keep once it has so many tokens."""
+        self.fork_pages: dict[str, list[torch.Tensor]] = {}
+        """Of forks that others began from: the numbers of each layer's pages."""
+        self.late = not pool.reads_are_free if late is None else late
+        self.counted: _Counted | None = None
+        """What the next report is of, where reports are late."""
         self.peak_pages = 0
         self.peak_requests = 0
 
@@ -191,6 +206,7 @@ class Worker:
         self.forks.pop(key, None)
         self.parents.pop(key, None)
         self.num_tokens.pop(key, None)
+        self.fork_pages.pop(key, None)
         self.pool.collect()
 
     # A step.
@@ -299,14 +315,24 @@ class Worker:
     # What the scheduler is told, after a step.
 
     def report(self, step: Step) -> dict[str, Report]:
-        """Of each request of a step, and each fork made in it, what it holds."""
+        """Of each request of a step, and each fork made in it, what it holds: of this step, or where reports are late of the one before."""
         names = list(dict.fromkeys([*(piece.request for piece in step.pieces), *([] if step.rows is None else step.rows.requests)]))
-        reports = dict(zip(names, self._reports(names, self.layers, [self.slots[name] for name in names]), strict=True)) if names else {}
-        new, self.new_forks = self.new_forks, []
-        reports |= {key: self._reports([key], self.forks[key], [0])[0] for key in new if key in self.forks}
-        self.peak_pages = max(self.peak_pages, self.pool.num_pages - int(self.pool.num_free))
+        new, self.new_forks = [key for key in self.new_forks if key in self.forks], []
+        parts = [self._count_pages([key], self.forks[key], [0]) for key in new]
+        if names:
+            parts.insert(0, self._count_pages(names, self.layers, [self.slots[name] for name in names]))
+        names += new
+        numbers = torch.cat([*(part.flatten() for part in parts), self.pool.num_free[None]])
+        counted = _Counted(names, [self.num_tokens[name] for name in names], Arriving(numbers))
         self.peak_requests = max(self.peak_requests, len(self.slots))
-        return reports
+        told, self.counted = (self.counted, counted) if self.late else (counted, None)
+        if told is None:
+            return {}
+        *pages, num_free = told.numbers.numbers()
+        self.peak_pages = max(self.peak_pages, self.pool.num_pages - num_free)
+        width = len(self.horizons)
+        each = zip(told.names, told.num_tokens, (tuple(pages[i : i + width]) for i in range(0, len(pages), width)), strict=True)
+        return {name: Report(num_tokens, of_horizons) for name, num_tokens, of_horizons in each}
 
     def held(self) -> dict[str, int]:
         """entries: those alive of the requests that run, over the KV heads of layers with gates; seen: what these would be had nothing been
@@ -320,16 +346,31 @@ class Worker:
         pages = self.pool.num_used * self.pool.page_size * self.pool.entry_bytes
         return {"entries": entries, "seen": seen, "bytes": pages + rings}
 
-    def _reports(self, names: list[str], layers: list[PoolLayer], slots: list[int]) -> list[Report]:
-        """Of what is in the slots of layers, whose names these are."""
+    def _count_pages(self, names: list[str], layers: list[PoolLayer], slots: list[int]) -> torch.Tensor:
+        """[names, horizons] int64: pages of what is in the slots of layers, whose names these are."""
         layers, rows = layers[: self.num_gated], self._rows(slots)
         pages = sum(torch.stack([pages_in(layer.store, rows, tokens) for tokens in self.horizons], 1) for layer in layers)
         assert isinstance(pages, torch.Tensor), "there are layers"
         for place, (name, slot) in enumerate(zip(names, slots, strict=True)):
             if name in self.parents:
-                parents = self.forks[self.parents[name]][: self.num_gated]
-                pages[place] -= sum(shared_pages(layer.store, slot, parent.store) for layer, parent in zip(layers, parents, strict=True))
-        return [Report(self.num_tokens[name], tuple(row)) for name, row in zip(names, pages.tolist(), strict=True)]
+                shared = self._pages_of_fork(self.parents[name])
+                pages[place] -= sum(shared_pages(layer.store, slot, numbers) for layer, numbers in zip(layers, shared, strict=True))
+        return pages
+
+    def _pages_of_fork(self, key: str) -> list[torch.Tensor]:
+        if key not in self.fork_pages:
+            self.fork_pages[key] = [layer.store.page_numbers() for layer in self.forks[key][: self.num_gated]]
+        return self.fork_pages[key]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a step left."""
+
+    names: list[str]
+    num_tokens: list[int]
+    numbers: Arriving
+    """Pages by name and horizon, then the pool's free ones."""
 
 
 def _read(
@@ -341,10 +382,11 @@ def _read(
     return held.attend(q, **options)
 
 
-def shared_pages(store: Store, row: int, parent: Store) -> int:
-    """Pages of a row that another store has too."""
-    used = used_places(store.page_table[row : row + 1], store.num_kept[row : row + 1], store.pool.page_size)
-    return int(torch.isin(store.page_table[row : row + 1][used], parent.page_numbers()).sum())
+def shared_pages(store: Store, row: int, numbers: torch.Tensor) -> torch.Tensor:
+    """How many of a row's pages are among these numbers."""
+    table = store.page_table[row : row + 1]
+    used = used_places(table, store.num_kept[row : row + 1], store.pool.page_size)
+    return (torch.isin(table, numbers) & used).sum()
 
 
 def sliding(num_visible: int, num_windows: int) -> DMSConfig:

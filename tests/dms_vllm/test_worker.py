@@ -73,7 +73,7 @@ def read_alone(config: DMSConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 class Server:
     """A scheduler as vLLM's, of a few lines: requests take turns, the last one is preempted where vouchers run out."""
 
-    def __init__(self, rng: random.Random, loops: bool, quantized: bool = False):
+    def __init__(self, rng: random.Random, loops: bool, quantized: bool = False, late: bool = False):
         self.rng = rng
         windows = sorted(rng.sample(range(1, 40), rng.randint(1, 3)))
         alignment = rng.choice(["own", "next"]) if len(windows) == 1 else "own"
@@ -89,7 +89,7 @@ class Server:
         pool = FixedPool(raw, 16, DIM, torch.float32, quantized=quantized, windows=self.config.windows)
         assert pool.num_pages == num_pages
         self.ledger = Ledger(self.geometry)
-        self.worker = Worker([self.config] * LAYERS, LAYERS, pool, self.geometry.horizons, loops=loops)
+        self.worker = Worker([self.config] * LAYERS, LAYERS, pool, self.geometry.horizons, loops=loops, late=late)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.prefixes: dict[str, tuple[Request, int]] = {}
@@ -233,9 +233,9 @@ class Server:
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def run(seed: int, loops: bool) -> Server:
+def run(seed: int, loops: bool, late: bool = False) -> Server:
     rng = random.Random(seed)
-    server = Server(rng, loops)
+    server = Server(rng, loops, late=late)
     requests: list[Request] = []
     for number in range(rng.randint(2, 7)):
         like = rng.choice([None, *requests])
@@ -256,9 +256,9 @@ def run(seed: int, loops: bool) -> Server:
     return server
 
 
-@pytest.mark.parametrize("loops", [False, True])
-def test_requests_come_out_as_read_alone(loops):
-    servers = [run(seed, loops) for seed in range(int(os.environ.get("DMS_CASES", 10)))]
+@pytest.mark.parametrize(("loops", "late"), [(False, False), (False, True), (True, False)])
+def test_requests_come_out_as_read_alone(loops, late):
+    servers = [run(seed, loops, late) for seed in range(int(os.environ.get("DMS_CASES", 10)))]
     print(
         f"{len(servers)} schedules: {sum(s.num_preempted for s in servers)} preemptions, {sum(s.num_forked for s in servers)} prefixes, "
         f"at most {max(s.worst for s in servers):.3f} of a pool used"
