@@ -165,7 +165,9 @@ class Server:
         for key, (source, length) in self.prefixes.items():
             same = min(source.prompt, request.prompt)
             fits = self.ledger.finishes(self.ledger.of_prefixes(key), length, self.longest, self.num_vouchers)
-            if fits and length < min(same + 1, request.prompt) and torch.equal(source.k[:, :length], request.k[:, :length]):
+            # Prefixes that this step makes are for requests that begin after it, as in the scheduler.
+            is_made = key in self.worker.forks
+            if is_made and fits and length < min(same + 1, request.prompt) and torch.equal(source.k[:, :length], request.k[:, :length]):
                 request.done = self.ledger.begin(request.name, key)
                 assert request.done == length
                 return key
