@@ -94,8 +94,9 @@ class Layer:
         # Views of what projections gave, as transformers makes them.
         self.k, self.v = (torch.randn(batch, 1, heads, dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
         self.query = torch.randn(batch, 1, heads * group, dim, dtype=torch.bfloat16).transpose(1, 2)
+        self.new = PendingTokens(self.gate, self.new_tokens(), self.k, self.v)
         for _ in range(windows[0] + 2):
-            self.step(self.new_tokens())
+            self.step(self.new.tokens)
 
     def new_tokens(self) -> Tokens:
         """Of one forward pass."""
@@ -109,15 +110,15 @@ class Layer:
         self.layer.attend(self.query, scale=0.1, softcap=None, sink_logits=None)
 
     def append(self) -> None:
-        self.store.push(PendingTokens(self.gate, self.new_tokens(), self.k, self.v))
+        self.store.push(self.new)
 
     def attend(self) -> None:
         self.store.attend_newest(self.query, None, window=self.store.dms.windows[0], scale=0.1)
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
     """Microseconds of each call, which take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -134,30 +135,29 @@ def _through_operators(call: Callable[[], None]) -> Callable[[], None]:
     return through
 
 
+def measure(windows: tuple[int, ...], *, batch: int, num_layers: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """By what is called: microseconds through operators, and as a cache launches its kernels. Within `stubbed`."""
+    layers = [Layer(windows, batch=batch) for _ in range(num_layers)]
+
+    def all_layers() -> None:
+        tokens = layers[0].new_tokens()
+        for layer in layers:
+            layer.step(tokens)
+
+    calls = {"append": layers[0].append, "paged_decode": layers[0].attend, f"decode step, {num_layers} layers": all_layers}
+    both = {(name, kept): call if kept else _through_operators(call) for name, call in calls.items() for kept in (False, True)}
+    found = medians(both, repeats)
+    return {name: (found[name, False], found[name, True]) for name in calls}
+
+
 def main(repeats: int = 200) -> None:
+    versions = f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, Triton {triton.__version__}"
+    print(f"host microseconds, driver stubbed, medians of {repeats}; {versions}")
+    print(f"{'batch':>5} {'windows':<16} {'what':<26} {'by operators':>12} {'as kept':>8} {'ratio':>6}")
     with stubbed(), torch.no_grad():
-        print(
-            f"host microseconds, driver stubbed, medians of {repeats}; {torch.get_num_threads()} thread(s), torch {torch.__version__}, Triton {triton.__version__}"
-        )
-        print(f"{'batch':>5} {'windows':<16} {'what':<26} {'by operators':>12} {'kept':>8} {'ratio':>6}")
         for batch in (1, 16):
             for windows in ((256,), (32, 128, 512)):
-                layers = [Layer(windows, batch=batch) for _ in range(NUM_LAYERS)]
-
-                def all_layers(layers: list[Layer] = layers) -> None:
-                    tokens = layers[0].new_tokens()
-                    for layer in layers:
-                        layer.step(tokens)
-
-                one = layers[0]
-                calls = {"append": one.append, "paged_decode": one.attend, f"decode step, {NUM_LAYERS} layers": all_layers}
-                found = medians(
-                    {f"{name}/kept": call for name, call in calls.items()}
-                    | {name: _through_operators(call) for name, call in calls.items()},
-                    repeats,
-                )
-                for name in calls:
-                    operators, kept = found[name], found[f"{name}/kept"]
+                for name, (operators, kept) in measure(windows, batch=batch, num_layers=NUM_LAYERS, repeats=repeats).items():
                     print(f"{batch:>5} {windows!s:<16} {name:<26} {operators:>12.1f} {kept:>8.1f} {kept / operators:>6.2f}")
 
 
