@@ -81,6 +81,25 @@ def test_a_step_waits_for_nothing(model):
 
 
 @torch.no_grad()
+def test_captured_steps_are_the_steps(model):
+    """Over pages that are taken, and a text longer than was reserved."""
+    ids = torch.randint(2, 90, (2, 400), device="cuda")
+    caches = [DMSCache(model, page_size=16, reserve_tokens=300), DMSCache(model, page_size=16)]
+    graphs = set()
+    for cache in caches:
+        model(input_ids=ids[:, :200], past_key_values=cache)
+    for i in range(200, 400):
+        found = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for cache in caches]
+        torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+        graphs.add(id(caches[0].captured))
+    assert caches[0].captured is not None and 2 <= len(graphs) < 40
+    assert caches[0].report(warn=False).alive == caches[1].report(warn=False).alive
+    options = {"max_new_tokens": 50, "do_sample": False, "pad_token_id": 0}
+    generated = [model.generate(ids, past_key_values=DMSCache(model, reserve_tokens=tokens), **options) for tokens in (500, None)]
+    assert (generated[0] == generated[1]).float().mean() > 0.95, "a gate's logit next to 0 may fall on either side"
+
+
+@torch.no_grad()
 def test_generation_as_with_plain_pytorch(model, monkeypatch):
     ids = torch.randint(2, 90, (2, 200), device="cuda")
     found = []
