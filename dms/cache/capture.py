@@ -125,7 +125,7 @@ class CapturedStep:
 
 def captured_forward(model: Any, state: DMSState, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """A forward in evict mode by keyword arguments, replayed where it is a decode step over a reserved cache; forward: runs it as it is."""
-    cache = next((kwargs[name] for name in hf_compat.CACHE_NAMES if kwargs.get(name) is not None), None)
+    cache: Any = next((kwargs[name] for name in hf_compat.CACHE_NAMES if kwargs.get(name) is not None), None)
     if getattr(cache, "reserve_tokens", None) is None:
         return forward(**kwargs)
     given = {name: value for name, value in kwargs.items() if name not in hf_compat.CACHE_NAMES and value is not None}

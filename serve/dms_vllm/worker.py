@@ -286,7 +286,8 @@ class Worker:
         for piece in step.pieces:
             row, part = self._rows([self.slots[piece.request]]), slice(piece.begin, piece.end)
             held = layer_of_slots.with_store(slots.take_rows(row))
-            out[part] = _read(held, piece.tokens, *(x[part].transpose(0, 1)[None] for x in (q, k, v)), evicts[part][None], options)[0]
+            q_1, k_1, v_1 = (x[part].transpose(0, 1)[None] for x in (q, k, v))
+            out[part] = _read(held, piece.tokens, q_1, k_1, v_1, evicts[part][None], options)[0]
             if piece.fork is not None:
                 self._keep(piece.request, piece.fork, layer, held.copy())
             slots.put_rows(row, held.store)
@@ -296,7 +297,8 @@ class Worker:
                 out[rows.at] = slots.step_in_rows(rows.slot, k_R, v_R, evicts_R, q_R, **options)
             else:
                 held = layer_of_slots.with_store(slots.take_rows(rows.slot.long()))
-                out[rows.at] = _read(held, rows.tokens, *(x[:, :, None] for x in (q_R, k_R, v_R)), evicts_R[:, None], options)[:, 0]
+                answer = _read(held, rows.tokens, q_R[:, :, None], k_R[:, :, None], v_R[:, :, None], evicts_R[:, None], options)
+                out[rows.at] = answer[:, 0]
                 slots.put_rows(rows.slot.long(), held.store)
         return out
 
