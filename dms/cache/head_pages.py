@@ -354,34 +354,6 @@ class HeadPages:
         self.pool.share(self.page_table[num_before:][self._used_places()[num_before:]])
         self._separate_last_pages()
 
-    @outside_inference_mode
-    def take_over(self: AnyPages, other: AnyPages) -> None:
-        """Put all rows of another store over the same pool behind this one's. The other has none left, so that no page is copied."""
-        width = max(self.page_table.shape[2], other.page_table.shape[2])
-        for store in (self, other):
-            store.page_table = F.pad(store.page_table, (0, width - store.page_table.shape[2]))
-        for name, tensor in self.tensors().items():
-            theirs = getattr(other, name)
-            setattr(self, name, torch.cat([tensor, theirs]))
-            setattr(other, name, theirs[:0])
-        self.recount()
-        other.recount()
-
-    @outside_inference_mode
-    def part_with(self: AnyPages, rows: torch.Tensor) -> AnyPages:
-        """Give the rows [K] int64, each named once, to a store of their own, and keep the others in their order. No page is copied."""
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        self.pool.num_holders += 1
-        stays = torch.ones(len(self.num_kept), dtype=torch.bool, device=self.device)
-        stays[rows] = False
-        for name, tensor in self.tensors().items():
-            setattr(new, name, tensor.index_select(0, rows))
-            setattr(self, name, tensor[stays])
-        self.recount()
-        new.recount()
-        return new
-
     # Rows as slots: they stay where they are, and what is in them comes and goes.
 
     @outside_inference_mode

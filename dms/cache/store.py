@@ -356,14 +356,6 @@ class Store(HeadPages):
         super().append_rows(other, rows)
 
     @outside_inference_mode
-    def take_over(self, other: HeadPages) -> None:
-        assert isinstance(other, Store) and other.dms == self.dms and other.pool is self.pool, "stores of one layer of a model"
-        num_slots = max(self.ring_kv.shape[3], other.ring_kv.shape[3])
-        for store in (self, other):
-            store._widen_ring(num_slots)
-        super().take_over(other)
-
-    @outside_inference_mode
     def take_rows(self, rows: torch.Tensor) -> "Store":
         # A ring that is not full yet has a slot for each token.
         self._widen_ring(self.ring_size)
