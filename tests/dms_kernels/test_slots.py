@@ -31,7 +31,7 @@ def test_rows_that_a_step_names_go_on_and_no_others(monkeypatch, route, windows,
     whole = empty_cache(ROWS, H, D, P, window=2, windows=windows)
     alone = [empty_cache(1, H, D, P, window=2, windows=windows) for _ in range(ROWS)]
     monkeypatch.setenv("DMS_KERNELS", route)
-    for step in range(60):
+    for step in range(60 if seed else 32):
         B = int(torch.randint(1, ROWS + 1, (1,), generator=generator))
         slot = torch.randperm(ROWS, generator=generator)[:B].int()
         slot[torch.rand(B, generator=generator) < 0.2] = -1
@@ -53,7 +53,7 @@ def test_rows_that_a_step_names_go_on_and_no_others(monkeypatch, route, windows,
                 torch.testing.assert_close(kept(whole, row, number), kept(cache, 0, number), rtol=1e-6, atol=1e-6)
     assert (
         whole["seq_len"].min() > 2
-        and whole["num_kept"].max() > (P if windows is None else 4)
+        and whole["num_kept"].max() > (P if windows is None and seed else 4)
         and not whole["overflow"]
         and not whole["ticket"].any()
     )
@@ -85,7 +85,9 @@ def test_what_slots_may_be():
 
 
 @pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
-@pytest.mark.parametrize("slot", [None, torch.tensor([2, 0], dtype=torch.int32)], ids=["rows", "slots"])
+@pytest.mark.parametrize(
+    "slot", [pytest.param(None, marks=pytest.mark.slow), torch.tensor([2, 0], dtype=torch.int32)], ids=["rows", "slots"]
+)
 def test_steps_that_launch_as_before(monkeypatch, slot):
     monkeypatch.setenv("DMS_KERNELS", "triton")
     follow_two_ways(slot)

@@ -14,7 +14,7 @@ from dms_kernels.paged_decode import paged_decode
 H, D, P = 2, 16, 16
 
 
-def follow_two_ways(slot: torch.Tensor | None = None, num_steps: int = 14, dtype: torch.dtype = torch.float32) -> None:
+def follow_two_ways(slot: torch.Tensor | None = None, num_steps: int = 10, dtype: torch.dtype = torch.float32) -> None:
     """Kernels must be on. What `StepAppends` and `NewestQueries` do is what the operators do, bit by bit; they prepare a launch once for each kind of
     tensors that comes."""
     from dms_kernels.append.fused import StepAppends
