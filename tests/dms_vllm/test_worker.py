@@ -212,8 +212,11 @@ class Server:
             self.compare(out, of_step("expected"))
         for request, n in chosen:
             request.done += n
+        # A late report may be of a life that has ended.
+        names = {one.in_worker: one.name for one in self.running} | {key: key for key in self.prefixes}
         for name, report in self.worker.report(step).items():
-            self.ledger.report(name if name in self.prefixes else name.rpartition("#")[0], report)
+            if name in names:
+                self.ledger.report(names[name], report)
         used = self.worker.pool.num_pages - int(self.worker.pool.num_free)
         assert used <= self.ledger.num_held * self.geometry.pages_per_voucher
         self.worst = max(self.worst, used / self.worker.pool.num_pages)

@@ -142,7 +142,8 @@ class Lockstep:
                 # Hooks run when a step is captured; the tensors that they saw are written again by each replay.
                 if self.cache.captured is not before:
                     self.cache.captured.gate_logits = list(tape.recorded)
-                tape.recorded = self.cache.captured.gate_logits
+                elif not tape.recorded:
+                    tape.recorded = self.cache.captured.gate_logits
             tape.play()
             logits.append(self._forward(ids, mask, position, self.oracle))
         self.mask = mask
