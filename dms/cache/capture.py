@@ -89,7 +89,11 @@ class CapturedStep:
         run: Callable[[dict[str, torch.Tensor]], ModelOutput],
         record: Recorder,
     ):
-        """run: the model's forward of tensors by name. launches: of the cache's stores, as `FusedStore.step_launches` gives them."""
+        """run: the model's forward of tensors by name. launches: of the cache's stores, as `FusedStore.step_launches` gives them.
+
+        Raises:
+            RuntimeError: the step cannot be captured.
+        """
         self._key = key
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         # Weakly, so that a pool that has grown is not kept.
@@ -106,7 +110,13 @@ class CapturedStep:
             self._others = {name: value for name, value in output.items() if name not in ("logits", self._cache_name)}
             return output["logits"]
 
-        self._replay, self._logits, self.has_run = record(step)
+        try:
+            self._replay, self._logits, self.has_run = record(step)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decode step could not be captured ({error}), as where a model asks its device for numbers; the cache is half-way through it: begin "
+                "anew with a cache without reserve_tokens"
+            ) from error
 
     def fits(self, key: Any, launches: list[Any]) -> bool:
         return self._key == key and all(mine() is launch for mine, launch in zip(self._launches, launches, strict=True))

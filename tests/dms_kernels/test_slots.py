@@ -24,7 +24,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("windows", [None, (2, 9, 20)], ids=str)
+@pytest.mark.parametrize("windows", [pytest.param(None, marks=pytest.mark.slow), (2, 9, 20)], ids=str)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_rows_that_a_step_names_go_on_and_no_others(monkeypatch, route, windows, seed):
     generator = torch.Generator().manual_seed(seed)

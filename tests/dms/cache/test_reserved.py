@@ -196,6 +196,22 @@ def test_how_much_is_reserved(evicting, monkeypatch):
         _run(model, bounded, ids, 11)
 
 
+@interpreted
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured(evicting, recorders, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(capture.recorders, "cpu", refuse)
+    model, ids = evicting(window=5), _tokens(1, 12)
+    cache = DMSCache(model, page_size=16, reserve_tokens=64)
+    with pytest.raises(
+        RuntimeError, match=r"could not be captured \(operation not permitted .*\), .* begin anew with a cache without reserve_tokens"
+    ):
+        _run(model, cache, ids, 9)
+    assert cache.captured is None
+
+
 @pytest.mark.parametrize("tokens", [0, -3, 2.5, "many", True])
 def test_numbers_that_are_none(evicting, tokens):
     with pytest.raises(ValueError, match="give the tokens that a sequence will have at most, prompt included, or None"):
