@@ -321,16 +321,18 @@ class DMSCache(Cache):
         self._is_prepared = True
         for store in self._stores():
             assert isinstance(store, FusedStore), "kernels append"
-            if not store.is_prepared:
-                store.prepare_step()
+            store.prepare_step()
 
     def end_step(self, replayed: bool) -> None:
         """After `prepare_step` and a step. replayed: it was a graph, and its host code did not run."""
         self._is_prepared = False
-        for layer in self.compacted_layers().values() if replayed else ():
+        for layer in self.compacted_layers().values():
             assert isinstance(layer.store, FusedStore), "kernels append"
-            layer.store.count_step()
-            layer.columns += 1
+            if replayed:
+                layer.store.count_step()
+                layer.columns += 1
+            # Of a step that failed before this layer: the next one may be of another kind.
+            layer.store.is_prepared = False
 
     def undo_forward(self) -> None:
         """After a forward that failed half-way: as it was before."""

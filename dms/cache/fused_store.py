@@ -21,8 +21,8 @@ from dms_kernels.sparse_prefill import attend, store_survivors
 
 if TYPE_CHECKING:
     # They need Triton, which machines without a GPU may lack.
-    from dms_kernels.append.fused import StepAppends
-    from dms_kernels.paged_decode.fused import NewestQueries
+    from dms_kernels.append.fused import CachedAppend
+    from dms_kernels.paged_decode.fused import CachedDecode
 
 _NO_PAGE = "a decode step found no free page and dropped an entry; please report this"
 # More queries are read as a prompt is.
@@ -37,13 +37,13 @@ def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) ->
 
 
 @dataclass
-class _KeptLaunches:
+class _CachedLaunches:
     """How a store's kernels were launched at the step before."""
 
     state: tuple[torch.Tensor, ...]
     """The tensors that they are launched with."""
-    append: "StepAppends | None" = None
-    decode: "dict[bool, NewestQueries]" = field(default_factory=dict)
+    append: "CachedAppend | None" = None
+    decode: "dict[bool, CachedDecode]" = field(default_factory=dict)
     """Without pages and with them."""
 
     def fits(self, state: tuple[torch.Tensor, ...]) -> bool:
@@ -72,8 +72,7 @@ class FusedStore(Store):
         if new.num_tokens > 1:
             super().push(new)
             return
-        if not self.is_prepared:
-            self.prepare_step()
+        self.prepare_step()
         # `outside_inference_mode` would let gradients be recorded again.
         with torch.no_grad():
             self._append(new)
@@ -81,14 +80,20 @@ class FusedStore(Store):
 
     @outside_inference_mode
     def prepare_step(self) -> None:
-        """Make room for one token a row: all that the host does before a step, so that the step itself is the same launches as the one before."""
+        """Make room for one token a row: all that the host does before a step, so that the step itself is the same launches as the one before. A
+        second call before the step does nothing."""
+        if self.is_prepared:
+            return
         self._grow_ring(1)
         if self.longest >= self.ring_size:
             self._make_room_for_one()
+        self._size_append_tickets()
+        self.is_prepared = True
+
+    def _size_append_tickets(self) -> None:
         num_tickets = len(self.seq_len) + (self.lists_per_head > 1)
         if len(self.append_tickets) != num_tickets:
             self.append_tickets = self.seq_len.new_zeros(num_tickets)
-        self.is_prepared = True
 
     def step_in_rows(
         self, row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, evicts: torch.Tensor, q: torch.Tensor, **options
@@ -97,12 +102,10 @@ class FusedStore(Store):
         [B, Hq, D] -> [B, Hq, D]. Rings are full in size, as `take_rows` leaves them. Asks the device once in a while."""
         with torch.inference_mode(False), torch.no_grad():
             self._make_room_for_one()
-            num_tickets = len(self.seq_len) + (self.lists_per_head > 1)
-            if len(self.append_tickets) != num_tickets:
-                self.append_tickets = self.seq_len.new_zeros(num_tickets)
+            self._size_append_tickets()
             if self.decode_tickets.numel() < len(self.seq_len) * q.shape[1]:
                 self.decode_tickets = self.seq_len.new_zeros(len(self.seq_len) * q.shape[1])
-            kept = self._kept_launches()
+            kept = self._cached_launches()
             if kept.append is None:
                 kept.append = self._make_appends()
             kept.append(k, v, evicts, None, row)
@@ -115,7 +118,7 @@ class FusedStore(Store):
 
     def step_launches(self) -> object | None:
         """What the step's launches depend on, the same object from step to step as long as they are the same; None: the last step launched others."""
-        kept = self.pool.kept_launches.get(self)
+        kept = self.pool.cached_launches.get(self)
         if kept is None or kept.append is None or (self.most_kept > 0) not in kept.decode or not kept.fits(self._launched_with()):
             return None
         return kept
@@ -126,7 +129,7 @@ class FusedStore(Store):
         if is_traced():
             append(NewToken(k, v, evict, real=real), *self._appended_to(), **self._how())
             return
-        kept = self._kept_launches()
+        kept = self._cached_launches()
         if kept.append is None:
             kept.append = self._make_appends()
         kept.append(k, v, evict, real)
@@ -135,22 +138,22 @@ class FusedStore(Store):
         # Pages are given back as in `push` of many tokens.
         return {"sinks": self.dms.sinks, "alignment": self.dms.alignment, "release_gone": self.pool.budget is None}
 
-    def _make_appends(self) -> "StepAppends":
-        from dms_kernels.append.fused import StepAppends
+    def _make_appends(self) -> "CachedAppend":
+        from dms_kernels.append.fused import CachedAppend
 
-        return StepAppends(*self._appended_to(), **self._how())
+        return CachedAppend(*self._appended_to(), **self._how())
 
     def _appended_to(self) -> tuple[Ring, PagedKV, FreePages, Counters]:
         pool = self.pool
         free = FreePages(pool.free, pool.num_free, pool.references)
         return self._ring(), self._paged(self.num_kept), free, Counters(self.evicted, self.decided, self.overflow, self.append_tickets)
 
-    def _kept_launches(self) -> "_KeptLaunches":
+    def _cached_launches(self) -> "_CachedLaunches":
         """Of this store as it is; new ones where a tensor has been replaced since."""
         state = self._launched_with()
-        kept = self.pool.kept_launches.get(self)
+        kept = self.pool.cached_launches.get(self)
         if kept is None or not kept.fits(state):
-            kept = self.pool.kept_launches[self] = _KeptLaunches(state)
+            kept = self.pool.cached_launches[self] = _CachedLaunches(state)
         return kept
 
     def _launched_with(self) -> tuple[torch.Tensor, ...]:
@@ -176,14 +179,14 @@ class FusedStore(Store):
         tickets = self._tickets(query)
         if is_traced():
             return paged_decode(query, self._ring(), self.pages(), real=real_B, tickets=tickets, **options)
-        return self._decode_of(self._kept_launches(), self.most_kept > 0)(query, real_B, **options)
+        return self._decode_of(self._cached_launches(), self.most_kept > 0)(query, real_B, **options)
 
-    def _decode_of(self, kept: "_KeptLaunches", has_pages: bool) -> "NewestQueries":
+    def _decode_of(self, kept: "_CachedLaunches", has_pages: bool) -> "CachedDecode":
         if has_pages not in kept.decode:
-            from dms_kernels.paged_decode.fused import NewestQueries
+            from dms_kernels.paged_decode.fused import CachedDecode
 
             paged = self._paged(self.num_kept) if has_pages else None
-            kept.decode[has_pages] = NewestQueries(self._ring(), paged, self.decode_tickets)
+            kept.decode[has_pages] = CachedDecode(self._ring(), paged, self.decode_tickets)
         return kept.decode[has_pages]
 
     def attend(

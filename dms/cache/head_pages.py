@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from dms.cache.page_pool import Arriving, PagePool, outside_inference_mode, used_places
+from dms.cache.page_pool import HostCopy, PagePool, outside_inference_mode, used_places
 from dms_kernels.arguments import FOR_GOOD, PagedKV, ReadOrder
 from dms_kernels.cached_attention import make_read_order
 
@@ -46,7 +46,7 @@ class HeadPages:
         """A bound known without asking the device: no head has more entries in pages."""
         self.reserved = (0, pool.epoch)
         """On other devices than a CPU: for how many more steps pages were reserved, and the pool's epoch then."""
-        self._arriving: Arriving | None = None
+        self._host_copy: HostCopy | None = None
         """How many pages are free, on its way."""
         self.is_offloaded = False
         """Its entries are elsewhere, those that no other store shares."""
@@ -160,15 +160,17 @@ class HeadPages:
     def _reserve_ahead(self, num_heads: int) -> None:
         """In P steps a head begins one page at most: reserve one for each, and look again after P steps. How many are free by then is asked
         half-way, so that the answer is there."""
-        (steps, epoch), pool, arriving = self.reserved, self.pool, self._arriving
+        (steps, epoch), pool, copied = self.reserved, self.pool, self._host_copy
         if steps > 0 and epoch == pool.epoch:
             if steps == pool.page_size // 2 and pool.num_holders == 1:
-                self._arriving = Arriving(self._asked_numbers())
+                self._host_copy = HostCopy(self._asked_numbers())
         else:
             # Since it was asked each head has begun one page at most, unless something else has come between.
-            is_known = arriving is not None and epoch == pool.epoch and pool.num_holders == 1
-            pool.reserve(num_heads, self._free_of(arriving.numbers()) - num_heads if is_known and arriving is not None else 0)
-            steps, self._arriving = pool.page_size, None
+            num_free = 0
+            if copied is not None and epoch == pool.epoch and pool.num_holders == 1:
+                num_free = self._free_of(copied.numbers()) - num_heads
+            pool.reserve(num_heads, num_free)
+            steps, self._host_copy = pool.page_size, None
         self.reserved = (steps - 1, pool.epoch)
 
     def _asked_numbers(self) -> torch.Tensor:
@@ -411,8 +413,6 @@ class HeadPages:
             pool.release(fresh)
         self.pool.release(before)
         self.pool.num_holders -= 1
-        self.is_offloaded = False
-        """Its entries are elsewhere, those that no other store shares."""
         pool.num_holders += 1
         self.pool, self.page_table = pool, table
         self.recount()

@@ -29,7 +29,7 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class Arriving:
+class HostCopy:
     """Numbers of a tensor [n] on their way to the host, which goes on meanwhile."""
 
     def __init__(self, numbers: torch.Tensor):
@@ -133,11 +133,11 @@ def layer_bytes(layers: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
-class KeptLaunches(weakref.WeakKeyDictionary):
+class CachedLaunches(weakref.WeakKeyDictionary):
     """By store; of no use to a copy, which has other tensors."""
 
-    def __deepcopy__(self, memo: Any) -> "KeptLaunches":
-        return KeptLaunches()
+    def __deepcopy__(self, memo: Any) -> "CachedLaunches":
+        return CachedLaunches()
 
 
 class PagePool:
@@ -196,7 +196,7 @@ class PagePool:
         """Stores that use the pool and whose caches are elsewhere."""
         self.offloaded: Offloaded | None = None
         """The entries, where all its stores are offloaded."""
-        self.kept_launches: KeptLaunches = KeptLaunches()
+        self.cached_launches: CachedLaunches = CachedLaunches()
         """Of each store: how it launches its kernels, with the pool's tensors. Here, so that nothing keeps those when they are replaced."""
 
     @property
@@ -342,7 +342,7 @@ class PagePool:
         self.collect()
         self.num_offloaded += 1
         if self.num_offloaded == self.num_holders and self.num_pages:
-            self.kept_launches.clear()
+            self.cached_launches.clear()
             moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
             self.offloaded = Offloaded(moved, folder)
             for name, tensor in moved.items():
@@ -362,12 +362,12 @@ class PagePool:
         Raises:
             CacheFull: the budget does not allow them.
         """
-        self.floor = max(self.floor, num_pages)
-        missing = self.floor - self.num_pages
+        missing = num_pages - self.num_pages
         if missing > 0:
             if self.budget is not None:
                 self.budget.check(missing * self.page_bytes)
-            self.resize(self.floor)
+            self.resize(num_pages)
+        self.floor = max(self.floor, num_pages)
 
     def _allowed_growth(self, missing: int) -> int:
         """Some more than is missing, where the budget allows it."""
@@ -385,7 +385,7 @@ class PagePool:
     @outside_inference_mode
     def resize(self, num_pages: int) -> None:
         """Give the pool num_pages pages; those beyond must be free."""
-        self.kept_launches.clear()
+        self.cached_launches.clear()
         num_copied = min(num_pages, self.num_pages)
         rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
         rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]

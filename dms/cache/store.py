@@ -95,14 +95,13 @@ class Store(HeadPages):
     @outside_inference_mode
     def reserve_tokens(self, num_tokens: int, share: float) -> None:
         """Get the ring, page tables and pages that rows of num_tokens tokens need of which a share is kept, before they come."""
-        batch, num_lists = self.num_kept.shape
         in_pages, P = max(0, num_tokens - self.ring_size), self.pool.page_size
         self._widen_ring(_ring_slots(num_tokens, self.ring_size))
         self._widen(in_pages)
         # Each list's last page is half empty, and with several windows its first one too.
         for_good = -(-round(in_pages * share) // P) + 1
         passing = sum(-(-min(in_pages, b - a) // P) + 1 for a, b in pairwise(self.dms.windows))
-        self.pool.keep_at_least(self.pool.num_used + batch * self.num_heads * (for_good + passing))
+        self.pool.keep_at_least(self.pool.num_used + len(self.num_kept) * self.num_heads * (for_good + passing))
 
     # Reading.
 

@@ -10,13 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
@@ -27,38 +25,12 @@ from dms.gates import Gate
 from dms.masks import Tokens
 from dms_kernels import dispatch
 from dms_kernels.launching import through_operators
+from emulate.launching import PretendedDriver
 
 NUM_LAYERS = 36
 
 _CAPABILITY = 90
 _TARGET = dispatch.Target(_CAPABILITY, 132, 232_448)
-
-
-class _Driver:
-    """As much of a driver as choosing, compiling and launching a kernel asks for; launches do nothing."""
-
-    def __init__(self):
-        self.launcher_cls = lambda src, metadata: lambda *args: None
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": _TARGET.shared_bytes},
-            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024),
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", _CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        # A number that no other driver gives: compiled kernels are kept by it.
-        return 2000 + _CAPABILITY
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def set_current_device(self, device: int) -> None:
-        pass
 
 
 @contextmanager
@@ -75,7 +47,7 @@ def stubbed() -> Iterator[None]:
         triton.knobs.cache.scope(),
     ):
         triton.knobs.cache.dir = f"{triton.knobs.cache.dir}-stubbed"
-        driver.set_active(_Driver())
+        driver.set_active(PretendedDriver(_CAPABILITY, lambda src, metadata: lambda *args: None, 2000 + _CAPABILITY))
         try:
             yield
         finally:
@@ -153,7 +125,7 @@ def measure(windows: tuple[int, ...], *, batch: int, num_layers: int, repeats: i
 def main(repeats: int = 200) -> None:
     versions = f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, Triton {triton.__version__}"
     print(f"host microseconds, driver stubbed, medians of {repeats}; {versions}")
-    print(f"{'batch':>5} {'windows':<16} {'what':<26} {'by operators':>12} {'as kept':>8} {'ratio':>6}")
+    print(f"{'batch':>5} {'windows':<16} {'what':<26} {'by operators':>12} {'cached':>8} {'ratio':>6}")
     with stubbed(), torch.no_grad():
         for batch in (1, 16):
             for windows in ((256,), (32, 128, 512)):

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
         return self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
 
-class Relaunch:
+class CachedLaunch:
     """A launch that was made, and that can be made again with other values of some of its parameters.
 
     What Triton promises nothing about is here: a compiled kernel is called with all parameters, constants too, in their order.
@@ -57,7 +57,7 @@ class Relaunch:
         self._run(*args)
 
 
-def traits(x: torch.Tensor | None) -> tuple[Any, ...] | None:
+def specialization(x: torch.Tensor | None) -> tuple[Any, ...] | None:
     """What a variant of a kernel depends on, of a tensor that it is given: equal for two tensors, one can stand for the other."""
     return None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
 

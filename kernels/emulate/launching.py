@@ -104,7 +104,7 @@ def emulating(
         replace(torch, "empty_like", _poisoned(torch.empty_like))
         replace(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
         before = driver._active
-        driver.set_active(_Driver(capability))
+        driver.set_active(PretendedDriver(capability, _Launcher, 1000 + capability))
         _current.append(emulation)
         try:
             yield emulation
@@ -121,12 +121,14 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return poisoned
 
 
-class _Driver:
-    """As much of a driver as choosing, compiling and launching a kernel asks for."""
+class PretendedDriver:
+    """As much of a driver as choosing, compiling and launching a kernel asks for, where PTX stands for what ptxas would make of it.
 
-    def __init__(self, capability: int):
-        self.capability = capability
-        self.launcher_cls = _Launcher
+    launcher: of compiled kernels, as Triton's launcher_cls. number: of the device; compiled kernels are kept by it, so that no other driver may give it.
+    """
+
+    def __init__(self, capability: int, launcher: Callable[..., Any], number: int):
+        self.capability, self.launcher_cls, self.number = capability, launcher, number
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": _SHARED_BYTES[capability]},
             load_binary=lambda name, kernel, shared, device: (self, kernel.decode(), 0, 0, 1024),
@@ -136,8 +138,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        # A number that no other driver gives: compiled kernels are kept by it.
-        return 1000 + self.capability
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -17,7 +17,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from dms import borrowed
-from dms.cache.page_pool import Arriving
+from dms.cache.page_pool import HostCopy
 from dms.config import DMSConfig
 from dms.gates import BorrowedGate, Gate
 from dms.hf_compat import query_modules
@@ -125,7 +125,7 @@ class Spans:
 
     begins: list[int]
     """Where each request's tokens begin in the step, and where the last one's end."""
-    numbers: Arriving
+    numbers: HostCopy
     """The first block of each request's table, then each one's length with the step's tokens."""
 
     def parts(self) -> list[tuple[int, int, int, int]]:
@@ -145,7 +145,7 @@ class StepBuilder(AttentionMetadataBuilder[Spans]):
         common, count = common_attn_metadata, common_attn_metadata.num_reqs
         # They are on their way while the pass begins; the first layer with pages waits for them.
         numbers = torch.cat([common.block_table_tensor[:count, 0].int(), common.seq_lens[:count].int()])
-        return Spans(common.query_start_loc_cpu[: count + 1].tolist(), Arriving(numbers))
+        return Spans(common.query_start_loc_cpu[: count + 1].tolist(), HostCopy(numbers))
 
 
 class PoolBackend(AttentionBackend):

@@ -15,7 +15,7 @@ import torch
 
 from dms.cache.fused_store import FusedStore, make_store
 from dms.cache.layer import CompactedLayer
-from dms.cache.page_pool import Arriving, used_places
+from dms.cache.page_pool import HostCopy, used_places
 from dms.cache.pending import EVICT, list_of
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -325,7 +325,7 @@ class Worker:
             parts.insert(0, self._count_pages(names, self.layers, [self.slots[name] for name in names]))
         names += new
         numbers = torch.cat([*(part.flatten() for part in parts), self.pool.num_free[None]])
-        counted = _Counted(names, [self.num_tokens[name] for name in names], Arriving(numbers))
+        counted = _Counted(names, [self.num_tokens[name] for name in names], HostCopy(numbers))
         self.peak_requests = max(self.peak_requests, len(self.slots))
         told, self.counted = (self.counted, counted) if self.late else (counted, None)
         if told is None:
@@ -371,7 +371,7 @@ class _Counted:
 
     names: list[str]
     num_tokens: list[int]
-    numbers: Arriving
+    numbers: HostCopy
     """Pages by name and horizon, then the pool's free ones."""
 
 

@@ -15,11 +15,11 @@ H, D, P = 2, 16, 16
 
 
 def follow_two_ways(slot: torch.Tensor | None = None, num_steps: int = 10, dtype: torch.dtype = torch.float32) -> None:
-    """Kernels must be on. What `StepAppends` and `NewestQueries` do is what the operators do, bit by bit; they prepare a launch once for each kind of
+    """Kernels must be on. What `CachedAppend` and `CachedDecode` do is what the operators do, bit by bit; they prepare a launch once for each kind of
     tensors that comes."""
-    from dms_kernels.append.fused import StepAppends
+    from dms_kernels.append.fused import CachedAppend
     from dms_kernels.launching import Launch
-    from dms_kernels.paged_decode.fused import NewestQueries
+    from dms_kernels.paged_decode.fused import CachedDecode
 
     cache = empty_cache(2 if slot is None else 3, H, D, P, dtype=dtype)
     cache["ring_kv"].zero_(), cache["pages"].zero_()
@@ -32,8 +32,8 @@ def follow_two_ways(slot: torch.Tensor | None = None, num_steps: int = 10, dtype
         return ring_of(cache, 3), paged_of(cache), free, counters
 
     tickets = torch.zeros(100, dtype=torch.int32)
-    store = StepAppends(*parts(cache), sinks=1, alignment="own", release_gone=True)
-    attend = NewestQueries(*parts(cache)[:2], tickets)
+    store = CachedAppend(*parts(cache), sinks=1, alignment="own", release_gone=True)
+    attend = CachedDecode(*parts(cache)[:2], tickets)
     with patch.object(Launch, "run", lambda self: (launches.append(self.kernel), run(self))[1]):
         for step in range(num_steps):
             # As projections give them, but for once.

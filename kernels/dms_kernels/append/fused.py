@@ -12,7 +12,7 @@ import torch
 
 from dms_kernels import dispatch
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
-from dms_kernels.launching import Launch, Relaunch, on_device_of, traits
+from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
 
 try:
     import triton
@@ -584,7 +584,7 @@ def launch_append(
     return None if token.q is None else rotated
 
 
-class StepAppends:
+class CachedAppend:
     """`append` of one cache, for its owner, who calls at every step: what the cache is made of is checked once, and the kernel launched as it was
     before."""
 
@@ -594,7 +594,7 @@ class StepAppends:
         """All of it as `append` takes it, and valid; another one is needed as soon as a tensor of it is replaced."""
         self._state = ring, paged, free_pages, counters
         self._how = sinks, alignment, release_gone
-        self._made: dict[Any, Relaunch] = {}
+        self._made: dict[Any, CachedLaunch] = {}
 
     def __call__(
         self,
@@ -612,17 +612,27 @@ class StepAppends:
             numbers = (evict.scale, evict.offset, evict.normalize, evict.evict_bias)
         else:
             decision = evict
-        key = traits(k), traits(v), traits(decision), traits(hidden), traits(weight), traits(bias), traits(real), traits(slot), numbers
-        relaunch = self._made.get(key)
+        key = (
+            specialization(k),
+            specialization(v),
+            specialization(decision),
+            specialization(hidden),
+            specialization(weight),
+            specialization(bias),
+            specialization(real),
+            specialization(slot),
+            numbers,
+        )
+        cached = self._made.get(key)
         dispatch.count("append", "triton")
         with on_device_of(k):
-            if relaunch is not None:
-                relaunch(k, v, decision, real, slot, hidden, weight, bias)
+            if cached is not None:
+                cached(k, v, decision, real, slot, hidden, weight, bias)
                 return
             _, launched = prepare(NewToken(k, v, evict, real=real), *self._state, slot, *self._how)
-            relaunch = Relaunch(launched, ("k", "v", "evict", "real", "slots", "hidden", "gate_weight", "gate_bias"))
+            cached = CachedLaunch(launched, ("k", "v", "evict", "real", "slots", "hidden", "gate_weight", "gate_bias"))
         if all(x is None or x.stride(-1) == 1 for x in (k, v, hidden)) and all(
             x is None or x.is_contiguous() for x in (decision, weight, bias, real)
         ):
             # Else the launch was with copies.
-            self._made[key] = relaunch
+            self._made[key] = cached

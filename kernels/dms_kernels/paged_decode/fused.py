@@ -24,7 +24,7 @@ from dms_kernels import dispatch
 from dms_kernels.arguments import FOR_GOOD as _FOR_GOOD
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
-from dms_kernels.launching import Launch, Relaunch, on_device_of, traits
+from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
 from dms_kernels.paged_decode.merging import merge, write
 
 try:
@@ -630,14 +630,14 @@ def launch_decode(
     )
 
 
-class NewestQueries:
+class CachedDecode:
     """`paged_decode` of the newest stored tokens' queries, for whoever owns a cache and calls at every step: what it reads is checked once, and the
     kernel launched as it was before."""
 
     def __init__(self, ring: Ring, paged: PagedKV | None, tickets: Tensor):
         """All of it as `paged_decode` takes it, and valid; another one is needed as soon as a tensor of it is replaced."""
         self._ring, self._paged, self._tickets = ring, paged, tickets
-        self._made: dict[Any, tuple[Relaunch, Workspace]] = {}
+        self._made: dict[Any, tuple[CachedLaunch, Workspace]] = {}
 
     def __call__(
         self,
@@ -653,20 +653,20 @@ class NewestQueries:
         B, Hq, T, D = q.shape
         if q.numel() == 0:
             return q.new_empty(B, T, Hq, D)
-        key = traits(q), traits(real), traits(slot), traits(sink_logits), scale, softcap
+        key = specialization(q), specialization(real), specialization(slot), specialization(sink_logits), scale, softcap
         made = self._made.get(key)
         dispatch.count("paged_decode", "triton")
         with on_device_of(q):
             if made is not None:
-                relaunch, workspace = made
+                cached, workspace = made
                 out = torch.empty(B, T, Hq, D, dtype=q.dtype, device=q.device)
-                relaunch(q, real, slot, sink_logits, out, *workspace.make(q.device))
+                cached(q, real, slot, sink_logits, out, *workspace.make(q.device))
                 return out
             out, workspace, launched = prepare(
                 q, self._ring, self._paged, scale, softcap, sink_logits, None, real, None, None, slot, self._tickets
             )
-            relaunch = Relaunch(launched, ("q", "real", "slot", "sink", "out", "part_acc", "part_top", "part_total"))
+            cached = CachedLaunch(launched, ("q", "real", "slot", "sink", "out", "part_acc", "part_top", "part_total"))
         if q.stride(-1) == 1:
             # Else the launch was with a copy.
-            self._made[key] = relaunch, workspace
+            self._made[key] = cached, workspace
         return out

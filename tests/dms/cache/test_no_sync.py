@@ -8,7 +8,7 @@ from contents import entries_in_pages, reads_from_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dms.cache import DMSCache, masked_cache
-from dms.cache.page_pool import Arriving, PagePool
+from dms.cache.page_pool import HostCopy, PagePool
 
 aten = torch.ops.aten
 STEPS = 250
@@ -55,7 +55,7 @@ class Waits(TorchDispatchMode):
             self.patch.setattr(
                 torch.Tensor, name, lambda x, *args, name=name, method=method, **kw: (self.seen.append(name), method(x, *args, **kw))[1]
             )
-        self.patch.setattr(Arriving, "numbers", lambda arriving, read=Arriving.numbers: self._unseen(read, arriving))
+        self.patch.setattr(HostCopy, "numbers", lambda arriving, read=HostCopy.numbers: self._unseen(read, arriving))
         return super().__enter__()
 
     def _unseen(self, read, arriving):

@@ -212,6 +212,19 @@ def test_a_step_that_cannot_be_captured(evicting, recorders, monkeypatch):
     assert cache.captured is None
 
 
+@interpreted
+@torch.no_grad()
+def test_after_a_step_that_failed_room_is_made_again(evicting, recorders):
+    model, ids = evicting(window=5), _tokens(1, 12)
+    cache = DMSCache(model, page_size=16, reserve_tokens=64)
+    _run(model, cache, ids[:, :10], 9)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
+    assert not any(layer.store.is_prepared for layer in cache.layers)
+    model(input_ids=ids[:, 10:], past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 12
+
+
 @pytest.mark.parametrize("tokens", [0, -3, 2.5, "many", True])
 def test_numbers_that_are_none(evicting, tokens):
     with pytest.raises(ValueError, match="give the tokens that a sequence will have at most, prompt included, or None"):
