@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels.dispatch import padded, target
+from dms_kernels.quantization import KV_DTYPES, dequantize, scales_of_pages, stored_width
 
 LOG2_E = math.log2(math.e)
 # The lifetime of what stays for good: beyond any distance, and far enough from the largest int32 to be added to.
@@ -24,7 +25,6 @@ FOR_GOOD = 2**30
 MAX_HEAD_DIM = 256
 MAX_WINDOWS = 4
 PAGE_SIZES = (16, 32, 64)
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 # What the kernels multiply; float64 is for plain PyTorch.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,14 +132,16 @@ class PagedKV:
     """
 
     pages: Tensor
-    """[N, 2, P, D], keys and values; P 16, 32 or 64; the ring's dtype, or int8 or float8_e4m3fn beside page_scales"""
+    """[N, 2, P, D], keys and values; P 16, 32 or 64; the ring's dtype, or one of `quantization.KV_DTYPES` beside page_scales: int8, float8_e4m3fn,
+    or uint8 [N, 2, P, D / 2] with two components a byte"""
     page_table: Tensor
     """[B, H, max_pages] int32: each head's pages, oldest first; behind its last page anything. With several windows [B, L, max_pages]: each
     list's"""
     num_kept: Tensor
     """[B, H] int32; with several windows [B, L]"""
     page_scales: Tensor | None = None
-    """[N, 2, P] float32: what the components of each quantised key and value are to be multiplied by"""
+    """[N, 2, P] float32, of uint8 pages [N, 2, P, D / g, 2] float16: the scales of each quantised key and value, as `quantization.quantize` gives
+    them"""
     read_order: ReadOrder | None = None
     """of this table, for `cached_attention`; None: pages are gathered through the table, and nothing is read from the device"""
     positions: Tensor | None = None
@@ -162,7 +164,7 @@ class PagedKV:
 
     def check(self, B: int, H: int, D: int, dtype: torch.dtype) -> None:
         """Raises ValueError unless these are the pages of B sequences with H KV heads, beside entries of this dtype."""
-        expect("pages", self.pages, (None, 2, None, D))
+        expect("pages", self.pages, (None, 2, None, stored_width(D, self.pages.dtype)))
         N, _, P, _ = self.pages.shape
         if P not in PAGE_SIZES:
             raise ValueError(f"a page holds {P} entries; it should hold one of {PAGE_SIZES}")
@@ -173,12 +175,14 @@ class PagedKV:
             expect("positions", self.positions, (N, P), torch.int32)
         elif self.positions is not None:
             raise ValueError("positions belong to pages of several windows, and windows is empty")
-        if self.pages.dtype in QUANTIZED:
-            expect("page_scales", self.page_scales, (N, 2, P), torch.float32)
+        quantized = ", ".join(str(kind) for kind in KV_DTYPES.values())
+        scales = scales_of_pages((N, 2, P), D, self.pages.dtype)
+        if scales is not None:
+            expect("page_scales", self.page_scales, *scales)
         elif self.pages.dtype != dtype:
-            raise ValueError(f"pages are {self.pages.dtype} beside entries of {dtype}; they should be of that, int8 or float8_e4m3fn")
+            raise ValueError(f"pages are {self.pages.dtype} beside entries of {dtype}; they should be of that, or one of {quantized}")
         elif self.page_scales is not None:
-            raise ValueError(f"page_scales belong to pages of int8 or float8_e4m3fn, and these are {self.pages.dtype}")
+            raise ValueError(f"page_scales belong to pages of one of {quantized}, and these are {self.pages.dtype}")
         expect_contiguous(pages=self.pages, page_scales=self.page_scales, positions=self.positions)
         tensors = (self.pages, self.page_table, self.num_kept, self.page_scales, self.positions)
         devices = {x.device for x in tensors if x is not None}
@@ -478,14 +482,15 @@ def read_pages(paged: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     entry, and which of it are entries [B, H, S] bool. S is max_pages * P, with several windows K times that: a head's lists one after the
     other."""
     B, num_lists, max_pages = paged.page_table.shape
-    P, D = paged.pages.shape[2:]
+    P = paged.pages.shape[2]
     H, S = num_lists // paged.num_lists, paged.num_lists * max_pages * P
     there = torch.arange(max_pages * P, device=paged.pages.device) < paged.num_kept[..., None]
     at = _listed(paged)
-    taken = paged.pages[at].to(dtype)
+    taken = paged.pages[at]
     if paged.page_scales is not None:
-        taken = taken * paged.page_scales[at].to(dtype)[..., None]
-    k, v = (taken[:, :, :, i].reshape(B, H, S, D) for i in (0, 1))
+        taken = dequantize(taken, paged.page_scales[at])
+    taken = taken.to(dtype)
+    k, v = (taken[:, :, :, i].reshape(B, H, S, taken.shape[-1]) for i in (0, 1))
     return k, v, there.view(B, H, S)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dms_kernels import dispatch
 from dms_kernels.arguments import FOR_GOOD, Keys, PagedKV, PageRun, ReadOrder, read_pages, seen_entries, state_lifetimes
+from dms_kernels.quantization import dequantize
 
 __all__ = ["cached_attention", "make_read_order", "reference"]
 
@@ -325,7 +326,7 @@ def _add_pages(
     softmax: _Softmax, rows_BHRD: Tensor, paged: PagedKV, order: ReadOrder, softcap: float | None, asking_HR: Tensor | None
 ) -> None:
     """asking [B * H, rows]: positions of the queries; None: they see every entry, or all have that of `paged.newest`."""
-    P, D = paged.pages.shape[2:]
+    P, width = paged.pages.shape[2:]
     rows = torch.cat([rows_BHRD, torch.zeros_like(rows_BHRD[:1])])
     num_kept = paged.num_kept.flatten()
     if asking_HR is not None:
@@ -348,13 +349,12 @@ def _add_pages(
         asking: Tensor | int | None = None
         if paged.windows and (run.is_front or not paged.newest_only):
             asking = paged.newest if asking_HR is None else asking_HR.index_select(0, run.owner.flatten()).view(n, -1, 1)
-        step = max(1, _NEAR_BYTES // (2 * P * D * paged.pages.element_size()))
+        step = max(1, _NEAR_BYTES // (2 * P * width * paged.pages.element_size()))
         for lo in range(0, n, step):
             hi = min(n, lo + step)
             part = slice(run.where.start + lo, run.where.start + hi) if isinstance(run.where, slice) else run.where[lo:hi]
-            chosen = _near(paged.pages[part], rows.dtype)
-            if paged.page_scales is not None:
-                chosen.mul_(paged.page_scales[part][..., None])
+            chosen = paged.pages[part] if paged.page_scales is None else dequantize(paged.pages[part], paged.page_scales[part])
+            chosen = _near(chosen, rows.dtype)
             hidden = None
             if asking is not None and paged.positions is not None and run.lifetime is not None:
                 until = (paged.positions[part] + run.lifetime[lo:hi, None])[:, None]
@@ -480,7 +480,7 @@ def _entries(paged: PagedKV, b: int, entry: int, dtype: torch.dtype) -> tuple[Te
     table = paged.page_table[b, entry, : -(-num_kept // P)].long()
     taken = paged.pages[table]
     if paged.page_scales is not None:
-        taken = (taken * paged.page_scales[table][..., None]).to(dtype)
+        taken = dequantize(taken, paged.page_scales[table]).to(dtype)
     return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
 
 

@@ -57,7 +57,10 @@ def test_a_ring_that_is_none(changes, message):
         ({"pages": torch.zeros(5, 2, 8, 16)}, r"a page holds 8 entries; it should hold one of \(16, 32, 64\)"),
         ({"pages": torch.zeros(5, 2, 16, 16).half()}, "pages are torch.float16 beside entries of torch.float32"),
         ({"pages": torch.zeros(5, 2, 16, 16).to(torch.int8)}, "page_scales is missing"),
-        ({"page_scales": torch.zeros(5, 2, 16)}, "page_scales belong to pages of int8 or float8_e4m3fn, and these are torch.float32"),
+        (
+            {"page_scales": torch.zeros(5, 2, 16)},
+            "page_scales belong to pages of one of torch.int8, torch.float8_e4m3fn, torch.uint8, and these are torch.float32",
+        ),
         ({"page_table": torch.zeros(2, 2, 3, dtype=torch.int32, device="meta")}, "move them to one device"),
         ({"windows": (3, 9)}, r"page_table is \(2, 2, 3\) and should be \(2, 4, 'any'\)"),
         ({"positions": torch.zeros(5, 16, dtype=torch.int32)}, "positions belong to pages of several windows, and windows is empty"),

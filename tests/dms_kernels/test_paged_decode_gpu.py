@@ -4,8 +4,8 @@ import pytest
 import torch
 from cache_arguments import decode_over
 
-from dms_kernels.append.reference import quantize
 from dms_kernels.paged_decode import paged_decode, reference
+from dms_kernels.quantization import quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cache_arguments import prefill_over
 
-from dms_kernels.append.reference import quantize
 from dms_kernels.arguments import Keys, PagedKV
+from dms_kernels.quantization import quantize
 from dms_kernels.sparse_prefill import attend, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
 

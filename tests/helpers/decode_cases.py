@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from cache_arguments import decode_over
 
-from dms_kernels.append.reference import quantize
+from dms_kernels.quantization import quantize
 
 # What stands where nothing may be read.
 STALE = float("nan")

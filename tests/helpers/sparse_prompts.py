@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from cache_arguments import prefill_over
 
-from dms_kernels.append.reference import quantize
 from dms_kernels.arguments import PagedKV
+from dms_kernels.quantization import quantize
 from dms_kernels.sparse_prefill import fused
 
 # What stands where nothing may be read.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dms_kernels.append.reference import quantize
 from dms_kernels.arguments import Keys
+from dms_kernels.quantization import quantize
 
 STALE = float("nan")
 

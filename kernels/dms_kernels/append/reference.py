@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, in_slots
+from dms_kernels.quantization import quantize
 
 _RMS_EPS = 1e-6
 KEEP, EVICT, UNDECIDED = 0, 1, 2
@@ -152,17 +153,6 @@ def _store(leaves_BL: Tensor, kv_BH2D: Tensor, position_B: Tensor, paged: PagedK
     if paged.positions is not None:
         paged.positions[page, entry] = position_B[b].int()
     paged.num_kept.add_(stored)
-
-
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers [..., D] as dtype (int8 or float8_e4m3fn) and their scales [...] float32: the largest becomes the dtype's largest."""
-    most = 127.0 if dtype == torch.int8 else 448.0
-    x = x.float()
-    scale = x.abs().amax(-1) / most
-    x = x * (1.0 / torch.where(scale > 0, scale, 1.0))[..., None]
-    if dtype == torch.int8:
-        x = torch.floor(x + 0.5)
-    return x.clamp(-most, most).to(dtype), scale
 
 
 def gate_logits(gate: GateInputs) -> Tensor:

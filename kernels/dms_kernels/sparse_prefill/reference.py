@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dms_kernels.append.reference import quantize
 from dms_kernels.arguments import PagedKV, read_pages, seen_entries, state_lifetimes
+from dms_kernels.quantization import quantize
 
 
 def reference(
