@@ -149,7 +149,7 @@ class DMSState:
     """Of the caches that evict mode makes by itself, as the next three."""
     max_cache_bytes: int | None = None
     kv_dtype: str | None = None
-    """None or "int8", for pages."""
+    """For pages: "int8", "fp8" or "int4"; None: the model's own dtype."""
     prefill_chunk: int | None = None
     """Tokens of a prompt that `generate` reads at a time; None: all."""
     masked_attention: AttentionFunction | None = None

@@ -36,8 +36,8 @@ class DMSCache(Cache):
         max_cache_bytes: bound for this cache and its forks together (None: `model.dms.max_cache_bytes`); a forward that
             would exceed it raises CacheFull and leaves the cache as it was.
         budget: one bound for several caches, in place of max_cache_bytes.
-        kv_dtype: "int8" keeps what leaves the window in a byte a number, with a scale for each key and each value; None:
-            `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
+        kv_dtype: how what leaves the window is kept: "int8" or "fp8" in a byte a number, with a scale for each key and each value; "int4" in
+            half a byte, with a scale and a least number for each 32. None: `model.dms.kv_dtype`, which is the model's own dtype unless it was set.
         reserve_tokens: tokens that each sequence will have at most, prompt included: ring, page tables and pages for them are there from the
             first token on, pages for as many as the gates were trained to keep and a quarter more. On a GPU decode steps are then captured as a CUDA graph
             and replayed. Longer sequences, and heads that keep more, are not refused: the cache grows as any other, and the next step is

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from dms.cache.page_pool import HostCopy, PagePool, outside_inference_mode, used_places
+from dms.cache.page_pool import HostCopy, PagePool, StoredRows, outside_inference_mode, used_places
 from dms_kernels.arguments import FOR_GOOD, PagedKV, ReadOrder
 from dms_kernels.cached_attention import make_read_order
 
@@ -186,6 +186,11 @@ class HeadPages:
     @outside_inference_mode
     def append(self, b: torch.Tensor, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor | None = None) -> None:
         """Append entries [K, D] to pages; they come in order of row b [K], then head h [K], then age. position [K]: with several windows."""
+        self.append_stored(b, h, self.pool.encode(torch.cat([k, v])), position)
+
+    @outside_inference_mode
+    def append_stored(self, b: torch.Tensor, h: torch.Tensor, stored: StoredRows, position: torch.Tensor | None = None) -> None:
+        """As `append`, of rows [2 K] as the pool holds them: all keys, then all values."""
         B, H = self.num_kept.shape
         P, head = self.pool.page_size, b * H + h
         count = torch.bincount(head, minlength=B * H)
@@ -195,7 +200,7 @@ class HeadPages:
         self._add_pages(self.num_kept + count.view(B, H).int())
         page, entry = self.page_table[b, h, place // P].long(), place % P
         row = self.pool.row_of(page, entry)
-        self.pool.write(torch.cat([row, row + P]), torch.cat([k, v]))
+        self.pool.put(torch.cat([row, row + P]), stored)
         if position is not None:
             self.pool.write_positions(page, entry, position)
 
@@ -215,11 +220,11 @@ class HeadPages:
         b, h, n = moves.nonzero(as_tuple=True)
         page, positions = self.page_table[b, h, n // P].long(), self.pool.positions
         row = self.pool.row_of(page, n % P)
-        k, v = self.pool.read(row), self.pool.read(row + P)
+        stored = self.pool.stored(torch.cat([row, row + P]))
         position = None if positions is None else positions[page, n % P]
         self.pool.release(self.page_table[self._used_places() & (place[::P] >= start[..., None])])
         self.num_kept, self.read_order, self.reserved = start, None, (0, 0)
-        self.append(b, h, k, v, position)
+        self.append_stored(b, h, stored, position)
         self.most_kept = int(self.num_kept.max()) if self.num_kept.numel() else 0
         self.pool.trim()
 

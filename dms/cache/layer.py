@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
-from dms.cache.page_pool import CacheBudget, PagePool
+from dms.cache.page_pool import CacheBudget, PagePool, check_kv_dtype
 from dms.cache.pending import PendingGate, PendingTokens
 from dms.cache.store import Store
 from dms.config import DMSConfig
@@ -56,7 +56,7 @@ class CompactedLayer(CacheLayerMixin):
     Args:
         page_size: entries of a page, 16, 32 or 64.
         budget: None: no bound.
-        kv_dtype: "int8" or None, the model's own dtype, for what is in pages.
+        kv_dtype: "int8", "fp8" or "int4" for what is in pages; None: the model's own dtype.
         reserved: tokens that rows will have, and the share of them that is kept, for which there is room from the first token on; None: the cache
             grows as they come.
     """
@@ -76,8 +76,7 @@ class CompactedLayer(CacheLayerMixin):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
-        if kv_dtype not in (None, "int8"):
-            raise ValueError(f"kv_dtype is {kv_dtype!r}; pages hold the model's own dtype (None) or 'int8'")
+        check_kv_dtype(kv_dtype)
         self.dms, self.page_size, self.budget, self.kv_dtype, self.reserved = config, page_size, budget, kv_dtype, reserved
         self._store: Store | None = None
         self._decided: tuple[torch.Tensor | PendingGate, Tokens] | None = None
@@ -126,7 +125,7 @@ class CompactedLayer(CacheLayerMixin):
     def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:
         """Begin with no entries, in a pool of its own."""
         windows = self.dms.windows if len(self.dms.windows) > 1 else ()
-        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, quantized=self.kv_dtype == "int8", windows=windows)
+        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, kv_dtype=self.kv_dtype, windows=windows)
         self._store = make_store(self.dms, pool, batch, num_heads)
         if self.reserved is not None:
             self._store.reserve_tokens(*self.reserved)

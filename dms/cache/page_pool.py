@@ -6,13 +6,15 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 
 from dms.cache.offloading import Offloaded, placeholder
+from dms.config import nearest
 from dms_kernels.arguments import FOR_GOOD
+from dms_kernels.quantization import KV_DTYPES, dequantize, quantize, scales_of_pages, stored_width
 
 # Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
@@ -140,6 +142,33 @@ class CachedLaunches(weakref.WeakKeyDictionary):
         return CachedLaunches()
 
 
+def check_kv_dtype(kv_dtype: str | None, device: torch.device | None = None) -> None:
+    """Raises ValueError unless pages may be of this kind, and may on this device."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(
+            f"kv_dtype is {kv_dtype!r}{nearest(str(kv_dtype), KV_DTYPES)}; pages hold the model's own dtype (None), or {', '.join(KV_DTYPES)}"
+        )
+    if kv_dtype == "fp8" and device is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"kv_dtype is 'fp8', which GPUs of compute capability 8.9 and above convert, and {torch.cuda.get_device_name(device)} does not; choose "
+            "int8, of the same size"
+        )
+
+
+class StoredRows(NamedTuple):
+    """Keys or values as a pool holds them, which moves without rounding again."""
+
+    numbers: torch.Tensor
+    """[K, D], of int4 [K, D / 2]"""
+    scales: torch.Tensor | None
+    """[K], of int4 [K, D / g, 2]; None: not quantised"""
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """float8 in another name: PyTorch does not write single rows of it on a CPU."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 class PagePool:
     """Pages [N, 2, P, D] of keys and values of P entries each, with a reference count for each page.
 
@@ -149,7 +178,7 @@ class PagePool:
     Args:
         dtype: what entries are read as.
         budget: asked before the pool grows; None: no bound.
-        quantized: entries are int8, each key and each value with a float32 scale, max|x| / 127.
+        kv_dtype: how entries are quantised, one of `dms_kernels.quantization.KV_DTYPES`; None: they are not.
         windows: where there are several, entries have positions, by which those of some lists are gone for later queries; else ().
     """
 
@@ -161,16 +190,20 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         budget: CacheBudget | None = None,
-        quantized: bool = False,
+        kv_dtype: str | None = None,
         windows: tuple[int, ...] = (),
     ):
         self.page_size, self.head_dim, self.dtype, self.budget = page_size, head_dim, dtype, budget
         self.reads_are_free = reads_are_free(device)
-        self.rows = torch.zeros(1, head_dim, dtype=torch.int8 if quantized else dtype, device=device)
-        """[N * 2 * P + 1, D]: P keys, then P values of each page. The last row is scratch: where entries go that are not kept, so
-        that a step needs no branch."""
-        self.row_scales = torch.zeros(1, device=device) if quantized else None
-        """A float32 scale for each row, where the pool is quantized."""
+        check_kv_dtype(kv_dtype, device)
+        self.kv_dtype = kv_dtype
+        stored = dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+        scales = scales_of_pages((1,), head_dim, stored)
+        self.rows = torch.zeros(1, stored_width(head_dim, stored), dtype=stored, device=device)
+        """[N * 2 * P + 1, D], of int4 [N * 2 * P + 1, D / 2]: P keys, then P values of each page. The last row is scratch: where entries go that
+        are not kept, so that a step needs no branch."""
+        self.row_scales = None if scales is None else torch.zeros(scales[0], dtype=scales[1], device=device)
+        """The scales of each row, [N * 2 * P + 1] or of int4 [N * 2 * P + 1, D / g, 2], where the pool is quantised."""
         self.windows = windows
         self.entry_positions = torch.zeros(1, dtype=torch.int32, device=device) if windows else None
         """[N * P + 1] int32: each entry's position in its document; the last is scratch."""
@@ -205,12 +238,12 @@ class PagePool:
 
     @property
     def pages(self) -> torch.Tensor:
-        return self.rows[:-1].view(self.num_pages, 2, self.page_size, self.head_dim)
+        return self.rows[:-1].view(self.num_pages, 2, self.page_size, -1)
 
     @property
     def scales(self) -> torch.Tensor | None:
-        """[N, 2, P] float32 beside pages of int8."""
-        return None if self.row_scales is None else self.row_scales[:-1].view(self.num_pages, 2, self.page_size)
+        """[N, 2, P, ...] beside quantised pages."""
+        return None if self.row_scales is None else self.row_scales[:-1].unflatten(0, (self.num_pages, 2, self.page_size))
 
     @property
     def positions(self) -> torch.Tensor | None:
@@ -220,7 +253,7 @@ class PagePool:
     @property
     def entry_bytes(self) -> int:
         """Of one key and value in a page, and their position."""
-        row = self.head_dim * self.rows.element_size() + (0 if self.row_scales is None else self.row_scales.element_size())
+        row = self.rows[0].nbytes + (0 if self.row_scales is None else self.row_scales[0].nbytes)
         return 2 * row + (0 if self.entry_positions is None else self.entry_positions.element_size())
 
     @property
@@ -307,16 +340,28 @@ class PagePool:
 
     def read(self, row: torch.Tensor) -> torch.Tensor:
         """The values [K, D] of the rows [K], as `write` got them up to rounding."""
-        values = self.rows[row]
-        return values if self.row_scales is None else (values.float() * self.row_scales[row][..., None]).to(self.dtype)
+        if self.row_scales is None:
+            return self.rows[row]
+        return dequantize(self.rows[row], self.row_scales[row]).to(self.dtype)
 
     def write(self, row: torch.Tensor, values: torch.Tensor) -> None:
         """Write values [K, D] to the rows [K]; only the scratch row may occur twice."""
+        self.put(row, self.encode(values))
+
+    def encode(self, values: torch.Tensor) -> StoredRows:
+        """Values [K, D] as the pool holds them."""
+        return StoredRows(values, None) if self.row_scales is None else StoredRows(*quantize(values, self.rows.dtype))
+
+    def stored(self, row: torch.Tensor) -> StoredRows:
+        """What the rows [K] hold."""
+        return StoredRows(self.rows[row], None if self.row_scales is None else self.row_scales[row])
+
+    def put(self, row: torch.Tensor, stored: StoredRows) -> None:
+        """Write what `encode` or `stored` gave to the rows [K]; only the scratch row may occur twice."""
+        _as_bytes(self.rows).index_copy_(0, row, _as_bytes(stored.numbers))
         if self.row_scales is not None:
-            scale = values.abs().amax(1).float() / 127
-            self.row_scales[row] = scale
-            values = (values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
-        self.rows.index_copy_(0, row, values)
+            assert stored.scales is not None, "it is of a pool of this kind"
+            self.row_scales.index_copy_(0, row, stored.scales)
 
     def write_positions(self, page: torch.Tensor, entry: torch.Tensor, position: torch.Tensor | int) -> None:
         """Write the positions [K] of entries [K] of pages [K], or one that all have; num_pages, with entry 0, is the scratch place."""
@@ -387,10 +432,10 @@ class PagePool:
         """Give the pool num_pages pages; those beyond must be free."""
         self.cached_launches.clear()
         num_copied = min(num_pages, self.num_pages)
-        rows = torch.zeros(num_pages * 2 * self.page_size + 1, self.head_dim, dtype=self.rows.dtype, device=self.rows.device)
+        rows = self.rows.new_zeros(num_pages * 2 * self.page_size + 1, self.rows.shape[1])
         rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]
         if self.row_scales is not None:
-            scales = self.row_scales.new_zeros(len(rows))
+            scales = self.row_scales.new_zeros(len(rows), *self.row_scales.shape[1:])
             scales[: num_copied * 2 * self.page_size] = self.row_scales[: num_copied * 2 * self.page_size]
             self.row_scales = scales
         if self.entry_positions is not None:
@@ -407,12 +452,11 @@ class PagePool:
         of = of or self
         for theirs, ours in ((of.pages, self.pages), (of.scales, self.scales), (of.positions, self.positions)):
             if ours is not None and theirs is not None:
-                ours[target] = theirs[source]
+                _as_bytes(ours)[target] = _as_bytes(theirs)[source]
 
     def kind(self) -> dict[str, Any]:
         """What two pools must share so that pages can be copied from one to the other."""
-        kv_dtype = "int8" if self.row_scales is not None else None
-        of_pages = {"page_size": self.page_size, "kv_dtype": kv_dtype, "windows": self.windows}
+        of_pages = {"page_size": self.page_size, "kv_dtype": self.kv_dtype, "windows": self.windows}
         return of_pages | {"head_dim": self.head_dim, "dtype": self.dtype, "device": self.rows.device}
 
     @outside_inference_mode

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dms.cache.layer import CompactedLayer
-from dms.cache.page_pool import layer_bytes
+from dms.cache.page_pool import StoredRows, layer_bytes
 from dms.cache.store import Store
 from dms.io.weights import save_tensors
 from dms.modes import DMSState
@@ -143,16 +143,17 @@ def fingerprint(state: DMSState) -> str:
 
 
 def _pack(store: Store) -> dict[str, torch.Tensor]:
-    """Own tensors, and the entries [K, 2, D] in pages ordered by row, head (or list) and age, with their scales [K, 2] and positions [K] if
-    they have any."""
+    """Own tensors, and the entries [K, 2, ...] in pages ordered by row, head (or list) and age, as the pool holds them, with their scales and
+    positions [K] if they have any."""
     pool, P = store.pool, store.pool.page_size
     there = store.seen_by(store.seq_len - 1)
     b, h, n = there.nonzero(as_tuple=True)
     page = store.page_table[b, h, n // P].long()
     row = pool.row_of(page, n % P)
     row = torch.stack([row, row + P], 1)
-    in_pages = {"kept": pool.rows[row], "num_kept": there.sum(2, dtype=torch.int32)}
-    in_pages |= {} if pool.row_scales is None else {"scales": pool.row_scales[row]}
+    numbers, scales = pool.stored(row)
+    in_pages = {"kept": numbers, "num_kept": there.sum(2, dtype=torch.int32)}
+    in_pages |= {} if scales is None else {"scales": scales}
     in_pages |= {} if pool.positions is None else {"positions": pool.positions[page, n % P]}
     return {name: getattr(store, name) for name in _STORED} | in_pages
 
@@ -161,16 +162,14 @@ def _unpack(layer: CompactedLayer, own: dict[str, torch.Tensor]) -> None:
     entries, scales, num_kept = own.pop("kept"), own.pop("scales", None), own.pop("num_kept")
     positions = own.pop("positions", None)
     dtype, device = own["ring_kv"].dtype, entries.device
-    if scales is not None:
-        # Quantised again they get the same scales and numbers.
-        entries = entries.float() * scales[..., None]
     (B, H), num_lists = own["evicted"].shape, num_kept.shape[1]
-    store = layer.make_store(B, H, entries.shape[-1], dtype, device)
+    store = layer.make_store(B, H, own["ring_kv"].shape[-1], dtype, device)
     for name, tensor in own.items():
         setattr(store, name, tensor)
     number = torch.repeat_interleave(torch.arange(B * num_lists, device=device), num_kept.flatten().long())
     if len(number):
-        store.append(number // num_lists, number % num_lists, entries[:, 0], entries[:, 1], positions)
+        stored = StoredRows(entries.transpose(0, 1).flatten(0, 1), None if scales is None else scales.transpose(0, 1).flatten(0, 1))
+        store.append_stored(number // num_lists, number % num_lists, stored, positions)
     store.recount()
 
 

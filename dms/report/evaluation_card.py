@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from dms.evaluation.stats.results import DMS_POLICIES
 from dms.evaluation.stats.rows import Comparison, ResultRow
 from dms.report import card_text, charts
 from dms.report.card_text import CHECKS, EVALUATION, LIMITS, LOADING, LOSSES, TRAINING, Card, bullets, facts, table
@@ -131,7 +132,7 @@ def _operating_points(rows: Sequence[ResultRow]) -> str:
     columns = list(dict.fromkeys(head for suite, head in charts.headlines(rows).items() if suite != "lm_eval"))
     body = []
     for policy, bias in dict.fromkeys((row.policy, row.evict_bias) for row in rows):
-        if policy not in ("dense", "dms") and bias != usual:
+        if policy != "dense" and policy not in DMS_POLICIES and bias != usual:
             continue
         own = [row for row in rows if (row.policy, row.evict_bias) == (policy, bias)]
         figures = {(row.task, row.metric): row for row in reversed(own)}

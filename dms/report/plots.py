@@ -25,6 +25,9 @@ Rates = Sequence[Sequence[float | None]]
 _STYLES: dict[str, tuple[str, str, Any]] = {
     "dense": (INK, "o", (0, (5, 3))),
     "dms": (BLUE, "o", "-"),
+    "dms_int8": (BLUE, "s", (0, (5, 2))),
+    "dms_fp8": (BLUE, "D", (0, (5, 2))),
+    "dms_int4": (BLUE, "^", (0, (1, 2))),
     "sliding_window": (VERMILLION, "s", "-"),
     "h2o": ("#A87000", "^", "-"),
     "tova": ("#00805E", "D", "-"),

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from dms_kernels.quantization import dequantize
+
 
 def entries_in_pages(store, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [n, D] of a head's entries in pages, oldest first, as attention reads them."""
@@ -13,7 +15,7 @@ def entries_in_pages(store, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]
     table = store.page_table[b, h, : -(-num_kept // pool.page_size)].long()
     pages = pool.pages[table]
     if pool.scales is not None:
-        pages = pages * pool.scales[table][..., None]
+        pages = dequantize(pages, pool.scales[table])
     return pages[:, 0].flatten(0, 1)[:num_kept], pages[:, 1].flatten(0, 1)[:num_kept]
 
 

@@ -203,6 +203,9 @@ def evaluate(
     evict_bias: Annotated[
         list[float] | None, typer.Option(help="Added to every gate's logit: above 0 evicts more. Repeat it to measure several points.")
     ] = None,
+    kv_dtype: Annotated[
+        list[str] | None, typer.Option(help="Also dms with pages of int8, fp8 or int4 (the policy dms_int4). Repeat it for several.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; repeated, it goes on there. Default: RUN/evaluation.")] = None,
     text: Annotated[str | None, typer.Option(help="A file or folder of running text. Default: held-out standard-library sources.")] = None,
     lm_eval: Annotated[
@@ -231,6 +234,7 @@ def evaluate(
         "suites": [] if tasks == "none" else split_list(tasks) or None,
         "lengths": split_numbers("--lengths", lengths) or None,
         "evict_bias": evict_bias or None,
+        "kv_dtype": kv_dtype or None,
         "text": text,
         "lm_eval.tasks": split_list(lm_eval) or None,
         "lm_eval.include_path": include_path,
@@ -271,7 +275,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
-    kv_dtype: Annotated[str | None, typer.Option(help="int8: entries beyond the window take one byte a number.")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="int8, fp8 or int4: entries beyond the window take a byte, or half a byte, a number.")
+    ] = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Nothing is evicted: a retrofitted model without its gates, or a plain model.")
     ] = False,

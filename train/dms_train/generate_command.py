@@ -36,8 +36,7 @@ def run(
     """Generate, printing as it goes -> the report of the last cache that evicts, None where there is none. As the command's options.
 
     Raises:
-        ValueError: options that do not go together, a model without gates that is not to be dense, an empty prompt, or another
-            kv_dtype than int8.
+        ValueError: options that do not go together, a model without gates that is not to be dense, an empty prompt, or an unknown kv_dtype.
     """
     if prompt is None and not chat:
         raise ValueError("there is nothing to continue: give --prompt TEXT, or --chat for a conversation")

@@ -15,12 +15,12 @@ from pydantic import Field, field_validator, model_validator
 
 from dms.config import nearest
 from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
-from dms.evaluation.stats.results import OperatingPoint
+from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint
 from dms.evaluation.stats.rows import RowContext
 from dms.evaluation.suites import DEFAULT_SUITES, SUITES
 from dms.strict_config import Strict
 
-POLICIES = ("dense", "dms", *TRAINING_FREE)
+POLICIES = ("dense", *DMS_POLICIES, *TRAINING_FREE)
 # Where none are named: the others take longer, or are variants of these.
 DEFAULT_POLICIES = ("dense", "dms", *QUICK_ONES)
 FORMAT_VERSION = 1
@@ -86,7 +86,9 @@ class EvaluationSettings(Strict):
     policies: list[str] = Field(default=list(DEFAULT_POLICIES))
     """Of dense, dms, sliding_window, h2o, tova, snapkv, keydiff and random, which are the default, and random_attention, expected_attention,
     kvzip, ada_snapkv, ada_expected_attention and ada_kvzip, which are read where they are named. All but dense and dms get the budget that
-    dms is measured to use."""
+    dms is measured to use. dms_int8, dms_fp8 and dms_int4 are dms with pages of that `kv_dtype`."""
+    kv_dtype: list[Literal["int8", "fp8", "int4"]] = Field(default=[])
+    """Also dms with pages of these: the policies dms_int8, dms_fp8 and dms_int4."""
     suites: list[str] = Field(default=list(DEFAULT_SUITES))
     """Kinds of documents: needle, records, passages, classification, words, text; one_pass is the evaluation at a run's end. On the
     command line: `--tasks`."""
@@ -166,7 +168,14 @@ class EvaluationSettings(Strict):
         if not self.lengths:
             longest = min(context, MAX_DEFAULT_LENGTH)
             defaults["lengths"] = [longest // 2] if self.quick else [longest // 2, longest]
-        return self.model_copy(update=defaults)
+        wanted = {*self.policies, *(f"dms_{kind}" for kind in self.kv_dtype)}
+        defaults["policies"] = [policy for policy in POLICIES if policy in wanted]
+        settings = self.model_copy(update=defaults)
+        if "one_pass" in settings.suites and (pointless := [policy for policy in settings.policies if DMS_POLICIES.get(policy)]):
+            raise ValueError(
+                f"one_pass with {', '.join(pointless)}: it reads a document in one pass, which takes nothing from pages; leave one of them out"
+            )
+        return settings
 
     def points(self) -> list[OperatingPoint]:
         """In the order in which they run: an operating point's other policies follow its dms."""

@@ -20,7 +20,7 @@ from dms.evaluation.engine.one_pass import add_answers, add_to, read_in_one_pass
 from dms.evaluation.engine.resume import read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings
 from dms.evaluation.policies import TRAINING_FREE, WholePrompt, make_policy, make_policy_cache
-from dms.evaluation.stats.results import OperatingPoint, PolicyResult, Sums, UnitResults
+from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
 from dms.modes import reading, set_mode, state_of
 
@@ -129,7 +129,11 @@ def run_unit(
             point.policy if len(settings.evict_bias) == 1 or point.evict_bias is None else f"{point.policy} at bias {point.evict_bias:g}"
         )
         state_of(model).evict_bias = point.evict_bias or 0.0
-        budget = None if point.policy in ("dense", "dms") else _budget(results[OperatingPoint("dms", point.evict_bias).name])
+        budget = (
+            None
+            if point.policy == "dense" or point.policy in DMS_POLICIES
+            else _budget(results[OperatingPoint("dms", point.evict_bias).name])
+        )
         seed = settings.seed + unit.number
         if unit.suite == "one_pass":
             result = read_in_one_pass(
@@ -183,7 +187,7 @@ def _decode(
     begins_with = prompt if _ranks_whole_prompt(policy) else None
     cache: Cache
     if budget is None:
-        cache = DynamicCache(config=model.config) if policy == "dense" else DMSCache(model)
+        cache = DynamicCache(config=model.config) if policy == "dense" else DMSCache(model, kv_dtype=DMS_POLICIES[policy])
     elif begins_with is None:
         cache = make_policy_cache(model, policy, budget, seed)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER, Sample, compare, interval, make_draws
-from dms.evaluation.stats.results import OperatingPoint, PolicyResult, Sums, UnitResults
+from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.stats.rows import Comparison, Mark, ResultRow, RowContext
 from dms.evaluation.suites import CHANCE
 
@@ -51,7 +51,7 @@ class Collected:
         kept = self.decided - self.evicted
         if policy == "dense":
             return 1.0
-        return self.decided / kept if policy == "dms" and kept else None
+        return self.decided / kept if policy in DMS_POLICIES and kept else None
 
 
 def collect(results: Iterable[PolicyResult]) -> Collected:
@@ -144,7 +144,7 @@ def _marks(policy: str, found: Collected, beyond: bool) -> list[Mark]:
     if found.budget is not None and abs(found.entries / min(found.budget, found.num_seen) - 1) > BUDGET_TOLERANCE:
         marks.append(Mark.BUDGET_MISSED)
     # The other policies were not trained.
-    if beyond and policy == "dms":
+    if beyond and policy in DMS_POLICIES:
         marks.append(Mark.BEYOND_TRAINING)
     return marks
 

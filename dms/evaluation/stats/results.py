@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+DMS_POLICIES: dict[str, str | None] = {"dms": None, "dms_int8": "int8", "dms_fp8": "fp8", "dms_int4": "int4"}
+"""The gates' own policy, by the `kv_dtype` of the pages: "dms" reads as the model is set."""
+
 
 class OperatingPoint(NamedTuple):
     """A policy, and the operating point of dms that it belongs to."""
