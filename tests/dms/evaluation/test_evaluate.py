@@ -70,6 +70,23 @@ def test_every_policy_has_the_budget_of_dms(evaluated):
     assert dense.entries == 191 and dense.cr == 1.0 and dense.memory is None and dense.vs_dense is None
 
 
+def test_dms_with_pages_of_fewer_bits(gated_folder, tmp_path):
+    settings = EvaluationSettings(
+        suites=["text"], lengths=[192], num_documents=2, num_greedy=1, policies=["dense", "dms"], kv_dtype=["int4", "int8"]
+    )
+    rows = evaluate_folder(str(gated_folder), settings, out=tmp_path / "out", card=True).rows
+    model, eight, four = (figure(rows, policy, "text", "bits_per_byte") for policy in ("dms", "dms_int8", "dms_int4"))
+    assert len({row.value for row in (model, eight, four)}) == 3
+    assert abs(eight.value - model.value) < abs(four.value - model.value) < 0.05 * model.value
+    assert four.bytes < eight.bytes < model.bytes and four.cr == pytest.approx(model.cr, rel=0.02) and four.vs_dms is not None
+    assert f"| dms_int4 | 0 | {four.cr:.2f} |" in " ".join((gated_folder / "README.md").read_text().split()).replace("  ", " ")
+
+
+def test_one_pass_takes_nothing_from_pages(gated_folder, tmp_path):
+    with pytest.raises(ValueError, match="one_pass with dms_int4: it reads a document in one pass"):
+        evaluate_folder(str(gated_folder), EvaluationSettings(suites=["one_pass"], lengths=[96], kv_dtype=["int4"]), out=tmp_path / "out")
+
+
 def test_gates_on_another_form_of_their_base(gated_folder, tmp_path, capsys):
     """Said in the rows, in settings.json, on the console and on the card."""
     from dms.io.weights import GATES_FILE, base_hash
