@@ -66,8 +66,6 @@ def divide_graphs(compilation: Any) -> None:
 
 def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:
     """Raises ValueError for what does not work with gates."""
-    from dms_vllm.settings import KV_DTYPES
-
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if served.config.alignment == "next" and len(served.config.windows) > 1:
         # A token without a decision may go to any window's pages, which vouchers do not foresee.
@@ -99,9 +97,6 @@ def refuse(vllm_config: Any, options: "Options", served: "Served") -> None:
         raise ValueError(
             "--enable-sleep-mode gives the KV cache's memory up, and the workers' page tables would point at nothing; leave it out"
         )
-    if cache.cache_dtype not in KV_DTYPES:
-        raise ValueError(
-            f"--kv-cache-dtype is {cache.cache_dtype!r}; pages hold the model's own dtype (auto) or int8 with a scale an entry (int8_per_token_head)"
-        )
+    options.pages(cache.cache_dtype)
     if cache.user_specified_block_size:
         logger.warning("--block-size has no effect with gates: a page holds %d entries (dms.page_size)", options.page_size)

@@ -26,7 +26,7 @@ from dms_vllm import ATTEND
 from dms_vllm.accounting import PoolSpec
 from dms_vllm.events import BecameFork, Began, DroppedFork, Ended, Event, KeepFork
 from dms_vllm.pool import FixedPool, page_bytes
-from dms_vllm.settings import KV_DTYPES, Options, Served
+from dms_vllm.settings import Options, Served
 from dms_vllm.vouchers import Geometry, Report
 from dms_vllm.worker import Part, Step, Worker, sliding
 
@@ -191,8 +191,8 @@ class Pool(nn.Module, AttentionLayerBase):
         self.config, self.options = config, options
         self.attention = [AttentionOptions(layer.scale, layer.softcap, layer.sinks) for layer in layers]
         self.head_dim, self.dtype = layers[0].head_size, vllm_config.model_config.dtype
-        self.quantized = KV_DTYPES[vllm_config.cache_config.cache_dtype] == "int8"
-        entry = page_bytes(1, self.head_dim, self.dtype, self.quantized, config.windows)
+        self.kv_dtype = options.pages(vllm_config.cache_config.cache_dtype)
+        entry = page_bytes(1, self.head_dim, self.dtype, self.kv_dtype, config.windows)
         K = len(config.windows)
         self.configs = [config if layer.sliding_window is None else sliding(layer.sliding_window, K) for layer in layers]
         self.num_gated = sum(layer.sliding_window is None for layer in layers)
@@ -235,7 +235,7 @@ class Pool(nn.Module, AttentionLayerBase):
             self.options.page_size,
             self.head_dim,
             self.dtype,
-            quantized=self.quantized,
+            kv_dtype=self.kv_dtype,
             windows=self.config.windows,
         )
         self.worker = Worker(self.configs, self.num_gated, pool, self.spec.geometry.horizons, loops=self.options.loops)

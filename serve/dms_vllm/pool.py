@@ -3,17 +3,23 @@
 Shapes: N pages, P entries of a page, D head dim.
 """
 
+import math
+
 import torch
 
 from dms.cache.page_pool import CacheFull, PagePool
+from dms_kernels.quantization import KV_DTYPES, scales_of_pages, stored_width
 
 # Parts of the memory begin at multiples of this, in bytes.
 _ALIGNMENT = 64
 
 
-def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype, quantized: bool, windows: tuple[int, ...]) -> int:
-    """Bytes of a page: keys and values, their scales where they are int8, their positions where there are several windows."""
-    row = head_dim + 4 if quantized else head_dim * dtype.itemsize
+def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype, kv_dtype: str | None, windows: tuple[int, ...]) -> int:
+    """Bytes of a page: keys and values, their scales where they are quantised, their positions where there are several windows."""
+    stored = dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+    row, scales = stored_width(head_dim, stored) * stored.itemsize, scales_of_pages((), head_dim, stored)
+    if scales is not None:
+        row += math.prod(scales[0]) * scales[1].itemsize
     return page_size * (2 * row + 4 * (len(windows) > 1))
 
 
@@ -28,11 +34,13 @@ class FixedPool(PagePool):
         ValueError: memory for less than a page.
     """
 
-    def __init__(self, raw: torch.Tensor, page_size: int, head_dim: int, dtype: torch.dtype, *, quantized: bool, windows: tuple[int, ...]):
-        super().__init__(page_size, head_dim, dtype, raw.device, quantized=quantized, windows=windows if len(windows) > 1 else ())
+    def __init__(
+        self, raw: torch.Tensor, page_size: int, head_dim: int, dtype: torch.dtype, *, kv_dtype: str | None, windows: tuple[int, ...]
+    ):
+        super().__init__(page_size, head_dim, dtype, raw.device, kv_dtype=kv_dtype, windows=windows if len(windows) > 1 else ())
         # Room for the scratch row of each part, and for what alignment takes.
-        spare = 3 * _ALIGNMENT + head_dim * dtype.itemsize + 8
-        num_pages = (raw.numel() - spare) // page_bytes(page_size, head_dim, dtype, quantized, windows)
+        spare = 3 * _ALIGNMENT + page_bytes(1, head_dim, dtype, kv_dtype, windows)
+        num_pages = (raw.numel() - spare) // page_bytes(page_size, head_dim, dtype, kv_dtype, windows)
         if num_pages < 1:
             raise ValueError(
                 f"{raw.numel():,} bytes of KV cache hold no page of {page_size} entries of {head_dim}; give vLLM more memory for it"
@@ -47,9 +55,11 @@ class FixedPool(PagePool):
             return taken
 
         num_rows = num_pages * 2 * page_size + 1
-        self.rows = part(num_rows * head_dim, self.rows.dtype).view(num_rows, head_dim)
+        width = self.rows.shape[1]
+        self.rows = part(num_rows * width, self.rows.dtype).view(num_rows, width)
         if self.row_scales is not None:
-            self.row_scales = part(num_rows, torch.float32)
+            shape = (num_rows, *self.row_scales.shape[1:])
+            self.row_scales = part(math.prod(shape), self.row_scales.dtype).view(shape)
         if self.entry_positions is not None:
             self.entry_positions = part(num_pages * page_size + 1, torch.int32)
         self.references = torch.zeros(num_pages + 1, dtype=torch.int32, device=raw.device)

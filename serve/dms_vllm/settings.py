@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from dms.cache.page_pool import check_kv_dtype
 from dms.config import DMSConfig, nearest
 from dms.io.base_models import auto_class, load_config
 from dms.io.gates_file import check_base, read_config, read_gates
 from dms.layer_discovery import DecoderLayers, find_layers
 
-# vLLM's --kv-cache-dtype, and what pages then hold.
-KV_DTYPES = {"auto": None, "int8_per_token_head": "int8"}
+# vLLM's --kv-cache-dtype, and what pages then hold. vLLM has no name for int4; `Options.kv_dtype` has all of ours.
+VLLM_KV_DTYPES = {"auto": None, "int8_per_token_head": "int8"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     prefix_every: int = 256
     """Keep prompts' prefixes at multiples of so many tokens for others that begin alike, and what finished requests hold; 0: nothing, as under
     --no-enable-prefix-caching."""
+    kv_dtype: str | None = None
+    """How pages hold entries: int8, fp8 or int4; None: as --kv-cache-dtype says."""
     loops: bool = False
     """Keep every request by itself while it decodes: slow, the reference."""
 
@@ -45,6 +48,23 @@ class Options:
             raise ValueError(f"dms.prefix_every is {self.prefix_every!r}; it is a number of tokens, or 0 to keep no prefixes")
         if isinstance(self.evict_bias, bool) or not isinstance(self.evict_bias, int | float):
             raise ValueError(f"dms.evict_bias is {self.evict_bias!r}; it is a number")
+        check_kv_dtype(self.kv_dtype)
+
+    def pages(self, cache_dtype: str) -> str | None:
+        """The `kv_dtype` of the pages. cache_dtype: vLLM's --kv-cache-dtype.
+
+        Raises:
+            ValueError: one of vLLM's that pages have no form for, or that says something else than `kv_dtype`.
+        """
+        if cache_dtype not in VLLM_KV_DTYPES:
+            raise ValueError(
+                f"--kv-cache-dtype is {cache_dtype!r}; pages hold the model's own dtype (auto) or int8 with a scale an entry (int8_per_token_head); "
+                'others by --additional-config \'{"dms": {"kv_dtype": "int4"}}\', or "fp8"'
+            )
+        named = VLLM_KV_DTYPES[cache_dtype]
+        if named is not None and self.kv_dtype not in (None, named):
+            raise ValueError(f"--kv-cache-dtype is {cache_dtype!r} and dms.kv_dtype {self.kv_dtype!r}; give one of them")
+        return named or self.kv_dtype
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Options":

@@ -77,7 +77,7 @@ class PoolLayer(CompactedLayer):
     """A layer of the compacted cache whose pages are in the one pool."""
 
     def __init__(self, config: DMSConfig, pool: FixedPool):
-        super().__init__(config, pool.page_size, kv_dtype=None if pool.row_scales is None else "int8")
+        super().__init__(config, pool.page_size, kv_dtype=pool.kv_dtype)
         self.pool = pool
 
     def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:

@@ -12,6 +12,7 @@ from dms.cache.layer import CompactedLayer
 from dms.cache.page_pool import CacheFull
 from dms.config import DMSConfig
 from dms.masks import Tokens
+from dms_kernels.quantization import KV_DTYPES, fake_quantize
 from dms_vllm.pool import FixedPool, page_bytes
 from dms_vllm.vouchers import Geometry, Ledger
 from dms_vllm.worker import Part, Worker
@@ -73,7 +74,7 @@ def read_alone(config: DMSConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 class Server:
     """A scheduler as vLLM's, of a few lines: requests take turns, the last one is preempted where vouchers run out."""
 
-    def __init__(self, rng: random.Random, loops: bool, quantized: bool = False, late: bool = False):
+    def __init__(self, rng: random.Random, loops: bool, late: bool = False):
         self.rng = rng
         windows = sorted(rng.sample(range(1, 40), rng.randint(1, 3)))
         alignment = rng.choice(["own", "next"]) if len(windows) == 1 else "own"
@@ -82,11 +83,11 @@ class Server:
         self.geometry = Geometry(lines=LAYERS * HEADS, windows=self.config.windows, page_size=16, pages_per_voucher=rng.choice([1, 2, 4]))
         self.num_vouchers = int(self.geometry.of_longest(self.longest) * rng.choice([1.0, 1.0, 1.15, 1.5, 2.5])) + 1
         num_pages = self.num_vouchers * self.geometry.pages_per_voucher
-        raw = torch.zeros(num_pages * page_bytes(16, DIM, torch.float32, quantized, self.config.windows) + 1024, dtype=torch.int8)
+        raw = torch.zeros(num_pages * page_bytes(16, DIM, torch.float32, None, self.config.windows) + 1024, dtype=torch.int8)
         # Memory for a few pages too many would hide a fault.
         spare = (3 * 64 + DIM * 4 + 8) - 1024
         raw = raw[: len(raw) + spare]
-        pool = FixedPool(raw, 16, DIM, torch.float32, quantized=quantized, windows=self.config.windows)
+        pool = FixedPool(raw, 16, DIM, torch.float32, kv_dtype=None, windows=self.config.windows)
         assert pool.num_pages == num_pages
         self.ledger = Ledger(self.geometry)
         self.worker = Worker([self.config] * LAYERS, LAYERS, pool, self.geometry.horizons, loops=loops, late=late)
@@ -281,7 +282,7 @@ def test_requests_come_out_as_read_alone_on_kernels(monkeypatch):
 
 
 def test_a_pool_that_is_empty_says_so():
-    pool = FixedPool(torch.zeros(9000, dtype=torch.int8), 16, 16, torch.float32, quantized=False, windows=(4,))
+    pool = FixedPool(torch.zeros(9000, dtype=torch.int8), 16, 16, torch.float32, kv_dtype=None, windows=(4,))
     with pytest.raises(
         CacheFull, match=f"of the pool's {pool.num_pages} pages {pool.num_pages} are free, and {pool.num_pages + 1} are needed"
     ):
@@ -304,4 +305,19 @@ def test_a_request_that_goes_on_elsewhere_is_an_error():
 
 def test_memory_for_no_page_is_refused():
     with pytest.raises(ValueError, match="hold no page of 16 entries of 16"):
-        FixedPool(torch.zeros(100, dtype=torch.int8), 16, 16, torch.float32, quantized=False, windows=(4,))
+        FixedPool(torch.zeros(100, dtype=torch.int8), 16, 16, torch.float32, kv_dtype=None, windows=(4,))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES])
+@pytest.mark.parametrize("windows", [(4,), (4, 9)])
+def test_a_page_takes_what_the_pool_says(kv_dtype, windows):
+    """Of memory for so many pages there are as many, and entries written to the first and the last are read back."""
+    torch.manual_seed(0)
+    bytes_each = page_bytes(16, 32, torch.bfloat16, kv_dtype, windows)
+    pool = FixedPool(torch.zeros(7 * bytes_each + 512, dtype=torch.int8), 16, 32, torch.bfloat16, kv_dtype=kv_dtype, windows=windows)
+    # Beside these a pool counts a page's references and its place on the free list.
+    assert pool.num_pages == 7 and pool.page_bytes == bytes_each + 8
+    row, values = torch.tensor([0, pool.scratch - 1]), torch.randn(2, 32, dtype=torch.bfloat16)
+    pool.write(row, values)
+    expected = values if kv_dtype is None else fake_quantize(values, KV_DTYPES[kv_dtype])
+    assert torch.equal(pool.read(row), expected)

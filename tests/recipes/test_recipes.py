@@ -94,7 +94,8 @@ def test_its_model_carries_gates(name):
     assert shape.parameters == PARAMETERS[basename]
     sliding = {"gpt-oss-20b": 12, "gemma-3-4b-pt": 29}.get(basename, 0)
     assert shape.num_gated == text["num_hidden_layers"] - sliding
-    assert shape.gates == shape.num_gated * text["num_key_value_heads"] * (text["hidden_size"] + 1)
+    outputs = text["num_key_value_heads"] * len(recipe.dms.windows)
+    assert shape.gates == shape.num_gated * outputs * (text["hidden_size"] + 1)
     assert recipe.data.length <= text["max_position_embeddings"]
     assert plan.trained == shape.gates + (shape.parameters if recipe.trainable == "all" else 0)
 

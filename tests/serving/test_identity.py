@@ -74,9 +74,10 @@ CASES = {
     "evict_bias": Case(chunk=96, acts=(MIXED,), options={"evict_bias": 0.4}),
     # One KV head each, so that they fill unequally.
     "two ranks": Case(chunk=256, acts=(SHARED, NEXT_TURN, MIXED, ABORTED), ranks=2),
-    # A later piece of a prompt reads what int8 made of an earlier one, so that pieces must be the same: the engine's end where prefixes are
+    # A later piece of a prompt reads what fewer bits made of an earlier one, so that pieces must be the same: the engine's end where prefixes are
     # kept, and requests that are preempted and read again would be others.
     "int8": Case(chunk=8192, acts=(SHARED, MIXED), kv_cache_dtype="int8_per_token_head", prefill_chunk=256),
+    "int4": Case(chunk=8192, acts=(SHARED, MIXED), options={"kv_dtype": "int4"}, prefill_chunk=256),
 }
 FAST = {("one", "ample"), ("three", "tight")}
 
@@ -93,7 +94,10 @@ def test_tokens_are_those_of_generate(name, case, folders, tmp_path):
     folder, chosen = folders(name), CASES[case]
     answers = run_engine(tmp_path, chosen.ask(folder), **{"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if chosen.ranks > 1 else {})
     expected = reference(
-        folder, chosen.options.get("evict_bias", 0.0), "int8" if chosen.kv_cache_dtype != "auto" else None, chosen.prefill_chunk
+        folder,
+        chosen.options.get("evict_bias", 0.0),
+        "int8" if chosen.kv_cache_dtype != "auto" else chosen.options.get("kv_dtype"),
+        chosen.prefill_chunk,
     )
     for number, (act, answer) in enumerate(zip(chosen.acts, answers["acts"], strict=True)):
         aborted = act.get("abort", {})

@@ -30,6 +30,11 @@ REFUSED = {
         "--kv-cache-dtype is 'fp8'; pages hold the model's own dtype (auto) or int8 with a scale an entry (int8_per_token_head)",
     ),
     "option": ({"additional_config": {"dms": {"evict_bais": 1}}}, "dms has no option 'evict_bais' (did you mean 'evict_bias'?)"),
+    "kv_dtype": ({"additional_config": {"dms": {"kv_dtype": "int3"}}}, "kv_dtype is 'int3' (did you mean 'int8'?); pages hold"),
+    "two dtypes": (
+        {"kv_cache_dtype": "int8_per_token_head", "additional_config": {"dms": {"kv_dtype": "int4"}}},
+        "--kv-cache-dtype is 'int8_per_token_head' and dms.kv_dtype 'int4'; give one of them",
+    ),
     "page size": ({"additional_config": {"dms": {"page_size": 8}}}, "dms.page_size is 8; a page holds 16, 32 or 64 entries"),
 }
 OTHER_FOLDERS = {
@@ -55,7 +60,7 @@ def answers(folders, tmp_path_factory):
 
 def test_folders_with_gates_are_recognised(answers):
     expected = {"architecture": "DMSForCausalLM", "connector": "DMSConnector", "prefix_caching": False}
-    options = {"evict_bias": 0.5, "page_size": 16, "pages_per_voucher": 4, "prefix_every": 256, "loops": False}
+    options = {"evict_bias": 0.5, "page_size": 16, "pages_per_voucher": 4, "prefix_every": 256, "kv_dtype": None, "loops": False}
     assert answers["plain"] == expected | {"dms": options, "dtype": answers["plain"]["dtype"]}
     assert answers["no prefixes"]["dms"] == options | {"evict_bias": 0.0, "prefix_every": 0}
 
