@@ -85,7 +85,7 @@ class Server:
         num_pages = self.num_vouchers * self.geometry.pages_per_voucher
         raw = torch.zeros(num_pages * page_bytes(16, DIM, torch.float32, None, self.config.windows) + 1024, dtype=torch.int8)
         # Memory for a few pages too many would hide a fault.
-        spare = (3 * 64 + DIM * 4 + 8) - 1024
+        spare = (3 * 64 + page_bytes(1, DIM, torch.float32, None, self.config.windows)) - 1024
         raw = raw[: len(raw) + spare]
         pool = FixedPool(raw, 16, DIM, torch.float32, kv_dtype=None, windows=self.config.windows)
         assert pool.num_pages == num_pages
