@@ -5,10 +5,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 FORMAT_VERSION = 1
-# Of files whose gates choose among several windows, or are of another kind than linear; others stay what older versions read.
+# Of files whose gates choose among several windows, or are of another kind than linear, or whose pages are quantised; others stay what older
+# versions read.
 EXTENDED_VERSION = 2
 FORMAT_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION)
 MAX_WINDOWS = 4
@@ -48,6 +49,9 @@ class DMSConfig:
     """Minus the logit at the start, where w = b = 0: sigmoid(-5) = 0.7 %, so that nothing is evicted at first ([P] section 3.1)."""
     sinks: int = field(default=0, metadata={"least": 0})
     """How many first tokens of each document are never evicted."""
+    kv_dtype: Literal["int8", "fp8", "int4"] | None = None
+    """How pages hold what has left the (first) window, unless a cache is made otherwise; in training the distillation reads it so, rounded. None:
+    in the model's dtype."""
 
     def __new__(cls, **given: Any) -> "DMSConfig":
         # Checked before the generated __init__, which would raise TypeError for an unknown name.
@@ -81,12 +85,12 @@ class DMSConfig:
         """
         given = dict(saved)
         version = given.pop("format_version", None)
-        extended = isinstance(given.get("window"), list | tuple) or given.get("gate", "linear") != "linear"
+        extended = isinstance(given.get("window"), list | tuple) or given.get("gate", "linear") != "linear" or bool(given.get("kv_dtype"))
         if version == (FORMAT_VERSION if extended else EXTENDED_VERSION):
             raise ValueError(
-                f"{source}: format_version is {version}, window {given.get('window')!r} and gate {given.get('gate', 'linear')!r}: one window of linear "
-                f"gates is format {FORMAT_VERSION}, several windows and other gates are {EXTENDED_VERSION}; the file was changed, or half of it is "
-                "another's"
+                f"{source}: format_version is {version}, window {given.get('window')!r}, gate {given.get('gate', 'linear')!r} and kv_dtype "
+                f"{given.get('kv_dtype')!r}: one window of linear gates is format {FORMAT_VERSION}, several windows, other gates and quantised pages are "
+                f"{EXTENDED_VERSION}; the file was changed, or half of it is another's"
             )
         if version not in FORMAT_VERSIONS:
             raise ValueError(
@@ -106,7 +110,8 @@ class DMSConfig:
     @property
     def format_version(self) -> int:
         """Of the files that this is saved in."""
-        return FORMAT_VERSION if isinstance(self.window, int) and not self.is_borrowed else EXTENDED_VERSION
+        plain = isinstance(self.window, int) and not self.is_borrowed and self.kv_dtype is None
+        return FORMAT_VERSION if plain else EXTENDED_VERSION
 
     @property
     def is_borrowed(self) -> bool:
@@ -144,12 +149,20 @@ class DMSConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as YAML and JSON have them. `gate` only where it is not linear: older versions do not know it."""
+        """The fields, as YAML and JSON have them. `gate` and `kv_dtype` only where they say something: older versions do not know them."""
         told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return told if self.is_borrowed else {name: value for name, value in told.items() if name != "gate"}
+        silent = {"gate": "linear", "kv_dtype": None}
+        return {name: value for name, value in told.items() if name not in silent or value != silent[name]}
 
     def to_saved(self) -> dict[str, Any]:
         return {**self.to_dict(), "format_version": self.format_version}
+
+
+def _values(kind: Any) -> tuple[Any, ...]:
+    """Those of a Literal, and None where it may be that."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(value for part in get_args(kind) for value in ((None,) if part is type(None) else _values(part)))
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:
@@ -174,6 +187,6 @@ def _problem(f: Field[Any], value: Any) -> str | None:
             allowed = f"greater than or equal to {bounds['least']}"
         elif "above" in bounds and value <= bounds["above"]:
             allowed = f"greater than {bounds['above']}"
-    elif not isinstance(value, str) or value not in get_args(f.type):
-        allowed = " or ".join(map(repr, get_args(f.type)))
+    elif value not in (allowed_values := _values(f.type)):
+        allowed = " or ".join(map(repr, allowed_values))
     return None if allowed is None else f"{f.name}: Input should be {allowed}; given: {value!r}"

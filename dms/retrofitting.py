@@ -74,6 +74,7 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
         dense_attention=borrowed.register_dense(original) if config.gate == "borrowed" else original,
         rotary=RotaryLengths(found.decoder),
         takes_cache=hf_compat.makes_default_cache(model),
+        kv_dtype=config.kv_dtype,
     )
     for layer in found.gated:
         gate: nn.Module = (

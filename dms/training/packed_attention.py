@@ -127,6 +127,7 @@ class PackedAttention:
         sinks: int,
         alignment: str,
         first_pass: FirstPass | None = None,
+        kv_dtype: str | None = None,
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
@@ -153,6 +154,7 @@ class PackedAttention:
             softcap=softcap,
             sink_logits=sinks_of_heads,
             first_pass=first_pass,
+            kv_dtype=kv_dtype,
         )
         return self._to_tokens(out_BTHD)
 

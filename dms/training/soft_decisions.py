@@ -107,6 +107,7 @@ class TrainPass(ForwardPass):
             window=config.window,
             sinks=config.sinks,
             first_pass=self._first_pass(layer.index),
+            kv_dtype=config.kv_dtype,
         )
         if rows is not None:
             # Aligned where the whole sequences are.
@@ -156,6 +157,7 @@ def train_attention(
     window: int | tuple[int, ...],
     sinks: int,
     first_pass: FirstPass | None = None,
+    kv_dtype: str | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -163,7 +165,8 @@ def train_attention(
 ) -> torch.Tensor:
     """Noisy soft masking of whole documents. query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D].
 
-    log_keep_BTH: by the token that was decided on; of several windows [B, T, H, K]. scaling, softcap, s_aux: as transformers' attention interface gives them.
+    log_keep_BTH: by the token that was decided on; of several windows [B, T, H, K]. scaling, softcap, s_aux: as transformers' attention interface gives them. kv_dtype: as of
+    `gated_attention`.
     """
     if key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -181,6 +184,7 @@ def train_attention(
         softcap=softcap,
         sink_logits=s_aux,
         first_pass=first_pass,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -16,7 +16,7 @@ def test_all_problems_are_told_at_once():
         DMSConfig(windw=4, granularity="token", tau=0, sinks=True, scale="100", offset=float("inf"))
     assert str(caught.value).split("; ") == [
         "unknown key 'windw' (did you mean 'window'?)",
-        "allowed: window, gate, granularity, alignment, tau, scale, offset, sinks",
+        "allowed: window, gate, granularity, alignment, tau, scale, offset, sinks, kv_dtype",
         "granularity: Input should be 'head' or 'layer'",
         "given: 'token'",
         "tau: Input should be greater than 0",
@@ -122,6 +122,20 @@ def test_it_is_a_frozen_value():
 def test_config_is_strict(fields, message):
     with pytest.raises(ValueError, match=message):
         DMSConfig(**fields)
+
+
+def test_pages_of_fewer_bits_are_another_format():
+    config = DMSConfig(window=4, kv_dtype="int4")
+    saved = config.to_saved()
+    assert (saved["format_version"], saved["kv_dtype"]) == (2, "int4") and DMSConfig.from_saved(saved, "here") == config
+    assert "kv_dtype" not in DMSConfig(window=4).to_saved()
+    with pytest.raises(ValueError, match="here: format_version is 1, window 4, gate 'linear' and kv_dtype 'int4'"):
+        DMSConfig.from_saved(saved | {"format_version": 1}, "here")
+    with pytest.raises(
+        ValueError,
+        match="kv_dtype: Input should be None or 'int8' or 'fp8' or 'int4'|kv_dtype: Input should be 'int8' or 'fp8' or 'int4' or None",
+    ):
+        DMSConfig(kv_dtype="int2")
 
 
 def test_config_is_saved_and_read():

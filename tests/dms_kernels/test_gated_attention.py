@@ -366,3 +366,17 @@ def test_a_first_pass_without_a_backward_keeps_nothing():
     with torch.no_grad():
         gated_attention(**inputs(), window=3, scale=0.6, segment_ids=None, first_pass=first_pass)
     assert first_pass.take() is None
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("window", [0, 6, (3, 11, 29)])
+def test_what_is_beyond_the_window_is_read_rounded(kv_dtype, window):
+    """By blocks of queries, with gradients as if nothing were rounded."""
+    tensors = inputs(2, 50, 2, 2, 16, gates="soft", seed=3, num_windows=None if isinstance(window, int) else 3)
+    segment_ids = random_segments("packed", 2, 50, torch.Generator().manual_seed(3))
+    options = {"window": window, "scale": 0.4, "segment_ids": segment_ids, "sinks": 2}
+    expected = forward_backward(gated_attention_reference, tensors, **options, kv_dtype=kv_dtype, chunk=8)
+    actual = forward_backward(gated_attention_chunked, tensors, **options, kv_dtype=kv_dtype, chunk=8)
+    assert_close(actual, expected, 1e-9)
+    plain = forward_backward(gated_attention_chunked, tensors, **options, chunk=8)
+    assert (actual["out"] - plain["out"]).abs().max() > 1e-4

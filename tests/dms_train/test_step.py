@@ -311,3 +311,20 @@ def test_golden_trajectory():
         near_kl, near_cr = (3e-4, 2e-4) if step <= 5 else (0.35, 0.08)
         assert trajectory[step - 1][1:] == (pytest.approx(kl, rel=near_kl, abs=2e-7), pytest.approx(cr, rel=near_cr)), step
     assert norms[:4] == pytest.approx(GOLDEN_NORMS, rel=2e-3)
+
+
+def test_the_distillation_reads_pages_as_they_will_be(tiny_folder):
+    """Rounded beyond the window, with a loss of its own, and gates that learn of it."""
+    found = {}
+    for kv_dtype in (None, "int8", "int4"):
+        model = base_models.load_base(str(tiny_folder), "float32")
+        dms.retrofit(model, dms.DMSConfig(window=4, kv_dtype=kv_dtype))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in gate_parameters(model).values():
+            parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+        totals, gradients, _ = accumulate(model.train(), make_batch(2, 300), 1, 0.5)
+        found[kv_dtype] = float(totals[0]), torch.cat([gradient.flatten() for gradient in gradients.values()])
+        assert dms.DMSCache(model).compacted_layers() == {} and model.dms.kv_dtype == kv_dtype
+    (plain, direction), (eight, _), (four, other) = found.values()
+    assert plain != eight and abs(eight - plain) < abs(four - plain)
+    assert 0.5 < float(torch.cosine_similarity(direction, other, dim=0)) < 0.99999

@@ -276,7 +276,11 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     evict_bias: Annotated[float, typer.Option(help="Added to every gate's logit: above 0 evicts more.")] = 0.0,
     kv_dtype: Annotated[
-        str | None, typer.Option(help="int8, fp8 or int4: entries beyond the window take a byte, or half a byte, a number.")
+        str | None,
+        typer.Option(
+            help="int8, fp8 or int4: entries beyond the window take a byte, or half a byte, a number; model: the model's own dtype. "
+            "Default: as the gates were trained."
+        ),
     ] = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Nothing is evicted: a retrofitted model without its gates, or a plain model.")

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import TextStreamer
 
+from dms.cache.page_pool import check_kv_dtype
 from dms.cache.stats import cache_stats
 from dms.hf_compat import output_cache
 from dms.io import base_models, checkpoint
@@ -44,6 +45,8 @@ def run(
         raise ValueError("--system is for a conversation; add --chat, or put it into --prompt")
     if prompt == "":
         raise ValueError("the prompt is empty; give at least one token of text")
+    if kv_dtype != "model":
+        check_kv_dtype(kv_dtype)
     _check_model(name, base=base, other_base=other_base, dense=dense, evict_bias=evict_bias, kv_dtype=kv_dtype, window=window)
     # Before the weights, which may take minutes.
     tokenizer = base_models.load_tokenizer(base or name)
@@ -55,8 +58,8 @@ def run(
     else:
         mode: Mode = "dense" if dense else "evict"
         model = checkpoint.load(name, base=base, other_base=other_base, mode=mode, evict_bias=evict_bias, window=window)
-    if not dense:
-        model.dms.kv_dtype = kv_dtype
+    if not dense and kv_dtype is not None:
+        model.dms.kv_dtype = None if kv_dtype == "model" else kv_dtype
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if not chat:
         assert prompt is not None

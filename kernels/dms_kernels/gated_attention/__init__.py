@@ -15,6 +15,7 @@ from dms_kernels.gated_attention.chunked import FirstPass, gated_attention_chunk
 from dms_kernels.gated_attention.documents import Documents
 from dms_kernels.gated_attention.fused import gated_attention_fused, problem
 from dms_kernels.gated_attention.launch import MAX_WINDOWS
+from dms_kernels.quantization import KV_DTYPES
 
 __all__ = ["Documents", "FirstPass", "gated_attention"]
 
@@ -32,6 +33,7 @@ def gated_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     first_pass: FirstPass | None = None,
+    kv_dtype: str | None = None,
 ) -> Tensor:
     """Attend causally, adding `log_keep[b, k, h]` to the score of every key more than `window` tokens back.
 
@@ -61,6 +63,9 @@ def gated_attention(
         sink_logits: [Hq], a logit per query head that joins the softmax's denominator with no value (gpt_oss).
         first_pass: for activation checkpointing. Empty, it keeps what this call makes; full, this call is the recomputation
             of the one that filled it, and runs no forward. None: nothing is kept.
+        kv_dtype: keys and values beyond the first window are read as a cache's pages of this kind would give them, one of
+            `quantization.KV_DTYPES`, and gradients pass as if they were not rounded. A block of queries, of 128 on a CPU and 512 on a GPU
+            at most, reads unrounded what its first query does. Plain PyTorch alone, and of no effect without log_keep. None: nothing is rounded.
 
     Returns:
         [B, T, Hq, D] in q's dtype; gradients for q, k, v, log_keep and sink_logits as each requires.
@@ -78,12 +83,16 @@ def gated_attention(
     _check_tensors(q, k, v, log_keep, window, ids, sink_logits)
     check_count("sinks", sinks)
     check_scores(scale, softcap, sink_logits, q.shape[2])
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)} or None, got {kv_dtype!r}")
     if not isinstance(window, int) and len(window) == 1:
         (window,) = window
         log_keep = None if log_keep is None else log_keep[..., 0]
     function = None if first_pass is None else first_pass.function
     if function is None:
-        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k)) else gated_attention_chunked
+        function = gated_attention_fused if dispatch.use_triton("gated_attention", q, problem(q, k, kv_dtype)) else gated_attention_chunked
+    # The kernels take what is not rounded.
+    rounding = {} if function is gated_attention_fused else {"kv_dtype": kv_dtype}
     return function(
         q,
         k,
@@ -97,6 +106,7 @@ def gated_attention(
         sink_logits=sink_logits,
         # Without a backward there is no recomputation.
         first_pass=first_pass if torch.is_grad_enabled() else None,
+        **rounding,
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dms_kernels.gated_attention.documents import Documents
+from dms_kernels.quantization import KV_DTYPES, fake_quantize
 
 # Scores of one block, and bounds on its queries. On a CPU 1 MB of float32 stays in a core's cache; a GPU wants few
 # launches instead. Long blocks waste work on the diagonal, half of which is the future.
@@ -75,6 +76,7 @@ def gated_attention_chunked(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     first_pass: FirstPass | None = None,
+    kv_dtype: str | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Same arguments and result as `dms_kernels.gated_attention`, unchecked.
@@ -106,7 +108,8 @@ def gated_attention_chunked(
     if num_counting < len(window) and log_keep is not None:
         log_keep = log_keep[..., :num_counting]
     windows = tuple(min(w, T) for w in window[:num_counting])
-    geometry = Geometry(windows=windows, scale=scale, softcap=softcap, chunk=chunk, spans=spans)
+    stored = None if kv_dtype is None or log_keep is None else KV_DTYPES[kv_dtype]
+    geometry = Geometry(windows=windows, scale=scale, softcap=softcap, chunk=chunk, spans=spans, stored=stored)
     return _GatedAttention.apply(q, k, v, log_keep, sink_logits, first_BT, is_pad_BT, geometry, first_pass)
 
 
@@ -267,6 +270,8 @@ class Geometry:
     """queries of a block"""
     spans: list[list[tuple[int, int]]] | None
     """see `document_spans`; None without segments"""
+    stored: torch.dtype | None = None
+    """far keys and values are rounded as pages of this dtype round them; None: they are not"""
 
 
 @dataclass(frozen=True)
@@ -382,8 +387,9 @@ def each_head(
                 near = KeyList(0, k_TD, v_TD, None, None, None, None)
                 yield b, h, (near, near)
         return
+    far_k, far_v = (k, v) if geometry.stored is None else (fake_quantize(x, geometry.stored) for x in (k, v))
     norm_q_BH = torch.linalg.vector_norm(q, dim=3, dtype=dtype).amax(1).view(B, H, Hq // H).amax(2)
-    ceiling_BTH = torch.linalg.vector_norm(k, dim=3, dtype=dtype) * norm_q_BH[:, None] * geometry.scale
+    ceiling_BTH = torch.linalg.vector_norm(far_k, dim=3, dtype=dtype) * norm_q_BH[:, None] * geometry.scale
     if geometry.softcap is not None:
         ceiling_BTH = geometry.softcap * torch.tanh(ceiling_BTH / geometry.softcap)
     margin = math.log(T / torch.finfo(dtype).eps)
@@ -396,6 +402,8 @@ def each_head(
         for h in range(H):
             k_TD, v_TD, log_keep_KT = k[b, :, h].to(dtype), v[b, :, h].to(dtype), log_keep[b, :, h].T.to(dtype)
             lists = [KeyList(0, k_TD, v_TD, log_keep_KT.unbind(), None, None, None)]
+            if geometry.stored is not None:
+                k_TD, v_TD = far_k[b, :, h].to(dtype), far_v[b, :, h].to(dtype)
             for j, num_before in enumerate(num_kept_BHKT[b][h]):
                 index_N = kept_first_BHKT[b, h, j, : num_before[T]]
                 bias_N = bias_BTHK[b, :, h, j][index_N]

@@ -29,11 +29,13 @@ _LIST_BLOCK = 4096
 _COPY_ROWS = 64
 
 
-def problem(q: Tensor, k: Tensor) -> str | None:
+def problem(q: Tensor, k: Tensor, kv_dtype: str | None = None) -> str | None:
     """What keeps the kernels from taking these; None if nothing does."""
     found = kernel_problem(q)
     if found is not None:
         return found
+    if kv_dtype is not None:
+        return f"the kernels do not round keys and values beyond the window, as kv_dtype {kv_dtype} asks"
     G = q.shape[2] // k.shape[2]
     if launch.smallest_rows(G) * padded(q.shape[3]) * q.element_size() > launch.LARGEST_GROUP_BYTES:
         return f"the kernels hold all query heads of a KV head at once, and {G} heads of dim {q.shape[3]} are too many"

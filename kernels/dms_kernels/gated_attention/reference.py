@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dms_kernels.quantization import KV_DTYPES, fake_quantize
+
 
 def gated_attention_reference(
     q: Tensor,
@@ -21,8 +23,12 @@ def gated_attention_reference(
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    kv_dtype: str | None = None,
+    chunk: int = 1,
 ) -> Tensor:
     """Same arguments and result as `dms_kernels.gated_attention`, computed in the inputs' own dtype.
+
+    chunk: queries that read unrounded, beside kv_dtype, what the first of them does.
 
     Raises:
         RuntimeError: shapes that do not fit (from torch; the public function is the one that validates).
@@ -31,6 +37,12 @@ def gated_attention_reference(
     H = k.shape[2]
     k_BTHqD, v_BTHqD = (x.repeat_interleave(Hq // H, dim=2) for x in (k, v))
     scores_BHqTT = torch.einsum("bqhd,bkhd->bhqk", q, k_BTHqD) * scale
+    far_TT = None
+    if kv_dtype is not None and log_keep is not None:
+        far_k_BTHqD, far_v_BTHqD = (x + (fake_quantize(x, KV_DTYPES[kv_dtype]) - x).detach() for x in (k_BTHqD, v_BTHqD))
+        index_T = torch.arange(T, device=q.device)
+        far_TT = index_T < (index_T // chunk * chunk)[:, None] - (window if isinstance(window, int) else window[0])
+        scores_BHqTT = torch.where(far_TT, torch.einsum("bqhd,bkhd->bhqk", q, far_k_BTHqD) * scale, scores_BHqTT)
     if softcap is not None:
         scores_BHqTT = softcap * torch.tanh(scores_BHqTT / softcap)
 
@@ -57,6 +69,10 @@ def gated_attention_reference(
         column_BHqT1 = sink_logits.to(scores_BHqTT.dtype)[None, :, None, None].expand(B, Hq, T, 1)
         scores_BHqTT = torch.cat([scores_BHqTT, column_BHqT1], dim=-1)
     probs_BHqTT = torch.softmax(scores_BHqTT, dim=-1)[..., :T]
-    out_BTHqD = torch.einsum("bhqk,bkhd->bqhd", probs_BHqTT, v_BTHqD)
+    if far_TT is None:
+        out_BTHqD = torch.einsum("bhqk,bkhd->bqhd", probs_BHqTT, v_BTHqD)
+    else:
+        far, near = (torch.where(far_TT, probs_BHqTT, 0.0), far_v_BTHqD), (torch.where(far_TT, 0.0, probs_BHqTT), v_BTHqD)
+        out_BTHqD = sum(torch.einsum("bhqk,bkhd->bqhd", *part) for part in (far, near))
     # A padding token has only seen padding: its row is finite, and is cut off here with its gradients.
     return torch.where(valid_BT[:, :, None, None], out_BTHqD, 0.0)
