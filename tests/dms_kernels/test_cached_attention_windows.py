@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dms_kernels import cached_attention as module
 from dms_kernels.arguments import Keys, PagedKV
 from dms_kernels.cached_attention import attend_few, attend_many, cached_attention, make_read_order, reference
+from dms_kernels.quantization import KV_DTYPES, dequantize, quantize
 
 STALE = 1e30
 
@@ -167,6 +168,23 @@ def test_the_newest_tokens_see_all_but_parts_of_front_pages(seed, windows, shape
     ring = text.ring._replace(all_visible=min(text.stored) > windows[0])
     found = attend_few(q, position, _ordered(text.pages, newest_only=True), [ring], window=windows, scale=1.0)
     torch.testing.assert_close(found, _by_the_rule(text, q, position, 1.0), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_quantised_pages_are_read_as_what_they_stand_for(kv_dtype):
+    windows, scale = (2, 40, 90), 0.25
+    text = _read_text(4, windows, B=2, H=2, D=32, P=16, length=100, num_new=0)
+    pages, scales = quantize(text.pages.pages, KV_DTYPES[kv_dtype])
+    stored = replace(text.pages, pages=pages, page_scales=scales)
+    stands_for = replace(text.pages, pages=dequantize(pages, scales).double())
+    q = torch.randn(2, 4, 1, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    position = torch.tensor(text.stored, dtype=torch.int32)[:, None] - 1
+    options = {"window": windows, "scale": scale}
+    expected = reference(q, position, stands_for, [text.ring], **options)
+    for attend in (reference, attend_few, attend_many):
+        torch.testing.assert_close(attend(q, position, stored, [text.ring], **options), expected, atol=1e-9, rtol=0)
+    found = attend_few(q, position, _ordered(stored, newest_only=True), [text.ring], **options)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("B", [1, 2])
