@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring
+from dms_kernels.quantization import KV_DTYPES, scales_of_pages, stored_width
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, **KV_DTYPES}
 CAPABILITIES = (80, 90)
 # A page, a window and lengths as users have them; tiles do not depend on lengths, and little is computed.
 _T, _H, _P, _WINDOW = 320, 2, 64, 256
@@ -35,7 +36,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.kv in ("int8", "fp8") else DTYPES[self.kv]
+        return torch.bfloat16 if self.kv in KV_DTYPES else DTYPES[self.kv]
 
     def launch(self) -> None:
         """Call the operation, whose launches are compiled instead (see `compiling`)."""
@@ -95,12 +96,13 @@ def _gated_attention(case: Case) -> None:
 
 
 def _paged(case: Case) -> PagedKV:
-    windows = _windows(case)
+    windows, page_dtype = _windows(case), DTYPES[case.kv]
+    scales = scales_of_pages((8, 2, _P), case.head_dim, page_dtype)
     return PagedKV(
-        pages=torch.zeros(8, 2, _P, case.head_dim, dtype=DTYPES[case.kv]),
+        pages=torch.zeros(8, 2, _P, stored_width(case.head_dim, page_dtype), dtype=page_dtype),
         page_table=torch.zeros(1, _H * len(windows), 8, dtype=torch.int32),
         num_kept=torch.full((1, _H * len(windows)), 130, dtype=torch.int32),
-        page_scales=torch.ones(8, 2, _P) if case.kv in ("int8", "fp8") else None,
+        page_scales=None if scales is None else torch.ones(scales[0], dtype=scales[1]),
         positions=torch.zeros(8, _P, dtype=torch.int32) if len(windows) > 1 else None,
         windows=windows if len(windows) > 1 else (),
     )
@@ -190,7 +192,7 @@ def full_matrix() -> list[Case]:
             if kv == "fp8" and capability < 90:
                 continue
             paged = ("sparse_prefill", "paged_decode", "append")
-            operations = paged if kv in ("int8", "fp8") else ("gated_attention", *paged)
+            operations = paged if kv in KV_DTYPES else ("gated_attention", *paged)
             cases += [Case(op, capability, D, G, kv) for op in operations for D in (64, 128) for G in (1, 4, 8)]
             if kv == "bf16":
                 cases += [Case("gated_attention", capability, D, G, kv, num_windows=3) for D in (64, 128) for G in (1, 4, 8)]
@@ -212,7 +214,7 @@ def several_windows(num_windows: int = 3) -> list[Case]:
         Case(operation, capability, 128, 4, kv, count)
         for operation in ("gated_attention", "append", "paged_decode", "sparse_prefill")
         for capability in CAPABILITIES
-        for kv in (("bf16",) if operation == "gated_attention" else ("bf16", "int8"))
+        for kv in (("bf16",) if operation == "gated_attention" else ("bf16", "int8", "int4"))
         for count in (1, num_windows)
     ]
 
@@ -226,6 +228,10 @@ def representative() -> list[Case]:
         Case("sparse_prefill", 90, 128, 4, "bf16"),
         Case("paged_decode", 90, 128, 4, "bf16"),
         Case("paged_decode", 80, 64, 8, "int8"),
+        Case("paged_decode", 90, 128, 4, "fp8"),
+        Case("paged_decode", 90, 128, 4, "int4"),
+        Case("sparse_prefill", 90, 128, 4, "int4"),
+        Case("append", 80, 64, 8, "int4"),
         Case("append", 90, 128, 4, "bf16"),
         Case("append", 90, 128, 4, "bf16", num_windows=3),
         Case("distill_loss", 80, 128, 1, "bf16"),

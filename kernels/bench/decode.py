@@ -8,7 +8,9 @@ from torch import Tensor
 from bench.inputs import Cache, filled_cache, kept_shares, normal, relative_error
 from bench.measuring import Competitor, Parity, num_sets
 from bench.shapes import Shape
+from dms_kernels.dispatch import target
 from dms_kernels.paged_decode import paged_decode
+from dms_kernels.quantization import KV_DTYPES, group_size, quantize
 
 
 def _inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Cache]:
@@ -49,24 +51,34 @@ def live_bytes(shape: Shape, itemsize: int) -> int:
     return (kept + shape.batch * shape.H * R) * 2 * shape.D * itemsize
 
 
+def _page_dtypes(device: str) -> list[str]:
+    """Those that this device's kernels read, int8 first."""
+    too_old = device != "cpu" and target(torch.device(device)).capability < 89
+    return [name for name in KV_DTYPES if name != "fp8" or not too_old]
+
+
 def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competitor]:
     B, T, Hq, H, D = shape.batch, shape.tokens, shape.Hq, shape.H, shape.D
     ours_bytes, dense_bytes = live_bytes(shape, dtype.itemsize), 2 * B * H * T * D * dtype.itemsize
     ring_bytes = B * H * (shape.window + 1) * 2 * D * dtype.itemsize
-    int8_bytes = ring_bytes + (ours_bytes - ring_bytes) // dtype.itemsize
 
     def ours():
         return [_call(shape, *_inputs(shape, device, dtype, seed)) for seed in range(num_sets(ours_bytes))]
 
-    def ours_int8():
-        calls = []
-        for seed in range(num_sets(int8_bytes)):
-            q, cache = _inputs(shape, device, dtype, seed)
-            pages = cache.paged.pages
-            scale_N2P = pages.abs().amax(-1).float().clamp(min=1e-6) / 127
-            quantized = replace(cache.paged, pages=(pages / scale_N2P[..., None]).round().to(torch.int8), page_scales=scale_N2P)
-            calls.append(_call(shape, q, replace(cache, paged=quantized)))
-        return calls
+    def quantized(name: str) -> Competitor:
+        numbers = (ours_bytes - ring_bytes) // dtype.itemsize
+        # A scale and a least number for each group; one scale for a whole key or value hardly counts.
+        paged_bytes = numbers // 2 + numbers // group_size(D) * 4 if name == "int4" else numbers
+
+        def prepare():
+            calls = []
+            for seed in range(num_sets(ring_bytes + paged_bytes)):
+                q, cache = _inputs(shape, device, dtype, seed)
+                pages, scales = quantize(cache.paged.pages, KV_DTYPES[name])
+                calls.append(_call(shape, q, replace(cache, paged=replace(cache.paged, pages=pages, page_scales=scales))))
+            return calls
+
+        return Competitor(f"ours, {name} pages", prepare, bytes=ring_bytes + paged_bytes, graph=True)
 
     def dense():
         def call():
@@ -79,7 +91,7 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competito
 
     found = [
         Competitor("ours", ours, bytes=ours_bytes, graph=True),
-        Competitor("ours, int8 pages", ours_int8, bytes=int8_bytes, graph=True),
+        *(quantized(name) for name in _page_dtypes(device)),
         Competitor("SDPA, dense", dense, bytes=dense_bytes, graph=True),
     ]
     if shape.longer:

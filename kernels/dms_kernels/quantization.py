@@ -51,7 +51,8 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.uint8:
         groups = x.unflatten(-1, (-1, group_size(x.shape[-1])))
         least = groups.amin(-1).clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
-        scale = ((groups.amax(-1) - groups.amin(-1)) / 15.0).clamp(max=_LARGEST_HALF).half()
+        # Not divided by 15: on a GPU PyTorch multiplies by the reciprocal instead, which is not always the same number.
+        scale = ((groups.amax(-1) - groups.amin(-1)) * (1.0 / 15.0)).clamp(max=_LARGEST_HALF).half()
         step = torch.where(scale > 0, scale, 1.0).float()[..., None]
         codes = torch.floor((groups - least.float()[..., None]) * (1.0 / step) + 0.5).clamp(0, 15).to(torch.uint8).flatten(-2)
         return codes[..., ::2] | (codes[..., 1::2] << 4), torch.stack([scale, least], -1)

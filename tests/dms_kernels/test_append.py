@@ -23,6 +23,10 @@ from dms_kernels.append import fused
 interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
 
 
+# How far what a query sees may be from what was said, by the dtype of pages.
+ROUNDING = {torch.int8: 0.05, torch.float8_e4m3fn: 0.1, torch.uint8: 0.3}
+
+
 class History:
     """Every token's key, value and decision, and who sees whom by the rule."""
 
@@ -67,10 +71,10 @@ def _follow(monkeypatch, seed, steps, B=2, H=2, G=2, D=16, P=16, window=3, sinks
         q = torch.randn(B, H * G, D, generator=generator)
         cache = run.cache
         out = decode_over(decode, q[:, :, None], cache, window=window, scale=0.25)
-        tolerance = 1e-5 if "page_scales" not in cache else 0.05
+        tolerance = ROUNDING.get(cache["pages"].dtype, 1e-5)
         expected = history.attend(q, 0.25)
         note(
-            f"append over a text, {'int8' if 'page_scales' in cache else 'float32'} pages",
+            f"append over a text, pages of {str(cache['pages'].dtype).removeprefix('torch.')}",
             what_queries_see=float((out - expected).abs().max()),
         )
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
@@ -99,14 +103,30 @@ def test_several_pages_and_sinks(monkeypatch, alignment):
 
 
 @interpreted
-def test_quantised_pages(monkeypatch):
-    run = _follow(monkeypatch, 3, 26, B=1, window=2, rate=0.2, padding=0.0, page_dtype=torch.int8)
+@pytest.mark.parametrize("page_dtype", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.slow), torch.uint8])
+def test_quantised_pages(monkeypatch, page_dtype):
+    H = 2 if page_dtype == torch.int8 else 1
+    run = _follow(monkeypatch, 3, 26, B=1, H=H, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
     assert run.cache["num_kept"].max() > 16
 
 
 @interpreted
-def test_an_entry_of_zeros_is_quantised_to_zeros(monkeypatch):
-    run = Run(empty_cache(1, 1, window=0, page_dtype=torch.int8), 0)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("D, size", [(32, 1.0), (80, 1e-3), (96, 1e3)])
+def test_int4_bit_by_bit(monkeypatch, D, size, dtype):
+    """Groups of 16 and of 32, heads whose dims are padded, scales that are subnormal in float16, and one component many times the others."""
+    run = Run(empty_cache(2, 1, D, window=0, dtype=dtype, page_dtype=torch.uint8), 0)
+    for step in range(4):
+        k, v = normals(2, 2, 1, D, seed=step) * size
+        k[0, :, 3] *= 30
+        run.step(monkeypatch, k.to(dtype), v.to(dtype), torch.zeros(2, 1, dtype=torch.bool))
+    assert run.cache["num_kept"].tolist() == [[3], [3]]
+
+
+@interpreted
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.uint8])
+def test_an_entry_of_zeros_is_quantised_to_zeros(monkeypatch, page_dtype):
+    run = Run(empty_cache(1, 1, window=0, page_dtype=page_dtype), 0)
     for _ in range(2):
         run.step(monkeypatch, torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 1, dtype=torch.bool))
     assert (kept(run.cache, 0, 0) == 0).all() and kept(run.cache, 0, 0).shape == (2, 1, 16)
@@ -236,9 +256,9 @@ def test_keys_of_another_dtype_than_the_cache(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("quantised", [False, True])
-def test_the_operator_is_sound(quantised):
-    cache = empty_cache(page_dtype=torch.int8 if quantised else None)
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.uint8])
+def test_the_operator_is_sound(page_dtype):
+    cache = empty_cache(page_dtype=page_dtype)
     cache["ring_kv"].zero_(), cache["pages"].zero_()
     names = "ring_kv ring_state seq_len num_kept page_table pages page_scales positions references free num_free evicted decided overflow ticket"
     k, v, q = normals(2, 2, 16), normals(2, 2, 16), normals(2, 4, 16)
@@ -255,10 +275,11 @@ def test_the_operator_is_sound(quantised):
 @given(
     seed=st.integers(0, 9999), B=st.integers(1, 3), H=st.integers(1, 3), D=st.sampled_from([16, 20]), P=st.sampled_from([16, 32]),
     window=st.sampled_from([0, 1, 2, 5, 16]), sinks=st.integers(0, 3), alignment=st.sampled_from(["own", "next"]),
-    rate=st.sampled_from([0.0, 0.3, 0.8]), padding=st.sampled_from([0.0, 0.3]), quantised=st.booleans(),
+    rate=st.sampled_from([0.0, 0.3, 0.8]), padding=st.sampled_from([0.0, 0.3]), page_dtype=st.sampled_from([None, torch.int8, torch.uint8]),
 )  # fmt: skip
-def test_any_text(monkeypatch, seed, quantised, **shape):
-    _follow(monkeypatch, seed, 50, page_dtype=torch.int8 if quantised else None, **shape)
+def test_any_text(monkeypatch, seed, D, page_dtype, **shape):
+    D = 48 if page_dtype == torch.uint8 and D == 20 else D
+    _follow(monkeypatch, seed, 50, D=D, page_dtype=page_dtype, **shape)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dms_kernels.append import append, reference
 from dms_kernels.arguments import GateInputs
 from dms_kernels.paged_decode import paged_decode
 from dms_kernels.paged_decode import reference as plain_decode
+from dms_kernels.quantization import scales_of_pages, stored_width
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -26,7 +27,7 @@ def empty_cache(B=B, window=20, num_pages=200, max_pages=8, page_dtype=None, D=D
         "seq_len": zeros(B),
         "num_kept": zeros(B, H),
         "page_table": zeros(B, H, max_pages),
-        "pages": zeros(num_pages, 2, P, D, dtype=page_dtype or torch.bfloat16),
+        "pages": zeros(num_pages, 2, P, stored_width(D, page_dtype or torch.bfloat16), dtype=page_dtype or torch.bfloat16),
         "references": zeros(num_pages + 1),
         "free": torch.arange(num_pages, dtype=torch.int32, device="cuda").flip(0),
         "num_free": torch.tensor(num_pages, device="cuda"),
@@ -35,7 +36,8 @@ def empty_cache(B=B, window=20, num_pages=200, max_pages=8, page_dtype=None, D=D
         "overflow": zeros(1),
         "ticket": zeros(B),
     }
-    return cache | ({} if page_dtype is None else {"page_scales": zeros(num_pages, 2, P, dtype=torch.float32)})
+    scales = scales_of_pages((num_pages, 2, P), D, cache["pages"].dtype)
+    return cache | ({} if scales is None else {"page_scales": zeros(*scales[0], dtype=scales[1])})
 
 
 def kept(cache: dict) -> list[torch.Tensor]:
@@ -52,6 +54,8 @@ def assert_same(left: dict, right: dict, rtol=0.0, atol=0.0) -> None:
     for name in left.keys() - {"pages", "page_scales", "page_table", "references", "free"}:
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
     for ours, theirs in zip(kept(left), kept(right), strict=True):
+        if left["pages"].dtype == torch.uint8:
+            assert torch.equal(ours, theirs), "int4 is not the same bit by bit"
         # A number on the border of two is rounded either way.
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-6 + rtol, atol=1.0 if ours.dtype == torch.int8 else atol)
     used = torch.arange(left["page_table"].shape[2], device="cuda") * P < left["num_kept"][..., None]
@@ -79,7 +83,7 @@ def kernel(monkeypatch):
     monkeypatch.setenv("DMS_KERNELS", "triton")
 
 
-@pytest.mark.parametrize("page_dtype", [None, torch.int8])
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.uint8])
 @pytest.mark.parametrize("alignment", ["own", "next"])
 @pytest.mark.parametrize("window", [0, 1, 20])
 def test_step_by_step(window, alignment, page_dtype):

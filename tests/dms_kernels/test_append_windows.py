@@ -54,7 +54,7 @@ class Text:
                 assert cache["positions"][pages].flatten()[: len(left)].tolist() == left
                 if left:
                     expected = torch.stack([tokens[i][0][h] for i in left], 1)
-                    atol = 0.05 if "page_scales" in cache else 0.0
+                    atol = {torch.int8: 0.05, torch.uint8: 0.25}.get(cache["pages"].dtype, 0.0)
                     torch.testing.assert_close(kept(cache, b, number), expected.float(), rtol=0, atol=atol)
 
 
@@ -106,8 +106,9 @@ def test_rows_of_different_lengths(monkeypatch):
 
 
 @interpreted
-def test_quantised_pages(monkeypatch):
-    run = follow(monkeypatch, 3, 30, (1, 18), rates=(0.1, 0.9), page_dtype=torch.int8)
+@pytest.mark.parametrize("page_dtype", [torch.int8, pytest.param(torch.uint8, marks=pytest.mark.slow)])
+def test_quantised_pages(monkeypatch, page_dtype):
+    run = follow(monkeypatch, 3, 30, (1, 18), rates=(0.1, 0.9), page_dtype=page_dtype)
     assert run.most > 16
 
 
@@ -200,7 +201,8 @@ def test_overflow(monkeypatch):
 @given(
     seed=st.integers(0, 9999), B=st.integers(1, 2), H=st.integers(1, 2), D=st.sampled_from([16, 20]), sinks=st.integers(0, 3),
     windows=st.sampled_from([(0, 1), (1, 17), (2, 9, 30), (0, 3, 17, 18)]), alignment=st.sampled_from(["own", "next"]),
-    padding=st.sampled_from([0.0, 0.3]), quantised=st.booleans(),
+    padding=st.sampled_from([0.0, 0.3]), page_dtype=st.sampled_from([None, torch.int8, torch.uint8]),
 )  # fmt: skip
-def test_any_text(monkeypatch, seed, quantised, **shape):
-    follow(monkeypatch, seed, 45, page_dtype=torch.int8 if quantised else None, **shape)
+def test_any_text(monkeypatch, seed, D, page_dtype, **shape):
+    D = 48 if page_dtype == torch.uint8 and D == 20 else D
+    follow(monkeypatch, seed, 45, D=D, page_dtype=page_dtype, **shape)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dms_kernels import cached_attention as module
 from dms_kernels.arguments import Keys, PagedKV
 from dms_kernels.cached_attention import attend_few, attend_many, cached_attention, make_read_order, reference
+from dms_kernels.quantization import KV_DTYPES, dequantize, quantize
 
 STALE = 1e30
 
@@ -167,6 +168,23 @@ def test_the_newest_tokens_see_all_but_parts_of_front_pages(seed, windows, shape
     ring = text.ring._replace(all_visible=min(text.stored) > windows[0])
     found = attend_few(q, position, _ordered(text.pages, newest_only=True), [ring], window=windows, scale=1.0)
     torch.testing.assert_close(found, _by_the_rule(text, q, position, 1.0), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_quantised_pages_are_read_as_what_they_stand_for(kv_dtype):
+    text = _read_text(4, (2, 40, 90), B=2, H=2, D=32, P=16, length=100, num_new=3)
+    pages, scales = quantize(text.pages.pages, KV_DTYPES[kv_dtype])
+    stored = replace(text.pages, pages=pages, page_scales=scales)
+    stands_for = replace(text.pages, pages=dequantize(pages, scales).double())
+    q = torch.randn(2, 4, 3, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    position = (torch.tensor(text.stored)[:, None] + torch.arange(3)).int()
+    at = position.long()[:, None].expand(2, 2, 3)
+    k, v = (x.gather(2, at[..., None].expand(-1, -1, -1, 32)) for x in (text.k, text.v))
+    recent = [text.ring, Keys(k, v, position, state=_state(text.classes.gather(2, at)))]
+    options = {"window": text.windows, "scale": 0.25}
+    expected = reference(q, position, stands_for, recent, **options)
+    for attend, read in ((reference, stored), (attend_few, stored), (attend_few, _ordered(stored)), (attend_many, _ordered(stored))):
+        torch.testing.assert_close(attend(q, position, read, recent, **options), expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("B", [1, 2])

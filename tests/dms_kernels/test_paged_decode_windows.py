@@ -23,7 +23,8 @@ SHAPES = {
     "short rows": {"most": 5},
     "long rows": {"length": [89, 150], "P": 32},
     "a growing ring": {"windows": (9, 30), "grown": 4},
-    "int8": {"quantized": True, "length": [80, 60]},
+    "int8": {"quantized": torch.int8, "length": [80, 60]},
+    "int4": {"quantized": torch.uint8, "length": [80, 60]},
 }
 
 
@@ -115,9 +116,11 @@ def test_pages_and_ring_of_different_windows_are_refused():
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 9999), B=st.integers(1, 3), H=st.integers(1, 2), D=st.sampled_from([16, 20]), P=st.sampled_from([16, 32]),
-    windows=st.sampled_from([(0, 1), (2, 30), (5, 6, 7), (0, 3, 40, 50)]), num_new=st.integers(0, 5), quantized=st.booleans(),
+    windows=st.sampled_from([(0, 1), (2, 30), (5, 6, 7), (0, 3, 40, 50)]), num_new=st.integers(0, 5), quantized=st.sampled_from([None, torch.int8, torch.uint8]),
     T=st.integers(1, 4), G=st.sampled_from([1, 3]), num_programs=st.integers(1, 9), tile=st.sampled_from([16, 32]),
 )  # fmt: skip
 def test_any_cache(T, G, num_programs, tile, num_new, **shape):
+    if shape["quantized"] == torch.uint8 and shape["D"] == 20:
+        shape["D"] = 48
     case = make_windows_case(num_new=num_new, **shape)
     check(case, T=min(T, max(num_new, 1)), G=G, ruled=num_new > 0, num_programs=num_programs, tile=tile)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from largest import note
 
 from dms_kernels import dispatch
+from dms_kernels.quantization import scales_of_pages, stored_width
 from dms_kernels.sparse_prefill import reference, sparse_prefill
 
 pytest.importorskip("triton")
@@ -50,9 +51,10 @@ def check(case: Case, dtype=torch.float32) -> float:
         {},
         {"B": 2, "start": (0, 20), "kept": (17, 0)},
         {"kept": (5, 30), "quantized": torch.int8, "softcap": 2.0, "sinks": True},
+        {"kept": (5, 30), "quantized": torch.uint8},
         {"T": 32, "window": 0},
     ],
-    ids=["entries", "padding", "int8", "prompt"],
+    ids=["entries", "padding", "int8", "int4", "prompt"],
 )
 def test_the_reference_is_the_rule(shape):
     case = make_case(**shape)
@@ -77,6 +79,8 @@ SHAPES = {
     "softcap and sinks": {"softcap": 2.0, "sinks": True, "kept": (20, 3)},
     "int8": {"quantized": torch.int8, "kept": (20, 32)},
     "float8": {"quantized": torch.float8_e4m3fn, "kept": (20, 32)},
+    "int4": {"quantized": torch.uint8, "kept": (20, 32)},
+    "int4, padded heads": {"quantized": torch.uint8, "kept": (20,), "D": 80, "H": 1, "T": 9},
 }
 
 
@@ -97,6 +101,7 @@ def test_other_tiles_and_parts(monkeypatch, block_m, block_n, parts):
 def test_float16():
     check(make_case(kept=(20, 0)), torch.float16)
     check(make_case(kept=(20, 32), quantized=torch.int8), torch.float16)
+    check(make_case(kept=(20, 32), quantized=torch.uint8, T=9), torch.float16)
 
 
 @interpreted
@@ -132,7 +137,7 @@ shapes = st.fixed_dictionaries(
         "evicted": st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=1, max_size=3),
         "softcap": st.sampled_from([None, 3.0]),
         "sinks": st.booleans(),
-        "quantized": st.sampled_from([None, torch.int8]),
+        "quantized": st.sampled_from([None, torch.int8, torch.uint8]),
         "contiguous": st.booleans(),
     }
 )
@@ -145,6 +150,8 @@ def check_random(shape, more, padding, tiles, dtype):
         start = [min(S, n) for n in padding[: shape["B"]]]
         if shape["kept"] is None:
             shape = shape | {"quantized": None}
+        if shape["quantized"] == torch.uint8 and shape["D"] == 20:
+            shape = shape | {"D": 48}
         return check(make_case(**shape, S=S, start=start if any(start) else None), dtype)
 
 
@@ -188,8 +195,10 @@ def test_operators_hold_what_they_promise():
     k, v, leaves = case.tensors[1:4]
     num_kept = torch.zeros(2, 2, dtype=torch.int32)
     table = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
-    for dtype in (torch.float32, torch.int8):
-        pages, scales = torch.zeros(12, 2, 16, 16, dtype=dtype), torch.zeros(12, 2, 16) if dtype == torch.int8 else None
+    for dtype in (torch.float32, torch.int8, torch.uint8):
+        beside = scales_of_pages((12, 2, 16), 16, dtype)
+        pages = torch.zeros(12, 2, 16, stored_width(16, dtype), dtype=dtype)
+        scales = None if beside is None else torch.zeros(beside[0], dtype=beside[1])
         torch.library.opcheck(fused.store, (k, v, ~leaves, num_kept, table, pages, scales, None, None), test_utils=tests)
 
 

@@ -5,7 +5,7 @@ import torch
 from cache_arguments import prefill_over
 
 from dms_kernels.arguments import Keys, PagedKV
-from dms_kernels.quantization import quantize
+from dms_kernels.quantization import dequantize, quantize, scales_of_pages, stored_width
 from dms_kernels.sparse_prefill import attend, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
 
@@ -52,7 +52,7 @@ def same_precision(q, k, v, evicted, start, pages, table, num_kept, *, window, s
     if pages is not None:
         held = torch.arange(table.shape[2] * pages.shape[2], device="cuda") < num_kept[..., None]
         taken = pages[table.long()]
-        taken = taken if page_scales is None else (taken.float() * page_scales[table.long()][..., None])
+        taken = taken if page_scales is None else dequantize(taken, page_scales[table.long()])
         taken = taken.to(q.dtype)
         k, v = (torch.cat([taken[:, :, :, i].reshape(B, H, -1, D), x], 2) for i, x in enumerate((k, v)))
         see = torch.cat([held[:, :, None].expand(B, H, T, -1), see.expand(B, H, T, S)], 3)
@@ -95,7 +95,7 @@ def test_error_is_that_of_the_precision(shape, window):
     check([*tensors, None, None, None, None], window=window, scale=tensors[0].shape[3] ** -0.5)
 
 
-@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn, torch.uint8], ids=["bf16", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("P", [16, 32, 64])
 def test_error_with_pages_and_padding(P, page_dtype):
     if page_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
@@ -142,26 +142,26 @@ def test_a_long_prompt(D):
         assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
-@pytest.mark.parametrize("page_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("page_dtype", [torch.bfloat16, torch.int8, torch.uint8])
 def test_survivors_of_a_long_prompt(page_dtype):
     B, H, S, D, P = 2, 4, 9000, 128, 64
     _, k, v, evicted = make_prompt(B=B, H=H, G=1, T=1, S=S)
     num_kept = torch.randint(0, 200, (B, H), device="cuda", dtype=torch.int32)
     max_pages = (200 + S) // P + 1
     table = torch.randperm(B * H * max_pages, device="cuda").int().view(B, H, max_pages)
-    quantized = page_dtype == torch.int8
-    stored = []
+    beside, stored = scales_of_pages((B * H * max_pages, 2, P), D, page_dtype), []
     for store in (store_survivors, store_survivors_reference):
-        pages = torch.zeros(B * H * max_pages, 2, P, D, dtype=page_dtype, device="cuda")
-        scales = torch.zeros(B * H * max_pages, 2, P, device="cuda") if quantized else None
+        pages = torch.zeros(B * H * max_pages, 2, P, stored_width(D, page_dtype), dtype=page_dtype, device="cuda")
+        scales = None if beside is None else torch.zeros(beside[0], dtype=beside[1], device="cuda")
         store(k, v, ~evicted, PagedKV(pages, table, num_kept, scales))
         stored.append((pages, scales))
     (pages, scales), (expected, expected_scales) = stored
-    if quantized:
+    if page_dtype == torch.int8:
         torch.testing.assert_close(scales, expected_scales)
         assert (pages.int() - expected.int()).abs().max() <= 1
     else:
         assert torch.equal(pages, expected)
+        assert scales is None or torch.equal(scales, expected_scales)
 
 
 def test_nothing_is_read_back():

@@ -12,6 +12,7 @@ from window_caches import WindowsCase, make_windows_case, recent_of
 
 from dms_kernels import dispatch
 from dms_kernels.arguments import PagedKV
+from dms_kernels.quantization import scales_of_pages, stored_width
 from dms_kernels.sparse_prefill import attend, sparse_prefill, store_survivors
 
 pytest.importorskip("triton")
@@ -27,7 +28,8 @@ SHAPES = {
     "four windows": {"num_new": 30, "windows": (0, 1, 17, 40), "H": 1},
     "windows longer than all": {"num_new": 20, "windows": (4, 500, 900), "H": 1},
     "pages of 32": {"num_new": 12, "P": 32, "H": 1},
-    "int8": {"num_new": 20, "quantized": True, "length": [80, 60]},
+    "int8": {"num_new": 20, "quantized": torch.int8, "length": [80, 60]},
+    "int4": {"num_new": 20, "quantized": torch.uint8, "length": [80, 60]},
 }
 
 
@@ -75,8 +77,8 @@ def test_other_tiles_and_parts(monkeypatch, block_m, block_n, parts):
 
 
 @interpreted
-@pytest.mark.parametrize("quantized", [False, True])
-def test_survivors_go_to_their_lists(monkeypatch, quantized):
+@pytest.mark.parametrize("page_dtype", [torch.float32, torch.int8, torch.uint8])
+def test_survivors_go_to_their_lists(monkeypatch, page_dtype):
     use_tiles(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     B, H, K, S, D, P = 2, 2, 3, 50, 16, 16
@@ -85,8 +87,9 @@ def test_survivors_go_to_their_lists(monkeypatch, quantized):
     position = torch.arange(100, 100 + S, dtype=torch.int32).repeat(B, 1) * torch.tensor([[1], [3]], dtype=torch.int32)
     num_kept = torch.randint(0, 2 * P, (B, H * K), generator=generator, dtype=torch.int32)
     table = torch.randperm(B * H * K * 6, generator=generator).int().view(B, H * K, 6)
-    pages = torch.zeros(table.numel(), 2, P, D, dtype=torch.int8 if quantized else torch.float32)
-    scales = torch.zeros(table.numel(), 2, P) if quantized else None
+    beside = scales_of_pages((table.numel(), 2, P), D, page_dtype)
+    pages = torch.zeros(table.numel(), 2, P, stored_width(D, page_dtype), dtype=page_dtype)
+    scales = None if beside is None else torch.zeros(beside[0], dtype=beside[1])
     positions = torch.full((table.numel(), P), -7, dtype=torch.int32)
     stored = []
     for how in ("triton", "reference"):
@@ -96,7 +99,8 @@ def test_survivors_go_to_their_lists(monkeypatch, quantized):
         stored.append(mine)
     for name in ("pages", "page_scales", "positions"):
         left, right = (getattr(x, name) for x in stored)
-        torch.testing.assert_close(left, right, rtol=0, atol=1 if left is not None and left.dtype == torch.int8 else 1e-6)
+        atol = 1.0 if left is not None and left.dtype == torch.int8 else 0.0 if page_dtype == torch.uint8 else 1e-6
+        torch.testing.assert_close(left, right, rtol=0, atol=atol)
     for b in range(B):
         for number in range(H * K):
             h, c = divmod(number, K)
@@ -104,7 +108,7 @@ def test_survivors_go_to_their_lists(monkeypatch, quantized):
             places = num_kept[b, number] + torch.arange(len(at))
             page = table[b, number, places // P].long()
             assert torch.equal(stored[0].positions[page, places % P], position[b, at])
-            if not quantized:
+            if scales is None:
                 assert torch.equal(stored[0].pages[page, :, places % P], torch.stack([k[b, h, at], v[b, h, at]], 1))
     assert int((stored[0].positions != -7).sum()) == int((keep > 0).sum())
 
@@ -134,9 +138,11 @@ def test_what_does_not_go_together_is_refused():
 )
 @given(
     seed=st.integers(0, 9999), B=st.integers(1, 2), H=st.integers(1, 2), D=st.sampled_from([16, 20]), P=st.sampled_from([16, 32]),
-    windows=st.sampled_from([(0, 1), (2, 30), (5, 6, 7), (0, 3, 40, 50)]), num_new=st.integers(1, 40), quantized=st.booleans(),
+    windows=st.sampled_from([(0, 1), (2, 30), (5, 6, 7), (0, 3, 40, 50)]), num_new=st.integers(1, 40), quantized=st.sampled_from([None, torch.int8, torch.uint8]),
     most=st.sampled_from([0, 90]), padding=st.sampled_from([0.0, 0.2]), T=st.integers(1, 40), parts=st.integers(1, 3),
 )  # fmt: skip
 def test_any_cache(monkeypatch, T, parts, num_new, **shape):
     use_tiles(monkeypatch, parts=parts)
+    if shape["quantized"] == torch.uint8 and shape["D"] == 20:
+        shape["D"] = 48
     check(monkeypatch, make_windows_case(num_new=num_new, **shape), T=min(T, num_new))

@@ -8,6 +8,7 @@ from cache_arguments import append_to
 
 from dms_kernels.append import append
 from dms_kernels.append.reference import reference
+from dms_kernels.quantization import dequantize, scales_of_pages, stored_width
 
 STALE = float("nan")
 
@@ -17,7 +18,10 @@ def empty_cache(
 ) -> dict:
     """What `append` changes, with nothing stored yet. windows: several, the first of which is the ring's."""
     window, K = (window, 1) if windows is None else (windows[0], len(windows))
-    pages = torch.full((num_pages, 2, P, D), STALE).to(dtype) if page_dtype is None else torch.zeros(num_pages, 2, P, D, dtype=page_dtype)
+    if page_dtype is None:
+        pages = torch.full((num_pages, 2, P, D), STALE).to(dtype)
+    else:
+        pages = torch.zeros(num_pages, 2, P, stored_width(D, page_dtype), dtype=page_dtype)
     cache = {
         "ring_kv": torch.full((B, H, 2, window + 1 if slots is None else slots, D), STALE, dtype=dtype),
         "ring_state": torch.zeros(B, H, window + 1 if slots is None else slots, dtype=torch.uint8),
@@ -35,18 +39,22 @@ def empty_cache(
     }
     if K > 1:
         cache |= {"windows": windows, "positions": torch.full((num_pages, P), 10**6, dtype=torch.int32)}
-    return cache | ({} if page_dtype is None else {"page_scales": torch.full((num_pages, 2, P), STALE)})
+    scales = scales_of_pages((num_pages, 2, P), D, pages.dtype)
+    return cache | ({} if scales is None else {"page_scales": torch.full(scales[0], STALE, dtype=scales[1])})
+
+
+def listed(cache: dict, name: str, b: int, h: int) -> torch.Tensor:
+    """Of a head's pages, or their scales, what belongs to entries, oldest first: [2, n, ...]."""
+    P = cache["pages"].shape[2]
+    n = int(cache["num_kept"][b, h])
+    at = cache["page_table"][b, h, : -(-n // P)].long()
+    return cache[name][at].transpose(0, 1).flatten(1, 2)[:, :n]
 
 
 def kept(cache: dict, b: int, h: int) -> torch.Tensor:
     """Entries of a head's pages, oldest first: [2, n, D] float32."""
-    P = cache["pages"].shape[2]
-    n = int(cache["num_kept"][b, h])
-    at = cache["page_table"][b, h, : -(-n // P)].long()
-    taken = cache["pages"][at].float()
-    if "page_scales" in cache:
-        taken = taken * cache["page_scales"][at][..., None]
-    return taken.transpose(0, 1).flatten(1, 2)[:, :n]
+    stored = listed(cache, "pages", b, h)
+    return dequantize(stored, listed(cache, "page_scales", b, h)) if "page_scales" in cache else stored.float()
 
 
 def assert_same(left: dict, right: dict) -> None:
@@ -57,6 +65,8 @@ def assert_same(left: dict, right: dict) -> None:
     for b in range(B):
         for h in range(H):
             torch.testing.assert_close(kept(left, b, h), kept(right, b, h), rtol=1e-6, atol=1e-6)
+            for name in ("pages", "page_scales") if left["pages"].dtype == torch.uint8 else ():
+                assert torch.equal(listed(left, name, b, h), listed(right, name, b, h)), f"{name} are not the same bit by bit"
     for cache in (left, right):
         P = cache["pages"].shape[2]
         used = torch.arange(cache["page_table"].shape[2]) * P < cache["num_kept"][..., None]

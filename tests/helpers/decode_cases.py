@@ -20,7 +20,8 @@ class Case:
 
     def cast(self, dtype: torch.dtype) -> "Case":
         def to(name, x):
-            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "page_scales" else x
+            floats = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1
+            return x.to(dtype) if floats and name != "page_scales" else x
 
         return Case(*({name: to(name, x) for name, x in part.items()} for part in (self.stored, self.options)))
 
@@ -30,10 +31,10 @@ class Case:
 
 def make_case(
     seed=0, B=2, H=2, G=2, T=1, D=16, P=64, window=20, grown=None, most_pages=3, num_new=0, trial=False, softcap=None, sinks=False,
-    quantized=False, kept=None, length=None,
+    quantized=None, kept=None, length=None,
 ):  # fmt: skip
     """A cache after some text: heads with nothing in pages, one entry, full pages and parts of them; rows shorter than the window
-    and longer. trial: queries with positions over tokens that are not stored, with padding among them. grown: ring slots."""
+    and longer. quantized: dtype of pages. trial: queries with positions over tokens that are not stored, with padding among them. grown: ring slots."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -73,12 +74,8 @@ def make_case(
     if most_pages == 0:
         stored |= {"pages": None, "page_table": None, "num_kept": None}
     options = {"window": window, "scale": D**-0.5, "softcap": softcap, "sink_logits": normal(H * G) if sinks else None}
-    if quantized and most_pages:
-        scales = torch.full(pages.shape[:3], STALE)
-        there = ~pages.isnan().any(-1)
-        stored["pages"] = below(255, *pages.shape).sub(127).to(torch.int8)
-        stored["pages"][there], scales[there] = quantize(pages[there], torch.int8)
-        options["page_scales"] = scales
+    if quantized is not None and most_pages:
+        stored["pages"], options["page_scales"] = quantized_pages(pages, quantized, generator)
     if trial:
         real = torch.rand(B, T, generator=generator) < 0.8
         options["q_position"] = torch.where(real, length[:, None] + real.cumsum(1) - 1, -1).int()
@@ -92,6 +89,15 @@ def make_case(
                 "last_state": below(3, B, H).to(torch.uint8),
             }  # fmt: skip
     return Case(stored, options)
+
+
+def quantized_pages(pages: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of numbers, NaN where there is no entry, as pages of `dtype`, anything there, and their scales, NaN there."""
+    there = ~pages.isnan().any(-1)
+    stored, scales = quantize(pages, dtype)
+    anything = torch.randint(0, 127, stored.shape, generator=generator).to(dtype)
+    beside = there.view(*there.shape, *[1] * (scales.ndim - there.ndim))
+    return torch.where(there[..., None], stored, anything), torch.where(beside, scales, STALE)
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:

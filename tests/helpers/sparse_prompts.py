@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from cache_arguments import prefill_over
+from decode_cases import quantized_pages
 
 from dms_kernels.arguments import PagedKV
-from dms_kernels.quantization import quantize
+from dms_kernels.quantization import dequantize
 from dms_kernels.sparse_prefill import fused
 
 # What stands where nothing may be read.
@@ -93,9 +94,7 @@ def make_case(
                 filled = min(P, int(num_kept[b, h]) - place * P)
                 pages[table[b, h, place], :, :filled] = normal(2, filled, D)
     if quantized is not None:
-        stale = pages.isnan().any(-1)
-        pages, scales = quantize(pages.nan_to_num(), quantized)
-        options["page_scales"] = scales.masked_fill(stale, STALE)
+        pages, options["page_scales"] = quantized_pages(pages, quantized, generator)
     return Case([q, k, v, leaves, first, pages, table, num_kept.int()], options)
 
 
@@ -130,8 +129,8 @@ def by_loops(case: Case) -> torch.Tensor:
                 seen = [(k[b, h, s], v[b, h, s]) for s in range(first, i + 1) if i - s <= window or not evicted[b, h, s]]
                 for n in range(0 if pages is None else int(num_kept[b, h])):
                     page, entry = int(table[b, h, n // pages.shape[2]]), n % pages.shape[2]
-                    scale = 1.0 if scales is None else scales[page, :, entry].double()[:, None]
-                    seen.append(tuple(pages[page, :, entry].double() * scale))
+                    stored = pages[page, :, entry]
+                    seen.append(tuple((stored if scales is None else dequantize(stored, scales[page, :, entry])).double()))
                 logits = torch.stack([q[b, head, t] @ key for key, _ in seen]) * case.options["scale"]
                 if case.options["softcap"] is not None:
                     logits = case.options["softcap"] * torch.tanh(logits / case.options["softcap"])

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from decode_cases import quantized_pages
 
 from dms_kernels.arguments import Keys
-from dms_kernels.quantization import quantize
+from dms_kernels.quantization import dequantize
 
 STALE = float("nan")
 
@@ -32,8 +33,8 @@ class WindowsCase:
         """In float64, the numbers of `cast` as they are; quantised pages and their scales stay."""
 
         def to(part: dict) -> dict:
-            floats = {n for n, x in part.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != "page_scales"}
-            return part | {name: part[name].double() for name in floats}
+            tensors = {n: x for n, x in part.items() if isinstance(x, torch.Tensor) and n != "page_scales"}
+            return part | {n: x.double() for n, x in tensors.items() if x.is_floating_point() and x.dtype.itemsize > 1}
 
         return WindowsCase(to(self.stored), to(self.new), self.text_kv, self.text_class, self.length)
 
@@ -61,9 +62,9 @@ class WindowsCase:
 
 
 def make_windows_case(
-    seed=0, B=2, H=2, D=16, P=16, windows=(3, 20, 33), most=90, num_new=0, padding=0.2, grown=None, quantized=False, length=None
+    seed=0, B=2, H=2, D=16, P=16, windows=(3, 20, 33), most=90, num_new=0, padding=0.2, grown=None, quantized=None, length=None
 ) -> WindowsCase:
-    """Rows of 0 to `most` stored tokens, and num_new that are not stored, padding among them. grown: ring slots."""
+    """Rows of 0 to `most` stored tokens, and num_new that are not stored, padding among them. grown: ring slots. quantized: dtype of pages."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -106,17 +107,12 @@ def make_windows_case(
         "ring_kv": ring, "ring_state": state, "seq_len": length.int(), "pages": pages, "positions": positions, "windows": windows,
         "page_table": table.view(B, H * K, -1), "num_kept": torch.tensor([len(entries) for entries in lists]).int().view(B, H * K),
     }  # fmt: skip
-    if quantized:
-        there = ~pages.isnan().any(-1)
-        stored["page_scales"] = torch.full(pages.shape[:3], STALE)
-        stored["pages"] = below(255, *pages.shape).sub(127).to(torch.int8)
-        stored["pages"][there], stored["page_scales"][there] = quantize(pages[there], torch.int8)
+    if quantized is not None:
+        stored["pages"], stored["page_scales"] = quantized_pages(pages, quantized, generator)
         for number, entries in enumerate(lists):
             for i, s in enumerate(entries):
                 where = table[number, i // P], slice(None), i % P
-                text_kv[number // (H * K), number // K % H, s] = (
-                    stored["pages"][where].double() * stored["page_scales"][where].double()[:, None]
-                )
+                text_kv[number // (H * K), number // K % H, s] = dequantize(stored["pages"][where], stored["page_scales"][where])
     new = {}
     if num_new:
         real = torch.rand(B, num_new, generator=generator) >= padding

@@ -13,6 +13,7 @@ import torch
 from dms_kernels import dispatch
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
+from dms_kernels.packing import group_of, scales_of, store_packed
 
 try:
     import triton
@@ -137,13 +138,17 @@ def _quantize(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _write_entry(at, scales, scale_at, x, within, QUANTIZED: tl.constexpr):
-    if QUANTIZED:
-        numbers, scale = _quantize(x, at.dtype.element_ty)
-        tl.store(at, numbers, mask=within)
+def _write_entry(row, scales, scale_at, x, dim, D: tl.constexpr, DP: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr):
+    """x [1, DP] as an entry of pages that begins at `row`; of its scales the first is number scale_at."""
+    if GROUP > 0:
+        one = tl.arange(0, 1)
+        store_packed(row + one, scales + scale_at + one, x, one == 0, D, DP, GROUP)
+    elif QUANTIZED:
+        numbers, scale = _quantize(x, row.dtype.element_ty)
+        tl.store(row + dim[None, :], numbers, mask=(dim < D)[None, :])
         tl.store(scales + scale_at, scale)
     else:
-        tl.store(at, x, mask=within)
+        tl.store(row + dim[None, :], x, mask=(dim < D)[None, :])
 
 
 @triton.jit
@@ -256,10 +261,13 @@ def append_kernel(
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, QUERY: tl.constexpr, NEXT: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_ROUNDS: tl.constexpr, K_ROUNDS: tl.constexpr, ROPE_ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RELEASE: tl.constexpr,
+    QUANTIZED: tl.constexpr, GROUP: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several. Row `row` of the
-    state is that of sequence b."""
+    state is that of sequence b. GROUP: beside pages of int4, as in `packing`; else 0."""
+    # Of an entry in pages.
+    WIDTH: tl.constexpr = D // 2 if GROUP > 0 else D
+    SCALES: tl.constexpr = D // GROUP if GROUP > 0 else 1
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = b
     if SLOTS:
@@ -364,10 +372,10 @@ def append_kernel(
         else:
             page = _take_page(kept // P, kept % P, table_row, max_pages, references, free, num_free)
         if page >= 0:
-            page_k = pages + page.to(tl.int64) * (2 * P * D) + kept % P * D + dim[None, :]
-            scale_at = page.to(tl.int64) * (2 * P) + kept % P
-            _write_entry(page_k, scales, scale_at, leaving_k, within, QUANTIZED)
-            _write_entry(page_k + P * D, scales, scale_at + P, leaving_v, within, QUANTIZED)
+            page_k = pages + page.to(tl.int64) * (2 * P * WIDTH) + kept % P * WIDTH
+            scale_at = (page.to(tl.int64) * (2 * P) + kept % P) * SCALES
+            _write_entry(page_k, scales, scale_at, leaving_k, dim, D, DP, QUANTIZED, GROUP)
+            _write_entry(page_k + P * WIDTH, scales, scale_at + P * SCALES, leaving_v, dim, D, DP, QUANTIZED, GROUP)
             if K > 1:
                 tl.store(positions + page.to(tl.int64) * P + kept % P, length - window - 1)
             tl.store(num_kept + number, kept + 1)
@@ -435,8 +443,8 @@ def prepare(
     args = (
         k, v, None if evict is None else evict.view(torch.uint8), None if token.real is None else token.real.contiguous().view(torch.uint8), slot,
         q, rotated, cos, sin, token.q_norm, token.k_norm, hidden, weight, bias,
-        ring.kv, ring.state, ring.seq_len, paged.num_kept, paged.page_table, paged.pages, paged.page_scales, paged.positions,
-        free_pages.references, free_pages.free, free_pages.num_free, counters.evicted, counters.decided, counters.overflow,
+        ring.kv, ring.state, ring.seq_len, paged.num_kept, paged.page_table, paged.pages, scales_of(paged.pages, paged.page_scales),
+        paged.positions, free_pages.references, free_pages.free, free_pages.num_free, counters.evicted, counters.decided, counters.overflow,
         counters.ticket, counters.ticket[-1:] if K > 1 else None,
         *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),
         *gate_strides,
@@ -449,7 +457,7 @@ def prepare(
         Q_NORM=token.q_norm is not None, K_NORM=token.k_norm is not None,
         Q_ROUNDS=token.q_norm is None or token.q_norm.dtype == k.dtype, K_ROUNDS=token.k_norm is None or token.k_norm.dtype == k.dtype,
         ROPE_ROUNDS=cos is not None and cos.dtype == k.dtype,
-        QUANTIZED=paged.page_scales is not None, WINDOWS=ring.windows if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone,
+        QUANTIZED=paged.page_scales is not None, GROUP=group_of(paged.pages, D), WINDOWS=ring.windows if K > 1 else (), K=K, KP=dispatch.power_of_two(K), RELEASE=release_gone,
     )  # fmt: skip
     # A contracted multiply and add would skip the rounding between them that plain PyTorch does.
     options = {"num_warps": chosen.num_warps, "enable_fp_fusion": False}

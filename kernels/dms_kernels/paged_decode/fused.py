@@ -25,6 +25,7 @@ from dms_kernels.arguments import FOR_GOOD as _FOR_GOOD
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
 from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
+from dms_kernels.packing import group_of, load_packed, scales_of
 from dms_kernels.paged_decode.merging import merge, write
 
 try:
@@ -231,12 +232,15 @@ def _read_stored(
     ring_head, state_row, length, num_slots, window, last_state,
     pages, table_row, kept, scales, page_positions, inner, outer,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, RING: tl.constexpr, PAGES: tl.constexpr,
-    POSITIONS: tl.constexpr, LAST: tl.constexpr, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr, STAGES: tl.constexpr,
+    POSITIONS: tl.constexpr, LAST: tl.constexpr, CAPPED: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     WINDOWS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the ring and of the pages that follow it, in one loop, so that loads run ahead from one into the
     other. Pages of another dtype than the ring's, and those of each list but the first, are read by another call. LIST > 0: that list,
-    of which a query sees what is within its window."""
+    of which a query sees what is within its window. GROUP > 0: pages of int4, as in `packing`, which become numbers as they are read."""
+    # Of an entry in pages.
+    WIDTH: tl.constexpr = D // 2 if GROUP > 0 else D
+    SCALED: tl.constexpr = QUANTIZED and GROUP == 0
     offs, dim = tl.arange(0, TILE), tl.arange(0, DP)
     in_ring = tl.minimum(length, window + 1)
     ring_tiles = _tiles(in_ring, TILE)
@@ -253,13 +257,13 @@ def _read_stored(
         # Pointers are chosen as scalars: of a choice between tensors the compiler does not see that rows are contiguous.
         if PAGES:
             if P % TILE == 0:
-                page_base = pages + page.to(tl.int64) * (2 * P * D) + place * TILE % P * D
-                row = offs * D
+                page_base = pages + page.to(tl.int64) * (2 * P * WIDTH) + place * TILE % P * WIDTH
+                row = offs * WIDTH
             else:
                 page_base = pages
                 # Of ring tiles the page is 0, and rows follow one another.
-                row = page.to(tl.int64) * (2 * P * D) + (offs - offs // P * P * (1 - is_ring.to(tl.int32))) * D
-            base, to_v, num_here = page_base, P * D, kept - place * TILE
+                row = page.to(tl.int64) * (2 * P * WIDTH) + (offs - offs // P * P * (1 - is_ring.to(tl.int32))) * WIDTH
+            base, to_v, num_here = page_base, P * WIDTH, kept - place * TILE
             if RING:
                 base = tl.where(is_ring, ring_head + tile * (TILE * D), page_base)
                 to_v = tl.where(is_ring, num_slots * D, P * D)
@@ -269,12 +273,17 @@ def _read_stored(
             row = offs * D
         k_row = base + row
         there = offs < num_here
-        if DP == D:
-            mask = there[:, None]
+        if GROUP > 0:
+            scale_row = scales + (page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P) * (D // GROUP)
+            k = load_packed(k_row, scale_row, there, q.dtype, D, DP, GROUP, True)
+            v = load_packed(k_row + to_v, scale_row + P * (D // GROUP), there, q.dtype, D, DP, GROUP, True)
         else:
-            mask = there[:, None] & (dim < D)[None, :]
-        k = tl.load(k_row[:, None] + dim[None, :], mask=mask, other=0.0)
-        v = tl.load(k_row[:, None] + (to_v + dim[None, :]), mask=mask, other=0.0)
+            if DP == D:
+                mask = there[:, None]
+            else:
+                mask = there[:, None] & (dim < D)[None, :]
+            k = tl.load(k_row[:, None] + dim[None, :], mask=mask, other=0.0)
+            v = tl.load(k_row[:, None] + (to_v + dim[None, :]), mask=mask, other=0.0)
         visible = there[None, :]
         if POSITIONS:
             if RING:
@@ -298,14 +307,14 @@ def _read_stored(
             else:
                 visible = visible & (end - position <= WINDOWS[LIST])[None, :]
         k_scale, v_scale = 0.0, 0.0
-        if QUANTIZED:
+        if SCALED:
             scale_row = scales + page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P
             k_scale = tl.load(scale_row, mask=there, other=0.0)
             v_scale = tl.load(scale_row + P, mask=there, other=0.0) * _lift(q.dtype)
             k, v = k.to(q.dtype), v.to(q.dtype)
         if PAGES:
             page = _page_of(table_row, place + 1, num_pages, offs, TILE, P)
-        acc, top, total = _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED, QUANTIZED)
+        acc, top, total = _absorb(acc, top, total, q, k, v, visible, k_scale, v_scale, inner, outer, CAPPED, SCALED)
     return acc, top, total
 
 
@@ -322,7 +331,7 @@ def decode_kernel(
     G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, WAVES: tl.constexpr, SHARE: tl.constexpr,
     PAGES: tl.constexpr, REAL: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr,
+    QUANTIZED: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, TREE: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_processors * WAVES, blocks of ROWS of a head's G * T rows of queries).
 
@@ -409,17 +418,18 @@ def decode_kernel(
         acc, top, total = _read_stored(
             acc, top, total, query, at_position, first, ring_last, ring_head, state_row, length, num_slots, window, ruled,
             pages, table_row, kept, scales, page_positions, inner, outer,
-            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, STAGES, WINDOWS, 0,
+            D, DP, TILE, P, True, PAGES and not QUANTIZED, POSITIONS, LAST, CAPPED, False, 0, STAGES, WINDOWS, 0,
         )  # fmt: skip
         if QUANTIZED:
-            acc *= _lift(query.dtype)
+            if GROUP == 0:
+                acc *= _lift(query.dtype)
             list_last = last
             if K > 1:
                 list_last = tl.minimum(last, list_begin)
             acc, top, total = _read_stored(
                 acc, top, total, query, at_position, tl.maximum(first, ring_last), list_last, ring_head, state_row, length, num_slots, window, ruled,
                 pages, table_row, kept, scales, page_positions, inner, outer,
-                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, STAGES, WINDOWS, 0,
+                D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, True, GROUP, STAGES, WINDOWS, 0,
             )  # fmt: skip
         if PAGES:
             for c in tl.static_range(1, K):
@@ -431,10 +441,10 @@ def decode_kernel(
                     acc, top, total, query, at_position, tl.maximum(first, list_begin) - ahead, tl.minimum(last, list_end) - ahead,
                     ring_head, state_row, length, num_slots, window, ruled,
                     pages, table_row + c * max_pages, kept, scales, page_positions, inner, outer,
-                    D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, QUANTIZED, STAGES, WINDOWS, c,
+                    D, DP, TILE, P, False, True, POSITIONS, LAST, CAPPED, QUANTIZED, GROUP, STAGES, WINDOWS, c,
                 )  # fmt: skip
                 list_begin = list_end
-        if QUANTIZED:
+        if QUANTIZED and GROUP == 0:
             acc *= 1.0 / _lift(query.dtype)
         weight = tl.sum(total, 1)
         if (tile == begin) & (upto == finish):
@@ -521,7 +531,9 @@ def prepare(
     if paged is not None and paged.page_table.shape[2] == 0:
         paged = None
     new = (None,) * 4 if pending is None else (with_dense_rows(pending.k), with_dense_rows(pending.v), pending.position, pending.state)
-    stored = (None,) * 5 if paged is None else (paged.pages, paged.page_table, paged.num_kept, paged.page_scales, paged.positions)
+    stored: tuple[Tensor | None, ...] = (None,) * 5
+    if paged is not None:
+        stored = paged.pages, paged.page_table, paged.num_kept, scales_of(paged.pages, paged.page_scales), paged.positions
     named = dict(zip(("pages", "page_table", "num_kept", "page_scales", "page_positions"), stored, strict=True))
     expect_contiguous(
         ring_kv=ring.kv, ring_state=ring.state, seq_len=ring.seq_len, q_position=q_position, real=real, slot=slot, new_position=new[2],
@@ -551,7 +563,7 @@ def prepare(
         P=chosen.tile if paged is None else paged.pages.shape[2], CHUNK=min(1024, padded(num_heads)),
         WAVES=chosen.waves, SHARE=chosen.share, PAGES=paged is not None, REAL=real is not None, SLOTS=slot is not None, NEW=pending is not None,
         POSITIONS=q_position is not None, LAST=last_state is not None, SINK=sink_logits is not None, CAPPED=softcap is not None,
-        QUANTIZED=paged is not None and paged.page_scales is not None, STAGES=chosen.num_stages, TREE=tree, WINDOWS=ring.windows if K > 1 else (), K=K,
+        QUANTIZED=paged is not None and paged.page_scales is not None, GROUP=group_of(stored[0], D), STAGES=chosen.num_stages, TREE=tree, WINDOWS=ring.windows if K > 1 else (), K=K,
     )  # fmt: skip
     launched = Launch(decode_kernel, (chosen.num_programs, blocks), args, constants, {"num_warps": chosen.num_warps})
     return out, workspace, launched

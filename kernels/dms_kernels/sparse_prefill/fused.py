@@ -12,6 +12,7 @@ from torch import Tensor
 from dms_kernels import dispatch
 from dms_kernels.arguments import AttentionCall, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded
+from dms_kernels.packing import group_of, scales_of
 from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
 
 # Entries that a program of list_kept_kernel, and one of store_survivors_kernel, looks at.
@@ -94,6 +95,7 @@ def prefill(
     heads = min(G, shape.block_m)
     num_blocks = ceil_div(T, shape.block_m // heads)
     programs = num_blocks * B * H * ceil_div(G, heads)
+    group = group_of(pages, D)
     P, max_pages = (16, 0) if pages is None or page_table is None else (pages.shape[2], page_table.shape[2])
     parts = num_parts(target, programs, (max_pages * P + S) // shape.block_n)
     sums, state = out, None
@@ -111,7 +113,7 @@ def prefill(
             kept,
             num_before,
             pages,
-            page_scales,
+            scales_of(pages, page_scales),
             page_positions,
             page_table,
             num_kept,
@@ -137,7 +139,8 @@ def prefill(
             G=G,
             P=P,
             # Weights times scales would leave float16's normal numbers; 64 times as high they do not, nor overflow.
-            LIFT=64.0 if page_scales is not None and q.dtype == torch.float16 else 1.0,
+            LIFT=64.0 if page_scales is not None and group == 0 and q.dtype == torch.float16 else 1.0,
+            GROUP=group,
             SPLIT=parts > 1,
             HEADS=heads,
             BLOCK_M=shape.block_m,
@@ -201,7 +204,7 @@ def store(
             num_kept,
             page_table,
             pages,
-            page_scales,
+            scales_of(pages, page_scales),
             position,
             page_positions,
             S,
@@ -215,11 +218,14 @@ def store(
             P=pages.shape[2],
             LARGEST=_LARGEST.get(pages.dtype, 1.0),
             ROUND=pages.dtype == torch.int8,
+            GROUP=group_of(pages, D),
             BLOCK=STORE_BLOCK,
             ROWS=min(STORE_BLOCK, max(16, 8192 // padded(D))),
             BLOCK_D=padded(D),
             K=K,
             num_warps=4,
+            # As plain PyTorch, one rounding after another: else some components would go to the next code.
+            enable_fp_fusion=pages.dtype != torch.uint8,
         )
 
 

@@ -13,6 +13,8 @@ of which a block reads the part that any of its queries sees, as it does of thei
 then: 0 stays for good, 1 the first class, j + 1 class j.
 """
 
+from dms_kernels.packing import load_packed, store_packed
+
 try:
     import triton
     import triton.language as tl
@@ -128,12 +130,14 @@ def _add_pages(
     D: tl.constexpr,
     P: tl.constexpr,
     LIFT: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Entries begin to end of a head's pages, which hold `held`. Weights of quantised values are held LIFT times as high. positions [N, P],
-    beside MASKED: queries see entries from positions from_position [M] on; None: all of them."""
+    """Entries begin to end of a head's pages, which hold `held`. Weights of quantised values are held LIFT times as high. GROUP > 0: pages of
+    int4, as in `packing`, which become numbers as they are read. positions [N, P], beside MASKED: queries see entries from positions
+    from_position [M] on; None: all of them."""
     column = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         entry = n + column
@@ -147,14 +151,20 @@ def _add_pages(
         else:
             page = tl.load(table + entry // P)
         row = page.to(tl.int64) * (2 * P) + entry % P
-        at = pages + row[:, None] * D + d[None, :]
-        k = _rows(at, d, None, D, False).to(q.dtype)
-        v = _rows(at + P * D, d, None, D, False).to(q.dtype)
         k_scale = None
         v_scale = None
-        if scales is not None:
-            k_scale = tl.load(scales + row)
-            v_scale = tl.load(scales + row + P) * LIFT
+        if GROUP > 0:
+            at = pages + row * (D // 2)
+            scale_at = scales + row * (D // GROUP)
+            k = load_packed(at, scale_at, None, q.dtype, D, d.shape[0], GROUP, False)
+            v = load_packed(at + P * (D // 2), scale_at + P * (D // GROUP), None, q.dtype, D, d.shape[0], GROUP, False)
+        else:
+            at = pages + row[:, None] * D + d[None, :]
+            k = _rows(at, d, None, D, False).to(q.dtype)
+            v = _rows(at + P * D, d, None, D, False).to(q.dtype)
+            if scales is not None:
+                k_scale = tl.load(scales + row)
+                v_scale = tl.load(scales + row + P) * LIFT
         scores = _scores(q, k, k_scale, factor, cap, MASKED)
         if MASKED:
             scores = tl.where(visible[None, :], scores, HIDDEN)
@@ -209,6 +219,7 @@ def prefill_kernel(
     G: tl.constexpr,
     P: tl.constexpr,
     LIFT: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -220,7 +231,7 @@ def prefill_kernel(
 ):
     """q [B, H * G, T, D], k and v [B, H, S, D], evicted [B, H, S] uint8 with strides; start [B]; kept, num_before [B, H, F] of
     `list_kept_kernel`, None where no window ends within S; pages [N, 2, P, D], scales [N, 2, P], page_table [B, H, max_pages],
-    num_kept [B, H]; sink_logits [H * G]. factor, cap: as `_scores` takes them. WINDOWS: all K of several, with which the dims of H are
+    num_kept [B, H]; with GROUP > 0 pages and scales as in `packing`; sink_logits [H * G]. factor, cap: as `_scores` takes them. WINDOWS: all K of several, with which the dims of H are
     H * K in kept, num_before, page_table and num_kept; page_positions [N, P], last_position [B], that of entry S - 1.
 
     Writes out [B, T, H * G, D]. SPLIT: each program takes one of `parts` parts of what its queries see, and writes sums
@@ -295,6 +306,7 @@ def prefill_kernel(
             D,
             P,
             LIFT,
+            GROUP,
             BLOCK_N,
             STAGES if P % BLOCK_N == 0 else LOOKED_UP,
             False,
@@ -318,6 +330,7 @@ def prefill_kernel(
             D,
             P,
             LIFT,
+            GROUP,
             BLOCK_N,
             2 if STAGES > 1 and scales is None else 1,
             True,
@@ -353,6 +366,7 @@ def prefill_kernel(
                     D,
                     P,
                     LIFT,
+                    GROUP,
                     BLOCK_N,
                     2 if STAGES > 1 and scales is None else 1,
                     True,
@@ -504,13 +518,14 @@ def store_survivors_kernel(
     P: tl.constexpr,
     LARGEST: tl.constexpr,
     ROUND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
 ):
     """Copy those of a head's BLOCK entries that stay, ROWS at a time. LARGEST: what the largest component of a quantised entry
-    becomes; ROUND: to whole numbers. Each program counts those before its own by itself. Of K lists a program fills one, c, from the entries
+    becomes; ROUND: to whole numbers; GROUP > 0: instead of both, pages of int4, as in `packing`. Each program counts those before its own by itself. Of K lists a program fills one, c, from the entries
     of which `keep` is c + 1; position [B, S] goes to page_positions [N, P]."""
     pid = tl.program_id(0)
     block, number = pid % num_blocks, pid // num_blocks
@@ -535,13 +550,18 @@ def store_survivors_kernel(
         if K > 1:
             tl.store(page_positions + page * P + mine % P, tl.load(position + b.to(tl.int64) * S + s, mask=stays, other=0), mask=stays)
         at = s.to(tl.int64)[:, None]
-        _store_rows(k + at * stride_ks + d[None, :], pages, scales, row, stays, d, D, LARGEST, ROUND)
-        _store_rows(v + at * stride_vs + d[None, :], pages, scales, row + P, stays, d, D, LARGEST, ROUND)
+        _store_rows(k + at * stride_ks + d[None, :], pages, scales, row, stays, d, D, LARGEST, ROUND, GROUP)
+        _store_rows(v + at * stride_vs + d[None, :], pages, scales, row + P, stays, d, D, LARGEST, ROUND, GROUP)
 
 
 @triton.jit
-def _store_rows(pointers_ND, pages, scales, row, stays, d, D: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
+def _store_rows(
+    pointers_ND, pages, scales, row, stays, d, D: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
     x = _rows(pointers_ND, d, stays, D, True)
+    if GROUP > 0:
+        store_packed(pages + row * (D // 2), scales + row * (D // GROUP), x, stays, D, d.shape[0], GROUP)
+        return
     if scales is not None:
         x = x.to(tl.float32)
         scale = tl.max(tl.abs(x), 1) / LARGEST

@@ -39,7 +39,9 @@ def test_a_rotation_rounds_each_product(monkeypatch, capability, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"D": 80, "G": 3}, {"page_dtype": torch.int8}, {"window": 0}, {"resident": 4, "H": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"D": 80, "G": 3}, {"page_dtype": torch.int8}, {"page_dtype": torch.uint8}, {"window": 0}, {"resident": 4, "H": 3}], ids=str
+)
 def test_other_shapes(monkeypatch, capability, options):
     follow(monkeypatch, capability, torch.bfloat16, **options)
 

@@ -15,7 +15,9 @@ SHAPES = {
     "ragged heads": {"B": 2, "G": 3, "P": 64, "window": 20, "kept": [[0, 1], [64, 133]], "length": [70, 60]},
     "tiles over several pages": {"B": 1, "P": 16, "window": 9, "kept": [[70, 3]], "length": [40]},
     "lengths 0 and 1": {"B": 3, "P": 32, "kept": [[0, 0], [0, 0], [40, 0]], "length": [0, 1, 30], "sinks": True},
-    "int8": {"B": 1, "P": 32, "quantized": True, "kept": [[70, 3]], "length": [40]},
+    "int8": {"B": 1, "P": 32, "quantized": torch.int8, "kept": [[70, 3]], "length": [40]},
+    "int4": {"B": 1, "P": 32, "quantized": torch.uint8, "kept": [[70, 3]], "length": [40]},
+    "int4, head dim 80": {"D": 80, "B": 1, "H": 1, "P": 16, "quantized": torch.uint8, "kept": [[37]], "length": [20]},
     "on trial": {"B": 2, "T": 3, "num_new": 5, "trial": True, "window": 6, "P": 16, "softcap": 2.0, "sinks": True},
     "head dim 80": {"D": 80, "B": 1, "kept": [[70, 3]], "length": [40]},
     "head dim 128": {"D": 128, "B": 1, "G": 4, "kept": [[130, 3]], "length": [40]},
@@ -48,7 +50,7 @@ def test_shapes(capability, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", ["tiles over several pages", "int8", "on trial"])
+@pytest.mark.parametrize("shape", ["tiles over several pages", "int8", "int4", "on trial"])
 def test_other_dtypes(capability, shape, dtype):
     check(make_case(1, **({"D": 64} | SHAPES[shape])), capability, dtype)
 
@@ -62,7 +64,9 @@ def test_the_order_of_programs_does_not_matter(capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [{"length": [80, 60]}, {"length": [80, 60], "num_new": 2, "quantized": True}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"length": [80, 60]}, *({"length": [80, 60], "num_new": 2, "quantized": kind} for kind in (torch.int8, torch.uint8))], ids=str
+)
 def test_several_windows(capability, shape, dtype):
     case = make_windows_case(1, D=64, H=2, B=2, **shape)
     narrow = case.cast(dtype)

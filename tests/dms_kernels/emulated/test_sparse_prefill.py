@@ -10,6 +10,7 @@ from sparse_prompts import in_float64, make_case
 from window_caches import WindowsCase, make_windows_case, recent_of
 
 from dms_kernels.arguments import PagedKV
+from dms_kernels.quantization import scales_of_pages, stored_width
 from dms_kernels.sparse_prefill import attend, fused, reference, sparse_prefill, store_survivors
 from dms_kernels.sparse_prefill.reference import store_survivors_reference
 from emulate.launching import emulating
@@ -19,6 +20,7 @@ SHAPES = {
     "padding and sinks": {"B": 2, "T": 20, "S": 40, "H": 1, "start": [3, 25], "window": 6, "sinks": True},
     "softcap": {"T": 20, "S": 50, "H": 1, "softcap": 2.0, "kept": [20]},
     "int8": {"T": 20, "S": 50, "H": 1, "kept": [40], "quantized": torch.int8},
+    "int4": {"T": 20, "S": 50, "H": 1, "kept": [40], "quantized": torch.uint8},
     "head dim 80, three heads": {"T": 20, "S": 50, "H": 1, "G": 3, "D": 80, "kept": [17]},
     "head dim 128": {"T": 70, "S": 80, "H": 1, "D": 128, "kept": [70], "window": 30},
     "head dim 256": {"T": 20, "S": 40, "H": 1, "D": 256, "window": 10},
@@ -41,7 +43,7 @@ def test_shapes(capability, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", ["padding and sinks", "int8"])
+@pytest.mark.parametrize("shape", ["padding and sinks", "int8", "int4"])
 def test_other_dtypes(capability, shape, dtype):
     check(capability, dtype, **SHAPES[shape])
 
@@ -65,7 +67,8 @@ def test_parts_that_are_merged(capability, monkeypatch):
 WINDOWS = {
     "a chunk": {"num_new": 20},
     "a chunk that outlives the lists": {"length": [60, 70], "num_new": 30, "windows": (0, 5, 20)},
-    "int8": {"num_new": 12, "quantized": True, "length": [80, 60]},
+    "int8": {"num_new": 12, "quantized": torch.int8, "length": [80, 60]},
+    "int4": {"num_new": 12, "quantized": torch.uint8, "length": [80, 60]},
 }
 
 
@@ -96,8 +99,10 @@ def store(capability: int, K: int, page_dtype: torch.dtype) -> None:
     num_kept = torch.randint(0, 2 * P, (B, H * K), generator=generator, dtype=torch.int32)
     table = torch.randperm(B * H * K * 5, generator=generator).int().view(B, H * K, 5)
     several = {"positions": torch.full((table.numel(), P), -7, dtype=torch.int32), "windows": (1, 2, 3)} if K > 1 else {}
-    scales = torch.zeros(table.numel(), 2, P) if page_dtype == torch.int8 else None
-    ours = PagedKV(torch.zeros(table.numel(), 2, P, D, dtype=page_dtype), table, num_kept, scales, **several)
+    beside = scales_of_pages((table.numel(), 2, P), D, page_dtype)
+    scales = None if beside is None else torch.zeros(beside[0], dtype=beside[1])
+    pages = torch.zeros(table.numel(), 2, P, stored_width(D, page_dtype), dtype=page_dtype)
+    ours = PagedKV(pages, table, num_kept, scales, **several)
     theirs = copy.deepcopy(ours)
     with emulating(capability):
         store_survivors(k, v, keep, ours, position)
@@ -105,7 +110,8 @@ def store(capability: int, K: int, page_dtype: torch.dtype) -> None:
     # A number half-way between two of int8 may be rounded either way.
     assert (ours.pages.float() - theirs.pages.float()).abs().max() <= (1 if page_dtype == torch.int8 else 0)
     if scales is not None:
-        torch.testing.assert_close(ours.page_scales, theirs.page_scales)
+        exact = {"rtol": 0.0, "atol": 0.0} if page_dtype == torch.uint8 else {}
+        torch.testing.assert_close(ours.page_scales, theirs.page_scales, **exact)
     if K > 1:
         assert torch.equal(ours.positions, theirs.positions)
 
@@ -115,7 +121,7 @@ def test_survivors(capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("page_dtype", [torch.bfloat16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("K", [1, 3])
 def test_survivors_of_several_windows_and_quantised(capability, K, page_dtype):
     store(capability, K, page_dtype)
