@@ -1,21 +1,22 @@
-"""One model on one GPU, over contexts, batches, eviction ratios and widths of the cache: every number that the table, the JSON file
-and the picture show."""
+"""One model on one GPU, over contexts, batches, eviction ratios, KV dtypes and tiers: every number that the table, the JSON file and the picture
+show."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from dms.costs import inference
+from dms.costs import hardware, inference
 from dms.costs.hardware import Gpu
 from dms.costs.inference import Machine, PassCost
-from dms.costs.kv import KV
+from dms.costs.kv import DTYPES, KV, KVDtype, check_dtype, entry_bytes
 from dms.costs.roofline import Roofline
 from dms.costs.shapes import ModelShape
+from dms.costs.tiers import TIERS, TierPoint, tier_point
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 8, 32, 64)
 RATIOS = (2.0, 4.0, 8.0, 16.0)
-
+USUAL_DTYPES: tuple[KVDtype, ...] = ("model", "int8", "int4")
 
 Phase = Literal["prefill", "decode"]
 
@@ -68,7 +69,13 @@ class Analysis:
     caches: list[KV]
     points: list[AnalysisPoint]
     limits: list[Limits]
+    tiers: list[TierPoint]
     notes: list[str]
+
+    @property
+    def widest(self) -> list[KV]:
+        """Caches of the first KV dtype, the dense one first: what is told once is told of them."""
+        return [kv for kv in self.caches if kv.dtype == self.caches[0].dtype]
 
     @property
     def roofline(self) -> Roofline:
@@ -80,9 +87,15 @@ class Analysis:
     def as_dict(self) -> dict[str, Any]:
         """Every number, for a JSON file."""
         shape, machine, roofline = self.shape, self.machine, self.roofline
-        rates = {"rate": roofline.flops, "bandwidth": roofline.memory, "memory": self.gpu.memory, "ridge": roofline.ridge}
+        rates = {
+            "rate": roofline.flops,
+            "bandwidth": roofline.memory,
+            "memory": self.gpu.memory,
+            "ridge": roofline.ridge,
+            "pcie": self.gpu.pcie,
+        }
         return {
-            "format_version": 1,
+            "format_version": 2,
             "model": shape.name,
             "parameters": shape.parameters,
             "gate_parameters": shape.gates,
@@ -92,10 +105,12 @@ class Analysis:
             "attention": [asdict(layer) for layer in shape.attentions],
             "weights_bytes": inference.resident_weights(shape, KV(), machine),
             "gpu": {"name": self.gpu_name, "num": machine.num, **rates},
+            "node": asdict(hardware.load().node),
             "weight_bits": machine.weight_bits or (16 if shape.packing is None else shape.packing.bits),
             "weights": inference.weight_width(shape, machine),
             "notes": self.notes,
             "limits": [_cache_values(one.kv) | {k: v for k, v in vars(one).items() if k != "kv"} for one in self.limits],
+            "tiers": [_tier_values(one) for one in self.tiers],
             "points": [_point_values(one) for one in self.points],
         }
 
@@ -104,7 +119,7 @@ def _cache_values(kv: KV) -> dict[str, Any]:
     return {
         "policy": "dense" if kv.cr is None else "dms",
         "cr_decided": kv.cr,
-        "kv_bits": kv.bits,
+        "kv_dtype": kv.dtype,
         "window": list(kv.windows) if len(kv.windows) > 1 else kv.windows[0],
     }
 
@@ -115,6 +130,11 @@ def _point_values(one: AnalysisPoint) -> dict[str, Any]:
     moved = {f"{name}_bytes": value for name, value in vars(one.cost).items() if "flops" not in name}
     flops = {"linear_flops": one.cost.flops, "attention_flops": one.cost.attention_flops}
     return place | flops | moved | rates | {"binds": one.binds, "held_bytes": one.held, "fits": one.fits}
+
+
+def _tier_values(one: TierPoint) -> dict[str, Any]:
+    found = _cache_values(one.kv) | {name: value for name, value in vars(one).items() if name not in ("kv", "seconds")}
+    return found | {"seconds": None if one.seconds is None else one.seconds.total, "tokens_per_second": one.tokens_per_second}
 
 
 def point(shape: ModelShape, phase: Phase, kv: KV, machine: Machine, gpu: Gpu, batch: int, context: int) -> AnalysisPoint:
@@ -131,24 +151,25 @@ def analyze(
     contexts: Sequence[int] = (),
     batches: Sequence[int] = (),
     ratios: Sequence[float] = (),
+    dtypes: Sequence[str] = (),
     machine: Machine | None = None,
     window: int | tuple[int, ...] = 256,
     page_size: int = 64,
 ) -> Analysis:
-    """Compute all points and limits. contexts, batches, ratios: empty for the usual ones, contexts up to the model's own. machine:
-    None: one GPU, weights as the model's configuration has them.
+    """Compute all points, limits and tiers. contexts, batches, ratios, dtypes (of the KV cache): empty for the usual ones, contexts up to the
+    model's own. machine: None: one GPU, weights as the model's configuration has them.
 
     Raises:
-        ValueError: a context beyond the model's, a ratio that is none, more GPUs than heads, or a model that does not fit.
+        ValueError: a context beyond the model's, a ratio or KV dtype that is none, more GPUs than heads, or a model that does not fit.
     """
     machine = machine or Machine()
-    check(shape.context, contexts, ratios)
+    check(shape.context, contexts, ratios, dtypes)
     _check_heads(shape, machine)
     notes: list[str] = []
     contexts = sorted(set(contexts)) or _usual_contexts(shape, notes)
     batches = sorted(set(batches)) or list(BATCHES)
     notes += _notes(shape)
-    caches = _caches(shape, ratios, KV(window=window, page_size=page_size))
+    caches = _caches(shape, ratios, _dtypes(shape, dtypes, notes), KV(window=window, page_size=page_size))
     _check_fits(shape, caches[0], machine, gpu, contexts[0])
     phases: tuple[Phase, ...] = ("prefill",) if shape.is_encoder else ("decode", "prefill")
     points = [
@@ -159,7 +180,13 @@ def analyze(
         for context in contexts
     ]
     limits = [_limits(shape, kv, machine, gpu, contexts, batches) for kv in caches]
-    return Analysis(shape, gpu, gpu_name, machine, contexts, batches, caches, points, limits, notes)
+    tiers = [
+        tier_point(shape, kv, machine, gpu, hardware.load(), tier, context)
+        for kv in ([] if shape.is_encoder else caches)
+        for tier in TIERS
+        for context in contexts
+    ]
+    return Analysis(shape, gpu, gpu_name, machine, contexts, batches, caches, points, limits, tiers, notes)
 
 
 def _notes(shape: ModelShape) -> list[str]:
@@ -175,16 +202,36 @@ def _notes(shape: ModelShape) -> list[str]:
     return notes
 
 
-def _caches(shape: ModelShape, ratios: Sequence[float], dense: KV) -> list[KV]:
-    """The dense cache first, those of each ratio, and all of them again at 8 bits."""
+def _dtypes(shape: ModelShape, given: Sequence[str], notes: list[str]) -> list[KVDtype]:
+    """From the widest on; of the usual ones those that the model's heads can be stored in."""
+    if shape.is_encoder:
+        return ["model"]
+    chosen = [dtype for dtype in DTYPES if dtype in (given or USUAL_DTYPES)]
+    try:
+        for layer in shape.attentions:
+            if layer.window is None:
+                for dtype in chosen:
+                    entry_bytes(layer, dtype)
+    except ValueError as error:
+        if given:
+            raise
+        notes.append(f"no int4: {error}")
+        chosen.remove("int4")
+    return chosen
+
+
+def _caches(shape: ModelShape, ratios: Sequence[float], dtypes: list[KVDtype], dense: KV) -> list[KV]:
+    """The dense cache first and those of each ratio, for each dtype."""
     if shape.why_dense is not None and ratios:
         raise ValueError(f"ratios are given ({', '.join(f'{ratio:g}' for ratio in ratios)}) for what cannot evict: {shape.why_dense}")
     chosen = [None] if shape.why_dense is not None else [None, *(sorted(set(ratios)) or RATIOS)]
-    return [replace(dense, cr=ratio, bits=bits) for bits in ((16,) if shape.is_encoder else (16, 8)) for ratio in chosen]
+    return [replace(dense, cr=ratio, dtype=dtype) for dtype in dtypes for ratio in chosen]
 
 
-def check(context: int | None, contexts: Sequence[int], ratios: Sequence[float]) -> None:
-    """Raises ValueError for contexts beyond the model's own (None: not known), and for ratios that are none."""
+def check(context: int | None, contexts: Sequence[int], ratios: Sequence[float], dtypes: Sequence[str] = ()) -> None:
+    """Raises ValueError for contexts beyond the model's own (None: not known), and for ratios and KV dtypes that are none."""
+    for dtype in dtypes:
+        check_dtype(dtype)
     longest = max(contexts, default=0)
     if context is not None and longest > context:
         raise ValueError(f"context is {longest:,} and the model's own is {context:,} tokens; choose contexts up to that")

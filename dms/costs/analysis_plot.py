@@ -24,15 +24,16 @@ def draw(found: Analysis, name: str, out_png: str | Path) -> Path:
     if not alone:
         _wall(figure.add_subplot(grid[:, 1]), found)
     num = f"{found.machine.num} x " if found.machine.num > 1 else ""
-    figure.suptitle(f"{name} on {num}{found.gpu.name}: bounds from datasheets", fontsize=12, color=INK, y=0.97)
+    dtype = found.caches[0].dtype
+    of_dtype = "" if dtype == "model" else f", KV in {dtype}"
+    figure.suptitle(f"{name} on {num}{found.gpu.name}{of_dtype}: bounds from datasheets", fontsize=12, color=INK, y=0.97)
     figure.subplots_adjust(left=0.1 if alone else 0.06, right=0.985, top=0.89, bottom=0.09, wspace=0.16)
     return save(figure, out_png)
 
 
 def _caches(found: Analysis) -> list[tuple[KV, str]]:
-    """Those of 16 bits, each with its colour."""
-    plain = [kv for kv in found.caches if kv.bits == 16]
-    return [(kv, INK if kv.cr is None else _COLOURS[(place - 1) % len(_COLOURS)]) for place, kv in enumerate(plain)]
+    """Those of the first KV dtype, each with its colour."""
+    return [(kv, INK if kv.cr is None else _COLOURS[(place - 1) % len(_COLOURS)]) for place, kv in enumerate(found.widest)]
 
 
 def _points(found: Analysis, kv: KV) -> list[tuple[AnalysisPoint, dict]]:
@@ -45,7 +46,7 @@ def _points(found: Analysis, kv: KV) -> list[tuple[AnalysisPoint, dict]]:
 def _roofline(axes, found: Analysis) -> None:
     roofline = found.roofline
     rate = roofline.flops / 1e12
-    values = [one.cost.intensity for one in found.points if one.kv.bits == 16]
+    values = [one.cost.intensity for one in found.points if one.kv in found.widest]
     low, high = min(*values, roofline.ridge) / 2, max(*values, roofline.ridge) * 2
     axes.loglog([low, roofline.ridge, high], [low * roofline.memory / 1e12, rate, rate], color=GREY, linewidth=1.5)
     axes.axvline(roofline.ridge, color=GREY, linewidth=0.8, linestyle=":")

@@ -6,11 +6,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dms.costs import inference
+from dms.costs import hardware, inference
 from dms.costs.analysis import Analysis, AnalysisPoint, Limits
 from dms.costs.kv import KV, held_bytes
+from dms.costs.tiers import TIERS
 
-_WIDE = 110
+_WIDE = 116
 # Where a sentence names one context, batch and ratio: this, or what is there next to it.
 _CONTEXT, _BATCH, _RATIO = 32768, 8, 8.0
 
@@ -108,7 +109,7 @@ def _gain_lines(found: Analysis) -> list[str]:
 
 
 def _evicting(found: Analysis) -> KV | None:
-    ratios = [kv for kv in found.caches if kv.cr is not None and kv.bits == 16]
+    ratios = [kv for kv in found.widest if kv.cr is not None]
     return min(ratios, key=lambda kv: abs(kv.ratio - _RATIO), default=None)
 
 
@@ -119,7 +120,7 @@ def _nearest(values: list[int], wanted: int) -> int:
 def _tables(found: Analysis) -> list[tuple[str, Table]]:
     if found.shape.is_encoder:
         return [_prefill(found), _limits(found)]
-    return [_decode(found), _limits(found), _prefill(found)]
+    return [_decode(found), _limits(found), _tiers(found), _prefill(found)]
 
 
 def _new(*columns: str) -> Table:
@@ -129,12 +130,8 @@ def _new(*columns: str) -> Table:
     return table
 
 
-def _plain_caches(found: Analysis) -> list[KV]:
-    return [kv for kv in found.caches if kv.bits == 16]
-
-
 def _decode(found: Analysis) -> tuple[str, Table]:
-    caches = _plain_caches(found)
+    caches = found.widest
     table = _new("batch", "context", "FLOPs/byte", "ms/step", "binds", *(kv.name for kv in caches))
     for batch in found.batches:
         for context in found.contexts:
@@ -142,11 +139,17 @@ def _decode(found: Analysis) -> tuple[str, Table]:
             start = [str(batch), _size(context), f"{points[0].cost.intensity:.1f}", _ms(points[0].seconds), points[0].binds]
             table.add_row(*start, *(_rate(one) + ("" if one.fits else " x") for one in points))
         table.add_section()
-    return "decode: tokens/s of all sequences, at most", table
+    return f"decode: tokens/s of all sequences, at most{_of_dtype(found)}", table
+
+
+def _of_dtype(found: Analysis) -> str:
+    """What a title adds where KV is not in the model's dtype."""
+    dtype = found.caches[0].dtype
+    return "" if dtype == "model" else f", KV in {dtype}"
 
 
 def _prefill(found: Analysis) -> tuple[str, Table]:
-    caches = _plain_caches(found)
+    caches = found.widest
     columns = ("batch", "context", "TFLOPs", "attention", "FLOPs/byte", "binds", *(kv.name for kv in caches))
     table = _new(*columns)
     for batch in sorted({found.batches[0], found.batches[-1]} if found.shape.is_encoder else {found.batches[0]}):
@@ -155,7 +158,7 @@ def _prefill(found: Analysis) -> tuple[str, Table]:
             cost = points[0].cost
             start = [str(batch), _size(context), _plain(cost.all_flops / 1e12), f"{cost.attention_flops / cost.all_flops:.0%}"]
             table.add_row(*start, f"{cost.intensity:,.0f}", points[0].binds, *(_ms(one.seconds) for one in points))
-    return "prefill: milliseconds of the whole batch, at least", table
+    return f"prefill: milliseconds of the whole batch, at least{_of_dtype(found)}", table
 
 
 def _limits(found: Analysis) -> tuple[str, Table]:
@@ -173,13 +176,25 @@ def _limits(found: Analysis) -> tuple[str, Table]:
 
 def _limit_row(one: Limits) -> list[str]:
     return [
-        f"{one.kv.name} {one.kv.bits}b",
+        one.kv.label,
         *(_short(context, "never") for context in one.overtaken_at.values()),
         "|",
         *(_short(context, "any") for context in one.largest_context.values()),
         "|",
         *(f"{batch:,}" for batch in one.largest_batch.values()),
     ]
+
+
+def _tiers(found: Analysis) -> tuple[str, Table]:
+    context = _nearest(found.contexts, _CONTEXT)
+    table = _new("", "MB", *("|", "fit", "tok/s", "binds") * len(TIERS), "|", *TIERS[1:])
+    for kv in found.caches:
+        points = [one for one in found.tiers if (one.kv, one.context) == (kv, context)]
+        cells = [cell for one in points for cell in ("|", f"{one.batch:,}", _plain(one.tokens_per_second), one.binds or "")]
+        back = [_ms(one.seconds_back) for one in points if one.seconds_back is not None]
+        table.add_row(kv.label, _plain(points[0].cache_bytes / 1e6), *cells, "|", *back)
+    names = ", ".join(TIERS)
+    return f"tiers at {_size(context)}: MB a sequence | {names}: how many fit, tokens/s at most | ms to come back", table
 
 
 def _legend(found: Analysis) -> str:
@@ -197,9 +212,15 @@ def _legend(found: Analysis) -> str:
             )
         else:
             parts.append(f"CR: of decided tokens, the last {first + 1} stay.")
+    if any(kv.dtype != "model" for kv in found.caches):
+        parts.append(
+            "KV of int8 and fp8: a byte a component and a float32 scale for a key or a value; of int4: half a byte, and two float16 numbers for each "
+            "group of 32 components (16 where heads do not divide); the window is at 16 bits."
+        )
+    node = hardware.load().node
     parts.append(
-        "16b, 8b: bits of the KV cache; at 8 a byte a number and two float32 scales an entry, the window at 16. Contexts that fit may exceed the "
-        "model's own."
+        f"host: {node.memory / 1e9:.0f} GB of main memory a GPU, over PCIe at {found.gpu.pcie / 1e9:.0f} GB/s; disk: a drive of {node.drive.capacity / 1e12:.3g} TB, read at "
+        f"{node.drive.read / 1e9:.3g} GB/s; from both all pages come in at each step, layer by layer. Contexts that fit may exceed the model's own."
     )
     return " ".join(parts)
 

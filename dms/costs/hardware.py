@@ -55,6 +55,26 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drive:
+    """An NVMe drive: bytes, bytes per second."""
+
+    name: str
+    capacity: float
+    read: float
+    write: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What one GPU has of its node."""
+
+    memory: float
+    """Bytes of main memory."""
+    drive: Drive
+    sources: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attainable:
     """Shares of the datasheet's figures that a training step is taken to reach."""
 
@@ -70,6 +90,7 @@ class Hardware:
     attainable: Attainable
     host_memory: float
     """Bytes per second of a node's main memory."""
+    node: Node
     gpus: dict[str, Gpu]
 
     def gpu(self, name: str) -> Gpu:

@@ -74,8 +74,8 @@ def decode(shape: ModelShape, kv: KV, machine: Machine, batch: int, context: int
     """One step of `batch` sequences; context: tokens of each, the new one included."""
     layers = shape.attentions
     pairs = [caches.entries_seen(layer, kv, context) for layer in layers]
-    read = _over_heads(layers, machine, (caches.read_bytes(layer, kv, context) for layer in layers))
-    written = _over_heads(layers, machine, (caches.written_bytes(layer, kv, context) for layer in layers))
+    read = over_heads(layers, machine, (caches.read_bytes(layer, kv, context) for layer in layers))
+    written = over_heads(layers, machine, (caches.written_bytes(layer, kv, context) for layer in layers))
     work = shape.inference.decode
     assert work is not None, "an encoder decodes nothing"
     return _cost(shape, work, kv, machine, batch, 1, pairs, read, written, states=2)
@@ -85,8 +85,8 @@ def prefill(shape: ModelShape, kv: KV, machine: Machine, batch: int, context: in
     """`batch` prompts of `context` tokens. Keys and values are read once: what is read again comes from the GPU's own caches."""
     layers = shape.attentions
     pairs = [caches.prompt_pairs(layer, kv, context) for layer in layers]
-    read = _over_heads(layers, machine, (context * (layer.key_dim + layer.value_dim) * _NUMBER for layer in layers))
-    written = _over_heads(layers, machine, (caches.prompt_written_bytes(layer, kv, context) for layer in layers))
+    read = over_heads(layers, machine, (context * (layer.key_dim + layer.value_dim) * _NUMBER for layer in layers))
+    written = over_heads(layers, machine, (caches.prompt_written_bytes(layer, kv, context) for layer in layers))
     return _cost(shape, shape.inference.prefill, kv, machine, batch, context, pairs, read, written, states=1)
 
 
@@ -121,7 +121,8 @@ def _cost(
     )
 
 
-def _over_heads(layers: list[AttentionShape], machine: Machine, of_one: Iterable[float]) -> float:
+def over_heads(layers: list[AttentionShape], machine: Machine, of_one: Iterable[float]) -> float:
+    """On one GPU; of_one: for each KV head of each layer."""
     return sum(heads_of_one(layer.num_heads, machine.num) * bytes_ for layer, bytes_ in zip(layers, of_one, strict=True))
 
 
@@ -176,13 +177,18 @@ def fixed(shape: ModelShape, kv: KV, machine: Machine) -> float:
 
 def sequence_bytes(shape: ModelShape, kv: KV, machine: Machine, context: int) -> float:
     """What one sequence holds beside."""
-    layers = shape.attentions
-    cache = _over_heads(layers, machine, (caches.held_bytes(layer, kv, context) for layer in layers))
-    cache += sum(caches.SEQUENCE_COUNTS for layer in layers if layer.holds and kv.evicts(layer))
     # Of one layer at a time.
     work = shape.inference
-    step = (work.decode or work.prefill).numbers / len(layers) * (context if shape.is_encoder else 1)
-    return cache + (work.state + step * _NUMBER) / machine.num
+    step = (work.decode or work.prefill).numbers / len(shape.attentions) * (context if shape.is_encoder else 1)
+    return cache_bytes(shape, kv, machine, context) + step * _NUMBER / machine.num
+
+
+def cache_bytes(shape: ModelShape, kv: KV, machine: Machine, context: int) -> float:
+    """What one sequence holds between two steps: entries with all that is kept of them, and the state of linear attention."""
+    layers = shape.attentions
+    cache = over_heads(layers, machine, (caches.held_bytes(layer, kv, context) for layer in layers))
+    cache += sum(caches.SEQUENCE_COUNTS for layer in layers if layer.holds and kv.evicts(layer))
+    return cache + shape.inference.state / machine.num
 
 
 # What fits, and where KV reads overtake weight reads.

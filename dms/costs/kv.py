@@ -5,11 +5,19 @@ the others are assumed to leave by each alike (`dms.costs.lifetimes`). Letters: 
 entries of a page.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from dms.config import nearest
 from dms.costs.flops import visible_pairs
 from dms.costs.lifetimes import Lifetimes, entries_of
 from dms.costs.shapes import AttentionShape
+from dms_kernels.quantization import KV_DTYPES, scales_of_pages, stored_width
+
+KVDtype = Literal["model", "int8", "fp8", "int4"]
+DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
+"""From the widest on."""
 
 # What dms/cache holds beside entries. A ring grows by so many slots; a place in a page table is an int32, and tables of a GPU are
 # widened by so many places; a page has a reference count and a place on the free list.
@@ -17,7 +25,6 @@ RING_STEP, TABLE_STEP, PLACE_BYTES, PAGE_EXTRA = 64, 64, 4, 8
 # num_kept (int32) of a list and evicted (int64) of a head, seq_len and decided of a sequence; with several windows an entry's position (int32).
 LIST_COUNT, HEAD_COUNT, SEQUENCE_COUNTS, POSITION_BYTES = 4, 8, 12, 4
 _NUMBER = 2
-_SCALE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +33,15 @@ class KV:
 
     cr: float | None = None
     """Of decided tokens; None: dense, everything is kept."""
-    bits: int = 16
-    """16, or 8: a byte a number and a float32 scale for each key and each value, of all that is in pages (of a dense cache: of all that
-    layers with full attention hold)."""
+    dtype: KVDtype = "model"
+    """Of all that is in pages; of a dense cache: of all that layers with full attention hold. model: the model's own, 16 bits. The others as
+    `dms_kernels.quantization` stores them, with their scales."""
     window: int | tuple[int, ...] = 256
     """Of several the rising ones."""
     page_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -56,10 +66,16 @@ class KV:
 
     @property
     def label(self) -> str:
-        return self.name + (", KV 8-bit" if self.bits == 8 else "")
+        return f"{self.name} {'16-bit' if self.dtype == 'model' else self.dtype}"
 
     def evicts(self, layer: AttentionShape) -> bool:
         return self.cr is not None and layer.gated
+
+
+def check_dtype(name: str) -> None:
+    """Raises ValueError for a dtype that pages do not have."""
+    if name not in DTYPES:
+        raise ValueError(f"a KV dtype is {name!r}{nearest(name, DTYPES)}; there are {', '.join(DTYPES)} (model: the model's own, 16 bits)")
 
 
 def prompt_pairs(layer: AttentionShape, kv: KV, tokens: int) -> float:
@@ -85,26 +101,40 @@ def _in_pages(kv: KV, tokens: int) -> float:
 
 
 def _page_entry_bytes(layer: AttentionShape, kv: KV) -> int:
-    return _entry_bytes(layer, kv.bits) + kv.page_entry_extra
+    return entry_bytes(layer, kv.dtype) + kv.page_entry_extra
 
 
-def _entry_bytes(layer: AttentionShape, bits: int) -> int:
-    numbers = layer.key_dim + layer.value_dim
-    return numbers * _NUMBER if bits == 16 else numbers + 2 * _SCALE
+def entry_bytes(layer: AttentionShape, dtype: KVDtype) -> int:
+    """Of a key and a value, and of their scales.
+
+    Raises:
+        ValueError: heads of this size cannot be stored so.
+    """
+    return _row_bytes(layer.key_dim, dtype) + _row_bytes(layer.value_dim, dtype)
 
 
-def _plain_bits(layer: AttentionShape, kv: KV) -> int:
-    """Of a layer that does not evict: bounded ones, and all that stand beside gates, are transformers' own and know no int8."""
-    return kv.bits if kv.cr is None and layer.window is None else 16
+def _row_bytes(head_dim: int, dtype: KVDtype) -> int:
+    if dtype == "model":
+        return head_dim * _NUMBER
+    stored = KV_DTYPES[dtype]
+    scales = scales_of_pages((), head_dim, stored)
+    assert scales is not None, "what is quantised has scales"
+    shape, dtype_of_scales = scales
+    return stored_width(head_dim, stored) * stored.itemsize + math.prod(shape) * dtype_of_scales.itemsize
+
+
+def _plain_dtype(layer: AttentionShape, kv: KV) -> KVDtype:
+    """Of a layer that does not evict: bounded ones, and all that stand beside gates, are transformers' own and are not quantised."""
+    return kv.dtype if kv.cr is None and layer.window is None else "model"
 
 
 def read_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     """By the newest of T tokens, for each KV head."""
     if not kv.evicts(layer):
-        return entries_seen(layer, kv, tokens) * _entry_bytes(layer, _plain_bits(layer, kv))
+        return entries_seen(layer, kv, tokens) * entry_bytes(layer, _plain_dtype(layer, kv))
     kept = _in_pages(kv, tokens)
     places = kept / kv.page_size * PLACE_BYTES
-    return _in_ring(kv, tokens) * _entry_bytes(layer, 16) + kept * _page_entry_bytes(layer, kv) + places
+    return _in_ring(kv, tokens) * entry_bytes(layer, "model") + kept * _page_entry_bytes(layer, kv) + places
 
 
 def written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
@@ -112,9 +142,9 @@ def written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     if not layer.holds:
         return 0.0
     if not kv.evicts(layer):
-        return _entry_bytes(layer, _plain_bits(layer, kv))
+        return entry_bytes(layer, _plain_dtype(layer, kv))
     moved = _page_entry_bytes(layer, kv) * (1 - kv.lifetimes.leave[0]) if tokens > kv.windows[0] + 1 else 0.0
-    return _entry_bytes(layer, 16) + moved
+    return entry_bytes(layer, "model") + moved
 
 
 def held_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
@@ -129,15 +159,27 @@ def held_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
     if not kv.evicts(layer):
         # A sliding layer keeps one fewer than it sees: the query brings its own.
         num_held = tokens if layer.window is None else min(tokens, layer.window - 1)
-        return num_held * _entry_bytes(layer, _plain_bits(layer, kv))
+        return num_held * entry_bytes(layer, _plain_dtype(layer, kv))
     slots = min(kv.windows[0] + 1, -(-tokens // RING_STEP) * RING_STEP)
-    ring = slots * (_entry_bytes(layer, 16) + 1)
-    # A last page is half full on average.
-    lists = [kept / kv.page_size + (0.5 if kept else 0.0) for kept in kv.lifetimes.in_lists(tokens)]
+    ring = slots * (entry_bytes(layer, "model") + 1)
+    lists = _pages_of_lists(kv, tokens)
     # All lists have rows of one table.
     places = len(lists) * -(-max(lists) // TABLE_STEP) * TABLE_STEP
-    pages = sum(lists) * (kv.page_size * _page_entry_bytes(layer, kv) + PAGE_EXTRA)
+    pages = paged_bytes(layer, kv, tokens) + sum(lists) * PAGE_EXTRA
     return ring + pages + places * PLACE_BYTES + len(lists) * LIST_COUNT + HEAD_COUNT
+
+
+def paged_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
+    """Of what may lie outside the device while a layer waits for its turn, for each KV head whose entries the layer reads: pages in whole; of a
+    layer with full attention that does not evict, all of it. Rings, bounded layers, page tables and counts stay."""
+    if not kv.evicts(layer):
+        return tokens * entry_bytes(layer, _plain_dtype(layer, kv)) if layer.window is None else 0.0
+    return sum(_pages_of_lists(kv, tokens)) * kv.page_size * _page_entry_bytes(layer, kv)
+
+
+def _pages_of_lists(kv: KV, tokens: int) -> list[float]:
+    """A last page is half full on average."""
+    return [kept / kv.page_size + (0.5 if kept else 0.0) for kept in kv.lifetimes.in_lists(tokens)]
 
 
 def prompt_written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
@@ -146,4 +188,4 @@ def prompt_written_bytes(layer: AttentionShape, kv: KV, tokens: int) -> float:
         return 0.0
     if not kv.evicts(layer):
         return held_bytes(layer, kv, tokens)
-    return _in_ring(kv, tokens) * _entry_bytes(layer, 16) + _in_pages(kv, tokens) * _page_entry_bytes(layer, kv)
+    return _in_ring(kv, tokens) * entry_bytes(layer, "model") + _in_pages(kv, tokens) * _page_entry_bytes(layer, kv)

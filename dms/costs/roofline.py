@@ -1,19 +1,20 @@
 """The least seconds that work takes on a GPU: what must be computed and moved, over what the machine can do; the slowest of them binds.
 
-Computing, the GPU's memory, its host link and the links between GPUs are taken to work at once, as overlapping engines let them.
+Computing, the GPU's memory, its host link, the links between GPUs and the drive are taken to work at once, as overlapping engines let them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from dms.costs.activations import Activations
 from dms.costs.flops import TrainingFlops
-from dms.costs.hardware import Attainable, Gpu, Hardware
+from dms.costs.hardware import Attainable, Drive, Gpu, Hardware
 from dms.costs.job import Choice, Job
 from dms.costs.memory import ItemSize, num_trained
 from dms.costs.shapes import ModelShape
 
-Limit = Literal["compute", "memory", "host", "links"]
+Limit = Literal["compute", "memory", "host", "links", "disk"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Seconds:
     memory: float
     host: float = 0.0
     links: float = 0.0
+    disk: float = 0.0
 
     @property
     def total(self) -> float:
@@ -32,7 +34,13 @@ class Seconds:
     @property
     def limit(self) -> Limit:
         """What binds; of equal ones the first."""
-        named: dict[Limit, float] = {"compute": self.compute, "memory": self.memory, "host": self.host, "links": self.links}
+        named: dict[Limit, float] = {
+            "compute": self.compute,
+            "memory": self.memory,
+            "host": self.host,
+            "links": self.links,
+            "disk": self.disk,
+        }
         return max(named, key=lambda name: named[name])
 
 
@@ -47,24 +55,33 @@ class Roofline:
     """Its link to its host, in one direction."""
     links: float
     """To other GPUs, in one direction."""
+    disk: float = math.inf
+    """Of its drive, reading."""
 
     @classmethod
     def of(
-        cls, gpu: Gpu, *, precision: Literal["fp32", "bf16"] = "bf16", num_gpus: int = 1, reached: Attainable | None = None
+        cls,
+        gpu: Gpu,
+        *,
+        precision: Literal["fp32", "bf16"] = "bf16",
+        num_gpus: int = 1,
+        reached: Attainable | None = None,
+        drive: Drive | None = None,
     ) -> "Roofline":
-        """reached: shares of the datasheet's figures; None: those figures themselves, bounds that nothing exceeds."""
+        """reached: shares of the datasheet's figures; None: those figures themselves, bounds that nothing exceeds. drive: None: none takes part."""
         compute, memory, links = (1.0, 1.0, 1.0) if reached is None else (reached.compute, reached.memory, reached.links)
         rate = gpu.flops.bf16 if precision == "bf16" else gpu.flops.fp32
-        return cls(rate * compute, gpu.bandwidth * memory, gpu.pcie * links, gpu.link(num_gpus) * links)
+        disk = math.inf if drive is None else drive.read * links
+        return cls(rate * compute, gpu.bandwidth * memory, gpu.pcie * links, gpu.link(num_gpus) * links, disk)
 
     @property
     def ridge(self) -> float:
         """FLOPs a byte of memory from which on computing binds."""
         return self.flops / self.memory
 
-    def seconds(self, flops: float, memory: float, host: float = 0.0, links: float = 0.0) -> Seconds:
-        """Of so many FLOPs, and of bytes moved over each of the three."""
-        return Seconds(flops / self.flops, memory / self.memory, host / self.host, links / self.links)
+    def seconds(self, flops: float, memory: float, host: float = 0.0, links: float = 0.0, disk: float = 0.0) -> Seconds:
+        """Of so many FLOPs, and of bytes moved over each of the four."""
+        return Seconds(flops / self.flops, memory / self.memory, host / self.host, links / self.links, disk / self.disk)
 
 
 # A step of AdamW in host memory reads and writes weight, gradient and both moments in float32.

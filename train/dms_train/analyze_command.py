@@ -28,6 +28,7 @@ def run(
     contexts: list[int],
     batches: list[int],
     ratios: list[float],
+    kv_dtypes: list[str],
     window: int | None,
     weight_bits: int | None,
     config: str | None,
@@ -44,7 +45,7 @@ def run(
     card = hardware.load().gpu(gpu)
     _check_options(weight_bits, {"--json": json_file, "--plot": plot})
     values, dms = find(name, config)
-    check(context_of(values), contexts, ratios)
+    check(context_of(values), contexts, ratios, kv_dtypes)
     dms = dms if window is None else replace(dms, window=window)
     found = analyze(
         _measured(values, dms, weight_bits),
@@ -53,6 +54,7 @@ def run(
         contexts=contexts,
         batches=batches,
         ratios=ratios,
+        dtypes=kv_dtypes,
         machine=Machine(num=num_gpus, weight_bits=weight_bits),
         window=dms.window,
     )

@@ -412,6 +412,10 @@ def analyze(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at once; repeat it. Default: 1, 8, 32 and 64.")] = None,
     cr: Annotated[list[float] | None, typer.Option(help="Eviction ratio of decided tokens; repeat it. Default: 2, 4, 8 and 16.")] = None,
+    kv_dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="What pages hold: model (16 bits), int8, fp8 or int4; repeat it. Default: model, int8 and int4."),
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=0, help="Tokens that stay visible. Default: the recipe's or the model's, else 256.")
     ] = None,
@@ -436,6 +440,7 @@ def analyze(
         contexts=context or [],
         batches=batch or [],
         ratios=cr or [],
+        kv_dtypes=kv_dtype or [],
         window=window,
         weight_bits=weight_bits,
         config=config,

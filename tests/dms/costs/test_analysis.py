@@ -98,7 +98,7 @@ def test_pairs_by_brute_force(tokens, window, keep, causal):
 
 
 def test_what_fits(llama):
-    for kv in (KV(), KV(cr=8), KV(cr=8, bits=8)):
+    for kv in (KV(), KV(cr=8), KV(cr=8, dtype="int8"), KV(cr=8, dtype="int4")):
         batch = inference.largest_batch(llama, kv, Machine(), H100.memory, 32768)
         assert inference.held(llama, kv, Machine(), batch, 32768) <= 80e9 < inference.held(llama, kv, Machine(), batch + 1, 32768)
         context = inference.largest_context(llama, kv, Machine(), H100.memory, batch)
@@ -230,13 +230,13 @@ def test_the_command_prints_writes_and_draws(tmp_path):
         assert says(result.output, words), result.output
     values = json.loads(out.read_text())
     assert values["name"] == "Llama-3.1-8B" and values["gpu"]["ridge"] == pytest.approx(989 / 3.35)
-    # Two phases, dense and four ratios, two widths, four batches, six contexts.
-    assert len(values["points"]) == 2 * 5 * 2 * 4 * 6
+    # Two phases, dense and four ratios, three KV dtypes, four batches, six contexts.
+    assert len(values["points"]) == 2 * 5 * 3 * 4 * 6
     for one in values["points"]:
         parts = [one[f"{name}_bytes"] for name in ("weights", "kv_read", "kv_written", "state", "activations")]
         assert one["bytes"] == pytest.approx(sum(parts))
         assert one["seconds"] == max((one["linear_flops"] + one["attention_flops"]) / 989e12, one["bytes"] / 3.35e12)
-    (dense,) = [one for one in values["limits"] if one["policy"] == "dense" and one["kv_bits"] == 16]
+    (dense,) = [one for one in values["limits"] if one["policy"] == "dense" and one["kv_dtype"] == "model"]
     assert dense["overtaken_at"]["1"] == 114_517
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 50_000
 
@@ -297,7 +297,7 @@ def test_several_windows_of_a_retrofitted_model(tmp_path):
         [
             point["kv_read_bytes"]
             for point in found["points"]
-            if (point["phase"], point["cr_decided"], point["kv_bits"]) == ("decode", 8.0, 16)
+            if (point["phase"], point["cr_decided"], point["kv_dtype"]) == ("decode", 8.0, "model")
         ]
         for found in (one, three)
     ]
@@ -329,6 +329,7 @@ def test_an_encoder_whose_output_has_no_field_for_a_cache():
         (["Qwen3-8B.json", "--gpu", "h10"], ["unknown GPU 'h10'", "did you mean 'h100-80'"]),
         (["Qwen3-8B.json", "--context", "65536"], ["context is 65,536", "40,960"]),
         (["Qwen3-8B.json", "--cr", "1"], ["ratio is 1", "above 1"]),
+        (["Qwen3-8B.json", "--kv-dtype", "int5"], ["a KV dtype is 'int5' (did you mean 'int", "model, int8, fp8, int4"]),
         (["Qwen3-8B.json", "--window", "50000"], ["window is 50000", "40960"]),
         (["Qwen3-8B.json", "--weight-bits", "5"], ["--weight-bits is 5; give 16, 8 or 4"]),
         (["Qwen3-8B.json", "--json", "/nowhere/a.json"], ["/nowhere does not exist"]),
