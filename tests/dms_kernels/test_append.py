@@ -103,10 +103,11 @@ def test_several_pages_and_sinks(monkeypatch, alignment):
 
 
 @interpreted
-@pytest.mark.parametrize("page_dtype", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.slow), torch.uint8])
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.uint8])
 def test_quantised_pages(monkeypatch, page_dtype):
-    H = 2 if page_dtype == torch.int8 else 1
-    run = _follow(monkeypatch, 3, 26 if H == 2 else 32, B=1, H=H, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
+    """Not float8: Triton's interpreter makes 64 of 125.5. What is compiled is run in `emulated/test_append.py`."""
+    H, steps = (1, 32) if page_dtype == torch.uint8 else (2, 26)
+    run = _follow(monkeypatch, 3, steps, B=1, H=H, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
     assert run.cache["num_kept"].max() > 16
 
 
