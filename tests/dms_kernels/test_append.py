@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's
 
 
 # How far what a query sees may be from what was said, by the dtype of pages.
-ROUNDING = {torch.int8: 0.05, torch.float8_e4m3fn: 0.1, torch.uint8: 0.3}
+ROUNDING = {torch.int8: 0.05, torch.uint8: 0.3}
 
 
 class History:
@@ -105,9 +105,7 @@ def test_several_pages_and_sinks(monkeypatch, alignment):
 @interpreted
 @pytest.mark.parametrize("page_dtype", [torch.int8, torch.uint8])
 def test_quantised_pages(monkeypatch, page_dtype):
-    """Not float8: Triton's interpreter makes 64 of 125.5. What is compiled is run in `emulated/test_append.py`."""
-    H, steps = (1, 32) if page_dtype == torch.uint8 else (2, 26)
-    run = _follow(monkeypatch, 3, steps, B=1, H=H, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
+    run = _follow(monkeypatch, 3, 26, B=1, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
     assert run.cache["num_kept"].max() > 16
 
 
