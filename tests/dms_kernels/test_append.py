@@ -105,6 +105,7 @@ def test_several_pages_and_sinks(monkeypatch, alignment):
 @interpreted
 @pytest.mark.parametrize("page_dtype", [torch.int8, torch.uint8])
 def test_quantised_pages(monkeypatch, page_dtype):
+    """Not float8: Triton's interpreter makes 64 of 125.5. What is compiled is run in `emulated/test_append.py`."""
     run = _follow(monkeypatch, 3, 26, B=1, window=2, rate=0.2, padding=0.0, page_dtype=page_dtype)
     assert run.cache["num_kept"].max() > 16
 
