@@ -146,10 +146,12 @@ class DMSState:
     evict_bias: float = 0.0
     """Added to every gate's logit in evict mode; above 0 evicts more."""
     page_size: int = 64
-    """Of the caches that evict mode makes by itself, as the next three."""
+    """Of the caches that evict mode makes by itself, as the next four."""
     max_cache_bytes: int | None = None
     kv_dtype: str | None = None
     """For pages: "int8", "fp8" or "int4"; None: the model's own dtype."""
+    offload_layers: bool = False
+    """Pages rest in host memory, and each layer's are on the device while it is read."""
     prefill_chunk: int | None = None
     """Tokens of a prompt that `generate` reads at a time; None: all."""
     masked_attention: AttentionFunction | None = None

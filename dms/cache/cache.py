@@ -14,11 +14,12 @@ from dms import hf_compat
 from dms.cache import serialization
 from dms.cache.capture import CapturedStep, check_capture, expected_share
 from dms.cache.fused_store import FusedStore
+from dms.cache.host_pages import PageBuffers, growth_bytes
 from dms.cache.layer import WITHOUT_DECISIONS, CompactedLayer, MaskedLayer
 from dms.cache.offloading import Offloaded, placeholder
 from dms.cache.page_pool import CacheBudget, CacheFull, PagePool, held_bytes, layer_bytes, outside_inference_mode
 from dms.cache.rows import append_rows
-from dms.cache.stats import CacheStats, cache_stats, compacted_layers, offloaded_bytes
+from dms.cache.stats import CacheStats, bytes_to_return, cache_stats, compacted_layers
 from dms.cache.store import Store
 from dms.modes import DMSState, state_of
 
@@ -42,6 +43,8 @@ class DMSCache(Cache):
             first token on, pages for as many as the gates were trained to keep and a quarter more. On a GPU decode steps are then captured as a CUDA graph
             and replayed. Longer sequences, and heads that keep more, are not refused: the cache grows as any other, and the next step is
             captured anew. None: nothing is reserved or captured.
+        offload_layers: pages rest in host memory, and those of two layers at a time are on the device: of the one that is read, and of the next, which
+            are copied meanwhile. None: `model.dms.offload_layers`, which is False unless it was set.
         state: the retrofitted model's, where `model` is only its decoder; None: `model.dms`.
     """
 
@@ -54,6 +57,7 @@ class DMSCache(Cache):
         kv_dtype: str | None = None,
         budget: CacheBudget | None = None,
         reserve_tokens: int | None = None,
+        offload_layers: bool | None = None,
         state: DMSState | None = None,
     ):
         if budget is not None and max_cache_bytes is not None:
@@ -74,6 +78,10 @@ class DMSCache(Cache):
         self.reserve_tokens = reserve_tokens
         self.captured: CapturedStep | None = None
         """The latest decode step that was captured, where tokens are reserved."""
+        self._buffers: dict[torch.device, PageBuffers] | None = None
+        """Where pages are while they are read, if they rest in host memory."""
+        if state.offload_layers if offload_layers is None else offload_layers:
+            self._buffers = {}
         self._reserved = None if reserve_tokens is None else (reserve_tokens, expected_share(model, reserve_tokens))
         layers = DynamicCache(config=model.config).layers
         for index in (layer.index for layer in state.layers):
@@ -83,7 +91,7 @@ class DMSCache(Cache):
         super().__init__(layers=layers)
         self.state = weakref.ref(state)
         if reserve_tokens is not None:
-            check_capture(self, state, type(model).__name__)
+            check_capture(self, state, type(model).__name__, offloads=self._buffers is not None)
         self._undo: list[dict[str, Any]] | None = None
         self._is_prepared = False
         """`prepare_step` was called, and the step has not come yet."""
@@ -93,7 +101,8 @@ class DMSCache(Cache):
     def _make_layer(self, state: DMSState, page_size: int | None, kv_dtype: str | None) -> CompactedLayer:
         budget = None if self.budget.max_bytes is None else self.budget
         page_size = state.page_size if page_size is None else page_size
-        return CompactedLayer(state.config, page_size, budget, state.kv_dtype if kv_dtype is None else kv_dtype, self._reserved)
+        kv_dtype = state.kv_dtype if kv_dtype is None else kv_dtype
+        return CompactedLayer(state.config, page_size, budget, kv_dtype, self._reserved, self._buffers)
 
     def compacted_layers(self) -> dict[int, CompactedLayer]:
         """The layers that evict and hold something, by index."""
@@ -177,6 +186,9 @@ class DMSCache(Cache):
         super().reset()
         for layer in self.layers:
             hf_compat.empty_layer(layer)
+        for buffers in (self._buffers or {}).values():
+            if not buffers.pools:
+                buffers.free()
 
     # Rows.
 
@@ -388,7 +400,7 @@ class DMSCache(Cache):
         """
         if not self.is_offloaded:
             return
-        self.budget.check(sum(offloaded_bytes(self)))
+        self.budget.check(bytes_to_return(self))
         self._return()
 
     @outside_inference_mode
@@ -415,12 +427,12 @@ class DMSCache(Cache):
     def _make_room(self, num_bytes: int, wanted: list[tuple[PagePool, int]]) -> None:
         """Get pools the pages that they miss, and make sure of num_bytes beside them, or raise CacheFull and change nothing."""
         missing = [(pool, pool.missing(num_pages)) for pool, num_pages in wanted]
-        pages = sum(num_pages * pool.page_bytes for pool, num_pages in missing)
+        pages = growth_bytes(missing)
         if num_bytes + pages <= 0:
             return
         self.budget.check(num_bytes + pages)
         ahead = [(pool, max(num_pages, pool.growth()) if num_pages else 0) for pool, num_pages in missing]
-        if self.budget.allows(num_bytes + sum(num_pages * pool.page_bytes for pool, num_pages in ahead), with_spare=True):
+        if self.budget.allows(num_bytes + growth_bytes(ahead), with_spare=True):
             missing = ahead
         for pool, num_pages in missing:
             if num_pages:
@@ -498,6 +510,7 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
         ValueError: a cache whose layers do not grow (static, quantised), or one that was filled without decisions.
     """
     layers = cache.layers
+    buffers: dict[torch.device, PageBuffers] | None = {} if state.offload_layers else None
     for index in (layer.index for layer in state.layers):
         while len(layers) <= index:
             layers.append(DynamicLayer())
@@ -513,4 +526,4 @@ def compact_layers(cache: Cache, state: DMSState) -> None:
             raise ValueError(
                 f"the given cache holds {layer.get_seq_length()} tokens that were read without eviction; start evict mode with an empty cache"
             )
-        layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype)
+        layers[index] = CompactedLayer(state.config, state.page_size, kv_dtype=state.kv_dtype, buffers=buffers)

@@ -61,8 +61,13 @@ def expected_share(model: Any, reserve_tokens: Any) -> float:
     return 1.0 if target_cr is None else min(1.0, _RESERVED_MORE / target_cr)
 
 
-def check_capture(cache: "DMSCache", state: DMSState, model_name: str) -> None:
-    """Raises ValueError where decode steps cannot be captured."""
+def check_capture(cache: "DMSCache", state: DMSState, model_name: str, offloads: bool) -> None:
+    """Raises ValueError where decode steps cannot be captured. offloads: pages rest in host memory."""
+    if offloads:
+        raise ValueError(
+            "reserve_tokens and offload_layers were both given: a captured step reads pages where they lay when it was captured, and pages that rest in "
+            "host memory come to a buffer for each step; leave out reserve_tokens, or give offload_layers=False"
+        )
     growing = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, CompactedLayer)]
     if growing:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dms.cache.host_pages import HostPagePool
 from dms.cache.page_pool import PagePool, outside_inference_mode
 from dms.cache.pending import Decisions, PendingGate, PendingTokens
 from dms.cache.store import Store
@@ -32,7 +33,7 @@ _MAX_QUERIES = 8
 def make_store(config: DMSConfig, pool: PagePool, batch: int, num_heads: int) -> Store:
     """A store for the pool's device: with kernels where they run."""
     problem = f"the kernels take no {pool.dtype} entries of {pool.head_dim}" if pool.dtype == torch.float64 or pool.head_dim > 256 else None
-    kind = FusedStore if explain(pool.rows.device, problem)[0] == "triton" else Store
+    kind = FusedStore if explain(pool.device, problem)[0] == "triton" else Store
     return kind(config, pool, batch, num_heads)
 
 
@@ -77,6 +78,20 @@ class FusedStore(Store):
         with torch.no_grad():
             self._append(new)
         self.count_step()
+        if isinstance(self.pool, HostPagePool) and self.most_kept > 0:
+            self.pool.note_rows(self._newest_rows())
+
+    def _newest_rows(self) -> torch.Tensor:
+        """[B * L * 2] int64: of each list's newest entry, which is where a step has written if it has; nothing is read back."""
+        last, P = (self.num_kept.long() - 1).clamp(min=0), self.pool.page_size
+        row = self.pool.row_of(self.page_table.gather(2, (last // P)[..., None])[..., 0].long(), last % P)
+        return torch.where((self.num_kept > 0)[..., None], torch.stack([row, row + P], -1), self.pool.scratch).flatten()
+
+    def _note_pages(self, before: torch.Tensor) -> None:
+        """Entries were stored by kernels, in lists that held `before` [B, L]."""
+        if isinstance(self.pool, HostPagePool):
+            place = torch.arange(self.page_table.shape[2], device=self.device)
+            self.pool.note_pages(self.page_table[(place >= (before // self.pool.page_size)[..., None]) & self._used_places()])
 
     @outside_inference_mode
     def prepare_step(self) -> None:
@@ -256,6 +271,7 @@ class FusedStore(Store):
             ring = self.ring_kv.gather(3, index)
             store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR, self._paged(before))
         store_survivors(new.k, new.v, passes_BHN, self._paged(before + leaving))
+        self._note_pages(before)
 
     def _append_to_lists(
         self, new: PendingTokens, slot_BR: torch.Tensor, order_BR: torch.Tensor, leaves_BHR: torch.Tensor, passes_BHN: torch.Tensor
@@ -271,6 +287,7 @@ class FusedStore(Store):
             ring = self.ring_kv.gather(3, index)
             store_survivors(ring[:, :, 0], ring[:, :, 1], leaves_BHR.to(torch.uint8), self._paged(before), order_BR)
         store_survivors(new.k, new.v, passes_BHN.to(torch.uint8), self._paged(before + leaving), self.positions(new))
+        self._note_pages(before)
 
     def check(self) -> None:
         """Raises RuntimeError where a step found no page. Enough were reserved, so that this would be an error of ours."""

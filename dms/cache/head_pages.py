@@ -34,7 +34,7 @@ class HeadPages:
     @outside_inference_mode
     def __init__(self, pool: PagePool, batch: int, num_heads: int):
         self.pool = pool
-        self.device = pool.rows.device
+        self.device = pool.device
         self.reads_are_free = pool.reads_are_free
         self.lists_per_head = max(1, len(pool.windows))
         num_lists = num_heads * self.lists_per_head

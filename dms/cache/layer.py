@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dms import masks
 from dms.cache.fused_store import FusedStore, make_store
+from dms.cache.host_pages import HostPagePool, PageBuffers
 from dms.cache.page_pool import CacheBudget, PagePool, check_kv_dtype
 from dms.cache.pending import PendingGate, PendingTokens
 from dms.cache.store import Store
@@ -37,11 +38,11 @@ class Reading(NamedTuple):
     """What is stored, or waits on trial, when all have come; None: it is stored already."""
 
 
-def _attend_by(position: torch.Tensor | None, pages: PagedKV | None, recent: list[Keys]) -> Callable[..., torch.Tensor]:
-    """position [B, N] of the newest tokens; None: all keys are visible."""
+def _attend_by(position: torch.Tensor | None, pages: Callable[[], PagedKV | None], recent: list[Keys]) -> Callable[..., torch.Tensor]:
+    """position [B, N] of the newest tokens; None: all keys are visible. pages: asked for each time, since they may have moved."""
 
     def attend(query: torch.Tensor, **options: Any) -> torch.Tensor:
-        return cached_attention(query, None if position is None else position[:, -query.shape[2] :], pages, recent, **options)
+        return cached_attention(query, None if position is None else position[:, -query.shape[2] :], pages(), recent, **options)
 
     return attend
 
@@ -59,6 +60,8 @@ class CompactedLayer(CacheLayerMixin):
         kv_dtype: "int8", "fp8" or "int4" for what is in pages; None: the model's own dtype.
         reserved: tokens that rows will have, and the share of them that is kept, for which there is room from the first token on; None: the cache
             grows as they come.
+        buffers: of each device, where pages are while they are read, and shared by the layers of a cache; pages rest in host memory. None: they
+            are on the device.
     """
 
     is_croppable = True
@@ -72,12 +75,14 @@ class CompactedLayer(CacheLayerMixin):
         budget: CacheBudget | None = None,
         kv_dtype: str | None = None,
         reserved: tuple[int, float] | None = None,
+        buffers: dict[torch.device, PageBuffers] | None = None,
     ):
         super().__init__()
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size!r}; a page holds 16, 32 or 64 entries")
         check_kv_dtype(kv_dtype)
         self.dms, self.page_size, self.budget, self.kv_dtype, self.reserved = config, page_size, budget, kv_dtype, reserved
+        self.buffers = buffers
         self._store: Store | None = None
         self._decided: tuple[torch.Tensor | PendingGate, Tokens] | None = None
         """The newest tokens and their decisions, from `decide` until the tokens are stored."""
@@ -125,7 +130,10 @@ class CompactedLayer(CacheLayerMixin):
     def make_store(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Store:
         """Begin with no entries, in a pool of its own."""
         windows = self.dms.windows if len(self.dms.windows) > 1 else ()
-        pool = PagePool(self.page_size, head_dim, dtype, device, self.budget, kv_dtype=self.kv_dtype, windows=windows)
+        kind: Callable[..., PagePool] = PagePool
+        if self.buffers is not None:
+            kind = functools.partial(HostPagePool, buffers=self.buffers.setdefault(device, PageBuffers(device)))
+        pool = kind(self.page_size, head_dim, dtype, device, self.budget, kv_dtype=self.kv_dtype, windows=windows)
         self._store = make_store(self.dms, pool, batch, num_heads)
         if self.reserved is not None:
             self._store.reserve_tokens(*self.reserved)
@@ -179,7 +187,8 @@ class CompactedLayer(CacheLayerMixin):
             newest = store.longest if store.writes_one_slot(new) else None
             position = store.positions(new) if newest is None else None
             self._push(new)
-            return Reading(_attend_by(position, store.pages(newest_only=True, newest=newest), [store.ring(newest_only=True)]), None)
+            pages = functools.partial(store.pages, newest_only=True, newest=newest)
+            return Reading(_attend_by(position, pages, [store.ring(newest_only=True)]), None)
         whole = new if self.trial is None else self.trial.cat(new)
         decisions, positions = store.decisions(whole), store.positions(whole)
         recent = [store.keys(whole.k, whole.v, positions, decisions.state)]
@@ -187,10 +196,15 @@ class CompactedLayer(CacheLayerMixin):
             recent.insert(0, store.ring(decisions.last))
         if isinstance(store, FusedStore):
             return Reading(functools.partial(store.attend, position=positions, recent=recent, decisions=decisions, new=whole), whole)
-        return Reading(_attend_by(positions, store.pages(), recent), whole)
+        return Reading(_attend_by(positions, store.pages, recent), whole)
 
     def end_reading(self) -> None:
         """All queries of the newest tokens have come: store those."""
+        self._store_read()
+        if isinstance(self.store.pool, HostPagePool):
+            self.store.pool.end_reading()
+
+    def _store_read(self) -> None:
         reading, self._reading = self._reading, None
         new = self._take_pending()
         if reading is None:
@@ -359,8 +373,8 @@ class CompactedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise ValueError(
-            "a compacted cache is not offloaded layer by layer: it is small, and attention reads all of it; leave out cache_implementation, and "
-            "move idle caches with cache.offload_to"
+            "a compacted cache is not offloaded by transformers, which would move all of a layer each time; leave out cache_implementation, and set "
+            "model.dms.offload_layers = True (or move idle caches with cache.offload_to)"
         )
 
     prefetch = offload

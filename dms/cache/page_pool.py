@@ -164,7 +164,7 @@ class StoredRows(NamedTuple):
     """[K], of int4 [K, D / g, 2]; None: not quantised"""
 
 
-def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """float8 in another name: PyTorch does not write single rows of it on a CPU."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
@@ -237,6 +237,10 @@ class PagePool:
         return self.free.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.references.device
+
+    @property
     def pages(self) -> torch.Tensor:
         return self.rows[:-1].view(self.num_pages, 2, self.page_size, -1)
 
@@ -268,7 +272,7 @@ class PagePool:
 
     @property
     def page_bytes(self) -> int:
-        """Of one page, with its count and its place on the free list."""
+        """On the device, of one page, with its count and its place on the free list."""
         return self.page_size * self.entry_bytes + 8
 
     def tensors(self) -> list[torch.Tensor]:
@@ -317,7 +321,7 @@ class PagePool:
         self.references.index_add_(0, page.long(), -torch.ones_like(page, dtype=torch.int32))
         self.references[-1] = 0
         is_free = self.references[:-1] == 0
-        number = torch.arange(self.num_pages, dtype=torch.int32, device=self.rows.device)
+        number = torch.arange(self.num_pages, dtype=torch.int32, device=self.device)
         # The lowest last, as `_list_free` has them.
         # In place: a captured step takes its pages from there.
         self.free.copy_(torch.where(is_free, number, -1).sort(descending=True).values.clamp_(min=0))
@@ -358,7 +362,7 @@ class PagePool:
 
     def put(self, row: torch.Tensor, stored: StoredRows) -> None:
         """Write what `encode` or `stored` gave to the rows [K]; only the scratch row may occur twice."""
-        _as_bytes(self.rows).index_copy_(0, row, _as_bytes(stored.numbers))
+        as_bytes(self.rows).index_copy_(0, row, as_bytes(stored.numbers))
         if self.row_scales is not None:
             assert stored.scales is not None, "it is of a pool of this kind"
             self.row_scales.index_copy_(0, row, stored.scales)
@@ -417,10 +421,14 @@ class PagePool:
     def _allowed_growth(self, missing: int) -> int:
         """Some more than is missing, where the budget allows it."""
         ahead = max(missing, self.growth())
-        if self.budget is None or self.budget.allows(ahead * self.page_bytes, with_spare=True):
+        if self.budget is None or self.budget.allows(self.growth_bytes(ahead), with_spare=True):
             return ahead
-        self.budget.check(missing * self.page_bytes)
+        self.budget.check(self.growth_bytes(missing))
         return missing
+
+    def growth_bytes(self, num_pages: int) -> int:
+        """What num_pages pages more take of the device."""
+        return num_pages * self.page_bytes
 
     def growth(self) -> int:
         """How many pages to grow by at least."""
@@ -430,34 +438,39 @@ class PagePool:
     @outside_inference_mode
     def resize(self, num_pages: int) -> None:
         """Give the pool num_pages pages; those beyond must be free."""
-        self.cached_launches.clear()
         num_copied = min(num_pages, self.num_pages)
-        rows = self.rows.new_zeros(num_pages * 2 * self.page_size + 1, self.rows.shape[1])
-        rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]
-        if self.row_scales is not None:
-            scales = self.row_scales.new_zeros(len(rows), *self.row_scales.shape[1:])
-            scales[: num_copied * 2 * self.page_size] = self.row_scales[: num_copied * 2 * self.page_size]
-            self.row_scales = scales
+        self._resize_rows(num_pages, num_copied)
         if self.entry_positions is not None:
             positions = self.entry_positions.new_zeros(num_pages * self.page_size + 1)
             positions[: num_copied * self.page_size] = self.entry_positions[: num_copied * self.page_size]
             self.entry_positions = positions
         references = self.references.new_zeros(num_pages + 1)
         references[:num_copied] = self.references[:num_copied]
-        self.rows, self.references = rows, references
+        self.references = references
         self._list_free()
+
+    def _resize_rows(self, num_pages: int, num_copied: int) -> None:
+        """Have rows for num_pages pages, of which the first num_copied hold what they held."""
+        self.cached_launches.clear()
+        rows = self.rows.new_zeros(num_pages * 2 * self.page_size + 1, self.rows.shape[1])
+        rows[: num_copied * 2 * self.page_size] = self.rows[: num_copied * 2 * self.page_size]
+        if self.row_scales is not None:
+            scales = self.row_scales.new_zeros(len(rows), *self.row_scales.shape[1:])
+            scales[: num_copied * 2 * self.page_size] = self.row_scales[: num_copied * 2 * self.page_size]
+            self.row_scales = scales
+        self.rows = rows
 
     def copy_pages(self, source: torch.Tensor, target: torch.Tensor, of: "PagePool | None" = None) -> None:
         """Copy whole pages [K], of another pool of the same kind (None: of this one), onto others of this one."""
         of = of or self
         for theirs, ours in ((of.pages, self.pages), (of.scales, self.scales), (of.positions, self.positions)):
             if ours is not None and theirs is not None:
-                _as_bytes(ours)[target] = _as_bytes(theirs)[source]
+                as_bytes(ours)[target] = as_bytes(theirs)[source]
 
     def kind(self) -> dict[str, Any]:
         """What two pools must share so that pages can be copied from one to the other."""
         of_pages = {"page_size": self.page_size, "kv_dtype": self.kv_dtype, "windows": self.windows}
-        return of_pages | {"head_dim": self.head_dim, "dtype": self.dtype, "device": self.rows.device}
+        return of_pages | {"head_dim": self.head_dim, "dtype": self.dtype, "device": self.device}
 
     @outside_inference_mode
     def _list_free(self) -> None:
@@ -466,7 +479,7 @@ class PagePool:
         free = (self.references[:-1] == 0).nonzero()[:, 0].flip(0)
         if self.num_pages != self.references.shape[0] - 1:
             # Otherwise in place: kernels are launched with it.
-            self.free = torch.zeros(self.references.shape[0] - 1, dtype=torch.int32, device=self.rows.device)
+            self.free = torch.zeros(self.references.shape[0] - 1, dtype=torch.int32, device=self.device)
         self.free[: len(free)] = free.int()
         self.num_free.fill_(len(free))
         self.headroom, self.epoch = len(free), self.epoch + 1

@@ -8,7 +8,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dms import masks
+from dms.cache.host_pages import HostPagePool
 from dms.cache.layer import CompactedLayer, MaskedLayer
+from dms.cache.offloading import Offloaded
 from dms.cache.page_pool import held_bytes
 
 # Bytes over those of the entries alive: half a page a head, the counts of ring and page table, what the pool grows ahead.
@@ -40,7 +42,7 @@ class CacheStats:
     pages_held: int
     page_size: int
     bytes: int
-    """Of all tensors held: pools, page tables and layers without gates included."""
+    """Of all tensors held on the device: pools, page tables and layers without gates included."""
     bytes_alive: int
     """Of the entries alive."""
     bytes_dense: int
@@ -51,9 +53,9 @@ class CacheStats:
     warnings: list[str] = field(default_factory=list)
     memory: str = "compacted"
     bytes_host: int = 0
-    """Of those that `offload_to` moved to host memory; `bytes` are those on the device."""
+    """In host memory: what `offload_to` moved there, and pages that rest there (`offload_layers`)."""
     bytes_disk: int = 0
-    """And into files."""
+    """In files that `offload_to` wrote."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,15 +79,33 @@ def compacted_layers(cache: Cache) -> dict[int, CompactedLayer]:
 
 
 def offloaded_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes that a cache and its forks hold in host memory, and on disk, while they are off their device."""
+    """Bytes that a cache and its forks hold in host memory, and on disk, off their device."""
+    away = _offloaded(cache)
+    host, disk = (sum(one.num_bytes for one in away if one.on_disk == on_disk) for on_disk in (False, True))
+    return host + sum(pool.resting_bytes for pool in _host_pools(cache)), disk
+
+
+def bytes_to_return(cache: Cache) -> int:
+    """What an offloaded cache takes of its device when it comes back."""
+    pools = _host_pools(cache)
+    files = [pool.offloaded.num_bytes for pool in pools if pool.offloaded is not None]
+    returning = sum(one.num_bytes for one in _offloaded(cache)) - sum(files)
+    return returning + sum(buffers.missing_bytes() for buffers in {pool.buffers for pool in pools})
+
+
+def _offloaded(cache: Cache) -> list[Offloaded]:
     stores = [layer.store for layer in compacted_layers(cache).values()]
     away = [
         *(store.offloaded_ring for store in stores),
         *(store.pool.offloaded for store in stores),
         *getattr(cache, "_offloaded_dense", {}).values(),
     ]
-    host, disk = (sum(one.num_bytes for one in away if one is not None and one.on_disk == on_disk) for on_disk in (False, True))
-    return host, disk
+    return [one for one in away if one is not None]
+
+
+def _host_pools(cache: Cache) -> list[HostPagePool]:
+    pools = (layer.store.pool for layer in compacted_layers(cache).values())
+    return [pool for pool in pools if isinstance(pool, HostPagePool)]
 
 
 def cache_stats(cache: Cache, warn: bool) -> CacheStats:

@@ -183,9 +183,36 @@ class Lockstep:
             assert found.cr_decided == pytest.approx(expected["cr_decided"])
 
 
+class BesidePlain(Lockstep):
+    """A cache whose pages rest in host memory, and in the reference's place one whose are on the device."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, offload_layers=True, **options)
+        self.oracle = DMSCache(model, **options)
+
+    def fork(self) -> "BesidePlain":
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), cache=self.cache.fork(), oracle=self.oracle.fork())
+        return new
+
+    def same_counts(self) -> None:
+        found, expected = (cache.report(warn=False) for cache in (self.cache, self.oracle))
+        names = ("logical_tokens", "seen", "alive", "pages_used", "cr_decided", "cr_LH", "bytes_alive")
+        assert [getattr(found, name) for name in names] == [getattr(expected, name) for name in names]
+        for store, plain in zip(stores_of(self.cache), stores_of(self.oracle), strict=True):
+            assert torch.equal(store.num_kept, plain.num_kept)
+            if store.most_kept:
+                assert torch.equal(*(one.pool.pages[one.page_numbers().long()] for one in (store, plain)))
+
+
 @pytest.fixture(scope="session")
 def lockstep():
     return Lockstep
+
+
+@pytest.fixture(scope="session")
+def beside_plain():
+    return BesidePlain
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import torch
 from dms.batching import generate_batch
 from dms.cache import DMSCache, masked_cache
 from dms.cache.fused_store import FusedStore
+from dms.cache.host_pages import HostPagePool
 from dms.modes import set_mode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,6 +62,39 @@ def test_an_idle_cache_leaves_the_device_and_comes_back(model, place, tmp_path):
     assert left > 0 and before - torch.cuda.memory_allocated() >= 0.9 * left
     for _ in range(3):
         assert torch.equal(*(model(input_ids=ids[:, :1], past_key_values=cache).logits for cache in (stays, goes)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_pages_on_the_host_come_on_a_stream_of_their_own(build_gated, kv_dtype, monkeypatch):
+    options = {"hidden_size": 64, "max_position_embeddings": 4096, "window": 12, "num_hidden_layers": 6}
+    model = build_gated("llama", **options).to("cuda", torch.bfloat16)
+    set_mode(model, "evict")
+    streams, copy_to = [], HostPagePool.copy_to
+
+    def note(pool, memory):
+        streams.append(torch.cuda.current_stream())
+        assert pool.host.is_pinned() and memory.is_cuda
+        copy_to(pool, memory)
+
+    monkeypatch.setattr(HostPagePool, "copy_to", note)
+    ids = torch.randint(2, 90, (2, 1200), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    caches = [DMSCache(model, page_size=16, kv_dtype=kv_dtype, offload_layers=offloads) for offloads in (True, False)]
+    for start, end in [(0, 700), *((i, i + 1) for i in range(700, 900)), (900, 1000), *((i, i + 1) for i in range(1000, 1100))]:
+        found = [model(input_ids=ids[:, start:end], past_key_values=cache).logits for cache in caches]
+        assert torch.equal(*found), start
+    assert streams and all(stream != torch.cuda.default_stream() for stream in streams)
+    pools = [layer.store.pool for layer in caches[0].compacted_layers().values()]
+    assert sum(pool.buffer is not None for pool in pools) <= 2 and caches[0].report(warn=False).bytes < caches[1].report(warn=False).bytes
+    for cache in caches:
+        cache.reorder_cache(torch.tensor([1, 1], device="cuda"))
+    fork = caches[0].fork()
+    for i in range(1100, 1140):
+        assert torch.equal(*(model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for cache in caches)), i
+    caches[0].offload_to("cpu")
+    fork.offload_to("cpu")
+    assert not pools[0].buffers.tensors()
+    assert torch.equal(*(model(input_ids=ids[:, -1:], past_key_values=cache).logits for cache in caches))
 
 
 @torch.no_grad()

@@ -118,6 +118,8 @@ class Schedule:
 
     def stop_trial(self) -> None:
         self.now.cache.stop_past_recording()
+        if isinstance(self.now.oracle, DMSCache):
+            self.now.oracle.stop_past_recording()
 
     def repeat(self, times: int) -> None:
         if self.now.mask.shape[1] and self.now.batch * times <= MAX_ROWS:
@@ -154,8 +156,12 @@ class Schedule:
 
     def save(self, page_size: int) -> None:
         if self.now.mask.shape[1]:
+            options = {**self.now.options, "page_size": page_size, "reserve_tokens": None}
             self.now.cache.save(self.path)
-            self.now.cache = DMSCache.load(self.path, self.now.model, page_size=page_size)
+            self.now.cache = DMSCache.load(self.path, self.now.model, **options)
+            if isinstance(self.now.oracle, DMSCache):
+                self.now.oracle.save(self.path)
+                self.now.oracle = DMSCache.load(self.path, self.now.model, **{**options, "offload_layers": False})
 
     def away(self, everything: bool, on_disk: bool) -> None:
         """Idle caches leave the device; what comes next brings them back."""
@@ -171,17 +177,19 @@ class Schedule:
 class Runner:
     """Runs schedules and remembers the largest differences."""
 
-    def __init__(self, evicting, lockstep, page_accounts, path):
+    def __init__(self, evicting, lockstep, beside_plain, page_accounts, path):
         self.evicting, self.lockstep, self.page_accounts, self.path = evicting, lockstep, page_accounts, path
+        self.beside_plain = beside_plain
         self.largest: list[float] = []
         self.recorders = Recorders()
 
-    def __call__(self, config, route, page_size, batch, first_length, steps, reserve=None) -> None:
+    def __call__(self, config, route, page_size, batch, first_length, steps, reserve=None, offload_layers=False) -> None:
         """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter, where steps of a cache with reserved
-        tokens are captured. reserve: for so many tokens, which may be fewer than come."""
+        tokens are captured. reserve: for so many tokens, which may be fewer than come. offload_layers: the reference is the plain cache then."""
         slow_device = route != "cpu"
         model = self.evicting(**({"family": "llama"} | config))
-        schedule = Schedule(self.lockstep(model, page_size=page_size, reserve_tokens=reserve), batch, self.path, self.page_accounts)
+        kind = self.beside_plain if offload_layers else self.lockstep
+        schedule = Schedule(kind(model, page_size=page_size, reserve_tokens=reserve), batch, self.path, self.page_accounts)
         with reads_from_device(free=not slow_device), pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
                 patch.setenv("DMS_KERNELS", "triton")
@@ -192,12 +200,13 @@ class Runner:
                 patch.setattr(PagePool, "growth", lambda pool: 3)
             for step in [("read", first_length, "left", 0), *steps]:
                 schedule.take(step)
+                assert not offload_layers or schedule.now.largest[0] == 0
         self.largest.append(schedule.now.largest[0])
 
 
 @pytest.fixture(scope="module")
-def run_schedule(evicting, lockstep, page_accounts, tmp_path_factory):
-    run = Runner(evicting, lockstep, page_accounts, tmp_path_factory.mktemp("saved") / "cache.safetensors")
+def run_schedule(evicting, lockstep, beside_plain, page_accounts, tmp_path_factory):
+    run = Runner(evicting, lockstep, beside_plain, page_accounts, tmp_path_factory.mktemp("saved") / "cache.safetensors")
     yield run
     print(
         f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}; {run.recorders.num_recorded} captures, {run.recorders.num_replayed} replays"
@@ -290,6 +299,26 @@ def test_schedules_of_several_windows_on_kernels(run_schedule, alignment, config
 def test_schedules_where_layers_follow_others(run_schedule, alignment, route, config, **arguments):
     # Its other layers are transformers' own.
     run_schedule(config | {"family": "gemma4_text", "alignment": alignment}, route, **(arguments | {"reserve": None}))
+
+
+_with_more_layers = st.one_of(
+    _configs(window).map(lambda x: x | {"num_hidden_layers": 4}) for window in (st.sampled_from([0, 2, 5, 16]), _several)
+)
+_arguments_beside_plain = _arguments | {"config": _with_more_layers, "reserve": st.none(), "offload_layers": st.just(True)}
+
+
+@pytest.mark.parametrize("route", ["cpu", "slow device", pytest.param("kernels", marks=[needs_interpreter, pytest.mark.slow])])
+@settings(max_examples=3, derandomize=True, **_settings)
+@given(**_arguments_beside_plain | {"steps": st.lists(_steps, min_size=4, max_size=8), "first_length": st.integers(1, 60)})
+def test_schedules_with_pages_on_the_host_equal_the_plain_cache(run_schedule, route, **arguments):
+    run_schedule(route=route, **arguments)
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")) // 10, **_settings)
+@given(**_arguments_beside_plain, route=st.sampled_from(["cpu", "slow device"]))
+def test_many_schedules_with_pages_on_the_host(run_schedule, route, **arguments):
+    run_schedule(route=route, **arguments)
 
 
 @pytest.mark.slow
