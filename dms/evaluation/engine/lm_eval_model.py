@@ -15,6 +15,7 @@ from dms.evaluation.engine.lm_eval_compat import STEPS, harness_step, max_new_to
 from dms.evaluation.engine.lm_eval_rows import HarnessCounts
 from dms.hf_compat import output_cache
 from dms.modes import state_of
+from dms.placement import compute_device
 
 
 class Harness(HFLM):
@@ -27,6 +28,7 @@ class Harness(HFLM):
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # It chooses the tokenizer's padding.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=context)
+        self._device = compute_device(model)
         self.only_checks = False
         self.restart()
         self._task_of: dict[Any, str] = {}
