@@ -24,13 +24,12 @@ def is_offloaded(model: nn.Module) -> bool:
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
     """Within it a module's own weights are where it computes, for those who read them instead of calling it."""
-    if not _rests_elsewhere(module):
+    align = _aligner(module)
+    if align is None:
         yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield
+    else:
+        with align(module):
+            yield
 
 
 def value_of(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -43,11 +42,10 @@ def value_of(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if not _rests_elsewhere(module):
+    align = _aligner(module)
+    if align is None:
         raise ValueError(f"{name} has no values here (it is on the meta device); load the model's weights before it is saved")
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module, "cpu"):
+    with align(module, "cpu"):
         return getattr(module, leaf).detach().clone()
 
 
@@ -71,11 +69,12 @@ def onloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str,
     return result
 
 
-def _rests_elsewhere(module: Any) -> bool:
+def _aligner(module: nn.Module) -> Any:
+    """accelerate's context manager that brings a module's own weights, where it keeps them elsewhere; else None."""
     if not any(weight.is_meta for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-        return False
+        return None
     try:
-        from accelerate.utils import has_offloaded_params
+        from accelerate.utils import align_module_device, has_offloaded_params
     except ImportError:
-        return False
-    return bool(has_offloaded_params(module))
+        return None
+    return align_module_device if has_offloaded_params(module) else None

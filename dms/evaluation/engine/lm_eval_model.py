@@ -28,13 +28,17 @@ class Harness(HFLM):
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # It chooses the tokenizer's padding.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=context)
-        self._device = compute_device(model)
         self.only_checks = False
         self.restart()
         self._task_of: dict[Any, str] = {}
 
     def restart(self) -> None:
         self.counted = HarnessCounts(num_heads=sum(layer.num_heads for layer in state_of(self.model).layers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its requests go, wherever the model's embeddings are."""
+        return compute_device(self.model)
 
     # Likelihoods.
 
