@@ -31,6 +31,7 @@ from dms import hf_compat
 from dms.cache import CompactedLayer, DMSCache
 from dms.cache.rows import append_rows, check_layers, keep_rows
 from dms.modes import DMSState, RotaryLengths
+from dms.placement import compute_device
 
 # Kinds of layers whose sequences may begin at any column.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv"}
@@ -222,6 +223,7 @@ class _Batch:
     ):
         self.model, self.state, self.settings, self.limits, self.observer = model, state, settings, limits, observer
         self.processors, self.criteria = processors, criteria
+        self.device = compute_device(model)
         self.mode = None if state is None else state.mode
         eos = settings.eos_token_id
         self.eos = set() if eos is None else {eos} if isinstance(eos, int) else set(torch.as_tensor(eos).flatten().tolist())
@@ -303,7 +305,7 @@ class _Batch:
         what = f"prompt {number} is a {type(given).__name__}"
         if isinstance(given, str | bytes | dict):
             raise ValueError(f'{what}; give token ids, such as tokenizer(text)["input_ids"]')
-        ids = torch.as_tensor(given, device=self.model.device)
+        ids = torch.as_tensor(given, device=self.device)
         if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point():
             raise ValueError(f"{what} of shape {tuple(ids.shape)} and {ids.dtype}; give at least one token id, in one dimension")
         return ids.long()[None]
@@ -346,7 +348,7 @@ class _Batch:
         """One token more for every sequence; those that end leave."""
         assert self.cache is not None
         start, rows = time.perf_counter(), self.rows
-        ids_BT = torch.tensor([row.tokens[-1:] for row in rows], device=self.model.device)
+        ids_BT = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)
         logits_BV = self._forward(ids_BT, [row.length - 1 for row in rows], self.cache)
         if logits_BV.is_cuda:
             torch.cuda.synchronize(logits_BV.device)

@@ -105,7 +105,7 @@ def generation_settings(model: Any, config: GenerationConfig | None, options: di
             "hf_compat.generation_settings", "transformers", "GenerationMixin._prepare_generation_config and _prepare_special_tokens"
         )
     settings, others = prepare(config, **options)
-    add_tokens(settings, device=model.device)
+    add_tokens(settings, device=_computes_on(model))
     return settings, others
 
 
@@ -117,7 +117,7 @@ def logits_processors(
     Assumes: GenerationMixin._get_logits_processor has the parameters named here.
     """
     make = getattr(model, "_get_logits_processor", None)
-    given = {"input_ids_seq_length": num_prompt_tokens, "logits_processor": LogitsProcessorList(others), "device": model.device}
+    given = {"input_ids_seq_length": num_prompt_tokens, "logits_processor": LogitsProcessorList(others), "device": _computes_on(model)}
     if make is None or {"generation_config", *given} - set(inspect.signature(make).parameters):
         raise changed(
             "hf_compat.logits_processors", "transformers", f"GenerationMixin._get_logits_processor(generation_config, {', '.join(given)})"
@@ -614,6 +614,11 @@ def execution_device(module: nn.Module) -> torch.device | int | str | None:
     if hooks and not any(hasattr(hook, "execution_device") for hook in hooks):
         raise changed("hf_compat.execution_device", "accelerate", "execution_device of a module's _hf_hook")
     return next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+
+
+def _computes_on(model: Any) -> torch.device:
+    device = execution_device(model)
+    return model.device if device is None else torch.device(device)
 
 
 def query_modules(module: Any) -> tuple[nn.Module, nn.Module | None, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dms import hf_compat
+from dms.placement import at_hand
 from dms.training.sharding import gathered
 
 
@@ -69,9 +70,10 @@ def hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def make_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """[..., M] -> [..., V]. Under ZeRO-3 all processes call it together."""
-    weight, bias = head_parameters(model)
-    with gathered(parameter for parameter in (weight, bias) if parameter is not None):
-        return find_head(model).finish(nn.functional.linear(hidden, weight, bias))
+    with at_hand(model.get_output_embeddings()):
+        weight, bias = head_parameters(model)
+        with gathered(parameter for parameter in (weight, bias) if parameter is not None):
+            return find_head(model).finish(nn.functional.linear(hidden, weight, bias))
 
 
 @torch.no_grad()

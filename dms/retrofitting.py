@@ -82,8 +82,11 @@ def retrofit(model: Any, config: DMSConfig) -> Any:
             if config.is_borrowed
             else Gate(_hidden_size(layer, text), layer.num_heads, config, normalize=not layer.normalized_input)
         )
-        weight = next((p for p in layer.module.parameters() if p.device.type != "meta"), None)
-        layer.module.add_module("dms_gate", gate.to(weight.device) if weight is not None else gate)
+        # accelerate, which moves only what was there before, is not to move it: it stays where the layer computes.
+        device = hf_compat.execution_device(layer.module)
+        if device is None:
+            device = next((p.device for p in layer.module.parameters() if p.device.type != "meta"), None)
+        layer.module.add_module("dms_gate", gate if device is None else gate.to(device))
         layer.module.register_forward_pre_hook(functools.partial(_before_attention, state, layer), with_kwargs=True)
         layer.module.register_forward_hook(functools.partial(_after_attention, layer))
         if config.is_borrowed:

@@ -22,6 +22,7 @@ from dms.cache.rows import append_rows
 from dms.cache.stats import CacheStats, bytes_to_return, cache_stats, compacted_layers
 from dms.cache.store import Store
 from dms.modes import DMSState, state_of
+from dms.placement import compute_device
 
 
 class DMSCache(Cache):
@@ -163,8 +164,8 @@ class DMSCache(Cache):
         saved = serialization.read(path)
         saved.require_model(state, type(model).__name__, path)
         cache = cls(model, **{"page_size": saved.settings["page_size"], "kv_dtype": saved.settings.get("kv_dtype")} | options)
-        gated = {layer.index: next(layer.module.parameters()).device for layer in state.layers}
-        elsewhere = next(model.parameters()).device
+        gated = {layer.index: compute_device(layer.module) for layer in state.layers}
+        elsewhere = compute_device(model)
         saved.fill(cache.layers, [gated.get(index, elsewhere) for index in range(len(cache.layers))])
         cache.rotary_length = saved.settings.get("rotary_length")
         cache.budget.check()

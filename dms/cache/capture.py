@@ -21,6 +21,7 @@ from dms.cache.fused_store import FusedStore
 from dms.cache.layer import CompactedLayer
 from dms.cache.page_pool import outside_inference_mode
 from dms.modes import DMSState
+from dms.placement import is_offloaded
 
 if TYPE_CHECKING:
     from dms.cache.cache import DMSCache
@@ -73,6 +74,11 @@ def check_capture(cache: "DMSCache", state: DMSState, model_name: str, offloads:
         raise ValueError(
             f"reserve_tokens was given, and layers {', '.join(map(str, growing))} of {model_name} have no gates: transformers' cache layers grow at each "
             "step, which cannot be captured; leave reserve_tokens out"
+        )
+    if is_offloaded(state.decoder):
+        raise ValueError(
+            f"reserve_tokens was given, and weights of {model_name} are kept in host memory or on disk between uses (device_map): they are brought "
+            "anew at each step, which cannot be captured; leave reserve_tokens out"
         )
     if state.rotary.changes:
         raise ValueError(

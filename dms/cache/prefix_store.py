@@ -20,6 +20,7 @@ from dms.cache.cache import DMSCache
 from dms.cache.serialization import fingerprint
 from dms.hf_compat import cache_argument
 from dms.modes import state_of
+from dms.placement import compute_device
 
 _SUFFIX = ".safetensors"
 
@@ -57,7 +58,7 @@ class PrefixStore:
         cache, known = (DMSCache(model), 0) if found is None else found
         if known == len(tokens):
             return cache
-        rest_1T = torch.tensor([tokens[known:]], device=next(model.parameters()).device)
+        rest_1T = torch.tensor([tokens[known:]], device=compute_device(model))
         for part in rest_1T.split(state_of(model).prefill_chunk or rest_1T.shape[1], 1):
             model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         self._put(folder, tokens, cache)

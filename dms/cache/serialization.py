@@ -19,6 +19,7 @@ from dms.cache.page_pool import StoredRows, layer_bytes
 from dms.cache.store import Store
 from dms.io.weights import save_tensors
 from dms.modes import DMSState
+from dms.placement import value_of
 
 _VERSION = "1"
 _STORED = ("ring_kv", "ring_state", "seq_len", "evicted", "decided")
@@ -137,6 +138,7 @@ def fingerprint(state: DMSState) -> str:
     for name, tensor in sorted(state.decoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
+            tensor = value_of(state.decoder, name, tensor)
             rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1)
             digest.update(_raw(rows[torch.arange(8, device=rows.device) * len(rows) // 8]))
     return digest.hexdigest()[:32]

@@ -29,9 +29,11 @@ from dms.evaluation.stats.collect import make_rows
 from dms.evaluation.stats.results import UnitResults
 from dms.evaluation.stats.rows import Mark, ResultRow, describe_device, versions
 from dms.io import base_models, checkpoint
+from dms.io.device_map import DeviceMap
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
 from dms.modes import state_of
+from dms.placement import compute_device
 from dms.report.evaluation_card import write_evaluation_card
 from dms.report.evidence import read_evidence
 
@@ -76,11 +78,13 @@ def evaluate_folder(
     window: int | Sequence[int] | None = None,
     out: str | Path | None = None,
     card: bool = False,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluate a retrofitted folder, or go on where an earlier call stopped; print the tables; write OUT/rows.json and return it.
 
-    base, other_base, window: as of `dms.load`. out: None: `default_out`. card: also fill the folder's README.md from the rows.
+    base, other_base, window, device_map, offload_folder: as of `dms.load`. out: None: `default_out`. card: also fill the folder's README.md from the rows.
 
     Raises:
         ValueError: a folder without gates, documents longer than the model's context, or an `out` that holds another evaluation.
@@ -90,7 +94,8 @@ def evaluate_folder(
         raise ValueError("there is nothing to measure: name --tasks, --scaling or --lm-eval")
     # Many CPUs emulate half precision, and are slower with it.
     dtype = settings.dtype or ("auto" if torch.cuda.is_available() else "float32")
-    model = checkpoint.load(folder, base=base, other_base=other_base, window=window, dtype=dtype)
+    placing: Any = {"device_map": device_map, "offload_folder": offload_folder}
+    model = checkpoint.load(folder, base=base, other_base=other_base, window=window, dtype=dtype, **placing)
     about = describe(folder, model)
     settings = settings.completed(about.context)
     out = Path(out) if out is not None else default_out(folder)
@@ -272,7 +277,7 @@ def describe(folder: str, model: Any) -> EvaluatedModel:
         granularity=state.config.granularity,
         alignment=state.config.alignment,
         context=model.config.get_text_config().max_position_embeddings,
-        device_type=parameter.device.type,
+        device_type=compute_device(model).type,
         dtype=str(parameter.dtype).removeprefix("torch."),
         versions=versions(),
         device=describe_device(),

@@ -83,16 +83,6 @@ def attach_gates(model: Any, source: Any, options: dict[str, Any], *, evict_bias
     hf_compat.keep_packed_layout(model)
     hf_compat.use_capped_attention(model)
     attach(model, config, tensors, metadata, path.parent, other)
-    _follow_offloading(model)
     set_mode(model, "evict")
     model.dms.evict_bias = float(evict_bias)
     return path.parent
-
-
-def _follow_offloading(model: Any) -> None:
-    """Put the gates of layers whose weights accelerate keeps elsewhere between uses on the device where the layer computes."""
-    for layer in model.dms.layers:
-        if all(p.device.type == "meta" for name, p in layer.module.named_parameters() if not name.startswith("dms_gate.")):
-            device = hf_compat.execution_device(layer.module)
-            if device is not None:
-                layer.gate.to(device)

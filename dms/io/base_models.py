@@ -1,5 +1,6 @@
 """Load base models and tokenizers by name: a folder, a hub id, a GGUF file, or `builtin:tiny` (the embedded model)."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from dms.builtin import builtin_models
 from dms.config import nearest
 from dms.io import gguf_file
+from dms.io.device_map import DeviceMap, check_device_map, completed
 from dms.io.gguf_file import GGUF, HUB_ID
 from dms.io.quantization import hold_unpacked, is_mxfp4, is_packed, load_options, quant_method
 from dms.requirements import require
@@ -249,16 +251,29 @@ def check_quantize(name: str, config: Any, quantize: str | None) -> None:
         )
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Any:
+def load_base(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: str | None = None,
+    *,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+) -> Any:
     """Load a model with a head for text as what it is, dense, in eval mode.
 
     dtype: "auto" (as saved; of a GGUF file float32, or bfloat16 where its weights are), "float32", "bfloat16", "float16"; of packed weights,
     what they do not hold. device: None: a GPU if there is one. quantize: one of `dms.io.quantization.FORMS`, to pack ordinary weights;
     None: as they are.
 
+    device_map, max_memory, offload_folder: transformers', for weights that do not fit on the device; a map may name modules within others, which
+    go by the nearest name. Weights on disk are read from the model's own files; offload_folder is for those that the files hold in another
+    form, as some mixtures of experts.
+
     Raises:
-        ValueError: a model that is not there, cannot be read, is damaged, or cannot be packed so.
-        RuntimeError: a GGUF file, and a package that reads it is not installed.
+        ValueError: a model that is not there, cannot be read, is damaged, or cannot be packed or placed so.
+        RuntimeError: a GGUF file or a device_map, and a package that it needs is not installed.
     """
     import torch
     from huggingface_hub import snapshot_download
@@ -268,6 +283,8 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     source, config = resolve_model(name), load_config(name)
     hf_compat.mend_text_outputs()
     check_quantize(name, config, quantize)
+    placing = {"max_memory": max_memory, "offload_folder": offload_folder}
+    check_device_map(name, device_map, others=placing, device=device, is_gguf=source.gguf is not None, config=config, quantize=quantize)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # transformers takes "auto" for the configuration's.
     held: Any = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -275,6 +292,8 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     if quantize is not None or is_packed(config):
         # Packed where they will be: many kinds are not moved afterwards.
         options["device_map"] = {"": device}
+    if device_map is not None:
+        options |= {"device_map": _completed(config, device_map)} | {key: value for key, value in placing.items() if value is not None}
     model: Any
     try:
         model = _from_pretrained(source, config, "auto" if dtype == "auto" else held, options)
@@ -292,7 +311,17 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     hf_compat.keep_packed_layout(model)
     hf_compat.use_capped_attention(model)
     hold_unpacked(model, held)
-    return model.to(device).eval()
+    # accelerate moves its own modules, and refuses to be overruled.
+    return (model if device_map is not None else model.to(device)).eval()
+
+
+def _completed(config: Any, device_map: DeviceMap) -> DeviceMap:
+    if isinstance(device_map, str):
+        return device_map
+    import torch
+
+    with torch.device("meta"):
+        return completed(auto_class(config).from_config(copy.deepcopy(config)), device_map)
 
 
 def _from_pretrained(source: ModelSource, config: Any, dtype: Any, options: dict[str, Any]) -> Any:

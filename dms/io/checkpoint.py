@@ -6,7 +6,7 @@ installed, it loads as the dense model.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from torch import nn
 
 from dms import hf_compat
 from dms.io.base_models import auto_class, load_base, load_config, local_weights, processor_files, refuse_unimported, resolve_model
+from dms.io.device_map import DeviceMap
 from dms.io.gates_file import (
     OtherBase,
     attach,
     check_base,
     gate_names,
     gate_tensors,
-    onloaded,
     read_config,
     read_gates,
     save_beside_files,
@@ -34,6 +34,7 @@ from dms.io.gates_file import (
 from dms.io.quantization import packed_modules, quant_method
 from dms.io.weights import GATES_FILE, Structure
 from dms.modes import Mode, set_mode, state_of
+from dms.placement import onloaded
 from dms.training.sharding import gathered, is_sharded
 
 
@@ -82,13 +83,15 @@ def save(
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
     packed_files: Path | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
     What prepares images for a model of more than text is copied from where the model was loaded from.
 
     base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here. packed_files: the folder that
-    the packed weights came from, whose files are copied, whatever their format; None: they are written as the model holds them.
+    the packed weights came from, whose files are copied, whatever their format; None: they are written as the model holds them. max_shard_size: of a file of weights, as "2GB"; None: as of `gates_file.save_pretrained`. Of a model
+    with a device_map no more than one file's weights are in memory at once, unless a dtype is given: then all of them.
 
     Raises:
         ValueError: a model without gates, or one that `save_pretrained` refuses.
@@ -99,12 +102,13 @@ def save(
         weights = collect(model, dtype)
     origin = getattr(model, "dms_origin", {})
     model.dms_origin = {**origin, "base_name": base_name, "target_cr": target_cr}
+    sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     if packed_files is not None:
         save_beside_files(model, folder, packed_files, gates=None if weights is None else weights.gates)
     elif weights is None:
-        save_pretrained(model, folder)
+        save_pretrained(model, folder, **sizes)
     else:
-        save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates)
+        save_pretrained(model, folder, state_dict=weights.base, gates=weights.gates, **sizes)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _copy_processor(hf_compat.loaded_from(model.config), folder)
@@ -175,6 +179,9 @@ def load(
     mode: Mode = "evict",
     evict_bias: float = 0.0,
     window: int | Sequence[int] | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """A retrofitted model in evict mode, for `generate`, pipelines and lm-eval.
 
@@ -183,10 +190,17 @@ def load(
     dequantised); a warning then says which is used. A base that was packed for training, such as "nf4", is packed again, and with other_base
     it is not. evict_bias is added to every logit: above 0 evicts more than was trained, below 0 less.
     window: in tokens, in place of what the gates were trained with and as many, such as windows in proportion for longer texts.
+    device_map, max_memory, offload_folder: as of `load_base`, for weights that do not fit on the device: "auto" fills the GPU, then host memory,
+    then the disk. Gates, and what the cache holds, are where their layer computes. For evict and dense mode.
 
     Raises:
-        ValueError: no such folder, no gates in it, gates of another base, an unknown format, damaged files, or windows that do not fit.
+        ValueError: no such folder, no gates in it, gates of another base, an unknown format, damaged files, windows that do not fit, or a
+            device_map that cannot be followed.
     """
+    if device_map is not None and mode not in ("evict", "dense"):
+        raise ValueError(
+            f"mode is {mode!r} and device_map was given; weights that are brought for each use do not train: leave device_map out"
+        )
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{folder} is no folder on this machine; name one that `dms retrofit` wrote, such as RUN/model")
@@ -206,7 +220,8 @@ def load(
     is_here = local_weights(name) is not None
     form = _form(name, metadata, other_base)
     other = _check_base(name, metadata, form, other_base) if is_here else None
-    model = load_base(name, dtype, device, quantize=form)
+    placing: Any = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    model = load_base(name, dtype, device, quantize=form, **placing)
     if not is_here:
         other = _check_base(name, metadata, form, other_base)
     attach(model, config, tensors, metadata, folder, other)

@@ -22,6 +22,7 @@ from dms import hf_compat
 from dms.config import FORMAT_VERSIONS, DMSConfig
 from dms.io.weights import GATES_FILE, Structure, base_hash, follow_umask, save_tensors, weight_files, write_index
 from dms.modes import set_mode, state_of
+from dms.placement import is_offloaded, onloaded
 from dms.retrofitting import gate_parameters, retrofit
 
 # Options of transformers' `save_pretrained` that would write weights without their gates beside them.
@@ -30,6 +31,10 @@ _REFUSED = {
     "variant": "writes weights under a name that dms.load does not read; leave it out, and choose another folder",
     "distributed_checkpoint": "writes weights in parts that no gates can lie beside; leave it out",
 }
+
+
+SHARD_OF_OFFLOADED = "1GB"
+"""Of a file of weights, where a model's do not fit on its device."""
 
 
 def read_gates(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -259,12 +264,17 @@ def save_pretrained(
     """As transformers' own, with gates.safetensors, `config.json["dms"]`, and an index that leaves the gates out.
 
     state_dict: the weights, and perhaps the gates, under their modules' names; None: the model's. gates: by their names in
-    gates.safetensors; None: those of state_dict, or the model's. options: transformers'.
+    gates.safetensors; None: those of state_dict, or the model's. options: transformers'. Of a model with a device_map, max_shard_size is
+    SHARD_OF_OFFLOADED unless it is given: a file's weights are in memory together.
 
     Raises:
-        ValueError: adapters that are not merged, weights that are not here, or an option that gates cannot follow.
+        ValueError: adapters that are not merged, weights that are not here, an option that gates cannot follow, or the folder that weights of
+            a device_map are read from.
     """
     _refuse(model, options)
+    if is_offloaded(model):
+        _refuse_own_files(model, Path(folder))
+        options.setdefault("max_shard_size", SHARD_OF_OFFLOADED)
     state = state_of(model)
     weights, gate_values = _split_state(model, dict(model.state_dict() if state_dict is None else state_dict), gates)
     if is_main_process and any(tensor.numel() == 0 for tensor in gate_values.values()):
@@ -279,7 +289,9 @@ def save_pretrained(
     model.config.dms = state.config.to_saved()
     try:
         base_class = getattr(type(model), "_own_class", type(model))
-        with hf_compat.saving_packed(model, weights):
+        with hf_compat.saving_packed(model, weights), warnings.catch_warnings():
+            # It warns of its own shards of 50 GB.
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             base_class.save_pretrained(model, folder, is_main_process=is_main_process, state_dict=weights, **options)
     finally:
         set_mode(model, *mode)
@@ -346,6 +358,12 @@ def _refuse(model: Any, options: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_own_files(model: Any, folder: Path) -> None:
+    source = hf_compat.loaded_from(model.config)
+    if "disk" in getattr(model, "hf_device_map", {}).values() and folder.exists() and source and Path(source).resolve() == folder.resolve():
+        raise ValueError(f"weights of {type(model).__name__} are on disk (device_map), in {folder} itself; save it into another folder")
+
+
 def gate_names(model: nn.Module) -> dict[str, str]:
     """What the gates' parameters are called in a model's state, and in gates.safetensors."""
     return {
@@ -353,38 +371,3 @@ def gate_names(model: nn.Module) -> dict[str, str]:
         for layer in state_of(model).layers
         for name, _ in layer.gate.named_parameters()
     }
-
-
-def onloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a model's state by name, with the values of those that accelerate keeps elsewhere (on disk) read to the CPU.
-
-    Raises:
-        ValueError: a tensor without values (on the meta device), and nothing that says where they are.
-    """
-    # Weights that the model ties are one object here, as they were before accelerate made two of them.
-    ties = hf_compat.tied_weights(model)
-    values: dict[str, torch.Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            source = ties.get(name, name)
-            if source not in values:
-                values[source] = _offloaded_value(model, source)
-            tensor = values[source]
-        result[name] = tensor
-    return result
-
-
-def _offloaded_value(model: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    try:
-        from accelerate.utils import align_module_device, has_offloaded_params
-    except ImportError:
-        offloaded = False
-    else:
-        offloaded = has_offloaded_params(module)
-    if not offloaded:
-        raise ValueError(f"{name} has no values here (it is on the meta device); load the model's weights before it is saved")
-    with align_module_device(module, "cpu"):
-        return getattr(module, leaf).detach().clone()

@@ -92,6 +92,11 @@ def test_a_folder_without_gates_is_no_retrofit(run_dms, tiny_folder):
         (["--prompt", "x", "--dense", "--evict-bias", 1, "--other-base"], "--evict-bias, --other-base: without effect in dense mode"),
         (["--prompt", "x", "--dense", "--kv-dtype", "int8", "--base", "y"], "--kv-dtype, --base: without effect in dense mode"),
         (["--prompt", "x", "--dense", "--window", "8"], "--window: without effect in dense mode"),
+        (["--prompt", "x", "--dense", "--device-map", "cuda"], "device_map is 'cuda'; give one of auto, balanced"),
+        (
+            ["--prompt", "x", "--dense", "--offload-folder", "y"],
+            "offload_folder has no effect without device_map; give device_map='auto' (--device-map auto)",
+        ),
         (["--prompt", "x", "--window", "8,-1"], "--window is '8,-1'; give numbers above 0"),
         (["--prompt", "", "--dense"], "the prompt is empty"),
         (["--chat", "--dense"], "has no chat template"),
@@ -165,6 +170,13 @@ def test_retrofit_evaluate_generate(run_dms, recipe, tmp_path):
     assert_refused(run_dms("evaluate", tmp_path / "run" / "model", "--window", "8,96"), "trained with [", "give as many")
     code, out, err = run_dms("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5)
     assert code == 0 and "import os" in out and "compacted" in err
+    placed = ["--device-map", "auto", "--offload-folder", tmp_path / "aside"]
+    assert run_dms("generate", tmp_path / "run" / "model", "--prompt", "import os\n", "--max-new-tokens", 5, *placed)[:2] == (0, out)
+    assert_refused(
+        run_dms("evaluate", tmp_path / "run" / "model", "--offload-folder", "y"), "offload_folder has no effect without device_map"
+    )
+    code, _, err = run_dms("evaluate", tmp_path / "run" / "model", *other[2:], *placed, "--out", tmp_path / "placed")
+    assert code == 0 and (tmp_path / "placed" / "rows.json").is_file(), err
     base = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]
     alone = [tmp_path / "run" / "gates", "--prompt", "import os\n", "--max-new-tokens", 5, "--base"]
     code, gates_out, err = run_dms("generate", *alone, base)

@@ -15,6 +15,7 @@ from dms.cache import DMSCache
 from dms.cache.page_pool import held_bytes
 from dms.cache.stats import cache_stats, compacted_layers
 from dms.io.vocabulary import check_tokens, num_embeddings
+from dms.placement import compute_device
 
 HELP = "/reset starts over; /exit or Ctrl-D ends"
 _MARK = "dmsmarkdms"
@@ -111,7 +112,7 @@ class Conversation:
             self.cache = _new_cache(self.model)
         num_held = len(self.fed)
         given = {} if self.cache is None else {hf_compat.generation_cache_name(): self.cache}
-        ids_1T = torch.tensor([tokens], device=self.model.device)
+        ids_1T = torch.tensor([tokens], device=compute_device(self.model))
         start = time.perf_counter()
         try:
             with torch.no_grad():

@@ -51,6 +51,23 @@ OtherBase = Annotated[
         help="Accept another form of the model that the gates were trained on: from another place, in another dtype or quantisation.",
     ),
 ]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="auto",
+        help="For weights that do not fit on the device: auto fills the GPU, then host memory, then the disk; also balanced, balanced_low_0, sequential.",
+        show_default=False,
+    ),
+]
+OffloadFolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="With --device-map: where weights on disk are written that the model's files hold in another form.",
+        show_default=False,
+    ),
+]
 Window = Annotated[
     str,
     typer.Option(
@@ -225,6 +242,8 @@ def evaluate(
     window: Window = "",
     base: Base = None,
     other_base: OtherBase = False,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Measure a saved model beside dense and beside training-free policies, in prefill and decode, at the same budget."""
     name, overrides = split_settings(settings or [])
@@ -253,7 +272,17 @@ def evaluate(
         loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
     windows = split_numbers("--window", window) or None
     with writing(out or default_out(model)):
-        result = evaluate_folder(model, loaded, base=base, other_base=other_base, window=windows, out=out, card=card)
+        result = evaluate_folder(
+            model,
+            loaded,
+            base=base,
+            other_base=other_base,
+            window=windows,
+            out=out,
+            card=card,
+            device_map=device_map,
+            offload_folder=offload_folder,
+        )
     if strict and (found := failures(result)):
         print("dms: --strict:", *found, sep="\n  ", file=sys.stderr)
         raise typer.Exit(1)
@@ -288,6 +317,8 @@ def generate(
     window: Window = "",
     base: Base = None,
     other_base: OtherBase = False,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Stream a continuation, or hold a conversation, and print how many KV entries are alive."""
     prepare("bf16" if is_bfloat16(base or model) else "auto")
@@ -306,6 +337,8 @@ def generate(
         temperature=temperature,
         evict_bias=evict_bias,
         kv_dtype=kv_dtype,
+        device_map=device_map,
+        offload_folder=offload_folder,
     )
 
 

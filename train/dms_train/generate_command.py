@@ -13,9 +13,11 @@ from dms.cache.page_pool import check_kv_dtype
 from dms.cache.stats import cache_stats
 from dms.hf_compat import output_cache
 from dms.io import base_models, checkpoint
+from dms.io.device_map import DeviceMap
 from dms.io.vocabulary import check_tokens, num_embeddings
 from dms.io.weights import GATES_FILE
 from dms.modes import Mode
+from dms.placement import compute_device
 from dms_train.chat import Conversation, answer, converse, describe_cache, require_template
 
 
@@ -33,6 +35,8 @@ def run(
     temperature: float = 0.0,
     evict_bias: float = 0.0,
     kv_dtype: str | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | None = None,
 ) -> dict[str, Any] | None:
     """Generate, printing as it goes -> the report of the last cache that evicts, None where there is none. As the command's options.
 
@@ -52,12 +56,13 @@ def run(
     tokenizer = base_models.load_tokenizer(base or name)
     if chat:
         require_template(tokenizer)
+    placing: Any = {"device_map": device_map, "offload_folder": offload_folder}
     # A retrofitted folder without its gates is its dense model, unless they are channels of its weights.
     if dense and not checkpoint.is_borrowed(name):
-        model = base_models.load_base(name)
+        model = base_models.load_base(name, **placing)
     else:
         mode: Mode = "dense" if dense else "evict"
-        model = checkpoint.load(name, base=base, other_base=other_base, mode=mode, evict_bias=evict_bias, window=window)
+        model = checkpoint.load(name, base=base, other_base=other_base, mode=mode, evict_bias=evict_bias, window=window, **placing)
     if not dense and kv_dtype is not None:
         model.dms.kv_dtype = None if kv_dtype == "model" else kv_dtype
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -94,7 +99,7 @@ def _check_model(
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, **sampling: Any) -> dict[str, Any] | None:
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(compute_device(model))
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token of text")
     check_tokens(inputs["input_ids"][0].tolist(), tokenizer, num_embeddings(model.config), "the prompt")

@@ -28,6 +28,7 @@ from dms.evaluation.engine.entries import (
 from dms.evaluation.policies import PolicyCache, WholePrompt
 from dms.hf_compat import cache_argument
 from dms.modes import reading, set_mode, state_of
+from dms.placement import compute_device
 
 # Tokens at a document's end that are read one by one in any case.
 _TIMED_STEPS = 8
@@ -78,7 +79,7 @@ class _Reader:
     def __init__(self, model, cache: Cache, batch: int, length: int):
         self.model, self.cache, self.length = model, cache, length
         self.layers = [layer.index for layer in state_of(model).layers]
-        device = next(model.parameters()).device
+        device = compute_device(model)
         self.entries_B, self.peak_B, self.reads_B = (torch.zeros(batch, device=device) for _ in range(3))
 
     def forward(self, ids_Bn: torch.Tensor) -> torch.Tensor:

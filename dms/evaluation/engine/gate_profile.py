@@ -15,6 +15,7 @@ from dms.attention import evict_pass
 from dms.evaluation.data.document import EvaluationDocument
 from dms.evaluation.engine.scoring import predict
 from dms.modes import set_mode, state_of
+from dms.placement import compute_device
 from dms.report.decisions import FORMAT_VERSION
 
 
@@ -22,7 +23,7 @@ from dms.report.decisions import FORMAT_VERSION
 def trace_document(model, tokenizer, document: EvaluationDocument, title: str = "") -> "report.DocumentTrace":
     """Run one document in evict mode and collect each gate's probability, aligned to the token that it rules."""
     set_mode(model, "evict")
-    state, device = state_of(model), next(model.parameters()).device
+    state, device = state_of(model), compute_device(model)
     ids = torch.tensor([document.input_ids], device=device)
     right = predict(model, ids, use_cache=False).right_BT[0].tolist()
     shift = state.config.alignment == "next"
@@ -144,7 +145,7 @@ def _method(state) -> dict:
 
 @torch.no_grad()
 def _profile(model, documents: Sequence[EvaluationDocument], point: float, length: int, progress) -> dict:
-    state, device = state_of(model), next(model.parameters()).device
+    state, device = state_of(model), compute_device(model)
     set_mode(model, "evict")
     state.evict_bias = point
     num_bins, num_positions = min(NUM_BINS, length), min(NUM_POSITIONS, length)

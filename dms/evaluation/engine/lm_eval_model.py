@@ -15,6 +15,7 @@ from dms.evaluation.engine.lm_eval_compat import STEPS, harness_step, max_new_to
 from dms.evaluation.engine.lm_eval_rows import HarnessCounts
 from dms.hf_compat import output_cache
 from dms.modes import state_of
+from dms.placement import compute_device
 
 
 class Harness(HFLM):
@@ -33,6 +34,11 @@ class Harness(HFLM):
 
     def restart(self) -> None:
         self.counted = HarnessCounts(num_heads=sum(layer.num_heads for layer in state_of(self.model).layers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its requests go, wherever the model's embeddings are."""
+        return compute_device(self.model)
 
     # Likelihoods.
 

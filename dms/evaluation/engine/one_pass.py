@@ -30,6 +30,7 @@ from dms.evaluation.policies import TRAINING_FREE, make_policy_cache
 from dms.evaluation.stats.collect import NUM_QUARTILES
 from dms.evaluation.stats.results import PolicyResult, Sums
 from dms.modes import DMSState, set_mode, state_of
+from dms.placement import compute_device
 
 
 def read_in_one_pass(
@@ -42,7 +43,7 @@ def read_in_one_pass(
     seed: of its cache.
     """
     set_mode(model, "dense" if policy == "dense" else "evict")
-    device, start = next(model.parameters()).device, time.perf_counter()
+    device, start = compute_device(model), time.perf_counter()
     metrics: dict[tuple[str, str], Sums] = {}
     counts = _Counts(state_of(model))
     for first in range(0, len(documents), batch_size):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dms import hf_compat
 from dms.modes import set_mode, state_of
+from dms.placement import compute_device, value_of
 from dms.retrofitting import gate_parameters
 
 
@@ -40,8 +42,12 @@ _SAMPLED = 64
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """All of a retrofitted model that decides its output, apart from operating point and mode."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    parameters, ties = dict(model.named_parameters()), hf_compat.tied_weights(model)
+    for name, parameter in sorted(parameters.items()):
+        # Tied weights that are kept elsewhere are no longer one object.
+        if ties.get(name) in parameters:
+            continue
+        flat = value_of(model, name, parameter).detach().flatten()
         _add(digest, name, flat[:: max(1, flat.numel() // _SAMPLED)])
     for name, parameter in sorted(gate_parameters(model).items()):
         _add(digest, name, parameter.detach())
@@ -50,7 +56,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "weights": digest.hexdigest()[:32],
         "dtype": str(model.dtype),
-        "device": model.device.type,
+        "device": compute_device(model).type,
         "config": repr(state.config),
         **settings,
     }

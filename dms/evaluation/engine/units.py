@@ -23,6 +23,7 @@ from dms.evaluation.policies import TRAINING_FREE, WholePrompt, make_policy, mak
 from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint, PolicyResult, Sums, UnitResults
 from dms.evaluation.suites import make_suite
 from dms.modes import reading, set_mode, state_of
+from dms.placement import compute_device
 
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 4 * 10**9, 4
 _DENSE_CHUNK = 32
@@ -119,7 +120,7 @@ def run_unit(
     for _ in range(len(points) - len(missing)):
         progress.done()
     dense: Reading | None = None
-    ids_BT = torch.tensor([document.input_ids for document in unit.documents], device=next(model.parameters()).device)
+    ids_BT = torch.tensor([document.input_ids for document in unit.documents], device=compute_device(model))
     prompt: WholePrompt | None = None
     if missing and unit.suite == "text":
         # The others are compared with its logits, which are in no file.

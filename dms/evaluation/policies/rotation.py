@@ -12,6 +12,7 @@ from dms.attention import evict_attention
 from dms.evaluation.policies import rotary_compat
 from dms.layer_discovery import AttentionLayer, FollowingLayer
 from dms.modes import set_mode, state_of
+from dms.placement import compute_device
 from dms.upstream import UpstreamChanged
 
 # Where one and the same query is looked at, to see whether the rotation is the layer's own.
@@ -110,7 +111,7 @@ def _same_queries(model: Any, positions: Sequence[int]) -> dict[AttentionLayer, 
         queries.append(query)
         return evict_attention(query, key, value, **options)
 
-    mode, before, device = state.mode, state.masked_attention, next(model.parameters()).device
+    mode, before, device = state.mode, state.masked_attention, compute_device(model)
     set_mode(model, "evict")
     state.masked_attention = note
     try:

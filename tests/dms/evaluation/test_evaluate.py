@@ -82,6 +82,24 @@ def test_dms_with_pages_of_fewer_bits(gated_folder, tmp_path):
     assert f"| dms_int4 | 0 | {four.cr:.2f} |" in " ".join((gated_folder / "README.md").read_text().split()).replace("  ", " ")
 
 
+def test_weights_that_are_on_disk(gated_folder, tmp_path):
+    """The figures, and what is written beside them, are the same; an evaluation goes on either way."""
+    pytest.importorskip("accelerate")
+    settings = EvaluationSettings(
+        suites=["text"], lengths=[96], num_documents=2, num_greedy=1, policies=["dense", "dms", "expected_attention"]
+    )
+
+    def figures(name, **options):
+        result = evaluate_folder(str(gated_folder), settings, out=tmp_path / name, **options)
+        return [replace(row, step_ms=None, seconds=0.0) for row in result.rows]
+
+    expected = figures("here")
+    assert figures("on disk", device_map={"": "disk"}) == expected
+    for file in ("settings.json", "profile.json"):
+        assert (tmp_path / "on disk" / file).read_text() == (tmp_path / "here" / file).read_text()
+    assert figures("here", device_map={"": "cpu", "model.layers.2": "disk"}) == expected
+
+
 def test_one_pass_takes_nothing_from_pages(gated_folder, tmp_path):
     with pytest.raises(ValueError, match="one_pass with dms_int4: it reads a document in one pass"):
         evaluate_folder(str(gated_folder), EvaluationSettings(suites=["one_pass"], lengths=[96], kv_dtype=["int4"]), out=tmp_path / "out")

@@ -43,6 +43,11 @@ def write(embedded, tmp_path):
     return write
 
 
+def test_a_file_has_no_device_map(file):
+    with pytest.raises(ValueError, match=r"device_map was given and .* is a GGUF file.*write it as a folder first"):
+        base_models.load_base(str(file), device_map="auto")
+
+
 def test_every_weight_is_what_gguf_dequantises(file, embedded):
     model = base_models.load_base(str(file), device="cpu")
     assert model.dtype == torch.float32 and not any(p.requires_grad is False for p in model.parameters())
