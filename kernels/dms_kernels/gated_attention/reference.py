@@ -72,7 +72,7 @@ def gated_attention_reference(
     if far_TT is None:
         out_BTHqD = torch.einsum("bhqk,bkhd->bqhd", probs_BHqTT, v_BTHqD)
     else:
-        far, near = (torch.where(far_TT, probs_BHqTT, 0.0), far_v_BTHqD), (torch.where(far_TT, 0.0, probs_BHqTT), v_BTHqD)
-        out_BTHqD = sum(torch.einsum("bhqk,bkhd->bqhd", *part) for part in (far, near))
+        far, near = torch.where(far_TT, probs_BHqTT, 0.0), torch.where(far_TT, 0.0, probs_BHqTT)
+        out_BTHqD = torch.einsum("bhqk,bkhd->bqhd", far, far_v_BTHqD) + torch.einsum("bhqk,bkhd->bqhd", near, v_BTHqD)
     # A padding token has only seen padding: its row is finite, and is cut off here with its gradients.
     return torch.where(valid_BT[:, :, None, None], out_BTHqD, 0.0)
