@@ -334,7 +334,7 @@ def test_refusals(build, monkeypatch):
     with pytest.raises(ValueError, match="leave out reserve_tokens, or give offload_layers=False"):
         DMSCache(model, reserve_tokens=100)
     DMSCache(model, reserve_tokens=100, offload_layers=False)
-    with pytest.raises(ValueError, match="set model.dms.offload_layers = True"):
+    with pytest.raises(ValueError, match=r"set model\.dms\.offload_layers = True"):
         DMSCache(model).layers[0].prefetch()
     cache = DMSCache(model)
     forward(model, cache, ids_of(1))
