@@ -412,5 +412,7 @@ class HostPagePool(PagePool):
         self.num_offloaded -= 1
         away, self.offloaded = self.offloaded, None
         if away is not None:
+            # Who asked for the rows meanwhile, as for their shape, got no numbers.
+            self.give_up()
             self.host = self._host_memory(self.num_pages).copy_(away.take()["host"])
         self.buffers.allocate()

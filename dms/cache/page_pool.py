@@ -242,7 +242,7 @@ class PagePool:
 
     @property
     def pages(self) -> torch.Tensor:
-        return self.rows[:-1].view(self.num_pages, 2, self.page_size, -1)
+        return self.rows[:-1].view(self.num_pages, 2, self.page_size, self.rows.shape[1])
 
     @property
     def scales(self) -> torch.Tensor | None:

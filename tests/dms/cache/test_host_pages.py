@@ -226,6 +226,8 @@ def test_idle_caches_leave_the_device(build, tmp_path, place):
     in_turn(model, [goes, stays])
     assert fork.is_offloaded and not goes.is_offloaded
     goes.offload_to(where)
+    # Its rows have a shape meanwhile, as those of other pools.
+    assert all(pool.rows.shape[0] == pool.num_pages * 32 + 1 for pool in pools_of(goes))
     in_turn(model, [goes, stays])
     same_entries(goes, stays)
 
@@ -314,7 +316,7 @@ def test_what_kernels_write_goes_back(build, window, monkeypatch):
     monkeypatch.setenv("DMS_KERNELS", "triton")
     caches = [DMSCache(model, page_size=16, offload_layers=offloads) for offloads in (True, False)]
     for cache in caches:
-        forward(model, cache, ids_of(1, 22, 1))
+        forward(model, cache, ids_of(1, 12, 1))
     launches: list[set[int]] = []
     for i in range(4):
         in_turn(model, caches, seed=10 + i, num_tokens=1, rows=1)
@@ -322,7 +324,6 @@ def test_what_kernels_write_goes_back(build, window, monkeypatch):
     # One for each buffer, so that kernels are launched as before.
     assert launches[-1] == launches[-2] and len(launches[-1]) == 2
     assert torch.equal(*(forward(model, cache, ids_of(5, 3, 1)) for cache in caches))
-    in_turn(model, caches, num_tokens=1, rows=1)
     same_entries(*caches)
 
 
