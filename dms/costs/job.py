@@ -103,7 +103,7 @@ _ACTIVATIONS = ((False, False), (True, False), (True, True))
 
 def choices(job: Job, widths: list[int], num_gpus: int, *, packed: bool = False) -> list[Choice]:
     """Every choice that this job and this number of GPUs allow. widths: of WIDTHS those that can share the model's sequences. packed: the
-    base is quantised, and DeepSpeed does not handle packed weights."""
+    base is quantised, and DeepSpeed does not handle packed weights; nor does it run steps on labels."""
     shared = [width for width in widths if num_gpus % width == 0 and job.batch_size % (job.micro_batch_size * (num_gpus // width)) == 0]
     return [
         Choice(
@@ -115,6 +115,6 @@ def choices(job: Job, widths: list[int], num_gpus: int, *, packed: bool = False)
             sequence_parallel=width,
         )
         for width in shared
-        for stage, optimizer, param in (_ZERO[:1] if packed else _ZERO)
+        for stage, optimizer, param in (_ZERO[:1] if packed or job.warm_up_steps else _ZERO)
         for checkpointing, offloaded in _ACTIVATIONS
     ]

@@ -143,11 +143,12 @@ def _conclusion(plan: Plan) -> str:
 
 
 def _narrower(plan: Plan) -> str:
-    """A kind of quantisation that takes less, where one may."""
+    """A kind of quantisation that takes less, where one may, and what keeps ZeRO away."""
     packing = plan.shape.packing
+    first = "" if plan.job.warm_up_steps == 0 else "warm_start=null, with which ZeRO goes, "
     if plan.job.trainable == "all" or (packing is not None and packing.bits <= 4):
-        return ""
-    return "a base in 4 bits (quantize=nf4), " if packing is None or packing.product == "int8" else ""
+        return first
+    return first + ("a base in 4 bits (quantize=nf4), " if packing is None or packing.product == "int8" else "")
 
 
 def overview(console: Console, plans: dict[str, Plan]) -> None:

@@ -231,7 +231,7 @@ WRONG = {
     "no table": (lambda c: c | {"page_table": None}, "page_table is missing"),
     "counts": (lambda c: c | {"num_kept": c["num_kept"].long()}, "num_kept is torch.int64 and should be"),
     "no scales": (lambda c: c | {"pages": c["pages"].to(torch.int8)}, "page_scales is missing"),
-    "scales": (lambda c: c | {"page_scales": torch.zeros(2)}, "page_scales belong to pages of int8"),
+    "scales": (lambda c: c | {"page_scales": torch.zeros(2)}, "page_scales belong to pages of one of torch.int8"),
     "pages of another dtype": (lambda c: c | {"pages": c["pages"].half()}, "pages are torch.float16 beside entries of torch.float32"),
     "window": (lambda c: c | {"window": -1}, "window must be"),
     "scale": (lambda c: c | {"scale": 0.0}, "scale must be"),

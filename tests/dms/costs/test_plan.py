@@ -99,7 +99,7 @@ def test_bad_input_is_named(arguments, message):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_recommended_smaller_until_it_does():
-    large, small = (plan_of("qwen3-8b", gpu=gpu) for gpu in ("h100-80", "rtx4090"))
+    large, small = (plan_of("qwen3-8b", "warm_start=null", gpu=gpu) for gpu in ("h100-80", "rtx4090"))
     kept, checkpointed = outcome_of(large), outcome_of(large, activation_checkpointing=True)
     assert not kept.fits and kept.seconds.total < checkpointed.seconds.total
     assert large.recommended.choice == Choice(activation_checkpointing=True)
@@ -113,11 +113,11 @@ def test_what_does_not_fit_is_recommended_smaller_until_it_does():
 
 @pytest.mark.slow
 def test_recommended_lines_are_a_recipe_s():
-    small = plan_of("qwen3-8b", "evaluation={batch_size: 4}", gpu="rtx4090")
+    small = plan_of("qwen3-8b", "warm_start=null", "evaluation={batch_size: 4}", gpu="rtx4090")
     lines = recipe_lines(small)
     assert lines[:3] == ["zero: {stage: 3, offload_param: cpu}", "activation_checkpointing: true", "offload_activations: true"]
     values = yaml.safe_load("\n".join(lines))
-    again = load_recipe("qwen3-8b", [line.replace(": ", "=", 1) for line in lines], RetrofitRecipe)
+    again = load_recipe("qwen3-8b", ["warm_start=null", *(line.replace(": ", "=", 1) for line in lines)], RetrofitRecipe)
     assert planning.choice_of(again) == small.recommended.choice
     # Evaluation at 4 x 32K tokens would hold hundreds of GB of logits; what is recommended fits.
     assert values["evaluation"] == {"batch_size": 1, "length": again.evaluation.length} and again.evaluation.length >= 1024
@@ -128,32 +128,34 @@ def test_recommended_lines_are_a_recipe_s():
 @pytest.mark.slow
 def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
     used = outcome_of(plan_of("qwen3-8b"), activation_checkpointing=True).bytes
-    assert used.weights == 8_190_735_360 * 2 + 1_179_936 * 4
+    assert used.weights == 8_190_735_360 * 2 + gates * 4
     # Inputs and attention's outputs of 36 layers in bfloat16; a token's 32 log-sum-exps, norms of 32 queries and of 8 keys.
     assert used.checkpoints == 36 * 32768 * (4096 * 2 + 32 * 128 * 2 + 32 * 4 + 32 * 4 + 8 * 4)
-    assert used.gradients == 4 * 1_179_936 and used.optimizer == 8 * 1_179_936
+    assert used.gradients == 4 * gates and used.optimizer == 8 * gates
     assert used.loss <= 1.5e9 + 32768 * 4096 * 2
-    divided = outcome_of(plan_of("qwen3-8b", num=8), stage=3, activation_checkpointing=True).bytes
+    divided = outcome_of(plan_of("qwen3-8b", "warm_start=null", num=8), stage=3, activation_checkpointing=True).bytes
     assert divided.weights == used.weights // 8 and divided.checkpoints == used.checkpoints
-    shared = outcome_of(plan_of("qwen3-8b", num=8), activation_checkpointing=True, sequence_parallel=8).bytes
+    shared = outcome_of(plan_of("qwen3-8b", "warm_start=null", num=8), activation_checkpointing=True, sequence_parallel=8).bytes
     assert shared.checkpoints == used.checkpoints // 8 and shared.weights == used.weights
     # Each GPU sizes its loss's chunk for itself; of what it adds the hidden states' gradient alone is shared.
     assert used.loss - shared.loss == 32768 * 4096 * 2 * 7 // 8
 
 
 def test_a_base_in_4_bits_on_one_gpu_of_24_gb():
-    plan = plan_of("qwen3-8b", "quantize=nf4", gpu="rtx4090")
+    plan = plan_of("qwen3-8b", "quantize=nf4", "warm_start=null", gpu="rtx4090")
     kept, checkpointed, offloaded = (
         outcome_of(plan, **choice)
         for choice in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "offload_activations": True})
     )
+    # A decision for each of 8 heads and 3 windows.
+    gates = 36 * 8 * 3 * 4097
     # 36 layers' q, k, v, o and three matrices of the MLP: half a byte a number, a byte for 64, four bytes for 64 * 256, tables for each.
     matrices = [4096 * 4096, 1024 * 4096, 1024 * 4096, 4096 * 4096, *[12288 * 4096] * 3]
     packed = 36 * sum(numbers // 2 + numbers // 64 + numbers // 64 // 256 * 4 + 64 + 256 * 4 + 4 for numbers in matrices)
     whole = 8_190_735_360 - 36 * sum(matrices)
-    assert (offloaded.bytes.packed, offloaded.bytes.weights) == (packed, packed + 2 * whole + 4 * 1_179_936)
+    assert (offloaded.bytes.packed, offloaded.bytes.weights) == (packed, packed + 2 * whole + 4 * gates)
     # Packed weights have no gradients and no moments.
-    assert offloaded.bytes.gradients == 4 * 1_179_936 and offloaded.bytes.optimizer == 8 * 1_179_936
+    assert offloaded.bytes.gradients == 4 * gates and offloaded.bytes.optimizer == 8 * gates
     # 32K tokens' inputs and attention outputs of 36 layers do not fit beside the weights; in host memory they do.
     assert (kept.fits, checkpointed.fits, offloaded.fits) == (False, False, True)
     assert plan.recommended == offloaded
@@ -163,7 +165,7 @@ def test_a_base_in_4_bits_on_one_gpu_of_24_gb():
 
 
 def test_the_plan_says_what_is_packed_and_what_would_fit(capsys):
-    packed = plan_of("qwen3-8b", "quantize=nf4", gpu="rtx4090")
+    packed = plan_of("qwen3-8b", "quantize=nf4", "warm_start=null", gpu="rtx4090")
     table.show(make_console(), "qwen3-8b", packed)
     printed = " ".join(capsys.readouterr().out.split())
     assert "the base is packed: 6.95G of its parameters as nf4 in 3.6 GB, scales included, and 1.24G whole" in printed
@@ -195,7 +197,7 @@ def test_a_quantised_checkpoint_is_planned_as_it_lies_in_memory(tmp_path):
     config = json.loads(Path(CONFIGS, "Qwen3-0.6B.json").read_text()) | {"num_hidden_layers": 2}
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.0"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    short = ["data.length=512", "dms.window=16", "evaluation.length=256"]
+    short = ["data.length=512", "dms.window=16", "evaluation.length=256", "warm_start=null"]
 
     def planned(*overrides):
         return planning.plan(
@@ -255,7 +257,7 @@ def test_casts_of_weights_are_whole_on_every_gpu_that_shares_a_row():
 
 def test_host_memory_is_pinned_in_powers_of_two():
     # 24576 tokens: every tensor of 3 * 2**n bytes takes 4 * 2**n.
-    plan = plan_of("qwen3-8b", "data.length=24576", "zero={stage: 2}")
+    plan = plan_of("qwen3-8b", "data.length=24576", "zero={stage: 2}", "warm_start=null")
     kept = outcome_of(plan, stage=2, activation_checkpointing=True).bytes.checkpoints
     assert outcome_of(plan, stage=2, activation_checkpointing=True, offload_activations=True).bytes.host == kept * 4 // 3
 
@@ -280,7 +282,9 @@ def test_every_weight_trained_holds_a_teacher_and_moments():
 
 
 def test_the_host_link_binds_where_weights_come_over_it_for_little_work():
-    short = plan_of("qwen3-8b", "data.length=1024", "evaluation.length=1024", "batch_size=1", gpu="rtx4090")
+    short = plan_of(
+        "qwen3-8b", "warm_start=null", "data.length=1024", "dms.window=16", "evaluation.length=1024", "batch_size=1", gpu="rtx4090"
+    )
     offloaded = outcome_of(short, stage=3, offload_param=True, activation_checkpointing=True)
     # 16.4 GB four times: teacher, student, recomputation, backward.
     assert offloaded.seconds.limit == "host"
@@ -302,6 +306,10 @@ def test_experts_in_float32_are_refused():
 
 def test_choices_are_those_that_divide():
     job, widths = planning.job_of(load_recipe("qwen3-8b", [], RetrofitRecipe)), [1, 2, 4, 8]
+    # DeepSpeed does not run steps on labels, and a run with both is refused.
+    assert {choice.stage for choice in choices(job, widths, 8)} == {0}
+    job = replace(job, warm_up_steps=0)
+    assert {choice.stage for choice in choices(job, widths, 8)} == {0, 2, 3}
     assert {choice.sequence_parallel for choice in choices(job, widths, 8)} == {1, 2, 4, 8}
     assert {choice.sequence_parallel for choice in choices(job, [1, 2], 8)} == {1, 2}
     # 16 GPUs and 8 sequences: two GPUs to each at least.
@@ -322,7 +330,7 @@ def test_rows_are_shared_only_as_a_run_would(tmp_path, changes, widths):
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 64, "vocab_size": 128} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     length = changes.get("max_position_embeddings", 256)
-    recipe = load_recipe("qwen3-8b", [f"data.length={length}", "dms.window=16"], RetrofitRecipe)
+    recipe = load_recipe("qwen3-8b", [f"data.length={length}", "dms.window=16", "budget=decided"], RetrofitRecipe)
     plan = planning.plan(recipe, gpu="h100-80", num_gpus=8, config=str(tmp_path))
     assert {outcome.choice.sequence_parallel for outcome in plan.outcomes} == widths
 

@@ -341,7 +341,7 @@ def test_findings_say_what_rows_say():
     [
         (
             {"policies": ["dense", "dms", "h20"]},
-            r"policies: 'h20' is unknown \(did you mean 'h2o'\?\); there are dense, dms, sliding_window",
+            r"policies: 'h20' is unknown \(did you mean 'h2o'\?\); there are dense, dms, dms_int8, dms_fp8, dms_int4, sliding_window",
         ),
         ({"policies": ["dense", "h2o"]}, "get the budget that dms is measured to use; add dms"),
         ({"policies": ["dms"]}, "dense is not among them"),

@@ -151,7 +151,7 @@ def test_gates_of_another_number_of_windows_are_refused(lifetimes, tmp_path):
         (out / "config.json").write_text(json.dumps({**written, "dms": config}))
         with pytest.raises(
             ValueError,
-            match=rf"config.json: format_version is {version}, window .*: one window of linear gates is format 1, several windows and other gates are 2",
+            match=rf"config.json: format_version is {version}, window .*: one window of linear gates is format 1, several windows, other gates and quantised pages are 2",
         ):
             save_tensors(gates, out / GATES_FILE, metadata)
             dms.load(out, device="cpu")
