@@ -21,6 +21,8 @@ from dms.costs.job import Choice, choices
 from dms.costs.plan import recipe_lines
 
 CONFIGS = "tests/recipes/configs"
+# Of Qwen3-8B: a decision for each of 8 heads and 3 windows, in 36 layers.
+_GATES = 36 * 8 * 3 * 4097
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +130,10 @@ def test_recommended_lines_are_a_recipe_s():
 @pytest.mark.slow
 def test_bytes_by_kind_of_a_shape_reckoned_by_hand():
     used = outcome_of(plan_of("qwen3-8b"), activation_checkpointing=True).bytes
-    assert used.weights == 8_190_735_360 * 2 + gates * 4
+    assert used.weights == 8_190_735_360 * 2 + _GATES * 4
     # Inputs and attention's outputs of 36 layers in bfloat16; a token's 32 log-sum-exps, norms of 32 queries and of 8 keys.
     assert used.checkpoints == 36 * 32768 * (4096 * 2 + 32 * 128 * 2 + 32 * 4 + 32 * 4 + 8 * 4)
-    assert used.gradients == 4 * gates and used.optimizer == 8 * gates
+    assert used.gradients == 4 * _GATES and used.optimizer == 8 * _GATES
     assert used.loss <= 1.5e9 + 32768 * 4096 * 2
     divided = outcome_of(plan_of("qwen3-8b", "warm_start=null", num=8), stage=3, activation_checkpointing=True).bytes
     assert divided.weights == used.weights // 8 and divided.checkpoints == used.checkpoints
@@ -147,15 +149,13 @@ def test_a_base_in_4_bits_on_one_gpu_of_24_gb():
         outcome_of(plan, **choice)
         for choice in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "offload_activations": True})
     )
-    # A decision for each of 8 heads and 3 windows.
-    gates = 36 * 8 * 3 * 4097
     # 36 layers' q, k, v, o and three matrices of the MLP: half a byte a number, a byte for 64, four bytes for 64 * 256, tables for each.
     matrices = [4096 * 4096, 1024 * 4096, 1024 * 4096, 4096 * 4096, *[12288 * 4096] * 3]
     packed = 36 * sum(numbers // 2 + numbers // 64 + numbers // 64 // 256 * 4 + 64 + 256 * 4 + 4 for numbers in matrices)
     whole = 8_190_735_360 - 36 * sum(matrices)
-    assert (offloaded.bytes.packed, offloaded.bytes.weights) == (packed, packed + 2 * whole + 4 * gates)
+    assert (offloaded.bytes.packed, offloaded.bytes.weights) == (packed, packed + 2 * whole + 4 * _GATES)
     # Packed weights have no gradients and no moments.
-    assert offloaded.bytes.gradients == 4 * gates and offloaded.bytes.optimizer == 8 * gates
+    assert offloaded.bytes.gradients == 4 * _GATES and offloaded.bytes.optimizer == 8 * _GATES
     # 32K tokens' inputs and attention outputs of 36 layers do not fit beside the weights; in host memory they do.
     assert (kept.fits, checkpointed.fits, offloaded.fits) == (False, False, True)
     assert plan.recommended == offloaded
