@@ -110,7 +110,7 @@ def generate_batch(
     state = getattr(model, "dms", None)
     state = state if isinstance(state, DMSState) else None
     _check_model(model, state, evict_bias)
-    settings, unknown = hf_compat.generation_settings(model, generation_config, options)
+    settings, unknown = hf_compat.generation_settings(model, generation_config, options, compute_device(model))
     if unknown:
         raise ValueError(
             f"generate_batch was given {', '.join(unknown)}, which it does not take; its options are those of GenerationConfig"
@@ -334,7 +334,7 @@ class _Batch:
             raise ValueError(f"prompt {number} has seeds, which have no effect without do_sample; set do_sample to True, or leave them out")
         # What a processor may look for.
         settings.max_length = num_given + settings.max_new_tokens
-        processors = hf_compat.logits_processors(self.model, settings, num_given, self.processors)
+        processors = hf_compat.logits_processors(self.model, settings, num_given, self.processors, self.device)
         criteria = StoppingCriteriaList([*self.criteria, *prompt.stopping_criteria])
         rows = []
         for sample, seed in enumerate(seeds):

@@ -93,7 +93,9 @@ _GENERATION_METHODS = {
 }
 
 
-def generation_settings(model: Any, config: GenerationConfig | None, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+def generation_settings(
+    model: Any, config: GenerationConfig | None, options: dict[str, Any], device: torch.device
+) -> tuple[GenerationConfig, dict[str, Any]]:
     """What `generate(generation_config=config, **options)` would go by, and those of the options that are no settings.
 
     Assumes: GenerationMixin._prepare_generation_config(config, **options) returns both, what is left open being filled from the model's own
@@ -105,19 +107,19 @@ def generation_settings(model: Any, config: GenerationConfig | None, options: di
             "hf_compat.generation_settings", "transformers", "GenerationMixin._prepare_generation_config and _prepare_special_tokens"
         )
     settings, others = prepare(config, **options)
-    add_tokens(settings, device=_computes_on(model))
+    add_tokens(settings, device=device)
     return settings, others
 
 
 def logits_processors(
-    model: Any, settings: GenerationConfig, num_prompt_tokens: int, others: Sequence[LogitsProcessor]
+    model: Any, settings: GenerationConfig, num_prompt_tokens: int, others: Sequence[LogitsProcessor], device: torch.device
 ) -> LogitsProcessorList:
-    """What `generate` puts a prompt's logits through by such settings, as `generation_settings` returns them, others among it.
+    """What `generate` puts a prompt's logits through by such settings, as `generation_settings` returns them, others among it. device: of the logits.
 
     Assumes: GenerationMixin._get_logits_processor has the parameters named here.
     """
     make = getattr(model, "_get_logits_processor", None)
-    given = {"input_ids_seq_length": num_prompt_tokens, "logits_processor": LogitsProcessorList(others), "device": _computes_on(model)}
+    given = {"input_ids_seq_length": num_prompt_tokens, "logits_processor": LogitsProcessorList(others), "device": device}
     if make is None or {"generation_config", *given} - set(inspect.signature(make).parameters):
         raise changed(
             "hf_compat.logits_processors", "transformers", f"GenerationMixin._get_logits_processor(generation_config, {', '.join(given)})"
@@ -614,11 +616,6 @@ def execution_device(module: nn.Module) -> torch.device | int | str | None:
     if hooks and not any(hasattr(hook, "execution_device") for hook in hooks):
         raise changed("hf_compat.execution_device", "accelerate", "execution_device of a module's _hf_hook")
     return next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
-
-
-def _computes_on(model: Any) -> torch.device:
-    device = execution_device(model)
-    return model.device if device is None else torch.device(device)
 
 
 def query_modules(module: Any) -> tuple[nn.Module, nn.Module | None, int]:

@@ -333,9 +333,8 @@ class HostPagePool(PagePool):
         return 0 if self.offloaded is not None else self.host_bytes
 
     @property
-    def entry_bytes(self) -> int:
-        row = self._rows_like[0].nbytes + (0 if self._scales_like is None else self._scales_like[0].nbytes)
-        return 2 * row + (0 if self.entry_positions is None else self.entry_positions.element_size())
+    def _row_bytes(self) -> int:
+        return self._rows_like[0].nbytes + (0 if self._scales_like is None else self._scales_like[0].nbytes)
 
     @property
     def page_bytes(self) -> int:

@@ -257,8 +257,12 @@ class PagePool:
     @property
     def entry_bytes(self) -> int:
         """Of one key and value in a page, and their position."""
-        row = self.rows[0].nbytes + (0 if self.row_scales is None else self.row_scales[0].nbytes)
-        return 2 * row + (0 if self.entry_positions is None else self.entry_positions.element_size())
+        return 2 * self._row_bytes + (0 if self.entry_positions is None else self.entry_positions.element_size())
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of a key or a value, and its scales."""
+        return self.rows[0].nbytes + (0 if self.row_scales is None else self.row_scales[0].nbytes)
 
     @property
     def scratch(self) -> int:

@@ -115,17 +115,19 @@ def test_generation_method(model, monkeypatch):
 
 def test_generation_settings(model):
     model.generation_config.eos_token_id = 7
-    settings, others = hf_compat.generation_settings(model, None, {"max_new_tokens": 3, "streamer": 1})
+    settings, others = hf_compat.generation_settings(model, None, {"max_new_tokens": 3, "streamer": 1}, model.device)
     assert (settings.max_new_tokens, settings.top_k, settings.eos_token_id, others) == (3, 50, 7, {"streamer": 1})
-    given, _ = hf_compat.generation_settings(model, GenerationConfig(top_k=4), {})
+    given, _ = hf_compat.generation_settings(model, GenerationConfig(top_k=4), {}, model.device)
     assert given.top_k == 4 and model.generation_config.top_k is None
 
 
 def test_logits_processors(model):
     """A prompt of 6 and the first of 2 tokens that may not end it."""
     options = {"min_new_tokens": 2, "eos_token_id": 7, "do_sample": True, "top_k": 3}
-    settings, _ = hf_compat.generation_settings(model, None, options)
-    made = hf_compat.logits_processors(model, settings, 6, [lambda ids, scores: scores.index_fill(1, torch.tensor([8]), -torch.inf)])
+    settings, _ = hf_compat.generation_settings(model, None, options, model.device)
+    made = hf_compat.logits_processors(
+        model, settings, 6, [lambda ids, scores: scores.index_fill(1, torch.tensor([8]), -torch.inf)], model.device
+    )
     scores = made(torch.full((1, 7), 5), torch.arange(10.0)[None])
     assert scores.isfinite().nonzero()[:, 1].tolist() == [5, 6, 9]
 

@@ -80,11 +80,11 @@ BREAKS = {
     ),
     "generation_settings": lambda model, patch: (
         patch.setattr(GenerationMixin, "_prepare_special_tokens", _Outside.forward),
-        hf_compat.generation_settings(model, None, {}),
+        hf_compat.generation_settings(model, None, {}, model.device),
     ),
     "logits_processors": lambda model, patch: (
         patch.setattr(GenerationMixin, "_get_logits_processor", _Outside.forward),
-        hf_compat.logits_processors(model, model.generation_config, 3, []),
+        hf_compat.logits_processors(model, model.generation_config, 3, [], model.device),
     ),
     "prefix_method": lambda model, patch: _prefix_without_config(model),
     "change_class": lambda model, patch: _no_class(model),
