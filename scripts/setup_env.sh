@@ -180,7 +180,9 @@ compile_adam() {
     case " $* " in *" deepspeed "* | *" all "*) ;; *) return 0 ;; esac
     say "compiling DeepSpeed's Adam for the CPU, about a minute, once"
     has_gpu || local -x DS_ACCELERATOR=cpu
-    PATH="$venv/bin:$PATH" "$python" -c 'from dms_train import compat; compat.op_builder("CPUAdam").load(verbose=False)' >"$venv/adam.log" 2>&1 ||
+    # The limit is for whatever else a compiler may wait for: no set-up may hang here.
+    PATH="$venv/bin:$PATH" timeout --kill-after=10 900 \
+        "$python" -c 'from dms_train.operators import build_operator; build_operator("CPUAdam", tell=print)' >"$venv/adam.log" 2>&1 ||
         say "that failed, and runs will take torch's Adam; see $venv/adam.log"
 }
 

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -259,16 +261,32 @@ def test_without_a_compiler_the_offloaded_optimizer_is_torchs_and_says_so(make_v
     assert says(capsys.readouterr().out, "slower than DeepSpeed's: g++ and ninja not on PATH")
 
 
-def test_waiting_for_another_build_is_said(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def build_lock(tmp_path, monkeypatch):
+    """The lock of a build of DeepSpeed's Adam that nobody is at."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    (tmp_path / "py_cpu" / "cpu_adam").mkdir(parents=True)
     lock = tmp_path / "py_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(CPUAdamBuilder, "load", lambda self, verbose: None)
+    # PyTorch would wait for the lock in here, without an end.
+    monkeypatch.setattr(CPUAdamBuilder, "load", lambda self, verbose: (not lock.exists()) or pytest.fail("loads under a lock"))
+    return lock
+
+
+def test_waiting_for_another_build_is_said(build_lock, capsys):
+    timer = threading.Timer(0.5, build_lock.unlink)
+    timer.start()
     assert engine._why_no_compiled_adam(Console()) is None
-    assert says(capsys.readouterr().out, f"if none does, delete {lock}")
+    timer.join()
+    assert says(capsys.readouterr().out, f"another process that builds DeepSpeed's CPUAdam; if none does, delete {build_lock}")
+
+
+def test_a_lock_of_a_killed_build_is_removed(build_lock, capsys):
+    os.utime(build_lock, (time.time() - 601,) * 2)
+    assert engine._why_no_compiled_adam(Console()) is None
+    assert not build_lock.exists() and says(capsys.readouterr().out, f"removed {build_lock}: 601 s old")
 
 
 @pytest.mark.parametrize(

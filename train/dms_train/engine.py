@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dms.modes import state_of
 from dms.requirements import missing
 from dms.training.packed_attention import PackedAttention, check_sharing, local_rows, other_attention
 from dms_train import compat
+from dms_train.operators import build_operator
 from dms_train.recipe import RetrofitRecipe
 from dms_train.stopping import is_launched
 
@@ -187,14 +189,9 @@ def _why_no_compiled_adam(console: Console | None) -> str | None:
     for names in everywhere:
         if names:
             return f"{' and '.join(names)} not on PATH"
-    builder = compat.op_builder("CPUAdam")
-    for lock in compat.build_locks(builder):
-        if console is not None:
-            console.print(
-                f"waiting for another process that builds DeepSpeed's Adam; if none does, delete {lock}", highlight=False, markup=False
-            )
+    tell = (lambda text: None) if console is None else partial(console.print, highlight=False, markup=False)
     try:
-        builder.load(verbose=False)
+        build_operator("CPUAdam", tell=tell)
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the run does not need this one
         return f"it does not build ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return None
