@@ -1,10 +1,11 @@
 """What the tests of the compacted cache share: small models, a cache in lockstep with the masked reference, and page accounting."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
+from rounded import RoundedReference
 
 from dms.cache import CompactedLayer, DMSCache, masked_cache
 from dms.cache.stats import masked_ratios
@@ -137,7 +138,8 @@ class Lockstep:
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -mask_BN.shape[1] :]
         with torch.inference_mode() if inference else torch.no_grad(), self.model.tape.recording(mask_BN) as tape:
             before = self.cache.captured
-            logits = [self._forward(ids, mask, position, self.cache)]
+            with self._cache_reads(mask_BN):
+                logits = [self._forward(ids, mask, position, self.cache)]
             if self.cache.captured is not None:
                 # Hooks run when a step is captured; the tensors that they saw are written again by each replay.
                 if self.cache.captured is not before:
@@ -145,13 +147,20 @@ class Lockstep:
                 elif not tape.recorded:
                     tape.recorded = self.cache.captured.gate_logits
             tape.play()
-            logits.append(self._forward(ids, mask, position, self.oracle))
+            with self._reference_reads():
+                logits.append(self._forward(ids, mask, position, self.oracle))
         self.mask = mask
         difference = (logits[0] - logits[1])[mask_BN.bool()]
         largest = float(difference.abs().max()) if difference.numel() else 0.0
         assert largest == largest, "logits that are no numbers"
         self.largest[0] = max(self.largest[0], largest)
         return largest
+
+    def _cache_reads(self, mask_BN: torch.Tensor) -> AbstractContextManager:
+        return nullcontext()
+
+    def _reference_reads(self) -> AbstractContextManager:
+        return nullcontext()
 
     def _forward(self, ids, mask, position, cache):
         return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits
@@ -205,6 +214,20 @@ class BesidePlain(Lockstep):
                 assert torch.equal(*(one.pool.pages[one.page_numbers().long()] for one in (store, plain)))
 
 
+class BesideRounded(Lockstep):
+    """A cache of quantised pages, and the masked reference that reads what is in them rounded."""
+
+    def __init__(self, model, *, kv_dtype: str, **options):
+        super().__init__(model, kv_dtype=kv_dtype, **options)
+        self.rounding = RoundedReference(kv_dtype)
+
+    def _cache_reads(self, mask_BN: torch.Tensor) -> AbstractContextManager:
+        return self.rounding.noting(self.cache, mask_BN)
+
+    def _reference_reads(self) -> AbstractContextManager:
+        return self.rounding.playing()
+
+
 @pytest.fixture(scope="session")
 def lockstep():
     return Lockstep
@@ -213,6 +236,11 @@ def lockstep():
 @pytest.fixture(scope="session")
 def beside_plain():
     return BesidePlain
+
+
+@pytest.fixture(scope="session")
+def beside_rounded():
+    return BesideRounded
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Random schedules of all calls that a cache takes, with the masked reference in lockstep."""
 
+import functools
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from replays import Recorders
 
 from dms.cache import DMSCache, capture
 from dms.cache.page_pool import PagePool
+from dms_kernels.quantization import KV_DTYPES
 
 TOLERANCE = 1e-4
 MAX_ROWS, MAX_COLUMNS, MAX_FORKS = 6, 400, 3
@@ -177,18 +179,24 @@ class Schedule:
 class Runner:
     """Runs schedules and remembers the largest differences."""
 
-    def __init__(self, evicting, lockstep, beside_plain, page_accounts, path):
+    def __init__(self, evicting, lockstep, beside_plain, beside_rounded, page_accounts, path):
         self.evicting, self.lockstep, self.page_accounts, self.path = evicting, lockstep, page_accounts, path
-        self.beside_plain = beside_plain
+        self.beside_plain, self.beside_rounded = beside_plain, beside_rounded
+        self.num_rounded = 0
         self.largest: list[float] = []
         self.recorders = Recorders()
 
-    def __call__(self, config, route, page_size, batch, first_length, steps, reserve=None, offload_layers=False) -> None:
+    def __call__(
+        self, config, route, page_size, batch, first_length, steps, reserve=None, offload_layers=False, kv_dtype: str | None = None
+    ) -> None:
         """route: "cpu", "slow device" (one that it takes long to read from), or "kernels", in Triton's interpreter, where steps of a cache with reserved
-        tokens are captured. reserve: for so many tokens, which may be fewer than come. offload_layers: the reference is the plain cache then."""
+        tokens are captured. reserve: for so many tokens, which may be fewer than come. offload_layers: the reference is the plain cache then. kv_dtype: of pages, which the reference
+        rounds as."""
         slow_device = route != "cpu"
         model = self.evicting(**({"family": "llama"} | config))
         kind = self.beside_plain if offload_layers else self.lockstep
+        if kv_dtype is not None:
+            kind = functools.partial(self.beside_rounded, kv_dtype=kv_dtype)
         schedule = Schedule(kind(model, page_size=page_size, reserve_tokens=reserve), batch, self.path, self.page_accounts)
         with reads_from_device(free=not slow_device), pytest.MonkeyPatch.context() as patch:
             if route == "kernels":
@@ -201,15 +209,19 @@ class Runner:
             for step in [("read", first_length, "left", 0), *steps]:
                 schedule.take(step)
                 assert not offload_layers or schedule.now.largest[0] == 0
+        if kv_dtype is not None:
+            self.num_rounded += schedule.now.rounding.num_rounded
         self.largest.append(schedule.now.largest[0])
 
 
 @pytest.fixture(scope="module")
-def run_schedule(evicting, lockstep, beside_plain, page_accounts, tmp_path_factory):
-    run = Runner(evicting, lockstep, beside_plain, page_accounts, tmp_path_factory.mktemp("saved") / "cache.safetensors")
+def run_schedule(evicting, lockstep, beside_plain, beside_rounded, page_accounts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
+    run = Runner(evicting, lockstep, beside_plain, beside_rounded, page_accounts, path)
     yield run
     print(
-        f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}; {run.recorders.num_recorded} captures, {run.recorders.num_replayed} replays"
+        f"\n{len(run.largest)} schedules, largest difference of logits {max(run.largest, default=0):.1e}; {run.recorders.num_recorded} captures, "
+        f"{run.recorders.num_replayed} replays; {run.num_rounded:,} entries read rounded"
     )
 
 
@@ -319,6 +331,23 @@ def test_schedules_with_pages_on_the_host_equal_the_plain_cache(run_schedule, ro
 @given(**_arguments_beside_plain, route=st.sampled_from(["cpu", "slow device"]))
 def test_many_schedules_with_pages_on_the_host(run_schedule, route, **arguments):
     run_schedule(route=route, **arguments)
+
+
+_with_kinds = _arguments | {"config": st.one_of(_configs(_window), _configs(_several)), "kv_dtype": st.sampled_from(list(KV_DTYPES))}
+
+
+@pytest.mark.parametrize("alignment", ["own", "next"])
+@settings(max_examples=8, derandomize=True, **_settings)
+@given(**_with_kinds, route=st.sampled_from(["cpu", "slow device"]))
+def test_schedules_of_quantised_pages_equal_the_rounded_reference(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, **arguments)
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("DMS_CASES", "2000")), **_settings)
+@given(**_with_kinds, alignment=st.sampled_from(["own", "next"]), route=st.sampled_from(["cpu", "slow device"]))
+def test_many_schedules_of_quantised_pages(run_schedule, alignment, config, **arguments):
+    run_schedule(config | {"alignment": alignment}, **arguments)
 
 
 @pytest.mark.slow
