@@ -74,6 +74,22 @@ def bench_prefixes(
     run(context or (), evicted, window, quick)
 
 
+@bench.command("idle")
+def bench_idle(
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a conversation. Default: 2048.", show_default=False)] = None,
+    conversations: Annotated[int, typer.Option(min=2, help="Conversations that take turns.")] = 10,
+    on_device: Annotated[int, typer.Option(min=1, help="How many of them the bound allows on the device.")] = 4,
+    evicted: Annotated[float, typer.Option(help="Share of tokens evicted.")] = 0.875,
+    window: Annotated[str, typer.Option(metavar="TOKENS", help="Window, or several such as 32,128,512.")] = "256",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape, to see that it works; its figures say nothing.")] = False,
+) -> None:
+    """Seconds and bytes of conversations that take turns under a bound, of which the longest idle leave the device and come back."""
+    prepare("auto")
+    from dms.benchmarks.idle import run
+
+    run(context, conversations, on_device, evicted, window, quick)
+
+
 @bench.command("batching")
 def bench_batching(
     model: Annotated[str, typer.Option(help="A folder, a hub id, a GGUF file, or builtin:tiny; its gates are random.")] = "builtin:tiny",

@@ -30,6 +30,8 @@ def build_operator(name: str, *, patience: float = 600.0, tell: Callable[[str], 
                     tell(f"removed {lock}: {age:.0f} s old, so the process that built DeepSpeed's {name} is gone")
                 elif lock not in waited_for:
                     waited_for.add(lock)
-                    tell(f"waiting at most {patience - age:.0f} s for another process that builds DeepSpeed's {name}; if none does, delete {lock}")
+                    tell(
+                        f"waiting at most {patience - age:.0f} s for another process that builds DeepSpeed's {name}; if none does, delete {lock}"
+                    )
         time.sleep(0.2)
     builder.load(verbose=False)

@@ -337,7 +337,7 @@ _with_kinds = _arguments | {"config": st.one_of(_configs(_window), _configs(_sev
 
 
 @pytest.mark.parametrize("alignment", ["own", "next"])
-@settings(max_examples=8, derandomize=True, **_settings)
+@settings(max_examples=4, derandomize=True, **_settings)
 @given(**_with_kinds, route=st.sampled_from(["cpu", "slow device"]))
 def test_schedules_of_quantised_pages_equal_the_rounded_reference(run_schedule, alignment, config, **arguments):
     run_schedule(config | {"alignment": alignment}, **arguments)
