@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dms.evaluation.stats.bootstrap import HIGHER_IS_BETTER
 from dms.evaluation.stats.equal_budget import BUDGETS, EqualBudget
+from dms.evaluation.stats.results import DMS_POLICIES
 from dms.evaluation.stats.rows import Mark, ResultRow, Verdict
 
 # Recall by distance is left out: these rows are parts of the row `recall`.
@@ -42,7 +44,8 @@ class Finding:
 
 
 def make_findings(rows: Iterable[ResultRow]) -> list[Finding]:
-    """A finding for each length and operating point of dms. What rests on few samples is told apart from what is known."""
+    """A finding for each length and operating point of dms, and for each length where pages were of several kinds. What rests on few samples is told
+    apart from what is known."""
     rows = [row for row in rows if row.task not in _PARTS and row.suite != "scaling"]
     several = len({row.evict_bias for row in rows if row.policy == "dms"}) > 1
     findings = []
@@ -50,7 +53,28 @@ def make_findings(rows: Iterable[ResultRow]) -> list[Finding]:
         here = [row for row in rows if row.length == length and row.evict_bias == bias]
         dms = [row for row in here if row.policy == "dms"]
         findings.append(Finding(length, bias, _heading(dms, length, bias if several else None), tuple(_sentences(here, dms))))
+    for length in dict.fromkeys(row.length for row in rows):
+        mixed = [row for row in rows if row.length == length and row.policy in DMS_POLICIES and row.bytes]
+        if len({row.policy for row in mixed}) > 1:
+            heading = f"At {length} tokens, the mixtures of eviction and bits that no other beats in as many bytes, from the smallest:"
+            findings.append(Finding(length, None, heading, tuple(_best_mixtures(mixed))))
     return findings
+
+
+def _best_mixtures(rows: Sequence[ResultRow]) -> list[str]:
+    """A sentence for each figure: the points of dms and its kinds of pages that are better than all that hold no more bytes."""
+    found = []
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in rows if row.metric in HIGHER_IS_BETTER):
+        own = [row for row in rows if (row.task, row.metric) == (task, metric) and Mark.DENSE_AT_CHANCE not in row.marks]
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        front: list[ResultRow] = []
+        for row in sorted(own, key=lambda row: (row.bytes or 0, -sign * row.value)):
+            if not front or sign * row.value > sign * front[-1].value:
+                front.append(row)
+        if front:
+            points = (f"{row.policy} at {row.evict_bias or 0:+g} ({(row.bytes or 0) / 1e3:,.0f} KB: {_number(row.value)})" for row in front)
+            found.append(f"{_name(front[0])}: {', '.join(points)}.")
+    return found
 
 
 def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]:

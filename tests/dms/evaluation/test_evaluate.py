@@ -336,6 +336,34 @@ def test_findings_say_what_rows_say():
     assert nothing.sentences[0].startswith("It evicted nothing") and len(nothing.sentences) == 1
 
 
+def test_findings_say_which_mixture_is_best_in_how_many_bytes():
+    same = dict.fromkeys(("model_hash", "recipe_hash", "ci_low", "ci_high", "num_samples", "target_cr", "cr_decided"))
+    same |= {"model": "m", "length": 2048, "cr": 6.5, "memory": None, "seed": 7, "versions": {}, "device": "cpu", "seconds": 1.0}
+
+    def row(policy, bias, kilobytes, recall, bits):
+        common = {**same, "policy": policy, "evict_bias": bias, "bytes": 1000 * kilobytes, "suite": "records"}
+        return [
+            ResultRow(**common, task="recall", metric="accuracy", value=recall),
+            ResultRow(**common, task="text", metric="bits_per_byte", value=bits),
+        ]
+
+    rows = [
+        *row("dense", None, 900, 1.0, 1.0),
+        *row("dms", -1.0, 400, 1.0, 1.01),
+        *row("dms", 1.0, 200, 0.9, 1.04),
+        *row("dms_int4", -1.0, 120, 0.95, 1.03),
+        *row("dms_int4", 1.0, 60, 0.9, 1.06),
+    ]
+    *points, mixtures = make_findings(rows)
+    assert [point.evict_bias for point in points] == [-1.0, 1.0] and mixtures.evict_bias is None
+    assert "no other beats in as many bytes" in mixtures.heading
+    assert mixtures.sentences == (
+        "recall: dms_int4 at +1 (60 KB: 0.900), dms_int4 at -1 (120 KB: 0.950), dms at -1 (400 KB: 1.000).",
+        "bits per byte of text: dms_int4 at +1 (60 KB: 1.060), dms_int4 at -1 (120 KB: 1.030), dms at -1 (400 KB: 1.010).",
+    )
+    assert all(finding.evict_bias is not None for finding in make_findings([row for row in rows if row.policy != "dms_int4"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
