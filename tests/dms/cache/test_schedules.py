@@ -270,7 +270,7 @@ needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1"
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("own", "cpu"), ("next", "cpu"), ("next", "slow device"))),
     ],
 )
-@settings(max_examples=20, derandomize=True, **_settings)
+@settings(max_examples=14, derandomize=True, **_settings)
 @given(**_arguments)
 def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"alignment": alignment}, route, **arguments)
@@ -283,7 +283,7 @@ def test_schedules_equal_the_masked_reference(run_schedule, alignment, route, co
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("next", "cpu"), ("own", "slow device"), ("next", "slow device"))),
     ],
 )
-@settings(max_examples=12, derandomize=True, **_settings)
+@settings(max_examples=9, derandomize=True, **_settings)
 @given(**(_arguments | {"config": _configs(_several)}))
 def test_schedules_of_several_windows_equal_the_masked_reference(run_schedule, alignment, route, config, **arguments):
     run_schedule(config | {"alignment": alignment}, route, **arguments)
