@@ -19,6 +19,9 @@ from dms.console import make_console
 from dms.evaluation.stats.rows import describe_device
 from dms.modes import state_of
 
+# Tokens of a turn; and how often each conversation comes for two of them.
+_TURN, _ROUNDS = 8, 4
+
 
 @dataclass(frozen=True)
 class IdleFigures:
@@ -69,7 +72,9 @@ def run(
         build_model(shape, seed, device), parse_window(window), keep_shares(shape.layers, shape.kv_heads, evicted, seed), seed
     )
     state_of(model).page_size = shape.page_size
-    texts = torch.randint(shape.vocabulary, (conversations, 1, context + 64), generator=torch.Generator().manual_seed(seed)).to(device)
+    texts = torch.randint(
+        shape.vocabulary, (conversations, 1, context + 2 * _ROUNDS * _TURN), generator=torch.Generator().manual_seed(seed)
+    ).to(device)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for place in ("cpu", folder):
@@ -84,32 +89,31 @@ def _measure(model, texts: torch.Tensor, context: int, on_device: int, place: st
     def read(cache, text, first: int, last: int) -> torch.Tensor:
         return model(input_ids=text[:, first:last], past_key_values=cache, logits_to_keep=1).logits
 
+    # Two turns in a row: the second finds its cache on the device.
+    turns = [(first, first + _TURN) for first in range(context, context + 2 * _ROUNDS * _TURN, _TURN)]
     stays = [dms.DMSCache(model) for _ in texts]
     prefill = [seconds_of(partial(read, cache, text, 0, context), device) for cache, text in zip(stays, texts, strict=True)]
-    # A turn is 8 tokens; room for those of all turns, so that what the bound says is conversations.
+    expected = [[read(cache, text, *turn) for turn in turns] for cache, text in zip(stays, texts, strict=True)]
+    # Tables and counts of those that are away stay.
     max_bytes = int(1.1 * max(held_bytes(cache) for cache in stays) * on_device)
     budget = dms.CacheBudget(max_bytes, spill=place)
     caches = [dms.DMSCache(model, budget=budget) for _ in texts]
     most, same = 0, True
-    for cache, text, other in zip(caches, texts, stays, strict=True):
+    for cache, text in zip(caches, texts, strict=True):
         read(cache, text, 0, context)
         most = max(most, held_bytes(*caches))
-        same &= cache.get_seq_length() == other.get_seq_length()
-    turns: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(4):
-        for cache, text, other in zip(caches, texts, stays, strict=True):
-            # The second of two turns in a row finds its cache on the device.
-            for half in range(2):
-                first = context + 16 * turn + 8 * half
-                was_away, logits = cache.is_offloaded, []
-                seconds = seconds_of(lambda: logits.append(read(cache, text, first, first + 8)), device)  # noqa: B023 - called at once
-                turns[was_away].append(seconds)
-                same &= torch.equal(logits[0], read(other, text, first, first + 8))
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(_ROUNDS):
+        for cache, text, logits in zip(caches, texts, expected, strict=True):
+            for turn in (2 * number, 2 * number + 1):
+                found: list[torch.Tensor] = []
+                was_away = cache.is_offloaded
+                seconds[was_away].append(seconds_of(lambda: found.append(read(cache, text, *turns[turn])), device))  # noqa: B023 - called at once
+                same &= torch.equal(found[0], logits[turn])
                 most = max(most, held_bytes(*caches))
     reports = [cache.report(warn=False) for cache in caches]
     away = sum(report.bytes_host + report.bytes_disk for report in reports)
-    on_device_now = [cache for cache in caches if not cache.is_offloaded]
-    leave = median(seconds_of(partial(cache.offload_to, place), device) for cache in on_device_now)
+    leave = median(seconds_of(partial(cache.offload_to, place), device) for cache in caches if not cache.is_offloaded)
     return IdleFigures(
         place="cpu" if place == "cpu" else "disk",
         num_conversations=len(caches),
@@ -118,7 +122,7 @@ def _measure(model, texts: torch.Tensor, context: int, on_device: int, place: st
         unbounded=held_bytes(*stays),
         away=away,
         leave_seconds=leave,
-        return_seconds=median(turns[True]) - median(turns[False]),
+        return_seconds=median(seconds[True]) - median(seconds[False]),
         prefill_seconds=median(prefill),
         is_same=same,
     )
