@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, Hq query heads, H KV heads, D head dim, M model dim.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,6 +187,24 @@ def train_attention(
         first_pass=first_pass,
         kv_dtype=kv_dtype,
     )
+
+
+def whole_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    evicted_BSH: torch.Tensor,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
+    **options: Any,
+) -> torch.Tensor:
+    """`dms.attention.evict_attention` of whole documents without padding, by the kernels of training: what is evicted is not read.
+
+    For `DMSState.masked_attention`. query [B, Hq, T, D], key and value [B, H, T, D], evicted_BSH [B, T, H] bool, of several windows [B, T, H, K].
+    """
+    log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device).masked_fill_(evicted_BSH, -math.inf)
+    return train_attention(query, key, value, log_keep_BTH=log_keep, tokens=key_tokens, **options)
 
 
 def keep_log_prob(logits_BTH: torch.Tensor, noise_BTH: torch.Tensor, tau: float) -> torch.Tensor:

@@ -2,7 +2,6 @@
 them and nothing is freed. Letters: B batch, T tokens, M model dim, H KV heads.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -25,7 +24,7 @@ from dms.evaluation.stats.rows import comparison_to_dict
 from dms.lm_head import hidden_states
 from dms.masks import Tokens
 from dms.modes import set_mode, state_of
-from dms.training.soft_decisions import train_attention
+from dms.training.soft_decisions import whole_attention
 
 # Beyond it no gate's decision is left.
 _MOST_BIAS = 1024.0
@@ -104,21 +103,6 @@ def budgets_of(rows: Sequence[dict[str, Any]], length: int) -> dict[str, int]:
         "end": max(1, round(fmean(row["entries_end"] for row in rows))),
         "mean": budget_of_mean(fmean(row["entries_mean"] for row in rows), length),
     }
-
-
-def whole_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    evicted_BSH: torch.Tensor,
-    query_tokens: Tokens,
-    key_tokens: Tokens,
-    **options: Any,
-) -> torch.Tensor:
-    """`dms.attention.evict_attention` of whole documents without padding, by the kernels of training: what is evicted is not read."""
-    log_keep = torch.zeros(evicted_BSH.shape, dtype=torch.float32, device=query.device).masked_fill_(evicted_BSH, -math.inf)
-    return train_attention(query, key, value, log_keep_BTH=log_keep, tokens=key_tokens, **options)
 
 
 def scaled_windows(config: DMSConfig, factor: float) -> DMSConfig:

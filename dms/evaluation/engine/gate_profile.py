@@ -17,6 +17,7 @@ from dms.evaluation.engine.scoring import predict
 from dms.modes import set_mode, state_of
 from dms.placement import compute_device
 from dms.report.decisions import FORMAT_VERSION
+from dms.training.soft_decisions import whole_attention
 
 
 @torch.no_grad()
@@ -100,9 +101,11 @@ def write_profile(
         raise ValueError(f"{len(titles)} titles for {len(documents)} documents")
     out, state = Path(out), state_of(model)
     out.mkdir(parents=True, exist_ok=True)
-    mode, bias = state.mode, state.evict_bias
+    mode, bias, attention = state.mode, state.evict_bias, state.masked_attention
     length = max(len(document.input_ids) for document in documents)
     try:
+        # The masked reference reads every pair of tokens.
+        state.masked_attention = whole_attention
         profile = {
             "format_version": FORMAT_VERSION,
             **_method(state),
@@ -122,7 +125,7 @@ def write_profile(
             if progress:
                 progress(1)
     finally:
-        state.evict_bias = bias
+        state.evict_bias, state.masked_attention = bias, attention
         set_mode(model, mode)
     return _write(out / "profile.json", profile), _write(out / "traces.json", traces)
 

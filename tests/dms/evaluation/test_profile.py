@@ -149,6 +149,13 @@ def test_several_windows_are_told_apart(tokenizer, documents, tmp_path):
             assert point.evicted_LH[layer][head] == pytest.approx(sum(shares), abs=1e-4)
 
 
+def test_it_does_not_read_every_pair_of_tokens(model, tokenizer, documents, tmp_path, monkeypatch):
+    """Of 8,192 tokens the masked reference takes longer than all that is measured."""
+    monkeypatch.setattr("dms.attention.evict_attention", lambda *args, **kwargs: pytest.fail("the masked reference is read"))
+    write_profile(model, tokenizer, documents[:2], tmp_path, points=[0.0])
+    assert state_of(model).masked_attention is None
+
+
 def test_a_profile_needs_something_to_profile(model, tokenizer, documents, tmp_path):
     for chosen, points, titles, message in (
         ([], [0.0], None, "0 documents"),
