@@ -141,7 +141,11 @@ def conflicts(data: dict, rng: Random) -> list[dict]:
 
 
 def dates(data: dict, rng: Random) -> list[dict]:
-    found = [{"prompt": f"{example['input'].strip()} ->", "answers": [example["target"]]} for example in data["examples"]]
+    """Of answers that are all dates the loader of JSON makes times; a full stop, which scoring does not see, keeps them texts."""
+    found = []
+    for example in data["examples"]:
+        answer = example["target"]
+        found.append({"prompt": f"{example['input'].strip()} ->", "answers": [answer, f"{answer}."]})
     return rng.sample(found, len(found))
 
 
