@@ -56,8 +56,8 @@ class CacheStats:
     """In host memory: what `offload_to` moved there, and pages that rest there (`offload_layers`)."""
     bytes_disk: int = 0
     """In files that `offload_to` wrote."""
-    bytes_window: int = 0
-    """Among `bytes`: of the newest tokens, which are in the model's dtype whatever pages are in."""
+    bytes_ring: int = 0
+    """Among `bytes`: of the rings, which are in the model's dtype whatever pages are in."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,7 +134,7 @@ def cache_stats(cache: Cache, warn: bool) -> CacheStats:
         stats.pages_used, stats.pages_held = stats.pages_used + pool.num_used, stats.pages_held + pool.num_pages
         stats.bytes_alive += (alive - in_pages) * size + in_pages * pool.entry_bytes
         stats.bytes_dense += seen * size
-        stats.bytes_window += store.ring_kv.nbytes + store.ring_state.nbytes
+        stats.bytes_ring += store.ring_kv.nbytes + store.ring_state.nbytes
         stats.layer_indices.append(index)
         stats.cr_LH.append((seen_B.sum() / alive_BH.sum(0).clamp(min=1)).tolist())
         evicted, decided = evicted + int(store.evicted.sum()), decided + int(store.decided.sum()) * H

@@ -69,7 +69,7 @@ def test_what_rounding_costs_and_saves(kv_dtype, most, evicting, make_batch):
     assert smaller.bytes_alive < stored / (4 * head_dim) * report.bytes_alive * 1.1
     assert smaller.bytes_alive < smaller.bytes < 0.6 * report.bytes
     # Of 2 sequences, 2 layers and 2 heads: keys and values of the 5 newest tokens in float32, and a state of each.
-    assert smaller.bytes_window == report.bytes_window == 2 * 2 * 2 * 5 * (2 * head_dim * 4 + 1) < smaller.bytes
+    assert smaller.bytes_ring == report.bytes_ring == 2 * 2 * 2 * 5 * (2 * head_dim * 4 + 1) < smaller.bytes
 
 
 @torch.no_grad()
