@@ -12,12 +12,12 @@ from rich.table import Table
 
 import dms
 from dms.benchmarks.cache import parse_window
-from dms.benchmarks.model import DEFAULT, QUICK, build_model, keep_shares, with_gates
+from dms.benchmarks.model import DEFAULT, QUICK, evicting_model
 from dms.benchmarks.timing import seconds_of
 from dms.cache import held_bytes
 from dms.console import make_console
 from dms.evaluation.stats.rows import describe_device
-from dms.modes import state_of
+from dms.hf_compat import cache_argument
 
 # Tokens of a turn; and how often each conversation comes for two of them.
 _TURN, _ROUNDS = 8, 4
@@ -68,10 +68,7 @@ def run(
     seed = 7
     shape, device = (QUICK if quick else DEFAULT), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = context or (256 if quick else 2048)
-    model = with_gates(
-        build_model(shape, seed, device), parse_window(window), keep_shares(shape.layers, shape.kv_heads, evicted, seed), seed
-    )
-    state_of(model).page_size = shape.page_size
+    model = evicting_model(shape, parse_window(window), evicted, seed, device)
     texts = torch.randint(
         shape.vocabulary, (conversations, 1, context + 2 * _ROUNDS * _TURN), generator=torch.Generator().manual_seed(seed)
     ).to(device)
@@ -87,7 +84,7 @@ def run(
 
 def _measure(model, texts: torch.Tensor, context: int, on_device: int, place: str, device: torch.device) -> IdleFigures:
     def read(cache, text, first: int, last: int) -> torch.Tensor:
-        return model(input_ids=text[:, first:last], past_key_values=cache, logits_to_keep=1).logits
+        return model(input_ids=text[:, first:last], **cache_argument(model, cache), logits_to_keep=1).logits
 
     # Two turns in a row: the second finds its cache on the device.
     turns = [(first, first + _TURN) for first in range(context, context + 2 * _ROUNDS * _TURN, _TURN)]

@@ -142,6 +142,13 @@ def with_gates(model: LlamaForCausalLM, window: int | tuple[int, ...], keep_LH: 
     return gated
 
 
+def evicting_model(shape: RandomLlama, window: int | tuple[int, ...], evicted: float, seed: int, device: torch.device) -> LlamaForCausalLM:
+    """A random model in evict mode whose gates evict a given share of tokens."""
+    model = with_gates(build_model(shape, seed, device), window, keep_shares(shape.layers, shape.kv_heads, evicted, seed), seed)
+    state_of(model).page_size = shape.page_size
+    return model
+
+
 def qwen3_8b() -> dict[str, Any]:
     """Qwen3-8B's configuration, as it is published."""
     return json.loads(Path(__file__).with_name("Qwen3-8B.json").read_text(encoding="utf-8"))

@@ -10,11 +10,11 @@ from rich.table import Table
 
 import dms
 from dms.benchmarks.cache import parse_window
-from dms.benchmarks.model import DEFAULT, QUICK, build_model, keep_shares, with_gates
+from dms.benchmarks.model import DEFAULT, QUICK, evicting_model
 from dms.benchmarks.timing import seconds_of
 from dms.console import make_console
 from dms.evaluation.stats.rows import describe_device
-from dms.modes import state_of
+from dms.hf_compat import cache_argument
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ def run(
     """Measure with a random model whose gates evict a given share, and print a table. context: none: 2048, 8192 and 32768."""
     shape, device = (QUICK if quick else DEFAULT), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lengths = sorted(set(context)) or ([512] if quick else [2048, 8192, 32768])
-    model = with_gates(
-        build_model(shape, seed, device), parse_window(window), keep_shares(shape.layers, shape.kv_heads, evicted, seed), seed
-    )
-    state_of(model).page_size = shape.page_size
+    model = evicting_model(shape, parse_window(window), evicted, seed, device)
     generator, found = torch.Generator().manual_seed(seed), []
     with tempfile.TemporaryDirectory() as folder:
         store = dms.PrefixStore(folder, 2**50)
@@ -56,7 +53,8 @@ def run(
 
 def _measure(model, store: dms.PrefixStore, ids: list[int], device: torch.device) -> PrefixFigures:
     cache = dms.DMSCache(model)
-    prefill = seconds_of(lambda: model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, logits_to_keep=1), device)
+    ids_1N = torch.tensor([ids], device=device)
+    prefill = seconds_of(lambda: model(input_ids=ids_1N, **cache_argument(model, cache), logits_to_keep=1), device)
     before = store.num_bytes
     put = seconds_of(lambda: store.put(model, ids, cache), device)
     size = store.num_bytes - before
