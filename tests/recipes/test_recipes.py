@@ -144,3 +144,11 @@ def test_recipes_of_fetched_models_train_and_evaluate_on_what_is_fetched(folder)
     # Checkpoints of a run that may be stopped at any time, and windows that count at the lengths that are evaluated.
     assert 0 < recipe.save.every <= 20 and recipe.dms.windows[-1] < recipe.data.length == 2048
     assert recipe.labels_cr == 4 > recipe.start_cr
+
+
+def test_adapters_of_gemma3_270m_go_on_from_its_gates():
+    first, second = load("gemma3-270m/retrofit"), load("gemma3-270m/retrofit-lora")
+    assert second.trainable == "gates+lora" and second.warm_start is None
+    assert second.gates.path == f"{first.output_dir}/gates" and second.output_dir != first.output_dir
+    assert (second.gates.start_cr, second.target_cr) == (first.target_cr, first.target_cr)
+    assert (second.model, second.dms) == (first.model, first.dms)
