@@ -167,7 +167,7 @@ def test_our_own_code_can_be_carried():
     modules = flatten("dms.export.pretrained")
     assert {"dms_export_pretrained", "dms_retrofitting", "dms_config", "dms_masks", "dms_cache_layer"} <= set(modules)
     assert not [flat for flat in modules if flat.startswith(("dms_training", "dms_kernels_gated_attention", "dms_kernels_distill"))]
-    assert len(modules) <= 46
+    assert len(modules) <= 48
     for flat, module in modules.items():
         for node in ast.walk(ast.parse(module.text)):
             if isinstance(node, ast.Import):
