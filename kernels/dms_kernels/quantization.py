@@ -3,8 +3,8 @@ written again.
 
 int8 and fp8 (e4m3): a number a component, and one float32 scale. int4: two components a byte, and for each group of them a scale and the group's
 least component in float16. Keys grouped along their tokens (KIVI, arXiv 2402.02750) lose less in as many bits, but their page must stay in the
-model's dtype until it is full. On a model of 1 M parameters the two differ little; on SmolLM2-135M, whose keys have a few large channels, groups of
-channels cost three times the KL (docs/results.md, "Eviction and bits").
+model's dtype until it is full. On a model of 1 M parameters the two differ little; on SmolLM2-135M groups of channels cost three
+times the KL (docs/results.md, "Eviction and bits").
 
 Shapes: D head dim, g = group_size(D).
 """
