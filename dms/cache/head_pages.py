@@ -141,8 +141,8 @@ class HeadPages:
         page = torch.where(begins_page, page, self.page_table.gather(2, place)[..., 0])
         self.page_table.scatter_(2, place, page[..., None])
         row = self.pool.row_of(page.long(), entry)
-        row = torch.where(keep_BH[..., None], torch.stack([row, row + P], -1), self.pool.scratch)
-        self.pool.write(row.flatten(), kv_BH2D.flatten(0, 2))
+        row = torch.where(keep_BH, torch.stack([row, row + P]), self.pool.scratch)
+        self.pool.write(row.flatten(), kv_BH2D.movedim(2, 0).flatten(0, 2))
         if position_B is not None:
             to = torch.where(keep_BH, page, self.pool.num_pages)
             self.pool.write_positions(to.flatten(), (entry * keep_BH).flatten(), position_B[:, None].expand_as(to).flatten())

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from dms.cache.offloading import Offloaded, placeholder
-from dms.cache.page_pool import CachedLaunches, PagePool, StoredRows, as_bytes, outside_inference_mode
-from dms_kernels.quantization import quantize
+from dms.cache.page_pool import CachedLaunches, PagePool, StoredRows, as_bytes, outside_inference_mode, stored_rows
 
 # One that is read, and one that is filled.
 NUM_BUFFERS = 2
@@ -360,8 +359,8 @@ class HostPagePool(PagePool):
 
     # Writing.
 
-    def encode(self, values: torch.Tensor) -> StoredRows:
-        return StoredRows(values, None) if self._scales_like is None else StoredRows(*quantize(values, self._rows_like.dtype))
+    def encode(self, kv: torch.Tensor) -> StoredRows:
+        return StoredRows(kv, None) if self._scales_like is None else stored_rows(kv, self._rows_like.dtype)
 
     def put(self, row: torch.Tensor, stored: StoredRows) -> None:
         super().put(row, stored)

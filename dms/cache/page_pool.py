@@ -161,7 +161,12 @@ class StoredRows(NamedTuple):
     numbers: torch.Tensor
     """[K, D], of int4 [K, D / 2]"""
     scales: torch.Tensor | None
-    """[K], of int4 [K, D / g, 2]; None: not quantised"""
+    """[K], of int4 [K, 3, D / g]; None: not quantised"""
+
+
+def stored_rows(kv: torch.Tensor, dtype: torch.dtype) -> StoredRows:
+    """Keys and values [2 K, D], all keys first, as rows of a pool whose pages are of one of `KV_DTYPES`."""
+    return StoredRows(*(x.flatten(0, 1) for x in quantize(kv.unflatten(0, (2, -1)), dtype, 0)))
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +208,7 @@ class PagePool:
         """[N * 2 * P + 1, D], of int4 [N * 2 * P + 1, D / 2]: P keys, then P values of each page. The last row is scratch: where entries go that
         are not kept, so that a step needs no branch."""
         self.row_scales = None if scales is None else torch.zeros(scales[0], dtype=scales[1], device=device)
-        """The scales of each row, [N * 2 * P + 1] or of int4 [N * 2 * P + 1, D / g, 2], where the pool is quantised."""
+        """The scales of each row, [N * 2 * P + 1] or of int4 [N * 2 * P + 1, 3, D / g], where the pool is quantised."""
         self.windows = windows
         self.entry_positions = torch.zeros(1, dtype=torch.int32, device=device) if windows else None
         """[N * P + 1] int32: each entry's position in its document; the last is scratch."""
@@ -346,19 +351,20 @@ class PagePool:
         """Row of an entry's key in `rows`; its value is page_size rows later."""
         return page * (2 * self.page_size) + entry
 
-    def read(self, row: torch.Tensor) -> torch.Tensor:
-        """The values [K, D] of the rows [K], as `write` got them up to rounding."""
+    def keys(self, row: torch.Tensor) -> torch.Tensor:
+        """The keys [K, D] of the rows [K], as `write` got them up to rounding."""
         if self.row_scales is None:
             return self.rows[row]
-        return dequantize(self.rows[row], self.row_scales[row]).to(self.dtype)
+        both = torch.stack([row, row + self.page_size])
+        return dequantize(self.rows[both], self.row_scales[both], 0)[0].to(self.dtype)
 
-    def write(self, row: torch.Tensor, values: torch.Tensor) -> None:
-        """Write values [K, D] to the rows [K]; only the scratch row may occur twice."""
-        self.put(row, self.encode(values))
+    def write(self, row: torch.Tensor, kv: torch.Tensor) -> None:
+        """Write keys and values [2 K, D], all keys first, to their rows [2 K]; only the scratch row may occur twice."""
+        self.put(row, self.encode(kv))
 
-    def encode(self, values: torch.Tensor) -> StoredRows:
-        """Values [K, D] as the pool holds them."""
-        return StoredRows(values, None) if self.row_scales is None else StoredRows(*quantize(values, self.rows.dtype))
+    def encode(self, kv: torch.Tensor) -> StoredRows:
+        """Keys and values [2 K, D], all keys first, as the pool holds them."""
+        return StoredRows(kv, None) if self.row_scales is None else stored_rows(kv, self.rows.dtype)
 
     def stored(self, row: torch.Tensor) -> StoredRows:
         """What the rows [K] hold."""

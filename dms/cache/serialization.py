@@ -21,7 +21,7 @@ from dms.io.weights import save_tensors
 from dms.modes import DMSState
 from dms.placement import value_of
 
-_VERSION = "1"
+_VERSION = "2"
 _STORED = ("ring_kv", "ring_state", "seq_len", "evicted", "decided")
 
 

@@ -214,7 +214,7 @@ def _legend(found: Analysis) -> str:
             parts.append(f"CR: of decided tokens, the last {first + 1} stay.")
     if any(kv.dtype != "model" for kv in found.caches):
         parts.append(
-            "KV of int8 and fp8: a byte a component and a float32 scale for a key or a value; of int4: half a byte, and two float16 numbers for each "
+            "KV of int8 and fp8: a byte a component and a float32 scale for a key or a value; of int4: half a byte, a fifth bit of keys, and two float16 numbers for each "
             "group of 32 components (16 where heads do not divide); the window is at 16 bits."
         )
     node = hardware.load().node

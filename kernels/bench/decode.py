@@ -67,14 +67,14 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> list[Competito
 
     def quantized(name: str) -> Competitor:
         numbers = (ours_bytes - ring_bytes) // dtype.itemsize
-        # A scale and a least number for each group; one scale for a whole key or value hardly counts.
-        paged_bytes = numbers // 2 + numbers // group_size(D) * 4 if name == "int4" else numbers
+        # A scale, a least number and fifth bits for each group; one scale for a whole key or value hardly counts.
+        paged_bytes = numbers // 2 + numbers // group_size(D) * 6 if name == "int4" else numbers
 
         def prepare():
             calls = []
             for seed in range(num_sets(ring_bytes + paged_bytes)):
                 q, cache = _inputs(shape, device, dtype, seed)
-                pages, scales = quantize(cache.paged.pages, KV_DTYPES[name])
+                pages, scales = quantize(cache.paged.pages, KV_DTYPES[name], 1)
                 calls.append(_call(shape, q, replace(cache, paged=replace(cache.paged, pages=pages, page_scales=scales))))
             return calls
 

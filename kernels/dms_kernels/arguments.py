@@ -133,14 +133,14 @@ class PagedKV:
 
     pages: Tensor
     """[N, 2, P, D], keys and values; P 16, 32 or 64; the ring's dtype, or one of `quantization.KV_DTYPES` beside page_scales: int8, float8_e4m3fn,
-    or uint8 [N, 2, P, D / 2] with two components a byte"""
+    or uint8 [N, 2, P, D / 2] with four bits of two components in a byte"""
     page_table: Tensor
     """[B, H, max_pages] int32: each head's pages, oldest first; behind its last page anything. With several windows [B, L, max_pages]: each
     list's"""
     num_kept: Tensor
     """[B, H] int32; with several windows [B, L]"""
     page_scales: Tensor | None = None
-    """[N, 2, P] float32, of uint8 pages [N, 2, P, D / g, 2] float16: the scales of each quantised key and value, as `quantization.quantize` gives
+    """[N, 2, P] float32, of uint8 pages [N, 2, P, 3, D / g] int16: the scales of each quantised key and value, as `quantization.quantize` gives
     them"""
     read_order: ReadOrder | None = None
     """of this table, for `cached_attention`; None: pages are gathered through the table, and nothing is read from the device"""
@@ -488,7 +488,7 @@ def read_pages(paged: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     at = _listed(paged)
     taken = paged.pages[at]
     if paged.page_scales is not None:
-        taken = dequantize(taken, paged.page_scales[at])
+        taken = dequantize(taken, paged.page_scales[at], 3)
     taken = taken.to(dtype)
     k, v = (taken[:, :, :, i].reshape(B, H, S, taken.shape[-1]) for i in (0, 1))
     return k, v, there.view(B, H, S)

@@ -353,7 +353,7 @@ def _add_pages(
         for lo in range(0, n, step):
             hi = min(n, lo + step)
             part = slice(run.where.start + lo, run.where.start + hi) if isinstance(run.where, slice) else run.where[lo:hi]
-            chosen = paged.pages[part] if paged.page_scales is None else dequantize(paged.pages[part], paged.page_scales[part])
+            chosen = paged.pages[part] if paged.page_scales is None else dequantize(paged.pages[part], paged.page_scales[part], 1)
             chosen = _near(chosen, rows.dtype)
             hidden = None
             if asking is not None and paged.positions is not None and run.lifetime is not None:
@@ -480,7 +480,7 @@ def _entries(paged: PagedKV, b: int, entry: int, dtype: torch.dtype) -> tuple[Te
     table = paged.page_table[b, entry, : -(-num_kept // P)].long()
     taken = paged.pages[table]
     if paged.page_scales is not None:
-        taken = dequantize(taken, paged.page_scales[table]).to(dtype)
+        taken = dequantize(taken, paged.page_scales[table], 1).to(dtype)
     return taken[:, 0].flatten(0, 1)[:num_kept], taken[:, 1].flatten(0, 1)[:num_kept]
 
 

@@ -173,9 +173,9 @@ def test_the_newest_tokens_see_all_but_parts_of_front_pages(seed, windows, shape
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_quantised_pages_are_read_as_what_they_stand_for(kv_dtype):
     text = _read_text(4, (2, 40, 90), B=2, H=2, D=32, P=16, length=100, num_new=3)
-    pages, scales = quantize(text.pages.pages, KV_DTYPES[kv_dtype])
+    pages, scales = quantize(text.pages.pages, KV_DTYPES[kv_dtype], 1)
     stored = replace(text.pages, pages=pages, page_scales=scales)
-    stands_for = replace(text.pages, pages=dequantize(pages, scales).double())
+    stands_for = replace(text.pages, pages=dequantize(pages, scales, 1).double())
     q = torch.randn(2, 4, 3, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     position = (torch.tensor(text.stored)[:, None] + torch.arange(3)).int()
     at = position.long()[:, None].expand(2, 2, 3)

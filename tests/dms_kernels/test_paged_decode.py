@@ -39,7 +39,7 @@ def _by_loops(case: Case) -> torch.Tensor:
                 for i in range(int(kept[b, h]) if pages is not None else 0):
                     where = int(table[b, h, i // pages.shape[2]]), slice(None), i % pages.shape[2]
                     scales = given_.get("page_scales")
-                    entries.append((pages[where] if scales is None else dequantize(pages[where], scales[where])).double())
+                    entries.append((pages[where] if scales is None else dequantize(pages[where], scales[where], 0)).double())
                 tokens = [
                     (s, int(ring_state[b, h, s % (window + 1)]), ring[b, h, :, s % (window + 1)]) for s in range(max(0, n - window - 1), n)
                 ]
@@ -250,7 +250,7 @@ def _same_precision(case: Case) -> torch.Tensor:
     """What PyTorch gives for one head of one row: keys, values, scores and weights rounded to q's dtype."""
     stored, n, dtype = case.stored, int(case.stored["num_kept"]), case.stored["q"].dtype
     table = stored["page_table"][0, 0, : -(-n // stored["pages"].shape[2])].long()
-    taken = dequantize(stored["pages"][table], case.options["page_scales"][table]).to(dtype)
+    taken = dequantize(stored["pages"][table], case.options["page_scales"][table], 1).to(dtype)
     k, v = torch.cat([taken.transpose(0, 1).flatten(1, 2)[:, :n], stored["ring_kv"][0, 0]], 1)
     weights = (stored["q"][0, :, 0] @ k.T * case.options["scale"]).softmax(-1)
     return (weights @ v)[None, None]

@@ -37,7 +37,7 @@ def make_cache(
         if page_dtype is None:
             pages[part] = numbers
         else:
-            pages[part], options["page_scales"][part] = quantize(numbers, page_dtype)
+            pages[part], options["page_scales"][part] = quantize(numbers, page_dtype, 1)
     stored = [
         normal(B, H * G, T, D).to(dtype), normal(B, H, 2, window + 1, D).to(dtype), below(3, B, H, window + 1).to(torch.uint8),
         below(3 * window + 2, B) + window + 1, pages, table, kept,
@@ -98,7 +98,7 @@ def same_precision(stored: list, options: dict) -> torch.Tensor:
             n = int(kept[b, h])
             own = pages[table[b, h, : -(-n // P)].long()]
             if "page_scales" in options:
-                own = dequantize(own, options["page_scales"][table[b, h, : -(-n // P)].long()]).to(q.dtype)
+                own = dequantize(own, options["page_scales"][table[b, h, : -(-n // P)].long()], 1).to(q.dtype)
             own = own.transpose(0, 1).flatten(1, 2)[:, :n]
             k, v = torch.cat([own, ring[b, h]], 1)
             heads = slice(h * Hq // H, (h + 1) * Hq // H)

@@ -12,6 +12,7 @@ from dms_kernels.quantization import dequantize, scales_of_pages, stored_width
 from dms_kernels.sparse_prefill import _align, attend, reference, store_survivors
 
 pytest.importorskip("triton")
+from decode_cases import STALE_SCALE
 from sparse_prompts import STALE, TOLERANCE, error, in_float64, make_case, use_tiles
 
 interpreted = pytest.mark.skipif(not dispatch.is_interpreted(), reason="Triton's interpreter is off, as where a GPU is")
@@ -35,7 +36,7 @@ def empty_pages(num_pages, P, D, dtype) -> tuple[torch.Tensor, torch.Tensor | No
     if beside is None:
         return torch.full((num_pages, 2, P, D), STALE, dtype=dtype), None
     pages = torch.full((num_pages, 2, P, stored_width(D, dtype)), 99, dtype=dtype)
-    return pages, torch.full(beside[0], STALE, dtype=beside[1])
+    return pages, torch.full(beside[0], STALE_SCALE[beside[1]], dtype=beside[1])
 
 
 @interpreted
@@ -69,14 +70,14 @@ def test_survivors_lie_where_the_reference_puts_them(monkeypatch, P, page_dtype)
             for n, s in enumerate(keep[b, h].nonzero()[:, 0].tolist()):
                 place = int(num_kept[b, h]) + n
                 page, entry = int(table[b, h, place // P]), place % P
-                for i, x in enumerate((k, v)):
-                    found, bound = pages[page, i, entry], 0.0
-                    if scales is not None:
-                        # Of int4 the least component, which comes after the scale, is rounded too.
-                        bound = float(scales[page, i, entry][..., 0].max() if found.dtype == torch.uint8 else scales[page, i, entry])
-                        bound *= 0.52 if found.dtype == torch.uint8 else 0.5001
-                        found = dequantize(found, scales[page, i, entry])
-                    torch.testing.assert_close(found.float(), x[b, h, s].float(), rtol=0, atol=bound)
+                found, bound = pages[page, :, entry], torch.zeros(2)
+                if scales is not None:
+                    beside = scales[page, :, entry]
+                    # Of int4 the least component, which comes after the scale, is rounded too.
+                    bound = beside[:, 0].view(torch.float16).float().amax(1) * 0.52 if found.dtype == torch.uint8 else beside * 0.5001
+                    found = dequantize(found, beside, 0)
+                for one, x, most in zip(found, (k, v), bound.tolist(), strict=True):
+                    torch.testing.assert_close(one.float(), x[b, h, s].float(), rtol=0, atol=most)
                 written += 1
     assert int((pages != 99).any(-1).sum() if scales is not None else pages.isfinite().all(-1).sum()) in range(
         2 * written - 2, 2 * written + 1

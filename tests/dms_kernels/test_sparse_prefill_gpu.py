@@ -34,7 +34,7 @@ def make_pages(B=2, H=2, D=128, P=64, most_kept=1000, dtype=torch.bfloat16, page
     pages = torch.randn(B * H * max_pages, 2, P, D, device="cuda")
     if page_dtype is None:
         return [pages.to(dtype), table, num_kept], {}
-    pages, scales = quantize(pages, page_dtype)
+    pages, scales = quantize(pages, page_dtype, 1)
     return [pages, table, num_kept], {"page_scales": scales}
 
 
@@ -52,7 +52,7 @@ def same_precision(q, k, v, evicted, start, pages, table, num_kept, *, window, s
     if pages is not None:
         held = torch.arange(table.shape[2] * pages.shape[2], device="cuda") < num_kept[..., None]
         taken = pages[table.long()]
-        taken = taken if page_scales is None else dequantize(taken, page_scales[table.long()])
+        taken = taken if page_scales is None else dequantize(taken, page_scales[table.long()], 3)
         taken = taken.to(q.dtype)
         k, v = (torch.cat([taken[:, :, :, i].reshape(B, H, -1, D), x], 2) for i, x in enumerate((k, v)))
         see = torch.cat([held[:, :, None].expand(B, H, T, -1), see.expand(B, H, T, S)], 3)

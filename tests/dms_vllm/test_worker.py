@@ -317,7 +317,7 @@ def test_a_page_takes_what_the_pool_says(kv_dtype, windows):
     pool = FixedPool(torch.zeros(7 * bytes_each + 512, dtype=torch.int8), 16, 32, torch.bfloat16, kv_dtype=kv_dtype, windows=windows)
     # Beside these a pool counts a page's references and its place on the free list.
     assert pool.num_pages == 7 and pool.page_bytes == bytes_each + 8
-    row, values = torch.tensor([0, pool.scratch - 1]), torch.randn(2, 32, dtype=torch.bfloat16)
-    pool.write(row, values)
-    expected = values if kv_dtype is None else fake_quantize(values, KV_DTYPES[kv_dtype])
-    assert torch.equal(pool.read(row), expected)
+    row, kv = torch.tensor([0, pool.scratch - 17]), torch.randn(4, 32, dtype=torch.bfloat16)
+    pool.write(torch.cat([row, row + 16]), kv)
+    expected = kv[:2] if kv_dtype is None else fake_quantize(kv[:2], KV_DTYPES[kv_dtype], is_key=True)
+    assert torch.equal(pool.keys(row), expected)

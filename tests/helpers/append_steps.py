@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 from cache_arguments import append_to
+from decode_cases import STALE, STALE_SCALE
 
 from dms_kernels.append import append
 from dms_kernels.append.reference import reference
 from dms_kernels.quantization import dequantize, scales_of_pages, stored_width
-
-STALE = float("nan")
 
 
 def empty_cache(
@@ -40,7 +39,7 @@ def empty_cache(
     if K > 1:
         cache |= {"windows": windows, "positions": torch.full((num_pages, P), 10**6, dtype=torch.int32)}
     scales = scales_of_pages((num_pages, 2, P), D, pages.dtype)
-    return cache | ({} if scales is None else {"page_scales": torch.full(scales[0], STALE, dtype=scales[1])})
+    return cache | ({} if scales is None else {"page_scales": torch.full(scales[0], STALE_SCALE[scales[1]], dtype=scales[1])})
 
 
 def listed(cache: dict, name: str, b: int, h: int) -> torch.Tensor:
@@ -54,7 +53,7 @@ def listed(cache: dict, name: str, b: int, h: int) -> torch.Tensor:
 def kept(cache: dict, b: int, h: int) -> torch.Tensor:
     """Entries of a head's pages, oldest first: [2, n, D] float32."""
     stored = listed(cache, "pages", b, h)
-    return dequantize(stored, listed(cache, "page_scales", b, h)) if "page_scales" in cache else stored.float()
+    return dequantize(stored, listed(cache, "page_scales", b, h), 0) if "page_scales" in cache else stored.float()
 
 
 def assert_same(left: dict, right: dict) -> None:

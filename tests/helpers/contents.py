@@ -15,7 +15,7 @@ def entries_in_pages(store, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]
     table = store.page_table[b, h, : -(-num_kept // pool.page_size)].long()
     pages = pool.pages[table]
     if pool.scales is not None:
-        pages = dequantize(pages, pool.scales[table])
+        pages = dequantize(pages, pool.scales[table], 1)
     return pages[:, 0].flatten(0, 1)[:num_kept], pages[:, 1].flatten(0, 1)[:num_kept]
 
 

@@ -9,6 +9,8 @@ from dms_kernels.quantization import quantize
 
 # What stands where nothing may be read.
 STALE = float("nan")
+# Of int4 the bits of a float16 that is no number.
+STALE_SCALE = {torch.float32: STALE, torch.int16: 0x7E00}
 
 
 @dataclass
@@ -94,10 +96,10 @@ def make_case(
 def quantized_pages(pages: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Pages of numbers, NaN where there is no entry, as pages of `dtype`, anything there, and their scales, NaN there."""
     there = ~pages.isnan().any(-1)
-    stored, scales = quantize(pages, dtype)
+    stored, scales = quantize(pages, dtype, 1)
     anything = torch.randint(0, 127, stored.shape, generator=generator).to(dtype)
     beside = there.view(*there.shape, *[1] * (scales.ndim - there.ndim))
-    return torch.where(there[..., None], stored, anything), torch.where(beside, scales, STALE)
+    return torch.where(there[..., None], stored, anything), torch.where(beside, scales, STALE_SCALE[scales.dtype])
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -62,7 +62,10 @@ class RoundedReference:
         def rounded(query, key, value, *, key_tokens, **kwargs):
             in_pages = key_tokens.position_BT < self._first_in_ring[:, None]
             self.num_rounded += int((in_pages & key_tokens.real).sum())
-            k, v = (torch.where(in_pages[:, None, :, None], fake_quantize(x, self.dtype), x) for x in (key, value))
+            k, v = (
+                torch.where(in_pages[:, None, :, None], fake_quantize(x, self.dtype, is_key), x)
+                for x, is_key in ((key, True), (value, False))
+            )
             return read(query, k, v, key_tokens=key_tokens, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -130,7 +130,7 @@ def by_loops(case: Case) -> torch.Tensor:
                 for n in range(0 if pages is None else int(num_kept[b, h])):
                     page, entry = int(table[b, h, n // pages.shape[2]]), n % pages.shape[2]
                     stored = pages[page, :, entry]
-                    seen.append(tuple((stored if scales is None else dequantize(stored, scales[page, :, entry])).double()))
+                    seen.append(tuple((stored if scales is None else dequantize(stored, scales[page, :, entry], 0)).double()))
                 logits = torch.stack([q[b, head, t] @ key for key, _ in seen]) * case.options["scale"]
                 if case.options["softcap"] is not None:
                     logits = case.options["softcap"] * torch.tanh(logits / case.options["softcap"])

@@ -112,7 +112,7 @@ def make_windows_case(
         for number, entries in enumerate(lists):
             for i, s in enumerate(entries):
                 where = table[number, i // P], slice(None), i % P
-                text_kv[number // (H * K), number // K % H, s] = dequantize(stored["pages"][where], stored["page_scales"][where])
+                text_kv[number // (H * K), number // K % H, s] = dequantize(stored["pages"][where], stored["page_scales"][where], 0)
     new = {}
     if num_new:
         real = torch.rand(B, num_new, generator=generator) >= padding

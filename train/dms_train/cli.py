@@ -307,7 +307,7 @@ def generate(
     kv_dtype: Annotated[
         str | None,
         typer.Option(
-            help="int8, fp8 or int4: entries beyond the window take a byte, or half a byte, a number; model: the model's own dtype. "
+            help="int8, fp8 or int4: entries beyond the window take a byte, or about half of one, a number; model: the model's own dtype. "
             "Default: as the gates were trained."
         ),
     ] = None,

@@ -13,7 +13,7 @@ from dms_kernels import dispatch
 from dms_kernels.append.kernels import append_kernel
 from dms_kernels.arguments import Counters, FreePages, GateInputs, NewToken, PagedKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
-from dms_kernels.packing import group_of, scales_of
+from dms_kernels.packing import group_of
 
 _MOST_BLOCK = 4096
 
@@ -79,7 +79,7 @@ def prepare(
     args = (
         k, v, None if evict is None else evict.view(torch.uint8), None if token.real is None else token.real.contiguous().view(torch.uint8), slot,
         q, rotated, cos, sin, token.q_norm, token.k_norm, hidden, weight, bias,
-        ring.kv, ring.state, ring.seq_len, paged.num_kept, paged.page_table, paged.pages, scales_of(paged.pages, paged.page_scales),
+        ring.kv, ring.state, ring.seq_len, paged.num_kept, paged.page_table, paged.pages, paged.page_scales,
         paged.positions, free_pages.references, free_pages.free, free_pages.num_free, counters.evicted, counters.decided, counters.overflow,
         counters.ticket, counters.ticket[-1:] if K > 1 else None,
         *strides(k, 2), *strides(v, 2), *strides(evict, 2), *strides(q, 2), *strides(cos, 1), *strides(sin, 1), *strides(hidden, 1),

@@ -109,12 +109,9 @@ def _quantize(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _write_entry(row, scales, scale_at, x, dim, D: tl.constexpr, DP: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr):
-    """x [1, DP] as an entry of pages that begins at `row`; of its scales the first is number scale_at."""
-    if GROUP > 0:
-        one = tl.arange(0, 1)
-        store_packed(row + one, scales + scale_at + one, x, one == 0, D, DP, GROUP)
-    elif QUANTIZED:
+def _write_row(row, scales, scale_at, x, dim, D: tl.constexpr, QUANTIZED: tl.constexpr):
+    """x [1, DP] as a key or value of pages that begins at `row`, with scale number scale_at."""
+    if QUANTIZED:
         numbers, scale = _quantize(x, row.dtype.element_ty)
         tl.store(row + dim[None, :], numbers, mask=(dim < D)[None, :])
         tl.store(scales + scale_at, scale)
@@ -236,9 +233,6 @@ def append_kernel(
 ):  # fmt: skip
     """Grid (H, B). States: 0 keep, 1 evict, 2 undecided, c + 1 for class c > 1. WINDOWS: all K of them where there are several. Row `row` of the
     state is that of sequence b. GROUP: beside pages of int4, as in `packing`; else 0."""
-    # Of an entry in pages.
-    WIDTH: tl.constexpr = D // 2 if GROUP > 0 else D
-    SCALES: tl.constexpr = D // GROUP if GROUP > 0 else 1
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = b
     if SLOTS:
@@ -343,10 +337,13 @@ def append_kernel(
         else:
             page = _take_page(kept // P, kept % P, table_row, max_pages, references, free, num_free)
         if page >= 0:
-            page_k = pages + page.to(tl.int64) * (2 * P * WIDTH) + kept % P * WIDTH
-            scale_at = (page.to(tl.int64) * (2 * P) + kept % P) * SCALES
-            _write_entry(page_k, scales, scale_at, leaving_k, dim, D, DP, QUANTIZED, GROUP)
-            _write_entry(page_k + P * WIDTH, scales, scale_at + P * SCALES, leaving_v, dim, D, DP, QUANTIZED, GROUP)
+            place = page.to(tl.int64) * (2 * P) + kept % P
+            if GROUP > 0:
+                page_row, scale_row = pages + place * (D // 2) + one, scales + place * (3 * (D // GROUP)) + one
+                store_packed(page_row, scale_row, leaving_k, leaving_v, one == 0, P, D, DP, GROUP)
+            else:
+                _write_row(pages + place * D, scales, place, leaving_k, dim, D, QUANTIZED)
+                _write_row(pages + (place + P) * D, scales, place + P, leaving_v, dim, D, QUANTIZED)
             if K > 1:
                 tl.store(positions + page.to(tl.int64) * P + kept % P, length - window - 1)
             tl.store(num_kept + number, kept + 1)

@@ -148,7 +148,7 @@ def _store(leaves_BL: Tensor, kv_BH2D: Tensor, position_B: Tensor, paged: PagedK
     h = number // (leaves_BL.shape[1] // kv_BH2D.shape[1])
     page, entry, kv = paged.page_table[b, number, place[b, number]].long(), entry[b, number], kv_BH2D[b, h]
     if paged.page_scales is not None:
-        kv, paged.page_scales[page, :, entry] = quantize(kv, paged.pages.dtype)
+        kv, paged.page_scales[page, :, entry] = quantize(kv, paged.pages.dtype, 1)
     paged.pages[page, :, entry] = kv.to(paged.pages.dtype)
     if paged.positions is not None:
         paged.positions[page, entry] = position_B[b].int()

@@ -387,7 +387,9 @@ def each_head(
                 near = KeyList(0, k_TD, v_TD, None, None, None, None)
                 yield b, h, (near, near)
         return
-    far_k, far_v = (k, v) if geometry.stored is None else (fake_quantize(x, geometry.stored) for x in (k, v))
+    far_k, far_v = k, v
+    if geometry.stored is not None:
+        far_k, far_v = fake_quantize(k, geometry.stored, is_key=True), fake_quantize(v, geometry.stored, is_key=False)
     norm_q_BH = torch.linalg.vector_norm(q, dim=3, dtype=dtype).amax(1).view(B, H, Hq // H).amax(2)
     ceiling_BTH = torch.linalg.vector_norm(far_k, dim=3, dtype=dtype) * norm_q_BH[:, None] * geometry.scale
     if geometry.softcap is not None:

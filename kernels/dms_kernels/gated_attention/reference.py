@@ -39,7 +39,9 @@ def gated_attention_reference(
     scores_BHqTT = torch.einsum("bqhd,bkhd->bhqk", q, k_BTHqD) * scale
     far_TT = None
     if kv_dtype is not None and log_keep is not None:
-        far_k_BTHqD, far_v_BTHqD = (x + (fake_quantize(x, KV_DTYPES[kv_dtype]) - x).detach() for x in (k_BTHqD, v_BTHqD))
+        far_k_BTHqD, far_v_BTHqD = (
+            x + (fake_quantize(x, KV_DTYPES[kv_dtype], is_key) - x).detach() for x, is_key in ((k_BTHqD, True), (v_BTHqD, False))
+        )
         index_T = torch.arange(T, device=q.device)
         far_TT = index_T < (index_T // chunk * chunk)[:, None] - (window if isinstance(window, int) else window[0])
         scores_BHqTT = torch.where(far_TT, torch.einsum("bqhd,bkhd->bhqk", q, far_k_BTHqD) * scale, scores_BHqTT)

@@ -14,7 +14,7 @@ from dms_kernels import dispatch
 from dms_kernels.arguments import AttentionCall, PagedKV, PendingKV, Ring, expect_contiguous, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded, power_of_two
 from dms_kernels.launching import CachedLaunch, Launch, on_device_of, specialization
-from dms_kernels.packing import group_of, scales_of
+from dms_kernels.packing import group_of
 from dms_kernels.paged_decode.kernels import decode_kernel
 
 # Rows of queries that a program holds at a time; heads with more take several blocks, and read their keys as often.
@@ -119,7 +119,7 @@ def prepare(
     new = (None,) * 4 if pending is None else (with_dense_rows(pending.k), with_dense_rows(pending.v), pending.position, pending.state)
     stored: tuple[Tensor | None, ...] = (None,) * 5
     if paged is not None:
-        stored = paged.pages, paged.page_table, paged.num_kept, scales_of(paged.pages, paged.page_scales), paged.positions
+        stored = paged.pages, paged.page_table, paged.num_kept, paged.page_scales, paged.positions
     named = dict(zip(("pages", "page_table", "num_kept", "page_scales", "page_positions"), stored, strict=True))
     expect_contiguous(
         ring_kv=ring.kv, ring_state=ring.state, seq_len=ring.seq_len, q_position=q_position, real=real, slot=slot, new_position=new[2],

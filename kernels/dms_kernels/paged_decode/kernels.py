@@ -201,9 +201,9 @@ def _read_stored(
         k_row = base + row
         there = offs < num_here
         if GROUP > 0:
-            scale_row = scales + (page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P) * (D // GROUP)
-            k = load_packed(k_row, scale_row, there, q.dtype, D, DP, GROUP, True)
-            v = load_packed(k_row + to_v, scale_row + P * (D // GROUP), there, q.dtype, D, DP, GROUP, True)
+            scale_row = scales + (page.to(tl.int64) * (2 * P) + (place * TILE + offs) % P) * (3 * (D // GROUP))
+            k = load_packed(k_row, scale_row, there, q.dtype, True, P, D, DP, GROUP, True)
+            v = load_packed(k_row, scale_row, there, q.dtype, False, P, D, DP, GROUP, True)
         else:
             if DP == D:
                 mask = there[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dms_kernels import dispatch
 from dms_kernels.arguments import AttentionCall, strides, with_dense_rows
 from dms_kernels.dispatch import ceil_div, padded
-from dms_kernels.packing import group_of, scales_of
+from dms_kernels.packing import group_of
 from dms_kernels.sparse_prefill.kernels import list_kept_kernel, merge_kernel, prefill_kernel, store_survivors_kernel
 
 # Entries that a program of list_kept_kernel, and one of store_survivors_kernel, looks at.
@@ -113,7 +113,7 @@ def prefill(
             kept,
             num_before,
             pages,
-            scales_of(pages, page_scales),
+            page_scales,
             page_positions,
             page_table,
             num_kept,
@@ -204,7 +204,7 @@ def store(
             num_kept,
             page_table,
             pages,
-            scales_of(pages, page_scales),
+            page_scales,
             position,
             page_positions,
             S,

@@ -155,9 +155,9 @@ def _add_pages(
         v_scale = None
         if GROUP > 0:
             at = pages + row * (D // 2)
-            scale_at = scales + row * (D // GROUP)
-            k = load_packed(at, scale_at, None, q.dtype, D, d.shape[0], GROUP, False)
-            v = load_packed(at + P * (D // 2), scale_at + P * (D // GROUP), None, q.dtype, D, d.shape[0], GROUP, False)
+            scale_at = scales + row * (3 * (D // GROUP))
+            k = load_packed(at, scale_at, None, q.dtype, True, P, D, d.shape[0], GROUP, False)
+            v = load_packed(at, scale_at, None, q.dtype, False, P, D, d.shape[0], GROUP, False)
         else:
             at = pages + row[:, None] * D + d[None, :]
             k = _rows(at, d, None, D, False).to(q.dtype)
@@ -550,18 +550,17 @@ def store_survivors_kernel(
         if K > 1:
             tl.store(page_positions + page * P + mine % P, tl.load(position + b.to(tl.int64) * S + s, mask=stays, other=0), mask=stays)
         at = s.to(tl.int64)[:, None]
-        _store_rows(k + at * stride_ks + d[None, :], pages, scales, row, stays, d, D, LARGEST, ROUND, GROUP)
-        _store_rows(v + at * stride_vs + d[None, :], pages, scales, row + P, stays, d, D, LARGEST, ROUND, GROUP)
+        key = _rows(k + at * stride_ks + d[None, :], d, stays, D, True)
+        value = _rows(v + at * stride_vs + d[None, :], d, stays, D, True)
+        if GROUP > 0:
+            store_packed(pages + row * (D // 2), scales + row * (3 * (D // GROUP)), key, value, stays, P, D, BLOCK_D, GROUP)
+        else:
+            _store_rows(key, pages, scales, row, stays, d, D, LARGEST, ROUND)
+            _store_rows(value, pages, scales, row + P, stays, d, D, LARGEST, ROUND)
 
 
 @triton.jit
-def _store_rows(
-    pointers_ND, pages, scales, row, stays, d, D: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    x = _rows(pointers_ND, d, stays, D, True)
-    if GROUP > 0:
-        store_packed(pages + row * (D // 2), scales + row * (D // GROUP), x, stays, D, d.shape[0], GROUP)
-        return
+def _store_rows(x, pages, scales, row, stays, d, D: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
     if scales is not None:
         x = x.to(tl.float32)
         scale = tl.max(tl.abs(x), 1) / LARGEST

@@ -75,8 +75,7 @@ def store_survivors_reference(k: Tensor, v: Tensor, keep: Tensor, paged: PagedKV
     page, entry, h = paged.page_table[b, number, place // P].long(), place % P, number // K
     if paged.positions is not None and position is not None:
         paged.positions[page, entry] = position[b, s]
-    for i, x in enumerate((k, v)):
-        rows = x[b, h, s]
-        if paged.page_scales is not None:
-            rows, paged.page_scales[page, i, entry] = quantize(rows, paged.pages.dtype)
-        paged.pages[page, i, entry] = rows.to(paged.pages.dtype)
+    kv = torch.stack([k[b, h, s], v[b, h, s]], 1)
+    if paged.page_scales is not None:
+        kv, paged.page_scales[page, :, entry] = quantize(kv, paged.pages.dtype, 1)
+    paged.pages[page, :, entry] = kv.to(paged.pages.dtype)

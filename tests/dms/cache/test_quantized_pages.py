@@ -15,8 +15,12 @@ def rounding(monkeypatch):
     encode = PagePool.encode
 
     def as_pages_of(kv_dtype):
-        def rounded(pool, values):
-            return encode(pool, values if pool.row_scales is not None else fake_quantize(values, KV_DTYPES[kv_dtype]))
+        def rounded(pool, kv):
+            if pool.row_scales is None:
+                kv = torch.cat(
+                    [fake_quantize(x, KV_DTYPES[kv_dtype], is_key) for x, is_key in zip(kv.chunk(2), (True, False), strict=True)]
+                )
+            return encode(pool, kv)
 
         monkeypatch.setattr(PagePool, "encode", rounded)
 
@@ -65,7 +69,7 @@ def test_what_rounding_costs_and_saves(kv_dtype, most, evicting, make_batch):
     # A decision near its threshold may fall otherwise.
     assert smaller.alive == pytest.approx(report.alive, rel=0.01 if kv_dtype == "int8" else 0.05)
     head_dim = model.config.head_dim
-    stored = head_dim / 2 + 4 * head_dim / group_size(head_dim) if kv_dtype == "int4" else head_dim + 4
+    stored = head_dim / 2 + 6 * head_dim / group_size(head_dim) if kv_dtype == "int4" else head_dim + 4
     assert smaller.bytes_alive < stored / (4 * head_dim) * report.bytes_alive * 1.1
     assert smaller.bytes_alive < smaller.bytes < 0.6 * report.bytes
     # Of 2 sequences, 2 layers and 2 heads: keys and values of the 5 newest tokens in float32, and a state of each.

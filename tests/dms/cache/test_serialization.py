@@ -170,5 +170,5 @@ def test_no_file_and_another_kind_of_file(saved, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(3)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match=r"holds no cache of this version of dms \(1\): version is None"):
+    with pytest.raises(ValueError, match=r"holds no cache of this version of dms \(2\): version is None"):
         DMSCache.load(tmp_path / "weights", one.model)
