@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from dms.cache.offloading import Offloaded, placeholder
 from dms.config import nearest
 from dms_kernels.arguments import FOR_GOOD
-from dms_kernels.quantization import KV_DTYPES, dequantize, quantize, scales_of_pages, stored_width
+from dms_kernels.quantization import KV_DTYPES, quantize, scales_of_pages, stored_width
 
 # Growth copies the pool. A little at a time keeps its size close to what is used; the copies cost about one read of the
 # pool for every P / 32 kept tokens a head.
@@ -350,13 +350,6 @@ class PagePool:
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """Row of an entry's key in `rows`; its value is page_size rows later."""
         return page * (2 * self.page_size) + entry
-
-    def keys(self, row: torch.Tensor) -> torch.Tensor:
-        """The keys [K, D] of the rows [K], as `write` got them up to rounding."""
-        if self.row_scales is None:
-            return self.rows[row]
-        both = torch.stack([row, row + self.page_size])
-        return dequantize(self.rows[both], self.row_scales[both], 0)[0].to(self.dtype)
 
     def write(self, row: torch.Tensor, kv: torch.Tensor) -> None:
         """Write keys and values [2 K, D], all keys first, to their rows [2 K]; only the scratch row may occur twice."""

@@ -12,7 +12,7 @@ from dms.cache.layer import CompactedLayer
 from dms.cache.page_pool import CacheFull
 from dms.config import DMSConfig
 from dms.masks import Tokens
-from dms_kernels.quantization import KV_DTYPES, fake_quantize
+from dms_kernels.quantization import KV_DTYPES, dequantize, fake_quantize
 from dms_vllm.pool import FixedPool, page_bytes
 from dms_vllm.vouchers import Geometry, Ledger
 from dms_vllm.worker import Part, Worker
@@ -319,5 +319,7 @@ def test_a_page_takes_what_the_pool_says(kv_dtype, windows):
     assert pool.num_pages == 7 and pool.page_bytes == bytes_each + 8
     row, kv = torch.tensor([0, pool.scratch - 17]), torch.randn(4, 32, dtype=torch.bfloat16)
     pool.write(torch.cat([row, row + 16]), kv)
-    expected = kv[:2] if kv_dtype is None else fake_quantize(kv[:2], KV_DTYPES[kv_dtype], is_key=True)
-    assert torch.equal(pool.keys(row), expected)
+    stored = pool.stored(torch.stack([row, row + 16]))
+    read = stored.numbers if stored.scales is None else dequantize(stored.numbers, stored.scales, 0)
+    for found, x, is_key in zip(read, kv.chunk(2), (True, False), strict=True):
+        assert torch.equal(found.to(x.dtype), x if kv_dtype is None else fake_quantize(x, KV_DTYPES[kv_dtype], is_key))

@@ -170,7 +170,7 @@ class PolicyLayer(CompactedLayer):
         P = store.pool.page_size
         entry_BHs = (torch.arange(num_places - 1, device=ring_BH1D.device) - self._first_places()).clamp(min=0)
         row_BHs = store.pool.row_of(store.page_table.long().gather(2, entry_BHs // P), entry_BHs % P) + (0 if keys else P)
-        return torch.cat([store.pool.keys(row_BHs.flatten()).view(B, H, num_places - 1, -1), ring_BH1D], 2)
+        return torch.cat([store.pool.rows[row_BHs], ring_BH1D], 2)
 
     def begin_second_reading(self) -> None:
         """The prompt comes again: the policy hears how its entries are read."""

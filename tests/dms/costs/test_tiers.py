@@ -63,7 +63,7 @@ def test_a_dense_cache_outside_by_hand(llama, dtype):
 def test_an_evicting_cache_outside_by_hand(llama):
     """The ring stays: it does not cross at each step, and comes back with an idle conversation."""
     kv, pages = KV(cr=8.0, dtype="int4"), (32768 - 257) / 8 / 64 + 0.5
-    one, moved = point(llama, "host", kv), 32 * 8 * pages * 64 * 160
+    one, moved = point(llama, "host", kv), 32 * 8 * pages * 64 * 176
     # Ring and flags; 64 places of a table; of a page a count and a free place; counts of a head and of a sequence in a layer.
     beside = 32 * 8 * (257 * 513 + 64 * 4 + pages * 8 + 12) + 32 * 12
     assert one.moved_bytes == pytest.approx(moved) and one.cache_bytes == pytest.approx(moved + beside)
@@ -155,5 +155,5 @@ def test_the_command_shows_and_writes_tiers(tmp_path):
     values = json.loads(out.read_text())
     assert len(values["tiers"]) == 3 * 3 * 3
     (one,) = [one for one in values["tiers"] if (one["tier"], one["cr_decided"], one["kv_dtype"]) == ("host", 8.0, "int4")]
-    assert (one["batch"], one["binds"]) == (1413, "PCIe") and one["tokens_per_second"] == pytest.approx(1413 / one["seconds"])
+    assert (one["batch"], one["binds"]) == (1381, "PCIe") and one["tokens_per_second"] == pytest.approx(1381 / one["seconds"])
     assert values["node"]["drive"]["read"] == 6.5e9 and values["gpu"]["pcie"] == 64e9
