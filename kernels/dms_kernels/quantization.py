@@ -4,9 +4,9 @@ int8 and fp8 (e4m3): a number a component, and one float32 scale for each key an
 them a scale and the group's least component in float16. Keys have a fifth bit for each component, beside the scales of their entry: a page's
 keys and values then are rows of one size.
 
-Why the fifth bit: what 4 bits lose is lost in the keys. Grouped along tokens, a channel each (KIVI, arXiv 2402.02750), 4 bits lose no less than
-5 do along channels, and a page's keys wait in the model's dtype until their group is full, which takes more bytes up to contexts of some ten
-thousand tokens (docs/results.md, "Eviction and bits").
+Why the fifth bit: what 4 bits lose is lost in the keys. Grouped along 32 tokens of a channel (KIVI, arXiv 2402.02750), 4 bits lose no less than 5
+do along channels, and keys wait in the model's dtype until their group is full: more bytes than the fifth bits take of a list of 512 entries
+(docs/results.md, "Eviction and bits").
 
 Shapes: D head dim, g = group_size(D).
 """
