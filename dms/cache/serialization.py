@@ -21,7 +21,8 @@ from dms.io.weights import save_tensors
 from dms.modes import DMSState
 from dms.placement import value_of
 
-_VERSION = "2"
+# Of int4 keys have had a fifth bit since 2; all others are written as before.
+_VERSION, _VERSION_OF_INT4 = "1", "2"
 _STORED = ("ring_kv", "ring_state", "seq_len", "evicted", "decided")
 
 
@@ -99,7 +100,7 @@ def describe(layers: Sequence[Any], state: DMSState, rotary_length: int | None) 
 
 def write(saved: SavedCache, path: Path) -> None:
     metadata = {
-        "version": _VERSION,
+        "version": _version_of(saved.settings),
         "model": saved.model,
         "columns": json.dumps(saved.columns),
         "dms": json.dumps(saved.settings),
@@ -122,12 +123,23 @@ def read(path: Path) -> SavedCache:
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} holds no cache of this version of dms ({_VERSION}): version is {metadata.get('version')!r}")
+    if metadata.get("version") not in (_VERSION, _VERSION_OF_INT4):
+        raise ValueError(
+            f"{path} holds no cache of this version of dms ({_VERSION}, of int4 {_VERSION_OF_INT4}): version is {metadata.get('version')!r}"
+        )
     digest = metadata.pop("sha256", None)
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its contents are not what was written; prefill the text again")
-    return SavedCache(metadata["model"], json.loads(metadata["dms"]), json.loads(metadata["columns"]), tensors)
+    settings = json.loads(metadata["dms"])
+    if metadata["version"] != _version_of(settings):
+        raise ValueError(
+            f"{path} holds int4 entries with four bits for keys, as an older version of dms stored them; prefill the text again"
+        )
+    return SavedCache(metadata["model"], settings, json.loads(metadata["columns"]), tensors)
+
+
+def _version_of(settings: dict[str, Any]) -> str:
+    return _VERSION_OF_INT4 if settings.get("kv_dtype") == "int4" else _VERSION
 
 
 def fingerprint(state: DMSState) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dms.cache import CacheFull, DMSCache, held_bytes
+from dms.cache import CacheFull, DMSCache, held_bytes, serialization
 from dms.retrofitting import gate_parameters
 
 
@@ -170,5 +170,19 @@ def test_no_file_and_another_kind_of_file(saved, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(3)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match=r"holds no cache of this version of dms \(2\): version is None"):
+    with pytest.raises(ValueError, match=r"holds no cache of this version of dms \(1, of int4 2\): version is None"):
         DMSCache.load(tmp_path / "weights", one.model)
+
+
+@torch.no_grad()
+def test_entries_of_int4_as_they_were_before_are_refused(evicting, make_batch, tmp_path, monkeypatch):
+    model = evicting(window=4)
+    cache = DMSCache(model, page_size=16, kv_dtype="int4")
+    model(input_ids=make_batch(1, 60)["input_ids"], past_key_values=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "_VERSION_OF_INT4", "1")
+        cache.save(tmp_path / "old")
+    with pytest.raises(ValueError, match="holds int4 entries with four bits for keys, as an older version of dms stored them; prefill"):
+        DMSCache.load(tmp_path / "old", model)
+    cache.save(tmp_path / "new")
+    DMSCache.load(tmp_path / "new", model)
