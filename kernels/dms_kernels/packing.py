@@ -7,13 +7,16 @@ of GROUP. Pointers are those of the keys' rows; TO_VALUE rows behind each is tha
 import torch
 from torch import Tensor
 
-from dms_kernels.quantization import group_size
+from dms_kernels.quantization import KEY_LEVELS, VALUE_LEVELS, group_size
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
     raise RuntimeError("this needs Triton; install it (pip install triton)") from error
+
+
+_KEY_LEVELS, _VALUE_LEVELS = tl.constexpr(KEY_LEVELS), tl.constexpr(VALUE_LEVELS)
 
 
 def group_of(pages: Tensor | None, head_dim: int) -> int:
@@ -46,7 +49,7 @@ def store_packed(
     GROUPS: tl.constexpr = D // GROUP
     at, group = tl.arange(0, DP // 2)[None, :], tl.arange(0, DP // GROUP)[None, :]
     there, there_group = there_N[:, None] & (at < D // 2), there_N[:, None] & (group < GROUPS)
-    even, odd, scale, least = _codes(k, 31, GROUP)
+    even, odd, scale, least = _codes(k, _KEY_LEVELS, GROUP)
     scales = scale_rows_N[:, None] + group
     bit = tl.arange(0, GROUP // 2)[None, None, :]
     tl.store(rows_N[:, None] + at, tl.reshape((even & 15) | (odd & 15) << 4, [k.shape[0], DP // 2]).to(tl.uint8), mask=there)
@@ -54,7 +57,7 @@ def store_packed(
     tl.store(scales + GROUPS, least, mask=there_group)
     tl.store(scales + 2 * GROUPS, tl.sum(even >> 4 << bit, 2).to(tl.int16), mask=there_group)
     fifth = tl.sum(odd >> 4 << bit, 2).to(tl.int16)
-    even, odd, scale, least = _codes(v, 15, GROUP)
+    even, odd, scale, least = _codes(v, _VALUE_LEVELS, GROUP)
     scales += TO_VALUE * 3 * GROUPS
     tl.store(rows_N[:, None] + TO_VALUE * (D // 2) + at, tl.reshape(even | odd << 4, [k.shape[0], DP // 2]).to(tl.uint8), mask=there)
     tl.store(scales, scale, mask=there_group)

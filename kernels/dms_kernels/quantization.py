@@ -5,7 +5,7 @@ them a scale and the group's least component in float16. Keys have a fifth bit f
 keys and values then are rows of one size.
 
 Why the fifth bit: what 4 bits lose is lost in the keys. Grouped along 32 tokens of a channel (KIVI, arXiv 2402.02750), 4 bits lose no less than 5
-do along channels, and keys wait in the model's dtype until their group is full: more bytes than the fifth bits take of a list of 512 entries
+do along channels, and keys wait in the model's dtype until their group is full: for each list as many bytes as the fifth bits of 512 entries
 (docs/results.md, "Eviction and bits").
 
 Shapes: D head dim, g = group_size(D).
@@ -84,7 +84,7 @@ def dequantize(stored: Tensor, scales: Tensor, dim: int) -> Tensor:
     fifth = torch.stack([word[..., None] & bit != 0 for word in scales[..., 2, :].unbind(dim)], -1).flatten(-3, -2)
     codes.select(dim, 0).add_(fifth, alpha=16)
     scale, least = scales[..., :2, :].contiguous().view(torch.float16).float().unbind(-2)
-    return torch.addcmul(least[..., None], codes.flatten(-2).unflatten(-1, (scales.shape[-1], -1)).float(), scale[..., None]).flatten(-2)
+    return _values(codes.flatten(-2).unflatten(-1, (scales.shape[-1], -1)), scale, least)
 
 
 def fake_quantize(x: Tensor, dtype: torch.dtype, is_key: bool) -> Tensor:
@@ -92,7 +92,7 @@ def fake_quantize(x: Tensor, dtype: torch.dtype, is_key: bool) -> Tensor:
     if dtype != torch.uint8:
         return dequantize(*quantize(x, dtype, 0), 0).to(x.dtype)
     codes, scale, least = _codes(x.float(), KEY_LEVELS if is_key else VALUE_LEVELS)
-    return torch.addcmul(least.float()[..., None], codes.float(), scale.float()[..., None]).flatten(-2).to(x.dtype)
+    return _values(codes, scale.float(), least.float()).to(x.dtype)
 
 
 def _codes(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +103,11 @@ def _codes(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((groups.amax(-1) - groups.amin(-1)) * (1.0 / levels)).clamp(max=_LARGEST_HALF).half()
     step = torch.where(scale > 0, scale, 1.0).float()[..., None]
     return torch.floor((groups - least.float()[..., None]) * (1.0 / step) + 0.5).clamp(0, levels).int(), scale, least
+
+
+def _values(codes: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+    """What codes [..., D / g, g] stand for beside scale and least component [..., D / g] float32: [..., D] float32."""
+    return torch.addcmul(least[..., None], codes.float(), scale[..., None]).flatten(-2)
 
 
 def _as_word(bits: Tensor) -> Tensor:

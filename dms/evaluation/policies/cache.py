@@ -170,6 +170,7 @@ class PolicyLayer(CompactedLayer):
         P = store.pool.page_size
         entry_BHs = (torch.arange(num_places - 1, device=ring_BH1D.device) - self._first_places()).clamp(min=0)
         row_BHs = store.pool.row_of(store.page_table.long().gather(2, entry_BHs // P), entry_BHs % P) + (0 if keys else P)
+        # Policies' pools are not quantised.
         return torch.cat([store.pool.rows[row_BHs], ring_BH1D], 2)
 
     def begin_second_reading(self) -> None:
