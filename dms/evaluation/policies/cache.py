@@ -6,7 +6,7 @@ heads hold different numbers of entries, S is the most of a head, and a head tha
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from dms.hf_compat import cache_argument
 from dms.masks import Tokens
 
 # Tokens of a prompt's second reading in one forward.
-_REREAD_TOKENS = 64
+_REREAD_TOKENS = 512
 # Weights of as many pairs of query and entry are found at once, that a CPU's caches hold them.
 _NEAR_WEIGHTS = 2**21
 
@@ -92,7 +92,9 @@ class PolicyLayer(CompactedLayer):
         start = seconds_now(asking.query.device)
         self._add_places(asking.query.shape[2])
         if self.rereading is not None:
-            self.policy.hear(self._weights_by_row(asking, self.rereading))
+            self.policy.hear(
+                highest_attention(asking.query, self._entries(), self.rereading, asking.scale, asking.softcap, asking.sink_logits)
+            )
         elif not self.waits:
             self._drop_surplus(asking)
         self.choosing += seconds_now(asking.query.device) - start
@@ -129,15 +131,6 @@ class PolicyLayer(CompactedLayer):
 
     def _weights(self, query: torch.Tensor, k_BHSD: torch.Tensor, asking: Asking) -> torch.Tensor:
         return attention_weights(query, self.columns, k_BHSD, *self._places(), asking.scale, asking.softcap, asking.sink_logits)
-
-    def _weights_by_row(self, asking: Asking, num_entries: int) -> Iterator[torch.Tensor]:
-        """Of all new queries over the first entries, [1, H, G, Q, num_entries] for each row: all rows' would be much memory."""
-        of_all = asking.query, self._entries(), *self._places()
-        for query, k_BHSD, position_BHS, alive_BHS in zip(*(x.split(1) for x in of_all), strict=True):
-            weights = attention_weights(
-                query, self.columns, k_BHSD, position_BHS, alive_BHS, asking.scale, asking.softcap, asking.sink_logits
-            )
-            yield weights[..., :num_entries]
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.position_BHS is not None and self.alive_BHS is not None, "tokens came"
@@ -340,9 +333,39 @@ def attention_weights(
         if Q > 1:
             hidden_BHQS = hidden_BHQS | (position_BHS[rows, :, None] > q_position[:, None])
         scores.masked_fill_(hidden_BHQS[:, :, None], float("-inf"))
-        if sink_logits is None:
-            torch.softmax(scores, -1, out=weights[rows])
-        else:
-            sink = sink_logits.float().view(1, H, -1, 1, 1).expand(scores.shape[0], -1, -1, Q, -1)
-            weights[rows] = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        weights[rows] = _softmax(scores, sink_logits)
     return weights
+
+
+def highest_attention(
+    query: torch.Tensor, k_BHSD: torch.Tensor, num_entries: int, scale: float, softcap: float | None, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, H, num_entries] float32: the largest weight that the queries [B, Hq, Q, D] of the last Q tokens, each of which sees all up to itself, give
+    the first entries. Nothing was dropped. sink_logits [Hq]: as in `attention_weights`."""
+    B, Hq, Q, D = query.shape
+    H, S = k_BHSD.shape[1:3]
+    highest_BHP = torch.zeros(B, H, num_entries, device=query.device)
+    step = max(1, _NEAR_WEIGHTS // (Hq * S))
+    for row in range(B):
+        k_HDS = k_BHSD[row].float().transpose(1, 2)
+        for lo in range(0, Q, step):
+            q_HGCD = (query[row, :, lo : lo + step].float() * scale).unflatten(0, (H, -1))
+            G, C = q_HGCD.shape[1:3]
+            num_seen = S - Q + lo + C
+            scores = (q_HGCD.reshape(H, -1, D) @ k_HDS[..., :num_seen]).view(1, H, G, C, num_seen)
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            later_CC = torch.ones(C, C, dtype=torch.bool, device=query.device).triu(1)
+            scores[..., num_seen - C :].masked_fill_(later_CC, float("-inf"))
+            given_HP = _softmax(scores, sink_logits)[0, ..., :num_entries].amax((1, 2))
+            torch.maximum(highest_BHP[row], given_HP, out=highest_BHP[row])
+    return highest_BHP
+
+
+def _softmax(scores: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """Of scores [B, H, G, Q, S], a head's sink among them where there is one."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    B, H, G, Q, _ = scores.shape
+    sink = sink_logits.float().view(1, H, G, 1, 1).expand(B, -1, -1, Q, -1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]

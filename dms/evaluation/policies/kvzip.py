@@ -3,8 +3,6 @@
 Shapes: B batch, H KV heads, G query heads of each, Q queries, S entries alive, P prompt tokens.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 
@@ -27,8 +25,7 @@ class KVzip(Policy):
     reads_whole_prompt = True
     rereads_prompt = True
 
-    def hear(self, by_row: Iterable[torch.Tensor]) -> None:
-        highest_BHP = torch.cat([weights_BHGQP.amax((2, 3)) for weights_BHGQP in by_row])
+    def hear(self, highest_BHP: torch.Tensor) -> None:
         self.memory_BHS = highest_BHP if self.memory_BHS is None else torch.maximum(self.memory_BHS, highest_BHP)
 
     def score(self, seen: Seen) -> torch.Tensor:

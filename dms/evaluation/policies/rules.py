@@ -4,7 +4,6 @@ Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, N new tokens, Q queries
 different numbers of entries, S is the most of a head, and a head that holds fewer has them in its last places.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -66,9 +65,9 @@ class Policy:
         self.memory_BHS: torch.Tensor | None = None
         """What it remembers of each entry, kept in step with the entries that stay."""
 
-    def hear(self, by_row: Iterable[torch.Tensor]) -> None:
-        """Of a policy that `rereads_prompt`: for each row of the batch the weights [1, H, G, Q, P] that queries of the second reading give to the
-        first one's entries."""
+    def hear(self, highest_BHP: torch.Tensor) -> None:
+        """Of a policy that `rereads_prompt`, for a part of the second reading: the largest weight that its queries, over the query heads of a KV
+        head, give each of the first reading's P entries."""
         raise NotImplementedError
 
     def score(self, seen: Seen) -> torch.Tensor:
