@@ -267,6 +267,23 @@ def test_traces(name, family, build_gated, make_batch, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_a_second_reading_in_parts(family, build_gated, make_batch, monkeypatch):
+    """However many tokens a forward of it has, and however many weights are found at once, it hears the same. The families: plain, soft caps, sinks."""
+    model, ids = build_gated(family), make_batch(2, 54)["input_ids"]
+    set_mode(model, "evict")
+    heard = []
+    for num_tokens, num_weights in [(54, 2**21), (17, 2**21), (17, 1500), (54, 1)]:
+        monkeypatch.setattr("dms.evaluation.policies.cache._REREAD_TOKENS", num_tokens)
+        monkeypatch.setattr("dms.evaluation.policies.cache._NEAR_WEIGHTS", num_weights)
+        cache = make_policy_cache(model, "kvzip", BUDGET)
+        model(ids, past_key_values=cache)
+        heard.append(cache.hear_prompt(model, ids))
+    for again in heard[1:]:
+        torch.testing.assert_close(again, heard[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("sizes", [[70], [30, 7, 17, *[1] * 16]])
 @torch.no_grad()
 def test_a_sliding_window_is_a_mask(family, sizes, build_gated, make_batch):
