@@ -30,7 +30,7 @@ class Head:
 def find_head(model: Any) -> Head:
     """Read the head's scale and cap from the configuration (gemma2 caps, cohere multiplies, granite divides).
 
-    Some models of more than text leave out what their text decoder's configuration asks for (Cohere 2 Vision).
+    Some multimodal models leave out what their text decoder's configuration asks for (Cohere 2 Vision).
     """
     text, owner = model.config.get_text_config(), None
     if text is not model.config:

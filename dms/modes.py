@@ -127,7 +127,7 @@ class DMSState:
     decoder: nn.Module
     """The module that owns the layers."""
     decoder_is_inside: bool
-    """The decoder is part of a model of more than text, which turns the attention mask that it is given into others."""
+    """The decoder is part of a multimodal model, which turns the attention mask that it is given into others."""
     layer_configs: list[Any]
     """The transformers configurations that name the attention function of layers with gates and of those that follow them."""
     other_configs: list[Any]
@@ -171,7 +171,7 @@ class DMSState:
     given_mask: torch.Tensor | None = None
     """The attention mask that a model around the decoder was given in the running pass."""
     rope_deltas: dict[nn.Module, torch.Tensor | None] = field(default_factory=dict)
-    """What the running pass of a model of more than text, which is of text alone, has set aside, by module."""
+    """What the running pass of a multimodal model, which is of text alone, has set aside, by module."""
     forward: ForwardPass | None = None
     """The latest pass with gates on; None after a dense one."""
 

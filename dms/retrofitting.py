@@ -132,7 +132,7 @@ def _hidden_size(layer: AttentionLayer, text: Any) -> int:
 
 
 def _around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """What stands around a text decoder within a model of more than text, that model first; nothing where the model only adds a head.
+    """What stands around a text decoder within a multimodal model, that model first; nothing where the model only adds a head.
 
     The part that joins text and images is one between them, or the model itself (Llama 4).
     """
@@ -140,7 +140,7 @@ def _around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     return around if len(around) > 1 else []
 
 
-# What models of more than text call images, video and sound, and what was made of them.
+# What multimodal models call images, video and sound, and what was made of them.
 _MORE_THAN_TEXT = re.compile(r"pixel_values|image|video|input_features|input_values|audio|mm_encoder_outputs|(mm_)?token_type_ids$")
 
 

@@ -205,7 +205,7 @@ def _why_not(config: Any) -> str | None:
 
 
 def auto_class(config: Any) -> Any:
-    """What loads a model of this configuration as what it is: AutoModelForCausalLM, or AutoModelForMultimodalLM for one of more than text."""
+    """What loads a model of this configuration as what it is: AutoModelForCausalLM, or AutoModelForMultimodalLM for a multimodal one."""
     from transformers import AutoModelForCausalLM
 
     return next(iter(auto_classes(config)), AutoModelForCausalLM)

@@ -87,7 +87,7 @@ def save(
 ) -> Path:
     """Write a model folder: weights in `dtype` (None: as they are), gates in float32, tokenizer, configuration.
 
-    What prepares images for a model of more than text is copied from where the model was loaded from.
+    What prepares images for a multimodal model is copied from where the model was loaded from.
 
     base_name: of the model that was retrofitted. weights: what `collect` returned; None: collected here. packed_files: the folder that
     the packed weights came from, whose files are copied, whatever their format; None: they are written as the model holds them. max_shard_size: of a file of weights, as "2GB"; None: as of `gates_file.save_pretrained`. Of a model

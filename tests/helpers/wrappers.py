@@ -1,4 +1,4 @@
-"""Tiny random models of more than text, saved with the embedded model's tokenizer, as released ones lie in their folders."""
+"""Tiny random multimodal models, saved with the embedded model's tokenizer, as released ones lie in their folders."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exported models of more than text, where only torch, transformers and safetensors are installed."""
+"""Exported multimodal models, where only torch, transformers and safetensors are installed."""
 
 import json
 
