@@ -42,12 +42,24 @@ _OPTIONAL = {
 _PROBE_SECONDS = 300
 
 BFLOAT16_PROBE = """
-import torch
+import json, time, torch
 torch.set_num_threads(1)
 a = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
 exact = a @ a.T
 assert (a.bfloat16() @ a.T.bfloat16()).float().sub(exact).abs().max() < 0.05 * exact.abs().max()
+
+def seconds(dtype):
+    x, found = torch.ones(512, 512, dtype=dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ x.T
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+print(json.dumps({"times": seconds(torch.bfloat16) / seconds(torch.float32)}), flush=True)
 """
+# Times as long as in float32 from which bfloat16 is emulated: CPUs that multiply it take less, those that do not some eight times as long.
+EMULATED = 2.0
 
 DEVICE_PROBE = """
 import json, torch
@@ -136,12 +148,17 @@ class Check:
     """Whether nothing works without it."""
 
 
-def bfloat16_works(variables: Mapping[str, str] | None = None) -> bool:
-    """Whether a bfloat16 matmul works on this CPU and is right, tried in a process of its own (about two seconds).
+def bfloat16_times(variables: Mapping[str, str] | None = None) -> float | None:
+    """How many times as long as one in float32 a bfloat16 matmul takes on this CPU, tried in a process of its own (about two seconds); None: it dies,
+    or is wrong.
 
     variables: added to the environment for the trial, such as `AMX_CURE`.
     """
-    return run_python(BFLOAT16_PROBE, variables or {}).code == 0
+    return _times(run_python(BFLOAT16_PROBE, variables or {}))
+
+
+def _times(tried: Ran) -> float | None:
+    return None if tried.code else tried.answer()["times"]
 
 
 def collect(environment: Environment | None = None) -> list[Check]:
@@ -337,9 +354,15 @@ def _ninja(environment: Environment) -> Check:
 def _bfloat16(environment: Environment) -> Check:
     name = "bfloat16 matmul (CPU)"
     tried = environment.run(BFLOAT16_PROBE, {})
-    if tried.code == 0:
+    if (times := _times(tried)) is not None:
         cure = environment.variables.get("ONEDNN_MAX_CPU_ISA")
-        return Check(name=name, found=f"works with ONEDNN_MAX_CPU_ISA={cure}" if cure else "works", status="ok")
+        found = f"works{f' with ONEDNN_MAX_CPU_ISA={cure}' if cure else ''}, in {times:.1f} times the time of float32"
+        if times < EMULATED:
+            return Check(name=name, found=found, status="ok")
+        cost = (
+            f"emulated: precision=bf16 of a recipe and dtype=bfloat16 of an evaluation take {times:.0f} times as long as fp32 and float32"
+        )
+        return Check(name=name, found=found, status="warn", cost=cost)
     died = f"dies of {signal.Signals(-tried.code).name}" if tried.code < 0 else tried.complaint
     if environment.run(BFLOAT16_PROBE, AMX_CURE).code == 0:
         ((variable, value),) = AMX_CURE.items()

@@ -157,13 +157,20 @@ class DMSCache(Cache):
         """Read what `save` wrote; options as of the constructor.
 
         Raises:
-            ValueError: a damaged file, or the cache of another model.
+            ValueError: a damaged file, the cache of another model, or a kv_dtype that is not the file's.
             CacheFull: max_cache_bytes is below what the cache holds.
         """
         path, state = Path(path), state_of(model)
         saved = serialization.read(path)
         saved.require_model(state, type(model).__name__, path)
-        cache = cls(model, **{"page_size": saved.settings["page_size"], "kv_dtype": saved.settings.get("kv_dtype")} | options)
+        held = saved.settings.get("kv_dtype")
+        options = {"page_size": saved.settings["page_size"], "kv_dtype": held} | options
+        if (own := options["kv_dtype"] or state.kv_dtype) != held:
+            raise ValueError(
+                f"{path} holds entries of kv_dtype {held!r}, and this cache's is {own!r} (as given, else model.dms.kv_dtype); load it with the file's, or "
+                "read the text again"
+            )
+        cache = cls(model, **options)
         gated = {layer.index: compute_device(layer.module) for layer in state.layers}
         elsewhere = compute_device(model)
         saved.fill(cache.layers, [gated.get(index, elsewhere) for index in range(len(cache.layers))])

@@ -234,6 +234,8 @@ class PagePool:
         """Stores that use the pool and whose caches are elsewhere."""
         self.offloaded: Offloaded | None = None
         """The entries, where all its stores are offloaded."""
+        self._place: Path | None = None
+        """Where the entries go when the last of its stores is offloaded: a folder, or None, host memory."""
         self.cached_launches: CachedLaunches = CachedLaunches()
         """Of each store: how it launches its kernels, with the pool's tensors. Here, so that nothing keeps those when they are replaced."""
 
@@ -346,6 +348,8 @@ class PagePool:
             self.release(page_table[used_places(page_table, num_kept, self.page_size)])
             if not self.orphans:
                 self.trim()
+                # Those that are left may all have waited for this one.
+                self._leave()
 
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """Row of an entry's key in `rows`; its value is page_size rows later."""
@@ -393,10 +397,14 @@ class PagePool:
         """One more store that uses the pool is offloaded: where all are, the entries are too, shared ones once."""
         self.collect()
         self.num_offloaded += 1
-        if self.num_offloaded == self.num_holders and self.num_pages:
+        self._place = folder
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.offloaded is None and 0 < self.num_offloaded == self.num_holders and self.num_pages:
             self.cached_launches.clear()
             moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
-            self.offloaded = Offloaded(moved, folder)
+            self.offloaded = Offloaded(moved, self._place)
             for name, tensor in moved.items():
                 setattr(self, name, placeholder(tensor))
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from dms.cache.cache import DMSCache
-from dms.cache.serialization import fingerprint
+from dms.cache.layer import CompactedLayer
+from dms.cache.serialization import UnreadableCache, fingerprint
 from dms.hf_compat import cache_argument
 from dms.modes import state_of
 from dms.placement import compute_device
@@ -26,7 +27,7 @@ _SUFFIX = ".safetensors"
 
 
 class PrefixStore:
-    """Caches by what made them: the tokens, the model's weights and gates, windows, dtype, `page_size`, `kv_dtype` and `evict_bias`.
+    """Caches by what made them: the tokens, the model's weights and gates, windows, dtype and `evict_bias`, and the cache's `page_size` and `kv_dtype`.
 
     What was used longest ago goes where `max_bytes` would be exceeded. Several processes may share a folder, and any of them may end at any
     moment: a file is there whole or not at all, and one that was damaged is dropped with a warning. Unix alone (flock).
@@ -53,11 +54,13 @@ class PrefixStore:
         Raises:
             ValueError: no tokens, or those of several sequences.
         """
-        tokens, folder = _tokens(ids), self._folder_of(model)
-        found = self._get(folder, model, tokens, {})
+        tokens = _tokens(ids)
+        found = self.get(model, tokens)
         cache, known = (DMSCache(model), 0) if found is None else found
         if known == len(tokens):
             return cache
+        # Before the model reads, which may take long: its bias is of now.
+        folder = self._folder_of(model, cache)
         rest_1T = torch.tensor([tokens[known:]], device=compute_device(model))
         for part in rest_1T.split(state_of(model).prefill_chunk or rest_1T.shape[1], 1):
             model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
@@ -67,11 +70,12 @@ class PrefixStore:
     def get(self, model: Any, ids: Sequence[int] | torch.Tensor, **options: Any) -> tuple[DMSCache, int] | None:
         """The cache of the longest beginning of the tokens that is stored, and of how many tokens it is; None: of none.
 
-        options: as of `DMSCache`.
-        """
-        return self._get(self._folder_of(model), model, _tokens(ids), options)
+        options: as of `DMSCache`; with a `page_size` or `kv_dtype`, of caches that have it.
 
-    def _get(self, folder: Path, model: Any, tokens: list[int], options: dict[str, Any]) -> tuple[DMSCache, int] | None:
+        Raises:
+            ValueError: options that `DMSCache` refuses.
+        """
+        tokens, folder = _tokens(ids), self._folder_of(model, DMSCache(model, **options))
         stored = {path.name for path in folder.glob(f"*{_SUFFIX}")} if folder.is_dir() else set()
         lengths = {int(name.partition("-")[0]) for name in stored}
         names = _names(tokens, sorted(length for length in lengths if length <= len(tokens)))
@@ -81,10 +85,10 @@ class PrefixStore:
             path = folder / name
             try:
                 cache = DMSCache.load(path, model, **options)
-            except ValueError as error:
+            except UnreadableCache as error:
                 # Where it is gone, another process made room meanwhile.
                 if path.exists():
-                    warnings.warn(f"dropped from the prefix store: {error}", stacklevel=3)
+                    warnings.warn(f"dropped from the prefix store: {error}", stacklevel=2)
                     path.unlink(missing_ok=True)
                 continue
             _touch(path)
@@ -92,7 +96,8 @@ class PrefixStore:
         return None
 
     def put(self, model: Any, ids: Sequence[int] | torch.Tensor, cache: DMSCache) -> bool:
-        """Store the cache of one sequence, which has read these tokens and no others. False, with a warning: it alone exceeds `max_bytes`.
+        """Store the cache of one sequence, which has read these tokens and no others, with the `evict_bias` that the model has now. False, with a
+        warning: it alone exceeds `max_bytes`.
 
         Raises:
             ValueError: a cache of several sequences, or of other tokens than so many.
@@ -104,7 +109,7 @@ class PrefixStore:
                 f"the cache has {cache.batch_size} sequences of {held} tokens, and {len(tokens)} tokens were given; store a cache of one sequence "
                 "when it has read just these"
             )
-        return self._put(self._folder_of(model), tokens, cache)
+        return self._put(self._folder_of(model, cache), tokens, cache)
 
     def _put(self, folder: Path, tokens: list[int], cache: DMSCache) -> bool:
         ((_, name),) = _names(tokens, [len(tokens)])
@@ -131,13 +136,15 @@ class PrefixStore:
         """Of all files."""
         return sum(size for _, _, size in self._files())
 
-    def _folder_of(self, model: Any) -> Path:
+    def _folder_of(self, model: Any, cache: DMSCache) -> Path:
+        """Of what this model reads into caches of this one's kind."""
         state = state_of(model)
+        layer = next(layer for layer in cache.layers if isinstance(layer, CompactedLayer))
         made_by = {
             "model": fingerprint(state),
             "dms": state.config.to_dict(),
-            "page_size": state.page_size,
-            "kv_dtype": state.kv_dtype,
+            "page_size": layer.page_size,
+            "kv_dtype": layer.kv_dtype,
             "evict_bias": state.evict_bias,
         }
         return self.folder / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:32]

@@ -26,6 +26,10 @@ _VERSION, _VERSION_OF_INT4 = "1", "2"
 _STORED = ("ring_kv", "ring_state", "seq_len", "evicted", "decided")
 
 
+class UnreadableCache(ValueError):
+    """A file of a cache is not there, is damaged, or is not of this model and version."""
+
+
 @dataclass(frozen=True)
 class SavedCache:
     """What a file holds."""
@@ -39,16 +43,16 @@ class SavedCache:
     tensors: dict[str, torch.Tensor]
 
     def require_model(self, state: DMSState, model: str, path: Path) -> None:
-        """Raises ValueError where `model`, the name of a class, with this state is not the one that made the cache."""
+        """Raises UnreadableCache where `model`, the name of a class, with this state is not the one that made the cache."""
         for name, value in state.config.to_dict().items():
             saved = self.settings.get(name)
             if saved != value:
-                raise ValueError(
+                raise UnreadableCache(
                     f"{path} is the cache of another model: dms.{name} was {saved!r} and is {value!r} here; load it with the model that made it"
                 )
         given = fingerprint(state)
         if self.model != given:
-            raise ValueError(
+            raise UnreadableCache(
                 f"{path} is the cache of another model: it was made by weights and gates {self.model}, and {model} has "
                 f"{given}; load it with the model, and in the dtype, that made it"
             )
@@ -115,24 +119,26 @@ def write(saved: SavedCache, path: Path) -> None:
 
 
 def read(path: Path) -> SavedCache:
-    """Raises ValueError where `path` is no file of a cache, or a damaged one."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a file that cache.save wrote")
+    """Raises UnreadableCache where `path` is no file of a cache, or a damaged one."""
     try:
         with safe_open(str(path), framework="pt") as f:
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except OSError as error:
+        if path.is_file():
+            raise
+        raise UnreadableCache(f"{path} does not exist; name a file that cache.save wrote") from error
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UnreadableCache(f"{path} is damaged: {error}") from error
     if metadata.get("version") not in (_VERSION, _VERSION_OF_INT4):
-        raise ValueError(
+        raise UnreadableCache(
             f"{path} holds no cache of this version of dms ({_VERSION}, of int4 {_VERSION_OF_INT4}): version is {metadata.get('version')!r}"
         )
     digest = metadata.pop("sha256", None)
     if digest != _digest(tensors, metadata):
-        raise ValueError(f"{path} is damaged: its contents are not what was written; prefill the text again")
+        raise UnreadableCache(f"{path} is damaged: its contents are not what was written; prefill the text again")
     settings = json.loads(metadata["dms"])
     if metadata["version"] != _version_of(settings):
-        raise ValueError(
+        raise UnreadableCache(
             f"{path} holds int4 entries with four bits for keys, as an older version of dms stored them; prefill the text again"
         )
     return SavedCache(metadata["model"], settings, json.loads(metadata["columns"]), tensors)

@@ -6,7 +6,6 @@ settings (engine/settings.py) -> documents (suites/) -> units, read under every 
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from dms.console import make_console, make_progress
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.evaluation.engine.lm_eval import PreparedLmEval, prepare_lm_eval
-from dms.evaluation.engine.resume import read_json
+from dms.evaluation.engine.resume import locked, read_json, same_settings, write_json
 from dms.evaluation.engine.scaling import PreparedScaling, prepare_scaling
 from dms.evaluation.engine.settings import EvaluatedModel, EvaluationSettings, open_folder
 from dms.evaluation.engine.units import Progress, Unit, UnitFile, make_units, run_unit
@@ -110,11 +109,12 @@ def evaluate_folder(
     check_documents(itertools.chain(*(unit.documents for unit in units), problems), tokenizer, num_rows)
     digest = open_folder(out, settings, about)
     lm_eval = _prepare_lm_eval(model, tokenizer, settings, about, out)
+    _drop_others(out, {"lm_eval": lm_eval, "scaling": scaling}, console)
 
     _announce(folder, out, settings, about, console, window is not None)
     results = _run_units(model, units, settings, out, digest, console)
     context = about.row_context(settings.seed)
-    rows = make_rows(results, settings.points(), context=context, trained_length=about.trained_length, num_greedy=settings.num_greedy)
+    rows = make_rows(results, settings.points(), context=context, trained_length=about.trained_length, num_greedy=settings.greedy_tokens)
     if lm_eval is not None:
         rows += _run_extra(lm_eval, "lm-evaluation-harness", about, settings, out, console)
     if scaling is not None:
@@ -122,9 +122,8 @@ def evaluate_folder(
         console.print(scaling_table(chains, scaling.title))
         rows += chains
     _write_profile(model, tokenizer, units, settings, out, console)
-    rows = _with_earlier(rows, out)
-    result = EvaluationResult(rows, make_findings(rows) + _findings_of_scaling(out))
-    (out / "rows.json").write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+    with locked(out):
+        result = _write_rows(_with_earlier(rows, out), out)
     print_result(result, settings, console)
     if card:
         console.print(f"wrote the figures into {write_evaluation_card(read_evidence(out), folder)}", highlight=False)
@@ -198,9 +197,33 @@ def _run_extra(
         )
 
 
+def _drop_others(out: Path, prepared: dict[str, PreparedLmEval | PreparedScaling | None], console: Console) -> None:
+    """Of suites that are measured now, what earlier calls measured in another way: it cannot stand beside this."""
+    others = [suite for suite, now in prepared.items() if now is not None and not same_settings(out / f"{suite}.json", now.settings)]
+    with locked(out):
+        earlier = _earlier_rows(out)
+        if dropped := [suite for suite in others if any(row.suite == suite for row in earlier)]:
+            for suite in dropped:
+                (out / f"{suite}.json").unlink(missing_ok=True)
+            _write_rows([row for row in earlier if row.suite not in dropped], out)
+            console.print(
+                f"earlier figures of {', '.join(dropped)} in {out}/ were measured with other settings, and are dropped", highlight=False
+            )
+
+
+def _write_rows(rows: list[ResultRow], out: Path) -> EvaluationResult:
+    result = EvaluationResult(rows, make_findings(rows) + _findings_of_scaling(out))
+    write_json(out / "rows.json", result.to_dict(), indent=1)
+    return result
+
+
+def _earlier_rows(out: Path) -> list[ResultRow]:
+    return [ResultRow.from_dict(row) for row in (read_json(out / "rows.json") or {"rows": []})["rows"]]
+
+
 def _with_earlier(rows: list[ResultRow], out: Path) -> list[ResultRow]:
     """Beside what was asked for now, what earlier calls on the folder have measured."""
-    earlier = [ResultRow.from_dict(row) for row in (read_json(out / "rows.json") or {"rows": []})["rows"]]
+    earlier = _earlier_rows(out)
 
     def figure(row: ResultRow) -> tuple:
         return row.suite, row.length, row.task, row.metric, row.policy, row.evict_bias

@@ -243,6 +243,8 @@ class GateProfile:
     length: int
     """Tokens of the longest document."""
     points: list[ProfilePoint]
+    made_of: str | None = None
+    """A hash of the model and the documents; None: by an earlier version."""
 
     def usual_point(self) -> ProfilePoint:
         """`evict_bias` 0, or the nearest to it."""

@@ -13,7 +13,7 @@ from dms.errors import writing
 from dms.requirements import require
 from dms_train.bench_commands import bench
 from dms_train.compare_command import compare
-from dms_train.environment import RETROFIT_NEEDS, is_bfloat16, prepare
+from dms_train.environment import RETROFIT_NEEDS, is_bfloat16, prepare, prepare_bfloat16
 from dms_train.evaluate_options import split_list, split_numbers, split_settings
 from dms_train.exit_codes import run_command
 
@@ -268,6 +268,8 @@ def evaluate(
     from dms_train.recipe_file import load_recipe
 
     loaded = load_recipe(name, overrides, EvaluationSettings)
+    if loaded.dtype == "bfloat16":
+        prepare_bfloat16()
     if scaling and loaded.scaling is None:
         loaded = loaded.model_copy(update={"scaling": ScalingSettings()})
     windows = split_numbers("--window", window) or None

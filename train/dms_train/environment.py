@@ -35,13 +35,32 @@ def prepare(precision: str) -> None:
     if _has_no_gpu():
         # transformers imports DeepSpeed where it is installed, and DeepSpeed then warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if precision == "bf16" and _has_no_gpu() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        from dms.doctor import AMX_CURE, bfloat16_works
+    if precision == "bf16":
+        prepare_bfloat16()
 
-        if not bfloat16_works():
-            if not bfloat16_works(AMX_CURE):
-                raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32")
-            os.environ.update(AMX_CURE)
+
+def prepare_bfloat16() -> None:
+    """Call before anything is multiplied in bfloat16: on a CPU alone, find out whether that works, and say where it is slow.
+
+    Raises:
+        RuntimeError: it does not work.
+    """
+    if not _has_no_gpu() or "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return
+    from dms.doctor import AMX_CURE, EMULATED, bfloat16_times
+
+    times = bfloat16_times()
+    if times is None:
+        times = bfloat16_times(AMX_CURE)
+        if times is None:
+            raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32 (dtype=float32 of an evaluation)")
+        os.environ.update(AMX_CURE)
+    if times >= EMULATED and os.environ.get("RANK", "0") == "0":
+        print(
+            f"dms: warning: this CPU emulates bfloat16, and takes {times:.0f} times as long as for float32; precision=fp32 of a recipe, or dtype=float32 "
+            "of an evaluation, is faster here",
+            file=sys.stderr,
+        )
 
 
 def is_bfloat16(folder: str) -> bool:

@@ -88,12 +88,15 @@ class _Reader:
 
     def forward_all(self, ids_Bn: torch.Tensor, num_logits: int) -> torch.Tensor:
         """Logits [B, num_logits, V] after the last of the new tokens, each of which reads what was there before and those before it."""
-        n = ids_Bn.shape[1]
         logits_BnV = self._run(ids_Bn, self.cache, num_logits)
-        self.reads_B = self.reads_B + n * self.entries_B + n * (n + 1) / 2
-        self.peak_B = torch.maximum(self.peak_B, self.entries_B + n)
-        self.entries_B = self._count()
+        self.note(ids_Bn.shape[1])
         return logits_BnV
+
+    def note(self, num_new: int) -> None:
+        """Count a forward of so many tokens."""
+        self.reads_B = self.reads_B + num_new * self.entries_B + num_new * (num_new + 1) / 2
+        self.peak_B = torch.maximum(self.peak_B, self.entries_B + num_new)
+        self.entries_B = self._count()
 
     def finish_prompt(self, cache: PolicyCache, ids_BP: torch.Tensor) -> None:
         """Let the cache read the prompt again, where its policy asks for that."""
@@ -121,7 +124,7 @@ class _Reader:
 
     def _alive(self, layer) -> torch.Tensor:
         if isinstance(layer, CompactedLayer | MaskedLayer):
-            return alive_entries(layer).float().mean(1)
+            return alive_entries(layer).float().mean(1).to(self.peak_B.device)
         return torch.full_like(self.peak_B, layer.get_seq_length())
 
 
@@ -204,9 +207,11 @@ def read(
             continue
         _wait(ids_BT.device)
         before, choosing = time.perf_counter(), _choosing(cache)
-        logits_BV = reader.forward(ids_BT[:, place : place + 1])
+        logits_BV = reader.logits(ids_BT[:, place : place + 1], cache)
         _wait(ids_BT.device)
         milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
+        # Counting what is held is the evaluation's own, and takes no part of a step's time.
+        reader.note(1)
         steps_B += reader.entries_B.double().cpu()
     # By position: tokens that were read in parts from their decisions, the others one by one.
     parts_B = _sum_over_positions(model, cache, decided, first_single)

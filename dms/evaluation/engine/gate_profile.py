@@ -3,16 +3,19 @@
 Shapes: T tokens, H KV heads, L layers with gates.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dms import masks, report
 from dms.attention import evict_pass
 from dms.evaluation.data.document import EvaluationDocument
+from dms.evaluation.engine.resume import describe_model, read_json, write_json
 from dms.evaluation.engine.scoring import predict
 from dms.modes import set_mode, state_of
 from dms.placement import compute_device
@@ -87,7 +90,8 @@ def write_profile(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, Path]:
     """Write `out`/profile.json (every document at each of `points`) and `out`/traces.json (some documents, as trained or at the
-    nearest point), and return their paths. The model's mode and bias are as before afterwards.
+    nearest point), and return their paths. Points that profile.json has of the same model and documents are not measured again, and stay. The
+    model's mode and bias are as before afterwards.
 
     points: values of evict_bias. titles: what each document is (None: numbered). progress: called with 1 for each document and point,
     and for each document that is traced (`num_passes` in all).
@@ -102,19 +106,29 @@ def write_profile(
     out, state = Path(out), state_of(model)
     out.mkdir(parents=True, exist_ok=True)
     mode, bias, attention = state.mode, state.evict_bias, state.masked_attention
+    made_of = _hash([describe_model(model), [document.input_ids for document in documents]])
+    known = _known_points(out / "profile.json", made_of)
     length = max(len(document.input_ids) for document in documents)
     try:
         # The masked reference reads every pair of tokens.
         state.masked_attention = whole_attention
+        by_bias = {}
+        for point in points:
+            if point in known and progress:
+                for _ in documents:
+                    progress(1)
+            by_bias[point] = known[point] if point in known else _profile(model, documents, point, length, progress)
+        by_bias |= {point: found for point, found in known.items() if point not in by_bias}
         profile = {
             "format_version": FORMAT_VERSION,
             **_method(state),
             "num_documents": len(documents),
             "length": length,
-            "points": [_profile(model, documents, point, length, progress) for point in points],
+            "points": list(by_bias.values()),
+            "made_of": made_of,
         }
         # Compared by size first, so that of -1 and 1 the order given decides.
-        state.evict_bias = min(points, key=abs)
+        state.evict_bias = min(by_bias, key=abs)
         documents_shown: list[dict] = []
         traces = {"format_version": FORMAT_VERSION, "evict_bias": state.evict_bias, "documents": documents_shown}
         chosen = _traced(documents)
@@ -127,7 +141,21 @@ def write_profile(
     finally:
         state.evict_bias, state.masked_attention = bias, attention
         set_mode(model, mode)
-    return _write(out / "profile.json", profile), _write(out / "traces.json", traces)
+    for name, content in (("profile.json", profile), ("traces.json", traces)):
+        write_json(out / name, content, separators=(",", ":"), allow_nan=False)
+    return out / "profile.json", out / "traces.json"
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known_points(path: Path, made_of: str) -> dict[float, dict[str, Any]]:
+    """By evict_bias: what a profile holds, if it was made of the same."""
+    found = read_json(path)
+    if not isinstance(found, dict) or (found.get("format_version"), found.get("made_of")) != (FORMAT_VERSION, made_of):
+        return {}
+    return {point["evict_bias"]: point for point in found["points"]}
 
 
 def num_passes(num_documents: int, num_points: int) -> int:
@@ -215,10 +243,3 @@ def _add(sums: _Sums, state, edges: torch.Tensor, positions: torch.Tensor) -> No
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
-
-
-def _write(path: Path, content: dict) -> Path:
-    # Never half a file: the report may be asked for while an evaluation runs.
-    unnamed = path.with_name(f"{path.name}.new")
-    unnamed.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False), encoding="utf-8")
-    return unnamed.replace(path)

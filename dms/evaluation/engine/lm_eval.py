@@ -6,7 +6,6 @@ continuation do not see what was evicted of the prompt.
 
 import functools
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from dms.config import nearest
 from dms.evaluation.engine.lm_eval_compat import num_fewshot as fewshot_of
 from dms.evaluation.engine.lm_eval_compat import quiet
 from dms.evaluation.engine.lm_eval_rows import HarnessRun, make_rows, summarize
-from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, operate
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, locked, operate, same_settings, write_json
 from dms.evaluation.engine.settings import LmEvalSettings
 from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import ResultRow, RowContext
@@ -48,7 +47,8 @@ class PreparedLmEval:
     store: ResultStore
     options: dict[str, Any]
     """As the harness takes them."""
-    include_path: str | None
+    settings: dict[str, Any]
+    """What lm_eval.json says of all its runs."""
 
     @property
     def num_runs(self) -> int:
@@ -60,7 +60,8 @@ class PreparedLmEval:
     ) -> list[ResultRow]:
         """Run what is not finished. Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy.
 
-        out: gets `lm_eval.json` with what the harness returned; None: nothing is written. progress: called with 1 for each run.
+        out: gets `lm_eval.json` with what the harness returned, beside what it has of other runs under the same settings; None: nothing is written.
+        progress: called with 1 for each run.
         """
         runs = []
         with as_before(self.harness.model), quiet():
@@ -73,9 +74,12 @@ class PreparedLmEval:
                 if progress:
                     progress(1)
         if out is not None:
-            settings = {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}
-            content = {"settings": settings, "runs": [run.stored for run in runs]}
-            (out / "lm_eval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+            stored = [run.stored for run in runs]
+            with locked(out):
+                path = out / "lm_eval.json"
+                earlier = same_settings(path, self.settings).get("runs", [])
+                new = {_which(run) for run in stored}
+                write_json(path, {"settings": self.settings, "runs": [run for run in earlier if _which(run) not in new] + stored}, indent=1)
         return make_rows(runs, context, self.options["batch_size"], trained_length)
 
 
@@ -127,7 +131,13 @@ def prepare_lm_eval(
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
         unfinished = [str(unit["task"]) for unit in units if store.read(unit) is None]
         _build(harness, run, dict.fromkeys(unfinished), wanted.num_fewshot)
-    return PreparedLmEval(harness, run, units, store, options, wanted.include_path)
+    said: dict[str, Any] = {**options, "include_path": wanted.include_path, "lm_eval": version("lm_eval")}
+    said |= {name: settings[name] for name in ("task_files", "model")}
+    return PreparedLmEval(harness, run, units, store, options, said)
+
+
+def _which(run: Mapping[str, Any]) -> tuple:
+    return run["task"], run["policy"], run["evict_bias"]
 
 
 def _check(policies: Sequence[str], points: Sequence[float]) -> None:

@@ -174,7 +174,8 @@ class _Counts:
         found = []
         for index in sorted(decisions):
             class_BTH = masks.classes(masks.align(decisions[index], segment_BT, self.config.alignment, False))
-            found.append([((class_BTH == number) & decided_BT1).sum((0, 1)).cpu() for number in range(len(self.config.windows) + 1)])
+            there_BT1 = decided_BT1.to(class_BTH.device)
+            found.append([((class_BTH == number) & there_BT1).sum((0, 1)).cpu() for number in range(len(self.config.windows) + 1)])
         return torch.stack([torch.stack(of_layer, -1) for of_layer in found])
 
     def _share_LHK(self) -> torch.Tensor | None:

@@ -1,9 +1,10 @@
 """Results that cost time are stored under a hash of all that they depend on, so that an evaluation that was killed goes on."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def as_before(model: Any) -> Iterator[None]:
         set_mode(model, mode)
 
 
+LOCK_FILE = ".lock"
 # Numbers of each weight tensor that are hashed, evenly spread; gates are hashed whole.
 _SAMPLED = 64
 
@@ -75,11 +77,30 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """All of it or nothing, whenever the process is killed."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """All of it or nothing, whenever the process is killed and whoever else writes it. options: as of `json.dumps`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, **options), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Of several processes that evaluate into a folder one at a time reads its files and writes them anew. A process that ends lets it go."""
+    with open(folder / LOCK_FILE, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def same_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of results holds that names its "settings", where they are these; else nothing."""
+    found = read_json(path)
+    if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
+        return found
+    return {}
 
 
 class ResultStore:

@@ -43,7 +43,7 @@ class RunEvaluation:
     def rows(self, context: RowContext, trained_length: int | None) -> list[ResultRow]:
         settings = self.settings
         units = {(_SUITE, settings.lengths[0]): [self.results]}
-        return make_rows(units, settings.points(), context=context, trained_length=trained_length, num_greedy=settings.num_greedy)
+        return make_rows(units, settings.points(), context=context, trained_length=trained_length, num_greedy=settings.greedy_tokens)
 
     @property
     def evicted_share_LH(self) -> list[list[float]]:

@@ -4,6 +4,7 @@ Dense and dms, at each operating point, sample the same number of chains for eve
 over all subsets of k of them. The random numbers are the same for every policy, so that policies are compared pairwise.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import numpy as np
 
 from dms.evaluation.data.problems import Problems, make_chains, read_problems
 from dms.evaluation.engine.chains import Chain, Sampled, Sampling, sample_chains
-from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, operate
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, locked, operate, same_settings, write_json
 from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
 from dms.evaluation.present.findings import scaling_findings
 from dms.evaluation.stats.bootstrap import compare, interval, make_draws
@@ -64,8 +65,9 @@ def prepare_scaling(model: Any, tokenizer: Any, settings: EvaluationSettings, wa
         chains_at_once=wanted.max_k if wanted.chains_at_once is None else wanted.chains_at_once,
         stop=problems.stop,
     )
-    check_scaling(model, problems, sampling, settings.evict_bias)
-    return PreparedScaling(model, tokenizer, problems, sampling, settings.evict_bias)
+    points = settings.evict_bias if "dms" in settings.policies else []
+    check_scaling(model, problems, sampling, points)
+    return PreparedScaling(model, tokenizer, problems, sampling, points)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class PreparedScaling:
     def num_runs(self) -> int:
         """How often `run` calls its `progress`."""
         return len(self.problems.problems) * (1 + len(self.points))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What scaling.json says of all its rows."""
+        return _settings(self.problems, self.sampling, describe_model(self.model))
 
     @property
     def title(self) -> str:
@@ -119,7 +126,7 @@ def run_scaling(
     """Rows of the suite "scaling": pass@k and majority@k for k = 1, 2, 4 ... max_k, of dense, and of dms at each evict_bias of `points`.
 
     out: where finished problems are kept (`done/scaling-*.json`), from which a second call goes on, and `scaling.json` with rows,
-    comparisons at equal budget, and findings; None: nowhere. trained_length: of the gates; rows of longer chains are marked. progress:
+    comparisons at equal budget, and findings, beside those that it has of other points under the same settings; None: nowhere. trained_length: of the gates; rows of longer chains are marked. progress:
     called with 1 for each problem and policy.
 
     Raises:
@@ -147,7 +154,7 @@ def run_scaling(
                     progress(1)
             in_order = [found[number] for number in range(len(depend_on))]
             measured.append(_Measured(_make_curve(tokenizer, problems, point, in_order), in_order))
-    return _write(measured, problems, sampling, context, trained_length, out)
+    return _write(measured, problems, sampling, described, context, trained_length, out)
 
 
 def check_scaling(model: Any, problems: Problems, sampling: Sampling, points: Sequence[float]) -> None:
@@ -228,6 +235,7 @@ def _write(
     measured: Sequence[_Measured],
     problems: Problems,
     sampling: Sampling,
+    described: dict[str, Any],
     context: RowContext,
     trained_length: int | None,
     out: Path | None,
@@ -245,13 +253,30 @@ def _write(
         findings = scaling_findings(equal, problems.name)
         content = {
             "rows": [row.to_dict() for row in rows],
-            "settings": {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)},
             "equal_budget": [found.to_dict() for found in equal],
             "findings": [finding.to_dict() for finding in findings],
-            "words": [sentence for finding in findings for sentence in finding.sentences],
         }
-        (out / "scaling.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        settings, points = _settings(problems, sampling, described), {found.curve.evict_bias for found in measured}
+        with locked(out):
+            before = same_settings(out / "scaling.json", settings)
+            for name, new in content.items():
+                content[name] = [found for found in before.get(name, []) if found["evict_bias"] not in points] + new
+            words = [sentence for finding in content["findings"] for sentence in finding["sentences"]]
+            write_json(out / "scaling.json", {**content, "settings": settings, "words": words}, indent=1)
     return rows
+
+
+def _settings(problems: Problems, sampling: Sampling, described: dict[str, Any]) -> dict[str, Any]:
+    """described: as `describe_model` gives it."""
+    asked = json.dumps([[list(problem.input_ids), problem.answer] for problem in problems.problems])
+    return {
+        "problems": problems.name,
+        "num_problems": len(problems.problems),
+        "problems_hash": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "chat_template": problems.chat_template,
+        "model": described,
+        **vars(sampling),
+    }
 
 
 def _marks(found: _Measured, problems: Problems, trained_length: int | None) -> list[Mark]:

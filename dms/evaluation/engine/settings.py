@@ -14,10 +14,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dms.config import nearest
+from dms.evaluation.engine.resume import LOCK_FILE, locked, read_json, write_json
 from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
 from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint
 from dms.evaluation.stats.rows import RowContext
 from dms.evaluation.suites import DEFAULT_SUITES, SUITES
+from dms.evaluation.suites.running_text import stride_of
 from dms.strict_config import Strict
 
 POLICIES = ("dense", *DMS_POLICIES, *TRAINING_FREE)
@@ -32,6 +34,10 @@ QUICK: dict[str, Any] = {"num_documents": 50, "batch_size": 25, "suites": ["need
 _EXTENSIBLE = ("policies", "suites", "lengths", "evict_bias")
 # What two calls on one folder must share, beside the model: what is measured.
 _IDENTITY = ("num_documents", "prefill_chunk", "decode_chunk", "num_greedy", "text", "chat", "seed")
+_IDENTITY_OF_MODEL = (
+    *("model_hash", "other_base", "gates_hash", "window", "sinks", "granularity", "alignment"),
+    *("dtype", "device_type", "versions"),
+)
 
 
 class ScalingSettings(Strict):
@@ -64,6 +70,8 @@ class ScalingSettings(Strict):
     def _check(self):
         if self.problems is None and (self.answer_pattern is not None or self.stop):
             raise ValueError("answer_pattern and stop are for problems of your own; name them with problems=FILE.jsonl")
+        if self.problems is not None and "num_hops" in self.model_fields_set:
+            raise ValueError("num_hops is of the built-in problems, and problems names others; leave one of them out")
         return self
 
 
@@ -110,7 +118,8 @@ class EvaluationSettings(Strict):
     """Tokens after a prompt that are read between two evictions. 1: as generation would. More take less time, and let the other policies hold so
     many entries beyond their budget; dms, whose gates decide token by token, sees the same."""
     num_greedy: int = Field(default=64, ge=1)
-    """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's."""
+    """Tokens that are written after a prompt of running text, to see how long greedy decoding stays with dense's; no more than the window has after
+    its prompt, an eighth of its length."""
     text: str | None = None
     """A file or folder of text that documents are made of; None: held-out sources of the standard library."""
     chat: bool = False
@@ -177,6 +186,10 @@ class EvaluationSettings(Strict):
             )
         return settings
 
+    def greedy_tokens(self, length: int) -> int:
+        """Of `num_greedy` those that a window of so many tokens has room for."""
+        return min(self.num_greedy, stride_of(length))
+
     def points(self) -> list[OperatingPoint]:
         """In the order in which they run: an operating point's other policies follow its dms."""
         return [
@@ -231,7 +244,8 @@ def identity(settings: EvaluationSettings, model: EvaluatedModel) -> dict[str, A
     """What two calls must share for one to go on where the other stopped: all that is measured, apart from how much of it."""
     return {
         **{name: getattr(settings, name) for name in _IDENTITY},
-        **{name: getattr(model, name) for name in ("model_hash", "gates_hash", "dtype", "device_type", "versions")},
+        **{name: getattr(model, name) for name in _IDENTITY_OF_MODEL},
+        "text_hash": None if settings.text is None else _hash_text(Path(settings.text)),
         "format_version": FORMAT_VERSION,
     }
 
@@ -243,27 +257,50 @@ def open_folder(out: Path, settings: EvaluationSettings, model: EvaluatedModel) 
         ValueError: the folder holds an evaluation of something else.
     """
     own = json.loads(json.dumps(identity(settings, model)))
-    path = out / "settings.json"
-    before: dict[str, Any] = {}
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in own.items() if before.get(name) != value]
-        if differing:
-            raise ValueError(f"{out} holds another evaluation: {'; '.join(differing)}; name another --out, or remove that folder")
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no evaluation (no settings.json); name another --out")
-    (out / "done").mkdir(parents=True, exist_ok=True)
-    merged = {name: _union(before.get(name, []), getattr(settings, name)) for name in _EXTENSIBLE}
-    written = {
-        **asdict(model),
-        **settings.model_dump(exclude={"quick", "scaling", "lm_eval", "dtype"}),
-        **own,
-        **merged,
-        "num_samples": settings.num_documents,
-        "chat_template": settings.chat,
-    }
-    path.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    if out.is_dir():
+        # A folder of something else is left as it is.
+        _settings_before(out, own)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        before = _settings_before(out, own)
+        merged = {name: _union(before.get(name, []), getattr(settings, name)) for name in _EXTENSIBLE}
+        written = {
+            **asdict(model),
+            **settings.model_dump(exclude={"quick", "scaling", "lm_eval", "dtype"}),
+            **own,
+            **merged,
+            "num_samples": settings.num_documents,
+            "chat_template": settings.chat,
+        }
+        write_json(out / "settings.json", written, indent=1)
+        (out / "done").mkdir(exist_ok=True)
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings_before(out: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """What settings.json says, nothing where the folder is new. Raises ValueError where it is of something else."""
+    path = out / "settings.json"
+    if not path.is_file():
+        # Another process may be about to write it.
+        if any(there.name != LOCK_FILE and there.suffix != ".partial" for there in out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no evaluation (no settings.json); name another --out")
+        return {}
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is no JSON object, and says nothing of what the folder holds; remove that folder, or name another --out")
+    differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in own.items() if before.get(name) != value]
+    if differing:
+        raise ValueError(f"{out} holds another evaluation: {'; '.join(differing)}; name another --out, or remove that folder")
+    return before
+
+
+def _hash_text(path: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(str(file.relative_to(path)).encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _union(before: Sequence, now: Iterable) -> list:

@@ -204,7 +204,7 @@ def _decode(
         decode_chunk=_DENSE_CHUNK if policy == "dense" else settings.decode_chunk,
         prompt=begins_with,
         dense=dense,
-        num_greedy=settings.num_greedy if compares else 0,
+        num_greedy=settings.greedy_tokens(unit.length) if compares else 0,
         keep_logits=compares and policy == "dense",
     )
 

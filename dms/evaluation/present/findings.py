@@ -79,8 +79,10 @@ def _best_mixtures(rows: Sequence[ResultRow]) -> list[str]:
 
 def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]:
     """here: all rows of a length and operating point; dms: those of dms among them."""
-    if any(Mark.EVICTED_NOTHING in row.marks for row in dms):
+    idle = [row for row in dms if Mark.EVICTED_NOTHING in row.marks]
+    if len(idle) == len(dms):
         return ["It evicted nothing: its figures are those of the dense model, and nothing is saved."]
+    dms = [row for row in dms if row not in idle]
     unable = [row for row in dms if Mark.DENSE_AT_CHANCE in row.marks]
     few = [row for row in dms if Mark.FEW_SAMPLES in row.marks and row not in unable]
     sure = [row for row in dms if row not in unable and row not in few]
@@ -89,6 +91,8 @@ def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]
         found.append(f"Too few samples to say: {_names(few)}.")
     if unable:
         found.append(f"Dense itself is at chance in {_names(unable)}: nothing is shown there.")
+    if idle:
+        found.append(f"It evicted nothing in {_names(idle)}: these figures are those of the dense model.")
     return found
 
 
@@ -100,7 +104,8 @@ def _heading(dms: Sequence[ResultRow], length: int | None, bias: float | None) -
         held += f" at the end and {_one_in(means)} in the mean over positions"
     if any(row.memory == "masked" for row in dms):
         held += ", masked: they are hidden and not freed"
-    beyond = ", beyond the length that its gates were trained at" if Mark.BEYOND_TRAINING in dms[0].marks else ""
+    longer = [Mark.BEYOND_TRAINING in row.marks for row in dms]
+    beyond = f", {'' if all(longer) else 'in part '}beyond the length that its gates were trained at" if any(longer) else ""
     return f"{place}{point}, dms holds {held}{beyond}."
 
 

@@ -53,14 +53,14 @@ def make_draws(num_documents: int, *names: object) -> np.ndarray:
 
 
 def interval(sample: Sample, draws_RD: np.ndarray, is_share: bool) -> tuple[float, float]:
-    """95 % interval. is_share: of right answers; where all or none are right, resampling would say that this is certain, and the
-    rule of three (of 3.7, for two sides) stands in."""
+    """95 % interval. is_share: of right answers; where all documents say the same, as where all or none are right, resampling would say that this
+    is certain, and the rule of three (of 3.7, for two sides) stands in."""
     low, high = _widened(sample.value, sample.resampled(draws_RD), sample.num_documents)
     if not is_share:
         return low, high
-    if sample.value in (0.0, 1.0):
-        doubt = min(1.0, _RULE / sample.num_documents)
-        return (0.0, doubt) if sample.value == 0.0 else (1.0 - doubt, 1.0)
+    if low == high:
+        # As of all or none, of documents that are half right, or of a single one.
+        low, high = sample.value - _RULE / sample.num_documents, sample.value + _RULE / sample.num_documents
     return max(0.0, low), min(1.0, high)
 
 

@@ -1,6 +1,6 @@
 """From finished units to result rows: values with intervals, paired differences, and marks on what must not be trusted."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,12 +105,12 @@ def make_rows(
     *,
     context: RowContext,
     trained_length: int | None,
-    num_greedy: int,
+    num_greedy: Callable[[int], int],
 ) -> list[ResultRow]:
     """Rows of every suite and length in `units`, which holds its units' results; points that one of them lacks are left out.
 
     trained_length: tokens that the gates were trained at; None: not known, and nothing is marked as beyond it. num_greedy: the bound
-    of `divergence_length`.
+    of `divergence_length`, by length.
     """
     rows = []
     for (suite, length), results in units.items():
@@ -125,7 +125,7 @@ def make_rows(
         for point, found in by_point.items():
             marks = _marks(point.policy, found, beyond)
             for name in sorted(found.metrics, key=_place):
-                limit = num_greedy if name[1] == "divergence_length" else None
+                limit = num_greedy(length) if name[1] == "divergence_length" else None
                 rows.append(_row(suite, length, point, name, by_point, draws_RD, marks, context, limit))
     return rows
 

@@ -24,7 +24,7 @@ def running_text(
     Raises:
         ValueError: a stride that is not within the window, or too little text.
     """
-    stride = max(1, length // 8) if stride is None else stride
+    stride = stride_of(length) if stride is None else stride
     head = plain_frame(tokenizer).head
     if not 1 <= stride < length - len(head):
         raise ValueError(f"stride is {stride} and the windows have {length} tokens; give one from 1 to {length - len(head) - 1}")
@@ -48,6 +48,11 @@ def running_text(
                 EvaluationDocument(head + ids[end - window : end], [1] * (length - stride) + [0] * stride, [], scored, length - stride)
             )
     return documents
+
+
+def stride_of(length: int) -> int:
+    """Tokens at a window's end that are scored, where nothing else is said."""
+    return max(1, length // 8)
 
 
 def _in_turns(text: Text, rng: Random, count: int, num_chars: int) -> Iterator[str]:

@@ -84,6 +84,22 @@ def test_pages_that_forks_share_leave_once(model, tmp_path, place):
     assert not whole.report(warn=False).warnings
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_pages_leave_when_the_last_that_used_them_is_gone(model, tmp_path, place):
+    whole = dms.DMSCache(model, page_size=16)
+    forward(model, whole, ids_of(1, 200))
+    fork, expected = whole.fork(), forward(model, whole.fork(), ids_of(2, 3))
+    whole.offload_to(place_of(place, tmp_path))
+    pools = [layer.store.pool for layer in whole.compacted_layers().values()]
+    assert all(pool.offloaded is None for pool in pools)
+    before = held_bytes(whole)
+    del fork
+    gc.collect()
+    assert held_bytes(whole) < before / 2
+    assert torch.equal(forward(model, whole, ids_of(2, 3)), expected)
+    assert not whole.report(warn=False).warnings and not list((tmp_path / "idle").glob("*"))
+
+
 def test_every_way_to_use_it_brings_it_back(model, tmp_path):
     def there():
         cache = dms.DMSCache(model)

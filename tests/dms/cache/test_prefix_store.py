@@ -90,6 +90,23 @@ def test_what_makes_a_cache_is_part_of_its_name(model, ids, tmp_path, build_gate
     assert store.get(model, ids)[1] == len(ids)
 
 
+def test_a_cache_of_another_kind_is_stored_as_that_kind(model, ids, tmp_path):
+    store = dms.PrefixStore(tmp_path, 10**9)
+    rounded = dms.DMSCache(model, kv_dtype="int8", page_size=16)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), past_key_values=rounded)
+    assert store.put(model, ids, rounded)
+    assert store.get(model, ids) is None and store.get(model, ids, kv_dtype="int8") is None
+    found, known = store.get(model, ids, kv_dtype="int8", page_size=16)
+    assert known == len(ids) and {(layer.kv_dtype, layer.page_size) for layer in found.layers} == {("int8", 16)}
+    # What a caller gets wrong costs no file.
+    with pytest.raises(ValueError, match="page_size is 128"):
+        store.get(model, ids, page_size=128)
+    with pytest.raises(ValueError, match="int3"):
+        store.get(model, ids, kv_dtype="int3")
+    assert store.get(model, ids, kv_dtype="int8", page_size=16)[1] == len(ids)
+
+
 def test_what_was_used_longest_ago_makes_room(model, ids, tmp_path):
     one = dms.PrefixStore(tmp_path / "one", 10**9)
     one.put(model, ids, read(model, ids))

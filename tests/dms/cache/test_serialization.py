@@ -99,6 +99,18 @@ def test_options_are_those_of_the_constructor(saved):
         DMSCache.load(path, one.model, max_cache_bytes=held_bytes(cache) - 1)
 
 
+def test_entries_stay_as_they_were_rounded(saved, monkeypatch):
+    one, path = saved
+    with pytest.raises(
+        ValueError,
+        match=r"cache.safetensors holds entries of kv_dtype None, and this cache's is 'int8' \(as given, else model.dms.kv_dtype\)",
+    ):
+        DMSCache.load(path, one.model, kv_dtype="int8")
+    monkeypatch.setattr(one.model.dms, "kv_dtype", "fp8")
+    with pytest.raises(ValueError, match="kv_dtype None, and this cache's is 'fp8'"):
+        DMSCache.load(path, one.model)
+
+
 def test_an_empty_cache_and_one_without_its_model(build_gated, evicting, tmp_path):
     with pytest.raises(ValueError, match="the cache is empty"):
         DMSCache(evicting()).save(tmp_path / "cache")

@@ -34,6 +34,9 @@ def test_certainty_is_not_claimed():
     assert interval(Sample(np.full(20, 5), np.full(20, 5)), draws, True) == (1 - 3.7 / 20, 1.0)
     assert interval(Sample(np.zeros(20), np.ones(20)), draws, True) == (0.0, 3.7 / 20)
     assert interval(Sample(np.ones(20), np.ones(20)), draws, False) == (1.0, 1.0)
+    # All half right, and a single document of which a third is.
+    assert interval(Sample(np.ones(20), np.full(20, 2)), draws, True) == (0.5 - 3.7 / 20, 0.5 + 3.7 / 20)
+    assert interval(Sample([1], [3]), make_draws(1, 0), True) == (0.0, 1.0)
 
 
 def test_pairs_tell_apart_what_single_intervals_do_not():

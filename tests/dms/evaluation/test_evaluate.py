@@ -336,6 +336,15 @@ def test_findings_say_what_rows_say():
     assert masked.heading == "At 2048 tokens, dms holds 1/6.50 of the entries, masked: they are hidden and not freed."
     (nothing,) = make_findings([replace(row, marks=(Mark.EVICTED_NOTHING,)) for row in rows])
     assert nothing.sentences[0].startswith("It evicted nothing") and len(nothing.sentences) == 1
+    # One task that was too short says nothing of the others.
+    (short,) = make_findings([replace(row, marks=(Mark.EVICTED_NOTHING,)) if row.task == "copy" else row for row in rows])
+    assert short.sentences[-1] == "It evicted nothing in copy: these figures are those of the dense model."
+    assert short.sentences[0] == finding.sentences[0] and not any("copy" in sentence for sentence in short.sentences[:-1])
+    beyond = [replace(row, marks=(*row.marks, Mark.BEYOND_TRAINING)) if row.task == "copy" else row for row in rows]
+    assert (
+        make_findings(beyond)[0].heading
+        == "At 2048 tokens, dms holds 1/6.50 of the entries, in part beyond the length that its gates were trained at."
+    )
 
 
 def test_findings_say_which_mixture_is_best_in_how_many_bytes():
@@ -381,6 +390,7 @@ def test_findings_say_which_mixture_is_best_in_how_many_bytes():
         ({"lengths": [0]}, "a length below 1"),
         ({"num_document": 3}, r"unknown key 'num_document' \(did you mean 'num_documents'\?\)"),
         ({"scaling": {"stop": ["x"]}}, "name them with problems=FILE.jsonl"),
+        ({"scaling": {"problems": "mine.jsonl", "num_hops": 3}}, "num_hops is of the built-in problems"),
         ({"lm_eval": {}}, "key 'tasks' is missing"),
     ],
 )
@@ -395,6 +405,49 @@ def test_what_a_folder_refuses(gated_folder, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         evaluate_folder(str(gated_folder), small(), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "settings.json").write_text('{"seed": 7, "win')
+    with pytest.raises(ValueError, match=r"settings.json is no JSON object, and says nothing of what the folder holds"):
+        evaluate_folder(str(gated_folder), small(), out=tmp_path)
+
+
+def test_other_windows_and_another_text_are_another_evaluation(gated_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of a text that is long enough" for number in range(4000)))
+    settings = small(suites=["text"], policies=["dense", "dms"], num_documents=2, text=str(text))
+    evaluate_folder(str(gated_folder), settings, out=tmp_path / "out")
+    before = (tmp_path / "out" / "settings.json").read_text()
+    with pytest.raises(ValueError, match=r"holds another evaluation: window was 8 and is 4; name another --out"):
+        evaluate_folder(str(gated_folder), settings, window=4, out=tmp_path / "out")
+    text.write_text(text.read_text() + "one more line\n")
+    with pytest.raises(ValueError, match=r"holds another evaluation: text_hash was '[0-9a-f]{16}' and is"):
+        evaluate_folder(str(gated_folder), settings, out=tmp_path / "out")
+    assert (tmp_path / "out" / "settings.json").read_text() == before
+
+
+def test_greedy_decoding_ends_with_the_window(gated_folder, tmp_path):
+    settings = small(suites=["text"], policies=["dense", "dms"], num_documents=2, lengths=[96], num_greedy=64)
+    row = figure(evaluate_folder(str(gated_folder), settings, out=tmp_path).rows, "dms", "text", "divergence_length")
+    assert row.limit == 96 // 8 >= row.value
+
+
+def test_chains_sampled_in_another_way_do_not_stand_beside_these(gated_folder, tmp_path, capsys):
+    def scaled(points, **changes):
+        given = {"num_problems": 2, "max_k": 2, "max_new_tokens": 4} | changes
+        settings = small(suites=[], policies=["dense", "dms"], evict_bias=points, scaling=given)
+        evaluate_folder(str(gated_folder), settings, out=tmp_path)
+        rows, scaling = (json.loads((tmp_path / name).read_text())["rows"] for name in ("rows.json", "scaling.json"))
+        assert {json.dumps(row) for row in rows} == {json.dumps(row) for row in scaling}
+        return {row["evict_bias"] for row in rows}
+
+    assert scaled([0.0, 2.0]) == {None, 0.0, 2.0}
+    assert scaled([1.0]) == {None, 0.0, 1.0, 2.0}
+    assert "other settings" not in capsys.readouterr().out
+    assert scaled([0.0], temperature=0.5) == {None, 0.0}
+    assert says(capsys.readouterr().out, "were measured with other settings, and are dropped")
+    alone = small(suites=[], policies=["dense"], scaling={"num_problems": 2, "max_k": 2, "max_new_tokens": 4})
+    rows = evaluate_folder(str(gated_folder), alone, out=tmp_path / "dense").rows
+    assert rows and {row.policy for row in rows} == {"dense"}
 
 
 def test_documents_that_a_context_does_not_hold_twice(gated_folder, tmp_path):

@@ -11,6 +11,7 @@ import dms
 from dms.cache.stats import cache_stats
 from dms.evaluation.data.tasks import make_document
 from dms.evaluation.data.text_sources import StdlibText
+from dms.evaluation.engine import gate_profile
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.io import base_models
 from dms.modes import set_mode, state_of
@@ -154,6 +155,24 @@ def test_it_does_not_read_every_pair_of_tokens(model, tokenizer, documents, tmp_
     monkeypatch.setattr("dms.attention.evict_attention", lambda *args, **kwargs: pytest.fail("the masked reference is read"))
     write_profile(model, tokenizer, documents[:2], tmp_path, points=[0.0])
     assert state_of(model).masked_attention is None
+
+
+def test_points_that_are_known_are_not_measured_again(model, tokenizer, documents, tmp_path, monkeypatch):
+    measured, calls = [], []
+    profile = gate_profile._profile
+    monkeypatch.setattr(gate_profile, "_profile", lambda *args: measured.append(args[2]) or profile(*args))
+
+    def points_of(points, chosen=documents, given=model):
+        path, _ = write_profile(given, tokenizer, chosen, tmp_path, points=points, progress=calls.append)
+        return {point["evict_bias"]: point for point in json.loads(path.read_text())["points"]}
+
+    first = points_of([0.0])
+    both = points_of([2.0, 0.0])
+    assert list(both) == [2.0, 0.0] and both[0.0] == first[0.0] and measured == [0.0, 2.0]
+    assert len(calls) == num_passes(2, 1) + num_passes(2, 2)
+    assert list(points_of([1.0])) == [1.0, 2.0, 0.0]
+    assert list(points_of([0.0], documents[:1])) == [0.0]
+    assert list(points_of([1.0], given=embedded(WINDOW, sinks=SINKS + 1)[0])) == [1.0]
 
 
 def test_a_profile_needs_something_to_profile(model, tokenizer, documents, tmp_path):
