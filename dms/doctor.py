@@ -56,7 +56,7 @@ def seconds(dtype):
         found.append(time.perf_counter() - start)
     return min(found)
 
-print(json.dumps({"times": seconds(torch.bfloat16) / seconds(torch.float32)}), flush=True)
+print(json.dumps({"times": seconds(torch.bfloat16) / seconds(torch.float32), "has_gpu": torch.cuda.is_available()}), flush=True)
 """
 # Times as long as in float32 from which bfloat16 is emulated: CPUs that multiply it take less, those that do not some eight times as long.
 EMULATED = 2.0
@@ -148,17 +148,30 @@ class Check:
     """Whether nothing works without it."""
 
 
-def bfloat16_times(variables: Mapping[str, str] | None = None) -> float | None:
-    """How many times as long as one in float32 a bfloat16 matmul takes on this CPU, tried in a process of its own (about two seconds); None: it dies,
-    or is wrong.
+@dataclass(frozen=True)
+class Bfloat16:
+    """A bfloat16 matmul on this CPU, where it works."""
+
+    times: float
+    """How many times as long as one in float32 it takes."""
+    has_gpu: bool
+    """torch has a GPU, and the CPU matters little."""
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.times >= EMULATED
+
+    @classmethod
+    def of(cls, tried: Ran) -> "Bfloat16 | None":
+        return None if tried.code else cls(**tried.answer())
+
+
+def try_bfloat16(variables: Mapping[str, str] | None = None) -> Bfloat16 | None:
+    """A matmul in a process of its own (about two seconds); None: it dies, or is wrong.
 
     variables: added to the environment for the trial, such as `AMX_CURE`.
     """
-    return _times(run_python(BFLOAT16_PROBE, variables or {}))
-
-
-def _times(tried: Ran) -> float | None:
-    return None if tried.code else tried.answer()["times"]
+    return Bfloat16.of(run_python(BFLOAT16_PROBE, variables or {}))
 
 
 def collect(environment: Environment | None = None) -> list[Check]:
@@ -354,14 +367,12 @@ def _ninja(environment: Environment) -> Check:
 def _bfloat16(environment: Environment) -> Check:
     name = "bfloat16 matmul (CPU)"
     tried = environment.run(BFLOAT16_PROBE, {})
-    if (times := _times(tried)) is not None:
+    if (works := Bfloat16.of(tried)) is not None:
         cure = environment.variables.get("ONEDNN_MAX_CPU_ISA")
-        found = f"works{f' with ONEDNN_MAX_CPU_ISA={cure}' if cure else ''}, in {times:.1f} times the time of float32"
-        if times < EMULATED:
+        found = f"works{f' with ONEDNN_MAX_CPU_ISA={cure}' if cure else ''}, in {works.times:.1f} times the time of float32"
+        if not works.is_emulated:
             return Check(name=name, found=found, status="ok")
-        cost = (
-            f"emulated: precision=bf16 of a recipe and dtype=bfloat16 of an evaluation take {times:.0f} times as long as fp32 and float32"
-        )
+        cost = f"emulated: precision=bf16 of a recipe and dtype=bfloat16 of an evaluation take {works.times:.0f} times as long as fp32 and float32"
         return Check(name=name, found=found, status="warn", cost=cost)
     died = f"dies of {signal.Signals(-tried.code).name}" if tried.code < 0 else tried.complaint
     if environment.run(BFLOAT16_PROBE, AMX_CURE).code == 0:

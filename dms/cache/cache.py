@@ -363,8 +363,8 @@ class DMSCache(Cache):
 
     def offload_to(self, place: str | Path) -> int:
         """Move an idle cache off its device, to host memory ("cpu") or into a file in a folder; the next use brings it back bit by bit, and so does
-        `reload`. Pages that forks share go once, when all of them are offloaded. Tables, counts and tokens on trial stay, so that `report`
-        works. Returns the bytes that left the device.
+        `reload`. Pages that forks share go once, when all of them are offloaded, or at the next call when those that were not are gone. Tables,
+        counts and tokens on trial stay, so that `report` works. Returns the bytes that left the device.
 
         A file goes when the cache comes back or is dropped; where a process is killed it stays behind.
 
@@ -374,12 +374,16 @@ class DMSCache(Cache):
         """
         if not isinstance(place, str | Path):
             raise ValueError(f"place is {place!r}; give 'cpu', which is host memory, or a folder")
-        if self.is_offloaded or not self._stores():
+        if not self._stores():
             return 0
         folder = None if place == "cpu" else Path(place)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         before = held_bytes(self)
+        if self.is_offloaded:
+            for store in self._stores():
+                store.pool.offload_entries(folder)
+            return before - held_bytes(self)
         self._undo, self.is_offloaded = None, True
         try:
             for index, layer in enumerate(self.layers):

@@ -393,11 +393,10 @@ class HostPagePool(PagePool):
 
     # Offloaded as a whole.
 
-    def offload(self, folder: Path | None) -> None:
+    def offload_entries(self, folder: Path | None) -> None:
         """As of `PagePool`; pages that go to host memory are there."""
         self.collect()
-        self.num_offloaded += 1
-        if self.num_offloaded < self.num_holders:
+        if self.offloaded is not None or self.num_offloaded < self.num_holders:
             return
         self.rest()
         if folder is not None and self.num_pages:

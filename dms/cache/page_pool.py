@@ -96,7 +96,8 @@ class CacheBudget:
             return True
         if self.spill is None or with_spare:
             return False
-        idle = [cache for cache in self.caches if cache not in self._in_use and not cache.is_offloaded]
+        # Of those that left, pages may be here that were a fork's as well, which is gone.
+        idle = [cache for cache in self.caches if cache not in self._in_use]
         for cache in sorted(idle, key=lambda cache: cache.last_use):
             cache.offload_to(self.spill)
             if held_bytes(*self.caches) + num_bytes <= self.max_bytes:
@@ -234,8 +235,6 @@ class PagePool:
         """Stores that use the pool and whose caches are elsewhere."""
         self.offloaded: Offloaded | None = None
         """The entries, where all its stores are offloaded."""
-        self._place: Path | None = None
-        """Where the entries go when the last of its stores is offloaded: a folder, or None, host memory."""
         self.cached_launches: CachedLaunches = CachedLaunches()
         """Of each store: how it launches its kernels, with the pool's tensors. Here, so that nothing keeps those when they are replaced."""
 
@@ -348,8 +347,6 @@ class PagePool:
             self.release(page_table[used_places(page_table, num_kept, self.page_size)])
             if not self.orphans:
                 self.trim()
-                # Those that are left may all have waited for this one.
-                self._leave()
 
     def row_of(self, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """Row of an entry's key in `rows`; its value is page_size rows later."""
@@ -394,17 +391,17 @@ class PagePool:
             self.resize(size)
 
     def offload(self, folder: Path | None) -> None:
-        """One more store that uses the pool is offloaded: where all are, the entries are too, shared ones once."""
-        self.collect()
+        """One more store that uses the pool is offloaded."""
         self.num_offloaded += 1
-        self._place = folder
-        self._leave()
+        self.offload_entries(folder)
 
-    def _leave(self) -> None:
-        if self.offloaded is None and 0 < self.num_offloaded == self.num_holders and self.num_pages:
+    def offload_entries(self, folder: Path | None) -> None:
+        """Where all stores that use the pool are offloaded, the entries are too, shared ones once."""
+        self.collect()
+        if self.offloaded is None and self.num_offloaded == self.num_holders and self.num_pages:
             self.cached_launches.clear()
             moved = {"rows": self.rows} | ({} if self.row_scales is None else {"row_scales": self.row_scales})
-            self.offloaded = Offloaded(moved, self._place)
+            self.offloaded = Offloaded(moved, folder)
             for name, tensor in moved.items():
                 setattr(self, name, placeholder(tensor))
 

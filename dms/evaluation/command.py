@@ -17,7 +17,7 @@ from rich.console import Console
 from dms.console import make_console, make_progress
 from dms.evaluation.engine.gate_profile import num_passes, write_profile
 from dms.evaluation.engine.lm_eval import PreparedLmEval, prepare_lm_eval
-from dms.evaluation.engine.resume import locked, read_json, same_settings, write_json
+from dms.evaluation.engine.resume import locked, read_json, write_json
 from dms.evaluation.engine.scaling import PreparedScaling, prepare_scaling
 from dms.evaluation.engine.settings import EvaluatedModel, EvaluationSettings, open_folder
 from dms.evaluation.engine.units import Progress, Unit, UnitFile, make_units, run_unit
@@ -29,6 +29,7 @@ from dms.evaluation.stats.results import UnitResults
 from dms.evaluation.stats.rows import Mark, ResultRow, describe_device, versions
 from dms.io import base_models, checkpoint
 from dms.io.device_map import DeviceMap
+from dms.io.quantization import quant_method
 from dms.io.vocabulary import check_documents, check_tokenizer, num_embeddings
 from dms.io.weights import GATES_FILE
 from dms.modes import state_of
@@ -109,7 +110,6 @@ def evaluate_folder(
     check_documents(itertools.chain(*(unit.documents for unit in units), problems), tokenizer, num_rows)
     digest = open_folder(out, settings, about)
     lm_eval = _prepare_lm_eval(model, tokenizer, settings, about, out)
-    _drop_others(out, {"lm_eval": lm_eval, "scaling": scaling}, console)
 
     _announce(folder, out, settings, about, console, window is not None)
     results = _run_units(model, units, settings, out, digest, console)
@@ -123,7 +123,9 @@ def evaluate_folder(
         rows += chains
     _write_profile(model, tokenizer, units, settings, out, console)
     with locked(out):
-        result = _write_rows(_with_earlier(rows, out), out)
+        rows = _with_earlier(rows, out, console)
+        result = EvaluationResult(rows, make_findings(rows) + _findings_of_scaling(out))
+        write_json(out / "rows.json", result.to_dict(), indent=1)
     print_result(result, settings, console)
     if card:
         console.print(f"wrote the figures into {write_evaluation_card(read_evidence(out), folder)}", highlight=False)
@@ -197,39 +199,20 @@ def _run_extra(
         )
 
 
-def _drop_others(out: Path, prepared: dict[str, PreparedLmEval | PreparedScaling | None], console: Console) -> None:
-    """Of suites that are measured now, what earlier calls measured in another way: it cannot stand beside this."""
-    others = [suite for suite, now in prepared.items() if now is not None and not same_settings(out / f"{suite}.json", now.settings)]
-    with locked(out):
-        earlier = _earlier_rows(out)
-        if dropped := [suite for suite in others if any(row.suite == suite for row in earlier)]:
-            for suite in dropped:
-                (out / f"{suite}.json").unlink(missing_ok=True)
-            _write_rows([row for row in earlier if row.suite not in dropped], out)
-            console.print(
-                f"earlier figures of {', '.join(dropped)} in {out}/ were measured with other settings, and are dropped", highlight=False
-            )
-
-
-def _write_rows(rows: list[ResultRow], out: Path) -> EvaluationResult:
-    result = EvaluationResult(rows, make_findings(rows) + _findings_of_scaling(out))
-    write_json(out / "rows.json", result.to_dict(), indent=1)
-    return result
-
-
-def _earlier_rows(out: Path) -> list[ResultRow]:
-    return [ResultRow.from_dict(row) for row in (read_json(out / "rows.json") or {"rows": []})["rows"]]
-
-
-def _with_earlier(rows: list[ResultRow], out: Path) -> list[ResultRow]:
-    """Beside what was asked for now, what earlier calls on the folder have measured."""
-    earlier = _earlier_rows(out)
+def _with_earlier(rows: list[ResultRow], out: Path, console: Console) -> list[ResultRow]:
+    """Beside what was asked for now, what earlier calls on the folder have measured. Of a task that was measured in another way then, it goes."""
+    earlier = [ResultRow.from_dict(row) for row in (read_json(out / "rows.json") or {"rows": []})["rows"]]
 
     def figure(row: ResultRow) -> tuple:
         return row.suite, row.length, row.task, row.metric, row.policy, row.evict_bias
 
-    known = set(map(figure, rows))
-    return [row for row in earlier if figure(row) not in known] + rows
+    known, ways = set(map(figure, rows)), {(row.suite, row.task): row.measured_as for row in rows}
+    others = dict.fromkeys(row.task for row in earlier if ways.get((row.suite, row.task), row.measured_as) != row.measured_as)
+    if others:
+        console.print(
+            f"earlier figures of {', '.join(others)} in {out}/ were measured with other settings, and are dropped", highlight=False
+        )
+    return [row for row in earlier if figure(row) not in known and row.task not in others] + rows
 
 
 def _findings_of_scaling(out: Path) -> list[Finding]:
@@ -289,6 +272,7 @@ def describe(folder: str, model: Any) -> EvaluatedModel:
         model=str(folder),
         model_hash=origin["base_hash"],
         other_base=origin["other_base"],
+        quant_method=quant_method(model.config),
         gates_hash=hashlib.sha256((Path(folder) / GATES_FILE).read_bytes()).hexdigest()[:16],
         recipe_hash=hashlib.sha256(recipe.read_bytes()).hexdigest()[:16] if is_run and recipe.is_file() else None,
         base_name=origin["base_name"],

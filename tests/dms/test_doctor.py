@@ -11,7 +11,7 @@ import pytest
 from dms import doctor
 from dms.doctor import BFLOAT16_PROBE, DEEPSPEED_PROBE, DEVICE_PROBE, Environment, Ran
 
-DIED, FAST = Ran(-signal.SIGILL), Ran(0, '{"times": 0.4}')
+DIED, FAST = Ran(-signal.SIGILL), Ran(0, '{"times": 0.4, "has_gpu": false}')
 CPU_ALONE = {"cuda": None, "hip": None, "threads": 2, "gpus": []}
 WITH_GPU = {"cuda": "13.0", "hip": None, "threads": 2, "gpus": [{"name": "H200", "bytes": 141 * 2**30, "capability": [9, 0]}]}
 OPS = {"adam": True, "aio": True}
@@ -73,8 +73,8 @@ def test_every_row_says_what_it_costs(checks):
 
 
 def test_bfloat16_agrees_with_the_table(checks):
-    times, check = doctor.bfloat16_times(), checks["bfloat16 matmul (CPU)"]
-    assert times is not None and 0 < times < 1000 and check.found.startswith("works")
+    works, check = doctor.try_bfloat16(), checks["bfloat16 matmul (CPU)"]
+    assert (works is not None) == check.found.startswith("works") and (works is None or 0 < works.times < 1000)
 
 
 def test_a_dead_probe_does_not_take_us_along():
@@ -135,7 +135,7 @@ def test_the_amx_trap_is_named_with_its_cure():
 
 
 def test_bfloat16_that_is_emulated():
-    check = examine(bfloat16=lambda variables: Ran(0, '{"times": 8.4}'))["bfloat16 matmul (CPU)"]
+    check = examine(bfloat16=lambda variables: Ran(0, '{"times": 8.4, "has_gpu": false}'))["bfloat16 matmul (CPU)"]
     assert (check.status, check.found) == ("warn", "works, in 8.4 times the time of float32") and "take 8 times as long" in check.cost
     assert examine()["bfloat16 matmul (CPU)"].status == "ok"
 

@@ -31,14 +31,19 @@ def test_threads_spin_little_unless_the_user_says_otherwise(own, expected):
     ("found", "says", "cured"),
     [
         ({"": 0.4}, None, False),
-        ({"": 8.4}, "takes 8 times as long as for float32; precision=fp32 of a recipe", False),
+        ({"": 8.4}, "takes 8 times as long as float32: that (precision=fp32 of a recipe", False),
         ({"": None, "cured": 0.5}, None, True),
         ({"": None, "cured": None}, RuntimeError, False),
     ],
 )
 def test_a_cpu_that_emulates_bfloat16_is_named(found, says, cured, monkeypatch, capsys):
     monkeypatch.setattr(environment, "_has_no_gpu", lambda: True)
-    monkeypatch.setattr(doctor, "bfloat16_times", lambda variables=None: found["cured" if variables else ""])
+
+    def tried(variables=None, has_gpu=False):
+        times = found["cured" if variables else ""]
+        return None if times is None else doctor.Bfloat16(times, has_gpu)
+
+    monkeypatch.setattr(doctor, "try_bfloat16", tried)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     # What it sets goes with the test.
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -50,3 +55,8 @@ def test_a_cpu_that_emulates_bfloat16_is_named(found, says, cured, monkeypatch, 
     said = capsys.readouterr().err
     assert says is RuntimeError or (says in said if says else not said)
     assert ("ONEDNN_MAX_CPU_ISA" in os.environ) == cured
+    # With a GPU that only torch knows of.
+    monkeypatch.setattr(doctor, "try_bfloat16", lambda variables=None: doctor.Bfloat16(8.4, has_gpu=True))
+    os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+    environment.prepare_bfloat16()
+    assert not capsys.readouterr().err

@@ -47,18 +47,18 @@ def prepare_bfloat16() -> None:
     """
     if not _has_no_gpu() or "ONEDNN_MAX_CPU_ISA" in os.environ:
         return
-    from dms.doctor import AMX_CURE, EMULATED, bfloat16_times
+    from dms.doctor import AMX_CURE, try_bfloat16
 
-    times = bfloat16_times()
-    if times is None:
-        times = bfloat16_times(AMX_CURE)
-        if times is None:
+    works = try_bfloat16()
+    if works is None:
+        works = try_bfloat16(AMX_CURE)
+        if works is None:
             raise RuntimeError("bfloat16 matmul does not work on this CPU; use precision=fp32 (dtype=float32 of an evaluation)")
         os.environ.update(AMX_CURE)
-    if times >= EMULATED and os.environ.get("RANK", "0") == "0":
+    if works.is_emulated and not works.has_gpu and os.environ.get("RANK", "0") == "0":
         print(
-            f"dms: warning: this CPU emulates bfloat16, and takes {times:.0f} times as long as for float32; precision=fp32 of a recipe, or dtype=float32 "
-            "of an evaluation, is faster here",
+            f"dms: warning: this CPU emulates bfloat16, which takes {works.times:.0f} times as long as float32: that (precision=fp32 of a recipe, "
+            "dtype=float32 of an evaluation) is faster here",
             file=sys.stderr,
         )
 

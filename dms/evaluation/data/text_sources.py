@@ -1,6 +1,7 @@
 """Text that users name: files, or folders of them."""
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -92,6 +93,18 @@ def split_lines(text: str) -> list[str]:
         for sentence in ([line] if len(line) <= _LONGEST_LINE else _SENTENCE.findall(line))
         for stretch in ([sentence] if len(sentence) <= _LONGEST_LINE else _STRETCH.findall(sentence))
     ]
+
+
+def hash_files(path: str | Path) -> str:
+    """Of the contents of a file with text, or of all such files of a folder. Raises ValueError where there are none."""
+    digest = hashlib.sha256()
+    for file in _files(Path(path).expanduser()):
+        with file.open("rb") as content:
+            while part := content.read(2**20):
+                digest.update(part)
+        # Where a file ends is part of it.
+        digest.update(f"{file.stat().st_size};".encode())
+    return digest.hexdigest()[:16]
 
 
 def _files(path: Path) -> list[Path]:

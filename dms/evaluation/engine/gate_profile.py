@@ -3,8 +3,6 @@
 Shapes: T tokens, H KV heads, L layers with gates.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from dms import masks, report
 from dms.attention import evict_pass
 from dms.evaluation.data.document import EvaluationDocument
-from dms.evaluation.engine.resume import describe_model, read_json, write_json
+from dms.evaluation.engine.resume import describe_model, hash_of, read_json, write_json
 from dms.evaluation.engine.scoring import predict
 from dms.modes import set_mode, state_of
 from dms.placement import compute_device
@@ -106,7 +104,7 @@ def write_profile(
     out, state = Path(out), state_of(model)
     out.mkdir(parents=True, exist_ok=True)
     mode, bias, attention = state.mode, state.evict_bias, state.masked_attention
-    made_of = _hash([describe_model(model), [document.input_ids for document in documents]])
+    made_of = hash_of([describe_model(model), [document.input_ids for document in documents]])
     known = _known_points(out / "profile.json", made_of)
     length = max(len(document.input_ids) for document in documents)
     try:
@@ -144,10 +142,6 @@ def write_profile(
     for name, content in (("profile.json", profile), ("traces.json", traces)):
         write_json(out / name, content, separators=(",", ":"), allow_nan=False)
     return out / "profile.json", out / "traces.json"
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _known_points(path: Path, made_of: str) -> dict[float, dict[str, Any]]:

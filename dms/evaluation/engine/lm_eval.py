@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from dms.config import nearest
 from dms.evaluation.engine.lm_eval_compat import num_fewshot as fewshot_of
 from dms.evaluation.engine.lm_eval_compat import quiet
 from dms.evaluation.engine.lm_eval_rows import HarnessRun, make_rows, summarize
-from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, locked, operate, same_settings, write_json
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, hash_of, locked, operate, read_json, write_json
 from dms.evaluation.engine.settings import LmEvalSettings
 from dms.evaluation.stats.results import OperatingPoint
 from dms.evaluation.stats.rows import ResultRow, RowContext
@@ -47,8 +47,9 @@ class PreparedLmEval:
     store: ResultStore
     options: dict[str, Any]
     """As the harness takes them."""
-    settings: dict[str, Any]
-    """What lm_eval.json says of all its runs."""
+    include_path: str | None
+    way: str
+    """A hash of all that decides what is measured, apart from task, policy and operating point."""
 
     @property
     def num_runs(self) -> int:
@@ -60,8 +61,8 @@ class PreparedLmEval:
     ) -> list[ResultRow]:
         """Run what is not finished. Rows of the suite "lm_eval" for each task (groups and their parts included), metric and policy.
 
-        out: gets `lm_eval.json` with what the harness returned, beside what it has of other runs under the same settings; None: nothing is written.
-        progress: called with 1 for each run.
+        out: gets `lm_eval.json` with what the harness returned, beside what it has of other tasks, and of the same ones at other operating points under
+        the same settings; None: nothing is written. progress: called with 1 for each run.
         """
         runs = []
         with as_before(self.harness.model), quiet():
@@ -74,13 +75,12 @@ class PreparedLmEval:
                 if progress:
                     progress(1)
         if out is not None:
-            stored = [run.stored for run in runs]
+            settings = {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}
             with locked(out):
                 path = out / "lm_eval.json"
-                earlier = same_settings(path, self.settings).get("runs", [])
-                new = {_which(run) for run in stored}
-                write_json(path, {"settings": self.settings, "runs": [run for run in earlier if _which(run) not in new] + stored}, indent=1)
-        return make_rows(runs, context, self.options["batch_size"], trained_length)
+                stored = _with_earlier((read_json(path) or {}).get("runs", []), [{**run.stored, "measured_as": self.way} for run in runs])
+                write_json(path, {"settings": settings, "runs": stored}, indent=1)
+        return [replace(row, measured_as=self.way) for row in make_rows(runs, context, self.options["batch_size"], trained_length)]
 
 
 def prepare_lm_eval(
@@ -131,13 +131,19 @@ def prepare_lm_eval(
         run = functools.partial(simple_evaluate, harness, task_manager=manager, **options)
         unfinished = [str(unit["task"]) for unit in units if store.read(unit) is None]
         _build(harness, run, dict.fromkeys(unfinished), wanted.num_fewshot)
-    said: dict[str, Any] = {**options, "include_path": wanted.include_path, "lm_eval": version("lm_eval")}
-    said |= {name: settings[name] for name in ("task_files", "model")}
-    return PreparedLmEval(harness, run, units, store, options, said)
+    # How many requests are run at once decides nothing.
+    way = hash_of({name: value for name, value in settings.items() if name != "batch_size"})
+    return PreparedLmEval(harness, run, units, store, options, wanted.include_path, way)
 
 
-def _which(run: Mapping[str, Any]) -> tuple:
-    return run["task"], run["policy"], run["evict_bias"]
+def _with_earlier(earlier: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    ways, known = ({run["task"]: run["measured_as"] for run in new}, {(run["task"], run["policy"], run["evict_bias"]) for run in new})
+
+    def stays(run: Mapping[str, Any]) -> bool:
+        way = run.get("measured_as")
+        return ways.get(run["task"], way) == way and (run["task"], run["policy"], run["evict_bias"]) not in known
+
+    return [*filter(stays, earlier), *new]
 
 
 def _check(policies: Sequence[str], points: Sequence[float]) -> None:

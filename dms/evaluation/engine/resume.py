@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def same_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of results holds that names its "settings", where they are these; else nothing."""
-    found = read_json(path)
-    if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
-        return found
-    return {}
+def hash_of(settings: Any) -> str:
+    """Of anything that JSON has."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ResultStore:

@@ -4,12 +4,10 @@ Dense and dms, at each operating point, sample the same number of chains for eve
 over all subsets of k of them. The random numbers are the same for every policy, so that policies are compared pairwise.
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from dms.evaluation.data.problems import Problems, make_chains, read_problems
 from dms.evaluation.engine.chains import Chain, Sampled, Sampling, sample_chains
-from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, locked, operate, same_settings, write_json
+from dms.evaluation.engine.resume import ResultStore, as_before, describe_model, hash_of, locked, operate, read_json, write_json
 from dms.evaluation.engine.settings import EvaluationSettings, ScalingSettings
 from dms.evaluation.present.findings import scaling_findings
 from dms.evaluation.stats.bootstrap import compare, interval, make_draws
@@ -84,11 +82,6 @@ class PreparedScaling:
     def num_runs(self) -> int:
         """How often `run` calls its `progress`."""
         return len(self.problems.problems) * (1 + len(self.points))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What scaling.json says of all its rows."""
-        return _settings(self.problems, self.sampling, describe_model(self.model))
 
     @property
     def title(self) -> str:
@@ -241,10 +234,11 @@ def _write(
     out: Path | None,
 ) -> list[ResultRow]:
     dense = measured[0].curve
+    way = _way(problems, sampling, described)
     ks = sorted({2**i for i in range(sampling.max_k.bit_length())} | {sampling.max_k})
     draws_RN = make_draws(len(problems.problems), "scaling", problems.name, sampling.seed)
     rows = [
-        row
+        replace(row, measured_as=way)
         for found in measured
         for row in _make_rows(found, dense, ks, problems, sampling, draws_RN, context, _marks(found, problems, trained_length))
     ]
@@ -256,27 +250,24 @@ def _write(
             "equal_budget": [found.to_dict() for found in equal],
             "findings": [finding.to_dict() for finding in findings],
         }
-        settings, points = _settings(problems, sampling, described), {found.curve.evict_bias for found in measured}
+        points = {found.curve.evict_bias for found in measured}
         with locked(out):
-            before = same_settings(out / "scaling.json", settings)
-            for name, new in content.items():
-                content[name] = [found for found in before.get(name, []) if found["evict_bias"] not in points] + new
+            before = read_json(out / "scaling.json")
+            if isinstance(before, dict) and before.get("measured_as") == way:
+                for name, new in content.items():
+                    content[name] = [found for found in before[name] if found["evict_bias"] not in points] + new
             words = [sentence for finding in content["findings"] for sentence in finding["sentences"]]
-            write_json(out / "scaling.json", {**content, "settings": settings, "words": words}, indent=1)
+            settings = {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)}
+            write_json(out / "scaling.json", {**content, "settings": settings, "measured_as": way, "words": words}, indent=1)
     return rows
 
 
-def _settings(problems: Problems, sampling: Sampling, described: dict[str, Any]) -> dict[str, Any]:
-    """described: as `describe_model` gives it."""
-    asked = json.dumps([[list(problem.input_ids), problem.answer] for problem in problems.problems])
-    return {
-        "problems": problems.name,
-        "num_problems": len(problems.problems),
-        "problems_hash": hashlib.sha256(asked.encode()).hexdigest()[:16],
-        "chat_template": problems.chat_template,
-        "model": described,
-        **vars(sampling),
-    }
+def _way(problems: Problems, sampling: Sampling, described: dict[str, Any]) -> str:
+    """A hash of all that decides what is measured, apart from the operating point. described: as `describe_model` gives it."""
+    asked = [[list(problem.input_ids), problem.answer] for problem in problems.problems]
+    # Chains are the same in any batch.
+    drawn = {name: value for name, value in vars(sampling).items() if name != "chains_at_once"}
+    return hash_of([asked, vars(problems.rule), described, drawn])
 
 
 def _marks(found: _Measured, problems: Problems, trained_length: int | None) -> list[Mark]:

@@ -4,7 +4,6 @@ an evaluation goes on.
 `dms evaluate FOLDER [SETTINGS.yaml] [key=value ...]` reads `EvaluationSettings`; all keys have defaults.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dms.config import nearest
-from dms.evaluation.engine.resume import LOCK_FILE, locked, read_json, write_json
+from dms.evaluation.data.text_sources import hash_files
+from dms.evaluation.engine.resume import LOCK_FILE, hash_of, locked, read_json, write_json
 from dms.evaluation.policies import QUICK_ONES, TRAINING_FREE
 from dms.evaluation.stats.results import DMS_POLICIES, OperatingPoint
 from dms.evaluation.stats.rows import RowContext
@@ -26,6 +26,8 @@ POLICIES = ("dense", *DMS_POLICIES, *TRAINING_FREE)
 # Where none are named: the others take longer, or are variants of these.
 DEFAULT_POLICIES = ("dense", "dms", *QUICK_ONES)
 FORMAT_VERSION = 1
+# Of what two calls on one folder must share. Since 2 windows, packing and the text's contents are among it.
+_IDENTITY_VERSION = 2
 # The longest documents of an evaluation that names no lengths.
 MAX_DEFAULT_LENGTH = 8192
 # Defaults under `quick`, of settings that are not given.
@@ -35,7 +37,7 @@ _EXTENSIBLE = ("policies", "suites", "lengths", "evict_bias")
 # What two calls on one folder must share, beside the model: what is measured.
 _IDENTITY = ("num_documents", "prefill_chunk", "decode_chunk", "num_greedy", "text", "chat", "seed")
 _IDENTITY_OF_MODEL = (
-    *("model_hash", "other_base", "gates_hash", "window", "sinks", "granularity", "alignment"),
+    *("model_hash", "quant_method", "gates_hash", "window", "sinks", "granularity", "alignment"),
     *("dtype", "device_type", "versions"),
 )
 
@@ -208,6 +210,8 @@ class EvaluatedModel:
     """Of the base's weights; None: not known."""
     other_base: str | None
     """As in ResultRow."""
+    quant_method: str | None
+    """How its weights are packed; None: they are not."""
     gates_hash: str
     recipe_hash: str | None
     """None: the folder lies outside its run's."""
@@ -245,8 +249,9 @@ def identity(settings: EvaluationSettings, model: EvaluatedModel) -> dict[str, A
     return {
         **{name: getattr(settings, name) for name in _IDENTITY},
         **{name: getattr(model, name) for name in _IDENTITY_OF_MODEL},
-        "text_hash": None if settings.text is None else _hash_text(Path(settings.text)),
+        "text_hash": None if settings.text is None else hash_files(settings.text),
         "format_version": FORMAT_VERSION,
+        "identity_version": _IDENTITY_VERSION,
     }
 
 
@@ -274,17 +279,19 @@ def open_folder(out: Path, settings: EvaluationSettings, model: EvaluatedModel) 
         }
         write_json(out / "settings.json", written, indent=1)
         (out / "done").mkdir(exist_ok=True)
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_of(own)
 
 
 def _settings_before(out: Path, own: dict[str, Any]) -> dict[str, Any]:
     """What settings.json says, nothing where the folder is new. Raises ValueError where it is of something else."""
     path = out / "settings.json"
     if not path.is_file():
-        # Another process may be about to write it.
-        if any(there.name != LOCK_FILE and there.suffix != ".partial" for there in out.iterdir()):
+        # Another process may be about to write it, or have written it just now.
+        others = any(there.name != LOCK_FILE and there.suffix != ".partial" for there in out.iterdir())
+        if others and not path.is_file():
             raise ValueError(f"{out} is not empty and holds no evaluation (no settings.json); name another --out")
-        return {}
+        if not others:
+            return {}
     before = read_json(path)
     if not isinstance(before, dict):
         raise ValueError(f"{path} is no JSON object, and says nothing of what the folder holds; remove that folder, or name another --out")
@@ -292,15 +299,6 @@ def _settings_before(out: Path, own: dict[str, Any]) -> dict[str, Any]:
     if differing:
         raise ValueError(f"{out} holds another evaluation: {'; '.join(differing)}; name another --out, or remove that folder")
     return before
-
-
-def _hash_text(path: Path) -> str:
-    """Of a file, or of all files of a folder."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(str(file.relative_to(path)).encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 def _union(before: Sequence, now: Iterable) -> list:

@@ -84,9 +84,10 @@ def test_pages_that_forks_share_leave_once(model, tmp_path, place):
     assert not whole.report(warn=False).warnings
 
 
+@pytest.mark.parametrize("offload_layers", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-def test_pages_leave_when_the_last_that_used_them_is_gone(model, tmp_path, place):
-    whole = dms.DMSCache(model, page_size=16)
+def test_pages_leave_when_the_last_that_used_them_is_gone(model, tmp_path, place, offload_layers):
+    whole = dms.DMSCache(model, page_size=16, offload_layers=offload_layers)
     forward(model, whole, ids_of(1, 200))
     fork, expected = whole.fork(), forward(model, whole.fork(), ids_of(2, 3))
     whole.offload_to(place_of(place, tmp_path))
@@ -95,9 +96,29 @@ def test_pages_leave_when_the_last_that_used_them_is_gone(model, tmp_path, place
     before = held_bytes(whole)
     del fork
     gc.collect()
+    left = whole.offload_to(place_of(place, tmp_path))
+    # Of layers whose pages rest in host memory, what is here went with the fork.
+    assert left >= 0 if offload_layers else left > 0
     assert held_bytes(whole) < before / 2
+    assert whole.report(warn=False).bytes_disk > 0 if place == "disk" else whole.report(warn=False).bytes_host > 0
+    assert whole.offload_to(place_of(place, tmp_path)) == 0
     assert torch.equal(forward(model, whole, ids_of(2, 3)), expected)
     assert not whole.report(warn=False).warnings and not list((tmp_path / "idle").glob("*"))
+
+
+def test_a_bound_finds_pages_whose_last_user_is_gone(model):
+    budget = dms.CacheBudget(10**9, spill="cpu")
+    whole = dms.DMSCache(model, page_size=16, budget=budget)
+    forward(model, whole, ids_of(1, 200))
+    fork = whole.fork()
+    whole.offload_to("cpu")
+    del fork
+    gc.collect()
+    here = held_bytes(whole)
+    budget.max_bytes = here + 1000
+    other = dms.DMSCache(model, page_size=16, budget=budget)
+    forward(model, other, ids_of(3, 30))
+    assert held_bytes(whole) < here / 2 and held_bytes(whole, other) <= budget.max_bytes
 
 
 def test_every_way_to_use_it_brings_it_back(model, tmp_path):

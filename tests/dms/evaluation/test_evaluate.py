@@ -443,6 +443,8 @@ def test_chains_sampled_in_another_way_do_not_stand_beside_these(gated_folder, t
     assert scaled([0.0, 2.0]) == {None, 0.0, 2.0}
     assert scaled([1.0]) == {None, 0.0, 1.0, 2.0}
     assert "other settings" not in capsys.readouterr().out
+    assert scaled([1.0], chains_at_once=1) == {None, 0.0, 1.0, 2.0}
+    assert "other settings" not in capsys.readouterr().out
     assert scaled([0.0], temperature=0.5) == {None, 0.0}
     assert says(capsys.readouterr().out, "were measured with other settings, and are dropped")
     alone = small(suites=[], policies=["dense"], scaling={"num_problems": 2, "max_k": 2, "max_new_tokens": 4})

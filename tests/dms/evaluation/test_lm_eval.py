@@ -230,6 +230,18 @@ def test_a_run_goes_on_where_it_was(tiny, folder, merged, monkeypatch):
         handle.remove()
 
 
+def test_tasks_under_other_settings_stand_beside_each_other(tiny, folder, tmp_path):
+    def runs_after(**given):
+        rows = run(tiny, folder, policies=("dense",), points=[], out=tmp_path, **given)
+        runs = json.loads((tmp_path / "lm_eval.json").read_text())["runs"]
+        assert {row.measured_as for row in rows} == {runs[-1]["measured_as"]}
+        return {run["task"]: run["n-samples"][run["task"]]["effective"] for run in runs}
+
+    assert runs_after(tasks=["toy_choice"], limit=2) == {"toy_choice": 2}
+    assert runs_after(tasks=["toy_generation"], limit=3) == {"toy_choice": 2, "toy_generation": 3}
+    assert runs_after(tasks=["toy_choice"], limit=3) == {"toy_generation": 3, "toy_choice": 3}
+
+
 def test_groups_have_rows(tiny, folder, tmp_path):
     rows = run(tiny, folder, tasks=["toy_group"], points=[0.0], limit=2, out=tmp_path)
     group = {row.policy: row for row in rows if row.task == "lm_eval:toy_group"}
