@@ -206,13 +206,15 @@ def _with_earlier(rows: list[ResultRow], out: Path, console: Console) -> list[Re
     def figure(row: ResultRow) -> tuple:
         return row.suite, row.length, row.task, row.metric, row.policy, row.evict_bias
 
-    known, ways = set(map(figure, rows)), {(row.suite, row.task): row.measured_as for row in rows}
-    others = dict.fromkeys(row.task for row in earlier if ways.get((row.suite, row.task), row.measured_as) != row.measured_as)
+    def task(row: ResultRow) -> tuple:
+        return row.suite, row.task
+
+    known, ways = set(map(figure, rows)), {task(row): row.measured_as for row in rows}
+    others = dict.fromkeys(task(row) for row in earlier if ways.get(task(row), row.measured_as) != row.measured_as)
     if others:
-        console.print(
-            f"earlier figures of {', '.join(others)} in {out}/ were measured with other settings, and are dropped", highlight=False
-        )
-    return [row for row in earlier if figure(row) not in known and row.task not in others] + rows
+        names = ", ".join(f"{name} ({suite})" for suite, name in others)
+        console.print(f"earlier figures of {names} in {out}/ were measured with other settings, and are dropped", highlight=False)
+    return [row for row in earlier if figure(row) not in known and task(row) not in others] + rows
 
 
 def _findings_of_scaling(out: Path) -> list[Finding]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluated import make_rows as evaluated_rows
 from said import says
 
+from dms.console import make_console
 from dms.evaluation import command
 from dms.evaluation.command import evaluate_folder, failures
 from dms.evaluation.data.tasks import RECALL_TASKS
@@ -429,6 +431,14 @@ def test_greedy_decoding_ends_with_the_window(gated_folder, tmp_path):
     settings = small(suites=["text"], policies=["dense", "dms"], num_documents=2, lengths=[96], num_greedy=64)
     row = figure(evaluate_folder(str(gated_folder), settings, out=tmp_path).rows, "dms", "text", "divergence_length")
     assert row.limit == 96 // 8 >= row.value
+
+
+def test_tasks_of_one_name_in_two_suites_are_two(tmp_path):
+    row = next(row for row in evaluated_rows() if row.policy == "dms")
+    of_records = replace(row, suite="records", task="chain_6")
+    before, now = (replace(row, suite="scaling", task="chain_6", measured_as=way) for way in "ab")
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [one.to_dict() for one in (of_records, before)]}))
+    assert command._with_earlier([now], tmp_path, make_console()) == [of_records, now]
 
 
 def test_chains_sampled_in_another_way_do_not_stand_beside_these(gated_folder, tmp_path, capsys):
