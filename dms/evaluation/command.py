@@ -209,8 +209,8 @@ def _with_earlier(rows: list[ResultRow], out: Path, console: Console) -> list[Re
     def task(row: ResultRow) -> tuple:
         return row.suite, row.task
 
-    known, ways = set(map(figure, rows)), {task(row): row.measured_as for row in rows}
-    others = dict.fromkeys(task(row) for row in earlier if ways.get(task(row), row.measured_as) != row.measured_as)
+    known, hashes = set(map(figure, rows)), {task(row): row.settings_hash for row in rows}
+    others = dict.fromkeys(task(row) for row in earlier if hashes.get(task(row), row.settings_hash) != row.settings_hash)
     if others:
         names = ", ".join(f"{name} ({suite})" for suite, name in others)
         console.print(f"earlier figures of {names} in {out}/ were measured with other settings, and are dropped", highlight=False)

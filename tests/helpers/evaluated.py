@@ -232,7 +232,7 @@ def write_evaluation(folder: Path, **changes) -> Path:
         "scaling": {
             "rows": [row.to_dict() for row in make_scaling()],
             "settings": {},
-            "measured_as": "0123456789abcdef",
+            "settings_hash": "0123456789abcdef",
             "equal_budget": [],
             "findings": [SCALING_FINDING.to_dict()],
             "words": SCALING_SENTENCES,

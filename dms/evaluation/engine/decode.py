@@ -89,11 +89,11 @@ class _Reader:
     def forward_all(self, ids_Bn: torch.Tensor, num_logits: int) -> torch.Tensor:
         """Logits [B, num_logits, V] after the last of the new tokens, each of which reads what was there before and those before it."""
         logits_BnV = self._run(ids_Bn, self.cache, num_logits)
-        self.note(ids_Bn.shape[1])
+        self.count_forward(ids_Bn.shape[1])
         return logits_BnV
 
-    def note(self, num_new: int) -> None:
-        """Count a forward of so many tokens."""
+    def count_forward(self, num_new: int) -> None:
+        """Count what a forward of so many tokens has read and left."""
         self.reads_B = self.reads_B + num_new * self.entries_B + num_new * (num_new + 1) / 2
         self.peak_B = torch.maximum(self.peak_B, self.entries_B + num_new)
         self.entries_B = self._count()
@@ -211,7 +211,7 @@ def read(
         _wait(ids_BT.device)
         milliseconds.append(1000 * (time.perf_counter() - before - (_choosing(cache) - choosing)))
         # Counting what is held is the evaluation's own, and takes no part of a step's time.
-        reader.note(1)
+        reader.count_forward(1)
         steps_B += reader.entries_B.double().cpu()
     # By position: tokens that were read in parts from their decisions, the others one by one.
     parts_B = _sum_over_positions(model, cache, decided, first_single)

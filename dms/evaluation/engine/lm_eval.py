@@ -48,7 +48,7 @@ class PreparedLmEval:
     options: dict[str, Any]
     """As the harness takes them."""
     include_path: str | None
-    way: str
+    settings_hash: str
     """A hash of all that decides what is measured, apart from task, policy and operating point."""
 
     @property
@@ -78,9 +78,13 @@ class PreparedLmEval:
             settings = {**self.options, "include_path": self.include_path, "lm_eval": version("lm_eval")}
             with locked(out):
                 path = out / "lm_eval.json"
-                stored = _with_earlier((read_json(path) or {}).get("runs", []), [{**run.stored, "measured_as": self.way} for run in runs])
+                stored = _with_earlier(
+                    (read_json(path) or {}).get("runs", []), [{**run.stored, "settings_hash": self.settings_hash} for run in runs]
+                )
                 write_json(path, {"settings": settings, "runs": stored}, indent=1)
-        return [replace(row, measured_as=self.way) for row in make_rows(runs, context, self.options["batch_size"], trained_length)]
+        return [
+            replace(row, settings_hash=self.settings_hash) for row in make_rows(runs, context, self.options["batch_size"], trained_length)
+        ]
 
 
 def prepare_lm_eval(
@@ -132,16 +136,16 @@ def prepare_lm_eval(
         unfinished = [str(unit["task"]) for unit in units if store.read(unit) is None]
         _build(harness, run, dict.fromkeys(unfinished), wanted.num_fewshot)
     # How many requests are run at once decides nothing.
-    way = hash_of({name: value for name, value in settings.items() if name != "batch_size"})
-    return PreparedLmEval(harness, run, units, store, options, wanted.include_path, way)
+    settings_hash = hash_of({name: value for name, value in settings.items() if name != "batch_size"})
+    return PreparedLmEval(harness, run, units, store, options, wanted.include_path, settings_hash)
 
 
 def _with_earlier(earlier: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    ways, known = ({run["task"]: run["measured_as"] for run in new}, {(run["task"], run["policy"], run["evict_bias"]) for run in new})
+    hashes, known = ({run["task"]: run["settings_hash"] for run in new}, {(run["task"], run["policy"], run["evict_bias"]) for run in new})
 
     def stays(run: Mapping[str, Any]) -> bool:
-        way = run.get("measured_as")
-        return ways.get(run["task"], way) == way and (run["task"], run["policy"], run["evict_bias"]) not in known
+        own = run.get("settings_hash")
+        return hashes.get(run["task"], own) == own and (run["task"], run["policy"], run["evict_bias"]) not in known
 
     return [*filter(stays, earlier), *new]
 

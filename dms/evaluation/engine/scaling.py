@@ -234,11 +234,11 @@ def _write(
     out: Path | None,
 ) -> list[ResultRow]:
     dense = measured[0].curve
-    way = _way(problems, sampling, described)
+    settings_hash = _settings_hash(problems, sampling, described)
     ks = sorted({2**i for i in range(sampling.max_k.bit_length())} | {sampling.max_k})
     draws_RN = make_draws(len(problems.problems), "scaling", problems.name, sampling.seed)
     rows = [
-        replace(row, measured_as=way)
+        replace(row, settings_hash=settings_hash)
         for found in measured
         for row in _make_rows(found, dense, ks, problems, sampling, draws_RN, context, _marks(found, problems, trained_length))
     ]
@@ -253,16 +253,16 @@ def _write(
         points = {found.curve.evict_bias for found in measured}
         with locked(out):
             before = read_json(out / "scaling.json")
-            if isinstance(before, dict) and before.get("measured_as") == way:
+            if isinstance(before, dict) and before.get("settings_hash") == settings_hash:
                 for name, new in content.items():
                     content[name] = [found for found in before[name] if found["evict_bias"] not in points] + new
             words = [sentence for finding in content["findings"] for sentence in finding["sentences"]]
             settings = {"problems": problems.name, "chat_template": problems.chat_template, **vars(sampling)}
-            write_json(out / "scaling.json", {**content, "settings": settings, "measured_as": way, "words": words}, indent=1)
+            write_json(out / "scaling.json", {**content, "settings": settings, "settings_hash": settings_hash, "words": words}, indent=1)
     return rows
 
 
-def _way(problems: Problems, sampling: Sampling, described: dict[str, Any]) -> str:
+def _settings_hash(problems: Problems, sampling: Sampling, described: dict[str, Any]) -> str:
     """A hash of all that decides what is measured, apart from the operating point. described: as `describe_model` gives it."""
     asked = [[list(problem.input_ids), problem.answer] for problem in problems.problems]
     # Chains are the same in any batch.

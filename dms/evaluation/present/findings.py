@@ -79,10 +79,10 @@ def _best_mixtures(rows: Sequence[ResultRow]) -> list[str]:
 
 def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]:
     """here: all rows of a length and operating point; dms: those of dms among them."""
-    idle = [row for row in dms if Mark.EVICTED_NOTHING in row.marks]
-    if len(idle) == len(dms):
+    unevicted = [row for row in dms if Mark.EVICTED_NOTHING in row.marks]
+    if len(unevicted) == len(dms):
         return ["It evicted nothing: its figures are those of the dense model, and nothing is saved."]
-    dms = [row for row in dms if row not in idle]
+    dms = [row for row in dms if row not in unevicted]
     unable = [row for row in dms if Mark.DENSE_AT_CHANCE in row.marks]
     few = [row for row in dms if Mark.FEW_SAMPLES in row.marks and row not in unable]
     sure = [row for row in dms if row not in unable and row not in few]
@@ -91,8 +91,8 @@ def _sentences(here: Sequence[ResultRow], dms: Sequence[ResultRow]) -> list[str]
         found.append(f"Too few samples to say: {_names(few)}.")
     if unable:
         found.append(f"Dense itself is at chance in {_names(unable)}: nothing is shown there.")
-    if idle:
-        found.append(f"It evicted nothing in {_names(idle)}: these figures are those of the dense model.")
+    if unevicted:
+        found.append(f"It evicted nothing in {_names(unevicted)}: these figures are those of the dense model.")
     return found
 
 

@@ -121,7 +121,7 @@ class ResultRow:
     """Hyper-scaling: entries a head that k chains read while they are decoded, mean over problems."""
     other_base: str | None = None
     """Where gates were used on another form of the base that they were trained on: a sentence that names both."""
-    measured_as: str | None = None
+    settings_hash: str | None = None
     """A hash of settings that the evaluation's folder does not fix: of hyper-scaling and of lm-evaluation-harness."""
 
     def to_dict(self) -> dict[str, Any]:

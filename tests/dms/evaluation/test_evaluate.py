@@ -436,7 +436,7 @@ def test_greedy_decoding_ends_with_the_window(gated_folder, tmp_path):
 def test_tasks_of_one_name_in_two_suites_are_two(tmp_path):
     row = next(row for row in evaluated_rows() if row.policy == "dms")
     of_records = replace(row, suite="records", task="chain_6")
-    before, now = (replace(row, suite="scaling", task="chain_6", measured_as=way) for way in "ab")
+    before, now = (replace(row, suite="scaling", task="chain_6", settings_hash=one) for one in "ab")
     (tmp_path / "rows.json").write_text(json.dumps({"rows": [one.to_dict() for one in (of_records, before)]}))
     assert command._with_earlier([now], tmp_path, make_console()) == [of_records, now]
 

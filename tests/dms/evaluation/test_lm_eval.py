@@ -234,7 +234,7 @@ def test_tasks_under_other_settings_stand_beside_each_other(tiny, folder, tmp_pa
     def runs_after(**given):
         rows = run(tiny, folder, policies=("dense",), points=[], out=tmp_path, **given)
         runs = json.loads((tmp_path / "lm_eval.json").read_text())["runs"]
-        assert {row.measured_as for row in rows} == {runs[-1]["measured_as"]}
+        assert {row.settings_hash for row in rows} == {runs[-1]["settings_hash"]}
         return {run["task"]: run["n-samples"][run["task"]]["effective"] for run in runs}
 
     assert runs_after(tasks=["toy_choice"], limit=2) == {"toy_choice": 2}
